@@ -1,0 +1,424 @@
+"""Perturbations: optax transformations from an ascent gradient `g` to a step `ε` up the loss.
+
+A ball has a radius `rho` and a metric. A metric is a function `params -> T`, a tree like `params`
+of elementwise scales (a leaf may be a scalar): parameters with a large `T` may move further.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx import _tree
+from samx._base import at_step, check_number, next_step
+
+__all__ = [
+    "constants",
+    "identity",
+    "is_not_bias",
+    "layerwise",
+    "linf_ball",
+    "magnitude",
+    "metric_ball",
+    "on_leaves",
+]
+
+Metric: TypeAlias = Callable[[Any], Any]
+LeafPredicate: TypeAlias = Callable[[Any, Any], bool]
+
+
+class BallState(NamedTuple):
+    """State of a ball.
+
+    Attributes:
+        step: int32, optimizer steps so far; the schedule of `rho` runs on it.
+    """
+
+    step: jax.Array
+
+
+class DefaultRho(float):
+    """A radius that nobody chose: tells a default apart from the same number passed."""
+
+
+def ball_of(name: str, rho: Any, perturbation: Any) -> optax.GradientTransformationExtraArgs:
+    """The perturbation that a factory was given, or the L2 ball of radius `rho`: never both."""
+    if perturbation is None:
+        return metric_ball(rho)
+    if not isinstance(rho, DefaultRho):
+        raise ValueError(
+            f"{name}: got `rho` together with `perturbation`, but the radius has one home; leave "
+            "`rho` out and give the radius to the perturbation (under optax.inject_hyperparams, "
+            "which fills in defaults, also pass static_args=('rho',))"
+        )
+    if not (hasattr(perturbation, "init") and hasattr(perturbation, "update")):
+        kind = type(perturbation).__name__
+        raise TypeError(f"{name}: `perturbation` must be an optax transformation, got {kind}")
+    return optax.with_extra_args_support(perturbation)
+
+
+def identity() -> Metric:
+    """The Euclidean metric, plain SAM's.
+
+        T = 1
+
+    Returns:
+        A metric, `params -> T`.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> from samx.perturbations import identity
+        >>> identity()({"kernel": 3.0, "bias": -1.0})
+        {'bias': 1.0, 'kernel': 1.0}
+
+    References:
+        Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412
+
+    Notes:
+        Cost: none, the compiler removes the factor.
+    """
+    return lambda params: jax.tree.map(lambda _: 1.0, params)
+
+
+def is_not_bias(path: Any, leaf: Any) -> bool:
+    """Whether a leaf is something else than a bias, by its name: the leaves that ASAM scales.
+
+        last name in path  is not  "bias", "b", or either with a prefix "..._" or a number behind
+
+    The authors' PyTorch code scales the parameters whose name contains "weight": kernels,
+    embeddings and the scales of normalization layers.
+
+    Args:
+        path: Key path of the leaf, as `jax.tree_util.tree_map_with_path` passes it.
+        leaf: The leaf; not looked at.
+
+    Returns:
+        `False` for `bias`, `b`, `b1`, `in_proj_bias`; `True` for every other name.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> import jax
+        >>> from samx.perturbations import is_not_bias
+        >>> params = {"kernel": 1.0, "bias": 0.0, "b1": 0.0, "scale": 1.0}
+        >>> jax.tree_util.tree_map_with_path(is_not_bias, params)
+        {'b1': False, 'bias': False, 'kernel': True, 'scale': True}
+
+    References:
+        Kwon et al., ICML 2021, https://arxiv.org/abs/2102.11600 (SamsungLabs/ASAM, asam.py).
+
+    Notes:
+        Cost: none, it runs while tracing. `nnx.Variable` wrappers (`.value`) are looked through.
+    """
+    del leaf
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    names = [name for name in names if name not in ("value", "raw_value")]
+    return not (names and re.search(r"(^|_)b(ias)?\d*$", names[-1]))
+
+
+def magnitude(eta: float = 0.01, *, is_scaled: LeafPredicate = is_not_bias) -> Metric:
+    """The elementwise adaptive metric of ASAM.
+
+        T = |w| + η   on the scaled leaves,   T = 1   on the others
+
+    Args:
+        eta: η ≥ 0, in units of the parameters; default 0.01. With 0, a parameter that is zero is
+            never perturbed.
+        is_scaled: `(path, leaf) -> bool`; default every leaf but biases.
+
+    Returns:
+        A metric, `params -> T`.
+
+    Raises:
+        ValueError: If `eta` is negative.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.perturbations import magnitude
+        >>> metric = magnitude(eta=0.5)
+        >>> metric({"kernel": jnp.array([-2.0, 1.0]), "bias": jnp.zeros(2)})
+        {'bias': 1.0, 'kernel': Array([2.5, 1.5], dtype=float32)}
+
+    References:
+        Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of
+        Deep Neural Networks", ICML 2021, https://arxiv.org/abs/2102.11600
+
+    Notes:
+        Cost: elementwise work. `eta` may be a traced array.
+    """
+    check_number("eta", eta, 0)
+    return _scaled(lambda w: jnp.abs(_tree.widen(w)) + eta, is_scaled)
+
+
+def layerwise(eta: float = 0.0, *, is_scaled: LeafPredicate = is_not_bias) -> Metric:
+    """The layer-wise adaptive metric: each tensor may move in proportion to its own norm.
+
+        T = ‖w_leaf‖ + η   on the scaled leaves,   T = 1   on the others
+
+    Args:
+        eta: η ≥ 0, in units of a tensor's norm; default 0. With 0, a tensor of zeros is never
+            perturbed.
+        is_scaled: `(path, leaf) -> bool`; default every leaf but biases.
+
+    Returns:
+        A metric, `params -> T` with one scalar per leaf.
+
+    Raises:
+        ValueError: If `eta` is negative.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.perturbations import layerwise
+        >>> float(layerwise()({"kernel": jnp.array([3.0, 4.0])})["kernel"])
+        5.0
+
+    References:
+        Müller, Vlaar, Rolnick, Hein, "Normalization Layers Are All That Sharpness-Aware
+        Minimization Needs", NeurIPS 2023, https://arxiv.org/abs/2306.04226
+
+    Notes:
+        Cost: one norm per leaf. The authors' code has `T = ‖w‖·(1 + η)`, by which η merely rescales
+        `rho`: use `eta=0` and the radius `(1 + η)·rho` to follow it where every leaf is scaled.
+    """
+    check_number("eta", eta, 0)
+    return _scaled(lambda w: _tree.norm(w) + eta, is_scaled)
+
+
+def constants(scales: Any) -> Metric:
+    """A metric of fixed scales, one for each leaf (or each element).
+
+        T = scales
+
+    Args:
+        scales: Tree like `params`; its leaves are numbers, or arrays that broadcast to the leaf.
+
+    Returns:
+        A metric, `params -> scales`.
+
+    Raises:
+        ValueError: When used, if `scales` does not have the structure of `params`.
+
+    Example:
+        Let one layer move twice as far as the other:
+
+        >>> import jax.numpy as jnp, optax
+        >>> from samx.perturbations import constants, metric_ball
+        >>> ball = metric_ball(0.1, constants({"a": 2.0, "b": 1.0}))
+        >>> g = {"a": jnp.ones(()), "b": jnp.ones(())}
+        >>> eps, _ = ball.update(g, ball.init(g), g)
+        >>> round(float(eps["a"] / eps["b"]), 3)  # the step scales with T²
+        4.0
+
+    References:
+        Haas, Xu, Cevher, Vankadara, "µP²: Effective Sharpness Aware Minimization Requires
+        Layerwise Perturbation Scaling", NeurIPS 2024, https://arxiv.org/abs/2411.00075
+
+    Notes:
+        Cost: elementwise work.
+    """
+
+    def metric(params):
+        if jax.tree.structure(scales) != jax.tree.structure(params):
+            raise ValueError(
+                "constants: `scales` must have the structure of `params`, got "
+                f"{jax.tree.structure(scales)} for {jax.tree.structure(params)}"
+            )
+        return scales
+
+    return metric
+
+
+def metric_ball(
+    rho: optax.ScalarOrSchedule, metric: Metric | None = None, *, norm_eps: float = 1e-12
+) -> optax.GradientTransformationExtraArgs:
+    """The step to the edge of an L2 ball, in the geometry of a metric.
+
+        T = metric(w)
+        ε = ρ T² g / (‖T g‖ + norm_eps)          so that  ‖ε / T‖ = ρ
+
+    `metric=identity()` is SAM, `magnitude(eta)` is ASAM, `layerwise()` the layer-wise ASAM,
+    `constants(scales)` µP²: one formula.
+
+    Args:
+        rho: Radius ρ ≥ 0, a number or a schedule over the optimizer's steps.
+        metric: `params -> T`; default `identity()`.
+        norm_eps: Added to the norm; default 1e-12. A zero gradient gives a zero step.
+
+    Returns:
+        An optax transformation `g -> ε`. Half-precision gradients give a float32 step.
+
+    Raises:
+        ValueError: If `rho` is a negative number.
+        TypeError: If `rho` is not a number, array or schedule.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.perturbations import metric_ball
+        >>> ball = metric_ball(rho=0.5)
+        >>> g = jnp.array([3.0, 4.0])
+        >>> eps, _ = ball.update(g, ball.init(g), g)
+        >>> [round(float(e), 3) for e in eps]
+        [0.3, 0.4]
+
+    References:
+        Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412 (p = 2);
+        Kwon et al., ICML 2021, https://arxiv.org/abs/2102.11600 (the form with T).
+
+    Notes:
+        One norm over all leaves, accumulated in float32 or wider. A complex leaf climbs along the
+        conjugate of JAX's gradient. `static_args`: `metric`. Cost: one norm, elementwise work.
+    """
+
+    def direction(g, params, metric):
+        scales = metric(params)
+        scaled = jax.tree.map(lambda g, t: jnp.conj(_tree.widen(g)) * t, g, scales)
+        length = _tree.norm(scaled) + norm_eps
+        return jax.tree.map(lambda s, t: t * s / length.astype(s.real.dtype), scaled, scales)
+
+    return _ball(rho, metric, direction)
+
+
+def linf_ball(
+    rho: optax.ScalarOrSchedule, metric: Metric | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """The step to the corner of an L∞ ball: every parameter moves by the same radius.
+
+        T = metric(w)
+        ε = ρ T sign(T g)                        so that  max |ε / T| = ρ
+
+    Args:
+        rho: Radius ρ ≥ 0 of one element, a number or a schedule over the optimizer's steps.
+        metric: `params -> T`; default `identity()`.
+
+    Returns:
+        An optax transformation `g -> ε`. Half-precision gradients give a float32 step.
+
+    Raises:
+        ValueError: If `rho` is a negative number.
+        TypeError: If `rho` is not a number, array or schedule.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.perturbations import linf_ball
+        >>> ball = linf_ball(rho=0.5)
+        >>> g = jnp.array([3.0, -0.1, 0.0])
+        >>> ball.update(g, ball.init(g), g)[0].tolist()
+        [0.5, -0.5, 0.0]
+
+    References:
+        Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412 (p = ∞); with a metric as in
+        Müller et al., NeurIPS 2023, https://arxiv.org/abs/2306.04226
+
+    Notes:
+        Radii are per element: far smaller than for an L2 ball, by √(number of parameters).
+        `static_args`: `metric`. Cost: elementwise work.
+    """
+
+    def direction(g, params, metric):
+        return jax.tree.map(
+            lambda g, t: t * jnp.sign(jnp.conj(_tree.widen(g)) * t), g, metric(params)
+        )
+
+    return _ball(rho, metric, direction)
+
+
+def on_leaves(
+    perturbation: optax.GradientTransformation,
+    is_perturbed: LeafPredicate,
+    *,
+    norm: Literal["selected", "all"] = "selected",
+) -> optax.GradientTransformationExtraArgs:
+    """Perturb some of the leaves; the others stay exactly where they are.
+
+        norm = "selected":  ε = perturbation(mask · g)      the whole radius goes to the selected
+        norm = "all":       ε = mask · perturbation(g)      each keeps the step it would have had
+
+    This is the place to choose leaves. `optax.masked` or `optax.partition` around a sharpness-aware
+    transformation would hand a part of the parameters to the loss.
+
+    Args:
+        perturbation: What computes the step, for example `metric_ball(0.05)`.
+        is_perturbed: `(path, leaf) -> bool` on the leaves of `params`; `path` is the key path of
+            `jax.tree_util.tree_map_with_path`.
+        norm: Over which leaves norms are taken; default "selected".
+
+    Returns:
+        An optax transformation `g -> ε`.
+
+    Raises:
+        ValueError: If `norm` is neither "selected" nor "all"; when used, if no leaf is selected.
+
+    Example:
+        SAM on the normalization layers only:
+
+        >>> import jax, jax.numpy as jnp, samx
+        >>> from samx.perturbations import metric_ball, on_leaves
+        >>> def is_norm(path, leaf):
+        ...     return "norm" in jax.tree_util.keystr(path)
+        >>> ball = on_leaves(metric_ball(0.05), is_norm)
+        >>> tx = samx.sharpness_aware(ball)
+        >>> g = {"dense": jnp.ones(2), "norm": jnp.ones(())}
+        >>> eps, _ = ball.update(g, ball.init(g), g)
+        >>> [round(float(x), 3) for x in (*eps["dense"], eps["norm"])]
+        [0.0, 0.0, 0.05]
+
+    References:
+        Müller et al., "Normalization Layers Are All That Sharpness-Aware Minimization Needs",
+        NeurIPS 2023, https://arxiv.org/abs/2306.04226
+
+    Notes:
+        The sharp gradient is still that of all parameters. Cost: none beyond `perturbation`.
+        `static_args`: `is_perturbed`, `norm`.
+    """
+    if norm not in ("selected", "all"):
+        raise ValueError(f"on_leaves: `norm` must be 'selected' or 'all', got {norm!r}")
+    perturbation = optax.with_extra_args_support(perturbation)
+
+    def update_fn(updates, state, params=None, **extra):
+        chosen = jax.tree_util.tree_map_with_path(is_perturbed, params)
+        if not any(jax.tree.leaves(chosen)):
+            paths = jax.tree_util.tree_leaves_with_path(params)
+            names = [jax.tree_util.keystr(path) for path, _ in paths]
+            raise ValueError(f"on_leaves: `is_perturbed` selects none of the leaves {names}")
+        if norm == "selected":
+            return perturbation.update(_tree.keep(updates, chosen), state, params, **extra)
+        eps, state = perturbation.update(updates, state, params, **extra)
+        return _tree.keep(eps, chosen), state
+
+    return optax.GradientTransformationExtraArgs(perturbation.init, update_fn)
+
+
+def _ball(rho: Any, metric: Metric | None, direction: Callable[..., Any]):
+    """`ε = ρ(step) · direction(g, params, metric)`: the radius, its schedule, its step count."""
+    check_number("rho", rho, 0)
+    metric = identity() if metric is None else metric
+
+    def init_fn(params):
+        del params
+        return BallState(jnp.zeros((), jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra):
+        del extra
+        radius = at_step(rho, state.step)
+        unit = direction(updates, params, metric)
+        eps = jax.tree.map(lambda u: u * jnp.asarray(radius, u.real.dtype), unit)
+        return eps, BallState(next_step(state.step))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _scaled(scale: Callable[[Any], Any], is_scaled: LeafPredicate) -> Metric:
+    """`T = scale(leaf)` on the floating leaves that `is_scaled` chooses, 1 on the others."""
+
+    def metric(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, w: scale(w) if _tree.is_inexact(w) and is_scaled(path, w) else 1.0, params
+        )
+
+    return metric

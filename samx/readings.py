@@ -1,0 +1,83 @@
+"""Readings: what a sharpness-aware step saw, kept in every variant's state.
+
+A SAM that silently does nothing looks exactly like its base optimizer. The readings make it
+visible: a perturbation norm of zero, a sharp loss that is not above the loss.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from samx import _tree
+
+UNKNOWN = float("inf")  # a loss that nobody measured; NaN would trip jax_debug_nans
+
+
+class Readings(NamedTuple):
+    """What the last step saw, and what all steps cost: scalars, found by `optax.tree.get`.
+
+    Losses and norms are float32, or float64 where a parameter is.
+
+    Attributes:
+        loss: Loss at the parameters, `value` of the caller; infinity if it was not passed.
+        sharp_loss: Loss at the perturbed point, the same examples.
+        grad_norm: L2 norm of the gradient at the parameters, ‖g‖.
+        sharp_grad_norm: L2 norm of the sharp gradient, ‖g_s‖.
+        perturbation_norm: L2 norm of the perturbation, ‖ε‖.
+        cosine: Cosine of the angle between `g` and `g_s`; 0 if one of them is zero.
+        is_sharp: Whether the last step computed a sharp gradient.
+        gradients_spent: Gradients since `init`, in passes over one batch (the caller's included,
+            if the variant uses it); float32, so exact up to 2²⁴.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx
+        >>> tx = optax.chain(samx.sam(rho=0.1), optax.sgd(0.5))
+        >>> w, loss = jnp.array([3.0, 4.0]), lambda w: 0.5 * w @ w
+        >>> _, state = tx.update(w, tx.init(w), w, value=loss(w), value_fn=loss)
+        >>> readings = optax.tree.get(state, "readings")
+        >>> [round(float(x), 3) for x in (readings.loss, readings.sharp_loss, readings.grad_norm)]
+        [12.5, 13.005, 5.0]
+        >>> round(float(optax.tree.get(state, "perturbation_norm")), 3)
+        0.1
+    """
+
+    loss: jax.Array
+    sharp_loss: jax.Array
+    grad_norm: jax.Array
+    sharp_grad_norm: jax.Array
+    perturbation_norm: jax.Array
+    cosine: jax.Array
+    is_sharp: jax.Array
+    gradients_spent: jax.Array
+
+
+def no_readings(params: Any) -> Readings:
+    """The readings before the first step: losses unknown, everything else zero."""
+    dtype = _tree.real_dtype(*jax.tree.leaves(params))
+    return Readings(
+        jnp.full((), UNKNOWN, dtype),
+        jnp.full((), UNKNOWN, dtype),
+        *(jnp.zeros((), dtype) for _ in range(4)),
+        is_sharp=jnp.zeros((), bool),
+        gradients_spent=jnp.zeros((), jnp.float32),
+    )
+
+
+def take_readings(
+    last: Readings, loss: Any, sharp_loss: Any, g: Any, g_s: Any, eps: Any, gradients: float
+) -> Readings:
+    """The readings of a step that computed a sharp gradient, at the cost of `gradients`."""
+    grad_norm, sharp_grad_norm = _tree.norm(g), _tree.norm(g_s)
+    product = grad_norm * sharp_grad_norm
+    taken = Readings(
+        loss=loss,
+        sharp_loss=sharp_loss,
+        grad_norm=grad_norm,
+        sharp_grad_norm=sharp_grad_norm,
+        perturbation_norm=_tree.norm(eps),
+        cosine=_tree.dot(g, g_s) / jnp.where(product == 0, 1, product),
+        is_sharp=jnp.ones((), bool),
+        gradients_spent=last.gradients_spent + gradients,
+    )
+    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), taken, last)

@@ -1,0 +1,210 @@
+"""SAMPa: the two gradients of a sharpness-aware step, computed at the same time.
+
+Xie, Pethick, Cevher. "SAMPa: Sharpness-aware Minimization Parallelized", NeurIPS 2024.
+https://arxiv.org/abs/2410.10683
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx import _tree
+from samx._base import (
+    at_step,
+    base_keywords,
+    batch_size,
+    check_number,
+    closure_transformation,
+    mean_loss,
+    next_step,
+    value_and_grad_at,
+)
+from samx.perturbations import DefaultRho, ball_of
+from samx.readings import Readings, no_readings, take_readings
+
+
+class SAMPaState(NamedTuple):
+    """State of `sampa`.
+
+    Attributes:
+        step: int32, optimizer steps so far.
+        base: State of the base optimizer.
+        perturbation: State of the perturbation.
+        g_y: Gradient at `y` on the previous batch, shaped like the parameters.
+        previous_batch: The previous batch.
+        previous_weights: Its weights, `[B]`; ones if the caller gave none.
+        aux: The aux of the pass at `y`, shaped like `aux_like`.
+        readings: What the last step saw.
+    """
+
+    step: jax.Array
+    base: optax.OptState
+    perturbation: optax.OptState
+    g_y: optax.Updates
+    previous_batch: Any
+    previous_weights: jax.Array
+    aux: Any
+    readings: Readings
+
+
+def sampa(
+    base: optax.GradientTransformation,
+    rho: optax.ScalarOrSchedule = DefaultRho(0.1),
+    lam: optax.ScalarOrSchedule = 0.2,
+    *,
+    batch_like: Any,
+    aux_like: Any = None,
+    gradients: Literal["vmap", "separate"] = "vmap",
+    perturbation: optax.GradientTransformation | None = None,
+    perturb_dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """SAM Parallelized: both gradients of a step depend on known points only.
+
+        x̃   = x + ρ g_y / ‖g_y‖
+        y   = x + base(g_y)                            (trial step, its state discarded)
+        g_s, g_y′ = ∇L(x̃; B_prev), ∇L(y; B)            (in parallel)
+        x   = x + base((1 − λ) g_s + λ g_y′)
+        g_y, B_prev = g_y′, B
+
+    `g_y` starts at 0 and `B_prev` at the first batch, so that the first step is the base's own.
+
+    Args:
+        base: The optimizer that takes the step, weight decay and clipping included.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
+            optimizer's steps; default 0.1.
+        lam: Share λ in [0, 1] of the gradient at `y`, a number or a schedule; default 0.2.
+        batch_like: Arrays or `jax.ShapeDtypeStruct`s with the shapes and dtypes of a batch,
+            leading axis `B`. The state holds a batch of this shape.
+        aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `losses_fn`. The state
+            then holds the aux of the pass at `y` on the current batch (BatchNorm statistics, say),
+            to be read with `optax.tree.get(state, "aux")`; default none, aux is dropped.
+        gradients: "vmap" computes both in one vectorized call; "separate" in two calls of the
+            same program, which is faster where batched products are slow. Same numbers.
+        perturbation: Another geometry in place of the ball; then leave `rho` out.
+        perturb_dtype: Lowest precision of both points, see `sharpness_aware`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` that wraps `base`. `update` needs `losses_fn` and
+        `batch`, respects `weights`, and ignores the incoming gradient, so that the compiler
+        removes its computation. Keywords that are not samx's own go on to `base`.
+
+    Raises:
+        ValueError: If `rho` is negative, `lam` outside [0, 1], `rho` given together with
+            `perturbation`, or `gradients` unknown; in `update`, if `batch` or aux differ in shape
+            from `batch_like` or `aux_like`, and as `closure_transformation` says.
+        TypeError: If `rho` or `lam` is neither number nor schedule.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, samx
+        >>> batch = {"x": jnp.ones((4, 2)), "y": jnp.zeros(4)}
+        >>> losses_fn = lambda w, b: (b["x"] @ w - b["y"]) ** 2
+        >>> tx = samx.sampa(optax.sgd(0.1), rho=0.1, lam=0.2, batch_like=batch)
+        >>> w = jnp.ones(2)
+        >>> state = tx.init(w)
+        >>> for _ in range(3):
+        ...     updates, state = tx.update(w, state, w, losses_fn=losses_fn, batch=batch)
+        ...     w = optax.apply_updates(w, updates)
+        >>> [round(float(x), 3) for x in w]
+        [0.215, 0.215]
+
+    References:
+        Xie, Pethick, Cevher, "SAMPa: Sharpness-aware Minimization Parallelized", NeurIPS 2024,
+        https://arxiv.org/abs/2410.10683
+
+    Notes:
+        Cost: 2 gradients per step that do not wait for each other, and the trial step; one more
+        copy of the parameters and one batch in the state. "vmap" holds both passes' activations.
+        Readings: `loss` and `grad_norm` are those at `y` on the current batch, `sharp_loss` that at
+        x̃ on the previous one, `cosine` compares `g_s` with the `g_y` it climbed.
+        Fidelity: matches LIONS-EPFL/SAMPa with SGD, momentum, weight decay and schedules. Its
+        published script degenerates at `lam=0` to the base optimizer on the previous batch, leaves
+        weight decay out of `y` when there is no momentum, and pairs unrelated batches from the
+        second epoch on; here `lam=0` is the paper's SAMPa, and the batches are the ones passed.
+        With Adam there is no published code: the trial step through the base is our reading.
+        `static_args`: `base`, `batch_like`, `aux_like`, `gradients`, `perturbation`,
+        `perturb_dtype`; `rho` too where `perturbation` is given.
+    """
+    check_number("lam", lam, 0, 1)
+    if gradients not in ("vmap", "separate"):
+        raise ValueError(f"sampa: `gradients` must be 'vmap' or 'separate', got {gradients!r}")
+    ball = ball_of("sampa", rho, perturbation)
+    base = optax.with_extra_args_support(base)
+    size = batch_size("sampa: batch_like", batch_like)
+
+    def init_fn(params):
+        readings = no_readings(params)
+        return SAMPaState(
+            step=jnp.zeros((), jnp.int32),
+            base=base.init(params),
+            perturbation=ball.init(params),
+            g_y=optax.tree.zeros_like(params),
+            previous_batch=optax.tree.zeros_like(batch_like),
+            previous_weights=jnp.ones((size,), readings.loss.dtype),
+            aux=optax.tree.zeros_like(aux_like),
+            readings=readings,
+        )
+
+    def update_fn(updates, state, params, *, losses_fn, batch, weights=None, **keywords):
+        del updates
+        _check_like("batch", batch, state.previous_batch)
+        if weights is None:
+            weights = jnp.ones((size,))
+        weights = jnp.asarray(weights, state.previous_weights.dtype)
+        keywords = base_keywords("sampa", keywords)
+        is_first = state.step == 0
+        lam_t = at_step(lam, state.step)
+
+        def gradient(delta, batch, weights):
+            closure = mean_loss(losses_fn, batch, weights)
+            return value_and_grad_at(closure, params, delta, perturb_dtype=perturb_dtype)
+
+        eps, ball_state = ball.update(state.g_y, state.perturbation, params)
+        trial, _ = base.update(state.g_y, state.base, params, **keywords)
+        trial = _tree.where(is_first, optax.tree.zeros_like(trial), trial)
+        current = (batch, weights)
+        previous = (state.previous_batch, state.previous_weights)
+        previous = _tree.where(is_first, current, previous)
+
+        at_x, at_y = _pair(gradient, (eps, *previous), (trial, *current), gradients)
+        (sharp_loss, _), g_s = at_x
+        (loss, aux), g_y = at_y
+        _check_like("aux", aux if aux_like is not None else None, state.aux)
+
+        mixed = jax.tree.map(lambda s, y: ((1 - lam_t) * s + lam_t * y).astype(s.dtype), g_s, g_y)
+        updates, base_state = base.update(mixed, state.base, params, **keywords)
+
+        readings = take_readings(state.readings, loss, sharp_loss, state.g_y, g_s, eps, 2)
+        readings = readings._replace(grad_norm=_tree.norm(g_y).astype(readings.grad_norm.dtype))
+        return updates, SAMPaState(
+            step=next_step(state.step),
+            base=base_state,
+            perturbation=ball_state,
+            g_y=g_y,
+            previous_batch=batch,
+            previous_weights=weights,
+            aux=None if aux_like is None else aux,
+            readings=readings,
+        )
+
+    return closure_transformation(init_fn, update_fn, name="sampa")
+
+
+def _pair(fn, first, second, gradients):
+    """`fn` of two argument tuples: in one vectorized call, or in two."""
+    if gradients == "separate":
+        return fn(*first), fn(*second)
+    both = jax.vmap(fn)(*jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second))
+    return jax.tree.map(lambda x: x[0], both), jax.tree.map(lambda x: x[1], both)
+
+
+def _check_like(keyword, value, like):
+    def describe(tree):
+        return jax.tree.map(lambda x: (jnp.shape(x), str(jnp.result_type(x))), tree)
+
+    if describe(value) != describe(like):
+        raise ValueError(
+            f"sampa: `{keyword}` must have the shapes and dtypes of `{keyword}_like`, "
+            f"{describe(like)}, got {describe(value)}; pad ragged batches and pass `weights`"
+        )

@@ -1,0 +1,133 @@
+"""Wrappers around a whole optimizer: skip broken steps, keep samx's keywords from the base."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx import _tree
+from samx._base import base_keywords
+
+
+class SkipNonfiniteState(NamedTuple):
+    """State of `skip_nonfinite`.
+
+    Attributes:
+        inner: State of the wrapped optimizer, as of its last finite step.
+        skipped_steps: int32, steps skipped since `init`.
+        skipped_in_a_row: int32, steps skipped since the last one that was taken.
+    """
+
+    inner: optax.OptState
+    skipped_steps: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Skip the steps whose updates are not finite, as if their batch had never come.
+
+        updates, state′ = tx(g, state, w)
+        if all(isfinite(updates)):  return updates, state′
+        else:                       return 0, state
+
+    It looks at the final updates, so it also catches an overflow in the sharp pass alone, which
+    `optax.apply_if_finite` cannot see: that one tests the incoming gradient.
+
+    Args:
+        tx: The whole optimizer, sharpness-aware transformation and base together.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` that passes every keyword on. Its state counts
+        the skipped steps (`skipped_steps`, `skipped_in_a_row`): watch the second one.
+
+    Raises:
+        Nothing of its own; what `tx` raises.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, samx
+        >>> tx = samx.skip_nonfinite(optax.chain(samx.sam(0.05), optax.sgd(0.1)))
+        >>> w, broken = jnp.ones(2), lambda w: jnp.sqrt(-w).sum()
+        >>> updates, state = tx.update(jax.grad(broken)(w), tx.init(w), w, value_fn=broken)
+        >>> updates.tolist(), int(state.skipped_steps)  # the root of -1
+        ([0.0, 0.0], 1)
+
+    References:
+        `optax.apply_if_finite`, which restores the state in the same way.
+
+    Notes:
+        Schedules, held batches, moments and readings all stay as they were before the skipped step.
+        Cost: one pass over the updates and a select of the state.
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def init_fn(params):
+        zeros = (jnp.zeros((), jnp.int32) for _ in range(2))
+        return SkipNonfiniteState(inner.init(params), *zeros)
+
+    def update_fn(updates, state, params=None, **extra):
+        updates, inner_state = inner.update(updates, state.inner, params, **extra)
+        is_finite = jnp.all(
+            jnp.asarray([jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)])
+        )
+        skipped = (~is_finite).astype(jnp.int32)
+        return (
+            _tree.where(is_finite, updates, optax.tree.zeros_like(updates)),
+            SkipNonfiniteState(
+                inner=_tree.where(is_finite, inner_state, state.inner),
+                skipped_steps=state.skipped_steps + skipped,
+                skipped_in_a_row=skipped * (state.skipped_in_a_row + 1),
+            ),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def with_base(
+    tx: optax.GradientTransformation, base: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Chain a sharpness-aware transformation with a base that is strict about its keywords.
+
+        g_s     = tx(g; all keywords)
+        updates = base(g_s; value, grad, value_fn and whatever is not samx's own)
+
+    optax's line searches reject keywords that they do not know, such as `losses_fn` and `batch`,
+    and want a `value_fn` that returns a scalar; inside an ordinary `optax.chain` they would get
+    everything. Other bases do not need this.
+
+    Args:
+        tx: The sharpness-aware transformation.
+        base: The base optimizer.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; its state is that of `optax.chain(tx, base)`.
+
+    Raises:
+        Nothing of its own; what `tx` and `base` raise.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, samx
+        >>> search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=10)
+        >>> tx = samx.with_base(samx.sam(0.01), optax.chain(optax.sgd(1.0), search))
+        >>> w, batch = jnp.ones(2), jnp.eye(2)
+        >>> losses_fn = lambda w, b: (b @ w) ** 2
+        >>> value, g = jax.value_and_grad(lambda w: losses_fn(w, batch).mean())(w)
+        >>> updates, state = tx.update(
+        ...     g, tx.init(w), w, value=value, grad=g, losses_fn=losses_fn, batch=batch)
+        >>> bool(losses_fn(w + updates, batch).mean() < value)
+        True
+
+    References:
+        The keywords of `optax.scale_by_backtracking_linesearch`.
+
+    Notes:
+        samx's own keywords are `losses_fn`, `batch`, `weights`, `ascent_fn`, `labels`, `index` and
+        `validation_fn`. Where only `losses_fn` and `batch` are given, the base gets a `value_fn`
+        made of them. Cost: none.
+    """
+    base = optax.with_extra_args_support(base)
+
+    def update_fn(updates, state, params=None, **extra: Any):
+        return base.update(updates, state, params, **base_keywords("with_base", extra))
+
+    return optax.chain(tx, optax.GradientTransformationExtraArgs(base.init, update_fn))
