@@ -153,15 +153,7 @@ def value_and_grad_at(
     Notes:
         Cost: one forward and one backward pass, one transient copy of the parameters.
     """
-
-    def move(w, e):
-        w = jnp.asarray(w)
-        if not _tree.is_inexact(w):
-            return w
-        dtype = w.dtype if perturb_dtype is None else jnp.promote_types(w.dtype, perturb_dtype)
-        return (w.astype(jnp.promote_types(dtype, jnp.result_type(e))) + e).astype(dtype)
-
-    point = jax.tree.map(move, params, eps)
+    point = perturbed(params, eps, perturb_dtype)
     moved = zip(jax.tree.leaves(point), jax.tree.leaves(params), strict=True)
     is_widened = any(p.dtype != jnp.result_type(w) for p, w in moved)
     loss_and_grad = jax.value_and_grad(
@@ -180,6 +172,19 @@ def value_and_grad_at(
         ) from error
     grads = _tree.keep_floating(grads, params)  # float0 at the integers
     return (loss, aux), jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
+
+
+def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> optax.Params:
+    """The point `w + ε` as the closure sees it, in `perturb_dtype` or wider."""
+
+    def move(w, e):
+        w = jnp.asarray(w)
+        if not _tree.is_inexact(w):
+            return w
+        dtype = w.dtype if perturb_dtype is None else jnp.promote_types(w.dtype, perturb_dtype)
+        return (w.astype(jnp.promote_types(dtype, jnp.result_type(e))) + e).astype(dtype)
+
+    return jax.tree.map(move, params, eps)
 
 
 def mean_loss(losses_fn: Closure, batch: Any, weights: jax.Array | None = None) -> Closure:

@@ -274,14 +274,15 @@ def metric_ball(
         One norm over all leaves, accumulated in float32 or wider. A complex leaf climbs along the
         conjugate of JAX's gradient. `static_args`: `metric`. Cost: one norm, elementwise work.
     """
+    metric = identity() if metric is None else metric
 
-    def direction(g, params, metric):
+    def climb(g, params, radius):
         scales = metric(params)
         scaled = jax.tree.map(lambda g, t: jnp.conj(_tree.widen(g)) * t, g, scales)
-        length = _tree.norm(scaled) + norm_eps
-        return jax.tree.map(lambda s, t: t * s / length.astype(s.real.dtype), scaled, scales)
+        factor = radius / (_tree.norm(scaled) + norm_eps)
+        return jax.tree.map(lambda s, t: s * t * jnp.asarray(factor, s.real.dtype), scaled, scales)
 
-    return _ball(rho, metric, direction)
+    return _ball(rho, climb)
 
 
 def linf_ball(
@@ -319,13 +320,16 @@ def linf_ball(
         Radii are per element: far smaller than for an L2 ball, by √(number of parameters).
         `static_args`: `metric`. Cost: elementwise work.
     """
+    metric = identity() if metric is None else metric
 
-    def direction(g, params, metric):
-        return jax.tree.map(
-            lambda g, t: t * jnp.sign(jnp.conj(_tree.widen(g)) * t), g, metric(params)
-        )
+    def climb(g, params, radius):
+        def corner(g, t):
+            sign = jnp.sign(jnp.conj(_tree.widen(g)) * t)
+            return sign * t * jnp.asarray(radius, sign.real.dtype)
 
-    return _ball(rho, metric, direction)
+        return jax.tree.map(corner, g, metric(params))
+
+    return _ball(rho, climb)
 
 
 def on_leaves(
@@ -394,10 +398,9 @@ def on_leaves(
     return optax.GradientTransformationExtraArgs(perturbation.init, update_fn)
 
 
-def _ball(rho: Any, metric: Metric | None, direction: Callable[..., Any]):
-    """`ε = ρ(step) · direction(g, params, metric)`: the radius, its schedule, its step count."""
+def _ball(rho: Any, climb: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+    """`ε = climb(g, params, ρ)`, with ρ on its schedule: what every ball shares."""
     check_number("rho", rho, 0)
-    metric = identity() if metric is None else metric
 
     def init_fn(params):
         del params
@@ -405,9 +408,7 @@ def _ball(rho: Any, metric: Metric | None, direction: Callable[..., Any]):
 
     def update_fn(updates, state, params=None, **extra):
         del extra
-        radius = at_step(rho, state.step)
-        unit = direction(updates, params, metric)
-        eps = jax.tree.map(lambda u: u * jnp.asarray(radius, u.real.dtype), unit)
+        eps = climb(updates, params, at_step(rho, state.step))
         return eps, BallState(next_step(state.step))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

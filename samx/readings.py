@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from samx import _tree
 
@@ -24,8 +25,10 @@ class Readings(NamedTuple):
         sharp_loss: Loss at the perturbed point, the same examples.
         grad_norm: L2 norm of the gradient at the parameters, ‖g‖.
         sharp_grad_norm: L2 norm of the sharp gradient, ‖g_s‖.
-        perturbation_norm: L2 norm of the perturbation, ‖ε‖.
-        cosine: Cosine of the angle between `g` and `g_s`; 0 if one of them is zero.
+        perturbation_norm: L2 norm of the perturbation that the closure really saw, ‖(w + ε) − w‖:
+            0 where half precision rounds it away.
+        cosine: Cosine of the angle between that perturbation and `g_s`, which for an L2 ball is
+            the one between `g` and `g_s`; 0 if one of them is zero.
         is_sharp: Whether the last step computed a sharp gradient.
         gradients_spent: Gradients since `init`, in passes over one batch (the caller's included,
             if the variant uses it); float32, so exact up to 2²⁴.
@@ -65,18 +68,32 @@ def no_readings(params: Any) -> Readings:
 
 
 def take_readings(
-    last: Readings, loss: Any, sharp_loss: Any, g: Any, g_s: Any, eps: Any, gradients: float
+    last: Readings,
+    loss: Any,
+    sharp_loss: Any,
+    g: Any,
+    g_s: Any,
+    params: Any,
+    point: Any,
+    gradients: float,
 ) -> Readings:
-    """The readings of a step that computed a sharp gradient, at the cost of `gradients`."""
-    grad_norm, sharp_grad_norm = _tree.norm(g), _tree.norm(g_s)
-    product = grad_norm * sharp_grad_norm
+    """The readings of a step that took `g_s` at `point`, at the cost of `gradients`.
+
+    The perturbation is measured from `point`, which the backward pass needs anyway: to keep `g` for
+    it would cost a copy of the parameters. So would one shared difference, kept from the norm, which
+    XLA takes before the sharp pass, to the inner product behind it; of opposite sign, it is two.
+    """
+    moved = jax.tree.map(jnp.subtract, point, params)
+    moved_norm = _tree.norm(jax.tree.map(jnp.subtract, params, point))
+    sharp_grad_norm = _tree.norm(g_s)
+    product = moved_norm * sharp_grad_norm
     taken = Readings(
         loss=loss,
         sharp_loss=sharp_loss,
-        grad_norm=grad_norm,
+        grad_norm=_tree.norm(g),
         sharp_grad_norm=sharp_grad_norm,
-        perturbation_norm=_tree.norm(eps),
-        cosine=_tree.dot(g, g_s) / jnp.where(product == 0, 1, product),
+        perturbation_norm=moved_norm,
+        cosine=_tree.dot(optax.tree.conj(moved), g_s) / jnp.where(product == 0, 1, product),
         is_sharp=jnp.ones((), bool),
         gradients_spent=last.gradients_spent + gradients,
     )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._base import check_count, closure_transformation, value_and_grad_at
+from samx._base import check_count, closure_transformation, perturbed, value_and_grad_at
 from samx.perturbations import DefaultRho, ball_of
 from samx.readings import UNKNOWN, Readings, no_readings, take_readings
 
@@ -105,8 +105,10 @@ def sharpness_aware(
             eps = jax.lax.fori_loop(1, ascent_steps, climb, eps)
         sharp_loss, g_s = gradient(eps)
 
-        gradients = 1 + ascent_steps
-        readings = take_readings(state.readings, value, sharp_loss, g, g_s, eps, gradients)
+        point = perturbed(params, eps, perturb_dtype)
+        readings = take_readings(
+            state.readings, value, sharp_loss, g, g_s, params, point, gradients=1 + ascent_steps
+        )
         return g_s, SharpnessAwareState(ball, readings)
 
     return closure_transformation(init_fn, update_fn, name=name)

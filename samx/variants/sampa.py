@@ -19,6 +19,7 @@ from samx._base import (
     closure_transformation,
     mean_loss,
     next_step,
+    perturbed,
     value_and_grad_at,
 )
 from samx.perturbations import DefaultRho, ball_of
@@ -107,7 +108,7 @@ def sampa(
         ...     updates, state = tx.update(w, state, w, losses_fn=losses_fn, batch=batch)
         ...     w = optax.apply_updates(w, updates)
         >>> [round(float(x), 3) for x in w]
-        [0.215, 0.215]
+        [0.205, 0.205]
 
     References:
         Xie, Pethick, Cevher, "SAMPa: Sharpness-aware Minimization Parallelized", NeurIPS 2024,
@@ -117,7 +118,7 @@ def sampa(
         Cost: 2 gradients per step that do not wait for each other, and the trial step; one more
         copy of the parameters and one batch in the state. "vmap" holds both passes' activations.
         Readings: `loss` and `grad_norm` are those at `y` on the current batch, `sharp_loss` that at
-        x̃ on the previous one, `cosine` compares `g_s` with the `g_y` it climbed.
+        x̃ on the previous one.
         Fidelity: matches LIONS-EPFL/SAMPa with SGD, momentum, weight decay and schedules. Its
         published script degenerates at `lam=0` to the base optimizer on the previous batch, leaves
         weight decay out of `y` when there is no momentum, and pairs unrelated batches from the
@@ -175,8 +176,10 @@ def sampa(
         mixed = jax.tree.map(lambda s, y: ((1 - lam_t) * s + lam_t * y).astype(s.dtype), g_s, g_y)
         updates, base_state = base.update(mixed, state.base, params, **keywords)
 
-        readings = take_readings(state.readings, loss, sharp_loss, state.g_y, g_s, eps, 2)
-        readings = readings._replace(grad_norm=_tree.norm(g_y).astype(readings.grad_norm.dtype))
+        point = perturbed(params, eps, perturb_dtype)
+        readings = take_readings(
+            state.readings, loss, sharp_loss, g_y, g_s, params, point, gradients=2
+        )
         return updates, SAMPaState(
             step=next_step(state.step),
             base=base_state,

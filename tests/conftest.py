@@ -1,0 +1,12 @@
+"""Settings of every test: no implicit rank promotion; float64 only where a test asks for it."""
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "warn")  # every warning is an error
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield

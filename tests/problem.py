@@ -1,0 +1,88 @@
+"""The tiny float64 problem on which every trajectory was recorded, and how to train on it."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+STEPS, BATCH_SIZE = 12, 16
+TRAJECTORIES = Path(__file__).parent / "trajectories"
+
+
+def make(dtype=np.float64):
+    """64 examples of 3 classes, and the parameters of a 10-16-3 tanh network."""
+    rng = np.random.RandomState(0)
+    x = rng.randn(64, 10)
+    y = np.argmax(x @ rng.randn(10, 3) + 0.5 * rng.randn(64, 3), axis=1)
+    params = {
+        "W1": 0.5 * rng.randn(10, 16),
+        "b1": 0.1 * rng.randn(16),
+        "W2": 0.5 * rng.randn(16, 3),
+        "b2": 0.1 * rng.randn(3),
+    }
+    params = {name: jnp.asarray(value, dtype) for name, value in params.items()}
+    return {"x": jnp.asarray(x, dtype), "y": jnp.asarray(y)}, params
+
+
+def make_layer_norm():
+    """The same with a LayerNorm (scale `g`, shift `c`) between the first layer and its tanh."""
+    data, params = make()
+    rng = np.random.RandomState(1)
+    return data, params | {"g": 1 + 0.1 * jnp.asarray(rng.randn(16)), "c": 0.1 * rng.randn(16)}
+
+
+def batch_at(data, step):
+    start = (step % 4) * BATCH_SIZE
+    return jax.tree.map(lambda leaf: leaf[start : start + BATCH_SIZE], data)
+
+
+def losses_fn(params, batch):
+    hidden = batch["x"] @ params["W1"] + params["b1"]
+    if "g" in params:
+        hidden = jax.nn.standardize(hidden, epsilon=1e-5) * params["g"] + params["c"]
+    logits = jnp.tanh(hidden) @ params["W2"] + params["b2"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+
+def make_step(tx, losses_fn=losses_fn, **keywords):
+    """The contract's step function: the same for every variant."""
+
+    def step(params, state, batch):
+        def value_fn(params):
+            return losses_fn(params, batch).mean()
+
+        value, grads = jax.value_and_grad(value_fn)(params)
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            value=value,
+            grad=grads,
+            value_fn=value_fn,
+            losses_fn=losses_fn,
+            batch=batch,
+            **keywords,
+        )
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def train(tx, steps=STEPS, problem=make, losses_fn=losses_fn):
+    """The parameters after every step, one array [steps, ...] for each name."""
+    data, params = problem()
+    step, state, trajectory = jax.jit(make_step(tx, losses_fn)), tx.init(params), []
+    for t in range(steps):
+        params, state = step(params, state, batch_at(data, t))
+        trajectory.append(params)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trajectory)
+
+
+def load(name):
+    """A recorded trajectory and what its file says about it."""
+    with np.load(TRAJECTORIES / f"{name}.npz") as file:
+        meta = json.loads(str(file["meta"]))
+        return {key: file[key] for key in file.files if key != "meta"}, meta
