@@ -25,13 +25,13 @@ class Variant(NamedTuple):
 VARIANTS = {
     "base": Variant(lambda rho, base, batch: base, (0.0,), 1),
     "sam": Variant(
-        lambda rho, base, batch: optax.chain(samx.sam(rho), base), (0.05, 0.1, 0.2, 0.5), 2
+        lambda rho, base, batch: optax.chain(samx.sam(rho), base), (0.1, 0.2, 0.5, 1.0), 2
     ),
     "asam": Variant(
-        lambda rho, base, batch: optax.chain(samx.asam(rho), base), (0.5, 1.0, 2.0, 5.0), 2
+        lambda rho, base, batch: optax.chain(samx.asam(rho), base), (0.5, 1.0, 2.0, 4.0), 2
     ),
     "sampa": Variant(
-        lambda rho, base, batch: samx.sampa(base, rho, batch_like=batch), (0.05, 0.1, 0.2, 0.5), 2
+        lambda rho, base, batch: samx.sampa(base, rho, batch_like=batch), (0.1, 0.2, 0.5, 1.0), 2
     ),
 }
 

@@ -298,8 +298,11 @@ def next_step(step: jax.Array) -> jax.Array:
 
 
 def at_step(value: optax.ScalarOrSchedule, step: jax.Array) -> Any:
-    """A hyperparameter at the optimizer's step: the number itself, or its schedule there."""
-    return value(step) if callable(value) else value
+    """A hyperparameter at the optimizer's step: the number itself, or its schedule there.
+
+    In 64-bit mode the schedule gets an int64: a division of int32 would round it to float32.
+    """
+    return value(step.astype(int)) if callable(value) else value
 
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:

@@ -79,9 +79,9 @@ def take_readings(
 ) -> Readings:
     """The readings of a step that took `g_s` at `point`, at the cost of `gradients`.
 
-    The perturbation is measured from `point`, which the backward pass needs anyway: to keep `g` for
-    it would cost a copy of the parameters. So would one shared difference, kept from the norm, which
-    XLA takes before the sharp pass, to the inner product behind it; of opposite sign, it is two.
+    The perturbation is measured from `point`, which the backward pass needs anyway: to keep `g`
+    for it would cost a copy of the parameters. So would one shared difference, held from the norm,
+    which XLA takes before the sharp pass, to the product behind it; of opposite sign, it is two.
     """
     moved = jax.tree.map(jnp.subtract, point, params)
     moved_norm = _tree.norm(jax.tree.map(jnp.subtract, params, point))

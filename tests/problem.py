@@ -40,10 +40,10 @@ def batch_at(data, step):
 
 
 def losses_fn(params, batch):
-    hidden = batch["x"] @ params["W1"] + params["b1"]
+    hidden = batch["x"] @ params["W1"] + params["b1"][None]
     if "g" in params:
-        hidden = jax.nn.standardize(hidden, epsilon=1e-5) * params["g"] + params["c"]
-    logits = jnp.tanh(hidden) @ params["W2"] + params["b2"]
+        hidden = jax.nn.standardize(hidden, epsilon=1e-5) * params["g"][None] + params["c"][None]
+    logits = jnp.tanh(hidden) @ params["W2"] + params["b2"][None]
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
 
 

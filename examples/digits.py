@@ -1,0 +1,393 @@
+"""Sharpness-aware training against its base optimizer, on handwritten digits with wrong labels.
+
+    python examples/digits.py
+    python examples/digits.py --variants base sam --base adamw --seeds 5 --noise 0.5
+
+A small Flax network learns scikit-learn's digits (1797 real images of 8x8 pixels) twice: with a
+share of its training labels flipped, and with clean labels. Every method gets the same epochs;
+`base2x` is the base optimizer with twice as many, so that it spends the gradients of SAM. Learning
+rate and rho of each method are chosen on a validation split, over seeds of their own; the test
+split is looked at once, with the chosen values. Every seed has its own split, flipped labels,
+initialization and batches, and all seeds and candidates train at once, vmapped.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from flax import nnx
+from output import free_folder
+from registry import BASES, VARIANTS
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import samx
+
+TRAIN, VALIDATION, BATCH = 1000, 297, 100  # of 1797 images; 500 are left to test
+STEPS_PER_EPOCH = TRAIN // BATCH
+TUNING_SEEDS = range(1000, 1003)  # none of them is a reported seed
+SHARPNESS_RADIUS = 0.1  # of the reported loss increase, the same for every method
+LEARNING_RATES = {
+    "sgd": (0.1, 0.3, 1.0),
+    "momentum": (0.01, 0.03, 0.1, 0.3),
+    "adamw": (3e-4, 1e-3, 3e-3, 1e-2),
+}
+# A row of the tables: the variant, and how many times the epochs.
+ROWS = {"base": ("base", 1), "base2x": ("base", 2)} | {
+    name: (name, 1) for name in VARIANTS if name != "base"
+}
+
+
+class Network(nnx.Module):
+    """Two hidden layers, from 64 pixels to 10 logits."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.first = nnx.Linear(64, width, rngs=rngs)
+        self.second = nnx.Linear(width, width, rngs=rngs)
+        self.head = nnx.Linear(width, 10, rngs=rngs)
+
+    def __call__(self, x):  # noqa: D102
+        return self.head(nnx.relu(self.second(nnx.relu(self.first(x)))))
+
+
+class Trainer(NamedTuple):
+    """A method's compiled functions over a vector of runs, each a (seed, learning rate, rho)."""
+
+    init: Callable[..., Any]  # runs -> (params, state)
+    epoch: Callable[..., Any]  # params, state, runs, noise, epoch -> params, state, accuracies
+    loss_increase: Callable[..., Any]  # params, runs, noise -> [runs]
+    step: Callable[..., Any]  # one step of one run: params, state, run, batch -> params, state
+
+
+class Runs(NamedTuple):
+    """Vectors of equal length: what distinguishes the runs that train together."""
+
+    seed: jax.Array
+    learning_rate: jax.Array
+    rho: jax.Array
+
+
+def split(seed: jax.Array, noise: jax.Array | float):
+    """The seed's training, validation and test images; `noise` of the training labels are wrong."""
+    x, y = load_digits(return_X_y=True)
+    x, y = jnp.asarray(x / 16, jnp.float32), jnp.asarray(y, jnp.int32)
+    order, wrong = jax.random.split(jax.random.fold_in(jax.random.key(0), seed))
+    order = jax.random.permutation(order, len(x))
+    flipped = (y + jax.random.randint(wrong, y.shape, 1, 10)) % 10  # another digit, any other
+    is_flipped = jnp.arange(TRAIN) < noise * TRAIN
+    train, validation, test = jnp.split(order, [TRAIN, TRAIN + VALIDATION])
+    return (
+        {"x": x[train], "y": jnp.where(is_flipped, flipped[train], y[train])},
+        {"x": x[validation], "y": y[validation]},
+        {"x": x[test], "y": y[test]},
+    )
+
+
+def make_trainer(variant: str, base: str, width: int, epochs: int) -> Trainer:
+    """Compile-once functions that train a vector of runs by one epoch."""
+    graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
+    batch_like = {
+        "x": jax.ShapeDtypeStruct((BATCH, 64), jnp.float32),
+        "y": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+    }
+
+    def logits(params, x):
+        return nnx.merge(graph, params)(x)
+
+    def losses_fn(params, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, batch["x"]), batch["y"]
+        )
+
+    def accuracy(params, data):
+        return jnp.mean(logits(params, data["x"]).argmax(-1) == data["y"])
+
+    def optimizer(run):
+        schedule = optax.cosine_decay_schedule(run.learning_rate, epochs * STEPS_PER_EPOCH)
+        tx = VARIANTS[variant].make(run.rho, BASES[base](schedule), batch_like)
+        return optax.with_extra_args_support(tx)
+
+    def init(run):
+        params = nnx.state(Network(width, rngs=nnx.Rngs(jax.random.key(run.seed))), nnx.Param)
+        return params, optimizer(run).init(params)
+
+    def step(params, state, run, batch):
+        def value_fn(params):
+            return losses_fn(params, batch).mean()
+
+        value, grads = jax.value_and_grad(value_fn)(params)
+        updates, state = optimizer(run).update(
+            grads,
+            state,
+            params,
+            value=value,
+            grad=grads,
+            value_fn=value_fn,
+            losses_fn=losses_fn,
+            batch=batch,
+        )
+        return optax.apply_updates(params, updates), state
+
+    def epoch(params, state, run, noise, epoch):
+        train, validation, test = split(run.seed, noise)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), run.seed), epoch)
+        order = jax.random.permutation(key, TRAIN).reshape(STEPS_PER_EPOCH, BATCH)
+
+        def body(carry, rows):
+            params, state = carry
+            return step(params, state, run, jax.tree.map(lambda leaf: leaf[rows], train)), None
+
+        (params, state), _ = jax.lax.scan(body, (params, state), order)
+        accuracies = jnp.stack([accuracy(params, data) for data in (train, validation, test)])
+        return params, state, accuracies
+
+    def loss_increase(params, run, noise):
+        train, _, _ = split(run.seed, noise)
+        ball = samx.perturbations.metric_ball(SHARPNESS_RADIUS)
+        loss, g = jax.value_and_grad(lambda p: losses_fn(p, train).mean())(params)
+        eps, _ = ball.update(g, ball.init(params), params)
+        return losses_fn(optax.apply_updates(params, eps), train).mean() - loss
+
+    return Trainer(
+        jax.jit(jax.vmap(init)),
+        jax.jit(jax.vmap(epoch, in_axes=(0, 0, 0, None, None)), donate_argnums=(0, 1)),
+        jax.jit(jax.vmap(loss_increase, in_axes=(0, 0, None))),
+        jax.jit(step),
+    )
+
+
+def train(trainer: Trainer, runs: Runs, noise: float, epochs: int, advance: Callable[[], Any]):
+    """Train all runs; returns parameters, states and accuracies [epochs, runs, 3 splits]."""
+    params, state = trainer.init(runs)
+    history = []
+    for index in range(epochs):
+        params, state, accuracies = trainer.epoch(params, state, runs, noise, index)
+        history.append(np.asarray(accuracies))
+        advance()
+    return params, state, np.stack(history)
+
+
+def choose(trainer, candidates, noise, epochs, advance) -> tuple[float, float]:
+    """The (learning rate, rho) with the best mean validation accuracy over the tuning seeds."""
+    runs = [(seed, *candidate) for candidate in candidates for seed in TUNING_SEEDS]
+    _, _, history = train(
+        trainer, Runs(*map(jnp.asarray, zip(*runs, strict=True))), noise, epochs, advance
+    )
+    validation = history[-1, :, 1].reshape(len(candidates), len(TUNING_SEEDS)).mean(axis=1)
+    return candidates[int(validation.argmax())]
+
+
+def seconds_per_step(trainer: Trainer, runs: Runs, noise: float, repeats: int = 100) -> float:
+    """Median seconds of one step of one run, not vmapped, after compilation."""
+    run = jax.tree.map(lambda leaf: leaf[0], runs)
+    params, state = jax.tree.map(lambda leaf: leaf[0], trainer.init(runs))
+    batch = jax.tree.map(lambda leaf: leaf[:BATCH], split(run.seed, noise)[0])
+    jax.block_until_ready(trainer.step(params, state, run, batch))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(trainer.step(params, state, run, batch))
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
+
+
+def measure(row: str, args: argparse.Namespace, noises: list[float], bar: tqdm) -> list[dict]:
+    """Choose, train and measure one row of every table."""
+    variant, times = ROWS[row]
+    epochs = times * args.epochs
+    trainer = make_trainer(variant, args.base, args.width, epochs)
+    candidates = candidates_of(row, args)
+    results = []
+    for noise in noises:
+        bar.set_description(f"{row}, {noise:.0%} wrong labels")
+        tuning = len(candidates) * len(TUNING_SEEDS)
+        learning_rate, rho = choose(
+            trainer, candidates, noise, epochs, partial(bar.update, work_of(row, tuning))
+        )
+        seeds = jnp.arange(args.seeds)
+        runs = Runs(seeds, jnp.full(args.seeds, learning_rate), jnp.full(args.seeds, rho))
+        params, state, history = train(
+            trainer, runs, noise, epochs, partial(bar.update, work_of(row, args.seeds))
+        )
+        spent = optax.tree.get(state, "gradients_spent")
+        if spent is None:  # the base optimizer keeps no readings: one gradient per step
+            spent = np.full(args.seeds, epochs * STEPS_PER_EPOCH)
+        results.append(
+            {
+                "row": row,
+                "noise": noise,
+                "learning_rate": learning_rate,
+                "rho": rho,
+                "train_accuracy": history[-1, :, 0].tolist(),
+                "test_accuracy": history[-1, :, 2].tolist(),
+                "test_accuracy_by_epoch": history[:, :, 2].mean(axis=1).tolist(),
+                "loss_increase": trainer.loss_increase(params, runs, noise).tolist(),
+                "gradients": float(spent[0]),
+                "seconds_per_step": seconds_per_step(trainer, runs, noise),
+            }
+        )
+    return results
+
+
+def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float]]:
+    """The (learning rate, rho) to choose from; the base optimizer has no rho."""
+    variant, _ = ROWS[row]
+    radii = VARIANTS[variant].radii
+    if args.rho and variant != "base":
+        radii = tuple(args.rho)
+    return [(rate, rho) for rate in LEARNING_RATES[args.base] for rho in radii]
+
+
+def work_of(row: str, runs: int) -> float:
+    """Gradient steps in one epoch of `runs` runs: the unit of the progress bar."""
+    return STEPS_PER_EPOCH * runs * VARIANTS[ROWS[row][0]].gradients
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and its standard error; the error of a single value is not a number."""
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return float(np.mean(values)), float(error)
+
+
+def print_table(results: list[dict], noise: float, seeds: int) -> None:
+    """One line per method."""
+    print(f"\n{noise:.0%} of the training labels wrong, {seeds} seeds (mean ± standard error)")
+    head = f"{'method':<8} {'test acc. %':>14} {'train acc. %':>13} {'loss increase':>14}"
+    head += f" {'gradients':>10} {'ms/step':>8} {'lr':>7} {'rho':>6}"
+    print(head + "\n" + "-" * len(head))
+    for result in (r for r in results if r["noise"] == noise):
+        test, error = mean_and_error([100 * a for a in result["test_accuracy"]])
+        train_accuracy, _ = mean_and_error([100 * a for a in result["train_accuracy"]])
+        increase, _ = mean_and_error(result["loss_increase"])
+        print(
+            f"{result['row']:<8} {test:>7.2f} ± {error:4.2f} {train_accuracy:>13.2f}"
+            f" {increase:>14.4f} {result['gradients']:>10.0f}"
+            f" {1e3 * result['seconds_per_step']:>8.3f} {result['learning_rate']:>7g}"
+            f" {result['rho']:>6g}"
+        )
+    print(f"loss increase: L(w + eps) - L(w) on the training set, |eps| = {SHARPNESS_RADIUS}")
+
+
+def compare(results: list[dict], noise: float) -> None:
+    """SAM's lead over the base optimizer with as many gradients, in standard errors."""
+    rows = {r["row"]: r for r in results if r["noise"] == noise}
+    if len(rows.get("sam", {}).get("test_accuracy", ())) < 2 or "base2x" not in rows:
+        return
+    difference = np.subtract(rows["sam"]["test_accuracy"], rows["base2x"]["test_accuracy"])
+    lead, error = mean_and_error(list(100 * difference))
+    print(
+        f"sam - base2x, the same gradients and seeds: {lead:+.2f} ± {error:.2f} points, "
+        f"{lead / error:+.1f} standard errors"
+    )
+
+
+def draw(results: list[dict], noises: list[float], path: Path, title: str) -> None:
+    """Final accuracies on the left of each row of panels, the way there on the right."""
+    rows = list(dict.fromkeys(r["row"] for r in results))
+    colors = {row: f"C{position}" for position, row in enumerate(rows)}
+    figure, axes = plt.subplots(
+        len(noises), 2, figsize=(11, 1.2 + 3.2 * len(noises)), squeeze=False, layout="constrained"
+    )
+    for (left, right), noise in zip(axes, noises, strict=True):
+        for position, result in enumerate(r for r in results if r["noise"] == noise):
+            color = colors[result["row"]]
+            mean, error = mean_and_error([100 * a for a in result["test_accuracy"]])
+            left.errorbar(mean, position, xerr=error, fmt="o", color=color, capsize=4)
+            left.annotate(
+                f"{mean:.1f}", (mean, position), (0, 8), textcoords="offset points", ha="center"
+            )
+            curve = 100 * np.asarray(result["test_accuracy_by_epoch"])
+            gradients = np.linspace(0, result["gradients"], len(curve) + 1)[1:]
+            right.plot(gradients, curve, color=color, label=result["row"])
+        left.set_yticks(range(len(rows)), rows)
+        left.set_ylim(len(rows) - 0.4, -0.7)
+        left.set_title(f"{noise:.0%} of the training labels wrong")
+        left.set_xlabel("test accuracy, % (mean ± standard error)")
+        left.grid(axis="x", alpha=0.3)
+        right.set_title("along the way, at equal gradients")
+        right.set_xlabel("gradients spent")
+        right.set_ylabel("test accuracy, %")
+        best = max(max(r["test_accuracy_by_epoch"]) for r in results if r["noise"] == noise)
+        right.set_ylim(100 * best - 15, 100 * best + 1)
+        right.grid(alpha=0.3)
+        right.legend(loc="lower right")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variants", nargs="+", default=list(ROWS), metavar="NAME")
+    parser.add_argument("--base", choices=list(BASES), default="momentum")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
+    parser.add_argument("--rho", type=float, nargs="+", help="radii to choose from, for all")
+    parser.add_argument("--width", type=int, default=128, help="units of each hidden layer")
+    parser.add_argument("--out", help="new folder of the results; default runs/digits-NNN")
+    args = parser.parse_args(argv)
+    if unknown := [name for name in args.variants if name not in ROWS]:
+        parser.error(f"unknown variants {', '.join(unknown)}; known: {', '.join(ROWS)}")
+    args.variants = list(dict.fromkeys(args.variants))
+    for name in ("seeds", "epochs", "width"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.noise < 1:
+        parser.error(f"--noise must be in [0, 1), got {args.noise}")
+    if args.rho and not all(0 <= rho < float("inf") for rho in args.rho):
+        parser.error(f"--rho must be finite and at least 0, got {args.rho}")
+    try:
+        args.folder = free_folder(args.out, "digits")
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    args = parse(argv)
+    device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
+    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
+    start = time.perf_counter()
+    noises = list(dict.fromkeys([args.noise, 0.0]))
+    total = sum(
+        work_of(row, len(candidates_of(row, args)) * len(TUNING_SEEDS) + args.seeds)
+        * ROWS[row][1]
+        * args.epochs
+        * len(noises)
+        for row in args.variants
+    )
+    with tqdm(total=int(total), unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
+        results = [r for row in args.variants for r in measure(row, args, noises, bar)]
+
+    for noise in noises:
+        print_table(results, noise, args.seeds)
+        compare(results, noise)
+
+    settings = {k: v for k, v in vars(args).items() if k not in ("folder", "out")}
+    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
+    report |= {"settings": settings, "results": results}
+    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    title = f"Digits: {args.base} and its sharpness-aware versions, {args.seeds} seeds"
+    draw(results, noises, args.folder / "digits.png", title)
+    print(f"\n{time.perf_counter() - start:.0f} s in all. Results: {args.folder / 'results.json'}")
+    print(f"Plot: {args.folder / 'digits.png'}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""What a sharpness-aware step costs: time, flops, memory traffic and memory of every variant.
+
+    python examples/step_cost.py                        # everything, both models
+    python examples/step_cost.py --variants sam sampa --models dense --repeats 5
+
+Every row of the table is one jitted training step with SGD and momentum; the plain step, without
+any perturbation, is what the others are compared with. In each round every row is timed once, in
+random order, and times are divided by the plain step's of the same round: what slows the machine
+down for a while slows both. The parameters stay where they are, so that every call does the same
+work, and each step gets the optimizer state that the call before it returned.
+
+Two more rows say what SAM costs without samx, written by hand and with optax.contrib.sam. Prints a
+table for each model; results.json and step_cost.png go to --out.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from matplotlib.figure import Figure
+from output import free_folder
+from registry import BASES, VARIANTS
+from tqdm import tqdm
+
+import samx
+
+LEARNING_RATE = 0.1
+MOMENTUM = 0.9
+RHO = 0.05  # of every row: it does not change the cost
+# A measurement is long enough for the clock, and covers a period of the variants that do not take a
+# sharp gradient on every step.
+LEAST_SECONDS = 0.02
+LEAST_CALLS = 5
+COMPARISONS = {
+    "samx SAM vs by hand, readings read": ("sam", "sam by hand"),
+    "samx SAM vs by hand, readings unread": ("sam, readings unread", "sam by hand"),
+    "samx SAM vs optax.contrib.sam": ("sam", "optax.contrib.sam"),
+    "SAMPa vmap vs separate": ("sampa", "sampa, separate"),
+}
+HEADER = """\
+                     gradients      flops   bytes   memory     time                time      time
+                                /gradient  /plain  /params       ms              /plain  /by hand"""
+
+
+class Row(NamedTuple):
+    """A step to be measured: `step(params, state, batch) -> (params, state, loss)`."""
+
+    step: Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]
+    state: Any
+    gradients: float
+
+
+def dense(rngs: nnx.Rngs) -> nnx.Module:
+    layer = functools.partial(nnx.Linear, rngs=rngs)
+    return nnx.Sequential(
+        *(layer(784, 1024), nnx.relu, layer(1024, 1024), nnx.relu, layer(1024, 10))
+    )
+
+
+def conv(rngs: nnx.Rngs) -> nnx.Module:
+    layer = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
+    return nnx.Sequential(
+        *(layer(3, 32), nnx.relu, layer(32, 64, strides=2), nnx.relu),
+        *(layer(64, 128, strides=2), nnx.relu, layer(128, 128, strides=2), nnx.relu),
+        *(lambda x: x.mean(axis=(1, 2)), nnx.Linear(128, 10, rngs=rngs)),
+    )
+
+
+# Model, shape of one example, batch size.
+MODELS = {"dense": (dense, (784,), 512), "conv": (conv, (32, 32, 3), 64)}
+
+
+def problem(model: str, batch_size: int | None) -> tuple[Callable, Any, dict[str, jax.Array]]:
+    """The model as pure functions: `losses_fn(params, batch) -> [B]`, params, and a batch."""
+    make, shape, default_size = MODELS[model]
+    size = batch_size or default_size
+    graph, params = nnx.split(make(nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32),
+        "label": jnp.asarray(rng.integers(10, size=size)),
+    }
+
+    def losses_fn(params, batch):
+        logits = nnx.merge(graph, params)(batch["image"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+
+    return losses_fn, params, batch
+
+
+def reference_rows(losses_fn: Callable, params: Any) -> dict[str, Row]:
+    """The gradient, the plain step, and SAM without samx."""
+    base = BASES["momentum"](LEARNING_RATE)
+    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
+    contrib = optax.contrib.sam(base, adversary, opaque_mode=True)
+
+    def mean_loss(params, batch):
+        return losses_fn(params, batch).mean()
+
+    def gradient(params, state, batch):
+        del state
+        value, g = jax.value_and_grad(mean_loss)(params, batch)
+        return params, g, value
+
+    def plain(params, state, batch):
+        value, g = jax.value_and_grad(mean_loss)(params, batch)
+        updates, state = base.update(g, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    def by_hand(params, velocity, batch):
+        value, g = jax.value_and_grad(mean_loss)(params, batch)
+        norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(g)))
+        scale = RHO / (norm + 1e-12)
+        point = jax.tree.map(lambda w, d: w + scale * d, params, g)
+        g_s = jax.grad(mean_loss)(point, batch)
+        velocity = jax.tree.map(lambda v, d: MOMENTUM * v + d, velocity, g_s)
+        params = jax.tree.map(lambda w, v: w - LEARNING_RATE * v, params, velocity)
+        return params, velocity, value
+
+    def optax_contrib(params, state, batch):
+        value, g = jax.value_and_grad(mean_loss)(params, batch)
+        grad_fn = jax.grad(lambda p, _: mean_loss(p, batch))
+        updates, state = contrib.update(g, state, params, grad_fn=grad_fn)
+        return optax.apply_updates(params, updates), state, value
+
+    zeros = optax.tree.zeros_like(params)
+    return {
+        "gradient": Row(gradient, zeros, 1),
+        "plain": Row(plain, base.init(params), 1),
+        "sam by hand": Row(by_hand, zeros, 2),
+        "optax.contrib.sam": Row(optax_contrib, contrib.init(params), 2),
+    }
+
+
+def samx_rows(losses_fn: Callable, params: Any, batch: Any, variants: list[str]) -> dict[str, Row]:
+    """One row for each variant, and two more where there is something to choose."""
+    base = BASES["momentum"](LEARNING_RATE)
+
+    def step(tx, read, params, state, batch):
+        def value_fn(p):
+            return losses_fn(p, batch).mean()
+
+        value, g = jax.value_and_grad(value_fn)(params)
+        closures = dict(value_fn=value_fn, losses_fn=losses_fn, batch=batch)
+        updates, new = tx.update(g, state, params, value=value, **closures)
+        # Not `value`: for a variant that ignores it, it would keep a forward pass alive.
+        loss = optax.tree.get(new, "loss")
+        if not read:
+            new = (new[0]._replace(readings=state[0].readings), *new[1:])
+        return optax.apply_updates(params, updates), new, loss
+
+    def row(tx, name, read=True):
+        return Row(functools.partial(step, tx, read), tx.init(params), VARIANTS[name].gradients)
+
+    rows = {}
+    for name in variants:
+        tx = VARIANTS[name].make(RHO, base, batch)
+        rows[name] = row(tx, name)
+        if name == "sam":
+            rows["sam, readings unread"] = row(tx, name, read=False)
+        if name == "sampa":
+            separate = samx.sampa(base, RHO, batch_like=batch, gradients="separate")
+            rows["sampa, separate"] = row(separate, name)
+    return rows
+
+
+def measure(model: str, batch_size: int | None, variants: list[str], repeats: int) -> dict:
+    """Compile every row of one model, then time them all in `repeats` rounds."""
+    losses_fn, params, batch = problem(model, batch_size)
+    rows = reference_rows(losses_fn, params) | samx_rows(losses_fn, params, batch, variants)
+
+    compiled, calls, states, results = {}, {}, {}, {}
+
+    def run(name, times):
+        start = time.perf_counter()
+        for _ in range(times):
+            out = compiled[name](params, states[name], batch)
+            states[name] = out[1]
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / times
+
+    for name, row in tqdm(rows.items(), desc=f"{model}: compile", unit="step"):
+        compiled[name] = jax.jit(row.step).lower(params, row.state, batch).compile()
+        states[name] = row.state
+        run(name, 1)
+        calls[name] = max(LEAST_CALLS, math.ceil(LEAST_SECONDS / run(name, 1)))
+        cost = compiled[name].cost_analysis()
+        results[name] = {
+            "gradients": row.gradients,
+            "flops": cost["flops"],
+            "bytes": cost["bytes accessed"],
+            "temporary_bytes": compiled[name].memory_analysis().temp_size_in_bytes,
+            "seconds": [],
+        }
+
+    shuffle = random.Random(0)
+    rounds = [shuffle.sample(list(rows), len(rows)) for _ in range(repeats)]
+    order = [name for names in rounds for name in names]
+    for name in tqdm(order, desc=f"{model}: time", unit="measurement"):
+        results[name]["seconds"].append(run(name, calls[name]))
+
+    leaves = jax.tree.leaves(params)
+    size = sum(leaf.nbytes for leaf in leaves)
+    gradient, plain, by_hand = (results[name] for name in ("gradient", "plain", "sam by hand"))
+    for result in results.values():
+        result["milliseconds"] = 1e3 * float(np.median(result["seconds"]))
+        result["flops_to_gradient"] = result["flops"] / gradient["flops"]
+        result["bytes_to_plain"] = result["bytes"] / plain["bytes"]
+        result["memory_copies"] = (result["temporary_bytes"] - plain["temporary_bytes"]) / size
+        result["time_to_plain"] = quartiles(result, plain)
+        result["time_to_by_hand"] = quartiles(result, by_hand)
+    parameters = sum(leaf.size for leaf in leaves)
+    return {"batch": len(batch["label"]), "parameters": parameters, "rows": results}
+
+
+def quartiles(result: dict, reference: dict) -> list[float]:
+    """Quartiles of the time ratio, taken round by round."""
+    ratios = np.divide(result["seconds"], reference["seconds"])
+    return np.percentile(ratios, [25, 50, 75]).tolist()
+
+
+def spread(three: list[float]) -> str:
+    return "{1:.2f} [{0:.2f}, {2:.2f}]".format(*three)
+
+
+def table(rows: dict) -> str:
+    lines = [HEADER]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:<21}{row['gradients']:>9g}{row['flops_to_gradient']:>11.3f}"
+            f"{row['bytes_to_plain']:>8.2f}{row['memory_copies']:>9.2f}"
+            f"{row['milliseconds']:>9.2f}{spread(row['time_to_plain']):>20}"
+            f"{row['time_to_by_hand'][1]:>10.2f}"
+        )
+    lines.append("Time ratios: median [quartiles] of the rounds. Memory: temporary, above plain.\n")
+    for title, (name, reference) in COMPARISONS.items():
+        if name in rows:
+            one, other = rows[name], rows[reference]
+            lines.append(
+                f"{title:<38}time {spread(quartiles(one, other))}"
+                f"   flops {one['flops'] / other['flops']:.3f}"
+                f"   bytes {one['bytes'] / other['bytes']:.2f}"
+            )
+    return "\n".join(lines)
+
+
+def plot(models: dict, path: Path) -> None:
+    """One panel for each model: bars for time, ticks for flops."""
+    num_rows = max(len(result["rows"]) for result in models.values())
+    figure = Figure(figsize=(2 + 4.5 * len(models), 1.4 + 0.35 * num_rows), layout="constrained")
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for axes, (model, result) in zip(panels, models.items(), strict=True):
+        rows = result["rows"]
+        low, middle, high = np.transpose([row["time_to_plain"] for row in rows.values()])
+        flops = [row["flops"] / rows["plain"]["flops"] for row in rows.values()]
+        colors = ["skyblue" if name.split(",")[0] in VARIANTS else "0.7" for name in rows]
+        axes.barh(list(rows), middle, color=colors, xerr=[middle - low, high - middle], capsize=3)
+        axes.plot(flops, list(rows), "|", color="C1", markersize=17, markeredgewidth=2)
+        for name, ratio, end in zip(rows, middle, np.maximum(high, flops), strict=True):
+            axes.annotate(f"{ratio:.2f}", (end, name), (7, -4), textcoords="offset points")
+        axes.axvline(1, color="0.3", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.12)
+        axes.set_title(f"{model}: {result['parameters']:,} parameters, batch {result['batch']}")
+    panels[0].invert_yaxis()
+    figure.suptitle("Time of a training step, relative to the plain step")
+    figure.supxlabel(
+        "Bars: median time with samx (blue) and without (grey); black: quartiles; orange: flops",
+        fontsize="medium",
+    )
+    figure.savefig(path, dpi=150)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    names = [name for name in VARIANTS if name != "base"]
+    parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--repeats", type=positive, default=15, help="rounds (default 15)")
+    parser.add_argument("--batch", type=positive, help="default 512 for dense, 64 for conv")
+    parser.add_argument("--out", help="new or empty folder (default runs/step_cost-NNN)")
+    args = parser.parse_args(argv)
+    try:
+        folder = free_folder(args.out, "step_cost")
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+
+    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
+    print(f"{device}, jax {jax.__version__}, samx {samx.__version__}")
+    results = {}
+    for model in dict.fromkeys(args.models):
+        results[model] = result = measure(model, args.batch, args.variants, args.repeats)
+        print(f"\n{model}: {result['parameters']:,} parameters, batch {result['batch']}\n")
+        print(table(result["rows"]) + "\n")
+
+    about = {"device": device, "jax": jax.__version__, "arguments": vars(args)}
+    (folder / "results.json").write_text(json.dumps(about | {"models": results}, indent=1))
+    plot(results, folder / "step_cost.png")
+    print(f"Wrote {folder / 'results.json'} and {folder / 'step_cost.png'}")
+
+
+if __name__ == "__main__":
+    main()
