@@ -196,8 +196,7 @@ def mean_loss(losses_fn: Closure, batch: Any, weights: jax.Array | None = None) 
         if weights is None:
             return jnp.mean(losses), aux
         total = jnp.sum(weights)
-        weighted = jnp.where(weights == 0, 0, losses) * weights  # padding may well be NaN
-        return jnp.sum(weighted) / jnp.where(total == 0, 1, total), aux
+        return jnp.sum(losses * weights) / jnp.where(total == 0, 1, total), aux
 
     return value_fn
 

@@ -58,7 +58,7 @@ class Case:
         hyper = self.hyper | changes
         if self.needs_batch_like:
             if batch_like is None:
-                batch_like = jax.eval_shape(lambda: problem.batch_at(problem.make()[0], 0))
+                batch_like = jax.eval_shape(lambda: problem.batch_at(problem.make("float32")[0], 0))
             hyper["batch_like"] = batch_like
         factory = self.factory
         if inject:
@@ -107,7 +107,9 @@ VARIANTS = {
         climbs=False,
     ),
     "two ascent steps": Case(_ball(metric_ball, ascent_steps=2), "chain", {"rho": 0.05}, (2, 2)),
-    "layerwise": Case(_ball(lambda rho: metric_ball(rho, layerwise())), "chain", {"rho": 0.1}, (1, 1)),
+    "layerwise": Case(
+        _ball(lambda rho: metric_ball(rho, layerwise())), "chain", {"rho": 0.1}, (1, 1)
+    ),
     "l-infinity": Case(_ball(linf_ball), "chain", {"rho": 0.005}, (1, 1)),
     "weights only": Case(
         _ball(lambda rho: on_leaves(metric_ball(rho), _is_weight)), "chain", {"rho": 0.05}, (1, 1)

@@ -90,9 +90,7 @@ BASES = {
     ),
     "sgd, decay and cosine": (
         decayed(optax.sgd(optax.cosine_decay_schedule(0.1, STEPS))),
-        lambda: reference.SGD(
-            lambda t: 0.05 * (1 + np.cos(np.pi * t / STEPS)), weight_decay=5e-4
-        ),
+        lambda: reference.SGD(lambda t: 0.05 * (1 + np.cos(np.pi * t / STEPS)), weight_decay=5e-4),
     ),
 }
 WEIGHTS = {"W1", "W2"}
@@ -150,9 +148,7 @@ def test_l2_inside_the_loss_is_part_of_the_ascent():
     expected = reference.train_sam(base, reference.ball(0.1), STEPS, losses_fn=losses_fn)
     tx = optax.chain(samx.sam(0.1), BASES["nesterov"][0])
     assert_same(problem.train(tx, STEPS, losses_fn=losses_fn), expected)
-    outside = problem.train(
-        optax.chain(samx.sam(0.1), decayed(BASES["nesterov"][0], 1e-2)), STEPS
-    )
+    outside = problem.train(optax.chain(samx.sam(0.1), decayed(BASES["nesterov"][0], 1e-2)), STEPS)
     assert np.abs(outside["W1"] - expected["W1"]).max() > 1e-6
 
 

@@ -1,0 +1,461 @@
+"""What every variant promises, whatever its paper: section "The contract" of the README."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+from cases import VARIANTS
+
+import samx
+
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+def fresh(dtype=np.float32):
+    """First batch and parameters, in new buffers."""
+    data, params = problem.make(dtype)
+    return problem.batch_at(data, 0), params
+
+
+def signature(tree):
+    """What must not change from step to step, or the program is compiled again."""
+    return jax.tree.map(lambda x: (jnp.shape(x), x.dtype, jax.typeof(x).weak_type), tree)
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+def assert_finite(tree):
+    for leaf in jax.tree.leaves(tree):
+        assert np.all(np.isfinite(np.asarray(leaf, np.float64)))
+
+
+def updates_of(tx, params, batch, state=None, losses_fn=problem.losses_fn, **keywords):
+    """One update as the contract writes it, outside jit."""
+
+    def value_fn(p):
+        return losses_fn(p, batch).mean()
+
+    value, grads = jax.value_and_grad(value_fn)(params)
+    keywords = {
+        "value": value,
+        "grad": grads,
+        "value_fn": value_fn,
+        "losses_fn": losses_fn,
+        "batch": batch,
+    } | keywords
+    state = tx.init(params) if state is None else state
+    return tx.update(grads, state, params, **keywords)
+
+
+@every_variant
+def test_jit_is_eager_and_compiles_once(name):
+    tx, (batch, params) = VARIANTS[name].build(), fresh()
+    step, state = problem.make_step(tx), tx.init(params)
+    compiled = jax.jit(step)
+    slow, fast = (params, state), (params, state)
+    for _ in range(3):
+        slow, fast = step(*slow, batch), compiled(*fast, batch)
+    assert_close(fast, slow, rtol=1e-4)
+    assert compiled._cache_size() == 1
+
+
+@every_variant
+def test_state_keeps_its_shapes_and_dtypes(name):
+    tx, (batch, params) = VARIANTS[name].build(), fresh()
+    state = tx.init(params)
+    new_params, new_state = problem.make_step(tx)(params, state, batch)
+    assert signature(new_state) == signature(state)
+    assert signature(new_params) == signature(params)
+
+
+@every_variant
+def test_scan(name):
+    tx, (_, params) = VARIANTS[name].build(), fresh()
+    data, _ = problem.make(np.float32)
+    batches = jax.tree.map(lambda x: x.reshape(4, problem.BATCH_SIZE, *x.shape[1:]), data)
+    step = problem.make_step(tx)
+    carry, _ = jax.jit(
+        lambda carry: jax.lax.scan(lambda c, b: (step(*c, b), None), carry, batches)
+    )((params, tx.init(params)))
+    loop, compiled = (params, tx.init(params)), jax.jit(step)
+    for t in range(4):
+        loop = compiled(*loop, problem.batch_at(data, t))
+    assert_close(carry, loop, rtol=1e-4)
+
+
+@every_variant
+def test_vmap_over_hyperparameters_and_seeds(name):
+    case, (batch, params) = VARIANTS[name], fresh()
+
+    def run(scale, hyper):
+        start = jax.tree.map(lambda x: x * scale, params)
+        tx = case.build(**hyper)
+        step = problem.make_step(tx)
+        return step(*step(start, tx.init(start), batch), batch)[0]
+
+    scales = jnp.array([0.9, 1.0, 1.1])
+    hyper = {k: jnp.array([0.5, 1.0, 0.8]) * v for k, v in case.hyper.items()}
+    together = jax.jit(jax.vmap(run))(scales, hyper)
+    for i in range(3):
+        alone = run(scales[i], {k: v[i] for k, v in hyper.items()})
+        assert_close(jax.tree.map(lambda x, i=i: x[i], together), alone, rtol=1e-4, atol=1e-5)
+
+
+@every_variant
+def test_donation(name):
+    tx, (batch, params) = VARIANTS[name].build(), fresh()
+    expected, _ = jax.jit(problem.make_step(tx))(params, tx.init(params), batch)
+    donating = jax.jit(problem.make_step(tx), donate_argnums=(0, 1))
+    carry = donating(params, tx.init(params), batch)
+    assert_close(carry[0], expected)
+    donating(*carry, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(carry[0]))
+
+
+@every_variant
+def test_eval_shape(name):
+    tx, (batch, params) = VARIANTS[name].build(), fresh()
+    state = jax.eval_shape(tx.init, params)
+    assert signature_of_shapes(state) == signature_of_shapes(tx.init(params))
+    new_params, new_state = jax.eval_shape(problem.make_step(tx), params, state, batch)
+    assert signature_of_shapes(new_params) == signature_of_shapes(params)
+    assert signature_of_shapes(new_state) == signature_of_shapes(state)
+
+
+def signature_of_shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+@every_variant
+def test_map_params(name):
+    tx, (_, params) = VARIANTS[name].build(), fresh()
+    state = tx.init(params)
+    mapped = optax.tree.map_params(tx, lambda leaf: leaf + 1, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    moments = optax.tree.get(mapped, "trace")
+    assert_close(moments, optax.tree.ones_like(params))
+
+
+@every_variant
+def test_every_numeric_hyperparameter_is_injected(name):
+    case, (batch, params) = VARIANTS[name], fresh()
+    plain, injected = case.build(), case.build(inject=True)
+    state = injected.init(params)
+    hyperparams = optax.tree.get(state, "hyperparams")
+    assert set(case.hyper) <= set(hyperparams)
+    step = jax.jit(problem.make_step(injected))
+    carry, expected = step(params, state, batch), (params, plain.init(params))
+    for _ in range(2):
+        expected = problem.make_step(plain)(*expected, batch)
+    assert_close(step(*carry, batch)[0], expected[0], rtol=1e-4)
+    for key, value in case.hyper.items():
+        changed = optax.tree.set(
+            carry[1], hyperparams=hyperparams | {key: jnp.asarray(value * 0.5)}
+        )
+        moved, _ = step(carry[0], changed, batch)
+        assert np.abs(moved["W1"] - expected[0]["W1"]).max() > 1e-7, key
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
+def test_dtypes_are_kept(name, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        tx, (batch, params) = VARIANTS[name].build(batch_like=fresh(dtype)[0]), fresh(dtype)
+        updates, state = updates_of(tx, params, batch)
+        assert {leaf.dtype for leaf in updates.values()} == {jnp.dtype(dtype)}
+        assert signature(state) == signature(tx.init(params))
+        assert_finite(updates)
+
+
+@every_variant
+def test_unknown_keywords_are_ignored(name):
+    tx, (batch, params) = VARIANTS[name].build(), fresh()
+    expected = updates_of(tx, params, batch)
+    assert_close(updates_of(tx, params, batch, unknown=object(), labels=None), expected)
+
+
+@every_variant
+def test_missing_closures_are_named(name):
+    case, (batch, params) = VARIANTS[name], fresh()
+    tx = case.build()
+    given = {"value_fn": lambda p: 0.0, "losses_fn": problem.losses_fn, "batch": batch}
+    for keyword in case.needs:
+        derives = {"losses_fn", "batch"} if keyword == "value_fn" else set()
+        keywords = {k: v for k, v in given.items() if k not in {keyword, *derives}}
+        with pytest.raises(ValueError, match=rf"`{keyword}` is missing.*MultiSteps"):
+            tx.update(params, tx.init(params), params, **keywords)
+    with pytest.raises(ValueError, match="`params` is missing"):
+        tx.update(params, tx.init(params), None, value_fn=lambda p: 0.0)
+
+
+@every_variant
+def test_masked_parameters_are_refused(name):
+    tx, (batch, params) = VARIANTS[name].build(), fresh()
+    masked = optax.masked(tx, {"W1": True, "b1": False, "W2": True, "b2": True})
+    with pytest.raises(ValueError, match="on_leaves"):
+        masked.init(params)
+    holes = params | {"b1": optax.MaskedNode()}
+    with pytest.raises(ValueError, match="on_leaves"):
+        tx.update(holes, tx.init(params), holes, value_fn=lambda p: 0.0)
+
+
+@every_variant
+def test_zero_gradient_is_finite(name):
+    tx, (batch, params) = VARIANTS[name].build(), fresh()
+
+    def flat(params, batch):
+        return 0.0 * problem.losses_fn(params, batch)
+
+    carry = params, tx.init(params)
+    for _ in range(2):
+        carry = problem.make_step(tx, flat)(*carry, batch)
+    assert_finite(carry)
+    assert_close(carry[0], params, atol=0, rtol=0)
+    assert float(optax.tree.get(carry[1], "perturbation_norm")) == 0.0
+
+
+@every_variant
+def test_learning_rate_zero_moves_nothing(name):
+    tx, (batch, params) = VARIANTS[name].build(optax.sgd(0.0, momentum=0.9)), fresh()
+    step, carry = jax.jit(problem.make_step(tx)), (params, tx.init(params))
+    for _ in range(20):
+        carry = step(*carry, batch)
+    assert_close(carry[0], params, atol=0, rtol=0)
+
+
+@every_variant
+def test_integer_parameters_are_left_alone(name):
+    tx, (batch, params) = VARIANTS[name].build(optax.sgd(0.1)), fresh()
+    with_table = params | {"table": jnp.arange(3)}
+    with_flag = with_table | {"flag": jnp.array(True)}
+
+    def losses_fn(params, batch):
+        return problem.losses_fn(params, batch) * params["table"].sum()  # 3
+
+    grads = jax.grad(lambda p: losses_fn(p, batch).mean(), allow_int=True)(with_table)
+    updates, state = tx.update(
+        grads,
+        tx.init(with_table),
+        with_table,
+        value_fn=lambda p: losses_fn(p, batch).mean(),
+        losses_fn=losses_fn,
+        batch=batch,
+    )
+    moved = optax.apply_updates(with_table, updates)
+    np.testing.assert_array_equal(moved["table"], with_table["table"])
+    assert moved["table"].dtype == with_table["table"].dtype
+
+    def tripled(params, batch):
+        return 3.0 * problem.losses_fn(params, batch)
+
+    expected, _ = updates_of(tx, params, batch, losses_fn=tripled)
+    assert_close({k: updates[k] for k in params}, expected)
+    assert tx.init(with_flag) is not None
+
+
+@every_variant
+def test_skip_nonfinite_skips_a_broken_batch_and_recovers(name):
+    inner, (batch, params) = VARIANTS[name].build(), fresh()
+    tx = samx.skip_nonfinite(inner)
+    broken = batch | {"x": batch["x"].at[3, 2].set(jnp.nan)}
+    step = jax.jit(problem.make_step(tx))
+    before = step(params, tx.init(params), batch)
+    after = step(*before, broken)
+    assert_close(after[0], before[0], atol=0, rtol=0)
+    assert_close(after[1].inner, before[1].inner, atol=0, rtol=0)
+    assert (int(after[1].skipped_steps), int(after[1].skipped_in_a_row)) == (1, 1)
+    again = step(*after, batch)
+    expected = jax.jit(problem.make_step(inner))(before[0], before[1].inner, batch)
+    assert_close(again[0], expected[0])
+    assert (int(again[1].skipped_steps), int(again[1].skipped_in_a_row)) == (1, 0)
+
+
+@every_variant
+def test_skip_nonfinite_sees_the_sharp_pass_alone(name):
+    tx, (batch, params) = samx.skip_nonfinite(VARIANTS[name].build()), fresh()
+    carry = problem.make_step(tx)(params, tx.init(params), batch)
+
+    def cliff(p, batch):
+        """Finite exactly at the parameters: any perturbation falls off."""
+        is_moved = sum(jnp.sum(jnp.abs(p[k] - carry[0][k])) for k in p) > 0
+        return jnp.where(is_moved, jnp.nan, 1.0) * problem.losses_fn(p, batch)
+
+    after = problem.make_step(tx, cliff)(*carry, batch)
+    assert_close(after[0], carry[0], atol=0, rtol=0)
+    assert int(after[1].skipped_steps) == 1
+    recovered = problem.make_step(tx)(*after, batch)
+    assert_finite(recovered)
+    assert np.abs(recovered[0]["W1"] - carry[0]["W1"]).max() > 0
+
+
+@every_variant
+def test_apply_if_finite(name):
+    tx, (batch, params) = optax.apply_if_finite(VARIANTS[name].build(), 5), fresh()
+    assert_finite(problem.make_step(tx)(params, tx.init(params), batch)[0])
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_sees_the_ascent(name, dtype):
+    """Not one direction of the perturbation is rounded away at the closure's argument."""
+    case, (batch, params) = VARIANTS[name], fresh(dtype)
+    params = jax.tree.map(lambda x: (100 * x).astype(dtype), params)  # half an ulp ~ 0.1
+    tx = case.build(optax.sgd(0.0, momentum=0.9), batch_like=batch)
+    seen = []
+
+    def losses_fn(p, batch):
+        jax.debug.callback(lambda *leaves: seen.append(leaves), *jax.tree.leaves(p))
+        return (0.01 * sum(leaf.astype(jnp.float32).sum() for leaf in p.values())) + 0.0 * batch[
+            "x"
+        ][:, 0].astype(jnp.float32)
+
+    state = tx.init(params)
+    grads = jax.tree.map(lambda w: jnp.full_like(w, 0.01), params)
+    for _ in range(2):  # SAMPa climbs from its second step on
+        seen.clear()
+        _, state = tx.update(
+            grads,
+            state,
+            params,
+            value_fn=lambda p: losses_fn(p, batch).mean(),
+            losses_fn=losses_fn,
+            batch=batch,
+        )
+        jax.effects_barrier()
+    start = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
+    displacements = [
+        [np.asarray(p, np.float64) - w for p, w in zip(point, start, strict=True)] for point in seen
+    ]
+    largest = max(sum(np.sum(d) for d in displacement) for displacement in displacements)
+    norm = float(optax.tree.get(state, "perturbation_norm"))
+    assert norm > 0
+    farthest = max(
+        np.sqrt(sum(np.sum(d**2) for d in displacement)) for displacement in displacements
+    )
+    np.testing.assert_allclose(norm, farthest, rtol=1e-3)
+    # g is constant and positive, so <g, delta> / <g, eps> = 1 where every element moves up.
+    moved = [d for displacement in displacements for d in displacement if np.any(d)]
+    assert largest > 0
+    assert all(np.all(d > 0) for d in moved)
+
+
+@every_variant
+def test_readings(name):
+    case, (batch, params) = VARIANTS[name], fresh()
+    tx = case.build()
+    start = optax.tree.get(tx.init(params), "readings")
+    assert not bool(start.is_sharp)
+    assert float(start.gradients_spent) == 0
+    carry = params, tx.init(params)
+    for _ in range(3):
+        before = carry[0]
+        carry = problem.make_step(tx)(*carry, batch)
+    readings = optax.tree.get(carry[1], "readings")
+    assert bool(readings.is_sharp)
+    assert float(readings.gradients_spent) == 3 * case.gradients
+    assert float(readings.perturbation_norm) > 0
+    assert 0 < float(readings.cosine) <= 1 + 1e-6
+    assert float(optax.tree.get(carry[1], "sharp_loss")) == float(readings.sharp_loss)
+    if case.climbs:
+        loss, grads = jax.value_and_grad(lambda p: problem.losses_fn(p, batch).mean())(before)
+        np.testing.assert_allclose(readings.loss, loss, rtol=1e-5)
+        np.testing.assert_allclose(readings.grad_norm, optax.tree.norm(grads), rtol=1e-5)
+        assert float(readings.sharp_loss) > float(readings.loss)
+
+
+@every_variant
+def test_padding_has_no_weight(name):
+    """A padded batch with weights takes the step of the batch without padding."""
+    case, (batch, params) = VARIANTS[name], fresh()
+    half = jax.tree.map(lambda x: x[:8], batch)
+    padded = {"x": batch["x"].at[8:].set(7.0), "y": batch["y"]}
+    weights = (jnp.arange(16) < 8).astype(jnp.float32)
+    results = []
+    for data, keywords in ((half, {}), (padded, {"weights": weights})):
+        tx = case.build(batch_like=data)
+        carry = params, tx.init(params)
+        for _ in range(2):
+            grads = jax.grad(lambda p: problem.losses_fn(p, half).mean())(carry[0])
+            updates, state = tx.update(
+                grads, carry[1], carry[0], losses_fn=problem.losses_fn, batch=data, **keywords
+            )
+            carry = optax.apply_updates(carry[0], updates), state
+        results.append(carry[0])
+    assert_close(*results, rtol=1e-4)
+
+
+@every_variant
+def test_aux_is_dropped(name):
+    tx, (batch, params) = VARIANTS[name].build(), fresh()
+    expected, _ = updates_of(tx, params, batch)
+
+    def losses_fn(p, b):
+        return problem.losses_fn(p, b), {"statistics": b["x"].mean(0), "text": None}
+
+    def value_fn(p):
+        losses, aux = losses_fn(p, batch)
+        return losses.mean(), aux
+
+    grads = jax.grad(lambda p: value_fn(p)[0])(params)
+    updates, _ = tx.update(
+        grads, tx.init(params), params, value_fn=value_fn, losses_fn=losses_fn, batch=batch
+    )
+    assert_close(updates, expected)
+
+
+@every_variant
+def test_radius_schedule_runs_on_the_optimizers_step(name):
+    case, (batch, params) = VARIANTS[name], fresh()
+
+    def norms(rho):
+        tx = case.build(optax.sgd(0.0, momentum=0.9), rho=rho)  # stays where it is
+        step, carry, readings = jax.jit(problem.make_step(tx)), (params, tx.init(params)), []
+        for _ in range(6):
+            carry = step(*carry, batch)
+            readings.append(float(optax.tree.get(carry[1], "perturbation_norm")))
+        return np.array(readings)
+
+    constant = norms(0.01)
+    scheduled = norms(lambda step: 0.01 * (1.0 + step))
+    np.testing.assert_allclose(scheduled, constant * np.arange(1, 7), rtol=5e-2)
+    assert constant[-1] > 0
+
+
+@every_variant
+def test_a_step_is_differentiable_in_the_radius(name):
+    case = VARIANTS[name]
+    if "infinity" in name:
+        return  # its step has no derivative in the gradient that it takes the sign of
+    with jax.enable_x64(True):
+        batch, params = fresh(np.float64)
+
+        def loss_after(rho):
+            tx = case.build(batch_like=batch, rho=rho)
+            step, carry = problem.make_step(tx), (params, tx.init(params))
+            for _ in range(2):
+                carry = step(*carry, batch)
+            return problem.losses_fn(carry[0], batch).mean()
+
+        rho, h = case.hyper["rho"], 1e-5
+        slope = jax.jit(jax.grad(loss_after))(rho)
+        difference = (loss_after(rho + h) - loss_after(rho - h)) / (2 * h)
+        np.testing.assert_allclose(slope, difference, rtol=1e-5)
+
+
+@every_variant
+def test_line_search_as_base(name):
+    """The base gets `value`, `grad` and a scalar `value_fn`, and nothing of samx's own."""
+    case, (batch, params) = VARIANTS[name], fresh()
+    search = optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=5)
+    )
+    if case.shape == "wraps":
+        tx = case.build(search)
+    else:
+        tx = samx.with_base(case.factory(**case.hyper), search)
+    updates, _ = updates_of(tx, params, batch)
+    assert_finite(updates)
