@@ -194,7 +194,7 @@ def test_missing_closures_are_named(name):
 
 @every_variant
 def test_masked_parameters_are_refused(name):
-    tx, (batch, params) = VARIANTS[name].build(), fresh()
+    tx, (_, params) = VARIANTS[name].build(), fresh()
     masked = optax.masked(tx, {"W1": True, "b1": False, "W2": True, "b2": True})
     with pytest.raises(ValueError, match="on_leaves"):
         masked.init(params)
@@ -237,7 +237,7 @@ def test_integer_parameters_are_left_alone(name):
         return problem.losses_fn(params, batch) * params["table"].sum()  # 3
 
     grads = jax.grad(lambda p: losses_fn(p, batch).mean(), allow_int=True)(with_table)
-    updates, state = tx.update(
+    updates, _ = tx.update(
         grads,
         tx.init(with_table),
         with_table,

@@ -1,0 +1,175 @@
+"""What a step costs: passes counted while it runs, flops and memory read from the program."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import problem
+import pytest
+from cases import VARIANTS
+
+import samx
+
+WIDTH, BATCH_SIZE = 256, 256
+
+
+class Counter:
+    """Counts the forward and backward passes through a loss, vectorized ones one by one."""
+
+    def __init__(self):
+        self.passes = {"forward": 0, "backward": 0}
+
+    def _add(self, direction, _):
+        self.passes[direction] += 1
+
+    def watch(self, loss):
+        """The loss itself, with a callback in each direction."""
+
+        @jax.custom_vjp
+        def watched(loss):
+            return loss
+
+        def forward(loss):
+            jax.debug.callback(functools.partial(self._add, "forward"), loss)
+            return loss, None
+
+        def backward(_, cotangent):
+            jax.debug.callback(functools.partial(self._add, "backward"), cotangent)
+            return (cotangent,)
+
+        watched.defvjp(forward, backward)
+        return watched(loss)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_passes_inside_update(name):
+    case = VARIANTS[name]
+    data, params = problem.make("float32")
+    batch, counter, tx = problem.batch_at(data, 0), Counter(), case.build()
+
+    def losses_fn(params, batch):
+        losses = problem.losses_fn(params, batch)
+        return losses + 0.0 * counter.watch(losses.mean())
+
+    @jax.jit
+    def step(params, state, batch):
+        grads = jax.grad(lambda p: problem.losses_fn(p, batch).mean())(params)
+        updates, state = tx.update(grads, state, params, losses_fn=losses_fn, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    carry, steps = (params, tx.init(params)), 5
+    for _ in range(steps):
+        carry = step(*carry, batch)
+    jax.block_until_ready(carry)
+    jax.effects_barrier()
+    forward, backward = case.passes
+    assert counter.passes == {"forward": steps * forward, "backward": steps * backward}
+    assert float(optax.tree.get(carry[1], "gradients_spent")) == steps * case.gradients
+
+
+def wide_problem():
+    """A dense network where the products are all that counts."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "W1": jax.random.normal(keys[0], (WIDTH, WIDTH)) / 16,
+        "W2": jax.random.normal(keys[1], (WIDTH, WIDTH)) / 16,
+        "W3": jax.random.normal(keys[2], (WIDTH, 10)) / 16,
+    }
+    batch = {"x": jnp.ones((BATCH_SIZE, WIDTH)), "y": jnp.zeros(BATCH_SIZE, jnp.int32)}
+    return params, batch
+
+
+def wide_losses(params, batch):
+    hidden = jax.nn.relu(jax.nn.relu(batch["x"] @ params["W1"]) @ params["W2"])
+    return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["W3"], batch["y"])
+
+
+@functools.cache
+def compiled(name, with_gradient=True, donate=False):
+    """The whole step of a variant, of its base ("plain"), or one gradient ("gradient")."""
+    params, batch = wide_problem()
+
+    def gradient(params, batch):
+        return jax.value_and_grad(lambda p: wide_losses(p, batch).mean())(params)
+
+    if name == "gradient":
+        return jax.jit(gradient).lower(params, batch).compile()
+    base = optax.sgd(0.1, momentum=0.9)
+    tx = base if name == "plain" else VARIANTS[name].build(base, batch_like=batch)
+    tx = optax.with_extra_args_support(tx)
+
+    def step(params, state, batch):
+        value, grads = None, params
+        if with_gradient:
+            value, grads = gradient(params, batch)
+        updates, state = tx.update(
+            grads, state, params, value=value, losses_fn=wide_losses, batch=batch
+        )
+        return optax.apply_updates(params, updates), state
+
+    jitted = jax.jit(step, donate_argnums=(0, 1) if donate else ())
+    return jitted.lower(params, tx.init(params), batch).compile()
+
+
+def flops(program):
+    return program.cost_analysis()["flops"]
+
+
+# A loop's body is counted once, however often it runs, hence not "two ascent steps".
+STRAIGHT = [name for name in VARIANTS if "ascent" not in name]
+
+
+@pytest.mark.parametrize("name", STRAIGHT)
+def test_flops_are_those_of_the_gradients(name):
+    ratio = flops(compiled(name)) / flops(compiled("gradient"))
+    assert ratio == pytest.approx(VARIANTS[name].gradients, rel=0.02)
+
+
+@pytest.mark.parametrize("name", [n for n in STRAIGHT if not VARIANTS[n].uses_gradient])
+def test_an_ignored_gradient_costs_nothing(name):
+    assert flops(compiled(name)) == flops(compiled(name, with_gradient=False))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("name", ["sam", "asam"])
+def test_memory_is_one_copy_of_the_parameters_above_the_plain_step(name, donate):
+    params, _ = wide_problem()
+    copy = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+    def temporary(name):
+        return compiled(name, donate=donate).memory_analysis().temp_size_in_bytes
+
+    assert temporary(name) - temporary("plain") <= copy
+
+
+def test_unread_readings_leave_the_hand_written_step():
+    """With the readings dropped, the compiler is left with SAM as one would write it by hand."""
+    params, batch = wide_problem()
+    base = optax.sgd(0.1, momentum=0.9)
+    tx = optax.chain(samx.sam(0.05), base)
+
+    def gradient(params):
+        return jax.value_and_grad(lambda p: wide_losses(p, batch).mean())(params)
+
+    def ours(params, state):
+        value, grads = gradient(params)
+        updates, new = tx.update(
+            grads, state, params, value=value, value_fn=lambda p: wide_losses(p, batch).mean()
+        )
+        new = optax.tree.set(new, readings=optax.tree.get(state, "readings"))
+        return optax.apply_updates(params, updates), new, value
+
+    def by_hand(params, state):
+        value, g = gradient(params)
+        scale = 0.05 / (jnp.sqrt(sum(jnp.sum(x * x) for x in jax.tree.leaves(g))) + 1e-12)
+        _, g_s = gradient(jax.tree.map(lambda w, x: w + x * scale, params, g))
+        updates, state = base.update(g_s, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    costs = [
+        jax.jit(step).lower(params, tx.init(params)).compile().cost_analysis()
+        for step, tx in ((ours, tx), (by_hand, base))
+    ]
+    assert costs[0]["flops"] == pytest.approx(costs[1]["flops"], rel=0.01)
+    assert costs[0]["bytes accessed"] == pytest.approx(costs[1]["bytes accessed"], rel=0.01)

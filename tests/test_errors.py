@@ -1,0 +1,262 @@
+"""Wrong input gets an error that names the argument, what it got and what it wanted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+
+import samx
+from samx.perturbations import constants, layerwise, linf_ball, magnitude, metric_ball, on_leaves
+
+BATCH = jax.eval_shape(lambda: problem.batch_at(problem.make("float32")[0], 0))
+SGD = optax.sgd(0.1)
+
+FACTORIES = {
+    "negative rho": (lambda: samx.sam(-0.1), ValueError, "`rho` must be at least 0, got -0.1"),
+    "not a number": (lambda: samx.sam(float("nan")), ValueError, "`rho`.*nan"),
+    "negative rho of asam": (lambda: samx.asam(rho=-1), ValueError, "`rho`.*-1"),
+    "negative rho of sampa": (
+        lambda: samx.sampa(SGD, -1.0, batch_like=BATCH),
+        ValueError,
+        "`rho`.*-1",
+    ),
+    "negative rho of linf_ball": (lambda: linf_ball(-0.1), ValueError, "`rho`"),
+    "rho of no number": (lambda: samx.sam("large"), TypeError, "`rho` must be a number.*'large'"),
+    "no rho": (lambda: metric_ball(None), TypeError, "`rho` must be a number"),
+    "negative eta": (lambda: samx.asam(eta=-0.01), ValueError, "`eta`.*-0.01"),
+    "negative eta of a metric": (lambda: layerwise(-1), ValueError, "`eta`"),
+    "rho and perturbation": (
+        lambda: samx.sam(0.05, perturbation=metric_ball(0.1)),
+        ValueError,
+        "`rho` together with `perturbation`",
+    ),
+    "rho and perturbation of sampa": (
+        lambda: samx.sampa(SGD, rho=0.1, perturbation=metric_ball(0.1), batch_like=BATCH),
+        ValueError,
+        "`rho` together with `perturbation`",
+    ),
+    "a number as perturbation": (
+        lambda: samx.sharpness_aware(0.05),
+        TypeError,
+        "`perturbation` must be an optax transformation, got float",
+    ),
+    "a number as perturbation of sam": (
+        lambda: samx.sam(perturbation=0.05),
+        TypeError,
+        "`perturbation` must be an optax transformation, got float",
+    ),
+    "lam": (
+        lambda: samx.sampa(SGD, lam=1.5, batch_like=BATCH),
+        ValueError,
+        r"`lam` must be in \[0, 1\], got 1.5",
+    ),
+    "form of the pair": (
+        lambda: samx.sampa(SGD, batch_like=BATCH, gradients="stacked"),
+        ValueError,
+        "'vmap' or 'separate', got 'stacked'",
+    ),
+    "batch_like of unequal lengths": (
+        lambda: samx.sampa(SGD, batch_like={"x": jnp.ones((4, 2)), "y": jnp.ones(3)}),
+        ValueError,
+        r"batch_like.*\(4, 2\).*\(3,\)",
+    ),
+    "no ascent": (
+        lambda: samx.sharpness_aware(metric_ball(0.1), ascent_steps=0),
+        ValueError,
+        "`ascent_steps` must be at least 1, got 0",
+    ),
+    "half an ascent": (
+        lambda: samx.sharpness_aware(metric_ball(0.1), ascent_steps=1.5),
+        TypeError,
+        "`ascent_steps` must be a Python int",
+    ),
+    "norm of on_leaves": (
+        lambda: on_leaves(metric_ball(0.1), lambda path, leaf: True, norm="none"),
+        ValueError,
+        "'selected' or 'all', got 'none'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_factories(name):
+    make, error, message = FACTORIES[name]
+    with pytest.raises(error, match=message):
+        make()
+
+
+def losses_fn(params, batch):
+    return problem.losses_fn(params, batch)
+
+
+UPDATES = {
+    "a vector from value_fn": (
+        {"value_fn": lambda p: problem.losses_fn(p, batch())},
+        ValueError,
+        r"`value_fn` must return a scalar.*got shape \(16,\).*losses_fn",
+    ),
+    "an integer from value_fn": (
+        {"value_fn": lambda p: jnp.array(1)},
+        TypeError,
+        "`value_fn` must return real floating numbers, got int32",
+    ),
+    "no function": ({"value_fn": 1.0}, TypeError, "`value_fn` must be a function, got float"),
+    "no function of losses": (
+        {"losses_fn": 1.0, "batch": True},
+        TypeError,
+        "`losses_fn` must be a function, got float",
+    ),
+    "a scalar from losses_fn": (
+        {"losses_fn": lambda p, b: problem.losses_fn(p, b).mean(), "batch": True},
+        ValueError,
+        r"`losses_fn` must return one loss per example, shape \(16,\), got \(\)",
+    ),
+    "batch leaves of different length": (
+        {"losses_fn": losses_fn, "batch": {"x": np.ones((16, 10)), "y": np.ones(15)}},
+        ValueError,
+        r"every leaf of `batch`.*\(16, 10\).*\(15,\)",
+    ),
+    "a scalar in the batch": (
+        {"losses_fn": losses_fn, "batch": {"x": np.ones((16, 10)), "y": 1.0}},
+        ValueError,
+        "every leaf of `batch`",
+    ),
+    "an empty batch": ({"losses_fn": losses_fn, "batch": {}}, ValueError, "every leaf of `batch`"),
+    "weights of another length": (
+        {"losses_fn": losses_fn, "batch": True, "weights": np.ones(3)},
+        ValueError,
+        r"`weights`.*\(16,\), got \(3,\)",
+    ),
+}
+
+
+def batch():
+    return problem.batch_at(problem.make("float32")[0], 0)
+
+
+def sampa():
+    return samx.sampa(SGD, batch_like=BATCH)
+
+
+# SAMPa takes its gradients from losses_fn: what value_fn returns does not concern it.
+BAD_UPDATES = [(samx.sam, name) for name in UPDATES]
+BAD_UPDATES += [(sampa, name) for name in UPDATES if "losses_fn" in UPDATES[name][0]]
+
+
+@pytest.mark.parametrize(("make", "name"), BAD_UPDATES)
+def test_updates(name, make):
+    keywords, error, message = UPDATES[name]
+    keywords = {k: batch() if v is True else v for k, v in keywords.items()}
+    _, params = problem.make("float32")
+    tx = make()
+    state = tx.init(params)
+    with pytest.raises(error, match=message):
+        tx.update(params, state, params, **keywords)
+    jax.tree.map(np.testing.assert_array_equal, state, tx.init(params))
+
+
+def test_batch_unlike_batch_like():
+    _, params = problem.make("float32")
+    tx = samx.sampa(SGD, batch_like=BATCH)
+    shorter = jax.tree.map(lambda x: x[:7], batch())
+    with pytest.raises(ValueError, match=r"`batch`.*batch_like.*\(16, 10\).*\(7, 10\).*weights"):
+        tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=shorter)
+
+
+def test_aux_unlike_aux_like():
+    _, params = problem.make("float32")
+    tx = samx.sampa(SGD, batch_like=BATCH, aux_like=jnp.ones(3))
+    for result in (lambda p, b: losses_fn(p, b), lambda p, b: (losses_fn(p, b), jnp.ones(4))):
+        with pytest.raises(ValueError, match=r"`aux`.*aux_like"):
+            tx.update(params, tx.init(params), params, losses_fn=result, batch=batch())
+
+
+def test_scales_unlike_params():
+    _, params = problem.make("float32")
+    ball = metric_ball(0.1, constants({"W1": 1.0}))
+    with pytest.raises(ValueError, match="`scales` must have the structure of `params`"):
+        ball.update(params, ball.init(params), params)
+
+
+def test_no_leaf_selected():
+    _, params = problem.make("float32")
+    ball = on_leaves(metric_ball(0.1), lambda path, leaf: False)
+    with pytest.raises(ValueError, match=r"selects none of the leaves.*W1"):
+        ball.update(params, ball.init(params), params)
+
+
+def test_dtype_failure_at_the_perturbed_point_names_the_way_out():
+    w = jnp.ones(3, jnp.bfloat16)
+
+    def strict(p):
+        return jax.lax.dot(p, jnp.ones(3, jnp.bfloat16)).astype(jnp.float32) + jax.lax.add(
+            p, jnp.ones(3, jnp.bfloat16)
+        ).sum().astype(jnp.float32)
+
+    with pytest.raises(TypeError, match="perturb_dtype=None"):
+        samx.sam(0.5).update(w, samx.sam().init(w), w, value_fn=strict)
+    tx = samx.sam(0.5, perturb_dtype=None)
+    updates, _ = tx.update(w, tx.init(w), w, value_fn=strict)
+    assert updates.dtype == jnp.bfloat16
+
+    def broken(p):
+        raise TypeError("not a matter of precision")
+
+    with pytest.raises(TypeError, match="not a matter of precision"):
+        samx.sam().update(jnp.ones(3), samx.sam().init(jnp.ones(3)), jnp.ones(3), value_fn=broken)
+
+
+def test_opting_out_of_float32_is_visible_in_the_readings():
+    w = jnp.full(1000, 100.0, jnp.bfloat16)
+    norms = {}
+    for dtype in (jnp.float32, None):
+        tx = samx.sam(0.05, perturb_dtype=dtype)
+        _, state = tx.update(w, tx.init(w), w, value_fn=lambda p: p.sum().astype(jnp.float32))
+        norms[dtype] = float(optax.tree.get(state, "perturbation_norm"))
+    assert norms[jnp.float32] == pytest.approx(0.05, rel=1e-2)
+    assert norms[None] == 0.0
+
+
+def test_missing_closures_of_different_objectives():
+    _, params = problem.make("float32")
+    given = {"losses_fn": losses_fn, "batch": batch()}
+    samx.check_closures(params, value_fn=lambda p: losses_fn(p, batch()).mean(), **given)
+    with pytest.raises(ValueError, match="must be the same objective"):
+        samx.check_closures(params, value_fn=lambda p: losses_fn(p, batch()).sum(), **given)
+    with pytest.raises(ValueError, match="must be the same objective"):
+        samx.check_closures(
+            params,
+            value_fn=lambda p: losses_fn(p, batch()).mean(),
+            weights=jnp.arange(16.0),
+            **given,
+        )
+
+
+def test_with_base_hides_samx_keywords():
+    seen = []
+
+    def update_fn(updates, state, params=None, **keywords):
+        seen.append(keywords)
+        return updates, state
+
+    base = optax.GradientTransformationExtraArgs(lambda params: (), update_fn)
+    _, params = problem.make("float32")
+    closure = {"value_fn": lambda p: (losses_fn(p, batch()).mean(), "aux")}
+    given = {"losses_fn": losses_fn, "batch": batch(), "index": jnp.arange(16), "mine": 1}
+    for tx in (samx.with_base(samx.sam(), base), samx.sampa(base, batch_like=BATCH)):
+        seen.clear()
+        tx.update(params, tx.init(params), params, value=1.0, **closure, **given)
+        assert seen
+        for keywords in seen:
+            assert set(keywords) == {"value", "value_fn", "mine"}
+            assert jnp.shape(keywords["value_fn"](params)) == ()
+
+
+def test_magnitude_scales_by_name():
+    metric = magnitude(0.5)
+    params = {"kernel": jnp.zeros(1), "bias": jnp.zeros(1), "in_bias": jnp.zeros(1)}
+    scales = metric(params | {"count": jnp.arange(2)})
+    assert float(scales["kernel"][0]) == 0.5
+    assert (scales["bias"], scales["in_bias"], scales["count"]) == (1.0, 1.0, 1.0)

@@ -1,0 +1,256 @@
+"""The lattice of limits: what every variant turns into at the ends of its hyperparameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+from cases import VARIANTS
+
+import samx
+from samx import perturbations as geometry
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+STEPS = 8
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
+
+
+def assert_same(a, b, atol=1e-13):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
+
+
+def ball_step(ball, g, params):
+    return ball.update(g, ball.init(params), params)[0]
+
+
+def gradient():
+    data, params = problem.make()
+    batch = problem.batch_at(data, 0)
+    return jax.grad(lambda p: problem.losses_fn(p, batch).mean())(params), params
+
+
+def batch_like():
+    return problem.batch_at(problem.make()[0], 0)
+
+
+@pytest.mark.parametrize("name", [name for name, case in VARIANTS.items() if case.has_base_limit])
+def test_radius_zero_is_the_base_exactly(name):
+    base = problem.train(MOMENTUM, STEPS)
+    assert_same(problem.train(VARIANTS[name].build(MOMENTUM, rho=0.0), STEPS), base, atol=0)
+
+
+EQUAL_TO_SAM = {
+    "sharpness_aware": lambda: samx.sharpness_aware(geometry.metric_ball(0.2)),
+    "perturbation given": lambda: samx.sam(perturbation=geometry.metric_ball(0.2)),
+    "constant schedule": lambda: samx.sam(optax.constant_schedule(0.2)),
+    "constants of one": lambda: samx.sharpness_aware(
+        geometry.metric_ball(0.2, geometry.constants(dict.fromkeys(("W1", "b1", "W2", "b2"), 1.0)))
+    ),
+    "one common constant": lambda: samx.sharpness_aware(
+        geometry.metric_ball(0.1, geometry.constants(dict.fromkeys(("W1", "b1", "W2", "b2"), 2.0)))
+    ),
+    "asam that scales nothing": lambda: samx.asam(0.2, is_scaled=lambda path, leaf: False),
+    "every leaf selected": lambda: samx.sharpness_aware(
+        geometry.on_leaves(geometry.metric_ball(0.2), lambda path, leaf: True)
+    ),
+    "every leaf selected, norm over all": lambda: samx.sharpness_aware(
+        geometry.on_leaves(geometry.metric_ball(0.2), lambda path, leaf: True, norm="all")
+    ),
+    "injected": lambda: optax.inject_hyperparams(samx.sam)(rho=0.2),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL_TO_SAM)
+def test_equal_to_sam(name):
+    sam = problem.train(optax.chain(samx.sam(0.2), MOMENTUM), STEPS)
+    assert_same(problem.train(optax.chain(EQUAL_TO_SAM[name](), MOMENTUM), STEPS), sam)
+
+
+@pytest.mark.parametrize("ascent_steps", [1, 2, 4])
+def test_equal_to_optax_contrib_sam(ascent_steps):
+    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+    theirs = optax.contrib.sam(MOMENTUM, adversary, ascent_steps + 1, opaque_mode=True)
+    ours = optax.chain(samx.sharpness_aware(geometry.metric_ball(0.1), ascent_steps), MOMENTUM)
+    data, params = problem.make()
+    state = theirs.init(params)
+    for t in range(STEPS):
+        batch = problem.batch_at(data, t)
+        grad_fn = jax.grad(lambda p, batch=batch: problem.losses_fn(p, batch).mean())
+        updates, state = theirs.update(
+            grad_fn(params), state, params, grad_fn=lambda p, _, grad_fn=grad_fn: grad_fn(p)
+        )
+        params = optax.apply_updates(params, updates)
+    last = jax.tree.map(lambda x: x[-1], problem.train(ours, STEPS))
+    assert_same(last, params, atol=1e-11)
+
+
+def test_sampa_forms_are_the_same():
+    runs = [
+        problem.train(samx.sampa(MOMENTUM, 0.3, batch_like=batch_like(), gradients=form), STEPS)
+        for form in ("vmap", "separate")
+    ]
+    assert_same(*runs)
+
+
+def test_sampa_starts_with_the_step_of_its_base():
+    for lam in (0.0, 0.2, 1.0):
+        first = problem.train(samx.sampa(MOMENTUM, 0.3, lam, batch_like=batch_like()), 1)
+        assert_same(first, problem.train(MOMENTUM, 1))
+
+
+def test_sampa_at_lam_one_does_not_see_the_radius():
+    runs = [
+        problem.train(samx.sampa(MOMENTUM, rho, 1.0, batch_like=batch_like()), STEPS)
+        for rho in (0.0, 0.5)
+    ]
+    assert_same(*runs, atol=0)
+
+
+def test_sampa_at_lam_zero_is_not_the_published_scripts_degenerate_case():
+    """The script at lam=0 is the base optimizer on the previous batch: no perturbation at all."""
+
+    def run(rho):
+        return problem.train(samx.sampa(MOMENTUM, rho, 0.0, batch_like=batch_like()), STEPS)
+
+    assert_same(run(0.0)["W1"][:2], run(0.5)["W1"][:2], atol=1e-2)
+    assert np.abs(run(0.0)["W1"][2:] - run(0.5)["W1"][2:]).max() > 1e-3
+
+
+def test_sampa_keeps_the_aux_at_y_on_the_current_batch():
+    def losses_fn(params, batch):
+        return problem.losses_fn(params, batch), {"W1": params["W1"], "x": batch["x"].mean()}
+
+    data, x = problem.make()
+    base = optax.sgd(0.1)
+    like = jax.eval_shape(lambda: losses_fn(x, batch_like())[1])
+    for form in ("vmap", "separate"):
+        tx = samx.sampa(base, 0.3, batch_like=batch_like(), aux_like=like, gradients=form)
+        params, state = x, tx.init(x)
+        for t in range(3):
+            y = optax.apply_updates(params, base.update(state.g_y, state.base, params)[0])
+            batch = problem.batch_at(data, t)
+            updates, state = tx.update(params, state, params, losses_fn=losses_fn, batch=batch)
+            aux = optax.tree.get(state, "aux")
+            np.testing.assert_allclose(aux["W1"], y["W1"] if t else params["W1"], rtol=1e-12)
+            np.testing.assert_allclose(aux["x"], batch["x"].mean(), rtol=1e-12)
+            params = optax.apply_updates(params, updates)
+
+
+@pytest.mark.parametrize("rho", [0.01, 0.5])
+def test_radius_is_the_length_of_the_step(rho):
+    g, params = gradient()
+    np.testing.assert_allclose(
+        optax.tree.norm(ball_step(geometry.metric_ball(rho), g, params)), rho, rtol=1e-10
+    )
+    metric = geometry.magnitude(0.1)
+    eps = ball_step(geometry.metric_ball(rho, metric), g, params)
+    relative = jax.tree.map(jnp.divide, eps, metric(params))
+    np.testing.assert_allclose(optax.tree.norm(relative), rho, rtol=1e-10)
+    corner = ball_step(geometry.linf_ball(rho), g, params)
+    assert all(np.all(np.abs(leaf) == rho) for leaf in jax.tree.leaves(corner))
+
+
+def test_step_goes_up():
+    g, params = gradient()
+    for ball in (
+        geometry.metric_ball(0.1),
+        geometry.metric_ball(0.1, geometry.magnitude()),
+        geometry.metric_ball(0.1, geometry.layerwise(0.1)),
+        geometry.linf_ball(0.1, geometry.magnitude()),
+    ):
+        assert float(optax.tree.vdot(g, ball_step(ball, g, params))) > 0
+
+
+def test_step_does_not_depend_on_the_scale_of_the_loss():
+    g, params = gradient()
+    ball = geometry.metric_ball(0.1, geometry.magnitude())
+    larger = jax.tree.map(lambda x: 1e3 * x, g)
+    assert_same(ball_step(ball, larger, params), ball_step(ball, g, params), atol=1e-12)
+
+
+def test_asam_does_not_depend_on_the_scale_of_the_weights():
+    """With eta=0, w -> c w and g -> g / c move to the same function: ε -> c ε."""
+    g, params = gradient()
+    ball = geometry.metric_ball(0.5, geometry.magnitude(0.0, is_scaled=lambda path, leaf: True))
+    scaled = jax.tree.map(lambda x: 10 * x, params)
+    eps = ball_step(ball, jax.tree.map(lambda x: x / 10, g), scaled)
+    assert_same(jax.tree.map(lambda x: x / 10, eps), ball_step(ball, g, params), atol=1e-12)
+
+
+def test_leaves_that_are_not_selected_stay_exactly_where_they_are():
+    g, params = gradient()
+
+    def is_weight(path, leaf):
+        return leaf.ndim == 2
+
+    whole = ball_step(geometry.metric_ball(0.1), g, params)
+    selected = ball_step(geometry.on_leaves(geometry.metric_ball(0.1), is_weight), g, params)
+    over_all = ball_step(
+        geometry.on_leaves(geometry.metric_ball(0.1), is_weight, norm="all"), g, params
+    )
+    for eps in (selected, over_all):
+        assert not np.any(eps["b1"])
+        assert not np.any(eps["b2"])
+    np.testing.assert_allclose(optax.tree.norm(selected), 0.1, rtol=1e-10)
+    assert_same({k: over_all[k] for k in ("W1", "W2")}, {k: whole[k] for k in ("W1", "W2")})
+
+
+def test_complex_parameters_climb():
+    """JAX's gradient of a complex parameter points along the conjugate of the steepest ascent."""
+    target = jnp.array([1.0 + 2.0j, -1.0j])
+
+    def loss(w):
+        return jnp.sum(jnp.abs(w - target) ** 2)
+
+    w = jnp.array([0.5 - 0.5j, 2.0 + 1.0j])
+    g = jax.grad(loss)(w)
+    _, state = samx.sam(0.1).update(g, samx.sam(0.1).init(w), w, value=loss(w), value_fn=loss)
+    readings = state.readings
+    norm = np.linalg.norm(g)
+    np.testing.assert_allclose(readings.sharp_loss - readings.loss, 0.1 * norm + 0.01, rtol=1e-8)
+    np.testing.assert_allclose(readings.cosine, 1.0, rtol=1e-8)
+
+
+def test_weights_are_a_weighted_mean():
+    data, params = problem.make()
+    batch = problem.batch_at(data, 0)
+    weights = jnp.linspace(0.0, 2.0, problem.BATCH_SIZE)
+    grads = jax.grad(lambda p: jnp.average(problem.losses_fn(p, batch), weights=weights))(params)
+    tx = samx.sam(0.2)
+    explicit, _ = tx.update(
+        grads,
+        tx.init(params),
+        params,
+        value_fn=lambda p: jnp.average(problem.losses_fn(p, batch), weights=weights),
+    )
+    derived, _ = tx.update(
+        grads,
+        tx.init(params),
+        params,
+        losses_fn=problem.losses_fn,
+        batch=batch,
+        weights=weights,
+    )
+    assert_same(derived, explicit)
+
+
+def test_random_keys_in_the_batch_survive_the_hold():
+    """Masks of examples live in the batch as `[B]` leaves, typed keys included."""
+    data, params = problem.make()
+    batch = problem.batch_at(data, 0) | {"key": jax.random.split(jax.random.key(0), 16)}
+
+    def losses_fn(params, batch):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (10,)))(batch["key"])
+        return problem.losses_fn(params, batch | {"x": batch["x"] + 0.1 * noise})
+
+    for form in ("vmap", "separate"):
+        tx = samx.sampa(MOMENTUM, batch_like=batch, gradients=form)
+        state = tx.init(params)
+        step = jax.jit(lambda p, s, b, tx=tx: tx.update(p, s, p, losses_fn=losses_fn, batch=b))
+        for _ in range(2):
+            updates, state = step(params, state, batch)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
+        held = optax.tree.get(state, "previous_batch")["key"]
+        assert jnp.array_equal(jax.random.key_data(held), jax.random.key_data(batch["key"]))

@@ -1,0 +1,88 @@
+"""Every notebook matches its text, keeps its outputs, and runs from scratch.
+
+The text (`.py`) is what one edits. `python tests/test_notebooks.py` writes the notebooks anew.
+"""
+
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def execute(notebook, folder):
+    """Run all cells in a fresh kernel; raises on the first one that fails."""
+    client = NotebookClient(
+        notebook,
+        timeout=120,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(folder)}},
+    )
+    return client.execute()
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def check_outputs(notebook):
+    """All cells ran, in order; nothing went wrong or to stderr; something was drawn."""
+    cells = code_cells(notebook)
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert [o for o in outputs if o.output_type == "error"] == []
+    assert [o.text for o in outputs if o.get("name") == "stderr"] == []
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_there_are_notebooks():
+    texts = [path.stem for path in sorted(FOLDER.glob("*.py"))]
+    assert texts == [path.stem for path in NOTEBOOKS] != []
+
+
+@every_notebook
+def test_text_and_notebook_hold_the_same_cells(path):
+    text, notebook = (
+        [(cell.cell_type, cell.source) for cell in jupytext.read(file).cells]
+        for file in (path.with_suffix(".py"), path)
+    )
+    assert text == notebook
+
+
+@every_notebook
+def test_outputs_are_kept(path):
+    check_outputs(nbformat.read(path, as_version=4))
+
+
+@every_notebook
+def test_runs_from_scratch(path, tmp_path):
+    check_outputs(execute(jupytext.read(path.with_suffix(".py")), tmp_path))
+
+
+def test_a_failing_cell_turns_red(tmp_path):
+    cells = [nbformat.v4.new_code_cell(source) for source in ("1 + 1", "raise ValueError('no')")]
+    with pytest.raises(CellExecutionError, match="ValueError: no"):
+        execute(nbformat.v4.new_notebook(cells=cells), tmp_path)
+
+
+def write(path):
+    """Execute the text and write the notebook, without times, versions or random cell ids."""
+    notebook = execute(jupytext.read(path), FOLDER)
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"jupytext": {"formats": "ipynb,py:percent"}, "kernelspec": kernel}
+    for index, cell in enumerate(notebook.cells):
+        cell.id, cell.metadata = f"cell-{index:02d}", {}
+    check_outputs(notebook)
+    nbformat.write(nbformat.from_dict(notebook), path.with_suffix(".ipynb"))
+
+
+if __name__ == "__main__":
+    for path in sorted(FOLDER.glob("*.py")):
+        write(path)
