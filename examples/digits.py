@@ -332,7 +332,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variants", nargs="+", default=list(ROWS), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--base", choices=list(BASES), default="momentum")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=40)
@@ -341,8 +341,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
     parser.add_argument("--out", help="new folder of the results; default runs/digits-NNN")
     args = parser.parse_args(argv)
-    if unknown := [name for name in args.variants if name not in ROWS]:
-        parser.error(f"unknown variants {', '.join(unknown)}; known: {', '.join(ROWS)}")
     args.variants = list(dict.fromkeys(args.variants))
     for name in ("seeds", "epochs", "width"):
         if getattr(args, name) < 1:

@@ -23,6 +23,7 @@ def execute(notebook, folder):
         timeout=120,
         kernel_name="python3",
         record_timing=False,
+        coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )
     return client.execute()

@@ -1,0 +1,100 @@
+"""The documentation is true: README code runs, every public name is explained and listed."""
+
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import samx
+from samx import perturbations
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+SECTIONS = ("Args", "Returns", "Raises", "Example", "References", "Notes")
+
+
+PUBLIC = [
+    *((name, getattr(samx, name)) for name in samx.__all__ if name != "perturbations"),
+    *((f"perturbations.{name}", getattr(perturbations, name)) for name in perturbations.__all__),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), PUBLIC)
+def test_docstring_sections(name, value):
+    doc = inspect.getdoc(value) or ""
+    wanted = ("Attributes", "Example") if inspect.isclass(value) else SECTIONS
+    if not inspect.isclass(value) and not inspect.signature(value).parameters:
+        wanted = tuple(section for section in wanted if section != "Args")
+    positions = [doc.find(f"\n{section}:\n") for section in wanted]
+    assert -1 not in positions, f"{name} lacks {wanted[positions.index(-1)]}"
+    assert positions == sorted(positions), f"{name}: sections in the order {wanted}"
+    assert doc.splitlines()[0].endswith("."), f"{name}: one line first"
+    assert ">>> " in doc
+
+
+@pytest.mark.parametrize(("name", "value"), PUBLIC)
+def test_every_argument_is_documented(name, value):
+    if inspect.isclass(value):
+        documented, arguments = inspect.getdoc(value), value._fields
+    else:
+        documented, arguments = inspect.getdoc(value), inspect.signature(value).parameters
+    for argument in arguments:
+        assert re.search(rf"^ +{argument}: ", documented, re.MULTILINE), f"{name}: {argument}"
+
+
+@pytest.mark.parametrize(("name", "value"), PUBLIC)
+def test_readme_row(name, value):
+    assert re.search(rf"^\|.*`{name}\b", README, re.MULTILINE), f"no README row for {name}"
+
+
+def test_no_public_name_takes_any_keyword():
+    for name, value in PUBLIC:
+        if not inspect.isclass(value):
+            kinds = {p.kind for p in inspect.signature(value).parameters.values()}
+            assert inspect.Parameter.VAR_KEYWORD not in kinds, name
+
+
+def test_readme_python_blocks():
+    namespace = {}
+    blocks = [code for language, code in BLOCKS if language == "python"]
+    assert blocks
+    for code in blocks:
+        exec(compile(code, "README.md", "exec"), namespace)
+
+
+def test_readme_bash_blocks():
+    """One line each: the first runs the main job, the second these tests."""
+    commands = [code.strip() for language, code in BLOCKS if language == "bash"]
+    assert all("\n" not in command for command in commands[:2])
+    assert "examples/digits.py" in commands[0]
+    assert "-m pytest" in commands[1]
+    for command in commands:
+        subprocess.run(["bash", "-n", "-c", command], check=True)
+        words = shlex.split(command, comments=True)
+        for word in words:
+            if word.startswith(("examples/", "notebooks/", "tests/")):
+                assert (ROOT / word).exists(), word
+            if match := re.search(r"\[(.*)\]$", word):
+                project = (ROOT / "pyproject.toml").read_text()
+                assert re.search(rf"^{match[1]} = \[", project, re.MULTILINE), word
+    assert {language for language, _ in BLOCKS} <= {"python", "bash", "text"}
+
+
+def test_readme_links():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_core_needs_jax_and_optax_only():
+    """Flax, chex and whatever else the examples use must not be imported by `import samx`."""
+    code = (
+        "import jax, optax, sys; before = set(sys.modules); import samx; "
+        "print({m.split('.')[0] for m in set(sys.modules) - before})"
+    )
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert output.stdout.decode().strip() == "{'samx'}"
