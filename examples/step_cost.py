@@ -158,7 +158,7 @@ def samx_rows(losses_fn: Callable, params: Any, batch: Any, variants: list[str])
         # Not `value`: for a variant that ignores it, it would keep a forward pass alive.
         loss = optax.tree.get(new, "loss")
         if not read:
-            new = (new[0]._replace(readings=state[0].readings), *new[1:])
+            new = optax.tree.set(new, readings=optax.tree.get(state, "readings"))
         return optax.apply_updates(params, updates), new, loss
 
     def row(tx, name, read=True):

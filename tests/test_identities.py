@@ -59,6 +59,9 @@ EQUAL_TO_SAM = {
         geometry.on_leaves(geometry.metric_ball(0.2), lambda path, leaf: True, norm="all")
     ),
     "injected": lambda: optax.inject_hyperparams(samx.sam)(rho=0.2),
+    "injected with a perturbation": lambda: optax.inject_hyperparams(
+        samx.sam, static_args=("rho", "perturbation")
+    )(perturbation=geometry.metric_ball(0.2)),
 }
 
 

@@ -3,6 +3,7 @@
 The text (`.py`) is what one edits. `python tests/test_notebooks.py` writes the notebooks anew.
 """
 
+import time
 from pathlib import Path
 
 import jupytext
@@ -12,6 +13,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
+SECONDS = 120
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -20,7 +22,7 @@ def execute(notebook, folder):
     """Run all cells in a fresh kernel; raises on the first one that fails."""
     client = NotebookClient(
         notebook,
-        timeout=120,
+        timeout=SECONDS,  # of one cell
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
@@ -34,12 +36,11 @@ def code_cells(notebook):
 
 
 def check_outputs(notebook):
-    """All cells ran, in order; nothing went wrong or to stderr; something was drawn."""
+    """All cells ran, in order; nothing went wrong; something was drawn."""
     cells = code_cells(notebook)
     outputs = [output for cell in cells for output in cell.outputs]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert [o for o in outputs if o.output_type == "error"] == []
-    assert [o.text for o in outputs if o.get("name") == "stderr"] == []
     assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
@@ -59,18 +60,24 @@ def test_text_and_notebook_hold_the_same_cells(path):
 
 @every_notebook
 def test_outputs_are_kept(path):
-    check_outputs(nbformat.read(path, as_version=4))
+    notebook = nbformat.read(path, as_version=4)
+    check_outputs(notebook)
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert [o.text for o in outputs if o.get("name") == "stderr"] == []  # no warnings
 
 
 @every_notebook
 def test_runs_from_scratch(path, tmp_path):
+    start = time.perf_counter()
     check_outputs(execute(jupytext.read(path.with_suffix(".py")), tmp_path))
+    assert time.perf_counter() - start < SECONDS
 
 
 def test_a_failing_cell_turns_red(tmp_path):
     cells = [nbformat.v4.new_code_cell(source) for source in ("1 + 1", "raise ValueError('no')")]
-    with pytest.raises(CellExecutionError, match="ValueError: no"):
+    with pytest.raises(CellExecutionError) as caught:
         execute(nbformat.v4.new_notebook(cells=cells), tmp_path)
+    assert (caught.value.ename, caught.value.evalue) == ("ValueError", "no")
 
 
 def write(path):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from samx._base import check_count, closure_transformation, perturbed, value_and_grad_at
-from samx.perturbations import DefaultRho, ball_of
+from samx.perturbations import DefaultRho, as_perturbation, ball_of
 from samx.readings import UNKNOWN, Readings, no_readings, take_readings
 
 
@@ -79,10 +79,7 @@ def sharpness_aware(
         `static_args`: `perturbation`, `ascent_steps`, `perturb_dtype`, `name`.
     """
     check_count("ascent_steps", ascent_steps)
-    if not (hasattr(perturbation, "init") and hasattr(perturbation, "update")):
-        kind = type(perturbation).__name__
-        raise TypeError(f"{name}: `perturbation` must be an optax transformation, got {kind}")
-    perturbation = optax.with_extra_args_support(perturbation)
+    perturbation = as_perturbation(name, perturbation)
 
     def init_fn(params):
         return SharpnessAwareState(perturbation.init(params), no_readings(params))
