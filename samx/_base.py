@@ -21,9 +21,10 @@ OWN_KEYWORDS = frozenset(
 )
 _SCALAR_CLOSURES = ("value_fn", "ascent_fn", "validation_fn")
 _FIXES = {
-    "value_fn": "value_fn=lambda p: loss(p, batch) (or losses_fn= and batch=, which define it)",
-    "losses_fn": "losses_fn=losses, a function (params, batch) -> per-example losses [B]",
-    "batch": "batch=batch, the pytree of arrays [B, ...] that losses_fn takes",
+    "value_fn": "value_fn=lambda p: loss(p, batch)) or, with per-example losses [B], "
+    "tx.update(grads, state, params, losses_fn=losses, batch=batch)",
+    "losses_fn": "losses_fn=losses, batch=batch), where losses(params, batch) are per example, [B]",
+    "batch": "losses_fn=losses, batch=batch), a pytree of arrays [B, ...]",
 }
 
 
@@ -355,9 +356,9 @@ def _check_params(name: str, params: Any) -> None:
 def _missing(name: str, keyword: str, given: dict[str, Any]) -> str:
     return (
         f"{name}: `{keyword}` is missing. "
-        f"Pass tx.update(grads, state, params, {_FIXES.get(keyword, f'{keyword}=...')}). "
-        f"Keywords that arrived: {sorted(given) or 'none'}. optax.lookahead and "
-        "optax.MultiSteps(...).gradient_transformation() drop keywords on their way."
+        f"Call tx.update(grads, state, params, {_FIXES.get(keyword, f'{keyword}=...)')}. "
+        f"Keywords that arrived: {', '.join(sorted(given)) or 'none'}. If you did pass it: "
+        "optax.lookahead and optax.MultiSteps(...).gradient_transformation() drop keywords."
     )
 
 

@@ -56,7 +56,11 @@ def test_digits_learns():
 
 
 def test_flipped_labels_are_wrong_and_only_in_training():
-    clean, noisy = digits.split(3, 0.0), digits.split(3, 0.3)
+    seed = np.array([3])
+    clean, noisy = (
+        [{k: v[0] for k, v in part.items()} for part in digits.split(seed, noise)]
+        for noise in (0.0, 0.3)
+    )
     assert int((clean[0]["y"] != noisy[0]["y"]).sum()) == 0.3 * digits.TRAIN
     for part in (1, 2):
         np.testing.assert_array_equal(clean[part]["y"], noisy[part]["y"])
