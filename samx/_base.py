@@ -1,19 +1,14 @@
-"""The one boundary of the contract: checks arguments, unifies closures, hides optax's loose types.
-
-Inside samx every closure returns `(loss, aux)`; outside it may return the loss alone.
-"""
+"""The one boundary of the contract: checks, closures in one form, optax's loose types hidden."""
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from samx import _tree
-
-Closure: TypeAlias = Callable[..., tuple[jax.Array, Any]]
 
 # The keywords of `update` that are samx's own. optax knows `value`, `grad` and `value_fn` too.
 OWN_KEYWORDS = frozenset(
@@ -26,6 +21,20 @@ _FIXES = {
     "losses_fn": "losses_fn=losses, batch=batch), where losses(params, batch) are per example, [B]",
     "batch": "losses_fn=losses, batch=batch), a pytree of arrays [B, ...]",
 }
+
+
+class Closure:
+    """A loss closure: calling it gives the loss; `with_aux` gives `(loss, aux)`.
+
+    The caller's closure may return either; an aux that is missing is `None`.
+    """
+
+    def __init__(self, with_aux: Callable[..., tuple[jax.Array, Any]]):
+        self.with_aux = with_aux
+
+    def __call__(self, *args: Any, **keywords: Any) -> jax.Array:
+        """The loss, aux dropped."""
+        return self.with_aux(*args, **keywords)[0]
 
 
 def closure_transformation(
@@ -41,9 +50,10 @@ def closure_transformation(
             keywords that it does not declare are dropped (kept if it has **keywords)
 
     Every rule of the contract that does not depend on the variant lives here. Closures arrive in
-    `update_fn` in one form, `params -> (scalar loss, aux)` and
-    `(params, batch) -> (losses [B], aux)`, already checked; `value_fn` is derived as the
-    (weighted) mean of `losses_fn` over `batch` when the caller gave none.
+    `update_fn` checked and in one form, whether or not the caller's return an aux:
+    `value_fn(params)` is the scalar loss, `value_fn.with_aux(params)` is `(loss, aux)`, and
+    `losses_fn(params, batch)` likewise the losses [B]. `value_fn` is derived as the (weighted) mean
+    of `losses_fn` over `batch` when the caller gave none.
 
     Args:
         init_fn: `params -> state`.
@@ -71,8 +81,7 @@ def closure_transformation(
         ...         key, draw = jax.random.split(key)
         ...         eps = optax.tree.random_like(draw, params)
         ...         eps = optax.tree.scale(radius / optax.tree.norm(eps), eps)
-        ...         (loss, aux), g_noisy = samx.value_and_grad_at(value_fn, params, eps)
-        ...         return g_noisy, key
+        ...         return jax.grad(value_fn)(optax.apply_updates(params, eps)), key
         ...     return samx.closure_transformation(lambda params: jax.random.key(0), update_fn)
         >>> tx = noisy_gradient(0.1)
         >>> params = {"w": jnp.ones(3)}
@@ -116,11 +125,12 @@ def value_and_grad_at(
     params: optax.Params,
     eps: optax.Updates,
     *,
+    has_aux: bool = False,
     perturb_dtype: Any = jnp.float32,
-) -> tuple[tuple[jax.Array, Any], optax.Updates]:
+) -> tuple[Any, optax.Updates]:
     """Loss and gradient at the perturbed point, `params` untouched.
 
-        (L(w + ε), aux), ∇L(w + ε)
+        L(w + ε), ∇L(w + ε)
 
     The gradient has the dtypes of `params`. Half-precision leaves are handed to the closure as
     `perturb_dtype(w) + ε`: a step of radius 0.05 spread over many weights is below half a unit in
@@ -128,14 +138,15 @@ def value_and_grad_at(
     are and get a zero gradient.
 
     Args:
-        value_fn: `params -> loss` or `params -> (loss, aux)`.
+        value_fn: `params -> scalar`, or `params -> (scalar, aux)` with `has_aux`.
         params: The parameters `w`.
         eps: The perturbation, shaped like `params`.
+        has_aux: As in `jax.value_and_grad`; default False.
         perturb_dtype: Lowest precision of the point that the closure sees; `None` keeps the
             parameters' dtypes.
 
     Returns:
-        `((loss, aux), gradient)`; `aux` is `None` if the closure returns the loss alone.
+        `(loss, gradient)`, with `has_aux` `((loss, aux), gradient)`.
 
     Raises:
         TypeError: If the closure fails on the widened parameters; the message names
@@ -143,7 +154,7 @@ def value_and_grad_at(
 
     Example:
         >>> import jax.numpy as jnp, samx
-        >>> (loss, _), g = samx.value_and_grad_at(lambda w: w @ w, jnp.ones(2), 0.5 * jnp.ones(2))
+        >>> loss, g = samx.value_and_grad_at(lambda w: w @ w, jnp.ones(2), 0.5 * jnp.ones(2))
         >>> float(loss), g.tolist()
         (4.5, [3.0, 3.0])
 
@@ -157,11 +168,8 @@ def value_and_grad_at(
     point = perturbed(params, eps, perturb_dtype)
     moved = zip(jax.tree.leaves(point), jax.tree.leaves(params), strict=True)
     is_widened = any(p.dtype != jnp.result_type(w) for p, w in moved)
-    loss_and_grad = jax.value_and_grad(
-        lambda p: _loss_and_aux(value_fn(p)), has_aux=True, allow_int=True
-    )
     try:
-        (loss, aux), grads = loss_and_grad(point)
+        value, grads = jax.value_and_grad(value_fn, has_aux=has_aux, allow_int=True)(point)
     except TypeError as error:
         if not is_widened:
             raise
@@ -172,7 +180,7 @@ def value_and_grad_at(
             "compute do), or opt out with perturb_dtype=None."
         ) from error
     grads = _tree.keep_floating(grads, params)  # float0 at the integers
-    return (loss, aux), jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
+    return value, jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
 
 
 def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> optax.Params:
@@ -189,17 +197,17 @@ def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> o
 
 
 def mean_loss(losses_fn: Closure, batch: Any, weights: jax.Array | None = None) -> Closure:
-    """The closure `params -> (mean loss, aux)` of per-example losses; `weights` 0 is padding."""
+    """The mean of per-example losses as a closure of the parameters; `weights` 0 is padding."""
 
-    def value_fn(params):
-        losses, aux = losses_fn(params, batch)
+    def mean_with_aux(params):
+        losses, aux = losses_fn.with_aux(params, batch)
         losses = _tree.widen(losses)
         if weights is None:
             return jnp.mean(losses), aux
         total = jnp.sum(weights)
         return jnp.sum(losses * weights) / jnp.where(total == 0, 1, total), aux
 
-    return value_fn
+    return Closure(mean_with_aux)
 
 
 def check_closures(
@@ -248,8 +256,8 @@ def check_closures(
     """
     given = dict(value_fn=value_fn, losses_fn=losses_fn, batch=batch, weights=weights)
     checked = unify("check_closures", given)
-    value, _ = checked["value_fn"](params)
-    mean, _ = mean_loss(checked["losses_fn"], batch, checked.get("weights"))(params)
+    value = checked["value_fn"](params)
+    mean = mean_loss(checked["losses_fn"], batch, checked.get("weights"))(params)
     if not jnp.allclose(value, mean, rtol=rtol, atol=1e-6):
         raise ValueError(
             f"check_closures: value_fn(params) = {float(value):.8g}, but the mean of "
@@ -258,7 +266,7 @@ def check_closures(
 
 
 def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """Check the contract's keywords and bring every closure to its `(loss, aux)` form."""
+    """Check the contract's keywords, and make every loss a `Closure`."""
     extra = {k: v for k, v in extra.items() if v is not None}
     for keyword in (*_SCALAR_CLOSURES, "losses_fn"):
         if keyword in extra and not callable(extra[keyword]):
@@ -285,11 +293,7 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
 
 def base_keywords(name: str, keywords: dict[str, Any]) -> dict[str, Any]:
     """What a base optimizer gets to see: nothing of samx's own, and `value_fn` as a scalar."""
-    keywords = unify(name, keywords)
-    passed = {k: v for k, v in keywords.items() if k not in OWN_KEYWORDS}
-    if "value_fn" in passed:
-        passed["value_fn"] = lambda *args, **kw: keywords["value_fn"](*args, **kw)[0]
-    return passed
+    return {k: v for k, v in unify(name, keywords).items() if k not in OWN_KEYWORDS}
 
 
 def next_step(step: jax.Array) -> jax.Array:
@@ -367,7 +371,10 @@ def _loss_and_aux(result: Any) -> tuple[Any, Any]:
 
 
 def _scalar_closure(name: str, keyword: str, fn: Callable[..., Any]) -> Closure:
-    def closure(*args, **kwargs):
+    if isinstance(fn, Closure):  # checked by an outer wrapper
+        return fn
+
+    def with_aux(*args, **kwargs):
         loss, aux = _loss_and_aux(fn(*args, **kwargs))
         if jnp.shape(loss) != ():
             raise ValueError(
@@ -377,11 +384,14 @@ def _scalar_closure(name: str, keyword: str, fn: Callable[..., Any]) -> Closure:
         _check_floating(name, keyword, loss)
         return loss, aux
 
-    return closure
+    return Closure(with_aux)
 
 
 def _losses_closure(name: str, fn: Callable[..., Any]) -> Closure:
-    def closure(params, batch):
+    if isinstance(fn, Closure):
+        return fn
+
+    def with_aux(params, batch):
         losses, aux = _loss_and_aux(fn(params, batch))
         size = batch_size(name, batch)
         if jnp.shape(losses) != (size,):
@@ -392,7 +402,7 @@ def _losses_closure(name: str, fn: Callable[..., Any]) -> Closure:
         _check_floating(name, "losses_fn", losses)
         return losses, aux
 
-    return closure
+    return Closure(with_aux)
 
 
 def _check_floating(name: str, keyword: str, loss: Any) -> None:

@@ -1,7 +1,8 @@
 """The table of variants: one row each, from which every suite is generated."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -76,36 +77,24 @@ def _is_weight(path: Any, leaf: Any) -> bool:
     return path[-1].key.startswith("W")
 
 
+SAMPA = Case(
+    samx.sampa,
+    "wraps",
+    {"rho": 0.1, "lam": 0.2},
+    (2, 2),
+    needs=("losses_fn", "batch"),
+    uses_gradient=False,
+    has_base_limit=False,
+    needs_batch_like=True,
+    static_args=("batch_like",),
+    climbs=False,
+)
 VARIANTS = {
     "sam": Case(samx.sam, "chain", {"rho": 0.05}, (1, 1)),
     "asam": Case(samx.asam, "chain", {"rho": 0.5, "eta": 0.01}, (1, 1), static_args=("is_scaled",)),
-    "sampa": Case(
-        samx.sampa,
-        "wraps",
-        {"rho": 0.1, "lam": 0.2},
-        (2, 2),
-        needs=("losses_fn", "batch"),
-        uses_gradient=False,
-        has_base_limit=False,
-        needs_batch_like=True,
-        static_args=("batch_like",),
-        climbs=False,
-    ),
+    "sampa": SAMPA,
     # The same, computed or measured differently: every row must keep the whole contract.
-    "sampa, separate": Case(
-        lambda base, rho, lam, batch_like: samx.sampa(
-            base, rho, lam, batch_like=batch_like, gradients="separate"
-        ),
-        "wraps",
-        {"rho": 0.1, "lam": 0.2},
-        (2, 2),
-        needs=("losses_fn", "batch"),
-        uses_gradient=False,
-        has_base_limit=False,
-        needs_batch_like=True,
-        static_args=("batch_like",),
-        climbs=False,
-    ),
+    "sampa, separate": replace(SAMPA, factory=partial(samx.sampa, gradients="separate")),
     "two ascent steps": Case(_ball(metric_ball, ascent_steps=2), "chain", {"rho": 0.05}, (2, 2)),
     "layerwise": Case(
         _ball(lambda rho: metric_ball(rho, layerwise())), "chain", {"rho": 0.1}, (1, 1)

@@ -102,7 +102,7 @@ def train_sam(base, perturb, steps, ascent_steps=1, losses_fn=problem.losses_fn)
 
 
 def train_sampa(base, rho, lam, steps, losses_fn=problem.losses_fn):
-    """SAMPa; `rho` may be a list, one radius for every step."""
+    """SAMPa; `rho` and `lam` may be lists, one number for every step."""
     data, x = _start()
     gradient, trajectory = _gradient(losses_fn), []
     g_y = {k: np.zeros_like(v) for k, v in x.items()}
@@ -113,7 +113,8 @@ def train_sampa(base, rho, lam, steps, losses_fn=problem.losses_fn):
         y = x if t == 0 else copy.deepcopy(base).step(x, g_y)
         g_tilde = gradient({k: x[k] + eps[k] for k in x}, previous)
         g_y = gradient(y, batch)
-        x = base.step(x, {k: (1 - lam) * g_tilde[k] + lam * g_y[k] for k in x})
+        share = lam[t] if isinstance(lam, list) else lam
+        x = base.step(x, {k: (1 - share) * g_tilde[k] + share * g_y[k] for k in x})
         previous = batch
         trajectory.append(x)
     return _stack(trajectory)

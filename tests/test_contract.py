@@ -1,5 +1,8 @@
 """What every variant promises, whatever its paper: section "The contract" of the README."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,9 @@ import pytest
 from cases import VARIANTS
 
 import samx
+
+assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
+assert_finite = chex.assert_tree_all_finite
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
@@ -22,15 +28,6 @@ def fresh(dtype=np.float32):
 def signature(tree):
     """What must not change from step to step, or the program is compiled again."""
     return jax.tree.map(lambda x: (jnp.shape(x), x.dtype, jax.typeof(x).weak_type), tree)
-
-
-def assert_close(a, b, rtol=1e-5, atol=1e-6):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
-
-
-def assert_finite(tree):
-    for leaf in jax.tree.leaves(tree):
-        assert np.all(np.isfinite(np.asarray(leaf, np.float64)))
 
 
 def updates_of(tx, params, batch, state=None, losses_fn=problem.losses_fn, **keywords):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SUITE = "test_recorded_run or test_schedule"  # of test_trajectories.py: the fast part
+SUITE = "test_recorded_run or test_schedules"  # of test_trajectories.py: the fast part
 
 DEFECTS = {
     "nothing changed": None,

@@ -152,14 +152,14 @@ def test_l2_inside_the_loss_is_part_of_the_ascent():
     assert np.abs(outside["W1"] - expected["W1"]).max() > 1e-6
 
 
-def test_schedule_of_the_radius_follows_the_step():
+def test_schedules_follow_the_step():
     schedule = optax.linear_schedule(0.0, 0.3, STEPS)
     radii = [float(schedule(t)) for t in range(STEPS)]
     perturb = [reference.ball(rho) for rho in radii]
     expected = reference.train_sam(reference.SGD(0.1, 0.9), perturb, STEPS)
     assert_same(problem.train(optax.chain(samx.sam(schedule), MOMENTUM), STEPS), expected)
-    expected = reference.train_sampa(reference.SGD(0.1, 0.9), radii, 0.2, STEPS)
-    assert_same(problem.train(sampa(MOMENTUM, schedule), STEPS), expected)
+    expected = reference.train_sampa(reference.SGD(0.1, 0.9), radii, radii, STEPS)
+    assert_same(problem.train(sampa(MOMENTUM, schedule, schedule), STEPS), expected)
 
 
 def test_layerwise_metric_by_hand():

@@ -86,21 +86,18 @@ def sharpness_aware(
 
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
         perturb = partial(perturbation.update, value_fn=value_fn, **extra)
-
-        def gradient(eps):
-            (loss, _), grads = value_and_grad_at(value_fn, params, eps, perturb_dtype=perturb_dtype)
-            return loss, grads
+        loss_and_grad = partial(value_and_grad_at, value_fn, params, perturb_dtype=perturb_dtype)
 
         def climb(_, eps):
             point = optax.apply_updates(params, eps)
-            _, g_i = gradient(eps)
+            _, g_i = loss_and_grad(eps)
             step, _ = perturb(g_i, state.perturbation, point)
             return optax.tree.add(eps, step)
 
         eps, ball = perturb(g, state.perturbation, params)
         if ascent_steps > 1:
             eps = jax.lax.fori_loop(1, ascent_steps, climb, eps)
-        sharp_loss, g_s = gradient(eps)
+        sharp_loss, g_s = loss_and_grad(eps)
 
         point = perturbed(params, eps, perturb_dtype)
         readings = take_readings(

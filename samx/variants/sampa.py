@@ -161,8 +161,9 @@ def sampa(
         lam_t = at_step(lam, state.step)
 
         def gradient(delta, batch, weights):
+            value_fn = mean_loss(losses_fn, batch, weights)
             (loss, aux), grads = value_and_grad_at(
-                mean_loss(losses_fn, batch, weights), params, delta, perturb_dtype=perturb_dtype
+                value_fn.with_aux, params, delta, has_aux=True, perturb_dtype=perturb_dtype
             )
             return loss, None if aux_like is None else aux, grads
 
