@@ -120,8 +120,8 @@ def sampa(
         time, in either form. "vmap" turns a dense layer into a batched product and a convolution
         into a grouped one: on the CPU "separate" is faster, for a convolutional net almost three
         times.
-        Readings: `loss` and `grad_norm` are those at `y` on the current batch, `sharp_loss` that at
-        x̃ on the previous one.
+        Readings: `loss` is that at `y` on the current batch; the others compare x̃ with the `g_y`
+        that it climbed, both on the previous batch.
         Fidelity: matches LIONS-EPFL/SAMPa with SGD, momentum, weight decay and schedules. Its
         published script degenerates at `lam=0` to the base optimizer on the previous batch, leaves
         weight decay out of `y` when there is no momentum, and pairs unrelated batches from the
@@ -184,7 +184,7 @@ def sampa(
 
         point = perturbed(params, eps, perturb_dtype)
         readings = take_readings(
-            state.readings, loss, sharp_loss, g_y, g_s, params, point, gradients=2
+            state.readings, loss, sharp_loss, state.g_y, g_s, params, point, gradients=2
         )
         return updates, SAMPaState(
             step=next_step(state.step),
