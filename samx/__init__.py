@@ -14,7 +14,8 @@ closure, `value_fn=lambda params: ...`; most stand first in an `optax.chain`.
 """
 
 from samx import perturbations
-from samx._base import check_closures, closure_transformation, value_and_grad_at
+from samx._base import check_closures, closure_transformation
+from samx._closures import value_and_grad_at
 from samx.readings import Readings
 from samx.variants.asam import asam
 from samx.variants.sam import sam, sharpness_aware

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._base import at_step, check_number, next_step
+from samx._hyper import at_step, check_number, next_step
 
 __all__ = [
     "constants",

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._base import check_count, closure_transformation, perturbed, value_and_grad_at
+from samx._base import closure_transformation
+from samx._closures import perturbed, value_and_grad_at
+from samx._hyper import check_count
 from samx.perturbations import DefaultRho, as_perturbation, ball_of
 from samx.readings import UNKNOWN, Readings, no_readings, take_readings
 

@@ -11,17 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._base import (
-    at_step,
-    base_keywords,
-    batch_size,
-    check_number,
-    closure_transformation,
-    mean_loss,
-    next_step,
-    perturbed,
-    value_and_grad_at,
-)
+from samx._base import base_keywords, closure_transformation
+from samx._closures import batch_size, mean_loss, perturbed, value_and_grad_at
+from samx._hyper import at_step, check_number, next_step
 from samx.perturbations import DefaultRho, ball_of
 from samx.readings import Readings, no_readings, take_readings
 

@@ -1,0 +1,40 @@
+"""Hyperparameters: numbers or schedules, checked while they are Python numbers."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def next_step(step: jax.Array) -> jax.Array:
+    """The step count after this step; it stays at its largest value instead of overflowing."""
+    return jnp.asarray(optax.safe_increment(step))
+
+
+def at_step(value: optax.ScalarOrSchedule, step: jax.Array) -> Any:
+    """A hyperparameter at the optimizer's step: the number itself, or its schedule there.
+
+    In 64-bit mode the schedule gets an int64: a division of int32 would round it to float32.
+    """
+    return value(step.astype(int)) if callable(value) else value
+
+
+def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Refuse a Python number outside `[low, high]`; schedules and arrays pass unread."""
+    if isinstance(value, str) or value is None:
+        raise TypeError(f"`{name}` must be a number or a schedule, got {value!r}")
+    if isinstance(value, int | float) and not low <= value <= high:
+        wanted = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
+
+
+def check_count(name: str, value: Any, low: int = 1) -> None:
+    """Refuse anything but a Python integer of at least `low`: a count that fixes the program."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"`{name}` must be a Python int, got {type(value).__name__}; under "
+            f"optax.inject_hyperparams pass static_args=({name!r},)"
+        )
+    if value < low:
+        raise ValueError(f"`{name}` must be at least {low}, got {value}")
