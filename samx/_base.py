@@ -146,7 +146,7 @@ def check_closures(
         ...     jnp.ones(2), value_fn=lambda w: losses(w, x).mean(), losses_fn=losses, batch=x)
 
     References:
-        Rule 1 of samx's contract (README, "The contract").
+        README, "The contract".
 
     Notes:
         Cost: two forward passes. Dropout must draw the same masks in both (keys in `batch`).

@@ -173,3 +173,34 @@ def test_unread_readings_leave_the_hand_written_step():
     ]
     assert costs[0]["flops"] == pytest.approx(costs[1]["flops"], rel=0.01)
     assert costs[0]["bytes accessed"] == pytest.approx(costs[1]["bytes accessed"], rel=0.01)
+
+
+@pytest.mark.parametrize(("gradients", "calls"), [("vmap", 1), ("separate", 2)])
+def test_sampa_takes_both_gradients_in_one_vectorized_call(gradients, calls):
+    params, batch = wide_problem()
+    tx, traced = samx.sampa(optax.sgd(0.1), batch_like=batch, gradients=gradients), []
+
+    def losses_fn(params, batch):
+        traced.append(None)
+        return wide_losses(params, batch)
+
+    state = tx.init(params)
+    jax.eval_shape(lambda: tx.update(params, state, params, losses_fn=losses_fn, batch=batch))
+    assert len(traced) == calls
+
+
+def test_the_program_does_not_grow_with_the_ascent_steps():
+    params, batch = wide_problem()
+
+    def equations(ascent_steps):
+        tx = samx.sharpness_aware(samx.perturbations.metric_ball(0.1), ascent_steps)
+        state = tx.init(params)
+
+        def value_fn(p):
+            return wide_losses(p, batch).mean()
+
+        return len(
+            jax.make_jaxpr(lambda g: tx.update(g, state, params, value_fn=value_fn))(params).eqns
+        )
+
+    assert equations(2) == equations(20)
