@@ -220,7 +220,7 @@ def test_complex_parameters_climb():
 def test_weights_are_a_weighted_mean():
     data, params = problem.make()
     batch = problem.batch_at(data, 0)
-    weights = jnp.linspace(0.0, 2.0, problem.BATCH_SIZE)
+    weights = jnp.linspace(0.0, 3.0, problem.BATCH_SIZE)
     grads = jax.grad(lambda p: jnp.average(problem.losses_fn(p, batch), weights=weights))(params)
     tx = samx.sam(0.2)
     explicit, _ = tx.update(
