@@ -156,6 +156,29 @@ def test_radius_is_the_length_of_the_step(rho):
     assert all(np.all(np.abs(leaf) == rho) for leaf in jax.tree.leaves(corner))
 
 
+def test_corner_of_an_adaptive_ball():
+    g, params = gradient()
+    metric = geometry.magnitude(0.1)
+    eps = ball_step(geometry.linf_ball(0.3, metric), g, params)
+    scales = metric(params)
+    assert_same(eps, jax.tree.map(lambda g, t: 0.3 * t * jnp.sign(g), g, scales), atol=1e-15)
+
+
+def test_layerwise_eta_moves_a_tensor_of_zeros():
+    w = {"kernel": jnp.zeros(3)}
+    g = {"kernel": jnp.array([3.0, 0.0, 4.0])}
+    for eta in (0.0, 0.5):
+        eps = ball_step(geometry.metric_ball(1.0, geometry.layerwise(eta)), g, w)
+        np.testing.assert_allclose(optax.tree.norm(eps), eta, rtol=1e-10)
+
+
+def test_half_precision_gradients_have_a_float32_norm():
+    g = jnp.full(1000, 1.0234375, jnp.bfloat16)  # its square is halfway between two bfloat16
+    eps = ball_step(geometry.metric_ball(0.5), g, g)
+    assert eps.dtype == jnp.float32
+    np.testing.assert_allclose(optax.tree.norm(eps), 0.5, rtol=1e-5)
+
+
 def test_step_goes_up():
     g, params = gradient()
     for ball in (
