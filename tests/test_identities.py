@@ -177,6 +177,9 @@ def test_half_precision_gradients_have_a_float32_norm():
     eps = ball_step(geometry.metric_ball(0.5), g, g)
     assert eps.dtype == jnp.float32
     np.testing.assert_allclose(optax.tree.norm(eps), 0.5, rtol=1e-5)
+    tx = samx.sam(0.5)
+    _, state = tx.update(g, tx.init(g), g, value_fn=lambda w: w.astype(jnp.float32).sum())
+    np.testing.assert_allclose(state.readings.grad_norm, 1.0234375 * 1000**0.5, rtol=1e-5)
 
 
 def test_step_goes_up():
