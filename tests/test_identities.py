@@ -243,6 +243,13 @@ def test_complex_parameters_climb():
     np.testing.assert_allclose(readings.cosine, 1.0, rtol=1e-8)
 
 
+def test_norm_of_the_sharp_gradient_is_that_of_the_updates():
+    g, params = gradient()
+    batch, tx = batch_like(), samx.asam(0.5)
+    updates, state = tx.update(g, tx.init(params), params, losses_fn=problem.losses_fn, batch=batch)
+    np.testing.assert_allclose(state.readings.sharp_grad_norm, optax.tree.norm(updates), rtol=1e-12)
+
+
 def test_weights_are_a_weighted_mean():
     data, params = problem.make()
     batch = problem.batch_at(data, 0)
