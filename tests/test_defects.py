@@ -47,7 +47,7 @@ DEFECTS = {
         "at_step(rho, jnp.zeros_like(state.step))",
     ),
     "biases scaled like weights": (
-        "perturbations.py",
+        "_metrics.py",
         "if _tree.is_inexact(w) and is_scaled(path, w) else 1.0",
         "if _tree.is_inexact(w) else 1.0",
     ),

@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx.perturbations import LeafPredicate, is_not_bias, magnitude, metric_ball
+from samx._metrics import LeafPredicate, is_not_bias, magnitude
+from samx.perturbations import metric_ball
 from samx.variants.sam import sharpness_aware
 
 

@@ -1,0 +1,203 @@
+"""Metrics: how far each parameter may move. Public as `samx.perturbations.<name>`.
+
+A metric is a function `params -> T`, a tree like `params` of elementwise scales (a leaf may be a
+scalar).
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from samx import _tree
+from samx._hyper import check_number
+
+Metric: TypeAlias = Callable[[Any], Any]
+LeafPredicate: TypeAlias = Callable[[Any, Any], bool]
+
+
+def identity() -> Metric:
+    """The Euclidean metric, plain SAM's.
+
+        T = 1
+
+    Returns:
+        A metric, `params -> T`.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> from samx.perturbations import identity
+        >>> identity()({"kernel": 3.0, "bias": -1.0})
+        {'bias': 1.0, 'kernel': 1.0}
+
+    References:
+        Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412
+
+    Notes:
+        Cost: none, the compiler removes the factor.
+    """
+    return lambda params: jax.tree.map(lambda _: 1.0, params)
+
+
+def is_not_bias(path: Any, leaf: Any) -> bool:
+    """Whether a leaf is something else than a bias, by its name: the leaves that ASAM scales.
+
+        last name in path  is not  "bias", "b", or either with a prefix "..._" or a number behind
+
+    The authors' PyTorch code scales the parameters whose name contains "weight": kernels,
+    embeddings and the scales of normalization layers.
+
+    Args:
+        path: Key path of the leaf, as `jax.tree_util.tree_map_with_path` passes it.
+        leaf: The leaf; not looked at.
+
+    Returns:
+        `False` for `bias`, `b`, `b1`, `in_proj_bias`; `True` for every other name.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> import jax
+        >>> from samx.perturbations import is_not_bias
+        >>> params = {"kernel": 1.0, "bias": 0.0, "b1": 0.0, "scale": 1.0}
+        >>> jax.tree_util.tree_map_with_path(is_not_bias, params)
+        {'b1': False, 'bias': False, 'kernel': True, 'scale': True}
+
+    References:
+        Kwon et al., ICML 2021, https://arxiv.org/abs/2102.11600 (SamsungLabs/ASAM, asam.py).
+
+    Notes:
+        Cost: none, it runs while tracing. `nnx.Variable` wrappers (`.value`) are looked through.
+    """
+    del leaf
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    names = [name for name in names if name not in ("value", "raw_value")]
+    return not (names and re.search(r"(^|_)b(ias)?\d*$", names[-1]))
+
+
+def magnitude(eta: float = 0.01, *, is_scaled: LeafPredicate = is_not_bias) -> Metric:
+    """The elementwise adaptive metric of ASAM.
+
+        T = |w| + η   on the scaled leaves,   T = 1   on the others
+
+    Args:
+        eta: η ≥ 0, in units of the parameters; default 0.01. With 0, a parameter that is zero is
+            never perturbed.
+        is_scaled: `(path, leaf) -> bool`; default every leaf but biases.
+
+    Returns:
+        A metric, `params -> T`.
+
+    Raises:
+        ValueError: If `eta` is negative.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.perturbations import magnitude
+        >>> metric = magnitude(eta=0.5)
+        >>> metric({"kernel": jnp.array([-2.0, 1.0]), "bias": jnp.zeros(2)})
+        {'bias': 1.0, 'kernel': Array([2.5, 1.5], dtype=float32)}
+
+    References:
+        Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of
+        Deep Neural Networks", ICML 2021, https://arxiv.org/abs/2102.11600
+
+    Notes:
+        Cost: elementwise work. `eta` may be a traced array.
+    """
+    check_number("eta", eta, 0)
+    return _scaled(lambda w: jnp.abs(_tree.widen(w)) + eta, is_scaled)
+
+
+def layerwise(eta: float = 0.0, *, is_scaled: LeafPredicate = is_not_bias) -> Metric:
+    """The layer-wise adaptive metric: each tensor may move in proportion to its own norm.
+
+        T = ‖w_leaf‖ + η   on the scaled leaves,   T = 1   on the others
+
+    Args:
+        eta: η ≥ 0, in units of a tensor's norm; default 0. With 0, a tensor of zeros is never
+            perturbed.
+        is_scaled: `(path, leaf) -> bool`; default every leaf but biases.
+
+    Returns:
+        A metric, `params -> T` with one scalar per leaf.
+
+    Raises:
+        ValueError: If `eta` is negative.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.perturbations import layerwise
+        >>> float(layerwise()({"kernel": jnp.array([3.0, 4.0])})["kernel"])
+        5.0
+
+    References:
+        Müller, Vlaar, Rolnick, Hein, "Normalization Layers Are All That Sharpness-Aware
+        Minimization Needs", NeurIPS 2023, https://arxiv.org/abs/2306.04226
+
+    Notes:
+        Cost: one norm per leaf. The authors' code has `T = ‖w‖·(1 + η)`, by which η merely rescales
+        `rho`: use `eta=0` and the radius `(1 + η)·rho` to follow it where every leaf is scaled.
+    """
+    check_number("eta", eta, 0)
+    return _scaled(lambda w: _tree.norm(w) + eta, is_scaled)
+
+
+def constants(scales: Any) -> Metric:
+    """A metric of fixed scales, one for each leaf (or each element).
+
+        T = scales
+
+    Args:
+        scales: Tree like `params`; its leaves are numbers, or arrays that broadcast to the leaf.
+
+    Returns:
+        A metric, `params -> scales`.
+
+    Raises:
+        ValueError: When used, if `scales` does not have the structure of `params`.
+
+    Example:
+        Let one layer move twice as far as the other:
+
+        >>> import jax.numpy as jnp, optax
+        >>> from samx.perturbations import constants, metric_ball
+        >>> ball = metric_ball(0.1, constants({"a": 2.0, "b": 1.0}))
+        >>> g = {"a": jnp.ones(()), "b": jnp.ones(())}
+        >>> eps, _ = ball.update(g, ball.init(g), g)
+        >>> round(float(eps["a"] / eps["b"]), 3)  # the step scales with T²
+        4.0
+
+    References:
+        Haas, Xu, Cevher, Vankadara, "µP²: Effective Sharpness Aware Minimization Requires
+        Layerwise Perturbation Scaling", NeurIPS 2024, https://arxiv.org/abs/2411.00075
+
+    Notes:
+        Cost: elementwise work.
+    """
+
+    def metric(params):
+        if jax.tree.structure(scales) != jax.tree.structure(params):
+            raise ValueError(
+                "constants: `scales` must have the structure of `params`, got "
+                f"{jax.tree.structure(scales)} for {jax.tree.structure(params)}"
+            )
+        return scales
+
+    return metric
+
+
+def _scaled(scale: Callable[[Any], Any], is_scaled: LeafPredicate) -> Metric:
+    """`T = scale(leaf)` on the floating leaves that `is_scaled` chooses, 1 on the others."""
+
+    def metric(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, w: scale(w) if _tree.is_inexact(w) and is_scaled(path, w) else 1.0, params
+        )
+
+    return metric
