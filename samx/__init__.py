@@ -16,6 +16,7 @@ closure, `value_fn=lambda params: ...`; most stand first in an `optax.chain`.
 from samx import perturbations
 from samx._base import check_closures, closure_transformation
 from samx._closures import value_and_grad_at
+from samx.parallel import HeldBatch, data_parallel, state_specs, value_and_grad
 from samx.readings import Readings
 from samx.variants.asam import asam
 from samx.variants.sam import sam, sharpness_aware
@@ -36,8 +37,12 @@ __all__ = [
     "value_and_grad_at",
     # Around an optimizer
     "check_closures",
+    "data_parallel",
+    "state_specs",
+    "value_and_grad",
     "skip_nonfinite",
     "with_base",
-    # What a step saw
+    # In a state
+    "HeldBatch",
     "Readings",
 ]

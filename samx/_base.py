@@ -13,9 +13,18 @@ from samx._closures import batch_size, losses_closure, mean_loss, scalar_closure
 
 # The keywords of `update` that are samx's own. optax knows `value`, `grad` and `value_fn` too.
 OWN_KEYWORDS = frozenset(
-    {"losses_fn", "batch", "weights", "ascent_fn", "labels", "index", "validation_fn"}
+    {
+        "ascent_fn",
+        "ascent_grad",
+        "batch",
+        "index",
+        "labels",
+        "losses_fn",
+        "validation_fn",
+        "weights",
+    }
 )
-_SCALAR_CLOSURES = ("value_fn", "ascent_fn", "validation_fn")
+SCALAR_CLOSURES = ("value_fn", "ascent_fn", "validation_fn")
 _FIXES = {
     "value_fn": "value_fn=lambda p: loss(p, batch)) or, with per-example losses [B], "
     "tx.update(grads, state, params, losses_fn=losses, batch=batch)",
@@ -40,7 +49,12 @@ def closure_transformation(
     `update_fn` checked and in one form, whether or not the caller's return an aux:
     `value_fn(params)` is the scalar loss, `value_fn.with_aux(params)` is `(loss, aux)`, and
     `losses_fn(params, batch)` likewise the losses [B]. `value_fn` is derived as the (weighted) mean
-    of `losses_fn` over `batch` when the caller gave none.
+    of `losses_fn` over `batch` when the caller gave none. Inside `data_parallel` the loss and the
+    gradient of `value_fn` are means over the devices, while `losses_fn` gives the device's own.
+
+    `updates` is the gradient at `params`. An `update_fn` that declares `ascent_grad` also gets the
+    gradient to climb: the same one, unless devices climb on their own. Then only the direction may
+    come from it, all state and every decision from `updates`.
 
     Args:
         init_fn: `params -> state`.
@@ -88,6 +102,7 @@ def closure_transformation(
     keywords = inspect.signature(update_fn).parameters.values()
     declared = {p.name for p in keywords if p.kind is p.KEYWORD_ONLY}
     required = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    required = [keyword for keyword in required if keyword != "ascent_grad"]  # never missing
     takes_all = any(p.kind is p.VAR_KEYWORD for p in keywords)
 
     def checked_init(params):
@@ -102,7 +117,10 @@ def closure_transformation(
                 raise ValueError(_missing(name, keyword, extra))
         if not takes_all:
             extra = {k: v for k, v in extra.items() if k in declared}
-        return update_fn(_tree.keep_floating(updates, params), state, params, **extra)
+        g = _tree.keep_floating(updates, params)
+        if "ascent_grad" in declared:
+            extra.setdefault("ascent_grad", g)
+        return update_fn(g, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(checked_init, checked_update)
 
@@ -165,11 +183,11 @@ def check_closures(
 def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
     """Check the contract's keywords, and make every loss a `Closure`."""
     extra = {k: v for k, v in extra.items() if v is not None}
-    for keyword in (*_SCALAR_CLOSURES, "losses_fn"):
+    for keyword in (*SCALAR_CLOSURES, "losses_fn"):
         if keyword in extra and not callable(extra[keyword]):
             kind = type(extra[keyword]).__name__
             raise TypeError(f"{name}: `{keyword}` must be a function, got {kind}")
-    for keyword in _SCALAR_CLOSURES:
+    for keyword in SCALAR_CLOSURES:
         if keyword in extra:
             extra[keyword] = scalar_closure(name, keyword, extra[keyword])
     if "losses_fn" in extra:

@@ -1,27 +1,64 @@
 """Loss closures in one form, and the gradient of one at a perturbed point."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from samx import _tree
+from samx._devices import ONE_DEVICE, Devices
 
 
 class Closure:
-    """A loss closure: calling it gives the loss; `with_aux` gives `(loss, aux)`.
+    """A scalar loss closure: calling it gives the loss, `with_aux` gives `(loss, aux)`.
 
-    The caller's closure may return either; an aux that is missing is `None`.
+    The caller's closure may return either; an aux that is missing is `None`. Over several devices
+    the loss, its gradient with respect to `params` and the aux are means over them by their
+    `weights`; `own` is the device's own.
     """
 
-    def __init__(self, with_aux: Callable[..., tuple[jax.Array, Any]]):
-        self.with_aux = with_aux
+    def __init__(
+        self,
+        own: Callable[[Any], tuple[jax.Array, Any]],
+        devices: Devices = ONE_DEVICE,
+        weights: jax.Array | None = None,
+    ):
+        self.own, self.devices, self.weights = own, devices, weights
 
-    def __call__(self, *args: Any, **keywords: Any) -> jax.Array:
+    def __call__(self, params: Any) -> jax.Array:
         """The loss, aux dropped."""
-        return self.with_aux(*args, **keywords)[0]
+        return self.with_aux(params)[0]
+
+    def with_aux(
+        self, params: Any, move: Callable[[Any], Any] = lambda params: params
+    ) -> tuple[jax.Array, Any]:
+        """`(loss, aux)` at `move(params)`, a point that each device may have of its own."""
+        share = self.devices.share(self.weights)
+        loss, aux = self.own(move(self.devices.spread(params, share)))
+        return self.devices.gather(loss, share), self.devices.mean(aux, share)
+
+    @property
+    def ascent(self) -> "Closure":
+        """The same, as a loss to climb: a mean over the devices that climb together."""
+        axes = self.devices.ascent_axes
+        return Closure(self.own, Devices(axes, axes), self.weights)
+
+
+class LossesClosure(NamedTuple):
+    """Per-example losses: calling it gives them, `with_aux` gives `(losses, aux)`.
+
+    Over several devices these are the device's own, on its own examples; `mean_loss` of them is the
+    mean over all.
+    """
+
+    with_aux: Callable[[Any, Any], tuple[jax.Array, Any]]
+    devices: Devices = ONE_DEVICE
+
+    def __call__(self, params: Any, batch: Any) -> jax.Array:
+        """The losses `[B]`, aux dropped."""
+        return self.with_aux(params, batch)[0]
 
 
 def _loss_and_aux(result: Any) -> tuple[Any, Any]:
@@ -33,8 +70,8 @@ def scalar_closure(name: str, keyword: str, fn: Callable[..., Any]) -> Closure:
     if isinstance(fn, Closure):  # an outer wrapper's
         return fn
 
-    def with_aux(*args, **kwargs):
-        loss, aux = _loss_and_aux(fn(*args, **kwargs))
+    def own(params):
+        loss, aux = _loss_and_aux(fn(params))
         if jnp.shape(loss) != ():
             raise ValueError(
                 f"{name}: `{keyword}` must return a scalar (or (scalar, aux)), got shape "
@@ -43,12 +80,12 @@ def scalar_closure(name: str, keyword: str, fn: Callable[..., Any]) -> Closure:
         _check_floating(name, keyword, loss)
         return loss, aux
 
-    return Closure(with_aux)
+    return Closure(own)
 
 
-def losses_closure(name: str, fn: Callable[..., Any]) -> Closure:
+def losses_closure(name: str, fn: Callable[..., Any]) -> LossesClosure:
     """`(params, batch) -> [B]`, checked whenever it is called."""
-    if isinstance(fn, Closure):
+    if isinstance(fn, LossesClosure):
         return fn
 
     def with_aux(params, batch):
@@ -62,7 +99,7 @@ def losses_closure(name: str, fn: Callable[..., Any]) -> Closure:
         _check_floating(name, "losses_fn", losses)
         return losses, aux
 
-    return Closure(with_aux)
+    return LossesClosure(with_aux)
 
 
 def _check_floating(name: str, keyword: str, loss: Any) -> None:
@@ -129,11 +166,18 @@ def value_and_grad_at(
     Notes:
         Cost: one forward and one backward pass, one transient copy of the parameters.
     """
-    point = perturbed(params, eps, perturb_dtype)
-    moved = zip(jax.tree.leaves(point), jax.tree.leaves(params), strict=True)
-    is_widened = any(p.dtype != jnp.result_type(w) for p, w in moved)
+    closure = scalar_closure("value_and_grad_at", "value_fn", value_fn)
+    start = jax.tree.map(lambda w: _widened(w, perturb_dtype), params)
+    is_widened = any(
+        x.dtype != jnp.result_type(w)
+        for x, w in zip(*map(jax.tree.leaves, (start, params)), strict=True)
+    )
+
+    def at_point(start):
+        return closure.with_aux(start, lambda w: perturbed(w, eps, None))
+
     try:
-        value, grads = jax.value_and_grad(value_fn, has_aux=has_aux, allow_int=True)(point)
+        value, grads = jax.value_and_grad(at_point, has_aux=True, allow_int=True)(start)
     except TypeError as error:
         if not is_widened:
             raise
@@ -144,26 +188,33 @@ def value_and_grad_at(
             "compute do), or opt out with perturb_dtype=None."
         ) from error
     grads = _tree.keep_floating(grads, params)  # float0 at the integers
-    return value, jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
+    grads = jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
+    return value if has_aux else value[0], grads
 
 
 def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> optax.Params:
     """The point `w + ε` as the closure sees it, in `perturb_dtype` or wider."""
 
     def move(w, e):
-        w = jnp.asarray(w)
+        w = _widened(w, perturb_dtype)
         if not _tree.is_inexact(w):
             return w
-        dtype = w.dtype if perturb_dtype is None else jnp.promote_types(w.dtype, perturb_dtype)
-        return (w.astype(jnp.promote_types(dtype, jnp.result_type(e))) + e).astype(dtype)
+        return (w.astype(jnp.promote_types(w.dtype, jnp.result_type(e))) + e).astype(w.dtype)
 
     return jax.tree.map(move, params, eps)
 
 
-def mean_loss(losses_fn: Closure, batch: Any, weights: jax.Array | None = None) -> Closure:
+def _widened(w: Any, dtype: Any) -> jax.Array:
+    w = jnp.asarray(w)
+    if dtype is None or not _tree.is_inexact(w):
+        return w
+    return w.astype(jnp.promote_types(w.dtype, dtype))
+
+
+def mean_loss(losses_fn: LossesClosure, batch: Any, weights: jax.Array | None = None) -> Closure:
     """The mean of per-example losses as a closure of the parameters; `weights` 0 is padding."""
 
-    def mean_with_aux(params):
+    def own(params):
         losses, aux = losses_fn.with_aux(params, batch)
         losses = _tree.widen(losses)
         if weights is None:
@@ -171,4 +222,4 @@ def mean_loss(losses_fn: Closure, batch: Any, weights: jax.Array | None = None) 
         total = jnp.sum(weights)
         return jnp.sum(losses * weights) / jnp.where(total == 0, 1, total), aux
 
-    return Closure(mean_with_aux)
+    return Closure(own, losses_fn.devices, weights)

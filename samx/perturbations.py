@@ -70,6 +70,20 @@ def as_perturbation(name: str, perturbation: Any) -> optax.GradientTransformatio
     return optax.with_extra_args_support(perturbation)
 
 
+def ascend(
+    perturb: Callable[..., Any], g: Any, ascent_grad: Any, state: Any, params: Any
+) -> tuple[Any, Any]:
+    """The step up `ascent_grad`, and the new state of the perturbation, which `g` determines.
+
+    The two gradients differ where devices climb on their own: each along its own gradient, but with
+    a state that all of them share.
+    """
+    eps, new_state = perturb(ascent_grad, state, params)
+    if ascent_grad is not g:
+        _, new_state = perturb(g, state, params)
+    return eps, new_state
+
+
 def metric_ball(
     rho: optax.ScalarOrSchedule, metric: Metric | None = None, *, norm_eps: float = 1e-12
 ) -> optax.GradientTransformationExtraArgs:

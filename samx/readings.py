@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
+from samx._devices import ONE_DEVICE, Devices
 
 UNKNOWN = float("inf")  # a loss that nobody measured; NaN would trip jax_debug_nans
 
@@ -18,7 +19,9 @@ UNKNOWN = float("inf")  # a loss that nobody measured; NaN would trip jax_debug_
 class Readings(NamedTuple):
     """What the last step saw, and what all steps cost: scalars, found by `optax.tree.get`.
 
-    Losses and norms are float32, or float64 where a parameter is.
+    Losses and norms are float32, or float64 where a parameter is. Inside `data_parallel` losses are
+    means over the devices and norms those of the mean gradients; where devices climb on their own,
+    `grad_norm`, `perturbation_norm` and `cosine` are means of what the devices saw.
 
     Attributes:
         loss: Loss at the parameters, `value` of the caller; infinity if it was not passed.
@@ -76,6 +79,7 @@ def take_readings(
     params: Any,
     point: Any,
     gradients: float,
+    devices: Devices = ONE_DEVICE,
 ) -> Readings:
     """The readings of a step that took `g_s` at `point`, at the cost of `gradients`.
 
@@ -87,13 +91,14 @@ def take_readings(
     moved_norm = _tree.norm(jax.tree.map(jnp.subtract, params, point))
     sharp_grad_norm = _tree.norm(g_s)
     product = moved_norm * sharp_grad_norm
+    cosine = _tree.dot(optax.tree.conj(moved), g_s) / jnp.where(product == 0, 1, product)
     taken = Readings(
         loss=loss,
         sharp_loss=sharp_loss,
-        grad_norm=_tree.norm(g),
+        grad_norm=devices.mean_of_ascents(_tree.norm(g)),
         sharp_grad_norm=sharp_grad_norm,
-        perturbation_norm=moved_norm,
-        cosine=_tree.dot(optax.tree.conj(moved), g_s) / jnp.where(product == 0, 1, product),
+        perturbation_norm=devices.mean_of_ascents(moved_norm),
+        cosine=devices.mean_of_ascents(cosine),
         is_sharp=jnp.ones((), bool),
         gradients_spent=last.gradients_spent + gradients,
     )

@@ -1,8 +1,9 @@
-"""Settings of every test: no implicit rank promotion; float64 only where a test asks for it."""
+"""Settings of every test: 8 simulated devices; float64 only where a test asks for it."""
 
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "warn")  # every warning is an error
 
 

@@ -302,5 +302,5 @@ def test_random_keys_in_the_batch_survive_the_hold():
         for _ in range(2):
             updates, state = step(params, state, batch)
         assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
-        held = optax.tree.get(state, "previous_batch")["key"]
+        held = optax.tree.get(state, "previous").batch["key"]
         assert jnp.array_equal(jax.random.key_data(held), jax.random.key_data(batch["key"]))

@@ -14,7 +14,7 @@ import optax
 from samx._base import closure_transformation
 from samx._closures import perturbed, value_and_grad_at
 from samx._hyper import check_count
-from samx.perturbations import DefaultRho, as_perturbation, ball_of
+from samx.perturbations import DefaultRho, as_perturbation, ascend, ball_of
 from samx.readings import UNKNOWN, Readings, no_readings, take_readings
 
 
@@ -86,24 +86,31 @@ def sharpness_aware(
     def init_fn(params):
         return SharpnessAwareState(perturbation.init(params), no_readings(params))
 
-    def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
+    def update_fn(g, state, params, *, value_fn, ascent_grad, value=UNKNOWN, **extra):
         perturb = partial(perturbation.update, value_fn=value_fn, **extra)
-        loss_and_grad = partial(value_and_grad_at, value_fn, params, perturb_dtype=perturb_dtype)
+        loss_and_grad = partial(value_and_grad_at, perturb_dtype=perturb_dtype)
 
         def climb(_, eps):
             point = optax.apply_updates(params, eps)
-            _, g_i = loss_and_grad(eps)
+            _, g_i = loss_and_grad(value_fn.ascent, params, eps)
             step, _ = perturb(g_i, state.perturbation, point)
             return optax.tree.add(eps, step)
 
-        eps, ball = perturb(g, state.perturbation, params)
+        eps, ball = ascend(perturb, g, ascent_grad, state.perturbation, params)
         if ascent_steps > 1:
             eps = jax.lax.fori_loop(1, ascent_steps, climb, eps)
-        sharp_loss, g_s = loss_and_grad(eps)
+        sharp_loss, g_s = loss_and_grad(value_fn, params, eps)
 
-        point = perturbed(params, eps, perturb_dtype)
         readings = take_readings(
-            state.readings, value, sharp_loss, g, g_s, params, point, gradients=1 + ascent_steps
+            state.readings,
+            loss=value,
+            sharp_loss=sharp_loss,
+            g=ascent_grad,
+            g_s=g_s,
+            params=params,
+            point=perturbed(params, eps, perturb_dtype),
+            gradients=1 + ascent_steps,
+            devices=value_fn.devices,
         )
         return g_s, SharpnessAwareState(ball, readings)
 

@@ -9,11 +9,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from samx import _tree
 from samx._base import base_keywords, closure_transformation
 from samx._closures import batch_size, mean_loss, perturbed, value_and_grad_at
 from samx._hyper import at_step, check_number, next_step
+from samx._pairs import check_pair_sharding, evaluate_pair
+from samx.parallel import HeldBatch
 from samx.perturbations import DefaultRho, ball_of
 from samx.readings import Readings, no_readings, take_readings
 
@@ -26,8 +29,7 @@ class SAMPaState(NamedTuple):
         base: State of the base optimizer.
         perturbation: State of the perturbation.
         g_y: Gradient at `y` on the previous batch, shaped like the parameters.
-        previous_batch: The previous batch.
-        previous_weights: Its weights, `[B]`; ones if the caller gave none.
+        previous: The previous batch and its weights.
         aux: The aux of the pass at `y`, shaped like `aux_like`.
         readings: What the last step saw.
     """
@@ -36,8 +38,7 @@ class SAMPaState(NamedTuple):
     base: optax.OptState
     perturbation: optax.OptState
     g_y: optax.Updates
-    previous_batch: Any
-    previous_weights: jax.Array
+    previous: HeldBatch
     aux: Any
     readings: Readings
 
@@ -50,6 +51,7 @@ def sampa(
     batch_like: Any,
     aux_like: Any = None,
     gradients: Literal["vmap", "separate"] = "vmap",
+    pair_sharding: NamedSharding | PartitionSpec | None = None,
     perturbation: optax.GradientTransformation | None = None,
     perturb_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
@@ -75,6 +77,11 @@ def sampa(
             to be read with `optax.tree.get(state, "aux")`; default none, aux is dropped.
         gradients: "vmap" computes both in one vectorized call; "separate" in two calls of the
             same program, which is faster where batched products are slow. Same numbers.
+        pair_sharding: Two groups of devices, each of which computes one of the gradients: a mesh
+            axis of size 2, as `PartitionSpec("pair")`. Inside `jax.shard_map` or `jax.pmap` that is
+            a mapped axis, under `jax.jit` an axis of the current mesh (`jax.set_mesh`) or of the
+            `NamedSharding` given instead. The batch may be sharded over further axes, but not over
+            this one. Default: no groups.
         perturbation: Another geometry in place of the ball; then leave `rho` out.
         perturb_dtype: Lowest precision of both points, see `sharpness_aware`.
 
@@ -125,6 +132,9 @@ def sampa(
     check_number("lam", lam, 0, 1)
     if gradients not in ("vmap", "separate"):
         raise ValueError(f"sampa: `gradients` must be 'vmap' or 'separate', got {gradients!r}")
+    check_pair_sharding("sampa", pair_sharding)
+    if pair_sharding is not None and gradients == "separate":
+        raise ValueError("sampa: `pair_sharding` needs gradients='vmap': one call, on two groups")
     ball = ball_of("sampa", rho, perturbation)
     base = optax.with_extra_args_support(base)
     size = batch_size("sampa: batch_like", batch_like)
@@ -136,37 +146,42 @@ def sampa(
             base=base.init(params),
             perturbation=ball.init(params),
             g_y=optax.tree.zeros_like(params),
-            previous_batch=optax.tree.zeros_like(batch_like),
-            previous_weights=jnp.ones((size,), readings.loss.dtype),
+            previous=HeldBatch(
+                optax.tree.zeros_like(batch_like), jnp.ones((size,), readings.loss.dtype)
+            ),
             aux=optax.tree.zeros_like(aux_like),
             readings=readings,
         )
 
     def update_fn(updates, state, params, *, losses_fn, batch, weights=None, **keywords):
         del updates
-        _check_like("batch", batch, state.previous_batch)
+        _check_like("batch", batch, state.previous.batch)
         if weights is None:
-            weights = jnp.ones((size,))
-        weights = jnp.asarray(weights, state.previous_weights.dtype)
+            weights = jnp.ones(batch_size("sampa", batch))
+        weights = jnp.asarray(weights, state.previous.weights.dtype)
+        current = HeldBatch(batch, weights)
         keywords = base_keywords("sampa", keywords)
         is_first = state.step == 0
         lam_t = at_step(lam, state.step)
+        devices = losses_fn.devices
 
-        def gradient(delta, batch, weights):
-            value_fn = mean_loss(losses_fn, batch, weights)
+        def gradient(delta, held):
+            value_fn = mean_loss(losses_fn, *held).own
             (loss, aux), grads = value_and_grad_at(
-                value_fn.with_aux, params, delta, has_aux=True, perturb_dtype=perturb_dtype
+                value_fn, devices.vary(params), delta, has_aux=True, perturb_dtype=perturb_dtype
             )
             return loss, None if aux_like is None else aux, grads
 
         eps, ball_state = ball.update(state.g_y, state.perturbation, params)
         trial, _ = base.update(state.g_y, state.base, params, **keywords)
         trial = _tree.where(is_first, optax.tree.zeros_like(trial), trial)
-        current = (batch, weights)
-        previous = (state.previous_batch, state.previous_weights)
-        previous = _tree.where(is_first, current, previous)
+        previous = _tree.where(is_first, current, state.previous)
 
-        at_x, at_y = _pair(gradient, (eps, *previous), (trial, *current), gradients)
+        pair = (eps, previous), (trial, current)
+        shares = [devices.share(held.weights) for _, held in pair]
+        at_x, at_y = evaluate_pair(
+            gradient, pair, shares, devices=devices, how=gradients, pair_sharding=pair_sharding
+        )
         sharp_loss, _, g_s = at_x
         loss, aux, g_y = at_y
         _check_like("aux", aux, state.aux)
@@ -183,21 +198,12 @@ def sampa(
             base=base_state,
             perturbation=ball_state,
             g_y=g_y,
-            previous_batch=batch,
-            previous_weights=weights,
+            previous=current,
             aux=aux,
             readings=readings,
         )
 
     return closure_transformation(init_fn, update_fn, name="sampa")
-
-
-def _pair(fn, first, second, gradients):
-    """`fn` of two argument tuples: in one vectorized call, or in two."""
-    if gradients == "separate":
-        return fn(*first), fn(*second)
-    both = jax.vmap(fn)(*jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second))
-    return jax.tree.map(lambda x: x[0], both), jax.tree.map(lambda x: x[1], both)
 
 
 def _check_like(keyword, value, like):

@@ -1,0 +1,126 @@
+"""The devices that a step is mapped over: how to average over them; on a single one, nothing to do.
+
+Inside `jax.pmap` and `jax.shard_map` each device sees its own examples. Gradients come out right in
+both, with `check_vma` on and off, along one path only: cast the parameters to varying, take the
+device's own gradient, average it. Two conjugate operators hide that path inside a loss closure:
+
+    spread   parameters → devices     forward: cast       backward: mean of the cotangents
+    gather   devices → one number     forward: mean       backward: cast
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from samx import _tree
+
+
+class Devices(NamedTuple):
+    """The devices along some named axes; without axes, one device.
+
+    Attributes:
+        axes: The axes that the examples are spread over.
+        ascent_axes: Those of them over which the ascent gradient is averaged: all, or fewer where
+            devices (or groups of them) climb on their own.
+    """
+
+    axes: tuple[str, ...] = ()
+    ascent_axes: tuple[str, ...] = ()
+
+    def share(self, weights: jax.Array | None) -> Any:
+        """This device's share of the examples, by weight; the shares of all sum to 1."""
+        if not self.axes:
+            return 1.0
+        equal = 1 / jax.lax.axis_size(self.axes)
+        if weights is None:
+            return equal
+        own = jnp.sum(weights)
+        total = jax.lax.psum(own, self.axes)
+        return jnp.where(total == 0, equal, own / jnp.where(total == 0, 1, total))
+
+    def vary(self, tree: Any) -> Any:
+        """The floating leaves as this device's own, so that gradients at them are its own too."""
+        return self._on_floating(partial(_vary, self.axes), tree)
+
+    def spread(self, params: Any, share: Any) -> Any:
+        """Parameters on their way into the device's own loss."""
+        return self._on_floating(lambda x: _spread(self.axes, x, share), params)
+
+    def gather(self, loss: jax.Array, share: Any) -> jax.Array:
+        """The mean loss, from the device's own."""
+        return self._on_floating(lambda x: _gather(self.axes, x, share), loss)
+
+    def mean(self, tree: Any, share: Any) -> Any:
+        """The mean over the devices by their shares; what has a share of 0 is not looked at.
+
+        Integers must agree between the devices that have a share; what is no number passes as is.
+        """
+        return jax.tree.map(lambda x: _mean(self.axes, x, share), tree) if self.axes else tree
+
+    def _on_floating(self, fn, tree):
+        if not self.axes:
+            return tree
+        return jax.tree.map(lambda x: fn(x) if _tree.is_inexact(x) else x, tree)
+
+    def mean_of_ascents(self, x: jax.Array) -> jax.Array:
+        """The mean of a number that differs between devices only because their ascents do."""
+        return x if self.ascent_axes == self.axes else jax.lax.pmean(x, self.axes)
+
+
+ONE_DEVICE = Devices()
+
+
+def is_mapped(axis: str) -> bool:
+    """Whether we are inside a `jax.pmap` or `jax.shard_map` over this axis."""
+    try:
+        jax.lax.axis_size(axis)
+    except NameError:
+        return False
+    return True
+
+
+def _vary(axes, x):
+    """Cast to varying, one axis at a time; an axis that varies already refuses the cast."""
+    for axis in axes:
+        try:
+            x = jax.lax.pcast(x, axis, to="varying")
+        except ValueError as error:
+            if "from=varying" not in str(error):
+                raise
+    return x
+
+
+def _mean(axes, x, share):
+    if _tree.is_inexact(x):
+        share = jnp.asarray(share, x.real.dtype)
+        return jax.lax.psum(jnp.where(share == 0, jnp.zeros_like(x), share * x), axes)
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jax.lax.pmax(jnp.where(share == 0, jnp.iinfo(x.dtype).min, x), axes)
+    if x.dtype == bool:
+        return _mean(axes, x.astype(jnp.int32), share).astype(bool)
+    return x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _spread(axes, x, share):
+    del share
+    return _vary(axes, x)
+
+
+_spread.defvjp(
+    lambda axes, x, share: (_vary(axes, x), share),
+    lambda axes, share, cotangent: (_mean(axes, cotangent, share), None),
+)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(axes, x, share):
+    return _mean(axes, x, share)
+
+
+_gather.defvjp(
+    lambda axes, x, share: (_mean(axes, x, share), None),
+    lambda axes, _, cotangent: (_vary(axes, cotangent), None),
+)

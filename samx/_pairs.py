@@ -1,0 +1,110 @@
+"""Two evaluations of one function that do not wait for each other.
+
+In one vectorized call, in two calls, or one on each of two groups of devices: the groups lie along
+a mesh axis of size 2, and the results are selected and summed along it, never stacked or sliced,
+which a compiler could only do by sending parameters to and fro.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from samx import _tree
+from samx._devices import Devices, is_mapped
+
+
+def check_pair_sharding(name: str, sharding: Any) -> None:
+    """Refuse anything but a sharding over one named axis."""
+    if sharding is None:
+        return
+    if not isinstance(sharding, NamedSharding | PartitionSpec):
+        kind = type(sharding).__name__
+        raise TypeError(f"{name}: `pair_sharding` must be a PartitionSpec or NamedSharding, {kind}")
+    spec = _spec(sharding)
+    if len(spec) != 1 or not isinstance(spec[0], str):
+        raise ValueError(f"{name}: `pair_sharding` must name one axis, P('pair') say, got {spec}")
+
+
+def evaluate_pair(
+    fn: Callable[..., Any],
+    pair: tuple[Any, Any],
+    shares: Sequence[Any],
+    *,
+    devices: Devices,
+    how: Literal["vmap", "separate"],
+    pair_sharding: NamedSharding | PartitionSpec | None,
+) -> list[Any]:
+    """`fn` of two argument tuples, each a mean over the devices by its shares."""
+    if pair_sharding is None:
+        results = _vectorized(fn, pair) if how == "vmap" else [fn(*args) for args in pair]
+    elif is_mapped(_spec(pair_sharding)[0]):
+        axis = _spec(pair_sharding)[0]
+        _check_two(axis, jax.lax.axis_size(axis))
+        side = jax.lax.axis_index(axis)
+        result = fn(*_tree.where(side == 0, *pair))
+        results = [result, result]
+        shares = [jnp.where(side == i, share, 0.0) for i, share in enumerate(shares)]
+        devices = Devices((*devices.axes, axis))  # the other group has no share in a result
+    else:
+        results = _sharded(fn, pair, pair_sharding)
+    return [devices.mean(r, share) for r, share in zip(results, shares, strict=True)]
+
+
+def _vectorized(fn, pair):
+    both = jax.vmap(fn)(*jax.tree.map(lambda a, b: jnp.stack([a, b]), *pair))
+    return [jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1)]
+
+
+def _sharded(fn, pair, sharding):
+    axis, mesh = _spec(sharding)[0], _mesh(sharding)
+    is_explicit = (
+        dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[axis] == AxisType.Explicit
+    )
+
+    def along_axis(x):
+        if is_explicit:
+            return jax.sharding.reshard(x, PartitionSpec(axis, *jax.typeof(x).sharding.spec[1:]))
+        spec = PartitionSpec(axis, *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 1))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    def side(x):
+        return jax.lax.broadcasted_iota(jnp.int32, (2,) + (1,) * (x.ndim - 1), 0)
+
+    def spread(a, b):
+        a, b = jnp.asarray(a)[None], jnp.asarray(b)[None]
+        return along_axis(jnp.where(side(a) == 0, a, b))
+
+    def collect(x, i):
+        if not _tree.is_inexact(x):
+            return x[i]
+        return jnp.sum(jnp.where(side(x) == i, x, jnp.zeros_like(x)), axis=0)
+
+    both = jax.vmap(fn, spmd_axis_name=axis)(*jax.tree.map(spread, *pair))
+    return [jax.tree.map(lambda x, i=i: collect(x, i), both) for i in (0, 1)]
+
+
+def _spec(sharding: NamedSharding | PartitionSpec) -> PartitionSpec:
+    return sharding.spec if isinstance(sharding, NamedSharding) else sharding
+
+
+def _mesh(sharding: NamedSharding | PartitionSpec) -> Any:
+    mesh = getattr(sharding, "mesh", None) or jax.sharding.get_abstract_mesh()
+    axis = _spec(sharding)[0]
+    if axis not in mesh.axis_names:
+        raise ValueError(
+            f"sampa: `pair_sharding` names the axis {axis!r}, which is not mapped here, and the "
+            f"mesh has the axes {mesh.axis_names}. Call the step inside jax.shard_map or jax.pmap "
+            "with that axis, under jax.set_mesh(mesh), or pass NamedSharding(mesh, P(axis))."
+        )
+    _check_two(axis, mesh.shape[axis])
+    return mesh
+
+
+def _check_two(axis, size):
+    if size != 2:
+        raise ValueError(
+            f"sampa: the axis {axis!r} of `pair_sharding` must have size 2, got {size}"
+        )

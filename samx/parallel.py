@@ -1,0 +1,284 @@
+"""Data parallelism as a wrapper: no variant mentions an axis."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from samx import _tree
+from samx._base import SCALAR_CLOSURES, closure_transformation
+from samx._closures import Closure, LossesClosure, scalar_closure
+from samx._devices import Devices, is_mapped
+
+
+REPLICATED = PartitionSpec()
+
+
+class HeldBatch(NamedTuple):
+    """Examples that a state holds for a later step; `state_specs` spreads them like a batch.
+
+    Attributes:
+        batch: Pytree of arrays with leading axis `B`.
+        weights: `float[B]`, ones if the caller gave none.
+    """
+
+    batch: Any
+    weights: jax.Array
+
+
+def data_parallel(
+    tx: optax.GradientTransformation,
+    axis_name: str | Sequence[str],
+    ascent: Literal["global", "local"] | Sequence[str] = "global",
+) -> optax.GradientTransformationExtraArgs:
+    """Run any optimizer over the devices of `jax.shard_map` or `jax.pmap`, each with its examples.
+
+        L  = Σ_d share_d L_d                     (share_d = 1/D, or by `weights`)
+        "global":  every gradient is ∇L: the step of one device on the whole batch
+        "local":   ε_d = perturbation(∇L_d(w)),  g_s = Σ_d share_d ∇L_d(w + ε_d)
+
+    Under `jax.jit` with a sharded batch leave it out: there every mean is over the whole batch.
+
+    Args:
+        tx: The whole optimizer, sharpness-aware transformation and base together.
+        axis_name: The mapped axis, or several, that the examples are spread over.
+        ascent: Whose gradient is climbed. "global", the default: all devices climb the mean
+            gradient. "local": each climbs its own, so that the examples of one device are the "m"
+            of m-sharpness; the paper's experiments do so. A sequence of axis names: the devices
+            along these axes climb together, groups of them on their own.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to be called inside the mapped function.
+        `updates` and state come out equal on all devices, apart from the examples that a state
+        holds (see `state_specs`). `update` needs `value_fn` (or `losses_fn` and `batch`) over the
+        device's own examples, and respects `weights`: the device's share is the sum of its own.
+
+    Raises:
+        TypeError: If `axis_name` or `ascent` is of the wrong type.
+        ValueError: If `ascent` is none of the above; in `update`, if an axis is not mapped here or
+            the wrappers are nested, and as `closure_transformation` says.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, samx
+        >>> from jax.sharding import NamedSharding, PartitionSpec as P
+        >>> mesh = jax.make_mesh((1,), ("data",))
+        >>> tx = samx.data_parallel(optax.chain(samx.sam(0.1), optax.sgd(0.5)), "data")
+        >>> @jax.jit
+        ... @jax.shard_map(mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P())
+        ... def step(w, state, x):
+        ...     value_fn = lambda w: jnp.mean((x @ w) ** 2)
+        ...     value, grads = samx.value_and_grad(value_fn, "data")(w)
+        ...     updates, state = tx.update(grads, state, w, value_fn=value_fn)
+        ...     return optax.apply_updates(w, updates), state, value
+        >>> w, x = jnp.ones(2), jax.device_put(jnp.eye(2), NamedSharding(mesh, P("data")))
+        >>> w, state, value = step(w, tx.init(w), x)
+        >>> [round(float(i), 3) for i in w], float(value)
+        ([0.465, 0.465], 1.0)
+
+    References:
+        Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412, section 4.1 (m-sharpness).
+
+    Notes:
+        The incoming gradient, `value` and `grad` are ignored and taken anew from the closure: in
+        `shard_map` with `check_vma` a gradient may arrive summed over the devices, and its type
+        does not show it. The compiler merges or drops what is computed twice. Parameters and state
+        must be the same on all devices: for sharded parameters use `jax.jit`. Floating leaves of an
+        aux that a variant keeps are averaged too. Second derivatives inside a variant: `jax.jvp` of
+        a gradient.
+        Communication per step, for P parameters: one all-reduce of P per gradient, plus scalars;
+        `sam` 2P, with `ascent="local"` P, `sampa` one of 2P. `ascent` means nothing to `sampa`,
+        which climbs the gradient of the last step, already averaged.
+        `static_args`: all.
+    """
+    axes = _axes("data_parallel", "axis_name", axis_name)
+    devices = Devices(axes, _ascent_axes(ascent, axes))
+    inner = optax.with_extra_args_support(tx)
+
+    def update_fn(updates, state, params, *, value_fn, weights=None, **extra):
+        del updates
+        if value_fn.devices.axes:
+            raise ValueError(
+                "data_parallel: stands inside another data_parallel; wrap once and name all axes"
+            )
+        (value, _), own_grad = _own_value_and_grad(devices, value_fn, params)
+        value, g = devices.mean((value, own_grad), devices.share(weights))
+        g = _tree.keep_floating(g, params)
+        extra |= {"value": value, "grad": g, "value_fn": value_fn, "weights": weights}
+        if devices.ascent_axes != axes:
+            group = Devices(devices.ascent_axes)
+            ascent_grad = group.mean(own_grad, group.share(weights))
+            extra["ascent_grad"] = _tree.keep_floating(ascent_grad, params)
+        for keyword in SCALAR_CLOSURES:
+            if keyword in extra:
+                examples = None if keyword == "validation_fn" else weights  # those of the batch
+                extra[keyword] = Closure(extra[keyword].own, devices, examples)
+        if "losses_fn" in extra:
+            extra["losses_fn"] = LossesClosure(extra["losses_fn"].with_aux, devices)
+        return inner.update(g, state, params, **extra)
+
+    return closure_transformation(inner.init, update_fn, name="data_parallel")
+
+
+def value_and_grad(
+    value_fn: Callable[..., Any],
+    axis_name: str | Sequence[str],
+    *,
+    has_aux: bool = False,
+    weights: Any = None,
+) -> Callable[..., tuple[Any, Any]]:
+    """`jax.value_and_grad` inside `jax.shard_map` or `jax.pmap`: means over the devices.
+
+        L(w) = Σ_d share_d L_d(w),   ∇L(w)       (share_d = 1/D, or by `weights`)
+
+    Args:
+        value_fn: `(params, ...) -> scalar`, the mean loss over the device's own examples; with
+            `has_aux`, `(scalar, aux)`.
+        axis_name: The mapped axis, or several, that the examples are spread over.
+        has_aux: As in `jax.value_and_grad`; default False.
+        weights: `float[B]` of the device's examples, 0 for padding: the device's share is its sum;
+            default equal shares.
+
+    Returns:
+        A function `(params, ...) -> (loss, gradient)`, with `has_aux` `((loss, aux), gradient)`.
+        Loss and gradient are equal on all devices; aux is the device's own.
+
+    Raises:
+        TypeError: If `axis_name` is no name.
+        ValueError: When called, if an axis is not mapped here or the loss is no scalar.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, samx
+        >>> loss = lambda w, x: jnp.mean(w * x)
+        >>> mean = jax.pmap(samx.value_and_grad(loss, "data"), axis_name="data", in_axes=(None, 0))
+        >>> value, grad = mean(jnp.ones(()), jnp.ones((1, 4)))
+        >>> value.tolist(), grad.tolist()
+        ([1.0], [1.0])
+
+    References:
+        The keywords of `jax.value_and_grad`.
+
+    Notes:
+        `jax.value_and_grad` alone gives the device's own gradient in `pmap` and in `shard_map` with
+        `check_vma=False`, and the sum over the devices with `check_vma=True`. Cost: one gradient
+        and one all-reduce of it.
+    """
+    devices = Devices(_axes("value_and_grad", "axis_name", axis_name))
+
+    def mean_value_and_grad(params, *args):
+        closure = scalar_closure("value_and_grad", "value_fn", lambda p: value_fn(p, *args))
+        (loss, aux), grads = _own_value_and_grad(devices, closure, params)
+        loss, grads = devices.mean((loss, grads), devices.share(weights))
+        return (loss, aux) if has_aux else loss, grads
+
+    return mean_value_and_grad
+
+
+def state_specs(
+    tx: optax.GradientTransformation,
+    params: optax.Params,
+    *,
+    batch_specs: Any = REPLICATED,
+    param_specs: Any = REPLICATED,
+) -> Any:
+    """How the state of an optimizer is laid out over a mesh: the `PartitionSpec` of each leaf.
+
+        leaves shaped like a parameter   as that parameter
+        examples held for a later step   as the batch
+        everything else                  on every device
+
+    For `in_specs` and `out_specs` of `jax.shard_map`, and, as `NamedSharding`s, for `out_shardings`
+    of `jax.jit(tx.init)`.
+
+    Args:
+        tx: The whole optimizer.
+        params: The parameters, as arrays or `jax.ShapeDtypeStruct`s.
+        batch_specs: `PartitionSpec`s of a batch: a tree like the batch, or one for all its leaves;
+            default replicated.
+        param_specs: `PartitionSpec`s of the parameters, likewise; default replicated.
+
+    Returns:
+        A pytree of `PartitionSpec`s with the structure of `tx.init(params)`.
+
+    Raises:
+        ValueError: If a tree of specs does not match; for parameters that `tx.init` refuses.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx
+        >>> from jax.sharding import PartitionSpec as P
+        >>> tx = samx.sampa(optax.sgd(0.1, momentum=0.9), batch_like=jnp.ones((4, 2)))
+        >>> specs = samx.state_specs(tx, jnp.ones(2), batch_specs=P("data"), param_specs=P("model"))
+        >>> specs.previous.batch, specs.g_y, specs.step
+        (P('data',), P('model',), P())
+
+    References:
+        `optax.tree.map_params`, which finds the leaves that are shaped like parameters.
+
+    Notes:
+        Cost: none, nothing is computed. A leaf of another shape than its parameter, such as the
+        factored moments of `optax.adafactor`, is replicated.
+    """
+    state = jax.eval_shape(tx.init, params)
+    param_specs = _like("param_specs", param_specs, params)
+
+    def spec_of(leaf, param, spec):
+        return spec if leaf.shape == jnp.shape(param) else REPLICATED
+
+    specs = optax.tree.map_params(
+        tx, spec_of, state, params, param_specs, transform_non_params=lambda _: REPLICATED
+    )
+
+    def held(node, specs):
+        if not isinstance(node, HeldBatch):
+            return specs
+        batch = _like("batch_specs", batch_specs, node.batch)
+        return HeldBatch(batch, PartitionSpec(*jax.tree.leaves(batch)[0][:1]))
+
+    return jax.tree.map(held, state, specs, is_leaf=lambda node: isinstance(node, HeldBatch))
+
+
+def _like(name, specs, tree):
+    try:
+        return jax.tree.broadcast(specs, tree, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    except ValueError as error:
+        raise ValueError(
+            f"state_specs: `{name}` must be one PartitionSpec or a tree of them like "
+            f"{jax.tree.structure(tree)}, got {specs}"
+        ) from error
+
+
+def _own_value_and_grad(devices: Devices, closure: Closure, params: Any) -> tuple[Any, Any]:
+    """The device's own `(loss, aux)` and gradient."""
+    for axis in devices.axes:
+        if not is_mapped(axis):
+            raise ValueError(
+                f"samx: the axis {axis!r} is not mapped here. Call the step inside jax.shard_map "
+                "or jax.pmap with that axis; under jax.jit with a sharded batch every mean is over "
+                "the whole batch, and neither data_parallel nor samx.value_and_grad is needed."
+            )
+    own = jax.value_and_grad(closure.own, has_aux=True, allow_int=True)
+    return own(devices.vary(params))
+
+
+def _axes(name: str, keyword: str, axes: Any) -> tuple[str, ...]:
+    """One axis name or a sequence of them, as a tuple."""
+    axes = (axes,) if isinstance(axes, str) else axes
+    if not isinstance(axes, Sequence) or not all(isinstance(axis, str) for axis in axes):
+        raise TypeError(f"{name}: `{keyword}` must be the name of an axis, or several, got {axes}")
+    return tuple(axes)
+
+
+def _ascent_axes(ascent: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes over which the ascent gradient is averaged, in the order of `axes`."""
+    if ascent == "global":
+        return axes
+    if ascent == "local":
+        return ()
+    if isinstance(ascent, str) or not set(_axes("data_parallel", "ascent", ascent)) <= set(axes):
+        raise ValueError(
+            f"data_parallel: `ascent` must be 'global', 'local' or some of the axes {axes}, "
+            f"got {ascent!r}"
+        )
+    return tuple(axis for axis in axes if axis in ascent)

@@ -1,0 +1,181 @@
+"""One training step in every parallel regime, on global arrays; and what one device would do."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import samx
+
+DEVICES = 8
+
+
+def mesh_of(shape=(DEVICES,), names=("data",), axis_type=AxisType.Auto):
+    return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(names))
+
+
+def place(tree, mesh, specs):
+    """A pytree of global arrays, laid out by one spec or a tree of them."""
+    specs = jax.tree.broadcast(specs, tree, is_leaf=lambda x: isinstance(x, P))
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
+
+
+def make_step(tx, losses_fn=problem.losses_fn, axes=None):
+    """The contract's step; inside a mapped function, with the mean loss over `axes`."""
+
+    def step(params, state, batch, weights=None):
+        def value_fn(params):
+            losses = losses_fn(params, batch)
+            if weights is None:
+                return losses.mean()
+            return (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-30)
+
+        value_and_grad = jax.value_and_grad(value_fn)
+        if axes:
+            value_and_grad = samx.value_and_grad(value_fn, axes, weights=weights)
+        value, grads = value_and_grad(params)
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            value=value,
+            value_fn=value_fn,
+            losses_fn=losses_fn,
+            batch=batch,
+            weights=weights,
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def run(step, params, state, batches):
+    """`(params, state, value)` after every step."""
+    carry, history = (params, state), []
+    for batch in batches:
+        *carry, value = step(*carry, *batch)
+        history.append((*carry, value))
+    return history
+
+
+def single(build, params, batches):
+    """On one device, on the whole batch."""
+    tx = build(batches[0][0])
+    return run(jax.jit(make_step(tx)), params, tx.init(params), batches)
+
+
+def sharded_jit(build, params, batches, axis_type):
+    """`jax.jit` with a sharded batch: nothing of samx's is needed."""
+    mesh = mesh_of(axis_type=axis_type)
+    with jax.set_mesh(mesh):
+        batches = place(batches, mesh, P("data"))
+        params = place(params, mesh, P())
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batches[0][0]
+        )
+        tx = build(like)
+        return run(jax.jit(make_step(tx)), params, tx.init(params), batches)
+
+
+def shard_map(build, params, batches, check_vma, ascent="global", shape=(DEVICES,), axes=("data",)):
+    """`jax.shard_map`, on one axis or several."""
+    mesh = mesh_of(shape, axes)
+    tx = samx.data_parallel(build(batches[0][0]), axes, ascent)
+    specs = samx.state_specs(tx, params, batch_specs=P(axes))
+    step = jax.shard_map(
+        make_step(tx, axes=axes),
+        mesh=mesh,
+        in_specs=(P(), specs, *[P(axes)] * len(batches[0])),
+        out_specs=(P(), specs, P()),
+        check_vma=check_vma,
+    )
+    params, state = place(params, mesh, P()), place(tx.init(params), mesh, specs)
+    history = run(jax.jit(step), params, state, place(batches, mesh, P(axes)))
+    check_replicas(history[-1], (P(), specs, P()))
+    return history
+
+
+def pmap(build, params, batches, ascent="global"):
+    """`jax.pmap`; the result as global arrays again."""
+
+    def split(x):
+        return x.reshape(DEVICES, -1, *x.shape[1:])
+
+    batches = jax.tree.map(split, batches)
+    tx = build(jax.tree.map(lambda x: x[0], batches[0][0]))
+    tx = samx.data_parallel(tx, "data", ascent)
+    params = jax.tree.map(lambda x: jnp.broadcast_to(x, (DEVICES, *x.shape)), params)
+    state = jax.pmap(tx.init, axis_name="data")(params)
+    step = jax.pmap(make_step(tx, axes="data"), axis_name="data")
+
+    def whole(node):
+        if isinstance(node, samx.HeldBatch):
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), node)
+        np.testing.assert_array_equal(*np.broadcast_arrays(node, node[:1]))
+        return node[0]
+
+    history = run(step, params, state, batches)
+    return jax.tree.map(whole, history, is_leaf=lambda x: isinstance(x, samx.HeldBatch))
+
+
+def check_replicas(tree, specs):
+    """What the specs call replicated is the same on every device, to the last bit."""
+    specs = [
+        jax.tree.broadcast(spec, part, is_leaf=lambda x: isinstance(x, P))
+        for part, spec in zip(tree, specs, strict=True)
+    ]
+
+    def check(leaf, spec):
+        if spec == P():
+            first, *others = (np.asarray(shard.data) for shard in leaf.addressable_shards)
+            for other in others:
+                np.testing.assert_array_equal(other, first)
+
+    jax.tree.map(check, list(tree), specs)
+
+
+def per_shard(build, params, batches, num_shards=DEVICES):
+    """The mean of the steps that every shard of the batch would take from the common state."""
+    tx = build(jax.tree.map(lambda x: x[: len(x) // num_shards], batches[0][0]))
+
+    def split(x):
+        return x.reshape(num_shards, -1, *x.shape[1:])
+
+    def is_held(node):
+        return isinstance(node, samx.HeldBatch)
+
+    def local(node):
+        """A state with a leading axis of shards: held examples are split, the rest is copied."""
+        if is_held(node):
+            return node
+        return jnp.broadcast_to(node, (num_shards, *node.shape))
+
+    def common(node):
+        if is_held(node):
+            return node
+        return jnp.mean(node, 0) if jnp.issubdtype(node.dtype, jnp.floating) else node[0]
+
+    @jax.jit
+    def step(params, state, *batch):
+        state = jax.tree.map(local, state, is_leaf=is_held)
+        result = jax.vmap(make_step(tx), in_axes=(None, 0, 0))(
+            params, state, *map(partial(jax.tree.map, split), batch)
+        )
+        return jax.tree.map(common, result, is_leaf=is_held)
+
+    state = jax.tree.map(
+        lambda node: jax.tree.map(local, node) if is_held(node) else node,
+        tx.init(params),
+        is_leaf=is_held,
+    )
+    history = run(step, params, state, batches)
+
+    def whole(node):
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), node) if is_held(node) else node
+
+    return jax.tree.map(whole, history, is_leaf=is_held)
