@@ -42,8 +42,7 @@ class Closure:
     @property
     def ascent(self) -> "Closure":
         """The same, as a loss to climb: a mean over the devices that climb together."""
-        axes = self.devices.ascent_axes
-        return Closure(self.own, Devices(axes, axes), self.weights)
+        return Closure(self.own, self.devices.ascent, self.weights)
 
 
 class LossesClosure(NamedTuple):
@@ -167,7 +166,9 @@ def value_and_grad_at(
         Cost: one forward and one backward pass, one transient copy of the parameters.
     """
     closure = scalar_closure("value_and_grad_at", "value_fn", value_fn)
-    start = jax.tree.map(lambda w: _widened(w, perturb_dtype), params)
+    start = closure.devices.vary_left_out(
+        jax.tree.map(lambda w: _widened(w, perturb_dtype), params)
+    )
     is_widened = any(
         x.dtype != jnp.result_type(w)
         for x, w in zip(*map(jax.tree.leaves, (start, params)), strict=True)

@@ -21,13 +21,17 @@ class Devices(NamedTuple):
     """The devices along some named axes; without axes, one device.
 
     Attributes:
-        axes: The axes that the examples are spread over.
-        ascent_axes: Those of them over which the ascent gradient is averaged: all, or fewer where
-            devices (or groups of them) climb on their own.
+        axes: The axes over which means are taken.
+        own_axes: The axes along which devices, or groups of them, climb on their own.
     """
 
     axes: tuple[str, ...] = ()
-    ascent_axes: tuple[str, ...] = ()
+    own_axes: tuple[str, ...] = ()
+
+    @property
+    def ascent(self) -> "Devices":
+        """The devices that climb together."""
+        return self._replace(axes=tuple(axis for axis in self.axes if axis not in self.own_axes))
 
     def share(self, weights: jax.Array | None) -> Any:
         """This device's share of the examples, by weight; the shares of all sum to 1."""
@@ -36,21 +40,28 @@ class Devices(NamedTuple):
         equal = 1 / jax.lax.axis_size(self.axes)
         if weights is None:
             return equal
-        own = jnp.sum(weights)
+        own = _vary(self.axes, jnp.sum(weights))
         total = jax.lax.psum(own, self.axes)
         return jnp.where(total == 0, equal, own / jnp.where(total == 0, 1, total))
 
     def vary(self, tree: Any) -> Any:
-        """The floating leaves as this device's own, so that gradients at them are its own too."""
-        return self._on_floating(partial(_vary, self.axes), tree)
+        """The floating leaves as each device's own, so that gradients at them are its own too."""
+        return _on_floating(partial(_vary, self.axes), tree)
+
+    def vary_left_out(self, tree: Any) -> Any:
+        """The same along the axes that this mean leaves out."""
+        left_out = tuple(axis for axis in self.own_axes if axis not in self.axes)
+        return _on_floating(partial(_vary, left_out), tree)
 
     def spread(self, params: Any, share: Any) -> Any:
         """Parameters on their way into the device's own loss."""
-        return self._on_floating(lambda x: _spread(self.axes, x, share), params)
+        if not self.axes:
+            return params
+        return _on_floating(lambda x: _spread(self.axes, x, share), params)
 
     def gather(self, loss: jax.Array, share: Any) -> jax.Array:
         """The mean loss, from the device's own."""
-        return self._on_floating(lambda x: _gather(self.axes, x, share), loss)
+        return _gather(self.axes, loss, share) if self.axes else loss
 
     def mean(self, tree: Any, share: Any) -> Any:
         """The mean over the devices by their shares; what has a share of 0 is not looked at.
@@ -66,7 +77,7 @@ class Devices(NamedTuple):
 
     def mean_of_ascents(self, x: jax.Array) -> jax.Array:
         """The mean of a number that differs between devices only because their ascents do."""
-        return x if self.ascent_axes == self.axes else jax.lax.pmean(x, self.axes)
+        return jax.lax.pmean(x, self.own_axes) if self.own_axes else x
 
 
 ONE_DEVICE = Devices()
@@ -79,6 +90,10 @@ def is_mapped(axis: str) -> bool:
     except NameError:
         return False
     return True
+
+
+def _on_floating(fn, tree):
+    return jax.tree.map(lambda x: fn(x) if _tree.is_inexact(x) else x, tree)
 
 
 def _vary(axes, x):
@@ -95,9 +110,9 @@ def _vary(axes, x):
 def _mean(axes, x, share):
     if _tree.is_inexact(x):
         share = jnp.asarray(share, x.real.dtype)
-        return jax.lax.psum(jnp.where(share == 0, jnp.zeros_like(x), share * x), axes)
+        return jax.lax.psum(_vary(axes, jnp.where(share == 0, jnp.zeros_like(x), share * x)), axes)
     if jnp.issubdtype(x.dtype, jnp.integer):
-        return jax.lax.pmax(jnp.where(share == 0, jnp.iinfo(x.dtype).min, x), axes)
+        return jax.lax.pmax(_vary(axes, jnp.where(share == 0, jnp.iinfo(x.dtype).min, x)), axes)
     if x.dtype == bool:
         return _mean(axes, x.astype(jnp.int32), share).astype(bool)
     return x

@@ -13,7 +13,6 @@ from samx._base import SCALAR_CLOSURES, closure_transformation
 from samx._closures import Closure, LossesClosure, scalar_closure
 from samx._devices import Devices, is_mapped
 
-
 REPLICATED = PartitionSpec()
 
 
@@ -94,7 +93,7 @@ def data_parallel(
         `static_args`: all.
     """
     axes = _axes("data_parallel", "axis_name", axis_name)
-    devices = Devices(axes, _ascent_axes(ascent, axes))
+    devices = Devices(axes, _own_axes(ascent, axes))
     inner = optax.with_extra_args_support(tx)
 
     def update_fn(updates, state, params, *, value_fn, weights=None, **extra):
@@ -107,9 +106,8 @@ def data_parallel(
         value, g = devices.mean((value, own_grad), devices.share(weights))
         g = _tree.keep_floating(g, params)
         extra |= {"value": value, "grad": g, "value_fn": value_fn, "weights": weights}
-        if devices.ascent_axes != axes:
-            group = Devices(devices.ascent_axes)
-            ascent_grad = group.mean(own_grad, group.share(weights))
+        if devices.own_axes:
+            ascent_grad = devices.ascent.mean(own_grad, devices.ascent.share(weights))
             extra["ascent_grad"] = _tree.keep_floating(ascent_grad, params)
         for keyword in SCALAR_CLOSURES:
             if keyword in extra:
@@ -270,15 +268,15 @@ def _axes(name: str, keyword: str, axes: Any) -> tuple[str, ...]:
     return tuple(axes)
 
 
-def _ascent_axes(ascent: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes over which the ascent gradient is averaged, in the order of `axes`."""
+def _own_axes(ascent: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes along which devices climb on their own."""
     if ascent == "global":
-        return axes
-    if ascent == "local":
         return ()
+    if ascent == "local":
+        return axes
     if isinstance(ascent, str) or not set(_axes("data_parallel", "ascent", ascent)) <= set(axes):
         raise ValueError(
             f"data_parallel: `ascent` must be 'global', 'local' or some of the axes {axes}, "
             f"got {ascent!r}"
         )
-    return tuple(axis for axis in axes if axis in ascent)
+    return tuple(axis for axis in axes if axis not in ascent)
