@@ -120,6 +120,14 @@ def batch_size(name: str, batch: Any) -> int:
     return next(iter(shapes.values()))[0]
 
 
+def unit_weights(batch: Any, dtype: Any) -> jax.Array:
+    """Ones `[B]`, laid out over the devices like the examples of the batch."""
+    leaf = jax.tree.leaves(batch)[0]
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    return 1 + jnp.zeros_like(leaf, dtype).sum(axis=tuple(range(1, leaf.ndim)))
+
+
 def value_and_grad_at(
     value_fn: Callable[[Any], Any],
     params: optax.Params,

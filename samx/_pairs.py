@@ -28,6 +28,13 @@ def check_pair_sharding(name: str, sharding: Any) -> None:
         raise ValueError(f"{name}: `pair_sharding` must name one axis, P('pair') say, got {spec}")
 
 
+def with_pair_axis(devices: Devices, pair_sharding: Any) -> Devices:
+    """The devices of both groups, where the axis of the groups is mapped."""
+    if pair_sharding is None or not is_mapped(_spec(pair_sharding)[0]):
+        return devices
+    return Devices((*devices.axes, _spec(pair_sharding)[0]))
+
+
 def evaluate_pair(
     fn: Callable[..., Any],
     pair: tuple[Any, Any],
@@ -37,19 +44,18 @@ def evaluate_pair(
     how: Literal["vmap", "separate"],
     pair_sharding: NamedSharding | PartitionSpec | None,
 ) -> list[Any]:
-    """`fn` of two argument tuples, each a mean over the devices by its shares."""
+    """`fn` of two argument tuples, each a mean over the devices of both groups by its shares."""
+    axis = None if pair_sharding is None else _spec(pair_sharding)[0]
     if pair_sharding is None:
         results = _vectorized(fn, pair) if how == "vmap" else [fn(*args) for args in pair]
-    elif is_mapped(_spec(pair_sharding)[0]):
-        axis = _spec(pair_sharding)[0]
+    elif axis not in devices.axes:
+        results = _sharded(fn, pair, pair_sharding)
+    else:
         _check_two(axis, jax.lax.axis_size(axis))
         side = jax.lax.axis_index(axis)
         result = fn(*_tree.where(side == 0, *pair))
-        results = [result, result]
+        results = [result, result]  # and the other group has no share in it
         shares = [jnp.where(side == i, share, 0.0) for i, share in enumerate(shares)]
-        devices = Devices((*devices.axes, axis))  # the other group has no share in a result
-    else:
-        results = _sharded(fn, pair, pair_sharding)
     return [devices.mean(r, share) for r, share in zip(results, shares, strict=True)]
 
 
@@ -71,11 +77,15 @@ def _sharded(fn, pair, sharding):
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     def side(x):
-        return jax.lax.broadcasted_iota(jnp.int32, (2,) + (1,) * (x.ndim - 1), 0)
+        return along_axis(jax.lax.broadcasted_iota(jnp.int32, (2,) + (1,) * (x.ndim - 1), 0))
+
+    def both_sides(x):
+        x = jnp.asarray(x)
+        return along_axis(jnp.broadcast_to(x, (2, *x.shape)))
 
     def spread(a, b):
-        a, b = jnp.asarray(a)[None], jnp.asarray(b)[None]
-        return along_axis(jnp.where(side(a) == 0, a, b))
+        a, b = both_sides(a), both_sides(b)
+        return jnp.where(side(a) == 0, a, b)
 
     def collect(x, i):
         if not _tree.is_inexact(x):

@@ -69,58 +69,87 @@ def single(build, params, batches):
     return run(jax.jit(make_step(tx)), params, tx.init(params), batches)
 
 
+def run_jit(build, params, batches, mesh, spec):
+    """`jax.jit` with sharded arrays: nothing of samx's is needed."""
+    params, batches = place(params, mesh, P()), place(batches, mesh, spec)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batches[0][0]
+    )
+    tx = build(like)
+    return run(jax.jit(make_step(tx)), params, tx.init(params), batches)
+
+
 def sharded_jit(build, params, batches, axis_type):
-    """`jax.jit` with a sharded batch: nothing of samx's is needed."""
+    """`jax.jit` on a mesh with one axis of data."""
     mesh = mesh_of(axis_type=axis_type)
     with jax.set_mesh(mesh):
-        batches = place(batches, mesh, P("data"))
-        params = place(params, mesh, P())
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batches[0][0]
-        )
-        tx = build(like)
-        return run(jax.jit(make_step(tx)), params, tx.init(params), batches)
+        return run_jit(build, params, batches, mesh, P("data"))
 
 
-def shard_map(build, params, batches, check_vma, ascent="global", shape=(DEVICES,), axes=("data",)):
-    """`jax.shard_map`, on one axis or several."""
-    mesh = mesh_of(shape, axes)
-    tx = samx.data_parallel(build(batches[0][0]), axes, ascent)
-    specs = samx.state_specs(tx, params, batch_specs=P(axes))
+def shard_map(
+    build,
+    params,
+    batches,
+    check_vma,
+    ascent="global",
+    shape=(DEVICES,),
+    names=("data",),
+    axes=("data",),
+):
+    """`jax.shard_map` on a mesh, the examples over some of its axes."""
+    mesh, spec = mesh_of(shape, names), P(axes) if axes else P()
+    tx = build(batches[0][0])
+    tx = samx.data_parallel(tx, axes, ascent) if axes else tx
+    specs = samx.state_specs(tx, params, batch_specs=spec)
     step = jax.shard_map(
         make_step(tx, axes=axes),
         mesh=mesh,
-        in_specs=(P(), specs, *[P(axes)] * len(batches[0])),
+        in_specs=(P(), specs, *[spec] * len(batches[0])),
         out_specs=(P(), specs, P()),
         check_vma=check_vma,
     )
     params, state = place(params, mesh, P()), place(tx.init(params), mesh, specs)
-    history = run(jax.jit(step), params, state, place(batches, mesh, P(axes)))
+    history = run(jax.jit(step), params, state, place(batches, mesh, spec))
     check_replicas(history[-1], (P(), specs, P()))
     return history
 
 
 def pmap(build, params, batches, ascent="global"):
-    """`jax.pmap`; the result as global arrays again."""
-
-    def split(x):
-        return x.reshape(DEVICES, -1, *x.shape[1:])
-
-    batches = jax.tree.map(split, batches)
+    """`jax.pmap`, the examples over its axis; the result as global arrays again."""
+    batches = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batches)
     tx = build(jax.tree.map(lambda x: x[0], batches[0][0]))
     tx = samx.data_parallel(tx, "data", ascent)
-    params = jax.tree.map(lambda x: jnp.broadcast_to(x, (DEVICES, *x.shape)), params)
-    state = jax.pmap(tx.init, axis_name="data")(params)
-    step = jax.pmap(make_step(tx, axes="data"), axis_name="data")
+    return run_pmap(tx, params, batches, "data", DEVICES, axes="data")
+
+
+def pmap_pair(build, params, batches):
+    """`jax.pmap` over two devices, each with the whole batch."""
+    batches = jax.tree.map(lambda x: jnp.stack([x, x]), batches)
+    tx = build(jax.tree.map(lambda x: x[0], batches[0][0]))
+    history = run_pmap(tx, params, batches, "pair", 2, axes=None)
+    return jax.tree.map(
+        lambda node: jax.tree.map(lambda x: x[: len(x) // 2], node) if is_held(node) else node,
+        history,
+        is_leaf=is_held,
+    )
+
+
+def run_pmap(tx, params, batches, name, num_devices, axes):
+    params = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), params)
+    state = jax.pmap(tx.init, axis_name=name)(params)
+    step = jax.pmap(make_step(tx, axes=axes), axis_name=name)
 
     def whole(node):
-        if isinstance(node, samx.HeldBatch):
+        if is_held(node):
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), node)
         np.testing.assert_array_equal(*np.broadcast_arrays(node, node[:1]))
         return node[0]
 
-    history = run(step, params, state, batches)
-    return jax.tree.map(whole, history, is_leaf=lambda x: isinstance(x, samx.HeldBatch))
+    return jax.tree.map(whole, run(step, params, state, batches), is_leaf=is_held)
+
+
+def is_held(node):
+    return isinstance(node, samx.HeldBatch)
 
 
 def check_replicas(tree, specs):
@@ -145,9 +174,6 @@ def per_shard(build, params, batches, num_shards=DEVICES):
 
     def split(x):
         return x.reshape(num_shards, -1, *x.shape[1:])
-
-    def is_held(node):
-        return isinstance(node, samx.HeldBatch)
 
     def local(node):
         """A state with a leading axis of shards: held examples are split, the rest is copied."""

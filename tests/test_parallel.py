@@ -1,6 +1,7 @@
 """Every regime takes the step of one device on the whole batch, or the mean of per-shard steps."""
 
 import functools
+import itertools
 
 import chex
 import jax
@@ -11,7 +12,10 @@ import problem
 import pytest
 import regimes
 from cases import VARIANTS
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import samx
 
 STEPS = 20
 GLOBAL = {
@@ -89,6 +93,7 @@ def test_several_axes(name, check_vma, ascent):
         check_vma,
         ascent="global" if ascent == "global" else ("inner",),
         shape=(2, 4),
+        names=("outer", "inner"),
         axes=("outer", "inner"),
     )
     if ascent == "global":
@@ -129,3 +134,40 @@ def test_weights_count_examples_in_local_ascent(regime):
         g_s = jax.grad(loss)(optax.tree.add(params, eps))
         expected = optax.tree.add_scale(expected, -own.sum() / weights.sum(), g_s)
     chex.assert_trees_all_close(history[0][0], expected, rtol=1e-12, atol=1e-12)
+
+
+def sampa(**keywords):
+    base = optax.sgd(0.1, momentum=0.9)
+    return lambda batch_like: samx.sampa(base, 0.1, 0.2, batch_like=batch_like, **keywords)
+
+
+PAIRED = sampa(pair_sharding=P("pair"))
+
+
+@pytest.mark.parametrize("weights", [None, VALID])
+@pytest.mark.parametrize(
+    ("regime", "shape"),
+    [
+        *itertools.product(["auto", "explicit", "named", "shard_map", "no vma"], [(2,), (2, 4)]),
+        ("pmap", (2,)),  # which has one axis only
+    ],
+)
+def test_each_group_computes_one_gradient_of_sampa(regime, shape, weights):
+    params, data = problem.make()[1], batches(6, weights)
+    names, spec = ("pair", "data")[: len(shape)], P("data") if len(shape) == 2 else P()
+    axes = ("data",) if len(shape) == 2 else ()
+    if regime in ("shard_map", "no vma"):
+        history = regimes.shard_map(
+            PAIRED, params, data, regime == "shard_map", shape=shape, names=names, axes=axes
+        )
+    elif regime == "pmap":
+        history = regimes.pmap_pair(PAIRED, params, data)
+    elif regime == "named":  # the sharding carries the mesh
+        sharding = NamedSharding(regimes.mesh_of(shape, names), P("pair"))
+        history = regimes.run_jit(sampa(pair_sharding=sharding), params, data, sharding.mesh, spec)
+    else:
+        axis_type = AxisType.Auto if regime == "auto" else AxisType.Explicit
+        mesh = regimes.mesh_of(shape, names, axis_type)
+        with jax.set_mesh(mesh):
+            history = regimes.run_jit(PAIRED, params, data, mesh, spec)
+    assert_same(history, regimes.single(sampa(), params, data))

@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from samx import _tree
 from samx._base import base_keywords, closure_transformation
-from samx._closures import batch_size, mean_loss, perturbed, value_and_grad_at
+from samx._closures import batch_size, mean_loss, perturbed, unit_weights, value_and_grad_at
 from samx._hyper import at_step, check_number, next_step
-from samx._pairs import check_pair_sharding, evaluate_pair
+from samx._pairs import check_pair_sharding, evaluate_pair, with_pair_axis
 from samx.parallel import HeldBatch
 from samx.perturbations import DefaultRho, ball_of
 from samx.readings import Readings, no_readings, take_readings
@@ -137,18 +137,16 @@ def sampa(
         raise ValueError("sampa: `pair_sharding` needs gradients='vmap': one call, on two groups")
     ball = ball_of("sampa", rho, perturbation)
     base = optax.with_extra_args_support(base)
-    size = batch_size("sampa: batch_like", batch_like)
+    batch_size("sampa: batch_like", batch_like)
 
     def init_fn(params):
-        readings = no_readings(params)
+        readings, nothing = no_readings(params), optax.tree.zeros_like(batch_like)
         return SAMPaState(
             step=jnp.zeros((), jnp.int32),
             base=base.init(params),
             perturbation=ball.init(params),
             g_y=optax.tree.zeros_like(params),
-            previous=HeldBatch(
-                optax.tree.zeros_like(batch_like), jnp.ones((size,), readings.loss.dtype)
-            ),
+            previous=HeldBatch(nothing, unit_weights(nothing, readings.loss.dtype)),
             aux=optax.tree.zeros_like(aux_like),
             readings=readings,
         )
@@ -156,19 +154,18 @@ def sampa(
     def update_fn(updates, state, params, *, losses_fn, batch, weights=None, **keywords):
         del updates
         _check_like("batch", batch, state.previous.batch)
-        if weights is None:
-            weights = jnp.ones(batch_size("sampa", batch))
-        weights = jnp.asarray(weights, state.previous.weights.dtype)
+        dtype = state.previous.weights.dtype
+        weights = unit_weights(batch, dtype) if weights is None else jnp.asarray(weights, dtype)
         current = HeldBatch(batch, weights)
         keywords = base_keywords("sampa", keywords)
         is_first = state.step == 0
         lam_t = at_step(lam, state.step)
-        devices = losses_fn.devices
+        everyone = with_pair_axis(losses_fn.devices, pair_sharding)
 
         def gradient(delta, held):
             value_fn = mean_loss(losses_fn, *held).own
             (loss, aux), grads = value_and_grad_at(
-                value_fn, devices.vary(params), delta, has_aux=True, perturb_dtype=perturb_dtype
+                value_fn, everyone.vary(params), delta, has_aux=True, perturb_dtype=perturb_dtype
             )
             return loss, None if aux_like is None else aux, grads
 
@@ -178,9 +175,9 @@ def sampa(
         previous = _tree.where(is_first, current, state.previous)
 
         pair = (eps, previous), (trial, current)
-        shares = [devices.share(held.weights) for _, held in pair]
+        shares = [losses_fn.devices.share(held.weights) for _, held in pair]
         at_x, at_y = evaluate_pair(
-            gradient, pair, shares, devices=devices, how=gradients, pair_sharding=pair_sharding
+            gradient, pair, shares, devices=everyone, how=gradients, pair_sharding=pair_sharding
         )
         sharp_loss, _, g_s = at_x
         loss, aux, g_y = at_y

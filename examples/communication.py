@@ -1,0 +1,37 @@
+"""What the devices of a compiled program send each other, read from the program itself."""
+
+import math
+import re
+from typing import Any
+
+OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_INSTRUCTION = re.compile(rf"= (.+?) ({'|'.join(OPERATIONS)})(-start)?\((.*)$", re.MULTILINE)
+_ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
+
+
+def communicated_bytes(program: Any) -> dict[str, int]:
+    """Bytes in the collective operations of one device's program, by kind of operation.
+
+    An all-reduce of P bytes counts P, other operations the bytes of their results. Operations
+    within a group of one device move nothing and are not counted.
+
+    Args:
+        program: A compiled function, `jax.jit(f).lower(...).compile()`.
+
+    Returns:
+        Bytes per device and call, for each kind that occurs. The body of a loop counts once.
+    """
+    found: dict[str, int] = {}
+    for result, operation, start, rest in _INSTRUCTION.findall(program.as_text()):
+        if re.search(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\])", rest):
+            continue
+        size = sum(_bytes(*array) for array in _ARRAY.findall(result))
+        if start and operation != "all-reduce":  # its result holds the operands as well
+            size -= sum(_bytes(*array) for array in _ARRAY.findall(rest.split(")")[0]))
+        found[operation] = found.get(operation, 0) + size
+    return found
+
+
+def _bytes(dtype: str, bits: str, shape: str) -> int:
+    width = 1 if dtype == "pred" else int(bits) // 8
+    return width * math.prod(int(n) for n in shape.split(",") if n)

@@ -1,0 +1,123 @@
+"""What each device computes and sends, read from the compiled programs of 8 simulated devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import regimes
+from cases import VARIANTS
+from communication import communicated_bytes
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from test_cost import STRAIGHT, flops, wide_losses, wide_problem
+
+import samx
+
+SCALARS = 64  # bytes of losses, norms and shares in a step
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
+
+
+def large_problem():
+    """A batch that leaves enough for each of 8 devices: products are still all that counts."""
+    params, batch = wide_problem()
+    return params, jax.tree.map(lambda x: jnp.concatenate([x] * 8), batch)
+
+
+def parameter_bytes():
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(wide_problem()[0]))
+
+
+def paired(batch_like):
+    return samx.sampa(MOMENTUM, batch_like=batch_like, pair_sharding=P("pair"))
+
+
+def build(name):
+    if name == "plain":
+        return lambda batch_like: optax.with_extra_args_support(MOMENTUM)
+    if name == "pair":
+        return paired
+    return lambda batch_like: VARIANTS[name].build(MOMENTUM, batch_like=batch_like)
+
+
+@functools.cache
+def compiled(name, regime, ascent="global", shape=(8,), check_vma=True):
+    """A step's program, state and readings among its results; axes are "data", "pair" or both."""
+    params, batch = large_problem()
+    names = ("pair", "data")[: len(shape)] if name == "pair" else ("data",)
+    axes = "data" if "data" in names else None
+    spec = P(axes) if axes else P()
+    axis_type = AxisType.Explicit if regime == "explicit" else AxisType.Auto
+    mesh = regimes.mesh_of(shape, names, axis_type)
+    with jax.set_mesh(mesh):
+        batch = regimes.place(batch, mesh, spec)
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
+        )
+        tx = build(name)(like)
+        mapped = regime in ("shard_map", "pmap")
+        if mapped and axes:
+            tx = samx.data_parallel(tx, axes, ascent)
+        specs = samx.state_specs(tx, params, batch_specs=spec)
+        params = regimes.place(params, mesh, P())
+        state = regimes.place(tx.init(params), mesh, specs)
+        whole_step = regimes.make_step(tx, wide_losses, axes if mapped else None)
+
+        def step(*args):
+            return whole_step(*args)[:2]  # the loss is a reading
+
+        if mapped:
+            step = jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=(P(), specs, spec),
+                out_specs=(P(), specs),
+                check_vma=check_vma,
+            )
+        return jax.jit(step).lower(params, state, batch).compile()
+
+
+def one_gradient(num_devices):
+    """Flops of one gradient on one device's share of the batch."""
+    params, batch = large_problem()
+    shard = jax.tree.map(lambda x: x[: len(x) // num_devices], batch)
+    gradient = jax.value_and_grad(lambda p: wide_losses(p, shard).mean())
+    return flops(jax.jit(gradient).lower(params).compile())
+
+
+def assert_bytes(program, copies):
+    (operation, size), *others = communicated_bytes(program).items()
+    assert (operation, others) == ("all-reduce", [])
+    assert 0 <= size - copies * parameter_bytes() <= SCALARS
+
+
+@pytest.mark.parametrize("name", ["plain", *STRAIGHT])
+@pytest.mark.parametrize(
+    ("regime", "check_vma"), [("shard_map", True), ("shard_map", False), ("auto", True)]
+)
+def test_one_all_reduce_per_gradient(name, regime, check_vma):
+    copies = 1 if name == "plain" else VARIANTS[name].gradients
+    assert_bytes(compiled(name, regime, check_vma=check_vma), copies)
+
+
+@pytest.mark.parametrize("name", [n for n in STRAIGHT if VARIANTS[n].uses_gradient])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_local_ascent_sends_one_gradient(name, check_vma):
+    assert_bytes(compiled(name, "shard_map", "local", check_vma=check_vma), 1)
+
+
+@pytest.mark.parametrize("name", STRAIGHT)
+@pytest.mark.parametrize("regime", ["shard_map", "auto"])
+def test_flops_per_device_are_those_of_its_share(name, regime):
+    ratio = flops(compiled(name, regime)) / one_gradient(8)
+    assert ratio == pytest.approx(VARIANTS[name].gradients, rel=0.05)
+
+
+@pytest.mark.parametrize("regime", ["shard_map", "auto", "explicit"])
+@pytest.mark.parametrize("shape", [(2,), (2, 4)])
+def test_a_pair_costs_one_gradient(regime, shape):
+    program = compiled("pair", regime, shape=shape)
+    assert_bytes(program, 3 if len(shape) == 2 and regime != "shard_map" else 2)
+    num_groups = shape[1] if len(shape) == 2 else 1
+    assert flops(program) / one_gradient(num_groups) == pytest.approx(1, abs=0.05)
