@@ -1,0 +1,158 @@
+"""Under `jax.jit` sharded parameters need nothing of samx's; and every step lowers for a TPU."""
+
+import functools
+
+import jax
+import jax.export
+import numpy as np
+import optax
+import problem
+import pytest
+import regimes
+from cases import VARIANTS
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import samx
+
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+# Parameters spread over the data axis and gathered in the loss (FSDP), or over an axis of their
+# own, where the loss computes with shards (tensor parallelism).
+LAYOUTS = {
+    "fully sharded": (
+        (8,),
+        ("data",),
+        {"W1": P(None, "data"), "b1": P("data"), "W2": P("data"), "b2": P()},
+    ),
+    "tensor parallel": (
+        (2, 4),
+        ("data", "model"),
+        {"W1": P(None, "model"), "b1": P("model"), "W2": P("model"), "b2": P()},
+    ),
+}
+
+
+def losses_fn(params, batch):
+    """The losses of the tiny problem; on an Explicit mesh it says where sums go."""
+    if is_explicit("data") and not is_explicit("model"):
+        params = jax.tree.map(lambda w: jax.sharding.reshard(w, P()), params)
+    hidden = jax.nn.tanh(batch["x"] @ params["W1"] + params["b1"][None])
+    out = P("data", None) if is_explicit("data") else None
+    logits = jax.numpy.dot(hidden, params["W2"], out_sharding=out) + params["b2"][None]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+
+def is_explicit(axis):
+    mesh = jax.sharding.get_abstract_mesh()
+    return AxisType.Explicit == dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get(axis)
+
+
+@functools.cache
+def on_one_device(name):
+    data, params = problem.make("float64")
+    batch = problem.batch_at(data, 0)
+    tx = VARIANTS[name].build(batch_like=batch)
+    return regimes.run(
+        jax.jit(regimes.make_step(tx, losses_fn)), params, tx.init(params), [(batch,)] * 3
+    )
+
+
+@every_variant
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sharded_parameters(name, axis_type, layout, float64):
+    shape, names, specs = LAYOUTS[layout]
+    data, params = problem.make()
+    batch = problem.batch_at(data, 0)
+    expected = on_one_device(name)
+    mesh = regimes.mesh_of(shape, names, axis_type)
+    with jax.set_mesh(mesh):
+        params, batch = regimes.place(params, mesh, specs), regimes.place(batch, mesh, P("data"))
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
+        )
+        tx = VARIANTS[name].build(batch_like=like)
+        step, state = jax.jit(regimes.make_step(tx, losses_fn)), tx.init(params)
+        layouts = samx.state_specs(tx, params, batch_specs=P("data"), param_specs=specs)
+        check_layout(state, layouts, mesh)
+        history = regimes.run(step, params, state, [(batch,)] * 3)
+    for found, wanted in zip(history, expected, strict=True):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), found, wanted
+        )
+    check_layout(history[-1][0], specs, mesh)
+    check_layout(history[-1][1], layouts, mesh)
+
+
+def check_layout(tree, specs, mesh):
+    def check(leaf, spec):
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim), (leaf, spec)
+
+    jax.tree.map(check, tree, specs)
+
+
+def test_state_specs_lay_out_a_compiled_init():
+    """The zeros of a compiled `init` go where the compiler likes, unless told."""
+    _, params = problem.make("float32")
+    shape, names, specs = LAYOUTS["tensor parallel"]
+    mesh = regimes.mesh_of(shape, names)
+    tx = optax.chain(samx.sam(0.05), optax.adam(1e-3))
+    layout = samx.state_specs(tx, params, param_specs=specs)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layout)
+    state = jax.jit(tx.init, out_shardings=shardings)(regimes.place(params, mesh, specs))
+    check_layout(optax.tree.get(state, "mu"), specs, mesh)
+    check_layout(optax.tree.get(state, "nu"), specs, mesh)
+    check_layout(optax.tree.get(state, "readings").loss, P(), mesh)
+
+
+def test_state_specs_of_held_examples_and_factored_moments():
+    params = {"w": jax.ShapeDtypeStruct((256, 128), np.float32)}
+    batch = {
+        "x": jax.ShapeDtypeStruct((8, 4), np.float32),
+        "y": jax.ShapeDtypeStruct((8,), np.int32),
+    }
+    specs = samx.state_specs(
+        samx.sampa(optax.adafactor(1e-3), batch_like=batch),
+        params,
+        batch_specs={"x": P("data", "model"), "y": P("data")},
+        param_specs={"w": P("model", None)},
+    )
+    assert specs.previous == samx.HeldBatch({"x": P("data", "model"), "y": P("data")}, P("data"))
+    assert specs.g_y == {"w": P("model", None)}
+    assert optax.tree.get(specs, "v_row") == {"w": P()}  # of another shape than its parameter
+    assert specs.readings.loss == specs.step == P()
+
+
+@pytest.mark.parametrize("argument", ["batch_specs", "param_specs"])
+def test_state_specs_that_do_not_match(argument):
+    _, params = problem.make("float32")
+    tx = samx.sampa(optax.sgd(0.1), batch_like={"x": params["W1"], "y": params["W1"]})
+    with pytest.raises(ValueError, match=f"`{argument}` must be one PartitionSpec or a tree"):
+        samx.state_specs(tx, params, **{argument: {"other": P()}})
+
+
+@every_variant
+def test_every_step_lowers_for_every_platform(name):
+    """As one would call it: `jit` on one device, and `shard_map` over two."""
+    data, params = problem.make("float32")
+    batch = problem.batch_at(data, 0)
+    tx = VARIANTS[name].build(batch_like=batch)
+    mesh, parallel = regimes.mesh_of((2,)), samx.data_parallel(tx, "data")
+    specs = samx.state_specs(parallel, params, batch_specs=P("data"))
+    mapped = jax.shard_map(
+        regimes.make_step(parallel, axes="data"),
+        mesh=mesh,
+        in_specs=(P(), specs, P("data")),
+        out_specs=(P(), specs, P()),
+    )
+    for step in (regimes.make_step(tx), mapped):
+        exported = jax.export.export(jax.jit(step), platforms=("cpu", "cuda", "tpu"))(
+            params, tx.init(params), batch
+        )
+        assert exported.platforms == ("cpu", "cuda", "tpu")
+    arguments = regimes.place((params, tx.init(params)), mesh, (P(), specs))
+    found = jax.jit(exported.call)(*arguments, regimes.place(batch, mesh, P("data")))
+    expected = jax.jit(regimes.make_step(tx))(params, tx.init(params), batch)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
