@@ -22,7 +22,9 @@ def check_pair_sharding(name: str, sharding: Any) -> None:
         return
     if not isinstance(sharding, NamedSharding | PartitionSpec):
         kind = type(sharding).__name__
-        raise TypeError(f"{name}: `pair_sharding` must be a PartitionSpec or NamedSharding, {kind}")
+        raise TypeError(
+            f"{name}: `pair_sharding` must be a PartitionSpec or NamedSharding, got {kind}"
+        )
     spec = _spec(sharding)
     if len(spec) != 1 or not isinstance(spec[0], str):
         raise ValueError(f"{name}: `pair_sharding` must name one axis, P('pair') say, got {spec}")

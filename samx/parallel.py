@@ -102,7 +102,7 @@ def data_parallel(
             raise ValueError(
                 "data_parallel: stands inside another data_parallel; wrap once and name all axes"
             )
-        (value, _), own_grad = _own_value_and_grad(devices, value_fn, params)
+        (value, _), own_grad = _own_value_and_grad("data_parallel", devices, value_fn, params)
         value, g = devices.mean((value, own_grad), devices.share(weights))
         g = _tree.keep_floating(g, params)
         extra |= {"value": value, "grad": g, "value_fn": value_fn, "weights": weights}
@@ -167,7 +167,7 @@ def value_and_grad(
 
     def mean_value_and_grad(params, *args):
         closure = scalar_closure("value_and_grad", "value_fn", lambda p: value_fn(p, *args))
-        (loss, aux), grads = _own_value_and_grad(devices, closure, params)
+        (loss, aux), grads = _own_value_and_grad("value_and_grad", devices, closure, params)
         loss, grads = devices.mean((loss, grads), devices.share(weights))
         return (loss, aux) if has_aux else loss, grads
 
@@ -247,14 +247,16 @@ def _like(name, specs, tree):
         ) from error
 
 
-def _own_value_and_grad(devices: Devices, closure: Closure, params: Any) -> tuple[Any, Any]:
+def _own_value_and_grad(
+    name: str, devices: Devices, closure: Closure, params: Any
+) -> tuple[Any, Any]:
     """The device's own `(loss, aux)` and gradient."""
     for axis in devices.axes:
         if not is_mapped(axis):
             raise ValueError(
-                f"samx: the axis {axis!r} is not mapped here. Call the step inside jax.shard_map "
-                "or jax.pmap with that axis; under jax.jit with a sharded batch every mean is over "
-                "the whole batch, and neither data_parallel nor samx.value_and_grad is needed."
+                f"{name}: `axis_name` must be mapped where the step is called, {axis!r} is not. "
+                "Call it inside jax.shard_map or jax.pmap with that axis; under jax.jit with a "
+                "sharded batch every mean is over the whole batch without this."
             )
     own = jax.value_and_grad(closure.own, has_aux=True, allow_int=True)
     return own(devices.vary(params))

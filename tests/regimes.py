@@ -31,11 +31,12 @@ def make_step(tx, losses_fn=problem.losses_fn, axes=None):
     def step(params, state, batch, weights=None):
         def value_fn(params):
             losses = losses_fn(params, batch)
+            losses = losses[0] if isinstance(losses, tuple) else losses
             if weights is None:
                 return losses.mean()
             return (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-30)
 
-        value_and_grad = jax.value_and_grad(value_fn)
+        value_and_grad = jax.value_and_grad(value_fn, allow_int=True)
         if axes:
             value_and_grad = samx.value_and_grad(value_fn, axes, weights=weights)
         value, grads = value_and_grad(params)
@@ -63,10 +64,10 @@ def run(step, params, state, batches):
     return history
 
 
-def single(build, params, batches):
+def single(build, params, batches, losses_fn=problem.losses_fn):
     """On one device, on the whole batch."""
     tx = build(batches[0][0])
-    return run(jax.jit(make_step(tx)), params, tx.init(params), batches)
+    return run(jax.jit(make_step(tx, losses_fn)), params, tx.init(params), batches)
 
 
 def run_jit(build, params, batches, mesh, spec):
@@ -95,6 +96,7 @@ def shard_map(
     shape=(DEVICES,),
     names=("data",),
     axes=("data",),
+    losses_fn=problem.losses_fn,
 ):
     """`jax.shard_map` on a mesh, the examples over some of its axes."""
     mesh, spec = mesh_of(shape, names), P(axes) if axes else P()
@@ -102,7 +104,7 @@ def shard_map(
     tx = samx.data_parallel(tx, axes, ascent) if axes else tx
     specs = samx.state_specs(tx, params, batch_specs=spec)
     step = jax.shard_map(
-        make_step(tx, axes=axes),
+        make_step(tx, losses_fn, axes),
         mesh=mesh,
         in_specs=(P(), specs, *[spec] * len(batches[0])),
         out_specs=(P(), specs, P()),
@@ -114,19 +116,19 @@ def shard_map(
     return history
 
 
-def pmap(build, params, batches, ascent="global"):
+def pmap(build, params, batches, ascent="global", losses_fn=problem.losses_fn):
     """`jax.pmap`, the examples over its axis; the result as global arrays again."""
     batches = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batches)
     tx = build(jax.tree.map(lambda x: x[0], batches[0][0]))
     tx = samx.data_parallel(tx, "data", ascent)
-    return run_pmap(tx, params, batches, "data", DEVICES, axes="data")
+    return run_pmap(tx, params, batches, "data", DEVICES, make_step(tx, losses_fn, "data"))
 
 
 def pmap_pair(build, params, batches):
     """`jax.pmap` over two devices, each with the whole batch."""
     batches = jax.tree.map(lambda x: jnp.stack([x, x]), batches)
     tx = build(jax.tree.map(lambda x: x[0], batches[0][0]))
-    history = run_pmap(tx, params, batches, "pair", 2, axes=None)
+    history = run_pmap(tx, params, batches, "pair", 2, make_step(tx))
     return jax.tree.map(
         lambda node: jax.tree.map(lambda x: x[: len(x) // 2], node) if is_held(node) else node,
         history,
@@ -134,15 +136,16 @@ def pmap_pair(build, params, batches):
     )
 
 
-def run_pmap(tx, params, batches, name, num_devices, axes):
+def run_pmap(tx, params, batches, name, num_devices, step):
     params = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), params)
     state = jax.pmap(tx.init, axis_name=name)(params)
-    step = jax.pmap(make_step(tx, axes=axes), axis_name=name)
+    step = jax.pmap(step, axis_name=name)
 
     def whole(node):
         if is_held(node):
             return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), node)
-        np.testing.assert_array_equal(*np.broadcast_arrays(node, node[:1]))
+        if not jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(*np.broadcast_arrays(node, node[:1]))
         return node[0]
 
     return jax.tree.map(whole, run(step, params, state, batches), is_leaf=is_held)
@@ -161,6 +164,8 @@ def check_replicas(tree, specs):
 
     def check(leaf, spec):
         if spec == P():
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                leaf = jax.random.key_data(leaf)
             first, *others = (np.asarray(shard.data) for shard in leaf.addressable_shards)
             for other in others:
                 np.testing.assert_array_equal(other, first)
