@@ -1,6 +1,6 @@
-"""The suite sees what it is there to see: each deliberate defect turns it red.
+"""The suites see what they are there to see: each deliberate defect turns one red.
 
-A defect is one line changed in a copy of the package; the trajectory tests then run on that copy.
+A defect is one line changed in a copy of the package; a part of a suite then runs on that copy.
 """
 
 import os
@@ -12,65 +12,161 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SUITE = "test_recorded_run or test_schedules"  # of test_trajectories.py: the fast part
+SUITES = {  # the fast part of each
+    "trajectories": ("test_trajectories.py", "test_recorded_run or test_schedules"),
+    "parallel": (
+        "test_parallel.py",
+        "test_local_ascent_keeps or test_readings_of_local or test_weights_count_examples_in "
+        "or (test_global_is_the_step and shard_map and (-sam] or -sampa])) "
+        "or (test_each_group and shard_map and weights)",
+    ),
+    "cost": (
+        "test_parallel_cost.py",
+        "(one_all_reduce or local_ascent_sends) and -sam] or test_a_pair_costs",
+    ),
+}
 
 DEFECTS = {
-    "nothing changed": None,
     "sign of the perturbation flipped": (
+        "trajectories",
         "perturbations.py",
         "s * t * jnp.asarray(factor, s.real.dtype)",
         "-s * t * jnp.asarray(factor, s.real.dtype)",
     ),
     "normalization dropped": (
+        "trajectories",
         "perturbations.py",
         "factor = radius / (_tree.norm(scaled) + norm_eps)",
         "factor = radius",
     ),
     "perturbation not undone": (
+        "trajectories",
         "variants/sam.py",
         "return g_s, SharpnessAwareState(ball, readings)",
         "return optax.tree.sub(g_s, eps), SharpnessAwareState(ball, readings)",
     ),
     "SAMPa on the wrong batch": (
+        "trajectories",
         "variants/sampa.py",
-        "previous = _tree.where(is_first, current, previous)",
+        "previous = _tree.where(is_first, current, state.previous)",
         "previous = current",
     ),
     "SAMPa's trial step forgotten": (
+        "trajectories",
         "variants/sampa.py",
         "trial = _tree.where(is_first, optax.tree.zeros_like(trial), trial)",
         "trial = optax.tree.zeros_like(trial)",
     ),
     "schedule of rho frozen": (
+        "trajectories",
         "perturbations.py",
         "at_step(rho, state.step)",
         "at_step(rho, jnp.zeros_like(state.step))",
     ),
     "biases scaled like weights": (
+        "trajectories",
         "_metrics.py",
         "if _tree.is_inexact(w) and is_scaled(path, w) else 1.0",
         "if _tree.is_inexact(w) else 1.0",
     ),
+    "mean over the devices left out": (
+        "parallel",
+        "_devices.py",
+        "(_mean(axes, cotangent, share), None)",
+        "(cotangent, None)",
+    ),
+    "mean over the devices taken twice": (
+        "cost",
+        "_devices.py",
+        "(_mean(axes, cotangent, share), None)",
+        "(_mean(axes, _mean(axes, cotangent, share), share), None)",
+    ),
+    "sum over the devices instead of a mean": (
+        "parallel",
+        "_devices.py",
+        "equal = 1 / jax.lax.axis_size(self.axes)",
+        "equal = 1.0",
+    ),
+    "cast to varying left out": (
+        "parallel",
+        "_devices.py",
+        'x = jax.lax.pcast(x, axis, to="varying")',
+        "pass",
+    ),
+    "state of the perturbation drifts": (
+        "parallel",
+        "perturbations.py",
+        "_, new_state = perturb(g, state, params)",
+        "_, new_state = perturb(ascent_grad, state, params)",
+    ),
+    "readings drift": (
+        "parallel",
+        "_devices.py",
+        "return jax.lax.pmean(x, self.own_axes) if self.own_axes else x",
+        "return x",
+    ),
+    "devices counted, not their examples": (
+        "parallel",
+        "_devices.py",
+        "return jnp.where(total == 0, equal, own / jnp.where(total == 0, 1, total))",
+        "return equal",
+    ),
+    "ascent always global": (
+        "parallel",
+        "parallel.py",
+        'extra["ascent_grad"] = _tree.keep_floating(ascent_grad, params)',
+        "pass",
+    ),
+    "the state's gradient averaged in local ascent": (
+        "cost",
+        "variants/sam.py",
+        "g=ascent_grad,",
+        "g=g,",
+    ),
+    "each group computes both gradients": (
+        "cost",
+        "_pairs.py",
+        "result = fn(*_tree.where(side == 0, *pair))\n        results = [result, result]",
+        "results = [fn(*args) for args in pair]",
+    ),
+    "the other group has a share": (
+        "parallel",
+        "_pairs.py",
+        "jnp.where(side == i, share, 0.0)",
+        "share",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", DEFECTS)
-def test_defect_turns_the_suite_red(name, tmp_path):
-    shutil.copytree(ROOT / "samx", tmp_path / "samx")
-    if DEFECTS[name]:
-        file, right, wrong = DEFECTS[name]
-        source = (tmp_path / "samx" / file).read_text()
-        assert source.count(right) == 1, f"{file} no longer has the line {right!r}"
-        (tmp_path / "samx" / file).write_text(source.replace(right, wrong))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SUITE]
-    command += ["-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / "test_trajectories.py")]
+def run_suite(suite, folder):
+    """The exit code of a suite on the package in `folder`, and what it printed."""
+    file, selection = SUITES[suite]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-k", selection, "-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / file)]
     result = subprocess.run(
         command,
         check=False,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
     )
-    expected = pytest.ExitCode.TESTS_FAILED if DEFECTS[name] else pytest.ExitCode.OK
-    assert result.returncode == expected, result.stdout[-2000:]
+    return result.returncode, result.stdout[-2000:]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_an_unchanged_copy_is_green(suite, tmp_path):
+    shutil.copytree(ROOT / "samx", tmp_path / "samx")
+    code, output = run_suite(suite, tmp_path)
+    assert code == pytest.ExitCode.OK, output
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_defect_turns_its_suite_red(name, tmp_path):
+    suite, file, right, wrong = DEFECTS[name]
+    shutil.copytree(ROOT / "samx", tmp_path / "samx")
+    source = (tmp_path / "samx" / file).read_text()
+    assert source.count(right) == 1, f"{file} no longer has the line {right!r}"
+    (tmp_path / "samx" / file).write_text(source.replace(right, wrong))
+    code, output = run_suite(suite, tmp_path)
+    assert code == pytest.ExitCode.TESTS_FAILED, output
