@@ -1,0 +1,493 @@
+"""One training run on several devices: under jit, pmap and shard_map, the same curve.
+
+    python examples/data_parallel.py
+    python examples/data_parallel.py --strategy pmap shard_map --ascent local --float64
+    python examples/data_parallel.py --variant sampa --pair --devices 4
+    python examples/multi_process.py                    # the same in two processes
+
+A small Flax network learns scikit-learn's digits. Every batch is spread over the devices; each
+strategy starts from the same parameters and sees the same batches, so that the loss curves differ
+by rounding only. With fewer than two accelerators the devices are simulated ones of the CPU.
+
+    jit         the batch is sharded, nothing of samx's is needed
+    pmap        samx.data_parallel around the optimizer, samx.value_and_grad for the gradient
+    shard_map   the same; samx.state_specs says how the state is laid out
+
+With `--pair` each of SAMPa's two gradients is computed by a group of devices of its own. The
+process of `--process-id` I is one of `--num-processes` N, which all get the same other arguments.
+
+Prints the curves, their largest difference and steps per second; results.json, the final parameters
+(params.npz) and data_parallel.png go to --out.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from digits import LEARNING_RATES, TRAIN, Network, initialize, split
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
+from output import free_folder
+from registry import BASES, VARIANTS
+from tqdm import tqdm
+
+import samx
+
+WIDTH = 64
+GRAPH = nnx.graphdef(nnx.eval_shape(lambda: Network(WIDTH, rngs=nnx.Rngs(0))))
+SIMULATED = 8
+# Seconds after which a process ends by itself: when a peer has died, and when one does not come to
+# the start or to the end, where the others wait for process 0 to write the results.
+DEAD_TIMEOUT, WAIT_TIMEOUT = 10, 60
+
+
+class Trainer(NamedTuple):
+    """One strategy: where it starts, its step, and what goes in and out."""
+
+    params: Any
+    state: Any
+    step: Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]  # with a batch; the last is loss
+    spread: Callable[[Any], Any]  # a batch in the memory of the host -> over the devices
+    fetch: Callable[[Any], Any]  # what all devices agree on -> in the memory of the host
+
+
+def logits(params: Any, x: Any) -> jax.Array:
+    return nnx.merge(GRAPH, params)(x)
+
+
+def losses_fn(params: Any, batch: Any) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch["x"]), batch["y"])
+
+
+@jax.jit
+def accuracy(params: Any, data: Any) -> jax.Array:
+    return (logits(params, data["x"]).argmax(-1) == data["y"]).mean()
+
+
+def make_step(tx: optax.GradientTransformationExtraArgs, value_and_grad: Callable[..., Any]):
+    """The same step for every strategy; only who takes the mean over the devices differs."""
+
+    def step(params, state, batch):
+        def value_fn(params):
+            return losses_fn(params, batch).mean()
+
+        value, grads = value_and_grad(value_fn)(params)
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            value=value,
+            grad=grads,
+            value_fn=value_fn,
+            losses_fn=losses_fn,
+            batch=batch,
+        )
+        # The base optimizer alone has no readings.
+        return optax.apply_updates(params, updates), state, optax.tree.get(state, "loss", value)
+
+    return step
+
+
+def make_optimizer(args: argparse.Namespace, batch_size: int, pair: P | NamedSharding):
+    """The variant around its base; `pair` is where SAMPa's two groups are, if it has any."""
+    batch_like = {
+        "x": jax.ShapeDtypeStruct((batch_size, 64), args.dtype),
+        "y": jax.ShapeDtypeStruct((batch_size,), np.int32),
+    }
+    base = BASES[args.base](args.learning_rate)
+    if args.pair:
+        return samx.sampa(base, args.rho, batch_like=batch_like, pair_sharding=pair)
+    tx = VARIANTS[args.variant].make(args.rho, base, batch_like)
+    return optax.with_extra_args_support(tx)
+
+
+def with_jit(args: argparse.Namespace, devices: list[Any], params: Any) -> Trainer:
+    mesh = make_mesh(args, devices)
+    tx = make_optimizer(args, args.batch, NamedSharding(mesh, P("pair")) if args.pair else P())
+    return on_mesh(mesh, tx, make_step(tx, jax.value_and_grad), params)
+
+
+def with_shard_map(args: argparse.Namespace, devices: list[Any], params: Any) -> Trainer:
+    mesh = make_mesh(args, devices)
+    tx = samx.data_parallel(make_optimizer(args, args.batch, P("pair")), "data", args.ascent)
+    specs = samx.state_specs(tx, params, batch_specs=P("data"))
+    step = jax.shard_map(
+        make_step(tx, partial(samx.value_and_grad, axis_name="data")),
+        mesh=mesh,
+        in_specs=(P(), specs, P("data")),
+        out_specs=(P(), specs, P()),
+    )
+    return on_mesh(mesh, tx, step, params)
+
+
+def make_mesh(args: argparse.Namespace, devices: list[Any]) -> Mesh:
+    """All devices along "data"; with --pair, two groups of them along "pair"."""
+    shape, names = ((2, len(devices) // 2), ("pair", "data")) if args.pair else ((-1,), ("data",))
+    return Mesh(np.reshape(devices, shape), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def on_mesh(mesh: Mesh, tx: optax.GradientTransformation, step: Any, params: Any) -> Trainer:
+    """A step on global arrays: parameters everywhere, examples spread over "data"."""
+    everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    state_shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), samx.state_specs(tx, params, batch_specs=P("data"))
+    )
+    params = place(params, everywhere)
+    return Trainer(
+        params,
+        jax.jit(tx.init, out_shardings=state_shardings)(params),
+        jax.jit(step, out_shardings=(everywhere, state_shardings, everywhere)),
+        spread=lambda batch: place(batch, spread),
+        fetch=fetch,
+    )
+
+
+def with_pmap(args: argparse.Namespace, devices: list[Any], params: Any) -> Trainer:
+    """Arrays have a leading axis of devices, in each process of its own only."""
+    axis = "pair" if args.pair else "data"
+    own = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
+
+    def copy(tree):
+        return jax.tree.map(lambda x: np.broadcast_to(x, (len(own), *x.shape)), tree)
+
+    def share(batch):
+        return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:])[own], batch)
+
+    if args.pair:  # the two devices are the two groups, and each sees the whole batch
+        tx, value_and_grad = make_optimizer(args, args.batch, P("pair")), jax.value_and_grad
+    else:
+        tx = make_optimizer(args, args.batch // len(devices), P())
+        tx = samx.data_parallel(tx, axis, args.ascent)
+        value_and_grad = partial(samx.value_and_grad, axis_name=axis)
+    start = jax.pmap(lambda p: (p, tx.init(p)), axis_name=axis, devices=devices)
+    params, state = start(copy(params))
+    return Trainer(
+        params,
+        state,
+        jax.pmap(make_step(tx, value_and_grad), axis_name=axis, devices=devices),
+        spread=copy if args.pair else share,
+        fetch=lambda tree: jax.tree.map(lambda x: x[0], fetch(tree)),
+    )
+
+
+STRATEGIES = {"jit": with_jit, "pmap": with_pmap, "shard_map": with_shard_map}
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Global arrays, of which every process lays out the part of its own devices."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), tree
+    )
+
+
+def fetch(tree: Any) -> Any:
+    """The first device's part, which is all of it where all devices hold the same."""
+    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data), tree)
+
+
+def batches_of(epoch: int, train: Any, args: argparse.Namespace):
+    """The epoch's batches in the memory of the host; examples that fill no batch are dropped."""
+    order = np.random.default_rng((args.seed, epoch)).permutation(TRAIN)
+    for rows in order[: args.steps * args.batch].reshape(args.steps, args.batch):
+        yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], train)
+
+
+def train(strategy: str, args: argparse.Namespace, devices: list[Any], bar: tqdm) -> dict:
+    """Train once; the losses of all steps, the accuracy after each epoch, the last parameters."""
+    params, data, test = problem(args)
+    trainer = STRATEGIES[strategy](args, devices, params)
+    params, state = trainer.params, trainer.state
+    # Compiled before the clock starts; what this step returns is not used.
+    first = trainer.spread(next(batches_of(0, data, args)))
+    jax.block_until_ready(trainer.step(params, state, first))
+
+    losses, accuracies, seconds = [], [], 0.0
+    for epoch in range(args.epochs):
+        for batch in batches_of(epoch, data, args):
+            before = time.perf_counter()
+            params, state, loss = trainer.step(params, state, trainer.spread(batch))
+            jax.block_until_ready((params, state, loss))
+            seconds += time.perf_counter() - before
+            losses.append(float(trainer.fetch(loss)))
+            bar.update()
+        accuracies.append(float(accuracy(trainer.fetch(params), test)))
+    return {
+        "strategy": strategy,
+        "loss": losses,
+        "loss_by_epoch": np.reshape(losses, (args.epochs, args.steps)).mean(axis=1).tolist(),
+        "test_accuracy_by_epoch": accuracies,
+        "steps_per_second": args.epochs * args.steps / seconds,
+        "params": {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+            for path, leaf in jax.tree.leaves_with_path(trainer.fetch(params))
+        },
+    }
+
+
+def problem(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Initial parameters, training and test images of the seed, in the memory of the host."""
+    seed = np.array([args.seed], np.int32)
+    everything = jax.device_get((initialize(seed, WIDTH), *split(seed, 0.0)))
+    params, data, _, test = jax.tree.map(
+        lambda x: x[0].astype(args.dtype if x.dtype == np.float32 else np.int32), everything
+    )
+    return params, data, test
+
+
+def largest_difference(results: list[dict]) -> float:
+    """Between the losses that any two strategies saw at the same step."""
+    return float(np.ptp([result["loss"] for result in results], axis=0).max())
+
+
+def print_tables(results: list[dict], args: argparse.Namespace) -> None:
+    """The curves side by side, then one line per strategy."""
+    names = [result["strategy"] for result in results]
+    width = 12 * len(names)
+    print(f"\n{'':5} {'training loss':^{width}}  {'test accuracy, %':^{width}}")
+    columns = "".join(f"{name:>12}" for name in names)
+    print(f"{'epoch':5} {columns}  {columns}\n{'-' * (8 + 2 * width)}")
+    for epoch in range(args.epochs):
+        losses = "".join(f"{result['loss_by_epoch'][epoch]:>12.6f}" for result in results)
+        accuracies = "".join(
+            f"{100 * result['test_accuracy_by_epoch'][epoch]:>12.2f}" for result in results
+        )
+        print(f"{epoch + 1:5} {losses}  {accuracies}")
+    print(f"\n{'strategy':<12} {'steps/second':>12}")
+    for result in results:
+        print(f"{result['strategy']:<12} {result['steps_per_second']:>12.1f}")
+    if len(results) > 1:
+        print(
+            f"largest difference between the loss curves: {largest_difference(results):.1e}"
+            f" ({args.dtype.__name__})"
+        )
+
+
+def draw(results: list[dict], path: Path, title: str) -> None:
+    """The curves, one upon the other, and how far each is from the first."""
+    panels = 3 if len(results) > 1 else 2
+    figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
+    axes = figure.subplots(1, panels)
+    # Equal curves cover each other: each is thinner than the one below it.
+    styles = [("C0", "-", 7.0, 0.35), ("C1", "--", 3.0, 1.0), ("k", ":", 1.5, 1.0)]
+    for result, (color, line, width, alpha) in zip(results, styles, strict=False):
+        style = {"color": color, "linestyle": line, "linewidth": width, "alpha": alpha}
+        style |= {"label": result["strategy"]}
+        steps = np.arange(1, len(result["loss"]) + 1)
+        epochs = np.arange(1, len(result["test_accuracy_by_epoch"]) + 1)
+        axes[0].plot(steps, result["loss"], **style)
+        axes[1].plot(epochs, 100 * np.asarray(result["test_accuracy_by_epoch"]), **style)
+        if panels == 3:
+            axes[2].plot(steps, np.subtract(result["loss"], results[0]["loss"]), **style)
+    axes[0].set(title="training loss of every step", xlabel="step", yscale="log")
+    axes[1].set(title="test accuracy, %", xlabel="epoch")
+    if panels == 3:
+        axes[2].set(title=f"training loss, difference from {results[0]['strategy']}", xlabel="step")
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Arguments that are right in themselves; `check_devices` looks at the rest."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--strategy",
+        nargs="+",
+        choices=list(STRATEGIES),
+        help="default: all that the other arguments allow",
+    )
+    parser.add_argument("--variant", choices=list(VARIANTS), default="sam")
+    parser.add_argument("--base", choices=list(BASES), default="momentum")
+    parser.add_argument("--rho", type=float, help="default: the variant's smallest in registry.py")
+    parser.add_argument("--learning-rate", type=float, help="default: one that suits the base")
+    parser.add_argument(
+        "--ascent",
+        choices=["global", "local"],
+        default="global",
+        help="whose gradient is climbed: that of all devices, the default, or each device its own",
+    )
+    parser.add_argument(
+        "--pair", action="store_true", help="sampa: two groups of devices, one gradient each"
+    )
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=120, help="examples, of all devices together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--devices",
+        type=int,
+        help="how many, in each process; simulated ones of the CPU if there are fewer. "
+        f"Default: all, or {SIMULATED} simulated ones if there is one only",
+    )
+    parser.add_argument("--float64", action="store_true")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    parser.add_argument("--num-processes", type=int, metavar="N")
+    parser.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
+    parser.add_argument("--out", help="new folder of the results; default runs/data_parallel-NNN")
+    args = parser.parse_args(argv)
+    if args.rho is None:
+        args.rho = VARIANTS[args.variant].radii[0]
+    if args.learning_rate is None:
+        args.learning_rate = LEARNING_RATES[args.base][1]
+    for name in ("epochs", "devices", "num_processes"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not 1 <= args.batch <= TRAIN:
+        parser.error(f"--batch must be 1 to {TRAIN}, got {args.batch}")
+    if not 0 <= args.seed < 2**31:
+        parser.error(f"--seed must be at least 0 and less than 2**31, got {args.seed}")
+    if not 0 <= args.rho < float("inf"):
+        parser.error(f"--rho must be finite and at least 0, got {args.rho}")
+    if not 0 < args.learning_rate < float("inf"):
+        parser.error(f"--learning-rate must be finite and above 0, got {args.learning_rate}")
+    if args.pair and args.variant != "sampa":
+        parser.error(f"--pair is for --variant sampa, which has two gradients, not {args.variant}")
+    processes = (args.coordinator, args.num_processes, args.process_id)
+    if any(value is not None for value in processes):
+        if None in processes:
+            parser.error("--coordinator, --num-processes and --process-id go together")
+        if not re.fullmatch(r".+:\d+", args.coordinator):
+            parser.error(f"--coordinator must be HOST:PORT, got {args.coordinator}")
+        if not 0 <= args.process_id < args.num_processes:
+            parser.error(
+                f"--process-id must be 0 to {args.num_processes - 1}, got {args.process_id}"
+            )
+    args.dtype = np.float64 if args.float64 else np.float32
+    args.steps = TRAIN // args.batch
+    return parser, args
+
+
+def connect(args: argparse.Namespace) -> None:
+    """Make this process one of several, if it is."""
+    if args.coordinator is None:
+        return
+    # The service would catch SIGTERM, as a notice to save a checkpoint, and the process live on.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        initialization_timeout=WAIT_TIMEOUT,
+        heartbeat_timeout_seconds=DEAD_TIMEOUT,
+        shutdown_timeout_seconds=WAIT_TIMEOUT,
+    )
+
+
+def choose_devices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Any]:
+    """The devices of all processes, in their order."""
+    with contextlib.suppress(RuntimeError):  # a backend that runs already stays as it is
+        jax.config.update("jax_num_cpu_devices", args.devices or SIMULATED)
+    real, wanted = jax.devices(), args.devices
+    is_enough = len(real) > 1 if wanted is None else jax.local_device_count() >= wanted
+    platform = real[0].platform if is_enough else "cpu"
+    if not is_enough:
+        wanted = wanted or SIMULATED
+    devices = []
+    for process in range(jax.process_count()):
+        own = [d for d in jax.devices(platform) if d.process_index == process][:wanted]
+        if wanted and len(own) < wanted:
+            parser.error(f"--devices must be at most {len(own)} in process {process}, got {wanted}")
+        devices += own
+    return devices
+
+
+def check_devices(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, devices: list[Any]
+) -> None:
+    """Refuse what does not go together with these devices; choose the strategies that do."""
+    if args.pair and len(devices) % 2:
+        parser.error(f"--pair needs an even number of devices for two groups, got {len(devices)}")
+    shares = len(devices) // 2 if args.pair else len(devices)
+    if args.batch % shares:
+        parser.error(
+            f"--batch must be a multiple of {shares}, one share a device, got {args.batch}"
+        )
+    refused = {}
+    if args.ascent == "local":
+        refused["jit"] = (
+            "--ascent local needs mapped devices: --strategy pmap or shard_map, not jit"
+        )
+    if args.pair and len(devices) != 2:
+        refused["pmap"] = f"--pair with --strategy pmap needs 2 devices, got {len(devices)}"
+    for strategy in args.strategy or ():
+        if strategy in refused:
+            parser.error(refused[strategy])
+    args.strategy = [name for name in args.strategy or STRATEGIES if name not in refused]
+    args.strategy = list(dict.fromkeys(args.strategy))
+
+
+def create_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path | None:
+    """Process 0 creates it; if it cannot, all end, none waits for the others."""
+    folder, trouble = None, ""
+    if jax.process_index() == 0:
+        try:
+            folder = free_folder(args.out, "data_parallel")
+        except ValueError as error:
+            trouble = str(error)
+    if multihost_utils.broadcast_one_to_all(np.array(bool(trouble))):
+        parser.error(trouble or "process 0 refused --out")
+    return folder
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser, args = parse(argv)
+    connect(args)
+    devices = choose_devices(parser, args)
+    check_devices(parser, args, devices)
+    folder = create_folder(parser, args)
+
+    kind = "simulated" if devices[0].platform == "cpu" else devices[0].device_kind
+    described = f"{len(devices)} {kind} devices"
+    if jax.process_count() > 1:
+        described += f" in {jax.process_count()} processes"
+    if folder:
+        print(f"device: {described}, jax {jax.__version__}, samx {samx.__version__}")
+    start = time.perf_counter()
+    total = len(args.strategy) * args.epochs * args.steps
+    own_device = next(d for d in devices if d.process_index == jax.process_index())
+    with (
+        jax.enable_x64(args.float64),
+        jax.default_device(own_device),
+        tqdm(total=total, unit=" steps", smoothing=0.1, disable=folder is None) as bar,
+    ):
+        results = []
+        for strategy in args.strategy:
+            bar.set_description(strategy)
+            results.append(train(strategy, args, devices, bar))
+    if folder is None:
+        return results
+
+    print_tables(results, args)
+    params = {result["strategy"]: result.pop("params") for result in results}
+    np.savez(
+        folder / "params.npz",
+        **{f"{name}/{path}": leaf for name, tree in params.items() for path, leaf in tree.items()},
+    )
+    settings = {k: v for k, v in vars(args).items() if k not in ("dtype", "out")}
+    report = {"devices": described, "jax": jax.__version__, "samx": samx.__version__}
+    report |= {"settings": settings, "largest_difference": largest_difference(results)}
+    (folder / "results.json").write_text(json.dumps(report | {"results": results}, indent=1))
+    draw(results, folder / "data_parallel.png", f"{args.variant} on {described}")
+    print(f"\n{time.perf_counter() - start:.0f} s in all. Results: {folder / 'results.json'}")
+    print(f"Plot: {folder / 'data_parallel.png'}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
