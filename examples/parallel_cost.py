@@ -17,6 +17,7 @@ Prints both tables; results.json and parallel_cost.png go to --out.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import time
@@ -28,7 +29,7 @@ import jax
 import numpy as np
 import optax
 from communication import communicated_bytes
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from output import free_folder
@@ -125,7 +126,7 @@ def compile_step(method: Method, num_devices: int, losses_fn: Callable, params: 
     """The program of one device, and the bytes of optimizer state that it holds."""
     groups = 2 if method.has_groups else 1
     shape, names = (groups, num_devices // groups), ("pair", "data")
-    mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = Mesh(np.reshape(devices_for(num_devices), shape), names)
     tx = method.make(batch, BASES["momentum"](LEARNING_RATE))
     tx = samx.data_parallel(tx, "data", method.ascent)
 
@@ -146,6 +147,12 @@ def compile_step(method: Method, num_devices: int, losses_fn: Callable, params: 
         for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(specs), strict=True)
     )
     return jitted.lower(params, state, batch).compile(), held
+
+
+def devices_for(number: int) -> list[Any]:
+    """So many devices, simulated ones of the CPU if there are not as many others."""
+    devices = jax.devices() if jax.device_count() >= number else jax.devices("cpu")
+    return devices[:number]
 
 
 def single_gradient(losses_fn: Callable, params: Any, batch: Any, size: int):
@@ -317,9 +324,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
+    with contextlib.suppress(RuntimeError):  # a backend that runs already stays as it is
+        jax.config.update("jax_num_cpu_devices", args.devices[-1])
     losses_fn, params, batch = problem(args.model, args.batch)
     device = jax.devices()[0].device_kind
-    print(f"{jax.device_count()} devices: {device}, jax {jax.__version__}, samx {samx.__version__}")
+    print(f"{device}, jax {jax.__version__}, samx {samx.__version__}")
     results = count(args, losses_fn, params, batch)
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     print_counts(results, num_parameters, args.batch)
