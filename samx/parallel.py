@@ -22,6 +22,12 @@ class HeldBatch(NamedTuple):
     Attributes:
         batch: Pytree of arrays with leading axis `B`.
         weights: `float[B]`, ones if the caller gave none.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx
+        >>> tx = samx.sampa(optax.sgd(0.1), batch_like=jnp.ones((4, 2)))
+        >>> optax.tree.get(tx.init(jnp.ones(2)), "previous").weights.tolist()
+        [1.0, 1.0, 1.0, 1.0]
     """
 
     batch: Any
