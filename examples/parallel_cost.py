@@ -122,7 +122,9 @@ METHODS = {
 COSTS = ("flops", "sent", "state", "temporary")
 
 
-def compile_step(method: Method, num_devices: int, losses_fn: Callable, params: Any, batch: Any):
+def compile_step(
+    method: Method, num_devices: int, losses_fn: Callable, params: Any, batch: Any
+) -> tuple[Any, int]:
     """The program of one device, and the bytes of optimizer state that it holds."""
     groups = 2 if method.has_groups else 1
     shape, names = (groups, num_devices // groups), ("pair", "data")
@@ -155,7 +157,9 @@ def devices_for(number: int) -> list[Any]:
     return devices[:number]
 
 
-def single_gradient(losses_fn: Callable, params: Any, batch: Any, size: int):
+def single_gradient(
+    losses_fn: Callable, params: Any, batch: Any, size: int
+) -> tuple[Any, tuple[Any, Any]]:
     """A compiled gradient of the first `size` examples on one device."""
     share = jax.tree.map(lambda x: x[:size], batch)
     gradient = jax.jit(jax.grad(lambda p, share: losses_fn(p, share).mean()))

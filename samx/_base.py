@@ -54,7 +54,8 @@ def closure_transformation(
 
     `updates` is the gradient at `params`. An `update_fn` that declares `ascent_grad` also gets the
     gradient to climb: the same one, unless devices climb on their own. Then only the direction may
-    come from it, all state and every decision from `updates`.
+    come from it, all state and every decision from `updates`. `value_fn.ascent` is the loss for
+    further steps of the same climb; its gradient comes from `value_and_grad_at`.
 
     Args:
         init_fn: `params -> state`.

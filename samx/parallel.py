@@ -238,7 +238,7 @@ def state_specs(
         if not isinstance(node, HeldBatch):
             return specs
         batch = _like("batch_specs", batch_specs, node.batch)
-        return HeldBatch(batch, PartitionSpec(*jax.tree.leaves(batch)[0][:1]))
+        return node._replace(batch=batch, weights=PartitionSpec(*jax.tree.leaves(batch)[0][:1]))
 
     return jax.tree.map(held, state, specs, is_leaf=lambda node: isinstance(node, HeldBatch))
 

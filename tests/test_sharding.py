@@ -85,6 +85,29 @@ def test_sharded_parameters(name, axis_type, layout, float64):
     check_layout(history[-1][1], layouts, mesh)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_pair_of_groups_with_tensor_parallel_parameters(axis_type, float64):
+    """Three axes: SAMPa's two groups, the data, the model."""
+    _, _, specs = LAYOUTS["tensor parallel"]
+    data, params = problem.make()
+    batch = problem.batch_at(data, 0)
+    mesh = regimes.mesh_of((2, 2, 2), ("pair", "data", "model"), axis_type)
+    with jax.set_mesh(mesh):
+        params, batch = regimes.place(params, mesh, specs), regimes.place(batch, mesh, P("data"))
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
+        )
+        tx = VARIANTS["sampa"].build(batch_like=like, pair_sharding=P("pair"))
+        step = jax.jit(regimes.make_step(tx, losses_fn))
+        history = regimes.run(step, params, tx.init(params), [(batch,)] * 3)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11),
+        history,
+        on_one_device("sampa"),
+    )
+    check_layout(history[-1][0], specs, mesh)
+
+
 def check_layout(tree, specs, mesh):
     def check(leaf, spec):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim), (leaf, spec)
