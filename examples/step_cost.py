@@ -1,7 +1,8 @@
 """What a sharpness-aware step costs: time, flops, memory traffic and memory of every variant.
 
-    python examples/step_cost.py                        # everything, both models
+    python examples/step_cost.py                        # everything, on all three models
     python examples/step_cost.py --variants sam sampa --models dense --repeats 5
+    python examples/step_cost.py --variants sam sampa --batch 1 4 16 64 256
 
 Every row of the table is one jitted training step with SGD and momentum; the plain step, without
 any perturbation, is what the others are compared with. In each round every row is timed once, in
@@ -10,11 +11,15 @@ down for a while slows both. The parameters stay where they are, so that every c
 work, and each step gets the optimizer state that the call before it returned.
 
 Two more rows say what SAM costs without samx, written by hand and with optax.contrib.sam. Prints a
-table for each model; results.json and step_cost.png go to --out.
+table for each model and batch size; results.json and step_cost.png go to --out.
+
+Several batch sizes show from where on a step fills the machine: below, SAMPa's two gradients in one
+vmapped call can take about as long as one. Then there is a summary of each model, and sizes.png.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -43,15 +48,25 @@ RHO = 0.05  # of every row: it does not change the cost
 # sharp gradient on every step.
 LEAST_SECONDS = 0.02
 LEAST_CALLS = 5
+CHEAP = 1.2  # "about one gradient": time of a step relative to the plain step
 COMPARISONS = {
     "samx SAM vs by hand, readings read": ("sam", "sam by hand"),
     "samx SAM vs by hand, readings unread": ("sam, readings unread", "sam by hand"),
     "samx SAM vs optax.contrib.sam": ("sam", "optax.contrib.sam"),
     "SAMPa vmap vs separate": ("sampa", "sampa, separate"),
 }
+BY_SIZE = ("plain", "sam", "sampa", "sampa, separate")
 HEADER = """\
-                     gradients      flops   bytes   memory     time                time      time
-                                /gradient  /plain  /params       ms              /plain  /by hand"""
+                     gradients      flops   bytes   memory    steps                 time     time
+                                /gradient  /plain  /params  /second               /plain /by hand"""
+
+
+class Model(NamedTuple):
+    """A model to be trained, the shape of one of its inputs, and the default batch size."""
+
+    make: Callable[[nnx.Rngs], nnx.Module]
+    shape: tuple[int, ...]
+    batch: int
 
 
 class Row(NamedTuple):
@@ -78,15 +93,45 @@ def conv(rngs: nnx.Rngs) -> nnx.Module:
     )
 
 
-# Model, shape of one example, batch size.
-MODELS = {"dense": (dense, (784,), 512), "conv": (conv, (32, 32, 3), 64)}
+class Residual(nnx.Module):
+    """`x + branch(x)`, with layer normalization at the start of the branch."""
+
+    def __init__(self, width: int, *layers: Callable, rngs: nnx.Rngs):
+        self.branch = nnx.Sequential(nnx.LayerNorm(width, rngs=rngs), *layers)
+
+    def __call__(self, x):  # noqa: D102
+        return x + self.branch(x)
 
 
-def problem(model: str, batch_size: int | None) -> tuple[Callable, Any, dict[str, jax.Array]]:
+def transformer(rngs: nnx.Rngs) -> nnx.Module:
+    layer = functools.partial(nnx.Linear, rngs=rngs)
+
+    def block() -> tuple[nnx.Module, nnx.Module]:
+        attention = nnx.MultiHeadAttention(4, 128, decode=False, rngs=rngs)
+        mlp = layer(128, 512), nnx.gelu, layer(512, 128)
+        return Residual(128, attention, rngs=rngs), Residual(128, *mlp, rngs=rngs)
+
+    # The positions of the patches are left out: they would cost next to nothing.
+    return nnx.Sequential(
+        *(layer(48, 128), *block(), *block(), nnx.LayerNorm(128, rngs=rngs)),
+        *(lambda x: x.mean(axis=1), layer(128, 10)),
+    )
+
+
+MODELS = {
+    "dense": Model(dense, (784,), 512),
+    "conv": Model(conv, (32, 32, 3), 64),
+    "transformer": Model(transformer, (64, 48), 16),  # 64 patches of 4 x 4 pixels
+}
+
+
+def problem(model: str, size: int) -> tuple[Callable, Any, dict[str, jax.Array]]:
     """The model as pure functions: `losses_fn(params, batch) -> [B]`, params, and a batch."""
-    make, shape, default_size = MODELS[model]
-    size = batch_size or default_size
+    make, shape, _ = MODELS[model]
     graph, params = nnx.split(make(nnx.Rngs(0)))
+    # Every call flattens its arguments, an `nnx.State` several times slower than a dict: for a
+    # model of many arrays that would be a good part of a small step's time.
+    params = nnx.to_pure_dict(params)
     rng = np.random.default_rng(0)
     batch = {
         "image": jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32),
@@ -176,9 +221,9 @@ def samx_rows(losses_fn: Callable, params: Any, batch: Any, variants: list[str])
     return rows
 
 
-def measure(model: str, batch_size: int | None, variants: list[str], repeats: int) -> dict:
-    """Compile every row of one model, then time them all in `repeats` rounds."""
-    losses_fn, params, batch = problem(model, batch_size)
+def measure(model: str, size: int, variants: list[str], repeats: int) -> dict:
+    """Compile every row of one model at one batch size, then time them all in `repeats` rounds."""
+    losses_fn, params, batch = problem(model, size)
     rows = reference_rows(losses_fn, params) | samx_rows(losses_fn, params, batch, variants)
 
     compiled, calls, states, results = {}, {}, {}, {}
@@ -191,7 +236,7 @@ def measure(model: str, batch_size: int | None, variants: list[str], repeats: in
         jax.block_until_ready(out)
         return (time.perf_counter() - start) / times
 
-    for name, row in tqdm(rows.items(), desc=f"{model}: compile", unit="step"):
+    for name, row in tqdm(rows.items(), desc=f"{model}, batch {size}: compile", unit="step"):
         compiled[name] = jax.jit(row.step).lower(params, row.state, batch).compile()
         states[name] = row.state
         run(name, 1)
@@ -208,21 +253,21 @@ def measure(model: str, batch_size: int | None, variants: list[str], repeats: in
     shuffle = random.Random(0)
     rounds = [shuffle.sample(list(rows), len(rows)) for _ in range(repeats)]
     order = [name for names in rounds for name in names]
-    for name in tqdm(order, desc=f"{model}: time", unit="measurement"):
+    for name in tqdm(order, desc=f"{model}, batch {size}: time", unit="measurement"):
         results[name]["seconds"].append(run(name, calls[name]))
 
     leaves = jax.tree.leaves(params)
-    size = sum(leaf.nbytes for leaf in leaves)
+    copy = sum(leaf.nbytes for leaf in leaves)
     gradient, plain, by_hand = (results[name] for name in ("gradient", "plain", "sam by hand"))
     for result in results.values():
-        result["milliseconds"] = 1e3 * float(np.median(result["seconds"]))
+        result["steps_per_second"] = 1 / float(np.median(result["seconds"]))
         result["flops_to_gradient"] = result["flops"] / gradient["flops"]
         result["bytes_to_plain"] = result["bytes"] / plain["bytes"]
-        result["memory_copies"] = (result["temporary_bytes"] - plain["temporary_bytes"]) / size
+        result["memory_copies"] = (result["temporary_bytes"] - plain["temporary_bytes"]) / copy
         result["time_to_plain"] = quartiles(result, plain)
         result["time_to_by_hand"] = quartiles(result, by_hand)
     parameters = sum(leaf.size for leaf in leaves)
-    return {"batch": len(batch["label"]), "parameters": parameters, "rows": results}
+    return {"model": model, "batch": size, "parameters": parameters, "rows": results}
 
 
 def quartiles(result: dict, reference: dict) -> list[float]:
@@ -241,8 +286,8 @@ def table(rows: dict) -> str:
         lines.append(
             f"{name:<21}{row['gradients']:>9g}{row['flops_to_gradient']:>11.3f}"
             f"{row['bytes_to_plain']:>8.2f}{row['memory_copies']:>9.2f}"
-            f"{row['milliseconds']:>9.2f}{spread(row['time_to_plain']):>20}"
-            f"{row['time_to_by_hand'][1]:>10.2f}"
+            f"{row['steps_per_second']:>9.1f}{spread(row['time_to_plain']):>21}"
+            f"{row['time_to_by_hand'][1]:>9.2f}"
         )
     lines.append("Time ratios: median [quartiles] of the rounds. Memory: temporary, above plain.\n")
     for title, (name, reference) in COMPARISONS.items():
@@ -256,12 +301,35 @@ def table(rows: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(models: dict, path: Path) -> None:
-    """One panel for each model: bars for time, ticks for flops."""
-    num_rows = max(len(result["rows"]) for result in models.values())
-    figure = Figure(figsize=(2 + 4.5 * len(models), 1.4 + 0.35 * num_rows), layout="constrained")
-    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
-    for axes, (model, result) in zip(panels, models.items(), strict=True):
+def summary(results: list[dict]) -> str:
+    """Steps per second of one model over its batch sizes."""
+    names = [name for name in BY_SIZE if name in results[0]["rows"]]
+    sampa = "sampa" in names
+    title = "time sampa/plain" if sampa else ""
+    lines = [f"{'batch':>8}" + "".join(f"{name:>17}" for name in names) + f"{title:>24}"]
+    for result in results:
+        rows = result["rows"]
+        rates = "".join(f"{rows[name]['steps_per_second']:>17.1f}" for name in names)
+        ratio = spread(rows["sampa"]["time_to_plain"]) if sampa else ""
+        lines.append(f"{result['batch']:>8}{rates}{ratio:>24}")
+    if sampa:
+        cheap = [r["batch"] for r in results if r["rows"]["sampa"]["time_to_plain"][1] < CHEAP]
+        largest = max(cheap, default="none of these")
+        lines.append(f"\nLargest batch at which sampa takes less than {CHEAP} x plain: {largest}")
+    return "\n".join(lines)
+
+
+def heading(result: dict) -> str:
+    return f"{result['model']}: {result['parameters']:,} parameters, batch {result['batch']}"
+
+
+def plot(models: list[list[dict]], path: Path) -> None:
+    """One panel for each model (across) and batch size (down): bars for time, ticks for flops."""
+    num_sizes, num_rows = len(models[0]), len(models[0][0]["rows"])
+    height = 1.4 + 0.35 * num_rows
+    figure = Figure(figsize=(2 + 4.5 * len(models), num_sizes * height), layout="constrained")
+    panels = figure.subplots(num_sizes, len(models), sharey=True, squeeze=False)
+    for axes, result in zip(panels.T.flat, itertools.chain(*models), strict=True):
         rows = result["rows"]
         low, middle, high = np.transpose([row["time_to_plain"] for row in rows.values()])
         flops = [row["flops"] / rows["plain"]["flops"] for row in rows.values()]
@@ -273,13 +341,33 @@ def plot(models: dict, path: Path) -> None:
         axes.axvline(1, color="0.3", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.12)
-        axes.set_title(f"{model}: {result['parameters']:,} parameters, batch {result['batch']}")
-    panels[0].invert_yaxis()
+        axes.set_title(heading(result))
+    panels[0, 0].invert_yaxis()
     figure.suptitle("Time of a training step, relative to the plain step")
     figure.supxlabel(
         "Bars: median time with samx (blue) and without (grey); black: quartiles; orange: flops",
         fontsize="medium",
     )
+    figure.savefig(path, dpi=150)
+
+
+def plot_sizes(models: list[list[dict]], path: Path) -> None:
+    """One panel for each model: steps per second over the batch size."""
+    figure = Figure(figsize=(1 + 4 * len(models), 4), layout="constrained")
+    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    for axes, results in zip(panels, models, strict=True):
+        sizes = [result["batch"] for result in results]
+        for name in BY_SIZE:
+            if name in results[0]["rows"]:
+                rates = [result["rows"][name]["steps_per_second"] for result in results]
+                axes.loglog(sizes, rates, "o-", markersize=4, label=name)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("batch size")
+        axes.set_title(results[0]["model"])
+    panels[0].set_ylabel("steps per second (median)")
+    panels[0].legend()
     figure.savefig(path, dpi=150)
 
 
@@ -296,7 +384,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=positive, default=15, help="rounds (default 15)")
-    parser.add_argument("--batch", type=positive, help="default 512 for dense, 64 for conv")
+    defaults = ", ".join(f"{model.batch} for {name}" for name, model in MODELS.items())
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        nargs="+",
+        metavar="SIZE",
+        help=f"one or several sizes (default {defaults})",
+    )
     parser.add_argument("--out", help="new or empty folder (default runs/step_cost-NNN)")
     args = parser.parse_args(argv)
     try:
@@ -306,16 +401,24 @@ def main(argv: list[str] | None = None) -> None:
 
     device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
     print(f"{device}, jax {jax.__version__}, samx {samx.__version__}")
-    results = {}
+    models = []
     for model in dict.fromkeys(args.models):
-        results[model] = result = measure(model, args.batch, args.variants, args.repeats)
-        print(f"\n{model}: {result['parameters']:,} parameters, batch {result['batch']}\n")
-        print(table(result["rows"]) + "\n")
+        results = []
+        for size in sorted(set(args.batch or [MODELS[model].batch])):
+            result = measure(model, size, args.variants, args.repeats)
+            print(f"\n{heading(result)}\n\n{table(result['rows'])}\n")
+            results.append(result)
+        models.append(results)
+        if len(results) > 1:
+            print(f"\n{model}: steps per second\n\n{summary(results)}\n")
 
     about = {"device": device, "jax": jax.__version__, "arguments": vars(args)}
-    (folder / "results.json").write_text(json.dumps(about | {"models": results}, indent=1))
-    plot(results, folder / "step_cost.png")
-    print(f"Wrote {folder / 'results.json'} and {folder / 'step_cost.png'}")
+    report = about | {"results": list(itertools.chain(*models))}
+    (folder / "results.json").write_text(json.dumps(report, indent=1))
+    plot(models, folder / "step_cost.png")
+    if len(models[0]) > 1:
+        plot_sizes(models, folder / "sizes.png")
+    print(f"Wrote {', '.join(str(path) for path in sorted(folder.iterdir()))}")
 
 
 if __name__ == "__main__":

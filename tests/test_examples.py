@@ -4,9 +4,16 @@ import json
 import re
 
 import digits
+import jax
+import jax.numpy as jnp
 import numpy as np
+import parallel_cost
 import pytest
 import step_cost
+from communication import communicated_bytes
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from output import free_folder
 from registry import BASES, VARIANTS
 
@@ -81,9 +88,19 @@ BAD_ARGUMENTS = {
     step_cost: [
         ("--repeats 0", "--repeats"),
         ("--batch 0", "--batch"),
-        ("--models transformer", "transformer.*dense"),
+        ("--batch 4 0", "--batch: must be at least 1, got 0"),
+        ("--models mlp", "mlp.*dense"),
     ],
 }
+PARALLEL_COST = [
+    ("--batch 12", r"--batch must be powers of two, got \[12\]"),
+    ("--devices 2 3", r"--devices must be powers of two, got \[2, 3\]"),
+    ("--devices 0", "--devices must be powers of two"),
+    ("--batch 4", "--batch must be at least the number of devices, got 4"),
+    ("--repeats 0", "--repeats must be at least 1, got 0"),
+    ("--model mlp", "mlp.*dense"),
+    ("--out taken", "taken.*not empty"),
+]
 for _rows in BAD_ARGUMENTS.values():
     _rows += [
         ("--variants sam sammy", "sammy.*choose from.*sampa"),
@@ -93,7 +110,8 @@ for _rows in BAD_ARGUMENTS.values():
 
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
-    [(script, *row) for script, rows in BAD_ARGUMENTS.items() for row in rows],
+    [(script, *row) for script, rows in BAD_ARGUMENTS.items() for row in rows]
+    + [(parallel_cost, *row) for row in PARALLEL_COST],
 )
 def test_bad_arguments(script, arguments, message, in_empty_folder, capsys):
     (in_empty_folder / "taken").mkdir()
@@ -109,11 +127,67 @@ def test_bad_arguments(script, arguments, message, in_empty_folder, capsys):
 def test_step_cost_measures_every_variant(in_empty_folder, capsys):
     step_cost.main(["--models", "dense", "--batch", "8", "--repeats", "1", "--out", "cost"])
     assert (in_empty_folder / "cost" / "step_cost.png").stat().st_size > 10_000
+    assert not (in_empty_folder / "cost" / "sizes.png").exists()
     report = json.loads((in_empty_folder / "cost" / "results.json").read_text())
-    assert report
+    assert [(r["model"], r["batch"]) for r in report["results"]] == [("dense", 8)]
     printed = capsys.readouterr().out
     for row in ("plain", "sam by hand", "optax.contrib.sam", *set(VARIANTS) - {"base"}):
         assert row in printed
+    assert "Largest batch" not in printed
+
+
+def test_step_cost_over_batch_sizes(in_empty_folder, capsys, monkeypatch):
+    tiny = step_cost.Model(lambda rngs: nnx.Linear(4, 10, rngs=rngs), (4,), 8)
+    monkeypatch.setattr(step_cost, "MODELS", {"one": tiny, "two": tiny})
+    arguments = "--variants sampa --batch 2 1 2 --repeats 1 --out cost"
+    step_cost.main(arguments.split())
+    for name in ("step_cost.png", "sizes.png"):
+        assert (in_empty_folder / "cost" / name).stat().st_size > 10_000
+    report = json.loads((in_empty_folder / "cost" / "results.json").read_text())
+    assert [(r["model"], r["batch"]) for r in report["results"]] == [
+        ("one", 1),
+        ("one", 2),
+        ("two", 1),
+        ("two", 2),
+    ]
+    for result in report["results"]:
+        assert {"plain", "sampa", "sampa, separate"} <= set(result["rows"])
+        for row in result["rows"].values():
+            np.testing.assert_allclose(row["steps_per_second"], 1 / np.median(row["seconds"]))
+    printed = capsys.readouterr().out
+    for model in ("one", "two"):
+        assert f"{model}: steps per second" in printed
+    assert printed.count("Largest batch at which sampa") == 2
+
+
+@pytest.mark.parametrize("model", step_cost.MODELS)
+def test_step_cost_trains_every_model(model):
+    losses_fn, params, batch = step_cost.problem(model, 3)
+    losses = losses_fn(params, batch)
+    assert losses.shape == (3,)
+    plain = step_cost.reference_rows(losses_fn, params)["plain"]
+    params, _, loss = jax.jit(plain.step)(params, plain.state, batch)
+    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-5)
+    assert losses_fn(params, batch).mean() < loss
+
+
+@pytest.mark.parametrize(
+    ("ratios", "largest"),
+    [((1.1, 1.15, 1.3), "4"), ((1.2, 1.9, 2.0), "none of these"), ((1, 1, 1), "16")],
+)
+def test_step_cost_says_where_sampa_costs_one_gradient(ratios, largest):
+    def rows(ratio):
+        return {
+            "plain": {"steps_per_second": 1000.0},
+            "sampa": {"steps_per_second": 1000 / ratio, "time_to_plain": [ratio, ratio, ratio]},
+        }
+
+    results = [{"batch": b, "rows": rows(r)} for b, r in zip((1, 4, 16), ratios, strict=True)]
+    text = step_cost.summary(results)
+    assert text.endswith(f"sampa takes less than 1.2 x plain: {largest}")
+    assert f"{ratios[0]:.2f} [" in text
+    without = [{"batch": r["batch"], "rows": {"plain": r["rows"]["plain"]}} for r in results]
+    assert "sampa" not in step_cost.summary(without)
 
 
 def test_free_folder_never_overwrites(in_empty_folder):
@@ -123,3 +197,44 @@ def test_free_folder_never_overwrites(in_empty_folder):
     (in_empty_folder / "file").write_text("")
     with pytest.raises(ValueError, match="not a folder"):
         free_folder("file", "digits")
+
+
+def test_parallel_cost_counts_what_the_formulas_say(in_empty_folder, capsys):
+    results = parallel_cost.main(
+        ["--batch", "256", "--devices", "2", "4", "--repeats", "1", "--out", "cost"]
+    )
+    assert len(results) == 2 * len(parallel_cost.METHODS)
+    for result in results:
+        wanted, found = result["formula"], result["counted"]
+        assert found["sent"] == pytest.approx(wanted["sent"], rel=1e-4)
+        assert found["flops"] == pytest.approx(wanted["flops"], rel=0.06)  # O(P) work is on top
+        assert found["state"] == pytest.approx(wanted["state"], rel=1e-3)
+        assert found["temporary"] == pytest.approx(wanted["temporary"], rel=0.1)
+    assert (in_empty_folder / "cost" / "parallel_cost.png").stat().st_size > 10_000
+    report = json.loads((in_empty_folder / "cost" / "results.json").read_text())
+    assert report["counts"] == results
+    assert [row["share"] for row in report["times"]] == [2**i for i in range(7, -1, -1)]
+    printed = capsys.readouterr().out
+    for text in (*parallel_cost.METHODS, "T(2B/n) + 2P", "Where two groups lead", "results.json"):
+        assert text in printed
+
+
+def test_communicated_bytes_reads_every_operation():
+    """All kinds of collectives of a known size, and none within groups of one device."""
+    mesh = jax.make_mesh((2, 1), ("a", "one"))
+    x = jax.device_put(jnp.ones((4, 8)), NamedSharding(mesh, P("a")))
+    kinds = {
+        "all-reduce": (lambda x: jax.lax.psum(x, "a"), 2 * 8 * 4),
+        "all-gather": (lambda x: jax.lax.all_gather(x, "a"), 2 * 2 * 8 * 4),
+        "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "a"), 8 * 4),
+        "collective-permute": (lambda x: jax.lax.ppermute(x, "a", [(0, 1), (1, 0)]), 2 * 8 * 4),
+        "all-to-all": (lambda x: jax.lax.all_to_all(x, "a", 0, 0), 2 * 8 * 4),
+    }
+    for operation, (fn, size) in kinds.items():
+        mapped = jax.shard_map(fn, mesh=mesh, in_specs=P("a"), out_specs=P("a"), check_vma=False)
+        program = jax.jit(mapped).lower(x).compile()
+        assert communicated_bytes(program) == {operation: size}
+    alone = jax.shard_map(
+        lambda x: jax.lax.psum(x, "one"), mesh=mesh, in_specs=P("a"), out_specs=P("a")
+    )
+    assert communicated_bytes(jax.jit(alone).lower(x).compile()) == {}
