@@ -16,9 +16,9 @@ SUITES = {  # the fast part of each
     "trajectories": ("test_trajectories.py", "test_recorded_run or test_schedules"),
     "parallel": (
         "test_parallel.py",
-        "test_local_ascent_keeps or test_readings_of_local or test_weights_count_examples_in "
-        "or (test_global_is_the_step and shard_map and (-sam] or -sampa])) "
-        "or (test_each_group and shard_map and weights)",
+        "(test_local_ascent_keeps or test_readings_of_local or test_weights_count_examples_in "
+        "or (test_global_is_the_step and (-sam] or -sampa])) "
+        "or (test_each_group and weights)) and shard_map",
     ),
     "cost": (
         "test_parallel_cost.py",

@@ -106,7 +106,7 @@ def test_several_axes(name, check_vma, ascent):
 VALID = [1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0.5, 2, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["sam", "two ascent steps", "sampa", "sampa, separate"])
+@pytest.mark.parametrize("name", ["sam", "sampa"])
 @pytest.mark.parametrize("regime", GLOBAL)
 def test_weights_count_examples_not_devices(name, regime):
     weighted = batches(3, weights=VALID)
@@ -144,12 +144,15 @@ def sampa(**keywords):
 PAIRED = sampa(pair_sharding=P("pair"))
 
 
-@pytest.mark.parametrize("weights", [None, VALID])
 @pytest.mark.parametrize(
-    ("regime", "shape"),
+    ("regime", "shape", "weights"),
     [
-        *itertools.product(["auto", "explicit", "named", "shard_map", "no vma"], [(2,), (2, 4)]),
-        ("pmap", (2,)),  # which has one axis only
+        *itertools.product(
+            ["auto", "explicit", "named", "shard_map", "no vma"], [(2,), (2, 4)], [VALID]
+        ),
+        ("pmap", (2,), VALID),  # which has one axis only
+        ("auto", (2, 4), None),
+        ("shard_map", (2, 4), None),
     ],
 )
 def test_each_group_computes_one_gradient_of_sampa(regime, shape, weights):
@@ -248,7 +251,7 @@ def test_value_and_grad(regime):
 
 
 @pytest.mark.parametrize("regime", LOCAL)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["sam", "sampa"])
 def test_what_the_caller_computed_is_ignored(name, regime):
     """A gradient that arrives summed, a loss of one device, or nonsense: the step is the same."""
     params, batch = first_batch()
@@ -513,9 +516,15 @@ def test_mapped_over_data_and_sharded_by_the_compiler(ascent):
     assert_close(found, expected[0][0])
 
 
-@pytest.mark.parametrize("regime", LOCAL)
-@pytest.mark.parametrize("ascent", ["global", "local"])
-@pytest.mark.parametrize("name", ["sam", "two ascent steps", "sampa"])
+@pytest.mark.parametrize(
+    ("name", "regime", "ascent"),
+    [
+        ("sam", "shard_map", "global"),
+        ("sampa", "shard_map", "global"),
+        ("sam", "pmap", "local"),
+        ("two ascent steps", "shard_map", "local"),
+    ],
+)
 def test_half_precision_and_integers(name, regime, ascent):
     """Dtypes stay, an integer table is no gradient's business, and replicas agree."""
     data, params = problem.make(jnp.bfloat16)
@@ -541,21 +550,20 @@ def test_half_precision_and_integers(name, regime, ascent):
 # ---- Wrong use.
 
 
-def plain_step(tx, **keywords):
+def trace_step(tx):
     params, batch = first_batch()
-    return tx.update(
-        params, tx.init(params), params, losses_fn=problem.losses_fn, batch=batch, **keywords
+    return jax.eval_shape(
+        lambda: tx.update(params, tx.init(params), params, losses_fn=problem.losses_fn, batch=batch)
     )
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f(), lambda f: jax.jit(f)()])
-def test_an_axis_that_is_not_mapped(wrap):
+def test_an_axis_that_is_not_mapped():
     params, batch = first_batch()
     tx = samx.data_parallel(samx.sam(0.05), "data")
     with pytest.raises(ValueError, match=r"data_parallel: `axis_name` .* 'data' is not.*jax.jit"):
-        wrap(lambda: plain_step(tx))
+        trace_step(tx)
     with pytest.raises(ValueError, match=r"value_and_grad: `axis_name` .* 'data' is not"):
-        wrap(lambda: samx.value_and_grad(mean_loss, "data")(params, batch))
+        samx.value_and_grad(mean_loss, "data")(params, batch)
 
 
 def test_wrapped_twice():
@@ -629,14 +637,14 @@ def test_the_pair_axis_must_exist_and_have_size_2():
     params, batch = first_batch()
     tx = PAIRED(batch)
     with pytest.raises(ValueError, match=r"`pair_sharding` names the axis 'pair'.*set_mesh"):
-        plain_step(tx)
+        trace_step(tx)
     four = regimes.mesh_of((4,), ("pair",))
     named = sampa(pair_sharding=NamedSharding(four, P("pair")))(batch)
     with jax.set_mesh(regimes.mesh_of()), pytest.raises(ValueError, match=r"has the axes.*'data'"):
-        plain_step(tx)
+        trace_step(tx)
     for paired in (tx, named):
         with jax.set_mesh(four), pytest.raises(ValueError, match=r"'pair'.* size 2, got 4"):
-            plain_step(paired)
+            trace_step(paired)
 
     def fn(params, x, y):
         return tx.update(
@@ -645,4 +653,4 @@ def test_the_pair_axis_must_exist_and_have_size_2():
 
     step = jax.shard_map(fn, mesh=four, in_specs=P(), out_specs=P())
     with pytest.raises(ValueError, match=r"'pair'.* size 2, got 4"):
-        step(params, batch["x"], batch["y"])
+        jax.eval_shape(step, params, batch["x"], batch["y"])
