@@ -44,6 +44,12 @@ class Closure:
         """The same, as a loss to climb: a mean over the devices that climb together."""
         return Closure(self.own, self.devices.ascent, self.weights)
 
+    def mean_of_ascents(self, x: jax.Array) -> jax.Array:
+        """The mean of a number that differs between devices only because their ascents do."""
+        if not self.devices.own_axes:
+            return x
+        return self.devices.mean(x, self.devices.share(self.weights))
+
 
 class LossesClosure(NamedTuple):
     """Per-example losses: calling it gives them, `with_aux` gives `(losses, aux)`.

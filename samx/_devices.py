@@ -75,10 +75,6 @@ class Devices(NamedTuple):
             return tree
         return jax.tree.map(lambda x: fn(x) if _tree.is_inexact(x) else x, tree)
 
-    def mean_of_ascents(self, x: jax.Array) -> jax.Array:
-        """The mean of a number that differs between devices only because their ascents do."""
-        return jax.lax.pmean(x, self.own_axes) if self.own_axes else x
-
 
 ONE_DEVICE = Devices()
 

@@ -4,6 +4,7 @@ A SAM that silently does nothing looks exactly like its base optimizer. The read
 visible: a perturbation norm of zero, a sharp loss that is not above the loss.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._devices import ONE_DEVICE, Devices
 
 UNKNOWN = float("inf")  # a loss that nobody measured; NaN would trip jax_debug_nans
 
@@ -79,7 +79,7 @@ def take_readings(
     params: Any,
     point: Any,
     gradients: float,
-    devices: Devices = ONE_DEVICE,
+    mean_of_ascents: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Readings:
     """The readings of a step that took `g_s` at `point`, at the cost of `gradients`.
 
@@ -95,10 +95,10 @@ def take_readings(
     taken = Readings(
         loss=loss,
         sharp_loss=sharp_loss,
-        grad_norm=devices.mean_of_ascents(_tree.norm(g)),
+        grad_norm=mean_of_ascents(_tree.norm(g)),
         sharp_grad_norm=sharp_grad_norm,
-        perturbation_norm=devices.mean_of_ascents(moved_norm),
-        cosine=devices.mean_of_ascents(cosine),
+        perturbation_norm=mean_of_ascents(moved_norm),
+        cosine=mean_of_ascents(cosine),
         is_sharp=jnp.ones((), bool),
         gradients_spent=last.gradients_spent + gradients,
     )

@@ -134,6 +134,10 @@ def test_weights_count_examples_in_local_ascent(regime):
         g_s = jax.grad(loss)(optax.tree.add(params, eps))
         expected = optax.tree.add_scale(expected, -own.sum() / weights.sum(), g_s)
     chex.assert_trees_all_close(history[0][0], expected, rtol=1e-12, atol=1e-12)
+    norm = optax.tree.get(
+        history[0][1], "perturbation_norm"
+    )  # devices without examples do not count
+    np.testing.assert_allclose(norm, 0.05, rtol=1e-10)
 
 
 def sampa(**keywords):

@@ -110,7 +110,7 @@ def sharpness_aware(
             params=params,
             point=perturbed(params, eps, perturb_dtype),
             gradients=1 + ascent_steps,
-            devices=value_fn.devices,
+            mean_of_ascents=value_fn.mean_of_ascents,
         )
         return g_s, SharpnessAwareState(ball, readings)
 
