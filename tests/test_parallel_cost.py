@@ -42,7 +42,7 @@ def build(name):
 
 
 @functools.cache
-def compiled(name, regime, ascent="global", shape=(8,), check_vma=True):
+def compiled(name, regime, ascent="global", shape=(8,), check_vma=True, returns_value=False):
     """A step's program, state and readings among its results; axes are "data", "pair" or both."""
     params, batch = large_problem()
     names = ("pair", "data")[: len(shape)] if name == "pair" else ("data",)
@@ -65,14 +65,16 @@ def compiled(name, regime, ascent="global", shape=(8,), check_vma=True):
         whole_step = regimes.make_step(tx, wide_losses, axes if mapped else None)
 
         def step(*args):
-            return whole_step(*args)[:2]  # the loss is a reading
+            params, state, value = whole_step(*args)
+            # For a variant that ignores its gradient the value would keep a forward pass alive.
+            return params, state, value if returns_value else None
 
         if mapped:
             step = jax.shard_map(
                 step,
                 mesh=mesh,
                 in_specs=(P(), specs, spec),
-                out_specs=(P(), specs),
+                out_specs=(P(), specs, P()),
                 check_vma=check_vma,
             )
         return jax.jit(step).lower(params, state, batch).compile()
@@ -121,3 +123,10 @@ def test_a_pair_costs_one_gradient(regime, shape):
     assert_bytes(program, 3 if len(shape) == 2 and regime != "shard_map" else 2)
     num_groups = shape[1] if len(shape) == 2 else 1
     assert flops(program) / one_gradient(num_groups) == pytest.approx(1, abs=0.05)
+
+
+def test_what_the_caller_computes_too_is_merged():
+    """`data_parallel` takes loss and gradient anew, `samx.value_and_grad` took them before."""
+    alone, returned = (compiled("sam", "shard_map", returns_value=value) for value in (False, True))
+    assert flops(returned) == flops(alone)
+    assert communicated_bytes(returned) == communicated_bytes(alone)
