@@ -40,7 +40,7 @@ class Devices(NamedTuple):
         equal = 1 / jax.lax.axis_size(self.axes)
         if weights is None:
             return equal
-        own = _vary(self.axes, jnp.sum(weights))
+        own = _vary(self.axes, jnp.sum(weights, dtype=float))
         total = jax.lax.psum(own, self.axes)
         return jnp.where(total == 0, equal, own / jnp.where(total == 0, 1, total))
 
@@ -69,11 +69,6 @@ class Devices(NamedTuple):
         Integers must agree between the devices that have a share; what is no number passes as is.
         """
         return jax.tree.map(lambda x: _mean(self.axes, x, share), tree) if self.axes else tree
-
-    def _on_floating(self, fn, tree):
-        if not self.axes:
-            return tree
-        return jax.tree.map(lambda x: fn(x) if _tree.is_inexact(x) else x, tree)
 
 
 ONE_DEVICE = Devices()
@@ -105,8 +100,8 @@ def _vary(axes, x):
 
 def _mean(axes, x, share):
     if _tree.is_inexact(x):
-        share = jnp.asarray(share, x.real.dtype)
-        return jax.lax.psum(_vary(axes, jnp.where(share == 0, jnp.zeros_like(x), share * x)), axes)
+        part = (share * _tree.widen(x)).astype(x.dtype)  # a share in half precision is inexact
+        return jax.lax.psum(_vary(axes, jnp.where(share == 0, jnp.zeros_like(x), part)), axes)
     if jnp.issubdtype(x.dtype, jnp.integer):
         return jax.lax.pmax(_vary(axes, jnp.where(share == 0, jnp.iinfo(x.dtype).min, x)), axes)
     if x.dtype == bool:

@@ -92,9 +92,10 @@ def sampa(
 
     Raises:
         ValueError: If `rho` is negative, `lam` outside [0, 1], `rho` given together with
-            `perturbation`, or `gradients` unknown; in `update`, if `batch` or aux differ in shape
-            from `batch_like` or `aux_like`, and as `closure_transformation` says.
-        TypeError: If `rho` or `lam` is neither number nor schedule.
+            `perturbation`, `gradients` unknown, or `pair_sharding` not over one named axis; in
+            `update`, if `batch` or aux differ in shape from `batch_like` or `aux_like`, if the axis
+            of `pair_sharding` is not there or not of size 2, and as `closure_transformation` says.
+        TypeError: If `rho` or `lam` is neither number nor schedule, `pair_sharding` no sharding.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -118,7 +119,9 @@ def sampa(
         copy of the parameters and one batch in the state, and the activations of both passes at a
         time, in either form. "vmap" turns a dense layer into a batched product and a convolution
         into a grouped one: on the CPU "separate" is faster, for a convolutional net almost three
-        times.
+        times. With `pair_sharding` each device computes one gradient, and one all-reduce of twice
+        the parameters exchanges them (inside `data_parallel` the same one averages; under `jax.jit`
+        another one of the parameters does).
         Readings: `loss` is that at `y` on the current batch; the others compare x̃ with the `g_y`
         that it climbed, both on the previous batch.
         Fidelity: matches LIONS-EPFL/SAMPa with SGD, momentum, weight decay and schedules. Its
@@ -126,8 +129,8 @@ def sampa(
         weight decay out of `y` when there is no momentum, and pairs unrelated batches from the
         second epoch on; here `lam=0` is the paper's SAMPa, and the batches are the ones passed.
         With Adam there is no published code: the trial step through the base is our reading.
-        `static_args`: `base`, `batch_like`, `aux_like`, `gradients`, `perturbation`,
-        `perturb_dtype`; `rho` too where `perturbation` is given.
+        `static_args`: `base`, `batch_like`, `aux_like`, `gradients`, `pair_sharding`,
+        `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
     """
     check_number("lam", lam, 0, 1)
     if gradients not in ("vmap", "separate"):
