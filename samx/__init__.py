@@ -16,6 +16,7 @@ closure, `value_fn=lambda params: ...`; most stand first in an `optax.chain`.
 from samx import perturbations
 from samx._base import check_closures, closure_transformation
 from samx._closures import value_and_grad_at
+from samx.accumulation import accumulate
 from samx.parallel import HeldBatch, data_parallel, state_specs, value_and_grad
 from samx.readings import Readings
 from samx.variants.asam import asam
@@ -36,6 +37,7 @@ __all__ = [
     "perturbations",
     "value_and_grad_at",
     # Around an optimizer
+    "accumulate",
     "check_closures",
     "data_parallel",
     "state_specs",

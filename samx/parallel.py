@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from samx import _tree
 from samx._base import SCALAR_CLOSURES, closure_transformation
-from samx._closures import Closure, LossesClosure, scalar_closure
+from samx._closures import Closure, scalar_closure
 from samx._devices import Devices, is_mapped
 
 REPLICATED = PartitionSpec()
@@ -108,6 +108,11 @@ def data_parallel(
             raise ValueError(
                 "data_parallel: stands inside another data_parallel; wrap once and name all axes"
             )
+        if "losses_fn" in extra and extra["losses_fn"].num_microbatches > 1:
+            raise ValueError(
+                "data_parallel: stands inside accumulate; put it around: "
+                "samx.data_parallel(samx.accumulate(tx, num_microbatches), axis_name)"
+            )
         (value, _), own_grad = _own_value_and_grad("data_parallel", devices, value_fn, params)
         value, g = devices.mean((value, own_grad), devices.share(weights))
         g = _tree.keep_floating(g, params)
@@ -120,7 +125,7 @@ def data_parallel(
                 examples = None if keyword == "validation_fn" else weights  # those of the batch
                 extra[keyword] = Closure(extra[keyword].own, devices, examples)
         if "losses_fn" in extra:
-            extra["losses_fn"] = LossesClosure(extra["losses_fn"].with_aux, devices)
+            extra["losses_fn"] = extra["losses_fn"]._replace(devices=devices)
         return inner.update(g, state, params, **extra)
 
     return closure_transformation(inner.init, update_fn, name="data_parallel")

@@ -38,6 +38,9 @@ def build(name):
         return lambda batch_like: optax.with_extra_args_support(MOMENTUM)
     if name == "pair":
         return paired
+    if name.startswith("accumulated "):
+        whole = build(name.removeprefix("accumulated "))
+        return lambda batch_like: samx.accumulate(whole(batch_like), 4)
     return lambda batch_like: VARIANTS[name].build(MOMENTUM, batch_like=batch_like)
 
 
@@ -130,3 +133,11 @@ def test_what_the_caller_computes_too_is_merged():
     alone, returned = (compiled("sam", "shard_map", returns_value=value) for value in (False, True))
     assert flops(returned) == flops(alone)
     assert communicated_bytes(returned) == communicated_bytes(alone)
+
+
+@pytest.mark.parametrize("name", ["sam", "sampa"])
+def test_accumulation_sends_each_gradient_once(name):
+    """The body of the loop is counted once: a quarter of the flops, and nothing unsplit beside."""
+    program = compiled(f"accumulated {name}", "shard_map")
+    assert_bytes(program, 2)
+    assert flops(program) / one_gradient(8) == pytest.approx(2 / 4, rel=0.1)

@@ -1,0 +1,89 @@
+"""Gradient accumulation: the step of a large batch in the memory of a small one."""
+
+import jax
+import optax
+
+from samx import _tree
+from samx._base import closure_transformation
+from samx._closures import batch_size, mean_loss, value_and_grad_at
+from samx._hyper import check_count
+
+
+def accumulate(
+    tx: optax.GradientTransformation, num_microbatches: int
+) -> optax.GradientTransformationExtraArgs:
+    """Take every gradient of an optimizer over microbatches, one after the other.
+
+        ∇L(w) = Σ_j ∇L_j(w)       L_j: the share of microbatch j in the mean loss of the batch
+
+    at `w`, at `w + ε` and wherever else the optimizer asks: exactly the step of the whole batch,
+    with the activations of one microbatch at a time. Micro-batch SAM is another algorithm, see
+    Notes.
+
+    Args:
+        tx: The whole optimizer, sharpness-aware transformation and base together.
+        num_microbatches: Number K ≥ 1 of microbatches, a divisor of `B`. Microbatch j holds the
+            examples j, j + K, j + 2K, ..., so that a batch that is sharded over devices stays
+            where it is. Inside `data_parallel`, of each device's examples.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` whose state is that of `tx`. `update` needs
+        `losses_fn` and `batch`, respects `weights`, and takes gradient and `value` anew from them:
+        do not compute your own, pass anything shaped like `params`, and read the loss with
+        `optax.tree.get(state, "loss")`.
+
+    Raises:
+        TypeError: If `num_microbatches` is not a Python int.
+        ValueError: If it is below 1; in `update`, if it does not divide the examples of a device,
+            or if `data_parallel` stands inside: it belongs around it.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx
+        >>> whole = optax.chain(samx.sam(0.1), optax.sgd(0.5))
+        >>> w, batch = jnp.array([1.0, 2.0]), jnp.eye(4, 2)
+        >>> losses_fn = lambda w, x: (x @ w) ** 2
+        >>> for tx in (whole, samx.accumulate(whole, 2)):
+        ...     value_fn = lambda w: losses_fn(w, batch).mean()
+        ...     g = jax.grad(value_fn)(w)
+        ...     updates, _ = tx.update(g, tx.init(w), w, losses_fn=losses_fn, batch=batch)
+        ...     print([round(float(u), 3) for u in updates])
+        [-0.261, -0.522]
+        [-0.261, -0.522]
+
+    References:
+        Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412
+
+    Notes:
+        Floating leaves of an aux that a variant keeps are means over the microbatches, others those
+        of the last one; normalization over the batch sees one microbatch at a time. Half-precision
+        gradients are added in float32. `ascent_fn` and `validation_fn` are not split.
+        Micro-batch SAM climbs each microbatch on its own: one microbatch per call,
+        `optax.chain(samx.sam(rho), optax.MultiSteps(base, K).gradient_transformation())`.
+        `optax.MultiSteps` around the whole optimizer is neither: it climbs the mean gradient, but
+        descends on the last microbatch alone.
+        Cost: the gradients of `tx`, in K pieces each, and one more copy of the parameters.
+        `static_args`: all.
+    """
+    check_count("num_microbatches", num_microbatches)
+    inner = optax.with_extra_args_support(tx)
+
+    def update_fn(updates, state, params, *, losses_fn, batch, weights=None, **extra):
+        del updates
+        size = batch_size("accumulate", batch)
+        if size % num_microbatches:
+            raise ValueError(
+                f"accumulate: `num_microbatches` must divide the batch of {size} examples, got "
+                f"{num_microbatches}; pad the batch and pass `weights`"
+            )
+        losses_fn = losses_fn._replace(num_microbatches=num_microbatches)
+        value_fn = mean_loss(losses_fn, batch, weights)
+        value, g = jax.value_and_grad(value_fn, allow_int=True)(params)
+        g = _tree.keep_floating(g, params)
+        if value_fn.devices.own_axes:
+            nowhere = optax.tree.zeros_like(params)
+            _, extra["ascent_grad"] = value_and_grad_at(value_fn.ascent, params, nowhere)
+        extra |= {"value": value, "grad": g, "value_fn": value_fn}
+        extra |= {"losses_fn": losses_fn, "batch": batch, "weights": weights}
+        return inner.update(g, state, params, **extra)
+
+    return closure_transformation(inner.init, update_fn, name="accumulate")

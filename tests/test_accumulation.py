@@ -1,0 +1,199 @@
+"""Accumulation is the step of the whole batch; what MultiSteps computes is something else."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+import regimes
+from cases import VARIANTS
+from jax.sharding import AxisType
+from test_parallel import VALID, assert_same, batches, build, mean_loss, on_one_device
+
+import samx
+
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def accumulated(name, num_microbatches=4):
+    return lambda like: samx.accumulate(build(name)(like), num_microbatches)
+
+
+@every_variant
+def test_it_is_the_step_of_the_whole_batch(name):
+    history = regimes.single(accumulated(name), problem.make()[1], batches())
+    assert_same(history, on_one_device(name))
+
+
+@pytest.mark.parametrize("name", ["sam", "two ascent steps", "sampa"])
+@pytest.mark.parametrize("num_microbatches", [1, 2, 16])
+def test_weights_and_any_number_of_microbatches(name, num_microbatches):
+    """Some microbatches hold no valid example."""
+    params, data = problem.make()[1], batches(3, weights=VALID)
+    history = regimes.single(accumulated(name, num_microbatches), params, data)
+    assert_same(history, regimes.single(build(name), params, data))
+
+
+PARALLEL = {
+    "auto": functools.partial(regimes.sharded_jit, axis_type=AxisType.Auto),
+    "explicit": functools.partial(regimes.sharded_jit, axis_type=AxisType.Explicit),
+    "shard_map": functools.partial(regimes.shard_map, check_vma=True),
+    "no vma": functools.partial(regimes.shard_map, check_vma=False),
+    "pmap": regimes.pmap,
+}
+
+
+@pytest.mark.parametrize("regime", PARALLEL)
+@pytest.mark.parametrize("name", ["sam", "sampa"])
+def test_on_several_devices(name, regime):
+    params, data = problem.make()[1], batches(4, weights=VALID)
+    history = PARALLEL[regime](accumulated(name, 2), params, data)
+    assert_same(history, regimes.single(build(name), params, data))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("name", ["sam", "two ascent steps"])
+def test_with_local_ascent(name, check_vma):
+    """A device climbs the gradient of all of its microbatches."""
+    arguments = problem.make()[1], batches(4)
+    history = regimes.shard_map(accumulated(name, 2), *arguments, check_vma, "local")
+    assert_same(history, regimes.shard_map(build(name), *arguments, check_vma, "local"))
+
+
+def test_microbatches_are_strided():
+    seen = []
+
+    def losses_fn(w, batch):
+        jax.debug.callback(lambda x: seen.append(x.tolist()), batch)
+        return w * batch
+
+    tx, w, batch = samx.accumulate(optax.sgd(0.1), 3), jnp.ones(()), jnp.arange(6.0)
+    tx.update(w, tx.init(w), w, losses_fn=losses_fn, batch=batch)
+    jax.effects_barrier()
+    assert seen == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+
+
+def test_memory_is_that_of_a_microbatch():
+    """Wide activations and few parameters: temporary memory falls with the number of pieces."""
+    params = {"W": jnp.ones((64, 64), jnp.float32)}
+    batch = jnp.ones((512, 64), jnp.float32)
+
+    def losses_fn(params, x):
+        for _ in range(8):
+            x = jnp.tanh(x @ params["W"])
+        return x.sum(axis=1)
+
+    def temporary(num_microbatches):
+        tx = samx.accumulate(optax.chain(samx.sam(0.05), optax.sgd(0.1)), num_microbatches)
+
+        def step(params, state):
+            return tx.update(params, state, params, losses_fn=losses_fn, batch=batch)
+
+        program = jax.jit(step).lower(params, tx.init(params)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < 0.4 * temporary(1)
+
+
+def test_half_precision_gradients_add_up_in_float32():
+    """4096 gradients of 1/4096: in bfloat16 the sum would stop growing at 1/16."""
+    tx, w = samx.accumulate(optax.sgd(1.0), 4096), jnp.ones((), jnp.bfloat16)
+    batch = jnp.ones(4096, jnp.bfloat16)
+    updates, _ = tx.update(w, tx.init(w), w, losses_fn=lambda w, x: w * x, batch=batch)
+    assert updates.dtype == jnp.bfloat16
+    assert float(updates) == -1.0
+
+
+def test_integers_keys_and_aux():
+    """Integer parameters, keys as examples, an aux in the state of SAMPa."""
+    data, params = problem.make()
+    batch = problem.batch_at(data, 0) | {"key": jax.random.split(jax.random.key(0), 16)}
+    params["table"] = jnp.arange(3)
+
+    def losses_fn(params, batch):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (10,)))(batch["key"])
+        losses = problem.losses_fn(params, batch | {"x": batch["x"] + 0.1 * noise})
+        return losses * params["table"].sum(), {"mean": batch["x"].mean(0), "count": 5}
+
+    aux_like = {"mean": jnp.ones(10), "count": 0}
+    whole = samx.sampa(optax.sgd(0.1), batch_like=batch, aux_like=aux_like)
+    results = []
+    for tx in (whole, samx.accumulate(whole, 4)):
+        carry = params, tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(
+                carry[0], carry[1], carry[0], losses_fn=losses_fn, batch=batch
+            )
+            carry = optax.apply_updates(carry[0], updates), state
+        results.append((carry[0], carry[1].aux, carry[1].readings))
+    chex.assert_trees_all_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_wrong_use():
+    data, params = problem.make()
+    batch = problem.batch_at(data, 0)
+    arguments = {"losses_fn": problem.losses_fn, "batch": batch}
+    for wrong, error in ((0, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="`num_microbatches` must be"):
+            samx.accumulate(samx.sam(), wrong)
+    tx = samx.accumulate(samx.sam(), 3)
+    with pytest.raises(ValueError, match="must divide the batch of 16 examples, got 3; pad"):
+        tx.update(params, tx.init(params), params, **arguments)
+    with pytest.raises(ValueError, match="accumulate: `losses_fn` is missing"):
+        tx.update(params, tx.init(params), params, value_fn=lambda p: 0.0)
+    inside = samx.accumulate(samx.data_parallel(samx.sam(), "data"), 2)
+    step = jax.shard_map(
+        lambda p, b: inside.update(p, inside.init(p), p, losses_fn=problem.losses_fn, batch=b)[0],
+        mesh=regimes.mesh_of(),
+        in_specs=(regimes.P(), regimes.P("data")),
+        out_specs=regimes.P(),
+        check_vma=False,
+    )
+    with pytest.raises(ValueError, match="data_parallel: stands inside accumulate; put it around"):
+        jax.eval_shape(step, params, batch)
+
+
+def microbatches():
+    data, params = problem.make()
+    batch = problem.batch_at(data, 0)
+    return params, batch, [jax.tree.map(lambda x, i=i: x[i::4], batch) for i in range(4)]
+
+
+def run_in_pieces(tx):
+    """One call of `update` per microbatch, as optax.MultiSteps wants it."""
+    params, _, pieces = microbatches()
+    carry = params, tx.init(params)
+    for piece in pieces:
+        carry = problem.make_step(tx)(*carry, piece)
+    return optax.tree.sub(params, carry[0])  # with a learning rate of 1, the gradient
+
+
+def climb(g):
+    return optax.tree.scale(0.05 / (optax.tree.norm(g) + 1e-12), g)
+
+
+def test_multi_steps_around_the_optimizer_is_another_algorithm():
+    """It climbs the mean gradient, but descends on the last microbatch alone."""
+    params, batch, pieces = microbatches()
+    found = run_in_pieces(optax.MultiSteps(optax.chain(samx.sam(0.05), optax.sgd(1.0)), 4))
+    point = optax.tree.add(params, climb(jax.grad(mean_loss)(params, batch)))
+    chex.assert_trees_all_close(found, jax.grad(mean_loss)(point, pieces[-1]), rtol=1e-6)
+    exact = jax.grad(mean_loss)(point, batch)
+    assert max(np.abs(found[k] - exact[k]).max() for k in exact) > 0.1
+
+
+def test_multi_steps_around_the_base_is_micro_batch_sam():
+    params, _, pieces = microbatches()
+    base = optax.MultiSteps(optax.sgd(1.0), 4).gradient_transformation()
+    found = run_in_pieces(optax.chain(samx.sam(0.05), base))
+    sharp = []
+    for piece in pieces:
+        point = optax.tree.add(params, climb(jax.grad(mean_loss)(params, piece)))
+        sharp.append(jax.grad(mean_loss)(point, piece))
+    expected = jax.tree.map(lambda *leaves: sum(leaves) / 4, *sharp)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-7)
