@@ -211,6 +211,24 @@ def value_and_grad_at(
     return value if has_aux else value[0], grads
 
 
+def own_value_and_grad(closure: Closure, params: optax.Params) -> tuple[Any, optax.Updates]:
+    """The device's own `(loss, aux)` and gradient; integers have gradients of float0."""
+    value_and_grad = jax.value_and_grad(closure.own, has_aux=True, allow_int=True)
+    return value_and_grad(closure.devices.vary(params))
+
+
+def taken_anew(closure: Closure, params: optax.Params) -> dict[str, Any]:
+    """What `update` is told of the loss at `params`: all taken from the closure, in one pass."""
+    devices, weights = closure.devices, closure.weights
+    (value, _), own_grad = own_value_and_grad(closure, params)
+    value, g = devices.mean((value, own_grad), devices.share(weights))
+    keywords = {"value": value, "grad": _tree.keep_floating(g, params), "value_fn": closure}
+    if devices.own_axes:
+        ascent_grad = devices.ascent.mean(own_grad, devices.ascent.share(weights))
+        keywords["ascent_grad"] = _tree.keep_floating(ascent_grad, params)
+    return keywords
+
+
 def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> optax.Params:
     """The point `w + ε` as the closure sees it, in `perturb_dtype` or wider."""
 
@@ -287,8 +305,7 @@ def _accumulated(
             g = _tree.keep_floating(g, params)
             return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, g), result
 
-        # Zeros that differ between devices by type, as the gradients do.
-        zeros = jax.tree.map(lambda w: jnp.where(False, _tree.widen(w), 0), params)
+        zeros = jax.tree.map(lambda w: jnp.zeros_like(_tree.widen(w)), params)
         g, parts = jax.lax.scan(add, zeros, microbatches)
         return whole(parts), jax.tree.map(lambda x, w: x.astype(w.dtype), g, params)
 

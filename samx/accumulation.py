@@ -1,11 +1,9 @@
 """Gradient accumulation: the step of a large batch in the memory of a small one."""
 
-import jax
 import optax
 
-from samx import _tree
 from samx._base import closure_transformation
-from samx._closures import batch_size, mean_loss, value_and_grad_at
+from samx._closures import batch_size, mean_loss, taken_anew
 from samx._hyper import check_count
 
 
@@ -76,14 +74,8 @@ def accumulate(
                 f"{num_microbatches}; pad the batch and pass `weights`"
             )
         losses_fn = losses_fn._replace(num_microbatches=num_microbatches)
-        value_fn = mean_loss(losses_fn, batch, weights)
-        value, g = jax.value_and_grad(value_fn, allow_int=True)(params)
-        g = _tree.keep_floating(g, params)
-        if value_fn.devices.own_axes:
-            nowhere = optax.tree.zeros_like(params)
-            _, extra["ascent_grad"] = value_and_grad_at(value_fn.ascent, params, nowhere)
-        extra |= {"value": value, "grad": g, "value_fn": value_fn}
+        extra |= taken_anew(mean_loss(losses_fn, batch, weights), params)
         extra |= {"losses_fn": losses_fn, "batch": batch, "weights": weights}
-        return inner.update(g, state, params, **extra)
+        return inner.update(extra["grad"], state, params, **extra)
 
     return closure_transformation(inner.init, update_fn, name="accumulate")

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from samx import _tree
 from samx._base import SCALAR_CLOSURES, closure_transformation
-from samx._closures import Closure, scalar_closure
+from samx._closures import Closure, own_value_and_grad, scalar_closure, taken_anew
 from samx._devices import Devices, is_mapped
 
 REPLICATED = PartitionSpec()
@@ -113,20 +112,15 @@ def data_parallel(
                 "data_parallel: stands inside accumulate; put it around: "
                 "samx.data_parallel(samx.accumulate(tx, num_microbatches), axis_name)"
             )
-        (value, _), own_grad = _own_value_and_grad("data_parallel", devices, value_fn, params)
-        value, g = devices.mean((value, own_grad), devices.share(weights))
-        g = _tree.keep_floating(g, params)
-        extra |= {"value": value, "grad": g, "value_fn": value_fn, "weights": weights}
-        if devices.own_axes:
-            ascent_grad = devices.ascent.mean(own_grad, devices.ascent.share(weights))
-            extra["ascent_grad"] = _tree.keep_floating(ascent_grad, params)
+        _check_mapped("data_parallel", axes)
+        extra |= taken_anew(Closure(value_fn.own, devices, weights), params)
         for keyword in SCALAR_CLOSURES:
             if keyword in extra:
                 examples = None if keyword == "validation_fn" else weights  # those of the batch
                 extra[keyword] = Closure(extra[keyword].own, devices, examples)
         if "losses_fn" in extra:
             extra["losses_fn"] = extra["losses_fn"]._replace(devices=devices)
-        return inner.update(g, state, params, **extra)
+        return inner.update(extra["grad"], state, params, weights=weights, **extra)
 
     return closure_transformation(inner.init, update_fn, name="data_parallel")
 
@@ -177,8 +171,9 @@ def value_and_grad(
     devices = Devices(_axes("value_and_grad", "axis_name", axis_name))
 
     def mean_value_and_grad(params, *args):
-        closure = scalar_closure("value_and_grad", "value_fn", lambda p: value_fn(p, *args))
-        (loss, aux), grads = _own_value_and_grad("value_and_grad", devices, closure, params)
+        _check_mapped("value_and_grad", devices.axes)
+        own = scalar_closure("value_and_grad", "value_fn", lambda p: value_fn(p, *args)).own
+        (loss, aux), grads = own_value_and_grad(Closure(own, devices), params)
         loss, grads = devices.mean((loss, grads), devices.share(weights))
         return (loss, aux) if has_aux else loss, grads
 
@@ -258,19 +253,14 @@ def _like(name, specs, tree):
         ) from error
 
 
-def _own_value_and_grad(
-    name: str, devices: Devices, closure: Closure, params: Any
-) -> tuple[Any, Any]:
-    """The device's own `(loss, aux)` and gradient."""
-    for axis in devices.axes:
+def _check_mapped(name: str, axes: tuple[str, ...]) -> None:
+    for axis in axes:
         if not is_mapped(axis):
             raise ValueError(
                 f"{name}: `axis_name` must be mapped where the step is called, {axis!r} is not. "
                 "Call it inside jax.shard_map or jax.pmap with that axis; under jax.jit with a "
                 "sharded batch every mean is over the whole batch without this."
             )
-    own = jax.value_and_grad(closure.own, has_aux=True, allow_int=True)
-    return own(devices.vary(params))
 
 
 def _axes(name: str, keyword: str, axes: Any) -> tuple[str, ...]:

@@ -113,8 +113,8 @@ DEFECTS = {
     ),
     "ascent always global": (
         "parallel",
-        "parallel.py",
-        'extra["ascent_grad"] = _tree.keep_floating(ascent_grad, params)',
+        "_closures.py",
+        'keywords["ascent_grad"] = _tree.keep_floating(ascent_grad, params)',
         "pass",
     ),
     "the state's gradient averaged in local ascent": (

@@ -135,9 +135,12 @@ def test_what_the_caller_computes_too_is_merged():
     assert communicated_bytes(returned) == communicated_bytes(alone)
 
 
-@pytest.mark.parametrize("name", ["sam", "sampa"])
-def test_accumulation_sends_each_gradient_once(name):
+@pytest.mark.parametrize(
+    ("name", "ascent", "copies"),
+    [("sam", "global", 2), ("sam", "local", 1), ("sampa", "global", 2)],
+)
+def test_accumulation_sends_each_gradient_once(name, ascent, copies):
     """The body of the loop is counted once: a quarter of the flops, and nothing unsplit beside."""
-    program = compiled(f"accumulated {name}", "shard_map")
-    assert_bytes(program, 2)
+    program = compiled(f"accumulated {name}", "shard_map", ascent)
+    assert_bytes(program, copies)
     assert flops(program) / one_gradient(8) == pytest.approx(2 / 4, rel=0.1)
