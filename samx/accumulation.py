@@ -36,7 +36,7 @@ def accumulate(
             or if `data_parallel` stands inside: it belongs around it.
 
     Example:
-        >>> import jax.numpy as jnp, optax, samx
+        >>> import jax, jax.numpy as jnp, optax, samx
         >>> whole = optax.chain(samx.sam(0.1), optax.sgd(0.5))
         >>> w, batch = jnp.array([1.0, 2.0]), jnp.eye(4, 2)
         >>> losses_fn = lambda w, x: (x @ w) ** 2
