@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 
 from samx import _tree
 from samx._devices import ONE_DEVICE, Devices
+from samx._microbatches import accumulated
 
 
 class Closure:
@@ -260,64 +259,6 @@ def mean_loss(losses_fn: LossesClosure, batch: Any, weights: jax.Array | None = 
         return jnp.sum(losses * weights) / jnp.where(total == 0, 1, total), aux
 
     if losses_fn.num_microbatches > 1:
-        own = partial(_accumulated, losses_fn, batch=batch, weights=weights)
+        given = unit_weights(batch, jnp.float32) if weights is None else weights
+        own = partial(accumulated, losses_fn.with_aux, losses_fn.num_microbatches, batch, given)
     return Closure(own, losses_fn.devices, weights)
-
-
-def _strided(size: int, x: jax.Array) -> jax.Array:
-    """`[B, ...]` as `[K, size, ...]`, row j holds j, j + K, ...: what is sharded stays in place."""
-    x = jnp.asarray(x)
-    sharding, shape = jax.typeof(x).sharding, (size, -1, *x.shape[1:])
-    if any(sharding.spec):  # on an Explicit mesh; elsewhere the compiler knows
-        spec = PartitionSpec(sharding.spec[0], None, *sharding.spec[1:])
-        x = jnp.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
-    return jnp.moveaxis(x.reshape(shape), 1, 0)
-
-
-def _accumulated(
-    losses_fn: LossesClosure, params: Any, batch: Any, weights: jax.Array | None
-) -> tuple[jax.Array, Any]:
-    """The mean loss and aux, their gradient taken one microbatch at a time."""
-    weights = unit_weights(batch, jnp.float32) if weights is None else weights
-    total = jnp.sum(weights)
-    weights = weights / jnp.where(total == 0, 1, total)
-    size = weights.shape[0] // losses_fn.num_microbatches
-    microbatches = jax.tree.map(partial(_strided, size), (batch, weights))
-
-    def part(params, microbatch):
-        batch, weights = microbatch
-        losses, aux = losses_fn.with_aux(params, batch)
-        return jnp.sum(_tree.widen(losses) * weights), aux
-
-    def whole(parts):
-        losses, auxes = parts
-        return jnp.sum(losses), jax.tree.map(
-            lambda x: x.mean(0) if _tree.is_inexact(x) else x[-1], auxes
-        )
-
-    @jax.custom_vjp
-    def loss_and_aux(params, microbatches):
-        return whole(jax.lax.map(lambda m: part(params, m), microbatches))
-
-    def forward(params, microbatches):
-        def add(total, microbatch):
-            result, g = jax.value_and_grad(part, has_aux=True, allow_int=True)(params, microbatch)
-            g = _tree.keep_floating(g, params)
-            return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, g), result
-
-        zeros = jax.tree.map(lambda w: jnp.zeros_like(_tree.widen(w)), params)
-        g, parts = jax.lax.scan(add, zeros, microbatches)
-        return whole(parts), jax.tree.map(lambda x, w: x.astype(w.dtype), g, params)
-
-    def backward(g, cotangents):
-        return jax.tree.map(
-            lambda x: (
-                (cotangents[0] * x).astype(x.dtype)
-                if _tree.is_inexact(x)
-                else np.zeros(x.shape, jax.dtypes.float0)
-            ),
-            g,
-        ), None
-
-    loss_and_aux.defvjp(forward, backward)
-    return loss_and_aux(params, microbatches)

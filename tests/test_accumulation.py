@@ -1,7 +1,5 @@
 """Accumulation is the step of the whole batch; what MultiSteps computes is something else."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,8 +9,7 @@ import problem
 import pytest
 import regimes
 from cases import VARIANTS
-from jax.sharding import AxisType
-from test_parallel import VALID, assert_same, batches, build, mean_loss, on_one_device
+from test_parallel import GLOBAL, VALID, assert_same, batches, build, mean_loss, on_one_device
 
 import samx
 
@@ -39,20 +36,11 @@ def test_weights_and_any_number_of_microbatches(name, num_microbatches):
     assert_same(history, regimes.single(build(name), params, data))
 
 
-PARALLEL = {
-    "auto": functools.partial(regimes.sharded_jit, axis_type=AxisType.Auto),
-    "explicit": functools.partial(regimes.sharded_jit, axis_type=AxisType.Explicit),
-    "shard_map": functools.partial(regimes.shard_map, check_vma=True),
-    "no vma": functools.partial(regimes.shard_map, check_vma=False),
-    "pmap": regimes.pmap,
-}
-
-
-@pytest.mark.parametrize("regime", PARALLEL)
+@pytest.mark.parametrize("regime", GLOBAL)
 @pytest.mark.parametrize("name", ["sam", "sampa"])
 def test_on_several_devices(name, regime):
     params, data = problem.make()[1], batches(4, weights=VALID)
-    history = PARALLEL[regime](accumulated(name, 2), params, data)
+    history = GLOBAL[regime](accumulated(name, 2), params, data)
     assert_same(history, regimes.single(build(name), params, data))
 
 
