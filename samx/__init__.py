@@ -15,9 +15,10 @@ closure, `value_fn=lambda params: ...`; most stand first in an `optax.chain`.
 
 from samx import perturbations
 from samx._base import check_closures, closure_transformation
-from samx._closures import value_and_grad_at
+from samx._closures import is_sharp_pass, value_and_grad_at
 from samx.accumulation import accumulate
-from samx.parallel import HeldBatch, data_parallel, state_specs, value_and_grad
+from samx.parallel import HeldBatch, axis_mean, data_parallel, state_specs, value_and_grad
+from samx.precision import scale_loss
 from samx.readings import Readings
 from samx.variants.asam import asam
 from samx.variants.sam import sam, sharpness_aware
@@ -34,14 +35,17 @@ __all__ = [
     "sharpness_aware",
     # Building blocks
     "closure_transformation",
+    "is_sharp_pass",
     "perturbations",
     "value_and_grad_at",
     # Around an optimizer
     "accumulate",
+    "axis_mean",
     "check_closures",
     "data_parallel",
     "state_specs",
     "value_and_grad",
+    "scale_loss",
     "skip_nonfinite",
     "with_base",
     # In a state

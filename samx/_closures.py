@@ -1,6 +1,8 @@
 """Loss closures in one form, and the gradient of one at a perturbed point."""
 
 from collections.abc import Callable
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +13,8 @@ import optax
 from samx import _tree
 from samx._devices import ONE_DEVICE, Devices
 from samx._microbatches import accumulated
+
+_IS_SHARP_PASS = ContextVar("is_sharp_pass", default=False)
 
 
 class Closure:
@@ -69,7 +73,8 @@ class LossesClosure(NamedTuple):
         return self.with_aux(params, batch)[0]
 
 
-def _loss_and_aux(result: Any) -> tuple[Any, Any]:
+def loss_and_aux(result: Any) -> tuple[Any, Any]:
+    """What a caller's closure returned, with an aux of `None` where there is none."""
     return result if isinstance(result, tuple) and len(result) == 2 else (result, None)
 
 
@@ -79,7 +84,7 @@ def scalar_closure(name: str, keyword: str, fn: Callable[..., Any]) -> Closure:
         return fn
 
     def own(params):
-        loss, aux = _loss_and_aux(fn(params))
+        loss, aux = loss_and_aux(fn(params))
         if jnp.shape(loss) != ():
             raise ValueError(
                 f"{name}: `{keyword}` must return a scalar (or (scalar, aux)), got shape "
@@ -97,7 +102,7 @@ def losses_closure(name: str, fn: Callable[..., Any]) -> LossesClosure:
         return fn
 
     def with_aux(params, batch):
-        losses, aux = _loss_and_aux(fn(params, batch))
+        losses, aux = loss_and_aux(fn(params, batch))
         size = batch_size(name, batch)
         if jnp.shape(losses) != (size,):
             raise ValueError(
@@ -192,7 +197,8 @@ def value_and_grad_at(
     )
 
     def at_point(start):
-        return closure.with_aux(start, lambda w: perturbed(w, eps, None))
+        with _sharp_pass():
+            return closure.with_aux(start, lambda w: perturbed(w, eps, None))
 
     try:
         value, grads = jax.value_and_grad(at_point, has_aux=True, allow_int=True)(start)
@@ -208,6 +214,52 @@ def value_and_grad_at(
     grads = _tree.keep_floating(grads, params)  # float0 at the integers
     grads = jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
     return value if has_aux else value[0], grads
+
+
+def is_sharp_pass() -> bool:
+    """Whether a loss closure is being called at a perturbed point: for randomness of its own there.
+
+        key = fold_in(key, 1)  if  is_sharp_pass()      fresh dropout masks in the sharp pass
+
+    A closure that does not ask draws the same masks in every pass of a step, from the key that it
+    closes over: then the perturbation alone tells the passes apart.
+
+    Returns:
+        A Python bool: True while `value_and_grad_at` calls the closure, otherwise False.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, samx
+        >>> def loss(w):
+        ...     print("sharp" if samx.is_sharp_pass() else "clean")
+        ...     return w @ w
+        >>> w, tx = jnp.ones(2), samx.sam(0.1)
+        >>> g = jax.grad(loss)(w)
+        clean
+        >>> updates, state = tx.update(g, tx.init(w), w, value_fn=loss)
+        sharp
+
+    References:
+        google-research/sam draws the same masks in both passes, davda54/sam fresh ones.
+
+    Notes:
+        An answer at trace time. A function that keeps its trace, such as one of your own under
+        `jax.jit` or `jax.checkpoint`, would keep the answer too: ask outside of it, and pass it a
+        key. SAMPa has no clean pass: both of its gradients are taken at perturbed points. Cost:
+        none.
+    """
+    return _IS_SHARP_PASS.get()
+
+
+@contextmanager
+def _sharp_pass():
+    token = _IS_SHARP_PASS.set(True)
+    try:
+        yield
+    finally:
+        _IS_SHARP_PASS.reset(token)
 
 
 def own_value_and_grad(closure: Closure, params: optax.Params) -> tuple[Any, optax.Updates]:

@@ -180,6 +180,45 @@ def value_and_grad(
     return mean_value_and_grad
 
 
+def axis_mean(tree: Any, axis_name: str | Sequence[str], *, weights: Any = None) -> Any:
+    """The mean of a pytree over the devices of `jax.shard_map` or `jax.pmap`.
+
+        x = Σ_d share_d x_d                      (share_d = 1/D, or by `weights`)
+
+    For what a pass leaves behind: normalization statistics, dropout counters, metrics.
+
+    Args:
+        tree: Pytree of arrays, the device's own.
+        axis_name: The mapped axis, or several, that the examples are spread over.
+        weights: `float[B]` of the device's examples, 0 for padding: the device's share is its sum;
+            default equal shares.
+
+    Returns:
+        The tree, equal on all devices, dtypes kept. Integers and booleans must agree between the
+        devices that have examples, and come out as they are.
+
+    Raises:
+        TypeError: If `axis_name` is no name.
+        ValueError: If an axis is not mapped here.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, samx
+        >>> mean = jax.pmap(lambda x: samx.axis_mean(x, "data"), axis_name="data")
+        >>> mean({"batch_stats": jnp.ones((1, 2)), "count": jnp.ones(1, int)})
+        {'batch_stats': Array([[1., 1.]], dtype=float32), 'count': Array([1], dtype=int32)}
+
+    References:
+        `jax.lax.pmean`, which makes floats of integers and knows no weights.
+
+    Notes:
+        A device without examples is not looked at, so that its NaNs stay its own. Cost: one
+        all-reduce.
+    """
+    devices = Devices(_axes("axis_mean", "axis_name", axis_name))
+    _check_mapped("axis_mean", devices.axes)
+    return devices.mean(tree, devices.share(weights))
+
+
 def state_specs(
     tx: optax.GradientTransformation,
     params: optax.Params,

@@ -174,7 +174,8 @@ def linf_ball(
 
     def climb(g, params, radius):
         def corner(g, t):
-            sign = jnp.sign(jnp.conj(_tree.widen(g)) * t)
+            scaled = jnp.conj(_tree.widen(g)) * t
+            sign = jnp.sign(scaled) + 0 * scaled  # an overflow is no direction: inf gives NaN
             return sign * t * jnp.asarray(radius, sign.real.dtype)
 
         return jax.tree.map(corner, g, metric(params))

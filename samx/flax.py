@@ -1,0 +1,307 @@
+"""Flax training loops: a linen `TrainState` and closures of an nnx model.
+
+    linen    state.apply_gradients(grads=grads, value_fn=value_fn, batch_stats=batch_stats)
+    nnx      optimizer.update(model, grads, value_fn=samx.flax.closure(model, loss))
+
+A model's state moves once per step: BatchNorm statistics and dropout counters are those of the
+caller's clean pass, or of the pass whose aux the optimizer keeps (`aux_like`). Every pass of a step
+draws the same dropout masks, or with `masks="fresh"` the passes at perturbed points draw their own.
+
+Imported on its own, `import samx.flax`: the rest of samx does not need Flax.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from flax.training import train_state
+
+from samx._base import OWN_KEYWORDS
+from samx._closures import is_sharp_pass, loss_and_aux
+
+__all__ = ["TrainState", "closure", "keep_aux", "statistics"]
+
+Masks = Literal["same", "fresh"]
+_UPDATE_KEYWORDS = OWN_KEYWORDS - {"ascent_grad"} | {"value", "grad", "value_fn"}
+
+
+class TrainState(train_state.TrainState):
+    """Flax's `TrainState` whose `apply_gradients` passes the closures on.
+
+        params, opt_state = tx(grads; closures)
+        step              = step + 1
+
+    `create(apply_fn=..., params=..., tx=..., batch_stats=..., key=...)` makes one; the last two may
+    be left out.
+
+    Attributes:
+        step: int32, optimizer steps so far.
+        apply_fn: Usually `model.apply`.
+        params: The parameters.
+        tx: The whole optimizer, sharpness-aware transformation and base together.
+        opt_state: Its state.
+        batch_stats: The collection of that name, BatchNorm's running statistics; default none.
+        key: The random key of the run, from which `rngs` derives those of each step; default none.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, samx.flax
+        >>> class Model(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         x = nn.BatchNorm(use_running_average=False)(nn.Dense(8)(x))
+        ...         return nn.Dense(1)(nn.Dropout(0.1, deterministic=False)(x))
+        >>> model, x = Model(), jnp.eye(4)
+        >>> keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+        >>> state = samx.flax.TrainState.create(
+        ...     apply_fn=model.apply,
+        ...     **model.init(keys, x),
+        ...     key=jax.random.key(2),
+        ...     tx=optax.chain(samx.sam(0.05), optax.sgd(0.1)),
+        ... )
+        >>> @jax.jit
+        ... def train_step(state, x):
+        ...     def value_fn(params):
+        ...         variables = {"params": params, "batch_stats": state.batch_stats}
+        ...         y, moved = state.apply_fn(
+        ...             variables, x, rngs=state.rngs("dropout"), mutable=["batch_stats"])
+        ...         return jnp.mean(y**2), moved["batch_stats"]
+        ...     (value, stats), grads = jax.value_and_grad(value_fn, has_aux=True)(state.params)
+        ...     return state.apply_gradients(
+        ...         grads=grads, value=value, value_fn=value_fn, batch_stats=stats)
+        >>> state = train_step(state, x)
+        >>> int(state.step), bool(state.batch_stats["BatchNorm_0"]["mean"].any())
+        (1, True)
+    """
+
+    batch_stats: Any = None
+    key: Any = None
+
+    @classmethod
+    def create(cls, *, apply_fn, params, tx, **kwargs):
+        """A new state at step 0, its optimizer initialized; `kwargs` are the other fields."""
+        state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
+        return state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python int compiles twice
+
+    def apply_gradients(self, *, grads, extra_args: Mapping[str, Any] | None = None, **kwargs):
+        """One optimizer step.
+
+        Args:
+            grads: Gradient at `params`.
+            extra_args: Keywords that only the base optimizer knows.
+            **kwargs: The keywords of the contract (`value_fn`, `losses_fn`, `batch`, `weights`,
+                `value`, ...), which go to the optimizer, and fields of this state, which replace
+                its own (`batch_stats` of the clean pass, say).
+
+        Returns:
+            The state after the step. Where the optimizer keeps the aux of a pass (`aux_like`),
+            that is the new `batch_stats`, whatever was passed.
+
+        Raises:
+            TypeError: If a keyword is neither.
+            ValueError: What `tx` raises, or if the aux that the optimizer keeps is not shaped like
+                `batch_stats`.
+        """
+        changes = {f.name: kwargs.pop(f.name) for f in fields(self) if f.name in kwargs}
+        unknown = kwargs.keys() - _UPDATE_KEYWORDS
+        if unknown:
+            raise TypeError(
+                f"apply_gradients: {sorted(unknown)} are neither fields of {type(self).__name__} "
+                f"nor keywords of the contract ({', '.join(sorted(_UPDATE_KEYWORDS))}); pass what "
+                "only the base optimizer knows as extra_args={...}"
+            )
+        told = partial(self.tx.update, **kwargs, **(extra_args or {}))
+        state = self.replace(tx=optax.GradientTransformation(self.tx.init, told))
+        state = super(TrainState, state).apply_gradients(grads=grads, **changes)
+        aux = optax.tree.get(state.opt_state, "aux")
+        if aux is not None:
+            state = state.replace(batch_stats=_like(aux, self.batch_stats))
+        return state.replace(tx=self.tx)
+
+    def rngs(self, *names: str, masks: Masks = "same") -> dict[str, jax.Array]:
+        """The random keys of this step, for `apply_fn(..., rngs=...)`.
+
+        Args:
+            *names: What the model calls them: "dropout", ...
+            masks: "same" gives every pass of the step the same keys; "fresh" gives other ones to
+                the passes at perturbed points. Call it inside the loss closure then.
+
+        Returns:
+            One key per name, other ones on every step.
+
+        Raises:
+            ValueError: If the state has no `key`, or `masks` is neither of the two.
+        """
+        _check_masks("TrainState.rngs", masks)
+        if self.key is None:
+            raise ValueError("TrainState.rngs: the state has no `key`; pass create(..., key=...)")
+        key = jax.random.fold_in(self.key, self.step)
+        if masks == "fresh":
+            key = jax.random.fold_in(key, is_sharp_pass())
+        return dict(zip(names, jax.random.split(key, len(names)), strict=True))
+
+
+def closure(
+    model: nnx.Module,
+    fn: Callable[..., Any],
+    *,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+    masks: Masks = "same",
+) -> Callable[..., tuple[Any, Any]]:
+    """A loss of an nnx model as a pure closure of its parameters, for `Optimizer.update`.
+
+        graph, params, rest = split(model)              (now)
+        closure(w, ...)     = fn(merge(copy of graph, w, rest), ...)
+
+    Make it before the clean pass moves the model's statistics and dropout counters: then every pass
+    of the step starts from the same ones and draws the same masks, and none touches the model.
+
+    Args:
+        model: The model.
+        fn: `(model, ...) -> loss` or `(loss, aux)`: a scalar for `value_fn`, `ascent_fn` and
+            `validation_fn`, `[B]` for `losses_fn`, where `...` is the batch.
+        wrt: Which variables are the parameters, as in `nnx.Optimizer`; default `nnx.Param`.
+        masks: "same", or "fresh": dropout masks of their own for the passes at perturbed points.
+
+    Returns:
+        `(params, ...) -> (loss, statistics)`, the second as `statistics` has it, after the pass.
+        The aux of `fn` is dropped.
+
+    Raises:
+        ValueError: If `masks` is neither of the two.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, samx.flax
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(
+        ...     nnx.Linear(2, 8, rngs=nnx.Rngs(0)), nnx.BatchNorm(8, rngs=nnx.Rngs(0)))
+        >>> tx = optax.chain(samx.sam(0.05), optax.sgd(0.1))
+        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> @nnx.jit
+        ... def train_step(model, optimizer, x):
+        ...     loss = lambda model: jnp.mean((model(x) - 1) ** 2)
+        ...     value_fn = samx.flax.closure(model, loss)  # before the clean pass
+        ...     value, grads = nnx.value_and_grad(loss)(model)
+        ...     optimizer.update(model, grads, value=value, value_fn=value_fn)
+        ...     return value
+        >>> first, second = (train_step(model, optimizer, jnp.eye(2)) for _ in range(2))
+        >>> bool(second < first)
+        True
+
+    References:
+        https://github.com/google/flax/issues/4545, which asks for this.
+
+    Notes:
+        Cost: none; the copy is one of references. In `jax.shard_map` and `jax.pmap` the closure is
+        that of the device; masks are then the same on all devices unless the model's keys differ.
+    """
+    _check_masks("closure", masks)
+    graph, _, keys, rest = nnx.split(model, wrt, nnx.RngKey, ...)
+
+    def pure(params, *args):
+        passed = jax.tree.map(_fold, keys) if masks == "fresh" and is_sharp_pass() else keys
+        copy = nnx.merge(graph, params, passed, rest, copy=True)
+        loss, _ = loss_and_aux(fn(copy, *args))
+        return loss, statistics(copy, wrt=wrt)
+
+    return pure
+
+
+def statistics(model: nnx.Module, *, wrt: nnx.filterlib.Filter = nnx.Param) -> Any:
+    """What a pass moves in an nnx model: BatchNorm statistics and dropout counters.
+
+        statistics = variables − parameters − random keys
+
+    Args:
+        model: The model.
+        wrt: Which variables are the parameters, as in `nnx.Optimizer`; default `nnx.Param`.
+
+    Returns:
+        A dict of arrays: `aux_like` for variants without a clean pass, what `nnx.update` takes.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> import samx.flax
+        >>> from flax import nnx
+        >>> samx.flax.statistics(nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+        {'mean': Array([0., 0.], dtype=float32), 'var': Array([1., 1.], dtype=float32)}
+
+    References:
+        The filters of `nnx.split`.
+
+    Notes:
+        Cost: none.
+    """
+    return nnx.to_pure_dict(nnx.split(model, wrt, nnx.RngKey, ...)[-1])
+
+
+def keep_aux(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
+    """Give an nnx model the statistics of the pass that the optimizer kept, if it kept one.
+
+        statistics(model) = aux                         (variants with `aux_like`)
+
+    Behind `optimizer.update(...)`, one training step then serves every variant: those with a clean
+    pass of the caller's, which has moved the statistics already, and those without.
+
+    Args:
+        model: The model, whose statistics are replaced.
+        optimizer: Its optimizer, whose state is searched for an `aux`.
+
+    Returns:
+        Nothing.
+
+    Raises:
+        ValueError: If the aux is not shaped like `statistics(model)`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx.flax
+        >>> from flax import nnx
+        >>> model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
+        >>> x, losses = jnp.eye(2), lambda model, x: jnp.sum(model(x) ** 2, axis=1)
+        >>> tx = samx.sampa(
+        ...     optax.sgd(0.1), batch_like=x, aux_like=samx.flax.statistics(model))
+        >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        >>> losses_fn = samx.flax.closure(model, losses)
+        >>> zeros = nnx.state(model, nnx.Param)  # SAMPa ignores the gradient
+        >>> _ = optimizer.update(model, zeros, losses_fn=losses_fn, batch=x)
+        >>> samx.flax.keep_aux(model, optimizer)
+        >>> [round(float(x), 4) for x in model.mean[...]]
+        [0.005, 0.005]
+
+    References:
+        README, "The contract", rule 3.
+
+    Notes:
+        Where the optimizer keeps an aux, the compiler drops the caller's clean pass, if nothing
+        else of it is returned. Cost: none.
+    """
+    aux = optax.tree.get(optimizer.opt_state, "aux")
+    if aux is not None:
+        nnx.update(model, _like(nnx.as_pure(aux), statistics(model, wrt=optimizer.wrt)))
+
+
+def _fold(key: jax.Array) -> jax.Array:
+    """Other keys, one for each, whatever the shape (`nnx.split_rngs` makes several)."""
+    folded = jax.vmap(lambda k: jax.random.fold_in(k, 1))(key.reshape(-1))
+    return folded.reshape(key.shape)
+
+
+def _check_masks(name: str, masks: str) -> None:
+    if masks not in ("same", "fresh"):
+        raise ValueError(f"{name}: `masks` must be 'same' or 'fresh', got {masks!r}")
+
+
+def _like(aux: Any, statistics: Any) -> Any:
+    if jax.tree.structure(aux) != jax.tree.structure(statistics):
+        raise ValueError(
+            "the aux that the optimizer keeps must be the model's statistics: give it their "
+            f"structure as `aux_like`, {jax.tree.structure(statistics)}, and let the closures "
+            f"return them as aux; got {jax.tree.structure(aux)}"
+        )
+    return aux

@@ -1,0 +1,163 @@
+"""Loss scaling: gradients of half-precision losses without underflow, steps without overflow."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx import _tree
+from samx._base import SCALAR_CLOSURES, closure_transformation
+from samx._closures import Closure, taken_anew
+from samx._hyper import check_count, check_number
+from samx.wrappers import SkipNonfiniteState, skip_nonfinite
+
+
+class ScaleLossState(NamedTuple):
+    """State of `scale_loss`.
+
+    Attributes:
+        inner: State of the wrapped optimizer, and how many steps were skipped.
+        loss_scale: float32, the scale of the next step.
+        finite_steps: int32, steps taken since the scale changed.
+    """
+
+    inner: SkipNonfiniteState
+    loss_scale: jax.Array
+    finite_steps: jax.Array
+
+
+def scale_loss(
+    tx: optax.GradientTransformation,
+    scale: float = 2.0**16,
+    *,
+    growth_factor: float = 2.0,
+    backoff_factor: float = 0.5,
+    growth_interval: int = 2000,
+) -> optax.GradientTransformationExtraArgs:
+    """Train with float16 compute: dynamic loss scaling around any optimizer.
+
+        every gradient:  ∇L = ∇(scale · L) / scale      (the backward pass runs scaled)
+        updates, state′ = tx(∇L, state, w)
+        if all(isfinite(updates)):  return updates, state′; every growth_interval steps in a row
+                                    scale = growth_factor · scale
+        else:                       return 0, state;  scale = backoff_factor · scale
+
+    An overflow in any pass of a step, clean or sharp, skips the step as a whole.
+
+    Args:
+        tx: The whole optimizer, sharpness-aware transformation and base together.
+        scale: Initial scale > 0; default 2¹⁶.
+        growth_factor: Factor ≥ 1; default 2. With both factors 1 the scale is fixed.
+        backoff_factor: Factor in (0, 1]; default 0.5.
+        growth_interval: Steps ≥ 1 without overflow before the scale grows; default 2000.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`. Losses and gradients keep their own size
+        everywhere: in readings, moments and the base optimizer; only inside the backward passes are
+        they scaled. Like `accumulate` it takes gradient and `value` anew from `value_fn`: pass
+        anything shaped like `params`, and read the loss with `optax.tree.get(state, "loss")`. The
+        state counts skipped steps as that of `skip_nonfinite` does, and holds the `loss_scale`.
+
+    Raises:
+        ValueError: If an argument is out of its range; in `update`, if it stands inside
+            `accumulate`: it belongs around it.
+        TypeError: If `growth_interval` is no Python int, another argument no number.
+
+    Example:
+        A gradient of 1e-8, which float16 rounds to zero:
+
+        >>> import jax, jax.numpy as jnp, optax, samx
+        >>> w, x = jnp.ones(1), jnp.full(1, 1e-4, jnp.float16)
+        >>> value_fn = lambda w: 1e-4 * ((w.astype(jnp.float16) * x).sum()).astype(jnp.float32)
+        >>> for tx in (samx.sam(0.05), samx.scale_loss(samx.sam(0.05))):
+        ...     updates, _ = tx.update(jax.grad(value_fn)(w), tx.init(w), w, value_fn=value_fn)
+        ...     print(f"{float(updates[0]):.1e}")
+        0.0e+00
+        1.0e-08
+
+    References:
+        Micikevicius et al., "Mixed Precision Training", ICLR 2018,
+        https://arxiv.org/abs/1710.03740; names and defaults are those of
+        `flax.training.dynamic_scale`.
+
+    Notes:
+        For float32 parameters and float16 compute. Gradients of float16 parameters end in float16,
+        where what is below 6e-8 vanishes, scaled or not. bfloat16 has the range of float32 and
+        needs no scale: there use `skip_nonfinite`, which this contains. In one order only:
+        `data_parallel(scale_loss(accumulate(tx, K)), axis)`. Cost: that of `skip_nonfinite`.
+        `static_args`: `growth_interval`.
+    """
+    check_number("scale", scale, jnp.finfo(jnp.float32).tiny)
+    check_number("growth_factor", growth_factor, 1)
+    check_number("backoff_factor", backoff_factor, jnp.finfo(jnp.float32).tiny, 1)
+    check_count("growth_interval", growth_interval)
+    inner = skip_nonfinite(tx)
+    limits = jnp.finfo(jnp.float32)
+
+    def init_fn(params):
+        return ScaleLossState(
+            inner.init(params), jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32)
+        )
+
+    def update_fn(updates, state, params, *, value_fn, **extra):
+        del updates
+        scaled = partial(_scaled, scale=state.loss_scale)
+        if "losses_fn" in extra:
+            losses_fn = extra["losses_fn"]
+            if losses_fn.num_microbatches > 1:
+                raise ValueError(
+                    "scale_loss: stands inside accumulate; put it around: "
+                    "samx.scale_loss(samx.accumulate(tx, num_microbatches))"
+                )
+            extra["losses_fn"] = losses_fn._replace(with_aux=scaled(losses_fn.with_aux))
+        extra["value_fn"] = value_fn
+        for keyword in SCALAR_CLOSURES:
+            if keyword in extra:
+                closure = extra[keyword]
+                extra[keyword] = Closure(scaled(closure.own), closure.devices, closure.weights)
+        extra |= taken_anew(extra["value_fn"], params)
+        updates, inner_state = inner.update(extra["grad"], state.inner, params, **extra)
+
+        is_skipped = inner_state.skipped_in_a_row > 0
+        finite_steps = jnp.where(is_skipped, 0, state.finite_steps + 1)
+        has_grown = finite_steps == growth_interval
+        factor = jnp.where(is_skipped, backoff_factor, jnp.where(has_grown, growth_factor, 1.0))
+        loss_scale = jnp.clip(state.loss_scale * factor, limits.tiny, limits.max)
+        return updates, ScaleLossState(
+            inner_state,
+            loss_scale.astype(jnp.float32),
+            jnp.where(has_grown, 0, finite_steps),
+        )
+
+    return closure_transformation(init_fn, update_fn, name="scale_loss")
+
+
+def _scaled(fn: Callable[..., Any], scale: jax.Array) -> Callable[..., Any]:
+    """The same `(params, ...) -> (loss, aux)`, whose cotangents are scaled on their way through."""
+
+    def with_aux(params, *args):
+        loss, aux = fn(_scale_cotangent(params, 1 / scale), *args)
+        return _scale_cotangent(loss, scale), aux
+
+    return with_aux
+
+
+@jax.custom_vjp
+def _scale_cotangent(tree: Any, factor: jax.Array) -> Any:
+    del factor
+    return tree
+
+
+_scale_cotangent.defvjp(
+    lambda tree, factor: (tree, factor),
+    lambda factor, cotangent: (
+        jax.tree.map(
+            lambda c: (_tree.widen(c) * factor).astype(c.dtype) if _tree.is_inexact(c) else c,
+            cotangent,
+        ),
+        None,
+    ),
+)
