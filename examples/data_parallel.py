@@ -109,7 +109,7 @@ def make_optimizer(args: argparse.Namespace, batch_size: int, pair: P | NamedSha
     base = BASES[args.base](args.learning_rate)
     if args.pair:
         return samx.sampa(base, args.rho, batch_like=batch_like, pair_sharding=pair)
-    tx = VARIANTS[args.variant].make(args.rho, base, batch_like)
+    tx = VARIANTS[args.variant].make(args.rho, base, batch_like, None)
     return optax.with_extra_args_support(tx)
 
 

@@ -46,7 +46,7 @@ LEARNING_RATES = {
 }
 # A row of the tables: the variant, and how many times the epochs.
 ROWS = {"base": ("base", 1), "base2x": ("base", 2)} | {
-    name: (name, 1) for name in VARIANTS if name != "base"
+    name: (name, 1) for name in VARIANTS if name not in ("base", "sampa-separate")
 }
 
 
@@ -125,7 +125,7 @@ def make_trainer(variant: str, base: str, width: int, epochs: int) -> Trainer:
 
     def optimizer(run):
         schedule = optax.cosine_decay_schedule(run.learning_rate, epochs * STEPS_PER_EPOCH)
-        tx = VARIANTS[variant].make(run.rho, BASES[base](schedule), batch_like)
+        tx = VARIANTS[variant].make(run.rho, BASES[base](schedule), batch_like, None)
         return optax.with_extra_args_support(tx)
 
     def init(run, params):

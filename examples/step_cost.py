@@ -53,9 +53,9 @@ COMPARISONS = {
     "samx SAM vs by hand, readings read": ("sam", "sam by hand"),
     "samx SAM vs by hand, readings unread": ("sam, readings unread", "sam by hand"),
     "samx SAM vs optax.contrib.sam": ("sam", "optax.contrib.sam"),
-    "SAMPa vmap vs separate": ("sampa", "sampa, separate"),
+    "SAMPa vmap vs separate": ("sampa", "sampa-separate"),
 }
-BY_SIZE = ("plain", "sam", "sampa", "sampa, separate")
+BY_SIZE = ("plain", "sam", "sampa", "sampa-separate")
 HEADER = """\
                      gradients      flops   bytes   memory    steps                 time     time
                                 /gradient  /plain  /params  /second               /plain /by hand"""
@@ -211,13 +211,10 @@ def samx_rows(losses_fn: Callable, params: Any, batch: Any, variants: list[str])
 
     rows = {}
     for name in variants:
-        tx = VARIANTS[name].make(RHO, base, batch)
+        tx = VARIANTS[name].make(RHO, base, batch, None)
         rows[name] = row(tx, name)
         if name == "sam":
             rows["sam, readings unread"] = row(tx, name, read=False)
-        if name == "sampa":
-            separate = samx.sampa(base, RHO, batch_like=batch, gradients="separate")
-            rows["sampa, separate"] = row(separate, name)
     return rows
 
 

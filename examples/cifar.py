@@ -1,0 +1,540 @@
+"""ResNet-18 or a small ViT on CIFAR-10 or CIFAR-100, with every variant of samx by name.
+
+    python examples/cifar.py --data cifar-10-python.tar.gz --variant sam
+    python examples/cifar.py --data cifar-100-python.tar.gz --model vit --variant sampa
+    python examples/cifar.py --digits --images 256 --epochs 20 --augment none
+    python examples/cifar.py --resume runs/cifar-001
+
+Reads the standard Python archives (https://www.cs.toronto.edu/~kriz/cifar.html), packed or
+unpacked. Without one, --digits writes scikit-learn's digits as such an archive: real images through
+the real loader, enough to see that everything works.
+
+The batch is spread over all devices. A run lives in a folder of its own, --out: config.json,
+metrics.jsonl (a line for each step and each epoch), tensorboard/, checkpoints/ and, at the end,
+results.json and curves.png. A run that was killed goes on with --resume FOLDER from its newest
+checkpoint, and ends with the same numbers, to the last bit, as if nothing had happened.
+
+At half precision (--precision) parameters stay in float32; float16 scales the loss.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import sys
+import time
+from collections import deque
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from checkpoints import CheckpointError, Checkpoints
+from cifar_data import (
+    Cifar,
+    load,
+    long_tailed,
+    normalize,
+    subset,
+    test_batches,
+    train_batches,
+    with_label_noise,
+    write_digits,
+)
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
+from output import free_folder
+from registry import VARIANTS
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+from vision import MODELS, describe
+
+import samx
+import samx.flax
+
+# Of each model, where the command line does not say: base, learning rate, weight decay.
+DEFAULTS = {"resnet18": ("momentum", 0.1, 5e-4), "vit": ("adamw", 1e-3, 0.05)}
+READINGS = ("loss", "sharp_loss", "grad_norm", "perturbation_norm", "cosine")
+TRAIN_ACCURACY_IMAGES = 2048  # of the training set, whose accuracy each epoch reports
+IN_FLIGHT = 2  # steps that may be dispatched before the first has ended
+NO_DATA = """--data is missing: the path of the archive, packed or unpacked.
+Download "CIFAR-10 python version" (cifar-10-python.tar.gz, 163 MB) or "CIFAR-100 python version"
+from https://www.cs.toronto.edu/~kriz/cifar.html, or pass --digits, which writes scikit-learn's
+digits as such an archive."""
+
+
+def load_data(args: argparse.Namespace) -> Cifar:
+    """The data set that the arguments describe: part of it, unbalanced, with wrong labels."""
+    data = load(write_digits("runs/digits") if args.digits else args.data)
+    train, classes = data.train, len(data.classes)
+    if args.images:
+        train = subset(train, args.images, args.seed)
+    train = long_tailed(train, args.imbalance, classes, args.seed)
+    train = with_label_noise(train, args.label_noise, classes, args.seed)
+    return data._replace(train=train)
+
+
+def make_schedule(args: argparse.Namespace, steps: int) -> optax.Schedule:
+    """Linear warm-up, then what --schedule says, over `steps` steps in all."""
+    warmup = round(args.warmup * steps)
+    rate, rest = args.learning_rate, steps - warmup
+    after = {
+        "cosine": optax.cosine_decay_schedule(rate, max(rest, 1)),
+        "step": optax.piecewise_constant_schedule(rate, {rest // 2: 0.1, 3 * rest // 4: 0.1}),
+        "constant": optax.constant_schedule(rate),
+    }[args.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+
+
+def make_optimizer(
+    args: argparse.Namespace, schedule: optax.Schedule, batch_like: Any, aux_like: Any
+) -> optax.GradientTransformation:
+    """The variant around its base, and around both what batch and precision ask for."""
+    if args.base == "adamw":
+        base = optax.adamw(schedule, weight_decay=args.weight_decay)
+    else:
+        decay = optax.add_decayed_weights(args.weight_decay)
+        base = optax.chain(decay, optax.sgd(schedule, momentum=0.9))
+    tx = VARIANTS[args.variant].make(args.rho, base, batch_like, aux_like)
+    if args.accumulate > 1:
+        tx = samx.accumulate(tx, args.accumulate)
+    if args.precision == "float16":
+        tx = samx.scale_loss(tx)
+    return tx
+
+
+def make_state(
+    args: argparse.Namespace, classes: int, batch: Any, schedule: optax.Schedule, mesh: Any
+) -> tuple[samx.flax.TrainState, Any]:
+    """The state at step 0 and its shardings: all replicated, but for held examples."""
+    sizes = {"width": args.width} if args.width else {}
+    model = MODELS[args.model](
+        classes, dropout=args.dropout, dtype=jnp.dtype(args.precision), **sizes
+    )
+    init_key, key = jax.random.split(jax.random.key(args.seed))
+    variables = model.init(init_key, normalize(batch["image"][:1]), train=False)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    tx = make_optimizer(args, schedule, batch, batch_stats)
+    state = samx.flax.TrainState.create(
+        apply_fn=model.apply, params=params, tx=tx, batch_stats=batch_stats, key=key
+    )
+    everywhere = NamedSharding(mesh, P())
+    specs = samx.state_specs(tx, params, batch_specs=P("data"))
+    shardings = jax.tree.map(lambda _: everywhere, state).replace(
+        opt_state=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    )
+    return jax.device_put(state, shardings), shardings
+
+
+def train_step(state, batch, *, classes: int, smoothing: float):
+    """One step of any variant: `(state, readings)`."""
+
+    def losses_fn(params, batch):
+        logits, moved = state.apply_fn(
+            {"params": params, "batch_stats": state.batch_stats},
+            normalize(batch["image"]),
+            train=True,
+            rngs=state.rngs("dropout"),
+            mutable=["batch_stats"],
+        )
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], classes), smoothing)
+        return optax.softmax_cross_entropy(logits, targets), moved.get("batch_stats", {})
+
+    def value_fn(params):
+        losses, batch_stats = losses_fn(params, batch)
+        return losses.mean(), batch_stats
+
+    (value, batch_stats), grads = jax.value_and_grad(value_fn, has_aux=True)(state.params)
+    state = state.apply_gradients(
+        grads=grads,
+        value=value,
+        losses_fn=losses_fn,
+        batch=batch,
+        labels=batch["label"],
+        index=batch["index"],
+        batch_stats=batch_stats,
+    )
+    readings = optax.tree.get(state.opt_state, "readings")
+    if readings is None:  # the base alone keeps none
+        return state, {"loss": value}
+    return state, {name: getattr(readings, name) for name in READINGS}
+
+
+def evaluate_batch(state, batch, *, classes: int):
+    """Sums over the real examples of a batch: loss; correct answers and examples by class."""
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    logits = state.apply_fn(variables, normalize(batch["image"]), train=False)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    is_right = logits.argmax(axis=-1) == batch["label"]
+    by_class = partial(jnp.zeros(classes).at[batch["label"]].add)
+    weight = batch["weight"]
+    return (losses * weight).sum(), by_class(is_right * weight), by_class(weight)
+
+
+class Log:
+    """metrics.jsonl and tensorboard/, cut back to where the run goes on."""
+
+    def __init__(self, folder: Path, step: int):
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows: list[dict] = []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):  # a last line that was cut off
+                self.rows.append(json.loads(line))
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One line, and a point in each of its curves."""
+        row = {"kind": kind, "step": step} | values
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            if isinstance(value, float) and np.isfinite(value):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def of(self, kind: str) -> list[dict]:
+        """The lines of one kind."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+    def flush(self) -> None:
+        """On the disk before the checkpoint that they belong to."""
+        self._file.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._file.close()
+        self._board.close()
+
+
+class Evaluation:
+    """Loss and accuracy of a state on some images."""
+
+    def __init__(self, images, batch_size: int, classes: int, place):
+        self._batches = partial(test_batches, images, batch_size)
+        self._sums = jax.jit(partial(evaluate_batch, classes=classes))
+        self._place = place
+
+    def __call__(self, state) -> dict[str, Any]:
+        """Over all images: "loss", "accuracy" and "accuracy_by_class"."""
+        sums = [self._sums(state, self._place(batch)) for batch in self._batches()]
+        loss, right, examples = (np.sum(part, axis=0) for part in zip(*sums, strict=True))
+        return {
+            "loss": float(loss / examples.sum()),
+            "accuracy": float(right.sum() / examples.sum()),
+            "accuracy_by_class": (right / np.maximum(examples, 1)).tolist(),
+        }
+
+
+def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str, Any]:
+    """Train from the newest checkpoint in the run's folder, or from scratch, to the end."""
+    classes = len(data.classes)
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    place = partial(jax.device_put, device=NamedSharding(mesh, P("data")))
+    steps_per_epoch = max(1, len(data.train.label) // args.batch)
+    steps = args.epochs * steps_per_epoch
+    schedule = make_schedule(args, steps)
+    batches = train_batches(data.train, args.batch, seed=args.seed, augment=args.augment)
+    batch = place(next(train_batches(data.train, args.batch, seed=0, augment="none")))
+    state, shardings = make_state(args, classes, batch, schedule, mesh)
+    step_fn = partial(train_step, classes=classes, smoothing=args.label_smoothing)
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+    start = time.perf_counter()
+    step_fn = step_fn.lower(state, batch).compile()
+    memory = step_fn.memory_analysis()
+    gigabytes = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9
+    print(
+        f"{args.model}: {describe(state.params)}; compiled in {time.perf_counter() - start:.0f} s; "
+        f"a step of {args.variant} at batch {args.batch} needs {gigabytes:.2f} GB on each device"
+    )
+
+    first = data.train._replace(
+        image=data.train.image[:TRAIN_ACCURACY_IMAGES],
+        label=data.train.label[:TRAIN_ACCURACY_IMAGES],
+    )
+    on_test = Evaluation(data.test, args.batch, classes, place)
+    on_train = Evaluation(first, args.batch, classes, place)
+    checkpoint_every = args.checkpoint_every or steps_per_epoch
+
+    with Checkpoints(args.folder / "checkpoints") as checkpoints:
+        state, start_step = checkpoints.restore(state, batches)
+        if start_step:
+            print(f"resumed at step {start_step} of {steps}")
+        log = Log(args.folder, start_step)
+        running: deque[tuple[int, dict]] = deque()
+
+        def finish_one():
+            step, readings = running.popleft()
+            values = {name: float(x) for name, x in jax.device_get(readings).items()}
+            log.write("step", step, **values, learning_rate=float(schedule(step - 1)))
+            bar.update(args.batch)
+            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+
+        with tqdm(
+            total=steps * args.batch,
+            initial=start_step * args.batch,
+            unit=" images",
+            unit_scale=True,
+            smoothing=0.1,
+        ) as bar:
+            epoch_start, epoch_first = time.perf_counter(), start_step
+            for step in range(start_step + 1, steps + 1):
+                state, readings = step_fn(state, place(next(batches)))
+                running.append((step, readings))
+                while len(running) > IN_FLIGHT:
+                    finish_one()
+                is_epoch, is_last = step % steps_per_epoch == 0, step == steps
+                is_saved = step % checkpoint_every == 0 or is_last
+                if is_epoch or is_saved:
+                    while running:
+                        finish_one()
+                if is_epoch:
+                    seconds = time.perf_counter() - epoch_start
+                    on_both = on_test(state), on_train(state)
+                    losses = [row["loss"] for row in log.of("step")[-steps_per_epoch:]]
+                    values = {
+                        "epoch": step // steps_per_epoch,
+                        "loss": float(np.mean(losses)),
+                        "test_loss": on_both[0]["loss"],
+                        "test_accuracy": on_both[0]["accuracy"],
+                        "train_accuracy": on_both[1]["accuracy"],
+                        "images_per_second": (step - epoch_first) * args.batch / seconds,
+                    }
+                    log.write("epoch", step, **values)
+                    bar.write(describe_epoch(values, args.epochs))
+                    epoch_start, epoch_first = time.perf_counter(), step
+                if is_saved:
+                    log.flush()
+                    checkpoints.save(step, state, batches)
+        log.flush()
+        log.close()
+    return finish(args, log, state, on_test(state), on_train(state))
+
+
+def describe_epoch(values: dict[str, Any], epochs: int) -> str:
+    return (
+        f"epoch {values['epoch']:>{len(str(epochs))}}/{epochs}  loss {values['loss']:.4f}  "
+        f"train {100 * values['train_accuracy']:.2f}%  test {100 * values['test_accuracy']:.2f}%  "
+        f"{values['images_per_second']:.0f} images/s"
+    )
+
+
+def finish(args, log: Log, state, on_test: dict, on_train: dict) -> dict[str, Any]:
+    """results.json and curves.png."""
+    spent = optax.tree.get(state.opt_state, "gradients_spent")
+    skipped = optax.tree.get(state.opt_state, "skipped_steps")
+    rates = [row["images_per_second"] for row in log.of("epoch")]
+    results = {
+        "steps": int(state.step),
+        "gradients": float(state.step if spent is None else spent),
+        "skipped_steps": 0 if skipped is None else int(skipped),
+        "images_per_second": float(np.median(rates)),
+        "test": on_test,
+        "train": on_train,
+        "state_sha256": fingerprint(state),
+    }
+    (args.folder / "results.json").write_text(json.dumps(results, indent=1))
+    draw(log, args.folder / "curves.png", f"{args.model}, {args.variant}, seed {args.seed}")
+    print(
+        f"test accuracy {100 * on_test['accuracy']:.2f}%, train accuracy "
+        f"{100 * on_train['accuracy']:.2f}%, {results['gradients']:.0f} gradients, "
+        f"{results['images_per_second']:.0f} images/s\nstate sha256 {results['state_sha256']}"
+    )
+    print(f"Results: {args.folder / 'results.json'}\nPlot: {args.folder / 'curves.png'}")
+    print(f"TensorBoard: tensorboard --logdir {args.folder / 'tensorboard'}")
+    return results
+
+
+def fingerprint(tree: Any) -> str:
+    """A hash of every bit of a pytree of arrays."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def draw(log: Log, path: Path, title: str) -> None:
+    """Losses on the left, accuracies on the right."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps, epochs = log.of("step"), log.of("epoch")
+    for name in ("loss", "sharp_loss"):
+        if name in steps[0]:
+            points = [(row["step"], row[name]) for row in steps]
+            left.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=0.8)
+    left.set(xlabel="step", ylabel="loss", yscale="log")
+    for name in ("train_accuracy", "test_accuracy"):
+        points = [(row["step"], 100 * row[name]) for row in epochs]
+        right.plot(*zip(*points, strict=True), "o-", label=name.replace("_", " "), markersize=3)
+    right.set(xlabel="step", ylabel="accuracy, %")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", metavar="PATH", help="archive of CIFAR-10 or CIFAR-100, packed or unpacked")
+    add("--digits", action="store_true", help="scikit-learn's digits instead")
+    add("--images", type=int, default=0, help="train on so many only; default all")
+    add("--label-noise", type=float, default=0.0, metavar="SHARE", help="training labels to flip")
+    add("--imbalance", type=float, default=1.0, help="largest class over smallest, exponential")
+    add("--augment", choices=["none", "standard"], default="standard", help="crops and flips")
+    add("--model", choices=list(MODELS), default="resnet18")
+    add("--width", type=int, default=0, help="default: 64 channels, 192 features")
+    add("--dropout", type=float, default=0.0)
+    add("--label-smoothing", type=float, default=0.0)
+    add("--variant", choices=list(VARIANTS), default="sam")
+    add("--rho", type=float, help="default: the paper's, in registry.py")
+    add("--base", choices=["momentum", "adamw"], help="default: momentum; vit: adamw")
+    add("--learning-rate", type=float, help="default: 0.1; vit: 1e-3")
+    add("--weight-decay", type=float, help="default: 5e-4; vit: 0.05")
+    add("--schedule", choices=["cosine", "step", "constant"], default="cosine")
+    add("--warmup", type=float, default=0.05, metavar="SHARE", help="of all steps")
+    add("--epochs", type=int, default=200)
+    add("--batch", type=int, default=128, help="images, of all devices together")
+    add("--accumulate", type=int, default=1, metavar="K", help="microbatches of each device")
+    add("--precision", choices=["float32", "bfloat16", "float16"], default="float32")
+    add("--devices", type=int, help="default: all; more than there are: simulated on the CPU")
+    add("--seed", type=int, default=0)
+    add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="default: an epoch")
+    add("--out", help="new folder of the run; default runs/cifar-NNN")
+    add("--resume", metavar="FOLDER", help="go on with this run, whose settings it keeps")
+    return parser
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Arguments that are right in themselves, defaults filled in; those of a run for --resume."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume is not None:
+        config = read_config(parser, Path(args.resume))
+        parser.set_defaults(**config["settings"])
+        args = parser.parse_args(argv)
+        for name, value in config["settings"].items():
+            if getattr(args, name) != value:
+                option = "--" + name.replace("_", "-")
+                parser.error(
+                    f"{option}: the run in {args.resume} has {value}, got {getattr(args, name)}; "
+                    "--resume keeps the settings of a run, start a new one for others"
+                )
+        if args.out is not None:
+            parser.error("--out and --resume exclude each other: a resumed run has its folder")
+        args.data_sha256 = config["data_sha256"]
+    base, learning_rate, weight_decay = DEFAULTS[args.model]
+    for name, value in (
+        ("base", base),
+        ("learning_rate", learning_rate),
+        ("weight_decay", weight_decay),
+        ("rho", VARIANTS[args.variant].rho),
+    ):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.data is not None and args.digits:
+        parser.error("--data and --digits exclude each other")
+    if args.data is None and not args.digits:
+        parser.error(NO_DATA)
+    for name, low, high in (
+        ("epochs", 1, np.inf),
+        ("batch", 1, np.inf),
+        ("accumulate", 1, np.inf),
+        ("devices", 1, np.inf),
+        ("images", 0, np.inf),
+        ("width", 0, np.inf),
+        ("checkpoint_every", 0, np.inf),
+        ("seed", 0, 2**31 - 1),
+        ("imbalance", 1, 1e6),
+        ("rho", 0, 1e6),
+        ("learning_rate", 0, 1e6),
+        ("weight_decay", 0, 1e6),
+        ("warmup", 0, 1),
+        ("label_noise", 0, 0.999),
+        ("label_smoothing", 0, 0.999),
+        ("dropout", 0, 0.999),
+    ):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            wanted = f"at least {low}" if high == np.inf else f"{low} to {high:g}"
+            parser.error(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+    return parser, args
+
+
+def read_config(parser: argparse.ArgumentParser, folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        parser.error(f"--resume {folder}: there is no run that could go on ({error})")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What --resume keeps: everything but where the run is, and on what."""
+    left_out = ("out", "resume", "devices", "folder", "data_sha256")
+    return {name: value for name, value in vars(args).items() if name not in left_out}
+
+
+def choose_devices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Any]:
+    """The devices that share each batch."""
+    if args.devices is not None:
+        with contextlib.suppress(RuntimeError):  # a backend that runs already stays as it is
+            jax.config.update("jax_num_cpu_devices", args.devices)
+    devices = jax.devices()
+    if args.devices is not None and len(devices) < args.devices:
+        devices = jax.devices("cpu")
+    devices = devices[: args.devices]
+    if args.devices is not None and len(devices) < args.devices:
+        parser.error(f"--devices must be at most {len(devices)} here, got {args.devices}")
+    shares = len(devices) * args.accumulate
+    if args.batch % shares:
+        parser.error(
+            f"--batch must be a multiple of {shares} ({len(devices)} devices, {args.accumulate} "
+            f"microbatches each), got {args.batch}"
+        )
+    return devices
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser, args = parse(argv)
+    devices = choose_devices(parser, args)
+    try:
+        data = load_data(args)
+        sha256 = fingerprint((data.train, data.test))
+        if args.resume is None:
+            args.folder = free_folder(args.out, "cifar")
+            config = {"settings": settings_of(args), "data_sha256": sha256}
+            (args.folder / "config.json").write_text(json.dumps(config, indent=1))
+        else:
+            args.folder = Path(args.resume)
+            if sha256 != args.data_sha256:
+                raise ValueError(
+                    f"{args.data or 'digits'} is not what the run in {args.resume} saw"
+                )
+    except (OSError, ValueError) as error:
+        sys.exit(f"cifar.py: error: {error}")
+    print(
+        f"device: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax "
+        f"{jax.__version__}, samx {samx.__version__}\n"
+        f"{len(data.train.label)} training images, {len(data.test.label)} test images, "
+        f"{len(data.classes)} classes\nrun: {args.folder}"
+    )
+    try:
+        return train(args, data, devices)
+    except (OSError, CheckpointError) as error:
+        sys.exit(f"cifar.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()
