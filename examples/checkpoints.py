@@ -86,6 +86,7 @@ class Checkpoints:
             CheckpointError: If it is of another variant or shape, with what differs, or
                 cannot be read. Nothing is changed then, on the disk or in `batches`.
         """
+        self._manager.wait_until_finished()
         step = self._manager.latest_step()
         if step is None:
             return state, 0

@@ -1,0 +1,187 @@
+"""Any training goes on from a checkpoint as if nothing had happened, to the last bit."""
+
+import functools
+import shutil
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+import regimes
+from cases import VARIANTS
+from checkpoints import CheckpointError, Checkpoints
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import samx
+
+STEPS, SAVED = 6, 3
+
+
+def data_iterator(data):
+    order = grain.MapDataset.range(64).seed(0).shuffle().repeat().batch(problem.BATCH_SIZE)
+    return iter(
+        order.map(lambda i: jax.tree.map(lambda x: np.asarray(x)[i], data)).to_iter_dataset()
+    )
+
+
+@functools.cache
+def optimizer_and_step(name):
+    schedule = optax.cosine_decay_schedule(0.1, 2 * STEPS)
+    tx = samx.skip_nonfinite(VARIANTS[name].build(optax.sgd(schedule, momentum=0.9)))
+    return tx, jax.jit(problem.make_step(tx))
+
+
+class Training:
+    """A training with everything that a checkpoint must hold: data, keys, moments, a schedule."""
+
+    def __init__(self, name):
+        self.tx, self.step = optimizer_and_step(name)
+        data, params = problem.make(np.float32)
+        self.params = jax.device_put(params, jax.devices()[0])  # as orbax will: one compilation
+        self.batches = data_iterator(data)
+        self.state = jax.device_put(self.tx.init(self.params), jax.devices()[0])
+
+    @property
+    def kept(self):
+        return {"params": self.params, "state": self.state, "key": jax.random.key(7)}
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.params, self.state = self.step(self.params, self.state, next(self.batches))
+        return self.kept
+
+
+@pytest.fixture(scope="module")
+def saved_sam(tmp_path_factory):
+    """A checkpoint of SAM, and the state that it holds."""
+    folder = tmp_path_factory.mktemp("sam")
+    training = Training("sam")
+    kept = training.run(SAVED)
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(SAVED, kept, training.batches)
+    return folder, kept
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_restored_from_nothing_but_the_disk(name, tmp_path):
+    undisturbed = Training(name).run(STEPS)
+
+    training = Training(name)
+    training.run(SAVED)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(SAVED, training.kept, training.batches)
+    del training
+
+    training = Training(name)
+    with Checkpoints(tmp_path) as checkpoints:
+        kept, step = checkpoints.restore(training.kept, training.batches)
+    assert step == SAVED
+    training.params, training.state = kept["params"], kept["state"]
+    assert_same(training.run(STEPS - SAVED), undisturbed)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        assert x.dtype == y.dtype
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = map(jax.random.key_data, (x, y))
+        np.testing.assert_array_equal(x, y)
+
+
+def test_no_checkpoint_is_the_start(tmp_path):
+    training = Training("sam")
+    next(training.batches)
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        state, step = checkpoints.restore(training.kept, training.batches)
+    assert step == 0
+    assert_same(state, training.kept)
+    assert training.batches.get_state()["next_index"] == 1
+
+
+def test_the_newest_stay(tmp_path):
+    training = Training("sam")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3, 3):
+            checkpoints.save(step, training.kept, training.batches)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_a_layout_over_devices_is_restored(tmp_path):
+    mesh = regimes.mesh_of()
+    spread = NamedSharding(mesh, P("data"))
+    x = jax.device_put(jnp.arange(16.0), spread)
+    batches = data_iterator(problem.make(np.float32)[0])
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": x}, batches)
+        (state, _) = checkpoints.restore({"x": jnp.zeros_like(x, device=spread)}, batches)
+    assert state["x"].sharding == spread
+    np.testing.assert_array_equal(state["x"], x)
+
+
+OTHERS = {
+    "another variant": (
+        lambda: Training("sampa"),
+        r"inner\.0\.perturbation.*wanted nothing",
+    ),
+    "another shape": (lambda: wider(Training("sam")), r"saved \(\(10, 16\).*wanted \(\(10, 32\)"),
+    "another dtype": (lambda: halved(Training("sam")), r"'float32'\), wanted \(\(10, 16\), 'bfl"),
+}
+
+
+def wider(training):
+    training.params = training.params | {"W1": jnp.zeros((10, 32))}
+    training.state = training.tx.init(training.params)
+    return training
+
+
+def halved(training):
+    training.params = training.params | {"W1": jnp.zeros((10, 16), jnp.bfloat16)}
+    return training
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_checkpoint_of_something_else_is_refused(name, saved_sam):
+    folder, kept = saved_sam
+    make, message = OTHERS[name]
+    training = make()
+    with (
+        Checkpoints(folder) as checkpoints,
+        pytest.raises(CheckpointError, match="another model, variant.*" + message),
+    ):
+        checkpoints.restore(training.kept, training.batches)
+    assert training.batches.get_state()["next_index"] == 0
+    training = Training("sam")
+    with Checkpoints(folder) as checkpoints:
+        assert_same(checkpoints.restore(training.kept, training.batches)[0], kept)
+
+
+@pytest.mark.parametrize("part", ["state", "state/_METADATA", "data/process_0-of-1.json"])
+def test_a_broken_checkpoint_is_named_and_left_alone(part, saved_sam, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(saved_sam[0], folder)
+    victim = folder / str(SAVED) / part
+    if victim.is_dir():
+        shutil.rmtree(victim)
+    else:
+        victim.write_text(victim.read_text()[:20])
+    files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    training = Training("sam")
+    with (
+        Checkpoints(folder) as checkpoints,
+        pytest.raises(CheckpointError, match=rf"copy/{SAVED} cannot be read.*Delete that folder"),
+    ):
+        checkpoints.restore(training.kept, training.batches)
+    assert training.batches.get_state()["next_index"] == 0
+    assert files == {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(OSError, match="file"):
+        Checkpoints(tmp_path / "file" / "checkpoints")
+    assert (tmp_path / "file").read_text() == "precious"
