@@ -56,8 +56,9 @@ from vision import MODELS, describe
 import samx
 import samx.flax
 
-# Of each model, where the command line does not say: base, learning rate, weight decay.
-DEFAULTS = {"resnet18": ("momentum", 0.1, 5e-4), "vit": ("adamw", 1e-3, 0.05)}
+# Where the command line does not say: the base of a model; learning rate, weight decay of a base.
+BASES = {"resnet18": "momentum", "vit": "adamw"}
+RATES = {"momentum": (0.1, 5e-4), "adamw": (1e-3, 0.05)}
 READINGS = ("loss", "sharp_loss", "grad_norm", "perturbation_norm", "cosine")
 TRAIN_ACCURACY_IMAGES = 2048  # of the training set, whose accuracy each epoch reports
 IN_FLIGHT = 2  # steps that may be dispatched before the first has ended
@@ -75,6 +76,10 @@ def load_data(args: argparse.Namespace) -> Cifar:
         train = subset(train, args.images, args.seed)
     train = long_tailed(train, args.imbalance, classes, args.seed)
     train = with_label_noise(train, args.label_noise, classes, args.seed)
+    if args.batch > len(train.label):
+        raise ValueError(
+            f"--batch must be at most {len(train.label)}, the training images, got {args.batch}"
+        )
     return data._replace(train=train)
 
 
@@ -111,12 +116,13 @@ def make_state(
     args: argparse.Namespace, classes: int, batch: Any, schedule: optax.Schedule, mesh: Any
 ) -> tuple[samx.flax.TrainState, Any]:
     """The state at step 0 and its shardings: all replicated, but for held examples."""
-    sizes = {"width": args.width} if args.width else {}
+    sizes = {name: getattr(args, name) for name in ("width", "depth") if getattr(args, name)}
     model = MODELS[args.model](
         classes, dropout=args.dropout, dtype=jnp.dtype(args.precision), **sizes
     )
     init_key, key = jax.random.split(jax.random.key(args.seed))
-    variables = model.init(init_key, normalize(batch["image"][:1]), train=False)
+    init = jax.jit(partial(model.init, train=False))
+    variables = init(init_key, jnp.zeros((1, *batch["image"].shape[1:])))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     tx = make_optimizer(args, schedule, batch, batch_stats)
     state = samx.flax.TrainState.create(
@@ -128,6 +134,19 @@ def make_state(
         opt_state=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     )
     return jax.device_put(state, shardings), shardings
+
+
+def compile_step(args: argparse.Namespace, state, shardings, batch, classes: int) -> Any:
+    """The training step as a compiled program."""
+    step = partial(train_step, classes=classes, smoothing=args.label_smoothing)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return step.lower(state, batch).compile()
+
+
+def gigabytes_of(program: Any) -> float:
+    """What a compiled program needs on each device, arguments and temporary memory."""
+    memory = program.memory_analysis()
+    return (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9
 
 
 def train_step(state, batch, *, classes: int, smoothing: float):
@@ -164,6 +183,7 @@ def train_step(state, batch, *, classes: int, smoothing: float):
     return state, {name: getattr(readings, name) for name in READINGS}
 
 
+@partial(jax.jit, static_argnames="classes")
 def evaluate_batch(state, batch, *, classes: int):
     """Sums over the real examples of a batch: loss; correct answers and examples by class."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -219,7 +239,7 @@ class Evaluation:
 
     def __init__(self, images, batch_size: int, classes: int, place):
         self._batches = partial(test_batches, images, batch_size)
-        self._sums = jax.jit(partial(evaluate_batch, classes=classes))
+        self._sums = partial(evaluate_batch, classes=classes)
         self._place = place
 
     def __call__(self, state) -> dict[str, Any]:
@@ -244,15 +264,12 @@ def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str
     batches = train_batches(data.train, args.batch, seed=args.seed, augment=args.augment)
     batch = place(next(train_batches(data.train, args.batch, seed=0, augment="none")))
     state, shardings = make_state(args, classes, batch, schedule, mesh)
-    step_fn = partial(train_step, classes=classes, smoothing=args.label_smoothing)
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
     start = time.perf_counter()
-    step_fn = step_fn.lower(state, batch).compile()
-    memory = step_fn.memory_analysis()
-    gigabytes = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9
+    step_fn = compile_step(args, state, shardings, batch, classes)
     print(
         f"{args.model}: {describe(state.params)}; compiled in {time.perf_counter() - start:.0f} s; "
-        f"a step of {args.variant} at batch {args.batch} needs {gigabytes:.2f} GB on each device"
+        f"a step of {args.variant} at batch {args.batch} needs {gigabytes_of(step_fn):.2f} GB on "
+        "each device"
     )
 
     first = data.train._replace(
@@ -273,7 +290,8 @@ def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str
         def finish_one():
             step, readings = running.popleft()
             values = {name: float(x) for name, x in jax.device_get(readings).items()}
-            log.write("step", step, **values, learning_rate=float(schedule(step - 1)))
+            rate = float(np.asarray(schedule(step - 1)))
+            log.write("step", step, **values, learning_rate=rate)
             bar.update(args.batch)
             bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
 
@@ -396,13 +414,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--augment", choices=["none", "standard"], default="standard", help="crops and flips")
     add("--model", choices=list(MODELS), default="resnet18")
     add("--width", type=int, default=0, help="default: 64 channels, 192 features")
+    add("--depth", type=int, default=0, help="of the ViT; default: 6 blocks")
     add("--dropout", type=float, default=0.0)
     add("--label-smoothing", type=float, default=0.0)
     add("--variant", choices=list(VARIANTS), default="sam")
     add("--rho", type=float, help="default: the paper's, in registry.py")
-    add("--base", choices=["momentum", "adamw"], help="default: momentum; vit: adamw")
-    add("--learning-rate", type=float, help="default: 0.1; vit: 1e-3")
-    add("--weight-decay", type=float, help="default: 5e-4; vit: 0.05")
+    add("--base", choices=list(RATES), help="default: momentum; vit: adamw")
+    add("--learning-rate", type=float, help="default: 0.1; adamw: 1e-3")
+    add("--weight-decay", type=float, help="default: 5e-4; adamw: 0.05")
     add("--schedule", choices=["cosine", "step", "constant"], default="cosine")
     add("--warmup", type=float, default=0.05, metavar="SHARE", help="of all steps")
     add("--epochs", type=int, default=200)
@@ -435,15 +454,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         if args.out is not None:
             parser.error("--out and --resume exclude each other: a resumed run has its folder")
         args.data_sha256 = config["data_sha256"]
-    base, learning_rate, weight_decay = DEFAULTS[args.model]
+    args.base = args.base or BASES[args.model]
+    learning_rate, weight_decay = RATES[args.base]
     for name, value in (
-        ("base", base),
         ("learning_rate", learning_rate),
         ("weight_decay", weight_decay),
         ("rho", VARIANTS[args.variant].rho),
     ):
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.depth and args.model != "vit":
+        parser.error(f"--depth is for --model vit, {args.model} has its own")
     if args.data is not None and args.digits:
         parser.error("--data and --digits exclude each other")
     if args.data is None and not args.digits:
@@ -455,6 +476,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         ("devices", 1, np.inf),
         ("images", 0, np.inf),
         ("width", 0, np.inf),
+        ("depth", 0, np.inf),
         ("checkpoint_every", 0, np.inf),
         ("seed", 0, 2**31 - 1),
         ("imbalance", 1, 1e6),
@@ -534,6 +556,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return train(args, data, devices)
     except (OSError, CheckpointError) as error:
         sys.exit(f"cifar.py: error: {error}")
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with --resume {args.folder}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

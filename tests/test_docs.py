@@ -1,5 +1,6 @@
 """The documentation is true: README code runs, every public name is explained and listed."""
 
+import dataclasses
 import inspect
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import samx
+import samx.flax
 from samx import perturbations
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +23,7 @@ SECTIONS = ("Args", "Returns", "Raises", "Example", "References", "Notes")
 PUBLIC = [
     *((name, getattr(samx, name)) for name in samx.__all__ if name != "perturbations"),
     *((f"perturbations.{name}", getattr(perturbations, name)) for name in perturbations.__all__),
+    *((f"flax.{name}", getattr(samx.flax, name)) for name in samx.flax.__all__),
 ]
 
 
@@ -40,7 +43,8 @@ def test_docstring_sections(name, value):
 @pytest.mark.parametrize(("name", "value"), PUBLIC)
 def test_every_argument_is_documented(name, value):
     if inspect.isclass(value):
-        documented, arguments = inspect.getdoc(value), value._fields
+        names = getattr(value, "_fields", None) or [f.name for f in dataclasses.fields(value)]
+        documented, arguments = inspect.getdoc(value), names
     else:
         documented, arguments = inspect.getdoc(value), inspect.signature(value).parameters
     for argument in arguments:

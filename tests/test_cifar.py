@@ -1,0 +1,300 @@
+"""The CIFAR example: every variant, every option, killed runs, and what it refuses."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cifar
+import jax
+import numpy as np
+import pytest
+from cifar_data import load, write_digits
+from jax.sharding import AxisType
+from registry import VARIANTS
+
+EXAMPLE = Path(cifar.__file__)
+TINY = {"resnet18": "--width 8", "vit": "--width 8 --depth 2"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs on the disk: these tests compile the same ones again and again."""
+    assert jax.device_count() == 8  # from now on --devices cannot change that
+    folder = str(tmp_path_factory.mktemp("programs"))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (folder, 0.0), strict=True):
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in zip(names, (folder, 0.0), strict=True)}
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture
+def run(cache, archive, tmp_path, monkeypatch):
+    """Run the example in an empty folder, in this process, on one device."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(arguments):
+        return cifar.main(["--data", str(archive), "--devices", "1", *arguments.split()])
+
+    return run
+
+
+def read(folder, kind):
+    rows = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == kind]
+
+
+def tiny(model):
+    return f"--model {model} {TINY[model]} --images 40 --batch 20 --epochs 2"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_by_name(variant, run, tmp_path, capsys):
+    results = run(f"{tiny('vit')} --variant {variant} --out run")
+    steps, epochs = read("run", "step"), read("run", "epoch")
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert [row["step"] for row in epochs] == [2, 4]
+    assert all(np.isfinite(row["loss"]) for row in steps)
+    assert results["gradients"] == 4 * VARIANTS[variant].gradients
+    if variant != "base":
+        rho = 0 if variant.startswith("sampa") else VARIANTS[variant].rho  # g_y starts at 0
+        if variant != "asam":
+            assert steps[0]["perturbation_norm"] == pytest.approx(rho, rel=1e-4)
+        assert steps[-1]["perturbation_norm"] > 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert b"step/loss" in events.read_bytes()
+    printed = capsys.readouterr()
+    for text in ("40 training images", "GB on each device", "test accuracy", "results.json"):
+        assert text in printed.out
+    assert "images/s" in printed.err  # the progress line
+
+
+def test_resnet18_and_its_statistics(run):
+    results = run(f"{tiny('resnet18')} --variant sampa-separate --out run")
+    assert results["steps"] == 4
+    assert len(results["test"]["accuracy_by_class"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("resnet18", "--precision bfloat16 --accumulate 2 --schedule step --label-smoothing 0.1"),
+        ("vit", "--precision float16 --schedule constant --base momentum --augment none"),
+    ],
+)
+def test_options(model, options, run):
+    results = run(f"{tiny(model)} {options} --out run")
+    assert np.isfinite(results["test"]["loss"])
+    rates = [row["learning_rate"] for row in read("run", "step")]
+    if "step" in options:
+        np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.001], rtol=1e-6)
+
+
+def test_several_devices_are_one(run):
+    losses = []
+    for devices in (1, 2):
+        run(f"{tiny('resnet18')} --variant sam --devices {devices} --out {devices}")
+        losses.append([row["loss"] for row in read(str(devices), "step")])
+    np.testing.assert_allclose(*losses, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("resnet18", "--width 8 --epochs 20 --learning-rate 0.05"),
+        ("vit", "--width 32 --depth 2 --epochs 80 --learning-rate 4e-3 --weight-decay 0"),
+    ],
+)
+def test_learns_256_images_by_heart(model, options, run):
+    results = run(f"--model {model} {options} --images 256 --batch 64 --augment none --out run")
+    assert results["train"]["accuracy"] > 0.99
+    assert read("run", "step")[-1]["sharp_loss"] > read("run", "step")[-1]["loss"]
+
+
+def test_label_noise_and_imbalance(run, archive):
+    clean = load(archive).train
+    args = cifar.parse(f"--data {archive} --label-noise 0.2 --imbalance 100".split())[1]
+    train = cifar.load_data(args).train
+    counts = np.bincount(train.label, minlength=10)
+    assert len(train.label) < len(clean.label) / 2
+    assert counts.max() > 20 * counts.min()
+    results = run(f"{tiny('resnet18')} --images 200 --label-noise 0.2 --imbalance 100 --out run")
+    assert 0 <= results["test"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("variant", ["base", "sam", "sampa-separate"])
+@pytest.mark.parametrize("model", ["resnet18", "vit"])
+def test_a_step_at_batch_64_fits_in_4_gb(model, variant, archive, cache):
+    args = cifar.parse(f"--data {archive} --model {model} --variant {variant} --batch 64".split())[
+        1
+    ]
+    data = cifar.load_data(args)
+    mesh = jax.make_mesh(
+        (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:1]
+    )
+    batch = next(cifar.train_batches(data.train, 64, seed=0, augment="none"))
+    batch = jax.device_put(batch, cifar.NamedSharding(mesh, cifar.P("data")))
+    state, shardings = cifar.make_state(args, 10, batch, cifar.make_schedule(args, 10), mesh)
+    wanted = {"resnet18": 11.17, "vit": 2.69}[model]
+    assert cifar.describe(state.params) == f"{wanted} million parameters"
+    program = cifar.compile_step(args, state, shardings, batch, 10)
+    assert 0.05 < cifar.gigabytes_of(program) < 4
+
+
+KILLED = {
+    "resnet18": "--variant sampa-separate --devices 2"
+    " --images 100 --label-noise 0.2 --imbalance 10",
+    "vit": "--variant sampa --dropout 0.1 --base momentum",
+}
+
+
+@pytest.mark.parametrize("model", KILLED)
+def test_killed_and_resumed_is_as_if_nothing_had_happened(model, cache, archive, tmp_path):
+    """SIGKILL at two steps, whatever the process is doing, and once before the first checkpoint."""
+    command = [sys.executable, str(EXAMPLE), "--data", str(archive), "--checkpoint-every", "1"]
+    command += f"--model {model} {TINY[model]} --images 40 --batch 8 --epochs 3".split()
+    command += KILLED[model].split()
+    environment = os.environ | cache | {"JAX_PLATFORMS": "cpu"}
+
+    def start(*arguments):
+        return subprocess.Popen(
+            [*command, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    undisturbed = start("--out", "undisturbed")
+    output, _ = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, output
+
+    run = tmp_path / "killed"
+    for kill_at, arguments in (
+        (0, ("--out", "killed")),
+        (4, ("--resume", "killed")),
+        (9, ("--resume", "killed")),
+    ):
+        process = start(*arguments)
+        deadline = time.monotonic() + 300
+        while process.poll() is None and not has_reached(run, kill_at):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, output
+    resumed = start("--resume", "killed")
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    assert int(re.search(r"resumed at step (\d+)", output)[1]) >= 8
+
+    one, other = (
+        json.loads((tmp_path / n / "results.json").read_text()) for n in ("undisturbed", "killed")
+    )
+    for results in (one, other):
+        del results["images_per_second"]
+    assert one == other
+    for kind in ("step", "epoch"):
+        rows, others = read(tmp_path / "undisturbed", kind), read(run, kind)
+        for row in (*rows, *others):
+            row.pop("images_per_second", None)
+        assert rows == others
+
+
+def has_reached(folder, step):
+    if step == 0:
+        return (folder / "config.json").exists()
+    checkpoints = folder / "checkpoints"
+    return any(path.name.isdigit() and int(path.name) >= step for path in checkpoints.glob("*"))
+
+
+@pytest.fixture(scope="module")
+def finished(cache, archive, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    arguments = f"--data {archive} --devices 1 {tiny('vit')} --variant sam --out {folder}"
+    return folder, cifar.main(arguments.split())
+
+
+def test_a_finished_run_stays_finished(finished):
+    folder, results = finished
+    assert cifar.main(["--resume", str(folder), "--devices", "1"]) == results
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "--data is missing.*cs.toronto.edu.*--digits"),
+        ("--data a --digits", "exclude each other"),
+        ("--data nowhere.tar.gz", r"nowhere\.tar\.gz.*cs\.toronto\.edu"),
+        ("--data {run}/config.json", "config.json"),
+        ("--data {archive} --out {run}", "not empty"),
+        ("--data {archive} --out {run}/config.json/run", "config.json"),
+        ("--data {archive} --batch 30 --accumulate 4", "--batch must be a multiple of 4"),
+        ("--data {archive} --batch 0", "--batch must be at least 1, got 0"),
+        ("--data {archive} --label-noise 1.5", "--label-noise must be 0 to 0.999, got 1.5"),
+        ("--data {archive} --imbalance 0.5", "--imbalance must be 1 to 1e.06, got 0.5"),
+        ("--data {archive} --images 5000", r"\[1, 1500\], got 5000"),
+        (
+            "--data {archive} --images 10 --batch 20",
+            "--batch must be at most 10, the training images, got 20",
+        ),
+        ("--data {archive} --variant samm", "samm.*sampa"),
+        ("--resume nowhere", "--resume nowhere: there is no run"),
+        ("--resume {run} --variant sampa", "--variant: the run in .* has sam, got sampa"),
+        ("--resume {run} --out elsewhere", "exclude each other"),
+    ],
+)
+def test_refusals(arguments, message, finished, archive, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder, _ = finished
+    before = contents(folder)
+    words = arguments.format(run=folder, archive=archive).split()
+    with pytest.raises(SystemExit) as stop:
+        cifar.main([*words, "--devices", "1"])
+    assert stop.value.code not in (0, None)
+    text = capsys.readouterr().err + str(stop.value)
+    assert re.search(message, " ".join(text.split()))
+    assert contents(folder) == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_data_or_another_checkpoint_is_refused(finished, run, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"data_sha256": "0"}))
+    with pytest.raises(SystemExit, match=r"is not what the run in .*copy saw"):
+        cifar.main(["--resume", str(folder), "--devices", "1"])
+    config["settings"]["variant"] = "sampa"
+    (folder / "config.json").write_text(json.dumps(config))
+    before = contents(folder)
+    with pytest.raises(SystemExit, match="another model, variant"):
+        cifar.main(["--resume", str(folder), "--devices", "1"])
+    assert contents(folder) == before
+
+
+def test_digits_are_written_and_read(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cifar.main(f"--digits {tiny('vit')} --devices 1".split())
+    assert (tmp_path / "runs" / "digits" / "cifar-10-python.tar.gz").exists()
+    assert (tmp_path / "runs" / "cifar-001" / "results.json").exists()
