@@ -14,20 +14,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any, Literal
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import core, nnx
 from flax.training import train_state
 
 from samx._base import OWN_KEYWORDS
 from samx._closures import is_sharp_pass, loss_and_aux
+from samx.readings import Readings
 
 __all__ = ["TrainState", "closure", "keep_aux", "statistics"]
 
 Masks = Literal["same", "fresh"]
 _UPDATE_KEYWORDS = OWN_KEYWORDS - {"ascent_grad"} | {"value", "grad", "value_fn"}
+_SHARP = crc32(b"sharp pass")  # folded into keys: no counter, no index of a split gets there
 
 
 class TrainState(train_state.TrainState):
@@ -114,13 +117,12 @@ class TrainState(train_state.TrainState):
                 f"nor keywords of the contract ({', '.join(sorted(_UPDATE_KEYWORDS))}); pass what "
                 "only the base optimizer knows as extra_args={...}"
             )
-        told = partial(self.tx.update, **kwargs, **(extra_args or {}))
+        update = optax.with_extra_args_support(self.tx).update
+        told = partial(update, **kwargs, **(extra_args or {}))
         state = self.replace(tx=optax.GradientTransformation(self.tx.init, told))
         state = super(TrainState, state).apply_gradients(grads=grads, **changes)
-        aux = optax.tree.get(state.opt_state, "aux")
-        if aux is not None:
-            state = state.replace(batch_stats=_like(aux, self.batch_stats))
-        return state.replace(tx=self.tx)
+        aux = _kept_aux(state.opt_state, self.batch_stats)
+        return state.replace(tx=self.tx, **({} if aux is None else {"batch_stats": aux}))
 
     def rngs(self, *names: str, masks: Masks = "same") -> dict[str, jax.Array]:
         """The random keys of this step, for `apply_fn(..., rngs=...)`.
@@ -135,14 +137,18 @@ class TrainState(train_state.TrainState):
 
         Raises:
             ValueError: If the state has no `key`, or `masks` is neither of the two.
+
+        Notes:
+            The same keys on all devices of `jax.shard_map` and `jax.pmap`, unless `key` differs
+            between them, and for all microbatches of `accumulate`.
         """
         _check_masks("TrainState.rngs", masks)
         if self.key is None:
             raise ValueError("TrainState.rngs: the state has no `key`; pass create(..., key=...)")
         key = jax.random.fold_in(self.key, self.step)
-        if masks == "fresh":
-            key = jax.random.fold_in(key, is_sharp_pass())
-        return dict(zip(names, jax.random.split(key, len(names)), strict=True))
+        if masks == "fresh" and is_sharp_pass():
+            key = jax.random.fold_in(key, _SHARP)
+        return {name: jax.random.fold_in(key, crc32(name.encode())) for name in names}
 
 
 def closure(
@@ -154,8 +160,8 @@ def closure(
 ) -> Callable[..., tuple[Any, Any]]:
     """A loss of an nnx model as a pure closure of its parameters, for `Optimizer.update`.
 
-        graph, params, rest = split(model)              (now)
-        closure(w, ...)     = fn(merge(copy of graph, w, rest), ...)
+        graph, params, rest = split(copy of model)      (now)
+        closure(w, ...)     = fn(copy of merge(graph, w, rest), ...)
 
     Make it before the clean pass moves the model's statistics and dropout counters: then every pass
     of the step starts from the same ones and draws the same masks, and none touches the model.
@@ -172,7 +178,8 @@ def closure(
         The aux of `fn` is dropped.
 
     Raises:
-        ValueError: If `masks` is neither of the two.
+        ValueError: If `masks` is neither of the two; when called, if `wrt` does not choose the
+            parameters that arrive.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx.flax
@@ -196,13 +203,22 @@ def closure(
         https://github.com/google/flax/issues/4545, which asks for this.
 
     Notes:
-        Cost: none; the copy is one of references. In `jax.shard_map` and `jax.pmap` the closure is
-        that of the device; masks are then the same on all devices unless the model's keys differ.
+        Cost: none; the copies are of references, `nnx.split` alone would see the clean pass move
+        them. In `jax.shard_map` and `jax.pmap` the closure is that of the device; masks are then
+        the same on all devices unless the model's keys differ. So are those of all microbatches of
+        `accumulate`.
     """
     _check_masks("closure", masks)
-    graph, _, keys, rest = nnx.split(model, wrt, nnx.RngKey, ...)
+    graph, own_params, keys, rest = nnx.split(nnx.clone(model), wrt, nnx.RngKey, ...)
+    num_own = len(jax.tree.leaves(own_params))
 
     def pure(params, *args):
+        num_params = len(jax.tree.leaves(params))
+        if num_params != num_own:
+            raise ValueError(
+                f"closure: `wrt` chooses {num_own} arrays of the model, but {num_params} arrived "
+                "as parameters; give closure and nnx.Optimizer the same `wrt`"
+            )
         passed = jax.tree.map(_fold, keys) if masks == "fresh" and is_sharp_pass() else keys
         copy = nnx.merge(graph, params, passed, rest, copy=True)
         loss, _ = loss_and_aux(fn(copy, *args))
@@ -214,11 +230,11 @@ def closure(
 def statistics(model: nnx.Module, *, wrt: nnx.filterlib.Filter = nnx.Param) -> Any:
     """What a pass moves in an nnx model: BatchNorm statistics and dropout counters.
 
-        statistics = variables − parameters − random keys
+        statistics = variables − parameters (trained or not) − random keys − intermediates
 
     Args:
         model: The model.
-        wrt: Which variables are the parameters, as in `nnx.Optimizer`; default `nnx.Param`.
+        wrt: Which variables are trained, as in `nnx.Optimizer`; default `nnx.Param`.
 
     Returns:
         A dict of arrays: `aux_like` for variants without a clean pass, what `nnx.update` takes.
@@ -233,12 +249,13 @@ def statistics(model: nnx.Module, *, wrt: nnx.filterlib.Filter = nnx.Param) -> A
         {'mean': Array([0., 0.], dtype=float32), 'var': Array([1., 1.], dtype=float32)}
 
     References:
-        The filters of `nnx.split`.
+        The filters of `nnx.state`.
 
     Notes:
         Cost: none.
     """
-    return nnx.to_pure_dict(nnx.split(model, wrt, nnx.RngKey, ...)[-1])
+    others = nnx.Not(nnx.Any(wrt, nnx.Param, nnx.RngKey, nnx.Intermediate))
+    return nnx.to_pure_dict(nnx.as_pure(nnx.state(model, others)))
 
 
 def keep_aux(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
@@ -281,14 +298,14 @@ def keep_aux(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
         Where the optimizer keeps an aux, the compiler drops the caller's clean pass, if nothing
         else of it is returned. Cost: none.
     """
-    aux = optax.tree.get(optimizer.opt_state, "aux")
+    aux = _kept_aux(nnx.as_pure(optimizer.opt_state), statistics(model, wrt=optimizer.wrt))
     if aux is not None:
-        nnx.update(model, _like(nnx.as_pure(aux), statistics(model, wrt=optimizer.wrt)))
+        nnx.update(model, aux)
 
 
 def _fold(key: jax.Array) -> jax.Array:
     """Other keys, one for each, whatever the shape (`nnx.split_rngs` makes several)."""
-    folded = jax.vmap(lambda k: jax.random.fold_in(k, 1))(key.reshape(-1))
+    folded = jax.vmap(lambda k: jax.random.fold_in(k, _SHARP))(key.reshape(-1))
     return folded.reshape(key.shape)
 
 
@@ -297,11 +314,21 @@ def _check_masks(name: str, masks: str) -> None:
         raise ValueError(f"{name}: `masks` must be 'same' or 'fresh', got {masks!r}")
 
 
-def _like(aux: Any, statistics: Any) -> Any:
-    if jax.tree.structure(aux) != jax.tree.structure(statistics):
+def _kept_aux(opt_state: Any, statistics: Any) -> Any:
+    """The aux of samx's own state, beside its readings: a parameter may be called "aux" as well."""
+
+    def keeps(node):
+        return hasattr(node, "aux") and isinstance(getattr(node, "readings", None), Readings)
+
+    auxes = [node.aux for node in jax.tree.leaves(opt_state, is_leaf=keeps) if keeps(node)]
+    auxes = [core.unfreeze(aux) for aux in auxes if aux is not None]
+    if not auxes:
+        return None
+    aux, expected = auxes[0], core.unfreeze(statistics)
+    if len(auxes) > 1 or jax.tree.structure(aux) != jax.tree.structure(expected):
         raise ValueError(
             "the aux that the optimizer keeps must be the model's statistics: give it their "
-            f"structure as `aux_like`, {jax.tree.structure(statistics)}, and let the closures "
-            f"return them as aux; got {jax.tree.structure(aux)}"
+            f"structure as `aux_like`, {jax.tree.structure(expected)}, and let the closures "
+            f"return them as aux; got {', '.join(str(jax.tree.structure(aux)) for aux in auxes)}"
         )
-    return aux
+    return jax.tree.map(jnp.copy, aux)  # in two places of a state that may be donated

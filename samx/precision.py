@@ -14,6 +14,8 @@ from samx._closures import Closure, taken_anew
 from samx._hyper import check_count, check_number
 from samx.wrappers import SkipNonfiniteState, skip_nonfinite
 
+SMALLEST, LARGEST = 2.0**-126, 2.0**126  # whose inverses are normal float32 numbers too
+
 
 class ScaleLossState(NamedTuple):
     """State of `scale_loss`.
@@ -45,11 +47,11 @@ def scale_loss(
                                     scale = growth_factor · scale
         else:                       return 0, state;  scale = backoff_factor · scale
 
-    An overflow in any pass of a step, clean or sharp, skips the step as a whole.
+    An overflow in any gradient that a step uses, clean or sharp, skips the step as a whole.
 
     Args:
         tx: The whole optimizer, sharpness-aware transformation and base together.
-        scale: Initial scale > 0; default 2¹⁶.
+        scale: Initial scale > 0; default 2¹⁶. It never leaves [2⁻¹²⁶, 2¹²⁶].
         growth_factor: Factor ≥ 1; default 2. With both factors 1 the scale is fixed.
         backoff_factor: Factor in (0, 1]; default 0.5.
         growth_interval: Steps ≥ 1 without overflow before the scale grows; default 2000.
@@ -85,17 +87,19 @@ def scale_loss(
 
     Notes:
         For float32 parameters and float16 compute. Gradients of float16 parameters end in float16,
-        where what is below 6e-8 vanishes, scaled or not. bfloat16 has the range of float32 and
-        needs no scale: there use `skip_nonfinite`, which this contains. In one order only:
+        where what is below 6e-8 vanishes, scaled or not; a loss returned in float16 bounds the
+        scale by 65504. bfloat16 has the range of float32 and needs no scale: there use
+        `skip_nonfinite`, which this contains. A gradient that overflows leaves the closure as NaN,
+        which no sign and no clipping in `tx` can hide, and which `jax_debug_nans` reports. Second
+        derivatives inside a variant: `jax.jvp` of a gradient. It belongs around `accumulate`:
         `data_parallel(scale_loss(accumulate(tx, K)), axis)`. Cost: that of `skip_nonfinite`.
         `static_args`: `growth_interval`.
     """
-    check_number("scale", scale, jnp.finfo(jnp.float32).tiny)
-    check_number("growth_factor", growth_factor, 1)
-    check_number("backoff_factor", backoff_factor, jnp.finfo(jnp.float32).tiny, 1)
+    check_number("scale", scale, SMALLEST, LARGEST)
+    check_number("growth_factor", growth_factor, 1, LARGEST)
+    check_number("backoff_factor", backoff_factor, SMALLEST, 1)
     check_count("growth_interval", growth_interval)
     inner = skip_nonfinite(tx)
-    limits = jnp.finfo(jnp.float32)
 
     def init_fn(params):
         return ScaleLossState(
@@ -125,7 +129,7 @@ def scale_loss(
         finite_steps = jnp.where(is_skipped, 0, state.finite_steps + 1)
         has_grown = finite_steps == growth_interval
         factor = jnp.where(is_skipped, backoff_factor, jnp.where(has_grown, growth_factor, 1.0))
-        loss_scale = jnp.clip(state.loss_scale * factor, limits.tiny, limits.max)
+        loss_scale = jnp.clip(state.loss_scale * factor, SMALLEST, LARGEST)
         return updates, ScaleLossState(
             inner_state,
             loss_scale.astype(jnp.float32),
@@ -151,13 +155,14 @@ def _scale_cotangent(tree: Any, factor: jax.Array) -> Any:
     return tree
 
 
+def _scaled_or_nan(factor, c):
+    if not _tree.is_inexact(c):
+        return c
+    scaled = (_tree.widen(c) * factor).astype(c.dtype)
+    return jnp.where(jnp.isfinite(scaled), scaled, jnp.nan)  # sign(inf) or clip(inf) would hide it
+
+
 _scale_cotangent.defvjp(
     lambda tree, factor: (tree, factor),
-    lambda factor, cotangent: (
-        jax.tree.map(
-            lambda c: (_tree.widen(c) * factor).astype(c.dtype) if _tree.is_inexact(c) else c,
-            cotangent,
-        ),
-        None,
-    ),
+    lambda factor, cotangent: (jax.tree.map(partial(_scaled_or_nan, factor), cotangent), None),
 )

@@ -8,6 +8,8 @@ import optax
 
 from samx import _tree
 from samx._base import base_keywords
+from samx.parallel import HeldBatch
+from samx.readings import Readings
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -28,11 +30,12 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransforma
     """Skip the steps whose updates are not finite, as if their batch had never come.
 
         updates, state′ = tx(g, state, w)
-        if all(isfinite(updates)):  return updates, state′
-        else:                       return 0, state
+        if all(isfinite(updates)) and state′ is as finite as state:  return updates, state′
+        else:                                                        return 0, state
 
     It looks at the final updates, so it also catches an overflow in the sharp pass alone, which
-    `optax.apply_if_finite` cannot see: that one tests the incoming gradient.
+    `optax.apply_if_finite` cannot see: that one tests the incoming gradient. And at the state,
+    where sign-based optimizers such as `optax.lion` keep an infinity that their updates hide.
 
     Args:
         tx: The whole optimizer, sharpness-aware transformation and base together.
@@ -57,7 +60,11 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransforma
 
     Notes:
         Schedules, held batches, moments and readings all stay as they were before the skipped step.
-        Cost: one pass over the updates and a select of the state.
+        What breaks without the new batch, such as SAMPa's pass on the batch that it holds, breaks
+        again: another reason to watch `skipped_in_a_row`. A gradient that the step does not use,
+        such as that of a leaf that is not perturbed, breaks nothing but the readings; an infinity
+        that `tx` clips is not seen; and held batches may have infinities, in masks say.
+        Cost: one pass over updates and state, and a select of the state.
     """
     inner = optax.with_extra_args_support(tx)
 
@@ -67,9 +74,14 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransforma
 
     def update_fn(updates, state, params=None, **extra):
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
-        is_finite = jnp.all(
-            jnp.asarray([jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)])
-        )
+        pairs = zip(_computed(inner_state), _computed(state.inner), strict=True)
+        checks = [jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)]
+        checks += [
+            jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
+            for new, old in pairs
+            if _tree.is_inexact(new)
+        ]
+        is_finite = jnp.all(jnp.asarray(checks))
         skipped = (~is_finite).astype(jnp.int32)
         return (
             _tree.where(is_finite, updates, optax.tree.zeros_like(updates)),
@@ -81,6 +93,13 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransforma
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _computed(state: Any) -> list[Any]:
+    """The leaves of a state that its optimizer computed and will compute with."""
+    apart = HeldBatch | Readings
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, apart))
+    return [leaf for leaf in leaves if not isinstance(leaf, apart)]
 
 
 def with_base(

@@ -108,9 +108,11 @@ def test_options(model, options, run):
 def test_several_devices_are_one(run):
     losses = []
     for devices in (1, 2):
-        run(f"{tiny('resnet18')} --variant sam --devices {devices} --out {devices}")
+        run(f"{tiny('resnet18')} --learning-rate 1e-3 --devices {devices} --out {devices}")
         losses.append([row["loss"] for row in read(str(devices), "step")])
-    np.testing.assert_allclose(*losses, rtol=2e-3)
+    one, two = np.asarray(losses)
+    assert one[0] != one[1]
+    np.testing.assert_allclose(two[:2], one[:2], rtol=1e-5)  # float32 and BatchNorm drift later
 
 
 @pytest.mark.parametrize(
