@@ -24,6 +24,10 @@ SUITES = {  # the fast part of each
         "test_parallel_cost.py",
         "(one_all_reduce or local_ascent_sends) and -sam] or test_a_pair_costs",
     ),
+    "precision": (
+        "test_precision.py",
+        "(see_the_ascent or vanish_in_float16 or as_if_its_batch) and [sam",
+    ),
 }
 
 DEFECTS = {
@@ -134,6 +138,24 @@ DEFECTS = {
         "_pairs.py",
         "jnp.where(side == i, share, 0.0)",
         "share",
+    ),
+    "the ascent rounded away": (
+        "precision",
+        "_closures.py",
+        "return w.astype(jnp.promote_types(w.dtype, dtype))",
+        "return w",
+    ),
+    "gradients left scaled": (
+        "precision",
+        "precision.py",
+        "fn(_scale_cotangent(params, 1 / scale), *args)",
+        "fn(params, *args)",
+    ),
+    "a skipped step leaves its state": (
+        "precision",
+        "wrappers.py",
+        "inner=_tree.where(is_finite, inner_state, state.inner)",
+        "inner=inner_state",
     ),
 }
 
