@@ -99,7 +99,7 @@ def scale_loss(
     check_number("growth_factor", growth_factor, 1, LARGEST)
     check_number("backoff_factor", backoff_factor, SMALLEST, 1)
     check_count("growth_interval", growth_interval)
-    inner = skip_nonfinite(tx)
+    inner: Any = skip_nonfinite(tx)  # its state has fields, which optax.OptState hides
 
     def init_fn(params):
         return ScaleLossState(
