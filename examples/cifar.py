@@ -104,9 +104,10 @@ def make_optimizer(
     else:
         decay = optax.add_decayed_weights(args.weight_decay)
         base = optax.chain(decay, optax.sgd(schedule, momentum=0.9))
-    tx = VARIANTS[args.variant].make(args.rho, base, batch_like, aux_like)
+    variant = VARIANTS[args.variant]
+    tx = variant.make(args.rho, base, batch_like, aux_like)
     if args.accumulate > 1:
-        tx = samx.accumulate(tx, args.accumulate)
+        tx = samx.accumulate(tx, args.accumulate, aux_like=None if variant.keeps_aux else aux_like)
     if args.precision == "float16":
         tx = samx.scale_loss(tx)
     return tx

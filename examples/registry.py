@@ -17,12 +17,14 @@ class Variant(NamedTuple):
         radii: Values of rho to choose from on a validation split, ascending.
         gradients: Gradients per step, in passes over one batch.
         rho: The paper's recommendation for CIFAR-10.
+        keeps_aux: Whether the state holds the aux of a pass, for want of a clean one.
     """
 
     make: Callable[[Any, optax.GradientTransformation, Any, Any], optax.GradientTransformation]
     radii: tuple[float, ...]
     gradients: float
     rho: float
+    keeps_aux: bool = False
 
 
 VARIANTS = {
@@ -44,6 +46,7 @@ VARIANTS = {
         (0.1, 0.2, 0.5, 1.0),
         2,
         0.1,
+        keeps_aux=True,
     ),
     "sampa-separate": Variant(  # the same numbers; on the CPU faster
         lambda rho, base, batch, aux: samx.sampa(
@@ -52,6 +55,7 @@ VARIANTS = {
         (0.1, 0.2, 0.5, 1.0),
         2,
         0.1,
+        keeps_aux=True,
     ),
 }
 

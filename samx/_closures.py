@@ -268,16 +268,39 @@ def own_value_and_grad(closure: Closure, params: optax.Params) -> tuple[Any, opt
     return value_and_grad(closure.devices.vary(params))
 
 
-def taken_anew(closure: Closure, params: optax.Params) -> dict[str, Any]:
-    """What `update` is told of the loss at `params`: all taken from the closure, in one pass."""
+def taken_anew(closure: Closure, params: optax.Params) -> tuple[dict[str, Any], Any]:
+    """What `update` is told of the loss at `params`, and its aux, taken from it in one pass."""
     devices, weights = closure.devices, closure.weights
-    (value, _), own_grad = own_value_and_grad(closure, params)
-    value, g = devices.mean((value, own_grad), devices.share(weights))
+    (value, aux), own_grad = own_value_and_grad(closure, params)
+    value, aux, g = devices.mean((value, aux, own_grad), devices.share(weights))
     keywords = {"value": value, "grad": _tree.keep_floating(g, params), "value_fn": closure}
     if devices.own_axes:
         ascent_grad = devices.ascent.mean(own_grad, devices.ascent.share(weights))
         keywords["ascent_grad"] = _tree.keep_floating(ascent_grad, params)
-    return keywords
+    return keywords, aux
+
+
+def first_aux(aux_like: Any) -> Any:
+    """The aux that a state holds before its first pass: `aux_like` itself, zeros for a shape."""
+
+    def first(x):
+        is_shape = isinstance(x, jax.ShapeDtypeStruct)
+        return jnp.zeros(x.shape, x.dtype) if is_shape else jnp.array(x, copy=True)
+
+    return jax.tree.map(first, aux_like)
+
+
+def check_like(name: str, keyword: str, value: Any, like: Any, fix: str) -> None:
+    """Refuse what differs from the shapes and dtypes that a state holds."""
+
+    def describe(tree):
+        return jax.tree.map(lambda x: (jnp.shape(x), str(jnp.result_type(x))), tree)
+
+    if describe(value) != describe(like):
+        raise ValueError(
+            f"{name}: `{keyword}` must have the shapes and dtypes of `{keyword}_like`, "
+            f"{describe(like)}, got {describe(value)}; {fix}"
+        )
 
 
 def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> optax.Params:

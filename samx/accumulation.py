@@ -1,14 +1,28 @@
 """Gradient accumulation: the step of a large batch in the memory of a small one."""
 
+from typing import Any, NamedTuple
+
 import optax
 
 from samx._base import closure_transformation
-from samx._closures import batch_size, mean_loss, taken_anew
+from samx._closures import batch_size, check_like, first_aux, mean_loss, taken_anew
 from samx._hyper import check_count
 
 
+class AccumulateState(NamedTuple):
+    """State of `accumulate` with `aux_like`.
+
+    Attributes:
+        inner: State of the wrapped optimizer.
+        aux: The aux of the pass at the parameters, shaped like `aux_like`.
+    """
+
+    inner: optax.OptState
+    aux: Any
+
+
 def accumulate(
-    tx: optax.GradientTransformation, num_microbatches: int
+    tx: optax.GradientTransformation, num_microbatches: int, *, aux_like: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     """Take every gradient of an optimizer over microbatches, one after the other.
 
@@ -23,17 +37,22 @@ def accumulate(
         num_microbatches: Number K ≥ 1 of microbatches, a divisor of `B`. Microbatch j holds the
             examples j, j + K, j + 2K, ..., so that a batch that is sharded over devices stays
             where it is. Inside `data_parallel`, of each device's examples.
+        aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `losses_fn`, for
+            optimizers that keep none themselves. The state then holds the aux of the pass at `w`
+            (BatchNorm statistics, say), to be read with `optax.tree.get(state, "aux")`, and before
+            the first step these arrays, or zeros; default none, aux is dropped.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` whose state is that of `tx`. `update` needs
-        `losses_fn` and `batch`, respects `weights`, and takes gradient and `value` anew from them:
-        do not compute your own, pass anything shaped like `params`, and read the loss with
-        `optax.tree.get(state, "loss")`.
+        An `optax.GradientTransformationExtraArgs` whose state is that of `tx`, inside an
+        `AccumulateState` where it holds an aux. `update` needs `losses_fn` and `batch`, respects
+        `weights`, and takes gradient and `value` anew from them: do not compute your own, pass
+        anything shaped like `params`, and read the loss with `optax.tree.get(state, "loss")`.
 
     Raises:
         TypeError: If `num_microbatches` is not a Python int.
         ValueError: If it is below 1; in `update`, if it does not divide the examples of a device,
-            or if `data_parallel` stands inside: it belongs around it.
+            if aux differs in shape from `aux_like`, or if `data_parallel` stands inside: it
+            belongs around it.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -52,7 +71,7 @@ def accumulate(
         Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412
 
     Notes:
-        Floating leaves of an aux that a variant keeps are means over the microbatches, others those
+        Floating leaves of an aux that is kept are means over the microbatches, others those
         of the last one; normalization over the batch sees one microbatch at a time. Half-precision
         gradients are added in float32. `ascent_fn` and `validation_fn` are not split.
         Micro-batch SAM climbs each microbatch on its own: one microbatch per call,
@@ -65,6 +84,10 @@ def accumulate(
     check_count("num_microbatches", num_microbatches)
     inner = optax.with_extra_args_support(tx)
 
+    def init_fn(params):
+        state = inner.init(params)
+        return state if aux_like is None else AccumulateState(state, first_aux(aux_like))
+
     def update_fn(updates, state, params, *, losses_fn, batch, weights=None, **extra):
         del updates
         size = batch_size("accumulate", batch)
@@ -74,8 +97,12 @@ def accumulate(
                 f"{num_microbatches}; pad the batch and pass `weights`"
             )
         losses_fn = losses_fn._replace(num_microbatches=num_microbatches)
-        extra |= taken_anew(mean_loss(losses_fn, batch, weights), params)
-        extra |= {"losses_fn": losses_fn, "batch": batch, "weights": weights}
-        return inner.update(extra["grad"], state, params, **extra)
+        keywords, aux = taken_anew(mean_loss(losses_fn, batch, weights), params)
+        extra |= {"losses_fn": losses_fn, "batch": batch, "weights": weights} | keywords
+        if aux_like is None:
+            return inner.update(extra["grad"], state, params, **extra)
+        check_like("accumulate", "aux", aux, state.aux, "it is the aux of `losses_fn`")
+        updates, inner_state = inner.update(extra["grad"], state.inner, params, **extra)
+        return updates, AccumulateState(inner_state, aux)
 
-    return closure_transformation(inner.init, update_fn, name="accumulate")
+    return closure_transformation(init_fn, update_fn, name="accumulate")

@@ -24,6 +24,7 @@ from flax.training import train_state
 
 from samx._base import OWN_KEYWORDS
 from samx._closures import is_sharp_pass, loss_and_aux
+from samx.accumulation import AccumulateState
 from samx.readings import Readings
 
 __all__ = ["TrainState", "closure", "keep_aux", "statistics"]
@@ -315,10 +316,11 @@ def _check_masks(name: str, masks: str) -> None:
 
 
 def _kept_aux(opt_state: Any, statistics: Any) -> Any:
-    """The aux of samx's own state, beside its readings: a parameter may be called "aux" as well."""
+    """The aux of samx's own states; a parameter may be called "aux" as well."""
 
     def keeps(node):
-        return hasattr(node, "aux") and isinstance(getattr(node, "readings", None), Readings)
+        has_readings = isinstance(getattr(node, "readings", None), Readings)
+        return isinstance(node, AccumulateState) or (has_readings and hasattr(node, "aux"))
 
     auxes = [node.aux for node in jax.tree.leaves(opt_state, is_leaf=keeps) if keeps(node)]
     auxes = [core.unfreeze(aux) for aux in auxes if aux is not None]

@@ -113,7 +113,7 @@ def data_parallel(
                 "samx.data_parallel(samx.accumulate(tx, num_microbatches), axis_name)"
             )
         _check_mapped("data_parallel", axes)
-        extra |= taken_anew(Closure(value_fn.own, devices, weights), params)
+        extra |= taken_anew(Closure(value_fn.own, devices, weights), params)[0]
         for keyword in SCALAR_CLOSURES:
             if keyword in extra:
                 examples = None if keyword == "validation_fn" else weights  # those of the batch

@@ -122,7 +122,7 @@ def scale_loss(
             if keyword in extra:
                 closure = extra[keyword]
                 extra[keyword] = Closure(scaled(closure.own), closure.devices, closure.weights)
-        extra |= taken_anew(extra["value_fn"], params)
+        extra |= taken_anew(extra["value_fn"], params)[0]
         updates, inner_state = inner.update(extra["grad"], state.inner, params, **extra)
 
         is_skipped = inner_state.skipped_in_a_row > 0

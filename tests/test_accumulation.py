@@ -122,6 +122,44 @@ def test_integers_keys_and_aux():
     chex.assert_trees_all_close(*results, rtol=1e-12, atol=1e-12)
 
 
+def with_statistics(params, batch):
+    losses = problem.losses_fn(params, batch)
+    return losses, {"mean": batch["x"].mean(0), "bias": params["b2"], "count": jnp.ones((), int)}
+
+
+def test_aux_of_the_clean_pass_is_kept():
+    """Taken at the parameters, not where they were perturbed, and a mean over the microbatches."""
+    data, params = problem.make()
+    batch = problem.batch_at(data, 0)
+    start = {"mean": jnp.ones(10), "bias": jnp.ones(3), "count": jnp.zeros((), int)}
+    whole = optax.chain(samx.sam(0.5), optax.sgd(0.1))
+    tx = samx.accumulate(whole, 4, aux_like=start)
+    state = tx.init(params)
+    chex.assert_trees_all_equal(state.aux, start)
+    shapes = jax.eval_shape(lambda: start)
+    zeros = samx.accumulate(whole, 4, aux_like=shapes).init(params).aux
+    chex.assert_trees_all_equal(zeros, optax.tree.zeros_like(start))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(params, state, params, losses_fn=with_statistics, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(2):
+        before = params
+        params, state = step(params, state)
+    chex.assert_trees_all_close(
+        state.aux, {"mean": batch["x"].mean(0), "bias": before["b2"], "count": 1}, rtol=1e-6
+    )
+    assert step._cache_size() == 1
+    plain = samx.accumulate(whole, 4)
+    chex.assert_trees_all_equal(plain.init(params), whole.init(params))
+
+    tx = samx.accumulate(whole, 4, aux_like={"mean": jnp.ones(9)})
+    with pytest.raises(ValueError, match="accumulate: `aux` must have the shapes"):
+        tx.update(params, tx.init(params), params, losses_fn=with_statistics, batch=batch)
+
+
 def test_wrong_use():
     data, params = problem.make()
     batch = problem.batch_at(data, 0)

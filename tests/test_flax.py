@@ -599,6 +599,20 @@ def test_linen_statistics_are_the_aux_that_was_kept(wrap, freeze):
     assert step(state, jnp.full(4, 4.0)).batch_stats == {"mean": 4.0}  # donates no buffer twice
 
 
+def test_a_skipped_first_step_keeps_the_statistics_of_the_start():
+    start = {"mean": jnp.full((), 7.0)}
+    step, state = averaging_state(start, wrap=samx.skip_nonfinite)
+    assert step(state, jnp.full(4, jnp.nan)).batch_stats == {"mean": 7.0}
+
+
+def test_accumulate_keeps_the_statistics_of_the_clean_pass():
+    wrap = partial(samx.accumulate, num_microbatches=2, aux_like={"mean": jnp.ones(())})
+    step, state = averaging_state(None, wrap=lambda _: wrap(keep()))
+    for mean in (1.0, 2.0):
+        state = step(state, jnp.full(4, mean))
+        assert state.batch_stats == {"mean": mean}
+
+
 def test_without_aux_like_nothing_is_kept():
     step, state = averaging_state(None)
     assert step(state, jnp.ones(4), batch_stats={"mean": jnp.ones(())}).batch_stats["mean"] == 1

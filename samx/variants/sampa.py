@@ -13,7 +13,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from samx import _tree
 from samx._base import base_keywords, closure_transformation
-from samx._closures import batch_size, mean_loss, perturbed, unit_weights, value_and_grad_at
+from samx._closures import (
+    batch_size,
+    check_like,
+    first_aux,
+    mean_loss,
+    perturbed,
+    unit_weights,
+    value_and_grad_at,
+)
 from samx._hyper import at_step, check_number, next_step
 from samx._pairs import check_pair_sharding, evaluate_pair, with_pair_axis
 from samx.parallel import HeldBatch
@@ -74,7 +82,8 @@ def sampa(
             leading axis `B`. The state holds a batch of this shape.
         aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `losses_fn`. The state
             then holds the aux of the pass at `y` on the current batch (BatchNorm statistics, say),
-            to be read with `optax.tree.get(state, "aux")`; default none, aux is dropped.
+            to be read with `optax.tree.get(state, "aux")`, and before the first step these arrays,
+            or zeros; default none, aux is dropped.
         gradients: "vmap" computes both in one vectorized call; "separate" in two calls of the
             same program, which is faster where batched products are slow. Same numbers.
         pair_sharding: Two groups of devices, each of which computes one of the gradients: a mesh
@@ -150,13 +159,14 @@ def sampa(
             perturbation=ball.init(params),
             g_y=optax.tree.zeros_like(params),
             previous=HeldBatch(nothing, unit_weights(nothing, readings.loss.dtype)),
-            aux=optax.tree.zeros_like(aux_like),
+            aux=first_aux(aux_like),
             readings=readings,
         )
 
     def update_fn(updates, state, params, *, losses_fn, batch, weights=None, **keywords):
         del updates
-        _check_like("batch", batch, state.previous.batch)
+        fix = "pad ragged batches and pass `weights`"
+        check_like("sampa", "batch", batch, state.previous.batch, fix)
         dtype = state.previous.weights.dtype
         weights = unit_weights(batch, dtype) if weights is None else jnp.asarray(weights, dtype)
         current = HeldBatch(batch, weights)
@@ -184,7 +194,7 @@ def sampa(
         )
         sharp_loss, _, g_s = at_x
         loss, aux, g_y = at_y
-        _check_like("aux", aux, state.aux)
+        check_like("sampa", "aux", aux, state.aux, "it is the aux of `losses_fn`")
 
         mixed = jax.tree.map(lambda s, y: ((1 - lam_t) * s + lam_t * y).astype(s.dtype), g_s, g_y)
         updates, base_state = base.update(mixed, state.base, params, **keywords)
@@ -204,14 +214,3 @@ def sampa(
         )
 
     return closure_transformation(init_fn, update_fn, name="sampa")
-
-
-def _check_like(keyword, value, like):
-    def describe(tree):
-        return jax.tree.map(lambda x: (jnp.shape(x), str(jnp.result_type(x))), tree)
-
-    if describe(value) != describe(like):
-        raise ValueError(
-            f"sampa: `{keyword}` must have the shapes and dtypes of `{keyword}_like`, "
-            f"{describe(like)}, got {describe(value)}; pad ragged batches and pass `weights`"
-        )
