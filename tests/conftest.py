@@ -11,3 +11,18 @@ jax.config.update("jax_numpy_rank_promotion", "warn")  # every warning is an err
 def float64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def fast_compilation():
+    """For programs that are compiled for longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory():
+    """Compiled programs would stay until the end, gigabytes of them."""
+    yield
+    jax.clear_caches()

@@ -28,7 +28,7 @@ GLOBAL = {
 LOCAL = {name: run for name, run in GLOBAL.items() if not name.startswith("jit")}
 
 every_variant = pytest.mark.parametrize("name", VARIANTS)
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
 
 
 def batches(steps=STEPS, weights=None):

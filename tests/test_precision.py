@@ -14,15 +14,7 @@ from cases import VARIANTS
 
 import samx
 
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-    """These programs are compiled for longer than they run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 half_precision = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 SAM = optax.chain(samx.sam(0.05), optax.sgd(0.1))
