@@ -207,7 +207,9 @@ class Log:
             with contextlib.suppress(json.JSONDecodeError):  # a last line that was cut off
                 self.rows.append(json.loads(line))
         self.rows = [row for row in self.rows if row["step"] <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        cut = path.with_suffix(".tmp")
+        cut.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        cut.replace(path)  # all of it or nothing, should this process be killed as well
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
