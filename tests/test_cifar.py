@@ -139,8 +139,15 @@ def test_label_noise_and_imbalance(run, archive):
     assert 0 <= results["test"]["accuracy"] <= 1
 
 
-@pytest.mark.parametrize("variant", ["base", "sam", "sampa-separate"])
-@pytest.mark.parametrize("model", ["resnet18", "vit"])
+@pytest.mark.parametrize(
+    ("model", "variant"),
+    [
+        ("resnet18", "base"),
+        ("resnet18", "sam"),
+        ("resnet18", "sampa-separate"),
+        ("vit", "sampa-separate"),  # the dearest
+    ],
+)
 def test_a_step_at_batch_64_fits_in_4_gb(model, variant, archive, cache):
     args = cifar.parse(f"--data {archive} --model {model} --variant {variant} --batch 64".split())[
         1

@@ -16,6 +16,7 @@ import samx
 assert_close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 assert_finite = chex.assert_tree_all_finite
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 

@@ -12,7 +12,7 @@ from cases import VARIANTS
 import samx
 from samx import perturbations as geometry
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
 
 STEPS = 8
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
