@@ -15,9 +15,10 @@ closure, `value_fn=lambda params: ...`; most stand first in an `optax.chain`.
 
 from samx import perturbations
 from samx._base import check_closures, closure_transformation
-from samx._closures import is_sharp_pass, value_and_grad_at
+from samx._held import HeldBatch
+from samx._sharp import is_sharp_pass, value_and_grad_at
 from samx.accumulation import accumulate
-from samx.parallel import HeldBatch, axis_mean, data_parallel, state_specs, value_and_grad
+from samx.parallel import axis_mean, data_parallel, state_specs, value_and_grad
 from samx.precision import scale_loss
 from samx.readings import Readings
 from samx.variants.asam import asam

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import optax
 
 from samx._base import closure_transformation
-from samx._closures import batch_size, check_like, first_aux, mean_loss, taken_anew
+from samx._closures import batch_size, mean_loss, taken_anew
+from samx._held import check_like, first_aux
 from samx._hyper import check_count
 
 

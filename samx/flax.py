@@ -23,7 +23,8 @@ from flax import core, nnx
 from flax.training import train_state
 
 from samx._base import OWN_KEYWORDS
-from samx._closures import is_sharp_pass, loss_and_aux
+from samx._closures import loss_and_aux
+from samx._sharp import is_sharp_pass
 from samx.accumulation import AccumulateState
 from samx.readings import Readings
 

@@ -1,7 +1,7 @@
 """Data parallelism as a wrapper: no variant mentions an axis."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,9 @@ from jax.sharding import PartitionSpec
 from samx._base import SCALAR_CLOSURES, closure_transformation
 from samx._closures import Closure, own_value_and_grad, scalar_closure, taken_anew
 from samx._devices import Devices, is_mapped
+from samx._held import HeldBatch
 
 REPLICATED = PartitionSpec()
-
-
-class HeldBatch(NamedTuple):
-    """Examples that a state holds for a later step; `state_specs` spreads them like a batch.
-
-    Attributes:
-        batch: Pytree of arrays with leading axis `B`.
-        weights: `float[B]`, ones if the caller gave none.
-
-    Example:
-        >>> import jax.numpy as jnp, optax, samx
-        >>> tx = samx.sampa(optax.sgd(0.1), batch_like=jnp.ones((4, 2)))
-        >>> optax.tree.get(tx.init(jnp.ones(2)), "previous").weights.tolist()
-        [1.0, 1.0, 1.0, 1.0]
-    """
-
-    batch: Any
-    weights: jax.Array
 
 
 def data_parallel(

@@ -8,7 +8,7 @@ import optax
 
 from samx import _tree
 from samx._base import base_keywords
-from samx.parallel import HeldBatch
+from samx._held import HeldBatch
 from samx.readings import Readings
 
 

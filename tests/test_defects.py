@@ -141,7 +141,7 @@ DEFECTS = {
     ),
     "the ascent rounded away": (
         "precision",
-        "_closures.py",
+        "_sharp.py",
         "return w.astype(jnp.promote_types(w.dtype, dtype))",
         "return w",
     ),

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from samx._base import closure_transformation
-from samx._closures import perturbed, value_and_grad_at
 from samx._hyper import check_count
+from samx._sharp import perturbed, value_and_grad_at
 from samx.perturbations import DefaultRho, as_perturbation, ascend, ball_of
 from samx.readings import UNKNOWN, Readings, no_readings, take_readings
 

@@ -13,18 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from samx import _tree
 from samx._base import base_keywords, closure_transformation
-from samx._closures import (
-    batch_size,
-    check_like,
-    first_aux,
-    mean_loss,
-    perturbed,
-    unit_weights,
-    value_and_grad_at,
-)
+from samx._closures import batch_size, mean_loss, unit_weights
+from samx._held import HeldBatch, check_like, first_aux
 from samx._hyper import at_step, check_number, next_step
 from samx._pairs import check_pair_sharding, evaluate_pair, with_pair_axis
-from samx.parallel import HeldBatch
+from samx._sharp import perturbed, value_and_grad_at
 from samx.perturbations import DefaultRho, ball_of
 from samx.readings import Readings, no_readings, take_readings
 

@@ -1,0 +1,47 @@
+"""What a state holds of one step for the next: examples, and what a pass left behind."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class HeldBatch(NamedTuple):
+    """Examples that a state holds for a later step; `state_specs` spreads them like a batch.
+
+    Attributes:
+        batch: Pytree of arrays with leading axis `B`.
+        weights: `float[B]`, ones if the caller gave none.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx
+        >>> tx = samx.sampa(optax.sgd(0.1), batch_like=jnp.ones((4, 2)))
+        >>> optax.tree.get(tx.init(jnp.ones(2)), "previous").weights.tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
+
+    batch: Any
+    weights: jax.Array
+
+
+def first_aux(aux_like: Any) -> Any:
+    """The aux that a state holds before its first pass: `aux_like` itself, zeros for a shape."""
+
+    def first(x):
+        is_shape = isinstance(x, jax.ShapeDtypeStruct)
+        return jnp.zeros(x.shape, x.dtype) if is_shape else jnp.array(x, copy=True)
+
+    return jax.tree.map(first, aux_like)
+
+
+def check_like(name: str, keyword: str, value: Any, like: Any, fix: str) -> None:
+    """Refuse what differs from the shapes and dtypes that a state holds."""
+
+    def describe(tree):
+        return jax.tree.map(lambda x: (jnp.shape(x), str(jnp.result_type(x))), tree)
+
+    if describe(value) != describe(like):
+        raise ValueError(
+            f"{name}: `{keyword}` must have the shapes and dtypes of `{keyword}_like`, "
+            f"{describe(like)}, got {describe(value)}; {fix}"
+        )
