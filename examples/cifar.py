@@ -309,23 +309,19 @@ def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str
             for step in range(start_step + 1, steps + 1):
                 state, readings = step_fn(state, place(next(batches)))
                 running.append((step, readings))
-                while len(running) > IN_FLIGHT:
+                is_epoch = step % steps_per_epoch == 0
+                is_saved = step % checkpoint_every == 0 or step == steps
+                while len(running) > (0 if is_epoch or is_saved else IN_FLIGHT):
                     finish_one()
-                is_epoch, is_last = step % steps_per_epoch == 0, step == steps
-                is_saved = step % checkpoint_every == 0 or is_last
-                if is_epoch or is_saved:
-                    while running:
-                        finish_one()
                 if is_epoch:
                     seconds = time.perf_counter() - epoch_start
-                    on_both = on_test(state), on_train(state)
-                    losses = [row["loss"] for row in log.of("step")[-steps_per_epoch:]]
+                    tested, losses = on_test(state), log.of("step")[-steps_per_epoch:]
                     values = {
                         "epoch": step // steps_per_epoch,
-                        "loss": float(np.mean(losses)),
-                        "test_loss": on_both[0]["loss"],
-                        "test_accuracy": on_both[0]["accuracy"],
-                        "train_accuracy": on_both[1]["accuracy"],
+                        "loss": float(np.mean([row["loss"] for row in losses])),
+                        "test_loss": tested["loss"],
+                        "test_accuracy": tested["accuracy"],
+                        "train_accuracy": on_train(state)["accuracy"],
                         "images_per_second": (step - epoch_first) * args.batch / seconds,
                     }
                     log.write("epoch", step, **values)
