@@ -6,6 +6,7 @@ Anatomy of a SAM step:
     ascent gradient   g_a                     the one that is climbed, usually g
     perturbation      ε   = perturbation(g_a) geometry: a step of radius rho
     sharp gradient    g_s = ∇L(w + ε)         at the perturbed point
+    policy            on which steps          the sharp gradient is computed
     combination       updates                 what the base optimizer gets
     base              optax.sgd(...)          the optimizer that takes the step
 
@@ -13,31 +14,47 @@ Every variant is an `optax.GradientTransformationExtraArgs` whose `update` takes
 closure, `value_fn=lambda params: ...`; most stand first in an `optax.chain`.
 """
 
-from samx import perturbations
+from samx import combinations, perturbations, policies
 from samx._base import check_closures, closure_transformation
 from samx._held import HeldBatch
 from samx._sharp import is_sharp_pass, value_and_grad_at
 from samx.accumulation import accumulate
 from samx.parallel import axis_mean, data_parallel, state_specs, value_and_grad
+from samx.policies import perturb_if
 from samx.precision import scale_loss
 from samx.readings import Readings
+from samx.variants.ae_sam import ae_looksam, ae_sam
+from samx.variants.arsam import arsam
 from samx.variants.asam import asam
+from samx.variants.looksam import look_layer_sam, looksam
+from samx.variants.momentum_sam import momentum_sam
 from samx.variants.sam import sam, sharpness_aware
 from samx.variants.sampa import sampa
+from samx.variants.vsam import vsam
 from samx.wrappers import skip_nonfinite, with_base
 
 __version__ = "0.1.0"
 
 __all__ = [
     # Variants
+    "ae_looksam",
+    "ae_sam",
+    "arsam",
     "asam",
+    "look_layer_sam",
+    "looksam",
+    "momentum_sam",
     "sam",
     "sampa",
     "sharpness_aware",
+    "vsam",
     # Building blocks
     "closure_transformation",
+    "combinations",
     "is_sharp_pass",
+    "perturb_if",
     "perturbations",
+    "policies",
     "value_and_grad_at",
     # Around an optimizer
     "accumulate",

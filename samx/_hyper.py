@@ -29,6 +29,15 @@ def check_number(name: str, value: Any, low: float, high: float = float("inf")) 
         raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
 
 
+def as_key(name: str, key: Any) -> jax.Array:
+    """A random key of a seed, or a copy of the key itself, for a state to hold."""
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return jnp.array(key, copy=True)
+    if isinstance(key, bool) or not jnp.issubdtype(jnp.result_type(key), jnp.integer):
+        raise TypeError(f"{name}: `key` must be a seed or a key from jax.random.key, got {key!r}")
+    return jax.random.key(key)
+
+
 def check_count(name: str, value: Any, low: int = 1) -> None:
     """Refuse anything but a Python integer of at least `low`: a count that fixes the program."""
     if isinstance(value, bool) or not isinstance(value, int):

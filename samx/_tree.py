@@ -44,6 +44,16 @@ def norm(tree: Any) -> jax.Array:
     return jnp.sqrt(dot(tree, tree))
 
 
+def subtract(a: Any, b: Any) -> Any:
+    """`a − b`, half precision in float32."""
+    return jax.tree.map(lambda x, y: widen(x) - widen(y), a, b)
+
+
+def add_scaled(a: Any, scale: Any, b: Any) -> Any:
+    """`a + scale·b` in the dtypes of `a`, half precision computed in float32."""
+    return jax.tree.map(lambda x, y: (widen(x) + scale * widen(y)).astype(x.dtype), a, b)
+
+
 def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     """Select between two trees of any dtype (integers and random keys too) by a scalar."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)

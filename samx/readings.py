@@ -103,3 +103,19 @@ def take_readings(
         gradients_spent=last.gradients_spent + gradients,
     )
     return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), taken, last)
+
+
+def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
+    """The readings of a step that took the gradient `g` and no sharp one."""
+    zero = jnp.zeros(())
+    taken = Readings(
+        loss=loss,
+        sharp_loss=UNKNOWN,
+        grad_norm=_tree.norm(g),
+        sharp_grad_norm=zero,
+        perturbation_norm=zero,
+        cosine=zero,
+        is_sharp=jnp.zeros((), bool),
+        gradients_spent=last.gradients_spent + 1,
+    )
+    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), taken, last)

@@ -1,0 +1,117 @@
+"""Reuse: take a part of the sharp gradient on some steps, and add it to the gradient on others."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx import _tree
+from samx._base import closure_transformation
+from samx._hyper import next_step
+from samx._sharp import perturbed, value_and_grad_at
+from samx.perturbations import ascend
+from samx.policies import Policy, check_policy
+from samx.readings import UNKNOWN, Readings, no_readings, skip_readings, take_readings
+
+
+class ReuseState(NamedTuple):
+    """State of the variants that reuse a part of the sharp gradient.
+
+    Attributes:
+        step: int32, optimizer steps so far.
+        age: int32, steps since the part was taken.
+        policy: State of the policy.
+        perturbation: State of the perturbation.
+        part: What is reused, shaped like the parameters; zeros before it is first taken.
+        part_ratio: ‖part‖ / ‖g‖ when it was taken.
+        sharp_fraction: Share of the steps so far with a sharp gradient.
+        readings: What the last step saw.
+    """
+
+    step: jax.Array
+    age: jax.Array
+    policy: Any
+    perturbation: optax.OptState
+    part: optax.Updates
+    part_ratio: jax.Array
+    sharp_fraction: jax.Array
+    readings: Readings
+
+
+def reuse(
+    name: str,
+    policy: Policy,
+    perturbation: optax.GradientTransformationExtraArgs,
+    *,
+    take: Callable[[Any, Any, jax.Array], tuple[Any, Any]],
+    add: Callable[[Any, Any, jax.Array, jax.Array], Any],
+    perturb_dtype: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """The frame of LookSAM and vSAM, which differ in what they take and how they add it.
+
+    ε = perturbation(g)
+    if policy(g):  g_s = ∇L(w + ε);  return u, part = take(g, g_s, step)
+    else:          return add(g, part, age, step)
+    """
+    check_policy(name, policy)
+
+    def init_fn(params):
+        readings, count = no_readings(params), jnp.zeros((), jnp.int32)
+        return ReuseState(
+            step=count,
+            age=count,
+            policy=policy.init(params),
+            perturbation=perturbation.init(params),
+            part=optax.tree.zeros_like(params),
+            part_ratio=jnp.zeros_like(readings.grad_norm),
+            sharp_fraction=jnp.zeros((), jnp.float32),
+            readings=readings,
+        )
+
+    def update_fn(g, state, params, *, value_fn, ascent_grad, value=UNKNOWN, **extra):
+        perturb = partial(perturbation.update, value_fn=value_fn, **extra)
+        is_sharp, policy_state = policy.decide(g, state.policy)
+        eps, ball = ascend(perturb, g, ascent_grad, state.perturbation, params)
+        age = next_step(state.age)
+
+        def look():
+            sharp_loss, g_s = value_and_grad_at(value_fn, params, eps, perturb_dtype=perturb_dtype)
+            updates, part = take(g, g_s, state.step)
+            readings = take_readings(
+                state.readings,
+                loss=value,
+                sharp_loss=sharp_loss,
+                g=ascent_grad,
+                g_s=g_s,
+                params=params,
+                point=perturbed(params, eps, perturb_dtype),
+                gradients=2,
+                mean_of_ascents=value_fn.mean_of_ascents,
+            )
+            g_norm = _tree.norm(g)
+            ratio = _tree.norm(part) / jnp.where(g_norm == 0, 1, g_norm)
+            observed = policy.observe(g, g_s, policy_state)
+            return updates, part, ratio, jnp.zeros_like(age), observed, readings
+
+        def skip():
+            readings = skip_readings(state.readings, value, g)
+            updates = add(g, state.part, age, state.step)
+            return updates, state.part, state.part_ratio, age, policy_state, readings
+
+        updates, part, ratio, age, policy_state, readings = jax.lax.cond(is_sharp, look, skip)
+        step = next_step(state.step)
+        return updates, ReuseState(
+            step=step,
+            age=age,
+            policy=policy_state,
+            perturbation=ball,
+            part=part,
+            part_ratio=ratio,
+            sharp_fraction=state.sharp_fraction + (is_sharp - state.sharp_fraction) / step,
+            readings=readings,
+        )
+
+    return closure_transformation(init_fn, update_fn, name=name)

@@ -1,0 +1,162 @@
+"""Momentum-SAM: climb against the momentum, at the cost of the base optimizer.
+
+Becker, Altrock, Risse. "Momentum-SAM: Sharpness Aware Minimization without Computational
+Overhead", NeurIPS 2025. https://arxiv.org/abs/2401.12033
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx._base import base_keywords, closure_transformation
+from samx._held import check_like, first_aux
+from samx._sharp import perturbed, value_and_grad_at
+from samx.perturbations import DefaultRho, ball_of
+from samx.readings import Readings, no_readings, take_readings
+
+MOMENTUM_NAMES = ("trace", "mu")  # of optax: sgd and the like, Adam and the like
+
+
+class MomentumSAMState(NamedTuple):
+    """State of `momentum_sam`.
+
+    Attributes:
+        base: State of the base optimizer, which holds the momentum.
+        perturbation: State of the perturbation.
+        aux: The aux of the only pass, shaped like `aux_like`.
+        readings: What the last step saw.
+    """
+
+    base: optax.OptState
+    perturbation: optax.OptState
+    aux: Any
+    readings: Readings
+
+
+def momentum_sam(
+    base: optax.GradientTransformation,
+    rho: optax.ScalarOrSchedule = DefaultRho(3.0),
+    *,
+    momentum: Callable[[optax.OptState], Any] | None = None,
+    aux_like: Any = None,
+    perturbation: optax.GradientTransformation | None = None,
+    perturb_dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """Momentum-SAM: the only gradient of a step is taken where the momentum is about to lead.
+
+        v  = momentum(base state)                      (0 at first)
+        ε  = −ρ v / ‖v‖
+        return base(∇L(w + ε))                         (moves w, not w + ε)
+
+    Args:
+        base: The optimizer that takes the step, one with a momentum: weight decay and clipping
+            included.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
+            optimizer's steps; default 3, the paper's for ResNets on CIFAR-100 and ImageNet: about ten
+            times SAM's. During the warm-up of a vision transformer it uses 0.
+        momentum: `base state -> v`, a tree like the parameters; default the one field named `trace`
+            or `mu`, optax's names.
+        aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `value_fn`. The state
+            then holds the aux of the pass at `w + ε` (BatchNorm statistics, say), to be read with
+            `optax.tree.get(state, "aux")`, and before the first step these arrays, or zeros;
+            default none, aux is dropped.
+        perturbation: Another geometry in place of the ball, which gets −v; then leave `rho` out.
+        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` that wraps `base`. `update` needs `value_fn` (or
+        `losses_fn` and `batch`) and ignores the incoming gradient, so that the compiler removes its
+        computation. Keywords that are not samx's own go on to `base`.
+
+    Raises:
+        ValueError: If `rho` is a negative number, or given together with `perturbation`; in `init`,
+            if the state of `base` has no field `trace` or `mu`, or several, or what `momentum`
+            returns is not shaped like the parameters; in `update`, if aux differs in shape from
+            `aux_like`, and as `closure_transformation` says.
+        TypeError: If `rho` is neither number nor schedule.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx
+        >>> tx = samx.momentum_sam(optax.sgd(0.5, momentum=0.9), rho=0.1)
+        >>> w, loss = jnp.array([3.0, 4.0]), lambda w: 0.5 * w @ w
+        >>> state = tx.init(w)
+        >>> for _ in range(2):
+        ...     updates, state = tx.update(w, state, w, value_fn=loss)
+        ...     print([round(float(u), 2) for u in updates])
+        ...     w = optax.apply_updates(w, updates)
+        [-1.5, -2.0]
+        [-2.07, -2.76]
+
+    References:
+        Becker, Altrock, Risse, "Momentum-SAM: Sharpness Aware Minimization without Computational
+        Overhead", NeurIPS 2025, https://arxiv.org/abs/2401.12033
+
+    Notes:
+        `rho=0` is the base optimizer. Cost: 1 gradient per step, and one transient copy of the
+        parameters; the state is the base's. The parameters are the clean ones, always: the authors'
+        code keeps w + ε in the model and shifts it back to evaluate.
+        Readings: `loss` and `sharp_loss` are both that at w + ε, the only one there is, and
+        `grad_norm` is ‖v‖. aux is that of w + ε too; the authors collect BatchNorm statistics anew
+        at w when training is done.
+        Fidelity: matches MarlonBecker/MSAM with SGD and AdamW. There SGD decays w + ε: with that
+        decay inside the loss it is reproduced; and AdamW decays behind the step, optax before.
+        `static_args`: `base`, `momentum`, `aux_like`, `perturbation`, `perturb_dtype`; `rho` too
+        where `perturbation` is given.
+    """
+    ball = ball_of("momentum_sam", rho, perturbation)
+    base = optax.with_extra_args_support(base)
+    momentum_of = find_momentum if momentum is None else momentum
+
+    def init_fn(params):
+        state = base.init(params)
+        _check_momentum(momentum_of(state), params)
+        return MomentumSAMState(state, ball.init(params), first_aux(aux_like), no_readings(params))
+
+    def update_fn(updates, state, params, *, value_fn, **keywords):
+        del updates
+        v = momentum_of(state.base)
+        eps, ball_state = ball.update(optax.tree.scale(-1, v), state.perturbation, params)
+        (loss, aux), g_s = value_and_grad_at(
+            value_fn, params, eps, has_aux=True, perturb_dtype=perturb_dtype
+        )
+        aux = None if aux_like is None else aux
+        check_like("momentum_sam", "aux", aux, state.aux, "it is the aux of `value_fn`")
+        keywords = base_keywords("momentum_sam", {"value_fn": value_fn, **keywords})
+        updates, base_state = base.update(g_s, state.base, params, **keywords)
+
+        point = perturbed(params, eps, perturb_dtype)
+        readings = take_readings(state.readings, loss, loss, v, g_s, params, point, gradients=1)
+        return updates, MomentumSAMState(base_state, ball_state, aux, readings)
+
+    return closure_transformation(init_fn, update_fn, name="momentum_sam")
+
+
+def find_momentum(state: optax.OptState) -> Any:
+    """The momentum in the state of a base optimizer: its one field named `trace` or `mu`."""
+    found = [
+        (jax.tree_util.keystr(path), value)
+        for name in MOMENTUM_NAMES
+        for path, value in optax.tree.get_all_with_path(state, name)
+    ]
+    if len(found) != 1:
+        where = ", ".join(path for path, _ in found) or "none"
+        raise ValueError(
+            "momentum_sam: `base` must have one momentum, a field named `trace` or `mu` in its "
+            f"state, found {where}. Give it one, optax.sgd(..., momentum=0.9) say, or pass "
+            "`momentum=`, a function from the state of the base to the momentum"
+        )
+    return found[0][1]
+
+
+def _check_momentum(v: Any, params: Any) -> None:
+    def shapes(tree):
+        return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+    if shapes(v) != shapes(params):
+        raise ValueError(
+            "momentum_sam: `momentum` must be shaped like the parameters, got "
+            f"{jax.tree.map(jnp.shape, v)} for {jax.tree.map(jnp.shape, params)}"
+        )

@@ -1,0 +1,129 @@
+"""vSAM: sample the second-order part of SAM's gradient where it varies, reuse it elsewhere.
+
+Deng, Pang, Zhang, Wang. "Effective Gradient Sample Size via Variation Estimation for Accelerating
+Sharpness aware Minimization", 2024. https://arxiv.org/abs/2403.08821
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx import _tree
+from samx._metrics import LeafPredicate
+from samx._reuse import reuse
+from samx.combinations import Mixing, decaying
+from samx.perturbations import DefaultRho, ball_of
+from samx.policies import Policy, quota
+
+
+def vsam(
+    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    decay: optax.ScalarOrSchedule = 0.7,
+    *,
+    reuse_steps: int = 6,
+    window: int = 50,
+    num_blocks: int = 5,
+    max_fraction: float = 0.8,
+    ratio_gain: float = 0.13,
+    variance_gain: float = 0.13,
+    warmup_steps: int = 50,
+    is_measured: LeafPredicate = lambda path, leaf: True,
+    key: int | jax.Array = 0,
+    perturbation: optax.GradientTransformation | None = None,
+    perturb_dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """vSAM: SAM's gradient is g + h; h is sampled on some steps and reused on the next ones.
+
+        if policies.quota(g):  g_s = ∇L(w + ρ g / ‖g‖)
+                               h = g_s − g;  j = 0
+                               return g + h
+        else:                  j = j + 1
+                               return g + (decay ^ j if j ≤ reuse_steps else 0) h
+
+    Every window of steps has its quota of samples, which grows and shrinks with the variation of
+    ‖h‖: see `policies.quota`.
+
+    Args:
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
+            optimizer's steps; default 0.05.
+        decay: β in [0, 1], what is left of h from one step to the next, a number or a schedule;
+            default 0.7.
+        reuse_steps: Steps ≥ 0 behind a sample that reuse it; default 6.
+        window: Steps K ≥ 2 of a window; default 50.
+        num_blocks: Blocks into which the sorted norms of a window are cut; default 5.
+        max_fraction: Upper bound in (0, 1] of the sampled share; default 0.8.
+        ratio_gain: Gain of the relative change of ‖h‖ / ‖g‖; default 0.13.
+        variance_gain: Gain of the relative change of the variance of ‖h‖; default 0.13.
+        warmup_steps: Steps ≥ 0 at the start that are all sampled; default 50. The authors: three
+            epochs.
+        is_measured: `(path, leaf) -> bool`, the leaves over which the policy takes norms; default
+            all. The authors: the last ten tensors of the network.
+        key: Seed or random key of the draws, the same on all devices; default 0.
+        perturbation: Another geometry in place of the ball; then leave `rho` out.
+        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
+        `value_fn` (or `losses_fn` and `batch`); `value` is read if given. Its state holds
+        `part_ratio`, ‖h‖ / ‖g‖ of the last sample, and `sharp_fraction`.
+
+    Raises:
+        ValueError: If a number is out of its range, `num_blocks` does not cut `window` into equal
+            blocks of two or more, or `rho` is given together with `perturbation`; in `update`, see
+            `closure_transformation`.
+        TypeError: If a count is no Python int, `rho` or `decay` neither number nor schedule, or
+            `key` no key.
+
+    Example:
+        >>> import optax, samx
+        >>> tx = optax.chain(samx.vsam(0.05, warmup_steps=3 * 391), optax.sgd(0.05, momentum=0.9))
+
+    References:
+        Deng, Pang, Zhang, Wang, "Effective Gradient Sample Size via Variation Estimation for
+        Accelerating Sharpness aware Minimization", 2024, https://arxiv.org/abs/2403.08821
+
+    Notes:
+        Cost: 1 gradient per step and 1 more on ⌊quota⌋ steps of every window (the authors' own
+        traces sample 29% and 60% of the steps), one copy of the parameters in the state, and a
+        transient one.
+        Fidelity: matches ajiaaa/vSAM, controller included; defaults are those of its training
+        script. There, fewer than `window` samples before the first window end in NaN; here what is
+        missing counts as no change. `static_args`: `reuse_steps`, `window`, `num_blocks`,
+        `max_fraction`, `warmup_steps`, `is_measured`, `key`, `perturbation`, `perturb_dtype`; `rho`
+        too where `perturbation` is given.
+    """
+    policy = quota(
+        window,
+        num_blocks=num_blocks,
+        max_fraction=max_fraction,
+        ratio_gain=ratio_gain,
+        variance_gain=variance_gain,
+        warmup_steps=warmup_steps,
+        is_measured=is_measured,
+        key=key,
+    )
+    ball = ball_of("vsam", rho, perturbation)
+    return reuse_second_order("vsam", policy, ball, decaying(decay, reuse_steps), perturb_dtype)
+
+
+def reuse_second_order(
+    name: str,
+    policy: Policy,
+    perturbation: optax.GradientTransformationExtraArgs,
+    mixing: Mixing,
+    perturb_dtype: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """The decomposition that vSAM and ARSAM share: `u = g + mixing(age, step) h`, `h = g_s − g`."""
+
+    def take(g, g_s, step):
+        h = _tree.subtract(g_s, g)
+        # g + mixing·h, which is g_s to the last bit where the weight is 1.
+        updates = _tree.add_scaled(g_s, mixing(jnp.zeros_like(step), step) - 1, h)
+        return updates, jax.tree.map(lambda x, w: x.astype(w.dtype), h, g)
+
+    def add(g, h, age, step):
+        return _tree.add_scaled(g, mixing(age, step), h)
+
+    return reuse(name, policy, perturbation, take=take, add=add, perturb_dtype=perturb_dtype)
