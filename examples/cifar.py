@@ -59,7 +59,7 @@ import samx.flax
 # Where the command line does not say: the base of a model; learning rate, weight decay of a base.
 BASES = {"resnet18": "momentum", "vit": "adamw"}
 RATES = {"momentum": (0.1, 5e-4), "adamw": (1e-3, 0.05)}
-READINGS = ("loss", "sharp_loss", "grad_norm", "perturbation_norm", "cosine")
+READINGS = ("loss", "sharp_loss", "grad_norm", "perturbation_norm", "cosine", "is_sharp")
 TRAIN_ACCURACY_IMAGES = 2048  # of the training set, whose accuracy each epoch reports
 IN_FLIGHT = 2  # steps that may be dispatched before the first has ended
 NO_DATA = """--data is missing: the path of the archive, packed or unpacked.
@@ -293,6 +293,8 @@ def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str
         def finish_one():
             step, readings = running.popleft()
             values = {name: float(x) for name, x in jax.device_get(readings).items()}
+            if not values.get("is_sharp", True):
+                del values["sharp_loss"]  # nobody measured one
             rate = float(np.asarray(schedule(step - 1)))
             log.write("step", step, **values, learning_rate=rate)
             bar.update(args.batch)
@@ -385,8 +387,8 @@ def draw(log: Log, path: Path, title: str) -> None:
     left, right = figure.subplots(1, 2)
     steps, epochs = log.of("step"), log.of("epoch")
     for name in ("loss", "sharp_loss"):
-        if name in steps[0]:
-            points = [(row["step"], row[name]) for row in steps]
+        points = [(row["step"], row[name]) for row in steps if name in row]
+        if points:
             left.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=0.8)
     left.set(xlabel="step", ylabel="loss", yscale="log")
     for name in ("train_accuracy", "test_accuracy"):

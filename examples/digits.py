@@ -2,6 +2,7 @@
 
     python examples/digits.py
     python examples/digits.py --variants base sam --base adamw --seeds 5 --noise 0.5
+    python examples/digits.py --variants sam looksam ae-sam vsam
 
 A small Flax network learns scikit-learn's digits (1797 real images of 8x8 pixels) twice: with a
 share of its training labels flipped, and with clean labels. Every method gets the same epochs;
@@ -13,6 +14,7 @@ initialization and batches, and all seeds and candidates train at once, vmapped.
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +31,7 @@ import numpy as np
 import optax
 from flax import nnx
 from output import free_folder
-from registry import BASES, VARIANTS
+from registry import BASES, VARIANTS, Variant, check_base
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
@@ -48,6 +50,8 @@ LEARNING_RATES = {
 ROWS = {"base": ("base", 1), "base2x": ("base", 2)} | {
     name: (name, 1) for name in VARIANTS if name not in ("base", "sampa-separate")
 }
+DEFAULT = ("base", "base2x", "sam", "asam", "sampa", "looksam", "momentum-sam")
+TIMED_STEPS = 100
 
 
 class Network(nnx.Module):
@@ -69,6 +73,7 @@ class Trainer(NamedTuple):
     epoch: Callable[..., Any]  # params, state, runs, data, epoch -> params, state, accuracies
     loss_increase: Callable[..., Any]  # params, data -> [runs]
     step: Callable[..., Any]  # one step of one run: params, state, run, batch -> params, state
+    accuracy: Callable[..., Any]  # of one run: params, one part of the data -> share
 
 
 class Runs(NamedTuple):
@@ -104,7 +109,18 @@ def initialize(seed: jax.Array, width: int):
     return nnx.state(Network(width, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
 
 
-def make_trainer(variant: str, base: str, width: int, epochs: int) -> Trainer:
+def shuffled(seed: jax.Array, epoch: jax.Array | int) -> jax.Array:
+    """The seed's batches of an epoch, as rows of the training images [steps, batch]."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), seed), epoch)
+    return jax.random.permutation(key, TRAIN).reshape(STEPS_PER_EPOCH, BATCH)
+
+
+def rows_of(data: dict[str, jax.Array], rows: jax.Array) -> dict[str, jax.Array]:
+    """Some of the images and their labels."""
+    return {name: leaf[rows] for name, leaf in data.items()}
+
+
+def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Trainer:
     """Compile-once functions that train a vector of runs by one epoch."""
     graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
     batch_like = {
@@ -125,7 +141,7 @@ def make_trainer(variant: str, base: str, width: int, epochs: int) -> Trainer:
 
     def optimizer(run):
         schedule = optax.cosine_decay_schedule(run.learning_rate, epochs * STEPS_PER_EPOCH)
-        tx = VARIANTS[variant].make(run.rho, BASES[base](schedule), batch_like, None)
+        tx = variant.make(run.rho, BASES[base](schedule), batch_like, None)
         return optax.with_extra_args_support(tx)
 
     def init(run, params):
@@ -149,15 +165,11 @@ def make_trainer(variant: str, base: str, width: int, epochs: int) -> Trainer:
         return optax.apply_updates(params, updates), state
 
     def epoch(params, state, run, data, epoch):
-        train = data[0]
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), run.seed), epoch)
-        order = jax.random.permutation(key, TRAIN).reshape(STEPS_PER_EPOCH, BATCH)
-
         def body(carry, rows):
             params, state = carry
-            return step(params, state, run, jax.tree.map(lambda leaf: leaf[rows], train)), None
+            return step(params, state, run, rows_of(data[0], rows)), None
 
-        (params, state), _ = jax.lax.scan(body, (params, state), order)
+        (params, state), _ = jax.lax.scan(body, (params, state), shuffled(run.seed, epoch))
         return params, state, jnp.stack([accuracy(params, part) for part in data])
 
     def loss_increase(params, data):
@@ -176,18 +188,33 @@ def make_trainer(variant: str, base: str, width: int, epochs: int) -> Trainer:
         jax.jit(jax.vmap(epoch, in_axes=(0, 0, 0, 0, None)), donate_argnums=(0, 1)),
         jax.jit(jax.vmap(loss_increase)),
         jax.jit(step),
+        jax.jit(accuracy),
     )
 
 
-def train(trainer: Trainer, params, runs: Runs, data, epochs: int, advance: Callable[[], Any]):
-    """Train all runs; returns parameters, states and accuracies [epochs, runs, 3 parts]."""
+class Trained(NamedTuple):
+    """What `train` returns, and how the runs came there."""
+
+    params: Any
+    accuracies: np.ndarray  # [epochs, runs, 3 parts of the data]
+    gradients: np.ndarray  # [epochs, runs], spent so far
+
+
+def train(
+    trainer: Trainer, params, runs: Runs, data, epochs: int, advance: Callable[[], Any]
+) -> Trained:
+    """Train all runs."""
     state = trainer.init(runs, params)
-    history = []
+    history, gradients = [], []
     for index in range(epochs):
         params, state, accuracies = trainer.epoch(params, state, runs, data, index)
         history.append(np.asarray(accuracies))
+        spent = optax.tree.get(state, "gradients_spent")
+        if spent is None:  # the base optimizer keeps no readings: one gradient per step
+            spent = np.full(len(runs.seed), (index + 1) * STEPS_PER_EPOCH)
+        gradients.append(np.asarray(spent))
         advance()
-    return params, state, np.stack(history)
+    return Trained(params, np.stack(history), np.stack(gradients))
 
 
 def choose(trainer, candidates, noise, width, epochs, advance) -> tuple[float, float]:
@@ -195,31 +222,42 @@ def choose(trainer, candidates, noise, width, epochs, advance) -> tuple[float, f
     runs = [(seed, *candidate) for candidate in candidates for seed in TUNING_SEEDS]
     runs = Runs(*map(jnp.asarray, zip(*runs, strict=True)))
     params, data = initialize(runs.seed, width), split(runs.seed, noise)
-    _, _, history = train(trainer, params, runs, data, epochs, advance)
-    validation = history[-1, :, 1].reshape(len(candidates), len(TUNING_SEEDS)).mean(axis=1)
+    trained = train(trainer, params, runs, data, epochs, advance)
+    validation = (
+        trained.accuracies[-1, :, 1].reshape(len(candidates), len(TUNING_SEEDS)).mean(axis=1)
+    )
     return candidates[int(validation.argmax())]
 
 
-def seconds_per_step(trainer: Trainer, params, runs: Runs, data, repeats: int = 100) -> float:
-    """Median seconds of one step of one run, not vmapped, after compilation."""
+def seconds_per_step(trainer: Trainer, params, runs: Runs, data, gradients: float) -> float:
+    """Mean seconds of a step of one run, not vmapped, where steps cost `gradients` on average.
+
+    Of sharp and plain steps each kind's median, weighted by how often it was taken in training: a
+    median of all would be that of the more frequent kind.
+    """
     state = trainer.init(runs, params)
-    params, state, run, batch = jax.tree.map(
-        lambda leaf: leaf[0], (params, state, runs, jax.tree.map(lambda x: x[:, :BATCH], data[0]))
-    )
-    jax.block_until_ready(trainer.step(params, state, run, batch))
-    seconds = []
-    for _ in range(repeats):
+    params, state, run, images = jax.tree.map(lambda x: x[0], (params, state, runs, data[0]))
+    batches = [rows_of(images, rows) for rows in shuffled(run.seed, 0)]
+    jax.block_until_ready(trainer.step(params, state, run, batches[0]))
+    seconds: dict[bool, list[float]] = {}
+    for index in range(TIMED_STEPS):
         start = time.perf_counter()
-        jax.block_until_ready(trainer.step(params, state, run, batch))
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds))
+        params, state = trainer.step(params, state, run, batches[index % STEPS_PER_EPOCH])
+        jax.block_until_ready((params, state))
+        stop = time.perf_counter()
+        is_sharp = bool(optax.tree.get(state, "is_sharp", default=False))
+        seconds.setdefault(is_sharp, []).append(stop - start)
+    medians = {kind: float(np.median(times)) for kind, times in seconds.items()}
+    if len(medians) == 1:
+        return next(iter(medians.values()))
+    return (2 - gradients) * medians[False] + (gradients - 1) * medians[True]
 
 
 def measure(row: str, args: argparse.Namespace, noises: list[float], bar: tqdm) -> list[dict]:
     """Choose, train and measure one row of every table."""
     variant, times = ROWS[row]
     epochs = times * args.epochs
-    trainer = make_trainer(variant, args.base, args.width, epochs)
+    trainer = make_trainer(VARIANTS[variant], args.base, args.width, epochs)
     candidates = candidates_of(row, args)
     results = []
     for noise in noises:
@@ -237,24 +275,23 @@ def measure(row: str, args: argparse.Namespace, noises: list[float], bar: tqdm) 
         runs = Runs(seeds, jnp.full(args.seeds, learning_rate), jnp.full(args.seeds, rho))
         data = split(seeds, noise)
         advance = partial(bar.update, work_of(row, args.seeds))
-        params, state, history = train(
-            trainer, initialize(seeds, args.width), runs, data, epochs, advance
-        )
-        spent = optax.tree.get(state, "gradients_spent")
-        if spent is None:  # the base optimizer keeps no readings: one gradient per step
-            spent = np.full(args.seeds, epochs * STEPS_PER_EPOCH)
+        trained = train(trainer, initialize(seeds, args.width), runs, data, epochs, advance)
+        accuracies, gradients = trained.accuracies, trained.gradients.mean(axis=1)
+        per_step = float(gradients[-1]) / (epochs * STEPS_PER_EPOCH)
+        params = initialize(seeds, args.width)  # training gives its own away
         results.append(
             {
                 "row": row,
                 "noise": noise,
                 "learning_rate": learning_rate,
                 "rho": rho,
-                "train_accuracy": history[-1, :, 0].tolist(),
-                "test_accuracy": history[-1, :, 2].tolist(),
-                "test_accuracy_by_epoch": history[:, :, 2].mean(axis=1).tolist(),
-                "loss_increase": trainer.loss_increase(params, data).tolist(),
-                "gradients": float(spent[0]),
-                "seconds_per_step": seconds_per_step(trainer, params, runs, data),
+                "train_accuracy": accuracies[-1, :, 0].tolist(),
+                "test_accuracy": accuracies[-1, :, 2].tolist(),
+                "test_accuracy_by_epoch": accuracies[:, :, 2].mean(axis=1).tolist(),
+                "loss_increase": trainer.loss_increase(trained.params, data).tolist(),
+                "gradients": float(gradients[-1]),
+                "gradients_by_epoch": gradients.tolist(),
+                "seconds_per_step": seconds_per_step(trainer, params, runs, data, per_step),
             }
         )
     return results
@@ -269,9 +306,9 @@ def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float
     return [(rate, rho) for rate in LEARNING_RATES[args.base] for rho in radii]
 
 
-def work_of(row: str, runs: int) -> float:
-    """Gradient steps in one epoch of `runs` runs: the unit of the progress bar."""
-    return STEPS_PER_EPOCH * runs * VARIANTS[ROWS[row][0]].gradients
+def work_of(row: str, runs: int) -> int:
+    """Gradients in one epoch of `runs` runs, vmapped: there both sides of a branch are computed."""
+    return STEPS_PER_EPOCH * runs * math.ceil(VARIANTS[ROWS[row][0]].gradients)
 
 
 def describe(noise: float) -> str:
@@ -288,7 +325,8 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 def print_table(results: list[dict], noise: float, seeds: int) -> None:
     """One line per method."""
     print(f"\n{describe(noise)}, {seeds} seeds (mean ± standard error)")
-    head = f"{'method':<8} {'test acc. %':>14} {'train acc. %':>13} {'loss increase':>14}"
+    width = max(len("method"), *(len(result["row"]) for result in results))
+    head = f"{'method':<{width}} {'test acc. %':>14} {'train acc. %':>13} {'loss increase':>14}"
     head += f" {'gradients':>10} {'ms/step':>8} {'lr':>7} {'rho':>6}"
     print(head + "\n" + "-" * len(head))
     for result in (r for r in results if r["noise"] == noise):
@@ -296,7 +334,7 @@ def print_table(results: list[dict], noise: float, seeds: int) -> None:
         train_accuracy, _ = mean_and_error([100 * a for a in result["train_accuracy"]])
         increase, _ = mean_and_error(result["loss_increase"])
         print(
-            f"{result['row']:<8} {test:>7.2f} ± {error:4.2f} {train_accuracy:>13.2f}"
+            f"{result['row']:<{width}} {test:>7.2f} ± {error:4.2f} {train_accuracy:>13.2f}"
             f" {increase:>14.4f} {result['gradients']:>10.0f}"
             f" {1e3 * result['seconds_per_step']:>8.3f} {result['learning_rate']:>7g}"
             f" {result['rho']:>6g}"
@@ -323,7 +361,8 @@ def compare(results: list[dict], noise: float) -> None:
 def draw(results: list[dict], noises: list[float], path: Path, title: str) -> None:
     """Final accuracies on the left of each row of panels, the way there on the right."""
     rows = list(dict.fromkeys(r["row"] for r in results))
-    colors = {row: f"C{position}" for position, row in enumerate(rows)}
+    palette = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20")
+    colors = {row: palette(position) for position, row in enumerate(rows)}
     figure, axes = plt.subplots(
         len(noises), 2, figsize=(11, 1.2 + 3.2 * len(noises)), squeeze=False, layout="constrained"
     )
@@ -336,8 +375,7 @@ def draw(results: list[dict], noises: list[float], path: Path, title: str) -> No
                 f"{mean:.1f}", (mean, position), (0, 8), textcoords="offset points", ha="center"
             )
             curve = 100 * np.asarray(result["test_accuracy_by_epoch"])
-            gradients = np.linspace(0, result["gradients"], len(curve) + 1)[1:]
-            right.plot(gradients, curve, color=color, label=result["row"])
+            right.plot(result["gradients_by_epoch"], curve, color=color, label=result["row"])
         left.set_yticks(range(len(rows)), rows)
         left.set_ylim(len(rows) - 0.4, -0.7)
         left.set_title(describe(noise))
@@ -349,7 +387,7 @@ def draw(results: list[dict], noises: list[float], path: Path, title: str) -> No
         best = max(max(r["test_accuracy_by_epoch"]) for r in results if r["noise"] == noise)
         right.set_ylim(100 * best - 15, 100 * best + 1)
         right.grid(alpha=0.3)
-        right.legend(loc="lower right")
+        right.legend(loc="lower right", ncols=1 + len(rows) // 9)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -359,7 +397,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variants", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--variants", nargs="+", choices=list(ROWS), default=list(DEFAULT))
     parser.add_argument("--base", choices=list(BASES), default="momentum")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=40)
@@ -377,6 +415,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.rho and not all(0 <= rho < float("inf") for rho in args.rho):
         parser.error(f"--rho must be finite and at least 0, got {args.rho}")
     try:
+        for row in args.variants:
+            check_base(ROWS[row][0], args.base)
         args.folder = free_folder(args.out, "digits")
     except ValueError as error:
         parser.error(str(error))
@@ -396,7 +436,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         * len(noises)
         for row in args.variants
     )
-    with tqdm(total=int(total), unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
+    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
         results = [r for row in args.variants for r in measure(row, args, noises, bar)]
 
     for noise in noises:

@@ -3,9 +3,14 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import samx
+from samx import policies
+
+Make = Callable[[Any, optax.GradientTransformation, Any, Any], optax.GradientTransformation]
 
 
 class Variant(NamedTuple):
@@ -15,35 +20,45 @@ class Variant(NamedTuple):
         make: `(rho, base, batch_like, aux_like) -> tx`; the last two are the shapes of a batch and
             of the aux of the loss, for variants that hold one in their state.
         radii: Values of rho to choose from on a validation split, ascending.
-        gradients: Gradients per step, in passes over one batch.
+        gradients: Gradients per step, in passes over one batch; where a policy looks at gradients
+            (`ae-sam`, `ae-looksam`, `vsam`, `arsam`) an estimate.
         rho: The paper's recommendation for CIFAR-10.
         keeps_aux: Whether the state holds the aux of a pass, for want of a clean one.
+        cycle: Steps to be timed together: after so many the pattern of sharp and plain steps
+            repeats, or a random one is about itself again. More than 1: some steps are plain.
+        settling: Steps before the first cycle: a warm-up of sharp steps, averages that fill.
     """
 
-    make: Callable[[Any, optax.GradientTransformation, Any, Any], optax.GradientTransformation]
+    make: Make
     radii: tuple[float, ...]
     gradients: float
     rho: float
     keeps_aux: bool = False
+    cycle: int = 1
+    settling: int = 0
 
+
+def in_front(variant: Callable[[Any], optax.GradientTransformation]) -> Make:
+    """How to build a variant that stands in front of its base in a chain."""
+    return lambda rho, base, batch, aux: optax.chain(variant(rho), base)
+
+
+def g_rst(rho: Any) -> optax.GradientTransformation:
+    """Sharp gradients on half of the steps, and twice as much of them."""
+    mixed = samx.combinations.mix(samx.sam(rho), 2.0)
+    return samx.perturb_if(policies.random(0.5), mixed)
+
+
+RADII = (0.1, 0.2, 0.5, 1.0)
+WINDOW, WARMUP = 50, 50  # of `policies.quota`, whose first window is one step short
 
 VARIANTS = {
     "base": Variant(lambda rho, base, batch, aux: base, (0.0,), 1, 0.0),
-    "sam": Variant(
-        lambda rho, base, batch, aux: optax.chain(samx.sam(rho), base),
-        (0.1, 0.2, 0.5, 1.0),
-        2,
-        0.05,
-    ),
-    "asam": Variant(
-        lambda rho, base, batch, aux: optax.chain(samx.asam(rho), base),
-        (0.5, 1.0, 2.0, 4.0),
-        2,
-        0.5,
-    ),
+    "sam": Variant(in_front(samx.sam), RADII, 2, 0.05),
+    "asam": Variant(in_front(samx.asam), (0.5, 1.0, 2.0, 4.0), 2, 0.5),
     "sampa": Variant(
         lambda rho, base, batch, aux: samx.sampa(base, rho, batch_like=batch, aux_like=aux),
-        (0.1, 0.2, 0.5, 1.0),
+        RADII,
         2,
         0.1,
         keeps_aux=True,
@@ -52,9 +67,43 @@ VARIANTS = {
         lambda rho, base, batch, aux: samx.sampa(
             base, rho, batch_like=batch, aux_like=aux, gradients="separate"
         ),
-        (0.1, 0.2, 0.5, 1.0),
+        RADII,
         2,
         0.1,
+        keeps_aux=True,
+    ),
+    "periodic": Variant(
+        in_front(lambda rho: samx.perturb_if(policies.every(5), samx.sam(rho))),
+        RADII,
+        1.2,
+        0.05,
+        cycle=5,
+    ),
+    "rst": Variant(
+        in_front(lambda rho: samx.perturb_if(policies.random(0.5), samx.sam(rho))),
+        RADII,
+        1.5,
+        0.05,
+        cycle=20,
+    ),
+    "g-rst": Variant(in_front(g_rst), RADII, 1.5, 0.05, cycle=20),
+    "looksam": Variant(in_front(samx.looksam), RADII, 1.2, 0.05, cycle=5),
+    "look-layer-sam": Variant(
+        in_front(samx.look_layer_sam), (0.001, 0.003, 0.01, 0.03), 1.2, 0.05, cycle=5
+    ),
+    "ae-sam": Variant(in_front(samx.ae_sam), RADII, 1.5, 0.05, cycle=10, settling=50),
+    "ae-looksam": Variant(in_front(samx.ae_looksam), RADII, 1.5, 0.05, cycle=10, settling=50),
+    "vsam": Variant(
+        in_front(samx.vsam), RADII, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1
+    ),
+    "arsam": Variant(
+        in_front(samx.arsam), RADII, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1
+    ),
+    "momentum-sam": Variant(
+        lambda rho, base, batch, aux: samx.momentum_sam(base, rho, aux_like=aux),
+        (0.1, 0.3, 1.0, 3.0),
+        1,
+        3.0,
         keeps_aux=True,
     ),
 }
@@ -64,3 +113,10 @@ BASES = {
     "momentum": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
     "adamw": optax.adamw,
 }
+
+
+def check_base(variant: str, base: str) -> None:
+    """Raise samx's `ValueError` if the variant cannot have the base, one without momentum say."""
+    x = jax.ShapeDtypeStruct((1,), jnp.float32)
+    # Shapes alone: nothing may run on a device before `data_parallel.py` has chosen some.
+    jax.eval_shape(VARIANTS[variant].make(0.0, BASES[base](0.0), x, None).init, x)

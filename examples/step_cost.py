@@ -1,14 +1,19 @@
 """What a sharpness-aware step costs: time, flops, memory traffic and memory of every variant.
 
-    python examples/step_cost.py                        # everything, on all three models
+    python examples/step_cost.py                        # what is compared by default, three models
     python examples/step_cost.py --variants sam sampa --models dense --repeats 5
     python examples/step_cost.py --variants sam sampa --batch 1 4 16 64 256
+    python examples/step_cost.py --variants sam rst ae-sam vsam --models transformer
 
 Every row of the table is one jitted training step with SGD and momentum; the plain step, without
 any perturbation, is what the others are compared with. In each round every row is timed once, in
 random order, and times are divided by the plain step's of the same round: what slows the machine
 down for a while slows both. The parameters stay where they are, so that every call does the same
-work, and each step gets the optimizer state that the call before it returned.
+work, and each step gets the optimizer state that the call before it returned; the labels change
+from call to call, so that policies which look at the gradient see different ones. Variants that
+take a sharp gradient on some steps only are timed over whole cycles, behind their warm-up; how
+often an adaptive policy (`ae-sam`, `ae-looksam`, `vsam`, `arsam`) takes one here says nothing about
+training, for which there is second_order.py.
 
 Two more rows say what SAM costs without samx, written by hand and with optax.contrib.sam. Prints a
 table for each model and batch size; results.json and step_cost.png go to --out.
@@ -44,16 +49,20 @@ import samx
 LEARNING_RATE = 0.1
 MOMENTUM = 0.9
 RHO = 0.05  # of every row: it does not change the cost
-# A measurement is long enough for the clock, and covers a period of the variants that do not take a
-# sharp gradient on every step.
+# A measurement is long enough for the clock, and covers whole cycles of the variants that do not
+# take a sharp gradient on every step.
 LEAST_SECONDS = 0.02
 LEAST_CALLS = 5
+CLASSES = 10  # of labels, and so many batches that follow each other
+DEFAULT = ("sam", "asam", "sampa", "sampa-separate", "looksam", "momentum-sam")
 CHEAP = 1.2  # "about one gradient": time of a step relative to the plain step
 COMPARISONS = {
     "samx SAM vs by hand, readings read": ("sam", "sam by hand"),
     "samx SAM vs by hand, readings unread": ("sam, readings unread", "sam by hand"),
     "samx SAM vs optax.contrib.sam": ("sam", "optax.contrib.sam"),
     "SAMPa vmap vs separate": ("sampa", "sampa-separate"),
+    "LookSAM vs samx SAM": ("looksam", "sam"),
+    "Momentum-SAM vs plain": ("momentum-sam", "plain"),
 }
 BY_SIZE = ("plain", "sam", "sampa", "sampa-separate")
 HEADER = """\
@@ -70,11 +79,16 @@ class Model(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A step to be measured: `step(params, state, batch) -> (params, state, loss)`."""
+    """A step to be measured: `step(params, state, batch) -> (params, state, loss)`.
+
+    `gradients` is for states that do not count them; `cycle` and `settling` are the variant's.
+    """
 
     step: Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]
     state: Any
     gradients: float
+    cycle: int = 1
+    settling: int = 0
 
 
 def dense(rngs: nnx.Rngs) -> nnx.Module:
@@ -135,7 +149,7 @@ def problem(model: str, size: int) -> tuple[Callable, Any, dict[str, jax.Array]]
     rng = np.random.default_rng(0)
     batch = {
         "image": jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32),
-        "label": jnp.asarray(rng.integers(10, size=size)),
+        "label": jnp.asarray(rng.integers(CLASSES, size=size)),
     }
 
     def losses_fn(params, batch):
@@ -207,7 +221,8 @@ def samx_rows(losses_fn: Callable, params: Any, batch: Any, variants: list[str])
         return optax.apply_updates(params, updates), new, loss
 
     def row(tx, name, read=True):
-        return Row(functools.partial(step, tx, read), tx.init(params), VARIANTS[name].gradients)
+        _, _, gradients, _, _, cycle, settling = VARIANTS[name]
+        return Row(functools.partial(step, tx, read), tx.init(params), gradients, cycle, settling)
 
     rows = {}
     for name in variants:
@@ -221,37 +236,48 @@ def samx_rows(losses_fn: Callable, params: Any, batch: Any, variants: list[str])
 def measure(model: str, size: int, variants: list[str], repeats: int) -> dict:
     """Compile every row of one model at one batch size, then time them all in `repeats` rounds."""
     losses_fn, params, batch = problem(model, size)
+    batches = [batch | {"label": (batch["label"] + shift) % CLASSES} for shift in range(CLASSES)]
     rows = reference_rows(losses_fn, params) | samx_rows(losses_fn, params, batch, variants)
 
     compiled, calls, states, results = {}, {}, {}, {}
+    made = dict.fromkeys(rows, 0)
 
     def run(name, times):
         start = time.perf_counter()
-        for _ in range(times):
-            out = compiled[name](params, states[name], batch)
+        for call in range(made[name], made[name] + times):
+            out = compiled[name](params, states[name], batches[call % CLASSES])
             states[name] = out[1]
         jax.block_until_ready(out)
+        made[name] += times
         return (time.perf_counter() - start) / times
+
+    def spent(name):
+        return float(optax.tree.get(states[name], "gradients_spent", default=0))
 
     for name, row in tqdm(rows.items(), desc=f"{model}, batch {size}: compile", unit="step"):
         compiled[name] = jax.jit(row.step).lower(params, row.state, batch).compile()
         states[name] = row.state
-        run(name, 1)
-        calls[name] = max(LEAST_CALLS, math.ceil(LEAST_SECONDS / run(name, 1)))
+        run(name, max(1, row.settling))
+        least = max(LEAST_CALLS, LEAST_SECONDS / run(name, row.cycle))
+        calls[name] = math.ceil(least / row.cycle) * row.cycle
         cost = compiled[name].cost_analysis()
         results[name] = {
-            "gradients": row.gradients,
             "flops": cost["flops"],
             "bytes": cost["bytes accessed"],
             "temporary_bytes": compiled[name].memory_analysis().temp_size_in_bytes,
+            "is_conditional": row.cycle > 1,
             "seconds": [],
         }
 
     shuffle = random.Random(0)
     rounds = [shuffle.sample(list(rows), len(rows)) for _ in range(repeats)]
     order = [name for names in rounds for name in names]
+    before = {name: (spent(name), made[name]) for name in rows}
     for name in tqdm(order, desc=f"{model}, batch {size}: time", unit="measurement"):
         results[name]["seconds"].append(run(name, calls[name]))
+    for name, (gradients, steps) in before.items():
+        counted = (spent(name) - gradients) / (made[name] - steps)
+        results[name]["gradients"] = counted or rows[name].gradients
 
     leaves = jax.tree.leaves(params)
     copy = sum(leaf.nbytes for leaf in leaves)
@@ -280,15 +306,22 @@ def spread(three: list[float]) -> str:
 def table(rows: dict) -> str:
     lines = [HEADER]
     for name, row in rows.items():
+        marked = name + "*" * row["is_conditional"]
         lines.append(
-            f"{name:<21}{row['gradients']:>9g}{row['flops_to_gradient']:>11.3f}"
+            f"{marked:<21}{row['gradients']:>9.3g}{row['flops_to_gradient']:>11.3f}"
             f"{row['bytes_to_plain']:>8.2f}{row['memory_copies']:>9.2f}"
             f"{row['steps_per_second']:>9.1f}{spread(row['time_to_plain']):>21}"
             f"{row['time_to_by_hand'][1]:>9.2f}"
         )
-    lines.append("Time ratios: median [quartiles] of the rounds. Memory: temporary, above plain.\n")
+    lines.append("Time ratios: median [quartiles] of the rounds. Memory: temporary, above plain.")
+    if any(row["is_conditional"] for row in rows.values()):
+        lines.append(
+            "* gradients: counted over the timed steps, which are whole cycles of sharp and plain "
+            "ones.\n  flops and bytes: of a sharp step, the dearer of the two."
+        )
+    lines.append("")
     for title, (name, reference) in COMPARISONS.items():
-        if name in rows:
+        if name in rows and reference in rows:
             one, other = rows[name], rows[reference]
             lines.append(
                 f"{title:<38}time {spread(quartiles(one, other))}"
@@ -342,7 +375,8 @@ def plot(models: list[list[dict]], path: Path) -> None:
     panels[0, 0].invert_yaxis()
     figure.suptitle("Time of a training step, relative to the plain step")
     figure.supxlabel(
-        "Bars: median time with samx (blue) and without (grey); black: quartiles; orange: flops",
+        "Bars: median time with samx (blue) and without (grey); black: quartiles;\n"
+        "orange: flops, those of a sharp step where some steps are plain",
         fontsize="medium",
     )
     figure.savefig(path, dpi=150)
@@ -378,7 +412,15 @@ def positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = [name for name in VARIANTS if name != "base"]
-    parser.add_argument("--variants", nargs="+", choices=names, default=names, metavar="NAME")
+    help_text = f"of {', '.join(names)}; default: {', '.join(DEFAULT)}"
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=names,
+        default=list(DEFAULT),
+        metavar="NAME",
+        help=help_text,
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=positive, default=15, help="rounds (default 15)")
     defaults = ", ".join(f"{model.batch} for {name}" for name, model in MODELS.items())

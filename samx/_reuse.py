@@ -59,10 +59,10 @@ def reuse(
     check_policy(name, policy)
 
     def init_fn(params):
-        readings, count = no_readings(params), jnp.zeros((), jnp.int32)
+        readings = no_readings(params)
         return ReuseState(
-            step=count,
-            age=count,
+            step=jnp.zeros((), jnp.int32),
+            age=jnp.zeros((), jnp.int32),
             policy=policy.init(params),
             perturbation=perturbation.init(params),
             part=optax.tree.zeros_like(params),

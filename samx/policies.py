@@ -17,6 +17,11 @@ from samx.readings import UNKNOWN, skip_readings
 __all__ = ["Policy", "between", "every", "quota", "random", "squared_norm"]
 
 
+def _unchanged(g: Any, g_s: Any, state: Any) -> Any:
+    del g, g_s
+    return state
+
+
 class Policy(NamedTuple):
     """When to look again: three functions, like an optax transformation of decisions.
 
@@ -42,7 +47,7 @@ class Policy(NamedTuple):
 
     init: Callable[[Any], Any]
     decide: Callable[[Any, Any], tuple[jax.Array, Any]]
-    observe: Callable[[Any, Any, Any], Any] = lambda g, g_s, state: state
+    observe: Callable[[Any, Any, Any], Any] = _unchanged
 
 
 class PerturbIfState(NamedTuple):
@@ -280,12 +285,16 @@ def every(period: int, first: int = 0) -> Policy:
     check_count("period", period)
     check_count("first", first, 0)
 
+    def init(params):
+        del params
+        return StepState(jnp.zeros((), jnp.int32))
+
     def decide(g, state):
         del g
         is_sharp = (state.step >= first) & ((state.step - first) % period == 0)
         return is_sharp, StepState(next_step(state.step))
 
-    return Policy(lambda params: StepState(jnp.zeros((), jnp.int32)), decide)
+    return Policy(init, decide)
 
 
 def between(start: int = 0, stop: int | None = None, policy: Policy | None = None) -> Policy:
@@ -386,7 +395,7 @@ def random(probability: optax.ScalarOrSchedule, key: int | jax.Array = 0) -> Pol
 
 
 def uniform_at(key: jax.Array, step: jax.Array) -> jax.Array:
-    """The draw of a step from [0, 1): made of nothing else, so that a resumed run draws the same."""
+    """The draw of a step from [0, 1), made of nothing else: a resumed run draws the same."""
     return jax.random.uniform(jax.random.fold_in(key, step))
 
 
@@ -454,10 +463,10 @@ def quota(
     ratio_gain: float = 0.13,
     variance_gain: float = 0.13,
     warmup_steps: int = 50,
-    is_measured: LeafPredicate = lambda path, leaf: True,
+    is_measured: LeafPredicate | None = None,
     key: int | jax.Array = 0,
 ) -> Policy:
-    """So many sharp gradients in every window of steps, more of them where they vary: vSAM's policy.
+    """So many sharp gradients in every window of steps, more where they vary: vSAM's policy.
 
         after a sharp gradient:  h = g_s − g
             push ‖h‖ to norms, ‖h‖ / ‖g‖ to ratios     (the last `window` of each)
@@ -519,10 +528,16 @@ def quota(
     largest = max(1, int(window * max_fraction))
 
     def init(params):
-        zeros = jnp.zeros(window, _tree.real_dtype(*jax.tree.leaves(params)))
-        count = jnp.zeros((), jnp.int32)
-        start = jnp.ones((), zeros.dtype)
-        return QuotaState(count, as_key("quota", key), start, count, zeros, zeros, zeros)
+        dtype = _tree.real_dtype(*jax.tree.leaves(params))
+        return QuotaState(
+            step=jnp.zeros((), jnp.int32),
+            key=as_key("quota", key),
+            quota=jnp.ones((), dtype),
+            taken=jnp.zeros((), jnp.int32),
+            norms=jnp.zeros(window, dtype),
+            ratios=jnp.zeros(window, dtype),
+            variances=jnp.zeros(window, dtype),
+        )
 
     def decide(g, state):
         del g
@@ -544,10 +559,11 @@ def quota(
         )
 
     def observe(g, g_s, state):
-        chosen = jax.tree_util.tree_map_with_path(is_measured, g)
-        if not any(jax.tree.leaves(chosen)):
-            raise ValueError("quota: `is_measured` chooses none of the leaves")
-        g, g_s = (_tree.keep(tree, chosen) for tree in (g, g_s))
+        if is_measured is not None:
+            chosen = jax.tree_util.tree_map_with_path(is_measured, g)
+            if not any(jax.tree.leaves(chosen)):
+                raise ValueError("quota: `is_measured` chooses none of the leaves")
+            g, g_s = (_tree.keep(tree, chosen) for tree in (g, g_s))
         length, g_norm = _tree.norm(_tree.subtract(g_s, g)), _tree.norm(g)
         norms = _push(state.norms, length)
         blocks = jnp.sort(norms).reshape(num_blocks, -1)

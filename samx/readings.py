@@ -110,7 +110,7 @@ def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
     zero = jnp.zeros(())
     taken = Readings(
         loss=loss,
-        sharp_loss=UNKNOWN,
+        sharp_loss=jnp.asarray(UNKNOWN),
         grad_norm=_tree.norm(g),
         sharp_grad_norm=zero,
         perturbation_norm=zero,

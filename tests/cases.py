@@ -10,6 +10,8 @@ import optax
 import problem
 
 import samx
+from samx import policies
+from samx.combinations import mix
 from samx.perturbations import layerwise, linf_ball, metric_ball, on_leaves
 
 Hyper = dict[str, Any]
@@ -23,13 +25,17 @@ class Case:
         factory: Takes the hyperparameters by keyword (and the base first, where it wraps one).
         shape: "chain" stands in front of its base, "wraps" takes it as an argument.
         hyper: Every numeric hyperparameter, at the value that the tests use.
-        passes: Forward and backward passes inside one `update`.
+        passes: Forward and backward passes inside one `update`, if it is sharp.
         needs: Closures without which `update` must fail.
         uses_gradient: Whether the incoming gradient is read (one more gradient per step).
         has_base_limit: Whether `rho=0` is the base optimizer.
         needs_batch_like: Whether the factory takes `batch_like`.
         static_args: What `optax.inject_hyperparams` must leave alone.
         climbs: Whether `sharp_loss` and `loss` are of the same batch, so that it is the higher one.
+        like: Another row that has the same program but for what is passed in: suites that compile
+            for long look at that one.
+        is_gated: Whether a policy leaves the sharp gradient out on some steps: among the first
+            six there are some of both kinds.
     """
 
     factory: Callable[..., optax.GradientTransformation]
@@ -42,9 +48,12 @@ class Case:
     needs_batch_like: bool = False
     static_args: tuple[str, ...] = ()
     climbs: bool = True
+    is_gated: bool = False
+    like: str | None = None
 
     @property
     def gradients(self) -> float:
+        """Gradients of a step, if it is sharp."""
         return self.passes[1] + self.uses_gradient
 
     def build(
@@ -77,6 +86,12 @@ def _is_weight(path: Any, leaf: Any) -> bool:
     return path[-1].key.startswith("W")
 
 
+def _random(rho: Any, probability: Any, weight: Any = None) -> optax.GradientTransformation:
+    sam = samx.sam(rho) if weight is None else mix(samx.sam(rho), weight)
+    return samx.perturb_if(policies.random(probability, KEY), sam)
+
+
+KEY = 7  # whose draw makes the second step sharp with a probability of 0.8, but not of 0.4
 SAMPA = Case(
     samx.sampa,
     "wraps",
@@ -89,18 +104,74 @@ SAMPA = Case(
     static_args=("batch_like",),
     climbs=False,
 )
+SAM = Case(samx.sam, "chain", {"rho": 0.05}, (1, 1))
+GATED = replace(SAM, is_gated=True)
 VARIANTS = {
-    "sam": Case(samx.sam, "chain", {"rho": 0.05}, (1, 1)),
-    "asam": Case(samx.asam, "chain", {"rho": 0.5, "eta": 0.01}, (1, 1), static_args=("is_scaled",)),
+    "sam": SAM,
+    "asam": replace(
+        SAM, factory=samx.asam, hyper={"rho": 0.5, "eta": 0.01}, static_args=("is_scaled",)
+    ),
     "sampa": SAMPA,
     # The same, computed or measured differently: every row must keep the whole contract.
     "sampa, separate": replace(SAMPA, factory=partial(samx.sampa, gradients="separate")),
-    "two ascent steps": Case(_ball(metric_ball, ascent_steps=2), "chain", {"rho": 0.05}, (2, 2)),
-    "layerwise": Case(
-        _ball(lambda rho: metric_ball(rho, layerwise())), "chain", {"rho": 0.1}, (1, 1)
+    "two ascent steps": replace(SAM, factory=_ball(metric_ball, ascent_steps=2), passes=(2, 2)),
+    "layerwise": replace(
+        SAM,
+        factory=_ball(lambda rho: metric_ball(rho, layerwise())),
+        hyper={"rho": 0.1},
+        like="asam",
     ),
-    "l-infinity": Case(_ball(linf_ball), "chain", {"rho": 0.005}, (1, 1)),
-    "weights only": Case(
-        _ball(lambda rho: on_leaves(metric_ball(rho), _is_weight)), "chain", {"rho": 0.05}, (1, 1)
+    "l-infinity": replace(SAM, factory=_ball(linf_ball), hyper={"rho": 0.005}, like="sam"),
+    "weights only": replace(
+        SAM, factory=_ball(lambda rho: on_leaves(metric_ball(rho), _is_weight)), like="sam"
+    ),
+    "periodic": replace(
+        GATED, factory=lambda rho: samx.perturb_if(policies.every(2), samx.sam(rho)), like="rst"
+    ),
+    "rst": replace(GATED, factory=lambda rho, p: _random(rho, p), hyper={"rho": 0.05, "p": 0.8}),
+    "g-rst": replace(
+        GATED, factory=_random, hyper={"rho": 0.05, "probability": 0.8, "weight": 2.0}, like="rst"
+    ),
+    "ae_sam": replace(
+        GATED, factory=samx.ae_sam, hyper={"rho": 0.05, "threshold": -0.2, "decay": 0.9}
+    ),
+    "looksam": replace(
+        GATED,
+        factory=partial(samx.looksam, period=2),
+        hyper={"rho": 0.05, "alpha": 0.7},
+        static_args=("period",),
+    ),
+    "look_layer_sam": replace(
+        GATED,
+        factory=partial(samx.look_layer_sam, period=2),
+        hyper={"rho": 0.05, "alpha": 0.7},
+        static_args=("period", "scaling"),
+        like="looksam",
+    ),
+    "ae_looksam": replace(
+        GATED,
+        factory=samx.ae_looksam,
+        hyper={"rho": 0.05, "threshold": -0.2, "alpha": 0.7, "decay": 0.9},
+        like="looksam",
+    ),
+    "vsam": replace(
+        GATED,
+        factory=partial(samx.vsam, window=4, num_blocks=2, warmup_steps=1),
+        hyper={"rho": 0.05, "decay": 0.7},
+        static_args=(
+            *("reuse_steps", "window", "num_blocks", "max_fraction", "warmup_steps", "key"),
+        ),
+    ),
+    "arsam": replace(
+        GATED, factory=lambda rho: samx.arsam(rho, policy=policies.every(2)), like="vsam"
+    ),
+    "momentum_sam": replace(
+        SAM,
+        factory=samx.momentum_sam,
+        shape="wraps",
+        hyper={"rho": 0.3},
+        uses_gradient=False,
+        climbs=False,
     ),
 }
+APART = [name for name, case in VARIANTS.items() if case.like is None]

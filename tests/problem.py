@@ -81,6 +81,16 @@ def train(tx, steps=STEPS, problem=make, losses_fn=losses_fn):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trajectory)
 
 
+def as_numbers(tree):
+    """A tree with its random keys as what they are made of, to be compared."""
+
+    def number(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(x) if is_key else x
+
+    return jax.tree.map(number, tree)
+
+
 def load(name):
     """A recorded trajectory and what its file says about it."""
     with np.load(TRAJECTORIES / f"{name}.npz") as file:

@@ -4,6 +4,8 @@ They share no code with samx, nor with optax.
 """
 
 import copy
+import functools
+import itertools
 
 import jax
 import numpy as np
@@ -19,17 +21,17 @@ class SGD:
         lr = self.lr(self.step_count) if callable(self.lr) else self.lr
         self.step_count += 1
         d = {k: grads[k] + self.weight_decay * params[k] for k in params}
-        if self.momentum:
-            buffer = self.buffer or {k: np.zeros_like(params[k]) for k in params}
-            self.buffer = {k: self.momentum * buffer[k] + d[k] for k in params}
-            look_ahead = {k: d[k] + self.momentum * self.buffer[k] for k in params}
-            d = look_ahead if self.nesterov else self.buffer
+        buffer = self.buffer or {k: np.zeros_like(params[k]) for k in params}
+        self.buffer = {k: self.momentum * buffer[k] + d[k] for k in params}
+        look_ahead = {k: d[k] + self.momentum * self.buffer[k] for k in params}
+        d = look_ahead if self.nesterov else self.buffer
         return {k: params[k] - lr * d[k] for k in params}
 
 
 class Adam:
-    def __init__(self, lr, weight_decay=0.0):
-        self.lr, self.weight_decay, self.t, self.m, self.v = lr, weight_decay, 0, 0.0, 0.0
+    def __init__(self, lr, weight_decay=0.0, decay_behind=False):
+        self.lr, self.weight_decay, self.decay_behind = lr, weight_decay, decay_behind
+        self.t, self.m, self.v = 0, 0.0, 0.0
 
     def step(self, params, grads):
         self.t += 1
@@ -41,7 +43,9 @@ class Adam:
         for k, w in params.items():
             m_hat = self.m[k] / (1 - 0.9**self.t)
             v_hat = self.v[k] / (1 - 0.999**self.t)
-            new[k] = w - self.lr * (m_hat / (np.sqrt(v_hat) + 1e-8) + self.weight_decay * w)
+            moved = w - self.lr * m_hat / (np.sqrt(v_hat) + 1e-8)
+            decayed = moved if self.decay_behind else w
+            new[k] = moved - self.lr * self.weight_decay * decayed
         return new
 
 
@@ -70,6 +74,31 @@ def sign_ball(rho):
     return lambda params, g: {k: rho * np.sign(g[k]) for k in g}
 
 
+def layer_steps(rho, scaling):
+    def perturb(params, g):
+        total, eps = global_norm(g), {}
+        for k in g:
+            w_norm, g_norm = np.sqrt(np.sum(params[k] ** 2)), np.sqrt(np.sum(g[k] ** 2))
+            eps[k] = rho * scaling(w_norm, g_norm, total) * g[k]
+        return eps
+
+    return perturb
+
+
+class FriendlyBall:
+    """A ball around what the moving average of the gradient leaves of it."""
+
+    def __init__(self, radii, sigma, decay):
+        self.radii, self.sigma, self.decay, self.average = iter(radii), sigma, decay, None
+
+    def __call__(self, params, g):
+        average = self.average or {k: np.zeros_like(g[k]) for k in g}
+        self.average = {k: self.decay * average[k] + (1 - self.decay) * g[k] for k in g}
+        left = {k: g[k] - self.sigma * self.average[k] for k in g}
+        return ball(next(self.radii))(params, left)
+
+
+@functools.cache
 def _gradient(losses_fn):
     gradient = jax.jit(jax.grad(lambda p, b: losses_fn(p, b).mean()))
     return lambda params, batch: {k: np.asarray(v) for k, v in gradient(params, batch).items()}
@@ -117,4 +146,161 @@ def train_sampa(base, rho, lam, steps, losses_fn=problem.losses_fn):
         x = base.step(x, {k: (1 - share) * g_tilde[k] + share * g_y[k] for k in x})
         previous = batch
         trajectory.append(x)
+    return _stack(trajectory)
+
+
+def train_gated(base, perturb, combine, steps, num_shards=1, losses_fn=problem.losses_fn):
+    """The trajectory, and whether each step was sharp.
+
+    `combine(t, g, look)` is what the base gets; `look()` takes the sharp gradient. With more than
+    one shard it is the mean over equal parts of the batch, each at the end of its own ascent.
+    `perturb` sees every gradient, so that one with a memory remembers all of them.
+    """
+    data, params = _start()
+    gradient, trajectory, is_sharp = _gradient(losses_fn), [], []
+    for t in range(steps):
+        batch = problem.batch_at(data, t)
+        g = gradient(params, batch)
+        size = problem.BATCH_SIZE // num_shards
+        shards = [
+            {k: x[i * size : (i + 1) * size] for k, x in batch.items()} for i in range(num_shards)
+        ]
+        climbs = [perturb(params, gradient(params, shard)) for shard in shards]
+
+        def look(params=params, shards=shards, climbs=climbs):
+            is_sharp[-1] = True
+            sharp = [
+                gradient({k: params[k] + eps[k] for k in params}, shard)
+                for shard, eps in zip(shards, climbs, strict=True)
+            ]
+            return {k: sum(g_s[k] for g_s in sharp) / num_shards for k in params}
+
+        is_sharp.append(False)
+        params = base.step(params, combine(t, g, look))
+        trajectory.append(params)
+    return _stack(trajectory), is_sharp
+
+
+def inner(a, b):
+    return sum(np.sum(a[k] * b[k]) for k in a)
+
+
+def sometimes(decide, gamma=1.0):
+    """Periodic and randomized SAM, AE-SAM, and with another gamma G-RST."""
+
+    def combine(t, g, look):
+        if not decide(t, g):
+            return g
+        g_s = look()
+        return {k: (1 - gamma) * g[k] + gamma * g_s[k] for k in g}
+
+    return combine
+
+
+class LookSAM:
+    """LookSAM and AE-LookSAM; `alpha` may be a list, one number for every step."""
+
+    def __init__(self, decide, alpha):
+        self.decide, self.alpha, self.g_v = decide, alpha, None
+
+    def __call__(self, t, g, look):
+        if self.decide(t, g):
+            g_s = look()
+            projection = inner(g, g_s) / inner(g, g)
+            self.g_v = {k: g_s[k] - projection * g[k] for k in g}
+            return g_s
+        if self.g_v is None:
+            return g
+        alpha = self.alpha[t] if isinstance(self.alpha, list) else self.alpha
+        ratio = global_norm(g) / global_norm(self.g_v)
+        return {k: g[k] + alpha * ratio * self.g_v[k] for k in g}
+
+
+def listed(decisions):
+    return lambda t, g: bool(decisions[t])
+
+
+class SquaredNorm:
+    """AE-SAM's test, with one threshold for every step."""
+
+    def __init__(self, thresholds, delta):
+        self.thresholds, self.delta, self.mu, self.sigma2 = thresholds, delta, 0.0, np.exp(-10.0)
+
+    def __call__(self, t, g):
+        s = inner(g, g)
+        self.mu = self.delta * self.mu + (1 - self.delta) * s
+        self.sigma2 = self.delta * self.sigma2 + (1 - self.delta) * (s - self.mu) ** 2
+        return s >= self.mu + self.thresholds[t] * np.sqrt(self.sigma2)
+
+
+class VSAM:
+    """vSAM and its controller, in the names of the authors' code."""
+
+    def __init__(self, draws, window, max_p, hp1, hp2, warmup, last_layer):
+        (self.K, self.b), (self.a1, self.a2), self.beta = window, hp1, hp2
+        self.draws, self.warmup, self.last_layer = draws, warmup, last_layer
+        self.largest = int(self.K * max_p)
+        self.psf, self.ratio, self.variances = [0.0] * self.K, [0.0] * self.K, []
+        self.base_sr, self.p, self.cnt, self.flag, self.coef = 1.0, 0.5, 0, 1, 1.0
+        self.base_srs = []
+
+    def __call__(self, t, g, look):
+        is_sam = self.sampling(t)
+        self.base_srs.append(self.base_sr)
+        if is_sam:
+            g_s = look()
+            self.h = {k: g_s[k] - g[k] for k in g}
+            self.coef = 1.0
+            self.measure(g)
+            return {k: g[k] + self.h[k] for k in g}
+        if self.coef > self.beta**6:
+            self.coef *= self.beta
+            return {k: g[k] + self.coef * self.h[k] for k in g}
+        return g
+
+    def sampling(self, t):
+        if t < self.warmup:
+            self.cnt = 1
+            return True
+        if self.flag % self.K == 0:
+            a, b = self.trend(self.ratio), self.trend(self.variances[-self.K :])
+            base_sr = self.base_sr * (1 + self.a1 * a + self.a2 * b)
+            self.base_sr = min(max(base_sr, 1.0), self.largest)
+            self.p, self.cnt = self.base_sr / self.K, 0
+        quota = int(self.base_sr)
+        is_sam = self.cnt < quota and self.draws[t] >= 1 - self.p
+        is_sam = is_sam or self.K - self.flag % self.K <= quota - self.cnt
+        self.flag += 1
+        self.cnt += is_sam
+        return is_sam
+
+    def measure(self, g):
+        psf = global_norm({k: self.h[k] for k in self.last_layer})
+        self.psf = [*self.psf[1:], psf]
+        self.ratio = [*self.ratio[1:], psf / global_norm({k: g[k] for k in self.last_layer})]
+        blocks = np.array_split(sorted(self.psf), self.b)
+        self.variances.append(np.mean([np.var(block, ddof=1) for block in blocks]))
+
+    @staticmethod
+    def trend(x):
+        changes = [(after - before) / before for before, after in itertools.pairwise(x)]
+        return min(max(np.mean(changes), -1.0), 1.0)
+
+
+def train_momentum_sam(base, perturb, steps, decay=0.0, losses_fn=problem.losses_fn):
+    """Momentum-SAM, along the buffer of SGD or Adam; `decay` is that of the perturbed weights.
+
+    `perturb` may be a list, one function for every step.
+    """
+    data, params = _start()
+    gradient, trajectory = _gradient(losses_fn), []
+    for t in range(steps):
+        batch = problem.batch_at(data, t)
+        v = base.m if isinstance(base, Adam) else base.buffer
+        climb = perturb[t] if isinstance(perturb, list) else perturb
+        eps = climb(params, v or {k: np.zeros_like(params[k]) for k in params})
+        q = {k: params[k] - eps[k] for k in params}
+        g = gradient(q, batch)
+        params = base.step(params, {k: g[k] + decay * q[k] for k in params})
+        trajectory.append(params)
     return _stack(trajectory)

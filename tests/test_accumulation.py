@@ -8,12 +8,12 @@ import optax
 import problem
 import pytest
 import regimes
-from cases import VARIANTS
+from cases import APART
 from test_parallel import GLOBAL, VALID, assert_same, batches, build, mean_loss, on_one_device
 
 import samx
 
-every_variant = pytest.mark.parametrize("name", VARIANTS)
+every_program = pytest.mark.parametrize("name", APART)
 pytestmark = pytest.mark.usefixtures("float64")
 
 
@@ -21,7 +21,7 @@ def accumulated(name, num_microbatches=4):
     return lambda like: samx.accumulate(build(name)(like), num_microbatches)
 
 
-@every_variant
+@every_program
 def test_it_is_the_step_of_the_whole_batch(name):
     history = regimes.single(accumulated(name), problem.make()[1], batches())
     assert_same(history, on_one_device(name))

@@ -11,7 +11,7 @@ import optax
 import problem
 import pytest
 import regimes
-from cases import VARIANTS
+from cases import APART, VARIANTS
 from checkpoints import CheckpointError, Checkpoints
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -66,7 +66,7 @@ def saved_sam(tmp_path_factory):
     return folder, kept
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", APART)
 def test_restored_from_nothing_but_the_disk(name, tmp_path):
     undisturbed = Training(name).run(STEPS)
 

@@ -58,14 +58,15 @@ def test_passes_inside_update(name):
         updates, state = tx.update(grads, state, params, losses_fn=losses_fn, batch=batch)
         return optax.apply_updates(params, updates), state
 
-    carry, steps = (params, tx.init(params)), 5
+    carry, steps, sharp = (params, tx.init(params)), 5, 0
     for _ in range(steps):
         carry = step(*carry, batch)
-    jax.block_until_ready(carry)
+        sharp += int(optax.tree.get(carry[1], "is_sharp"))
     jax.effects_barrier()
     forward, backward = case.passes
-    assert counter.passes == {"forward": steps * forward, "backward": steps * backward}
-    assert float(optax.tree.get(carry[1], "gradients_spent")) == steps * case.gradients
+    assert counter.passes == {"forward": sharp * forward, "backward": sharp * backward}
+    spent = float(optax.tree.get(carry[1], "gradients_spent"))
+    assert spent == steps * case.uses_gradient + sharp * backward
 
 
 def wide_problem():
@@ -116,8 +117,10 @@ def flops(program):
     return program.cost_analysis()["flops"]
 
 
-# A loop's body is counted once, however often it runs, hence not "two ascent steps".
-STRAIGHT = [name for name in VARIANTS if "ascent" not in name]
+# A loop's body is counted once, however often it runs, hence not "two ascent steps"; of a branch
+# only the dearer side is.
+GATED = [name for name in VARIANTS if VARIANTS[name].is_gated]
+STRAIGHT = [name for name in VARIANTS if "ascent" not in name and name not in GATED]
 
 
 @pytest.mark.parametrize("name", STRAIGHT)
@@ -129,6 +132,34 @@ def test_flops_are_those_of_the_gradients(name):
 @pytest.mark.parametrize("name", [n for n in STRAIGHT if not VARIANTS[n].uses_gradient])
 def test_an_ignored_gradient_costs_nothing(name):
     assert flops(compiled(name)) == flops(compiled(name, with_gradient=False))
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_each_side_of_a_branch_alone(name, monkeypatch):
+    """A skipped step is one gradient, a sharp one two; and the compiler counts the dearer side."""
+    gradient = flops(compiled("gradient"))
+    assert flops(compiled(name)) / gradient == pytest.approx(2, rel=0.02)
+    for side, gradients in ((0, 2), (1, 1)):
+        monkeypatch.setattr(jax.lax, "cond", lambda _, *sides, side=side: sides[side]())
+        alone = compiled.__wrapped__(name)
+        assert flops(alone) / gradient == pytest.approx(gradients, rel=0.02)
+
+
+# What each holds above its base, in copies of the parameters.
+HELD = {name: 1 for name in ("looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam")}
+
+
+@pytest.mark.parametrize("name", [*GATED, "momentum_sam"])
+def test_size_of_the_state(name):
+    params, batch = wide_problem()
+
+    def size(tx):
+        return sum(x.size for x in jax.tree.leaves(jax.eval_shape(tx.init, params)))
+
+    base = optax.sgd(0.1, momentum=0.9)
+    copy = sum(leaf.size for leaf in jax.tree.leaves(params))
+    extra = size(VARIANTS[name].build(base, batch_like=batch)) - size(base)
+    assert 0 < extra - HELD.get(name, 0) * copy < 40  # readings, clocks and windows
 
 
 @pytest.mark.parametrize("donate", [False, True])

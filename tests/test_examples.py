@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import parallel_cost
 import pytest
+import second_order
 import step_cost
 from communication import communicated_bytes
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from output import free_folder
-from registry import BASES, VARIANTS
+from registry import BASES, VARIANTS, check_base
 
 TINY = ["--seeds", "2", "--epochs", "1", "--width", "4"]
+SOME = ["base2x", "sam", "sampa", "ae-sam"]  # one of each kind
 
 
 @pytest.fixture(autouse=True)
@@ -26,17 +28,22 @@ def in_empty_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_digits_runs_every_variant(in_empty_folder, capsys):
-    results = digits.main([*TINY, "--rho", "0.1", "--out", "results"])
+def test_digits_runs_variants_of_every_kind(in_empty_folder, capsys):
+    results = digits.main([*TINY, "--variants", *SOME, "--rho", "0.1", "--out", "results"])
     report = json.loads((in_empty_folder / "results" / "results.json").read_text())
     assert [r["row"] for r in report["results"]] == [r["row"] for r in results]
     assert {(r["row"], r["noise"]) for r in results} == {
-        (row, noise) for row in digits.ROWS for noise in (0.3, 0.0)
+        (row, noise) for row in SOME for noise in (0.3, 0.0)
     }
     for result in results:
         variant, times = digits.ROWS[result["row"]]
         steps = times * digits.STEPS_PER_EPOCH
-        assert result["gradients"] == steps * VARIANTS[variant].gradients
+        if variant == "ae-sam":  # as its runs decide
+            assert steps < result["gradients"] < 2 * steps
+        else:
+            assert result["gradients"] == steps * VARIANTS[variant].gradients
+        assert result["gradients_by_epoch"][-1] == result["gradients"]
+        assert len(result["gradients_by_epoch"]) == times
         assert len(result["test_accuracy"]) == 2
         assert len(result["test_accuracy_by_epoch"]) == times
         assert result["rho"] == (0.0 if variant == "base" else 0.1)
@@ -45,8 +52,39 @@ def test_digits_runs_every_variant(in_empty_folder, capsys):
     printed = capsys.readouterr().out
     for text in ("device:", "standard error", "test acc", "loss increase", "results.json", "cpu"):
         assert text in printed
-    for row in digits.ROWS:
+    for row in SOME:
         assert row in printed
+
+
+@pytest.mark.parametrize("gradients", [1.0, 1.2, 2.0])
+def test_digits_times_sharp_and_plain_steps_by_their_share(gradients, monkeypatch):
+    """A clock on which a plain step takes 1 s and a sharp one, the third of every three, 11 s."""
+    ticks = iter(np.cumsum([0.0, *([1.0, 0.0] * 2 + [11.0, 0.0]) * digits.TIMED_STEPS]))
+    monkeypatch.setattr(digits.time, "perf_counter", lambda: next(ticks))
+    trainer = digits.Trainer(
+        init=lambda runs, params: {"is_sharp": jnp.zeros(1, bool), "step": jnp.zeros(1)},
+        epoch=digits.train,
+        loss_increase=digits.train,
+        step=lambda params, state, run, batch: (
+            params,
+            {"is_sharp": state["step"] % 3 == 2, "step": state["step"] + 1},
+        ),
+        accuracy=digits.train,
+    )
+    runs = digits.Runs(*(jnp.zeros(1, int) for _ in digits.Runs._fields))
+    data = ({"x": jnp.zeros((1, digits.TRAIN, 1))},)
+    seconds = digits.seconds_per_step(trainer, {}, runs, data, gradients)
+    assert seconds == pytest.approx(1 + 10 * (gradients - 1))
+
+
+def test_digits_shows_what_a_base_lacks():
+    for variant in VARIANTS:
+        for base in BASES:
+            if (variant, base) == ("momentum-sam", "sgd"):
+                with pytest.raises(ValueError, match="must have one momentum"):
+                    check_base(variant, base)
+            else:
+                check_base(variant, base)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -84,6 +122,15 @@ BAD_ARGUMENTS = {
         ("--rho -0.1", "--rho must be finite and at least 0"),
         ("--rho nan", "--rho must be finite and at least 0"),
         ("--base adagrad", "adagrad.*momentum"),
+        ("--base sgd --variants sam momentum-sam", "momentum_sam: `base` must have one momentum"),
+    ],
+    second_order: [
+        ("--seeds 0", "--seeds must be at least 1, got 0"),
+        ("--epochs -1", "--epochs must be at least 1, got -1"),
+        ("--width 0", "--width must be at least 1, got 0"),
+        ("--noise 1", r"--noise must be in \[0, 1\), got 1.0"),
+        ("--rho nan", "--rho must be finite and at least 0, got nan"),
+        ("--learning-rate 0", "--learning-rate must be finite and above 0, got 0.0"),
     ],
     step_cost: [
         ("--repeats 0", "--repeats"),
@@ -124,16 +171,37 @@ def test_bad_arguments(script, arguments, message, in_empty_folder, capsys):
     assert not (in_empty_folder / "runs").exists()
 
 
-def test_step_cost_measures_every_variant(in_empty_folder, capsys):
+def test_step_cost_measures_its_default_variants(in_empty_folder, capsys):
     step_cost.main(["--models", "dense", "--batch", "8", "--repeats", "1", "--out", "cost"])
     assert (in_empty_folder / "cost" / "step_cost.png").stat().st_size > 10_000
     assert not (in_empty_folder / "cost" / "sizes.png").exists()
     report = json.loads((in_empty_folder / "cost" / "results.json").read_text())
     assert [(r["model"], r["batch"]) for r in report["results"]] == [("dense", 8)]
+    rows = report["results"][0]["rows"]
+    for name in step_cost.DEFAULT:
+        assert rows[name]["gradients"] == pytest.approx(VARIANTS[name].gradients)
     printed = capsys.readouterr().out
-    for row in ("plain", "sam by hand", "optax.contrib.sam", *set(VARIANTS) - {"base"}):
+    for row in ("plain", "sam by hand", "optax.contrib.sam", "looksam*", *step_cost.DEFAULT):
         assert row in printed
     assert "Largest batch" not in printed
+
+
+def test_step_cost_measures_policies_over_whole_cycles(in_empty_folder, capsys, monkeypatch):
+    tiny = step_cost.Model(lambda rngs: nnx.Linear(4, 10, rngs=rngs), (4,), 8)
+    names = ["rst", "ae-sam", "vsam"]
+    monkeypatch.setattr(step_cost, "MODELS", {"tiny": tiny})
+    step_cost.main(["--repeats", "1", "--out", "cost", "--variants", "sampa", *names])
+    report = json.loads((in_empty_folder / "cost" / "results.json").read_text())
+    rows = report["results"][0]["rows"]
+    assert 1 < rows["vsam"]["gradients"] < 1.5  # behind the warm-up, where all steps are sharp
+    assert 1 < rows["ae-sam"]["gradients"] < 2  # the gradient changes from call to call
+    assert 1.2 < rows["rst"]["gradients"] < 1.8
+    assert [name for name, row in rows.items() if row["is_conditional"]] == [
+        "rst",
+        "ae-sam",
+        "vsam",
+    ]
+    assert "of a sharp step, the dearer" in capsys.readouterr().out
 
 
 def test_step_cost_over_batch_sizes(in_empty_folder, capsys, monkeypatch):

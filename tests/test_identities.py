@@ -1,5 +1,7 @@
 """The lattice of limits: what every variant turns into at the ends of its hyperparameters."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ from cases import VARIANTS
 
 import samx
 from samx import perturbations as geometry
+from samx import policies
+from samx.combinations import decaying, mix
 
 pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
 
@@ -66,10 +70,147 @@ EQUAL_TO_SAM = {
 }
 
 
+EXACTLY_SAM = {
+    "looksam, period 1": lambda: samx.looksam(0.2, period=1),
+    "ae_sam, no threshold": lambda: samx.ae_sam(0.2, -jnp.inf),
+    "ae_looksam, no threshold": lambda: samx.ae_looksam(0.2, -jnp.inf),
+    "every step": lambda: samx.perturb_if(policies.every(1), samx.sam(0.2)),
+    "always": lambda: samx.perturb_if(policies.between(), samx.sam(0.2)),
+    "probability 1": lambda: samx.perturb_if(policies.random(1.0), samx.sam(0.2)),
+    "a schedule of probability 1": lambda: samx.perturb_if(
+        policies.random(optax.constant_schedule(1.0)), samx.sam(0.2)
+    ),
+    "mixed with weight 1": lambda: mix(samx.sam(0.2), 1.0),
+    "vsam in its warm-up": lambda: samx.vsam(0.2, warmup_steps=STEPS),
+    "arsam, every step": lambda: samx.arsam(0.2, policy=policies.every(1)),
+}
+EQUAL_TO_SAM |= EXACTLY_SAM | {
+    "look_layer_sam, one length for all": lambda: samx.look_layer_sam(
+        0.2, period=1, scaling=lambda w, g, total: 1 / total
+    ),
+}
+
+
+@functools.cache
+def trained(make, steps=STEPS):
+    return problem.train(optax.chain(make(), MOMENTUM), steps)
+
+
+def sam():
+    return samx.sam(0.2)
+
+
 @pytest.mark.parametrize("name", EQUAL_TO_SAM)
 def test_equal_to_sam(name):
-    sam = problem.train(optax.chain(samx.sam(0.2), MOMENTUM), STEPS)
-    assert_same(problem.train(optax.chain(EQUAL_TO_SAM[name](), MOMENTUM), STEPS), sam)
+    run = trained(EQUAL_TO_SAM[name])
+    assert_same(run, trained(sam), atol=0 if name in EXACTLY_SAM else 1e-13)
+
+
+EQUAL_TO_BASE = {
+    "probability 0": lambda: samx.perturb_if(policies.random(0.0), sam()),
+    "never": lambda: samx.perturb_if(policies.between(stop=0), sam()),
+    "ae_sam, infinite threshold": lambda: samx.ae_sam(0.2, jnp.inf),
+    "ae_looksam, infinite threshold": lambda: samx.ae_looksam(0.2, jnp.inf),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL_TO_BASE)
+def test_equal_to_the_base_exactly(name):
+    assert_same(trained(EQUAL_TO_BASE[name]), trained(optax.identity), atol=0)
+
+
+def test_mixed_with_weight_zero_is_the_base():
+    assert_same(trained(lambda: mix(sam(), 0.0)), trained(optax.identity))
+
+
+CONTROLLER = {"window": 4, "num_blocks": 2, "warmup_steps": 4, "variance_gain": 5.0, "key": 1}
+EQUAL_PAIRS = {
+    "looksam, alpha 0": (
+        lambda: samx.looksam(0.2, alpha=0.0),
+        lambda: samx.perturb_if(policies.every(5), sam()),
+    ),
+    "ae_looksam, alpha 0": (
+        lambda: samx.ae_looksam(0.2, 0.5, alpha=0.0),
+        lambda: samx.ae_sam(0.2, 0.5),
+    ),
+    "ae_sam": (
+        lambda: samx.ae_sam(0.2, 0.5, 0.8),
+        lambda: samx.perturb_if(policies.squared_norm(0.5, 0.8), sam()),
+    ),
+    "arsam that always samples": (
+        lambda: samx.arsam(0.2, policy=policies.every(1), mixing=lambda age, step: 0.3),
+        lambda: mix(sam(), 0.3),
+    ),
+    "vsam without reuse": (
+        lambda: samx.vsam(0.2, reuse_steps=0, **CONTROLLER),
+        lambda: samx.perturb_if(policies.quota(**CONTROLLER), sam()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL_PAIRS)
+def test_equal_pairs(name):
+    one, other = (problem.train(optax.chain(make(), MOMENTUM), 14) for make in EQUAL_PAIRS[name])
+    assert_same(one, other, atol=0)
+
+
+def test_vsam_is_arsam_whose_reuse_ends():
+    """Over two windows; ARSAM's default never drops h."""
+    controller = {"window": 12, "num_blocks": 2, "warmup_steps": 4, "key": 1}
+
+    def arsam(mixing=None):
+        return samx.arsam(0.2, policy=policies.quota(**controller), mixing=mixing)
+
+    runs = [
+        problem.train(optax.chain(tx, MOMENTUM), 30)
+        for tx in (samx.vsam(0.2, **controller), arsam(decaying(0.7, last=6)), arsam())
+    ]
+    assert_same(*runs[:2], atol=0)
+    same = [np.array_equal(a, b) for a, b in zip(runs[0]["W1"], runs[2]["W1"], strict=True)]
+    assert same == [True] * 10 + [False] * 20  # four steps of the warm-up, six of reuse
+
+
+def test_weight_of_a_reused_part():
+    weight = decaying(optax.linear_schedule(1.0, 0.0, 10), last=2)
+    steps, ages = jnp.arange(4), jnp.array([0, 1, 2, 3])
+    np.testing.assert_allclose(weight(ages, steps), [1.0, 0.9, 0.64, 0.0])
+
+
+def test_ratio_of_the_part_that_is_kept():
+    curvature, w, tx = np.array([1.0, 5.0]), jnp.array([2.0, 1.0]), samx.looksam(0.5)
+
+    @jax.jit
+    def update(g, state):
+        return tx.update(g, state, w, value_fn=lambda w: w @ (curvature * w) / 2)
+
+    g = curvature * w
+    g_s, state = update(g, tx.init(w))
+    ratio = jnp.linalg.norm(g_s - (g @ g_s) / (g @ g) * g) / jnp.linalg.norm(g)
+    np.testing.assert_allclose(state.part_ratio, ratio, rtol=1e-12)
+    _, state = update(2 * g, state)
+    np.testing.assert_allclose(state.part_ratio, ratio, rtol=1e-12)  # that of the last sharp step
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000])
+def test_looksam_reuses_nothing_where_both_gradients_are_parallel(size):
+    """What is left across `g` is rounding, and would be made as long as `g`."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=size), jnp.float32)
+    tx = samx.looksam(0.05, period=5)
+
+    def value_fn(w):
+        return 1.7 * w @ w
+
+    @jax.jit
+    def step(w, state):
+        g = jax.grad(value_fn)(w)
+        u, state = tx.update(g, state, w, value_fn=value_fn)
+        return w - 0.01 * u, state, g, u
+
+    state = tx.init(w)
+    for t in range(10):
+        w, state, g, u = step(w, state)
+        assert bool(state.readings.is_sharp) == (t % 5 == 0)
+        assert np.array_equal(g, u) == (t % 5 != 0)
 
 
 @pytest.mark.parametrize("ascent_steps", [1, 2, 4])

@@ -9,13 +9,13 @@ import optax
 import problem
 import pytest
 import regimes
-from cases import VARIANTS
+from cases import APART, VARIANTS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import samx
 
-every_variant = pytest.mark.parametrize("name", VARIANTS)
+every_program = pytest.mark.parametrize("name", APART)
 
 # Parameters spread over the data axis and gathered in the loss (FSDP), or over an axis of their
 # own, where the loss computes with shards (tensor parallelism).
@@ -58,7 +58,7 @@ def on_one_device(name):
     )
 
 
-@every_variant
+@every_program
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sharded_parameters(name, axis_type, layout, float64):
@@ -155,7 +155,7 @@ def test_state_specs_that_do_not_match(argument):
         samx.state_specs(tx, params, **{argument: {"other": P()}})
 
 
-@every_variant
+@every_program
 def test_every_step_lowers_for_every_platform(name):
     """As one would call it: `jit` on one device, and `shard_map` over two."""
     data, params = problem.make("float32")

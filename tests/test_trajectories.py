@@ -13,9 +13,17 @@ import pytest
 import reference
 
 import samx
-from samx.perturbations import layerwise, linf_ball, magnitude, metric_ball, on_leaves
+from samx import policies
+from samx.combinations import mix
+from samx.perturbations import (
+    layerwise,
+    linf_ball,
+    magnitude,
+    metric_ball,
+    on_leaves,
+)
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
 
 SGD, MOMENTUM = optax.sgd(0.1), optax.sgd(0.1, momentum=0.9)
 ADAMW = optax.adamw(0.01, weight_decay=0.01)
@@ -39,6 +47,14 @@ def normalization_only(path, leaf):
     return path[-1].key in ("g", "c")
 
 
+def second_layer(path, leaf):
+    return path[-1].key.endswith("2")
+
+
+def falling(total_steps):
+    return optax.linear_schedule(1.0, -1.0, total_steps)
+
+
 RECORDED = {
     "base__sgd": lambda: SGD,
     "base__sgdm": lambda: MOMENTUM,
@@ -55,7 +71,29 @@ RECORDED = {
     "sampa__sgdm_wd5e-4_cosine_lam0.2_rho0.1": lambda: sampa(
         decayed(optax.sgd(cosine, momentum=0.9))
     ),
+    "looksam_becker__sgdm_k5_a0.7_rho0.05": lambda: optax.chain(samx.looksam(), MOMENTUM),
+    "momentumsam__sgdm_rho0.3": lambda: samx.momentum_sam(MOMENTUM, 0.3),
+    "momentumsam__adamw_rho0.3": lambda: samx.momentum_sam(optax.adam(0.01), 0.3),
+    "ref_aesam__sgdm_l-1_l1_rho0.05_48steps": lambda: optax.chain(
+        samx.ae_sam(0.05, falling(48)), MOMENTUM
+    ),
+    "ref_aelooksam__sgdm_l-1_l1_rho0.05": lambda: optax.chain(
+        samx.ae_looksam(0.05, falling(12)), MOMENTUM
+    ),
+    "vsam__sgdm_rho0.05_win4x2_hp0.13": lambda: optax.chain(
+        samx.vsam(0.05, window=4, num_blocks=2, warmup_steps=5, is_measured=second_layer), MOMENTUM
+    ),
 }
+
+
+def watch(tx, steps, *names, make=problem.make):
+    """The parameters and fields of the state after every step."""
+    data, params = make()
+    step, state, history = jax.jit(problem.make_step(tx)), tx.init(params), []
+    for t in range(steps):
+        params, state = step(params, state, problem.batch_at(data, t))
+        history.append((params, *(optax.tree.get(state, name) for name in names)))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *history)
 
 
 def assert_same(trajectory, expected, tolerance=1e-10):
@@ -65,10 +103,21 @@ def assert_same(trajectory, expected, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_recorded_run_of_the_authors_code(name):
+def test_recorded_run_of_the_authors_code(name, monkeypatch):
     expected, _ = problem.load(name)
+    if "draw" in expected:  # not a number on steps that drew none
+        draws = jnp.nan_to_num(jnp.asarray(expected["draw"]))
+        monkeypatch.setattr(policies, "uniform_at", lambda key, step: draws[step])
+    names = {"mask_is_sam": "is_sharp", "base_sr": "quota", "mu": "mean", "sigma2": "variance"}
+    names = {theirs: ours for theirs, ours in names.items() if theirs in expected}
     make = problem.make_layer_norm if name.startswith("samon") else problem.make
-    assert_same(problem.train(RECORDED[name](), problem=make), expected)
+    trajectory, *read = watch(RECORDED[name](), len(expected["W1"]), *names.values(), make=make)
+    # LookSAM's projection divides by ‖g‖² + 1e-12 there.
+    assert_same(
+        trajectory | dict(zip(names, read, strict=True)),
+        {key: expected[key] for key in (*trajectory, *names)},
+        tolerance=1e-9 if "looksam" in name else 1e-10,
+    )
 
 
 def test_every_recorded_run_is_used():
@@ -174,3 +223,218 @@ def test_layerwise_metric_by_hand():
     for name in g:
         expected = 0.3 * scales[name] ** 2 * g[name] / length
         np.testing.assert_allclose(eps[name], expected, rtol=1e-12)
+
+
+def every(period, first=0):
+    return reference.listed([t >= first and (t - first) % period == 0 for t in range(STEPS)])
+
+
+def drawn(probability, key):
+    """The draws of `policies.random`, from its definition."""
+    steps = jnp.arange(STEPS)
+    draws = jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(jax.random.key(key), t)))(
+        steps
+    )
+    return reference.listed(draws < probability)
+
+
+def linear(start, stop, steps):
+    """A schedule, and its values."""
+    values = np.linspace(start, stop, steps, endpoint=False).tolist()
+    return optax.linear_schedule(start, stop, steps), values
+
+
+ALPHA, ALPHAS = linear(0.0, 1.0, STEPS)
+THRESHOLD, THRESHOLDS = linear(1.5, -1.0, 48)
+LOOK_LAYER = {  # rule, rho, base
+    "relative": (lambda w, g, total: w / g, 0.02, "adamw"),
+    "equal": (lambda w, g, total: 1 / g, 0.05, "nesterov"),
+    "divided twice": (lambda w, g, total: w / g**2, 0.002, "adam"),
+}
+GATED = {  # samx, the reference's perturbation and combination, base, steps
+    "looksam": (
+        lambda: samx.looksam(0.2, 3, 0.3),
+        reference.ball(0.2),
+        lambda: reference.LookSAM(every(3), 0.3),
+        "nesterov",
+    ),
+    "looksam with a schedule of alpha": (
+        lambda: samx.looksam(0.1, 4, ALPHA),
+        reference.ball(0.1),
+        lambda: reference.LookSAM(every(4), ALPHAS),
+        "adam",
+    ),
+    "look_layer_sam": (
+        lambda: samx.look_layer_sam(0.05, 4, 0.3),
+        reference.layer_steps(0.05, lambda w, g, total: w / g / total),
+        lambda: reference.LookSAM(every(4), 0.3),
+        "momentum and decay",
+    ),
+    **{
+        f"look_layer_sam, {name}": (
+            lambda rule=rule, rho=rho: samx.look_layer_sam(rho, 4, 0.3, scaling=rule),
+            reference.layer_steps(rho, rule),
+            lambda: reference.LookSAM(every(4), 0.3),
+            base,
+        )
+        for name, (rule, rho, base) in LOOK_LAYER.items()
+    },
+    "periodic": (
+        lambda: samx.perturb_if(policies.every(3, first=2), samx.sam(0.1)),
+        reference.ball(0.1),
+        lambda: reference.sometimes(every(3, 2)),
+        "adamw",
+    ),
+    "rst": (
+        lambda: samx.perturb_if(policies.random(0.4, key=3), samx.sam(0.2)),
+        reference.ball(0.2),
+        lambda: reference.sometimes(drawn(0.4, 3)),
+        "nesterov",
+    ),
+    "g-rst, gamma 2": (
+        lambda: samx.perturb_if(policies.random(0.5), mix(samx.sam(0.1), 2.0)),
+        reference.ball(0.1),
+        lambda: reference.sometimes(drawn(0.5, 0), gamma=2.0),
+        "momentum and decay",
+    ),
+    "ae_sam": (
+        lambda: samx.ae_sam(0.2, THRESHOLD, 0.8),
+        reference.ball(0.2),
+        lambda: reference.sometimes(reference.SquaredNorm(THRESHOLDS, 0.8)),
+        "momentum and decay",
+        48,
+    ),
+    "ae_looksam": (
+        lambda: samx.ae_looksam(0.1, 0.3, 0.2, decay=0.5),
+        reference.ball(0.1),
+        lambda: reference.LookSAM(reference.SquaredNorm([0.3] * STEPS, 0.5), 0.2),
+        "adam",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_against_reference(name):
+    make, perturb, combine, base, *rest = GATED[name]
+    steps = rest[0] if rest else STEPS
+    tx, make_reference = BASES[base]
+    expected, is_sharp = reference.train_gated(make_reference(), perturb, combine(), steps)
+    trajectory, sharp = watch(optax.chain(make(), tx), steps, "is_sharp")
+    assert 3 <= sum(is_sharp) <= steps - 3
+    np.testing.assert_array_equal(sharp, is_sharp)
+    assert_same(trajectory, expected)
+
+
+@pytest.mark.parametrize("base", ["momentum and decay", "adam"])
+def test_vsam_against_reference_past_several_windows(base):
+    steps, tx, make_reference = 66, *BASES[base]
+    draws = np.random.default_rng(1).uniform(size=steps)
+    variant = reference.VSAM(draws, (10, 2), 0.8, (0.5, 0.5), 0.7, 12, ["W1", "W2"])
+    expected, is_sharp = reference.train_gated(
+        make_reference(), reference.ball(0.1), variant, steps
+    )
+    vsam = samx.vsam(
+        0.1,
+        window=10,
+        num_blocks=2,
+        ratio_gain=0.5,
+        variance_gain=0.5,
+        warmup_steps=12,
+        is_measured=lambda path, leaf: path[-1].key in WEIGHTS,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policies, "uniform_at", lambda key, step: jnp.asarray(draws)[step])
+        trajectory, sharp, fractions, quotas, ages = watch(
+            optax.chain(vsam, tx), steps, "is_sharp", "sharp_fraction", "quota", "age"
+        )
+    np.testing.assert_array_equal(sharp, is_sharp)
+    np.testing.assert_allclose(fractions, np.cumsum(is_sharp) / np.arange(1, steps + 1), rtol=1e-5)
+    np.testing.assert_allclose(quotas, variant.base_srs, rtol=1e-9)
+    assert ages.max() > 7  # the reuse expired
+    assert len(set(quotas.astype(int))) > 1
+    assert_same(trajectory, expected)
+
+
+def adamw_decayed_behind(learning_rate, weight_decay):
+    """The authors' AdamW: w ← (1 − lr·wd) (w + u)."""
+
+    def update_fn(updates, state, params):
+        return jax.tree.map(
+            lambda u, w: u - learning_rate * weight_decay * (w + u), updates, params
+        ), state
+
+    decay = optax.GradientTransformation(lambda params: optax.EmptyState(), update_fn)
+    return optax.chain(optax.adam(learning_rate), decay)
+
+
+MOMENTUM_BASES = BASES | {
+    "sgd of momentum 0": (optax.sgd(0.1, momentum=0.0), lambda: reference.SGD(0.1)),
+    "adam, decay behind": (
+        adamw_decayed_behind(0.01, 0.5),
+        lambda: reference.Adam(0.01, 0.5, decay_behind=True),
+    ),
+}
+del MOMENTUM_BASES["sgd, decay and cosine"]  # has no momentum
+
+
+RHO, RHOS = linear(0.2, 0.8, STEPS)
+
+
+@pytest.mark.parametrize("base", MOMENTUM_BASES)
+def test_momentum_sam_against_reference(base):
+    tx, make_reference = MOMENTUM_BASES[base]
+    balls = [reference.ball(rho) for rho in RHOS]
+    expected = reference.train_momentum_sam(make_reference(), balls, STEPS)
+    assert_same(problem.train(samx.momentum_sam(tx, RHO), STEPS), expected)
+
+
+def test_l2_inside_the_loss_is_the_decay_of_the_perturbed_weights():
+    def losses_fn(params, batch):
+        squares = sum((leaf**2).sum() for leaf in jax.tree.leaves(params))
+        return problem.losses_fn(params, batch) + 0.5 * 1e-2 * squares
+
+    tx, sgd = samx.momentum_sam(MOMENTUM, 0.5), reference.SGD(0.1, 0.9)
+    expected = reference.train_momentum_sam(sgd, reference.ball(0.5), STEPS, decay=1e-2)
+    assert_same(problem.train(tx, STEPS, losses_fn=losses_fn), expected)
+
+
+def friendly(sigma=0.9, decay=0.8):
+    """What the moving average of the gradient leaves of it, the direction of Friendly SAM."""
+
+    def update_fn(g, average, params=None):
+        average = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, average, g)
+        return jax.tree.map(lambda g, m: g - sigma * m, g, average), average
+
+    return optax.GradientTransformation(optax.tree.zeros_like, update_fn)
+
+
+RADIUS, RADII = linear(0.05, 0.5, 15)
+WITH_MEMORY = {
+    "looksam": (
+        lambda ball: samx.looksam(period=5, perturbation=ball),
+        lambda: reference.LookSAM(every(5), 0.7),
+    ),
+    "periodic": (
+        lambda ball: samx.perturb_if(policies.every(3), samx.sam(perturbation=ball)),
+        lambda: reference.sometimes(every(3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITH_MEMORY)
+def test_schedules_and_memories_go_on_where_no_sharp_gradient_is_taken(name):
+    make, combine = WITH_MEMORY[name]
+    ball = optax.chain(friendly(), metric_ball(RADIUS))
+    expected, is_sharp = reference.train_gated(
+        reference.SGD(0.1, 0.9), reference.FriendlyBall(RADII, 0.9, 0.8), combine(), 15
+    )
+    trajectory, sharp = watch(optax.chain(make(ball), MOMENTUM), 15, "is_sharp")
+    assert not all(is_sharp)
+    np.testing.assert_array_equal(sharp, is_sharp)
+    assert_same(trajectory, expected)
+
+    states, sams = (
+        watch(optax.chain(sharp, optax.sgd(0.0)), 7, "perturbation")[1]
+        for sharp in (make(ball), samx.sam(perturbation=ball))
+    )
+    jax.tree.map(np.testing.assert_array_equal, states, sams)

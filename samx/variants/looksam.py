@@ -76,7 +76,8 @@ def looksam(
         `period=1` is SAM, `alpha=0` periodic SAM, `perturb_if(every(period), sam(rho))`. All norms
         and the inner product are over all parameters, as in the paper; some ports take them tensor
         by tensor, which is another algorithm. Where g_s is parallel to g but for rounding, nothing
-        is reused.
+        is reused; elsewhere the rounding in g_v grows with it by α ‖g‖ / ‖g_v‖ (some ten times),
+        which half-precision compute will see.
         Cost: 1 + 1/period gradients per step, one copy of the parameters in the state, and a
         transient one.
         Fidelity: no code of the authors exists; matches the global implementation that the authors
@@ -167,7 +168,7 @@ def reuse_across(
 
 
 def _across(g: Any, g_s: Any) -> Any:
-    """The part of `g_s` across `g`; none where there is rounding only, as any length is given it."""
+    """The part of `g_s` across `g`; none where it is rounding, which reuse would make as long."""
     square = _tree.dot(g, g)
     g_v = _tree.add_scaled(g_s, -_tree.dot(g, g_s) / jnp.where(square == 0, 1, square), g)
     rounding = 4 * jnp.finfo(square.dtype).eps * _tree.norm(g_s)

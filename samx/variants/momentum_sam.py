@@ -55,8 +55,8 @@ def momentum_sam(
         base: The optimizer that takes the step, one with a momentum: weight decay and clipping
             included.
         rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 3, the paper's for ResNets on CIFAR-100 and ImageNet: about ten
-            times SAM's. During the warm-up of a vision transformer it uses 0.
+            optimizer's steps; default 3, the paper's for ResNets on CIFAR-100 and ImageNet, about
+            ten times SAM's. During the warm-up of a vision transformer it uses 0.
         momentum: `base state -> v`, a tree like the parameters; default the one field named `trace`
             or `mu`, optax's names.
         aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `value_fn`. The state

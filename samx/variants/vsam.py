@@ -29,7 +29,7 @@ def vsam(
     ratio_gain: float = 0.13,
     variance_gain: float = 0.13,
     warmup_steps: int = 50,
-    is_measured: LeafPredicate = lambda path, leaf: True,
+    is_measured: LeafPredicate | None = None,
     key: int | jax.Array = 0,
     perturbation: optax.GradientTransformation | None = None,
     perturb_dtype: Any = jnp.float32,

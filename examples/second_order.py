@@ -1,0 +1,344 @@
+"""How much of SAM's gradient is second-order, how often it is sampled, and what that saves.
+
+    python examples/second_order.py
+    python examples/second_order.py --variants looksam ae-sam rst --seeds 10 --noise 0
+
+SAM's gradient is g + h: the gradient at the parameters, and a second-order part h = g_s - g. The
+abstract of ARSAM (https://arxiv.org/abs/2510.03763) says that h matters more and more during
+training, and that sampling, reusing and mixing it speeds SAM up by about 40%. This script looks at
+both on the task of digits.py. It trains `base`, `sam` and the chosen variants, one run at a time,
+not vmapped, so that a step without a sharp gradient saves its time, and notes per epoch ||h|| /
+||g|| on the sharp steps, the share of sharp steps, and the test accuracy.
+
+Times are those of the same trainings. All variants of a seed train in turn, an epoch each, in
+random order, so that what slows the machine down for a while slows all; the times of a seed's whole
+training are compared, and the median over the seeds is printed. All share one learning rate and one
+rho: this is about cost, digits.py compares accuracies fairly. Narrow networks are dominated by what
+is not the gradient: see --width.
+"""
+
+import argparse
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import digits
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from output import free_folder
+from registry import VARIANTS
+from tqdm import tqdm
+
+import samx
+
+REFERENCES = ("base", "sam")
+DEFAULT = ("looksam", "vsam", "arsam")
+# These do not climb along the gradient at the parameters, from which the ratio is told.
+WITHOUT_RATIO = ("base", "asam", "sampa", "sampa-separate", "look-layer-sam", "momentum-sam")
+CLAIM = 0.4  # ARSAM's speed-up: SAM's time / its time - 1
+PARTS = ("start", "middle", "end")
+LINES = ("-", "--", ":", "-.")  # variants with the same policy lie on top of each other
+
+
+class Seen(NamedTuple):
+    """What one step tells."""
+
+    ratio: jax.Array
+    is_sharp: jax.Array
+
+
+class Row(NamedTuple):
+    """One variant over all seeds; all arrays are [seeds, epochs]."""
+
+    ratio: np.ndarray  # ||h|| / ||g||, mean over the sharp steps, NaN without any
+    sharp_fraction: np.ndarray
+    test_accuracy: np.ndarray
+    gradients: np.ndarray  # spent so far
+    seconds: np.ndarray  # of an epoch
+
+
+def second_order_ratio(readings: samx.Readings) -> jax.Array:
+    """||g_s - g|| / ||g||, by the law of cosines, where the perturbation is along g."""
+    g_norm = jnp.where(readings.grad_norm == 0, 1, readings.grad_norm)
+    relative = readings.sharp_grad_norm / g_norm
+    return jnp.sqrt(jnp.maximum(1 + relative**2 - 2 * relative * readings.cosine, 0))
+
+
+def seen(state: Any) -> Seen:
+    """The last step of any variant; the base alone keeps no readings."""
+    readings = optax.tree.get(state, "readings")
+    if readings is None:
+        return Seen(jnp.zeros(()), jnp.zeros((), bool))
+    return Seen(second_order_ratio(readings), readings.is_sharp)
+
+
+def make_epoch(trainer: digits.Trainer) -> Callable[..., Any]:
+    """A compile-once function that trains one run by one epoch: params, state and `Seen`."""
+
+    @jax.jit
+    def epoch(params, state, run, images, index):
+        def body(carry, rows):
+            params, state = trainer.step(*carry, run, digits.rows_of(images, rows))
+            return (params, state), seen(state)
+
+        (params, state), steps = jax.lax.scan(
+            body, (params, state), digits.shuffled(run.seed, index)
+        )
+        return params, state, steps
+
+    return epoch
+
+
+def measure(args: argparse.Namespace) -> dict[str, Row]:
+    """Train every variant with every seed, an epoch of each in turn."""
+    seeds = jnp.arange(args.seeds)
+    runs = digits.Runs(
+        seeds, jnp.full(args.seeds, args.learning_rate), jnp.full(args.seeds, args.rho)
+    )
+    data, params = digits.split(seeds, args.noise), digits.initialize(seeds, args.width)
+    trainers = {
+        name: digits.make_trainer(VARIANTS[name], "momentum", args.width, args.epochs)
+        for name in args.rows
+    }
+    starts = {name: trainer.init(runs, params) for name, trainer in trainers.items()}
+    epochs = {name: make_epoch(trainer) for name, trainer in trainers.items()}
+    shape = (args.seeds, args.epochs)
+    rows = {name: Row(*np.full((len(Row._fields), *shape), np.nan)) for name in args.rows}
+    shuffle = random.Random(0)
+
+    def of_seed(seed, tree):
+        return jax.tree.map(lambda leaf: leaf[seed], tree)
+
+    def train_epoch(name, now, run, images, index):
+        start = time.perf_counter()
+        out = jax.block_until_ready(epochs[name](*now, run, images, index))
+        return out, time.perf_counter() - start
+
+    first = of_seed(0, (runs, data[0]))
+    for name in tqdm(args.rows, desc="compile", unit="variant"):
+        train_epoch(name, of_seed(0, (params, starts[name])), *first, index=0)
+    with tqdm(total=args.seeds * args.epochs * len(rows), desc="train", unit="epoch") as bar:
+        for seed in range(args.seeds):
+            run, (train, _, test) = of_seed(seed, (runs, data))
+            now = {name: of_seed(seed, (params, starts[name])) for name in rows}
+            for index in range(args.epochs):
+                for name in shuffle.sample(args.rows, len(rows)):
+                    (*now[name], steps), seconds = train_epoch(name, now[name], run, train, index)
+                    accuracy = trainers[name].accuracy(now[name][0], test)
+                    row, at = rows[name], (seed, index)
+                    row.ratio[at], row.sharp_fraction[at] = over_epoch(name, steps)
+                    row.test_accuracy[at], row.seconds[at] = accuracy, seconds
+                    spent = optax.tree.get(now[name][1], "gradients_spent")
+                    row.gradients[at] = (
+                        (index + 1) * digits.STEPS_PER_EPOCH if spent is None else spent
+                    )
+                    bar.update()
+    return rows
+
+
+def over_epoch(name: str, steps: Seen) -> tuple[float, float]:
+    """The mean ratio over the sharp steps, NaN where there is none, and their share."""
+    is_sharp = np.asarray(steps.is_sharp)
+    has_ratio = name not in WITHOUT_RATIO and is_sharp.any()
+    ratio = np.asarray(steps.ratio)[is_sharp].mean() if has_ratio else np.nan
+    return ratio, is_sharp.mean()
+
+
+def mean_over_seeds(values: np.ndarray) -> list[float | None]:
+    """Mean of each epoch over the seeds that have a value."""
+    columns = [column[np.isfinite(column)] for column in values.T]
+    return [float(column.mean()) if column.size else None for column in columns]
+
+
+def fifths(ratio: np.ndarray) -> np.ndarray:
+    """Means over the first, middle and last fifth of the epochs, [seeds, 3]."""
+    epochs = ratio.shape[1]
+    length = max(1, epochs // 5)
+    starts = (0, (epochs - length) // 2, epochs - length)
+    parts = [ratio[:, start : start + length] for start in starts]
+    return np.stack([masked_mean(part) for part in parts], axis=1)
+
+
+def masked_mean(part: np.ndarray) -> np.ndarray:
+    """Means of the finite values along the rows; NaN where there are none."""
+    count = np.isfinite(part).sum(axis=1)
+    return np.where(count, np.nansum(part, axis=1) / np.maximum(count, 1), np.nan)
+
+
+def summarize(rows: dict[str, Row]) -> list[dict[str, Any]]:
+    """What is printed, drawn and saved of every variant."""
+    totals = {name: row.seconds.sum(axis=1) for name, row in rows.items()}
+    steps = rows["base"].seconds.shape[1] * digits.STEPS_PER_EPOCH
+    results = []
+    for name, row in rows.items():
+        to_plain, to_sam = (totals[name] / totals[reference] for reference in REFERENCES)
+        results.append(
+            {
+                "row": name,
+                "test_accuracy": row.test_accuracy[:, -1].tolist(),
+                "gradients_per_step": float(row.gradients[:, -1].mean()) / steps,
+                "time_to_plain": np.percentile(to_plain, [25, 50, 75]).tolist(),
+                "time_to_sam": np.percentile(to_sam, [25, 50, 75]).tolist(),
+                "speed_up": float(np.median(1 / to_sam) - 1),
+                "ratio": dict(zip(PARTS, mean_over_seeds(fifths(row.ratio)), strict=True)),
+                "ratio_by_epoch": mean_over_seeds(row.ratio),
+                "sharp_fraction": float(row.sharp_fraction.mean()),
+                "sharp_fraction_by_epoch": mean_over_seeds(row.sharp_fraction),
+                "test_accuracy_by_epoch": mean_over_seeds(row.test_accuracy),
+                "seconds": totals[name].tolist(),
+            }
+        )
+    return results
+
+
+def table(results: list[dict]) -> str:
+    width = max(len(result["row"]) for result in results)
+    head = f"{'':<{width}} {'test acc. %':>14} {'gradients':>10} {'time':>6} {'time':>6}"
+    head += f" {'speed-up':>9} {'||h|| / ||g|| at the':>22}"
+    second = f"{'method':<{width}} {'':>14} {'per step':>10} {'/plain':>6} {'/SAM':>6}"
+    second += f" {'of SAM':>9} " + "".join(f"{part:>8}" for part in PARTS)
+    lines = [head, second, "-" * len(second)]
+    for result in results:
+        accuracy, error = digits.mean_and_error([100 * a for a in result["test_accuracy"]])
+        ratios = [result["ratio"][part] for part in PARTS]
+        lines.append(
+            f"{result['row']:<{width}} {accuracy:>7.2f} ± {error:4.2f}"
+            f" {result['gradients_per_step']:>10.3f} {result['time_to_plain'][1]:>6.2f}"
+            f" {result['time_to_sam'][1]:>6.2f} {speed_up(result):>9} "
+            + "".join(f"{'-' if ratio is None else f'{ratio:.3f}':>8}" for ratio in ratios)
+        )
+    lines.append(
+        "speed-up: SAM's time / its time - 1; of ARSAM its paper claims about "
+        f"{CLAIM:.0%}, elsewhere.\nstart, middle, end: the first, middle and last fifth of the "
+        "epochs, sharp steps only."
+    )
+    return "\n".join(lines)
+
+
+def speed_up(result: dict) -> str:
+    """How much faster than SAM, where that is a question."""
+    return "" if result["row"] in REFERENCES else f"{result['speed_up']:+.0%}"
+
+
+def verdict(ratio: np.ndarray) -> str:
+    """Whether the second-order part of SAM's gradient grew, seed by seed."""
+    start, middle, end = fifths(ratio).T
+    growth, error = digits.mean_and_error((end - start).tolist())
+    is_clear = abs(growth) > 2 * error  # not with a single seed, whose error is not a number
+    word = ("grew" if growth > 0 else "fell") if is_clear else "did not clearly change"
+    return (
+        f"In this run the second-order part of SAM's gradient {word}: from {start.mean():.3f} of "
+        f"||g|| (middle {middle.mean():.3f}) to {end.mean():.3f}, by {growth:+.3f} ± {error:.3f} over the seeds; the paper of "
+        "ARSAM says that it grows."
+    )
+
+
+def draw(results: list[dict], path: Path, title: str) -> None:
+    """The ratio and the sharp share over the epochs, and the times as bars."""
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    ratio, sharp, bars = figure.subplots(1, 3)
+    for position, result in enumerate(results):
+        name, color = result["row"], f"C{position}"
+        for axes, values in (
+            (ratio, result["ratio_by_epoch"]),
+            (sharp, result["sharp_fraction_by_epoch"]),
+        ):
+            points = [(epoch, y) for epoch, y in enumerate(values, 1) if y is not None]
+            if points and name != "base":
+                style = f"C{position}o{LINES[position % len(LINES)]}"
+                axes.plot(*zip(*points, strict=True), style, markersize=3, label=name)
+        low, median, high = result["time_to_plain"]
+        spread = [[median - low], [high - median]]
+        bars.bar(name, median, yerr=spread, color=color, capsize=4)
+        bars.annotate(
+            "\n".join(filter(None, (f"{median:.2f}", speed_up(result)))),
+            *((position, high), (0, 3)),
+            textcoords="offset points",
+            ha="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+        )
+    sam = next(result for result in results if result["row"] == "sam")["time_to_plain"][1]
+    bars.axhline(sam, color="black", linewidth=1, linestyle="--", label="SAM")
+    label = f"{CLAIM:.0%} faster than SAM"
+    bars.axhline(sam / (1 + CLAIM), color="grey", linewidth=1, linestyle=":", label=label)
+    bars.set_ylim(0, 1.35 * max(result["time_to_plain"][2] for result in results))
+    bars.tick_params(axis="x", rotation=30)
+    bars.set(title="time of a step / plain step", ylabel="median over the seeds, quartiles")
+    ratio.set(title="second-order part, ||g_s - g|| / ||g||", xlabel="epoch")
+    ratio.set_ylim(bottom=0)
+    sharp.set(title="share of sharp steps", xlabel="epoch", ylim=(-0.03, 1.05))
+    for axes in (ratio, sharp, bars):
+        axes.grid(alpha=0.3, axis="y")
+        axes.legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [name for name in VARIANTS if name not in REFERENCES]
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=list(VARIANTS),
+        default=list(DEFAULT),
+        metavar="NAME",
+        help=f"besides base and sam, of {', '.join(names)}; default: {', '.join(DEFAULT)}",
+    )
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
+    parser.add_argument("--learning-rate", type=float, default=0.1)
+    parser.add_argument("--rho", type=float, default=0.2)
+    parser.add_argument("--width", type=int, default=256, help="units of each hidden layer")
+    parser.add_argument("--out", help="new folder of the results; default runs/second_order-NNN")
+    args = parser.parse_args(argv)
+    args.rows = list(dict.fromkeys((*REFERENCES, *args.variants)))
+    for name in ("seeds", "epochs", "width"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.noise < 1:
+        parser.error(f"--noise must be in [0, 1), got {args.noise}")
+    if not 0 <= args.rho < float("inf"):
+        parser.error(f"--rho must be finite and at least 0, got {args.rho}")
+    if not 0 < args.learning_rate < float("inf"):
+        parser.error(f"--learning-rate must be finite and above 0, got {args.learning_rate}")
+    try:
+        args.folder = free_folder(args.out, "second_order")
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    args = parse(argv)
+    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
+    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
+    start = time.perf_counter()
+    rows = measure(args)
+    results = summarize(rows)
+    print(f"\n{digits.describe(args.noise)}, {args.seeds} seeds (mean ± standard error)")
+    print(f"{table(results)}\n\n{verdict(rows['sam'].ratio)}")
+
+    settings = {name: value for name, value in vars(args).items() if name not in ("folder", "out")}
+    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
+    report |= {"settings": settings, "results": results}
+    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    title = f"Digits, {digits.describe(args.noise)}: {args.seeds} seeds, width {args.width}"
+    draw(results, args.folder / "second_order.png", title)
+    print(f"\n{time.perf_counter() - start:.0f} s in all. Results: {args.folder / 'results.json'}")
+    print(f"Plot: {args.folder / 'second_order.png'}")
+    return results
+
+
+if __name__ == "__main__":
+    main()

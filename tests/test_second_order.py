@@ -1,0 +1,96 @@
+"""The example about the second-order part: what it writes, and how it comes to its numbers."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import second_order
+from registry import VARIANTS
+
+import samx
+from samx import policies
+
+
+def no_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_a_tiny_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = "--variants looksam arsam --seeds 2 --epochs 6 --width 4 --out results"
+    results = second_order.main(arguments.split())
+    text = (tmp_path / "results" / "results.json").read_text()
+    report = json.loads(text, parse_constant=no_constant)
+    assert report["results"] == results
+    assert (tmp_path / "results" / "second_order.png").stat().st_size > 10_000
+    rows = {result["row"]: result for result in results}
+    assert list(rows) == ["base", "sam", "looksam", "arsam"]
+
+    # Of the 60 steps arsam takes the 50 of its warm-up, and none in the window that begins there.
+    sharp = {
+        "base": [0.0] * 6,
+        "sam": [1.0] * 6,
+        "looksam": [1 / 5] * 6,
+        "arsam": [1.0] * 5 + [0.0],
+    }
+    for name, row in rows.items():
+        np.testing.assert_allclose(row["sharp_fraction_by_epoch"], sharp[name])
+        np.testing.assert_allclose(row["gradients_per_step"], 1 + np.mean(sharp[name]), rtol=1e-6)
+        assert len(row["test_accuracy"]) == len(row["seconds"]) == 2
+        assert all(0 < ratio < np.inf for ratio in row["time_to_plain"] + row["time_to_sam"])
+        has_ratio = [share > 0 and name != "base" for share in sharp[name]]
+        assert [ratio is not None for ratio in row["ratio_by_epoch"]] == has_ratio
+        assert all(0 < ratio < 10 for ratio in row["ratio_by_epoch"] if ratio is not None)
+    assert rows["base"]["time_to_plain"] == rows["sam"]["time_to_sam"] == [1, 1, 1]
+    np.testing.assert_allclose(  # as long as both take all steps they are the same
+        rows["arsam"]["ratio_by_epoch"][:5], rows["sam"]["ratio_by_epoch"][:5], rtol=1e-3
+    )
+    printed = capsys.readouterr().out
+    for text in ("device:", "speed-up", "claims about 40%", "In this run", "results.json", *rows):
+        assert text in printed
+
+
+@pytest.mark.parametrize("name", ["sam", "looksam", "rst", "ae-sam"])
+def test_the_ratio_is_that_of_the_second_order_part(name):
+    """Told from the readings of any variant that climbs along the gradient; arsam measures it."""
+    w = jnp.array([1.0, -2.0, 0.5])
+
+    def loss(w):
+        return jnp.sum(jnp.cosh(w * jnp.array([1.0, 0.3, 3.0])))
+
+    def after_one_step(tx):
+        return tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)[1]
+
+    state = after_one_step(VARIANTS[name].make(0.3, optax.sgd(0.1), None, None))
+    arsam = after_one_step(samx.arsam(0.3, policy=policies.every(1)))
+    ratio, is_sharp = second_order.seen(state)
+    if is_sharp:
+        np.testing.assert_allclose(ratio, arsam.part_ratio, rtol=1e-4)
+    assert bool(is_sharp) or name == "rst"
+
+
+@pytest.mark.parametrize(
+    ("growth", "word"),
+    [
+        ((0.1, 0.2, 0.15), "grew"),
+        ((-0.1, -0.2, -0.15), "fell"),
+        ((-0.2, 0.2, 0.01), "did not clearly change"),
+        ((0.2,), "did not clearly change"),
+    ],
+)
+def test_the_verdict_says_what_was_seen(growth, word):
+    epochs = np.linspace(0, 1, 10)
+    ratio = 0.5 + np.asarray(growth)[:, None] * (epochs > 0.5)
+    assert f"gradient {word}: from 0.500" in second_order.verdict(ratio)
+
+
+def test_fifths_pass_over_epochs_without_sharp_steps():
+    nan = np.nan
+    ratio = np.array([[1, nan, 5, 5, 2, 4, 5, 5, nan, nan], [3, 5, 5, 5, 2, 2, 5, 5, 6, nan]])
+    fifths = second_order.fifths(ratio)
+    np.testing.assert_allclose(fifths, [[1, 3, nan], [4, 2, 6]])
+    assert second_order.mean_over_seeds(fifths) == [2.5, 2.5, 6]
+    assert second_order.mean_over_seeds(np.full((2, 1), nan)) == [None]
