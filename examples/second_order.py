@@ -235,8 +235,8 @@ def verdict(ratio: np.ndarray) -> str:
     word = ("grew" if growth > 0 else "fell") if is_clear else "did not clearly change"
     return (
         f"In this run the second-order part of SAM's gradient {word}: from {start.mean():.3f} of "
-        f"||g|| (middle {middle.mean():.3f}) to {end.mean():.3f}, by {growth:+.3f} ± {error:.3f} over the seeds; the paper of "
-        "ARSAM says that it grows."
+        f"||g|| (middle {middle.mean():.3f}) to {end.mean():.3f}, by {growth:+.3f} ± {error:.3f} "
+        "over the seeds; the paper of ARSAM says that it grows."
     )
 
 
@@ -259,7 +259,7 @@ def draw(results: list[dict], path: Path, title: str) -> None:
         bars.bar(name, median, yerr=spread, color=color, capsize=4)
         bars.annotate(
             "\n".join(filter(None, (f"{median:.2f}", speed_up(result)))),
-            *((position, high), (0, 3)),
+            *((position, high), (0, 6)),
             textcoords="offset points",
             ha="center",
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},

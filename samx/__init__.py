@@ -20,9 +20,9 @@ from samx._held import HeldBatch
 from samx._sharp import is_sharp_pass, value_and_grad_at
 from samx.accumulation import accumulate
 from samx.parallel import axis_mean, data_parallel, state_specs, value_and_grad
-from samx.policies import perturb_if
 from samx.precision import scale_loss
 from samx.readings import Readings
+from samx.skipping import perturb_if
 from samx.variants.ae_sam import ae_looksam, ae_sam
 from samx.variants.arsam import arsam
 from samx.variants.asam import asam

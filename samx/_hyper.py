@@ -33,7 +33,8 @@ def as_key(name: str, key: Any) -> jax.Array:
     """A random key of a seed, or a copy of the key itself, for a state to hold."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return jnp.array(key, copy=True)
-    if isinstance(key, bool) or not jnp.issubdtype(jnp.result_type(key), jnp.integer):
+    is_seed = isinstance(key, int) or (isinstance(key, jax.Array) and key.ndim == 0)
+    if isinstance(key, bool) or not (is_seed and jnp.issubdtype(jnp.result_type(key), jnp.integer)):
         raise TypeError(f"{name}: `key` must be a seed or a key from jax.random.key, got {key!r}")
     return jax.random.key(key)
 

@@ -11,9 +11,9 @@ import optax
 from samx import _tree
 from samx._base import closure_transformation
 from samx._hyper import next_step
+from samx._policy import Policy, check_policy
 from samx._sharp import perturbed, value_and_grad_at
 from samx.perturbations import ascend
-from samx.policies import Policy, check_policy
 from samx.readings import UNKNOWN, Readings, no_readings, skip_readings, take_readings
 
 
@@ -94,11 +94,12 @@ def reuse(
             g_norm = _tree.norm(g)
             ratio = _tree.norm(part) / jnp.where(g_norm == 0, 1, g_norm)
             observed = policy.observe(g, g_s, policy_state)
+            part = _tree.cast_like(part, params)
             return updates, part, ratio, jnp.zeros_like(age), observed, readings
 
         def skip():
             readings = skip_readings(state.readings, value, g)
-            updates = add(g, state.part, age, state.step)
+            updates = _tree.cast_like(add(g, state.part, age, state.step), params)
             return updates, state.part, state.part_ratio, age, policy_state, readings
 
         updates, part, ratio, age, policy_state, readings = jax.lax.cond(is_sharp, look, skip)

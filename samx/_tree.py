@@ -22,6 +22,11 @@ def real_dtype(*leaves: Any) -> Any:
     return jnp.result_type(jnp.float32, *wide)
 
 
+def coarsest_eps(tree: Any) -> float:
+    """The largest machine epsilon of the leaves."""
+    return max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(tree) if is_inexact(x))
+
+
 def widen(leaf: Any) -> jax.Array:
     """A half-precision leaf as float32; every other leaf as it is."""
     leaf = jnp.asarray(leaf)
@@ -52,6 +57,11 @@ def subtract(a: Any, b: Any) -> Any:
 def add_scaled(a: Any, scale: Any, b: Any) -> Any:
     """`a + scale·b` in the dtypes of `a`, half precision computed in float32."""
     return jax.tree.map(lambda x, y: (widen(x) + scale * widen(y)).astype(x.dtype), a, b)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """`tree` in the dtypes of `like`."""
+    return jax.tree.map(lambda x, w: x.astype(jnp.result_type(w)), tree, like)
 
 
 def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:

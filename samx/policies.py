@@ -1,65 +1,17 @@
-"""Policies: on which steps the sharp gradient is computed, and what to do on the others."""
+"""Policies: on which steps the sharp gradient is computed."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import SCALAR_CLOSURES, closure_transformation
-from samx._closures import Closure, LossesClosure, batch_size
+from samx import _policy, _tree
 from samx._hyper import as_key, at_step, check_count, check_number, next_step
-from samx._metrics import LeafPredicate
-from samx.readings import UNKNOWN, skip_readings
+from samx._policy import Policy, check_policy
+from samx._quota import quota
 
 __all__ = ["Policy", "between", "every", "quota", "random", "squared_norm"]
-
-
-def _unchanged(g: Any, g_s: Any, state: Any) -> Any:
-    del g, g_s
-    return state
-
-
-class Policy(NamedTuple):
-    """When to look again: three functions, like an optax transformation of decisions.
-
-    They get the gradient `g` at the parameters, averaged over all devices, so that all devices
-    decide alike, and keep whatever they like in a state of their own.
-
-    Attributes:
-        init: `params -> state`.
-        decide: `(g, state) -> (is_sharp, state)`, on every step of the optimizer; `is_sharp` is a
-            boolean scalar.
-        observe: `(g, g_s, state) -> state`, after each sharp gradient `g_s`; default nothing.
-
-    Example:
-        Sharp gradients where the gradient is long:
-
-        >>> import jax.numpy as jnp, optax, samx
-        >>> def longer_than(length):
-        ...     return samx.policies.Policy(
-        ...         init=lambda params: (),
-        ...         decide=lambda g, state: (optax.tree.norm(g) > length, state))
-        >>> tx = samx.perturb_if(longer_than(1.0), samx.sam(0.1))
-    """
-
-    init: Callable[[Any], Any]
-    decide: Callable[[Any, Any], tuple[jax.Array, Any]]
-    observe: Callable[[Any, Any, Any], Any] = _unchanged
-
-
-class PerturbIfState(NamedTuple):
-    """State of `perturb_if`.
-
-    Attributes:
-        policy: State of the policy.
-        inner: State of the transformation, its readings those of the last step, sharp or not.
-    """
-
-    policy: Any
-    inner: optax.OptState
 
 
 class StepState(NamedTuple):
@@ -108,143 +60,6 @@ class SquaredNormState(NamedTuple):
     step: jax.Array
     mean: jax.Array
     variance: jax.Array
-
-
-class QuotaState(NamedTuple):
-    """State of `quota`.
-
-    Attributes:
-        step: int32, optimizer steps so far.
-        key: The random key of all draws.
-        quota: Sharp steps of this window, before rounding down.
-        taken: int32, sharp steps that this window has had.
-        norms: `[window]`, ‖h‖ of the last sharp steps, the newest last.
-        ratios: `[window]`, ‖h‖ / ‖g‖ of the same.
-        variances: `[window]`, how `norms` varied at the last sharp steps.
-    """
-
-    step: jax.Array
-    key: jax.Array
-    quota: jax.Array
-    taken: jax.Array
-    norms: jax.Array
-    ratios: jax.Array
-    variances: jax.Array
-
-
-def perturb_if(
-    policy: Policy, inner: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
-    """Compute the sharp gradient on some steps only; the others take the gradient as it is.
-
-        if policy(g):  return inner(g)                 (SAM, or what else `inner` is)
-        else:          return g                        (the base optimizer's step, one gradient)
-
-    A real branch (`jax.lax.cond`): the closures of a skipped step are never called.
-
-    Time remains the optimizer's step. On a skipped step `inner` runs on the loss that is linear,
-    L(w) + ⟨g, v − w⟩ at v, which costs nothing and has the gradient g everywhere: its radius
-    schedule and the moving averages of its perturbation go on as if nothing had been skipped.
-
-    Args:
-        policy: When to look, for example from `samx.policies`.
-        inner: A sharpness-aware transformation that stands first in a chain, such as `samx.sam`;
-            not one that wraps a base optimizer, whose own step would be skipped with it.
-
-    Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs what
-        `inner` needs, and `value_fn` (or `losses_fn` and `batch`). Readings of a skipped step have
-        an infinite `sharp_loss`, and zeros for what needs a sharp gradient.
-
-    Raises:
-        TypeError: If `policy` is no `Policy`, or `inner` no transformation.
-        ValueError: In `update`, see `closure_transformation`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, optax, samx
-        >>> sam = samx.perturb_if(samx.policies.every(2), samx.sam(0.1))
-        >>> w, loss = jnp.array([3.0, 4.0]), lambda w: 0.5 * w @ w
-        >>> state = sam.init(w)
-        >>> for _ in range(3):
-        ...     g_s, state = sam.update(w, state, w, value_fn=loss)
-        ...     print([round(float(x), 2) for x in g_s])
-        [3.06, 4.08]
-        [3.0, 4.0]
-        [3.06, 4.08]
-
-    References:
-        Zhao, Zhang, Hu, "Randomized Sharpness-Aware Training for Boosting Computational Efficiency
-        in Deep Learning", AAAI 2023, https://arxiv.org/abs/2203.09962 (`policies.random`; "SAM-k"
-        of the LookSAM paper is `policies.every`).
-
-    Notes:
-        A policy that always says yes gives `inner`, one that never does the base optimizer. Cost:
-        one gradient per step, and `inner`'s further ones on sharp steps. Under `jax.vmap` the
-        branch remains one as long as the decision does not depend on what is mapped: initialize
-        the state inside the mapped function and train there. Otherwise both sides are computed.
-        What `inner` remembers of sharp gradients (`vsam` inside, say) is g after a skipped step:
-        such variants take a policy of their own. `static_args`: all.
-    """
-    check_policy("perturb_if", policy)
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        kind = type(inner).__name__
-        raise TypeError(f"perturb_if: `inner` must be an optax transformation, got {kind}")
-    inner = optax.with_extra_args_support(inner)
-
-    def init_fn(params):
-        return PerturbIfState(policy.init(params), inner.init(params))
-
-    def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
-        is_sharp, policy_state = policy.decide(g, state.policy)
-
-        def look():
-            closures = extra | {"value_fn": value_fn, "value": value}
-            g_s, inner_state = inner.update(g, state.inner, params, **closures)
-            return g_s, inner_state, policy.observe(g, g_s, policy_state)
-
-        def skip():
-            closures = extra | _linear(g, params, value, extra)
-            _, inner_state = inner.update(g, state.inner, params, **closures)
-            last = optax.tree.get(state.inner, "readings")
-            if last is not None:
-                readings = skip_readings(last, value, g)
-                inner_state = optax.tree.set(inner_state, readings=readings)
-            return g, inner_state, policy_state
-
-        g_s, inner_state, policy_state = jax.lax.cond(is_sharp, look, skip)
-        return g_s, PerturbIfState(policy_state, inner_state)
-
-    return closure_transformation(init_fn, update_fn, name="perturb_if")
-
-
-def _linear(g: Any, params: Any, value: Any, extra: dict[str, Any]) -> dict[str, Any]:
-    """Closures of the linear loss L(w) + ⟨g, v − w⟩, which every example has."""
-
-    def own(point):
-        moved = jax.tree.map(
-            lambda v, w: _tree.widen(v) - w if _tree.is_inexact(w) else w, point, params
-        )
-        return value + _tree.dot(optax.tree.conj(g), moved), None
-
-    def with_aux(point, batch):
-        return jnp.full(batch_size("perturb_if", batch), own(point)[0]), None
-
-    given = {"value_fn", *extra}
-    closures: dict[str, Any] = {"value": value}
-    closures |= {keyword: Closure(own) for keyword in SCALAR_CLOSURES if keyword in given}
-    if "losses_fn" in given:
-        closures["losses_fn"] = LossesClosure(with_aux)
-    return closures
-
-
-def check_policy(name: str, policy: Any) -> None:
-    """Refuse what is no policy."""
-    if not isinstance(policy, Policy):
-        kind = type(policy).__name__
-        raise TypeError(
-            f"{name}: `policy` must be a samx.policies.Policy, for example policies.every(2), "
-            f"got {kind}"
-        )
 
 
 def every(period: int, first: int = 0) -> Policy:
@@ -388,18 +203,15 @@ def random(probability: optax.ScalarOrSchedule, key: int | jax.Array = 0) -> Pol
 
     def decide(g, state):
         del g
-        is_sharp = uniform_at(state.key, state.step) < at_step(probability, state.step)
+        is_sharp = _policy.uniform_at(state.key, state.step) < at_step(probability, state.step)
         return is_sharp, state._replace(step=next_step(state.step))
 
     return Policy(init, decide)
 
 
-def uniform_at(key: jax.Array, step: jax.Array) -> jax.Array:
-    """The draw of a step from [0, 1), made of nothing else: a resumed run draws the same."""
-    return jax.random.uniform(jax.random.fold_in(key, step))
-
-
-def squared_norm(threshold: optax.ScalarOrSchedule = 0.0, decay: float = 0.9) -> Policy:
+def squared_norm(
+    threshold: optax.ScalarOrSchedule = 0.0, decay: optax.ScalarOrSchedule = 0.9
+) -> Policy:
     """Where the gradient is long compared with what it has been: AE-SAM's policy.
 
         s = ‖g‖²
@@ -411,7 +223,7 @@ def squared_norm(threshold: optax.ScalarOrSchedule = 0.0, decay: float = 0.9) ->
         threshold: c, in standard deviations, a number or a schedule over the optimizer's steps;
             default 0. The paper lets it fall linearly from λ₂ to λ₁:
             `optax.linear_schedule(1.0, -1.0, total_steps)`. Minus infinity is every step.
-        decay: δ in [0, 1]; default 0.9.
+        decay: δ in [0, 1], a number or a schedule; default 0.9.
 
     Returns:
         A `Policy`.
@@ -443,9 +255,9 @@ def squared_norm(threshold: optax.ScalarOrSchedule = 0.0, decay: float = 0.9) ->
         )
 
     def decide(g, state):
-        s = _tree.dot(g, g).astype(state.mean.dtype)
-        mean = decay * state.mean + (1 - decay) * s
-        variance = decay * state.variance + (1 - decay) * (s - mean) ** 2
+        s, kept = _tree.dot(g, g).astype(state.mean.dtype), at_step(decay, state.step)
+        mean = kept * state.mean + (1 - kept) * s
+        variance = kept * state.variance + (1 - kept) * (s - mean) ** 2
         # Never 0: an infinite threshold times 0 would be no number.
         deviation = jnp.sqrt(jnp.maximum(variance, jnp.finfo(variance.dtype).tiny))
         is_sharp = s >= mean + at_step(threshold, state.step) * deviation
@@ -453,136 +265,3 @@ def squared_norm(threshold: optax.ScalarOrSchedule = 0.0, decay: float = 0.9) ->
         return is_sharp, SquaredNormState(next_step(state.step), *moments)
 
     return Policy(init, decide)
-
-
-def quota(
-    window: int = 50,
-    *,
-    num_blocks: int = 5,
-    max_fraction: float = 0.8,
-    ratio_gain: float = 0.13,
-    variance_gain: float = 0.13,
-    warmup_steps: int = 50,
-    is_measured: LeafPredicate | None = None,
-    key: int | jax.Array = 0,
-) -> Policy:
-    """So many sharp gradients in every window of steps, more where they vary: vSAM's policy.
-
-        after a sharp gradient:  h = g_s − g
-            push ‖h‖ to norms, ‖h‖ / ‖g‖ to ratios     (the last `window` of each)
-            push mean over blocks of variance(sort(norms)) to variances
-        at the start of a window:
-            A, B  = mean relative changes of ratios, variances, each clipped to [−1, 1]
-            quota = clip(quota (1 + ratio_gain A + variance_gain B), 1, ⌊max_fraction window⌋)
-        is_sharp = (fewer than ⌊quota⌋ so far  and  uniform ≥ 1 − quota / window)
-                   or no more steps are left than the quota lacks
-
-    The last line makes the quota exact: every full window has ⌊quota⌋ sharp steps.
-
-    Args:
-        window: Steps K ≥ 2 of a window; default 50.
-        num_blocks: Blocks of equal size into which the sorted norms are cut, each of two or more;
-            default 5.
-        max_fraction: Upper bound in (0, 1] of the sharp share; default 0.8.
-        ratio_gain: Gain of the relative change of ‖h‖ / ‖g‖; default 0.13.
-        variance_gain: Gain of the relative change of the variance; default 0.13.
-        warmup_steps: Steps ≥ 0 at the start that are all sharp; default 50. The authors: three
-            epochs. With fewer than `window` the statistics are not full when they are first used,
-            and what is missing counts as no change.
-        is_measured: `(path, leaf) -> bool`, the leaves that norms are taken over; default all. The
-            authors take the last ten tensors of the network, an order that a tree does not have.
-        key: Seed or random key of the draws, the same on all devices; default 0.
-
-    Returns:
-        A `Policy`.
-
-    Raises:
-        ValueError: If a number is out of its range, or `num_blocks` does not cut the window into
-            equal blocks of two or more; when used, if `is_measured` chooses no leaf.
-        TypeError: If a count is not a Python int, or `key` no key.
-
-    Example:
-        >>> import samx
-        >>> tx = samx.perturb_if(samx.policies.quota(window=20, warmup_steps=20), samx.sam(0.05))
-
-    References:
-        Deng, Pang, Zhang, Wang, "Effective Gradient Sample Size via Variation Estimation for
-        Accelerating Sharpness aware Minimization", 2024, https://arxiv.org/abs/2403.08821
-
-    Notes:
-        Follows ajiaaa/vSAM. As there, the first window after the warm-up is one step short and has
-        no sharp step beyond the warm-up's. The quota starts at 1. Cost: two norms on sharp steps.
-        `static_args`: `window`, `num_blocks`, `max_fraction`, `warmup_steps`, `is_measured`, `key`.
-    """
-    check_count("window", window, 2)
-    check_count("num_blocks", num_blocks)
-    check_count("warmup_steps", warmup_steps, 0)
-    check_number("max_fraction", max_fraction, 0, 1)
-    check_number("ratio_gain", ratio_gain, 0)
-    check_number("variance_gain", variance_gain, 0)
-    if window % num_blocks or window < 2 * num_blocks:
-        raise ValueError(
-            "quota: `num_blocks` must cut `window` into equal blocks of two or more, got "
-            f"num_blocks={num_blocks} for window={window}"
-        )
-    largest = max(1, int(window * max_fraction))
-
-    def init(params):
-        dtype = _tree.real_dtype(*jax.tree.leaves(params))
-        return QuotaState(
-            step=jnp.zeros((), jnp.int32),
-            key=as_key("quota", key),
-            quota=jnp.ones((), dtype),
-            taken=jnp.zeros((), jnp.int32),
-            norms=jnp.zeros(window, dtype),
-            ratios=jnp.zeros(window, dtype),
-            variances=jnp.zeros(window, dtype),
-        )
-
-    def decide(g, state):
-        del g
-        is_warmup = state.step < warmup_steps
-        position = (state.step - warmup_steps + 1) % window  # 1 at the first step behind it
-        is_start = ~is_warmup & (position == 0)
-        growth = 1 + ratio_gain * _trend(state.ratios) + variance_gain * _trend(state.variances)
-        quota = jnp.where(is_start, jnp.clip(state.quota * growth, 1, largest), state.quota)
-        taken = jnp.where(is_start, 0, state.taken)
-
-        lacking = quota.astype(jnp.int32) - taken
-        is_drawn = uniform_at(state.key, state.step) >= 1 - quota / window
-        is_sharp = is_warmup | ((lacking > 0) & is_drawn) | (window - position <= lacking)
-        taken = jnp.where(is_warmup, 1, taken + is_sharp)
-        return is_sharp, state._replace(
-            step=next_step(state.step),
-            quota=quota.astype(state.quota.dtype),
-            taken=taken.astype(jnp.int32),
-        )
-
-    def observe(g, g_s, state):
-        if is_measured is not None:
-            chosen = jax.tree_util.tree_map_with_path(is_measured, g)
-            if not any(jax.tree.leaves(chosen)):
-                raise ValueError("quota: `is_measured` chooses none of the leaves")
-            g, g_s = (_tree.keep(tree, chosen) for tree in (g, g_s))
-        length, g_norm = _tree.norm(_tree.subtract(g_s, g)), _tree.norm(g)
-        norms = _push(state.norms, length)
-        blocks = jnp.sort(norms).reshape(num_blocks, -1)
-        return state._replace(
-            norms=norms,
-            ratios=_push(state.ratios, length / jnp.where(g_norm == 0, 1, g_norm)),
-            variances=_push(state.variances, jnp.var(blocks, axis=1, ddof=1).mean()),
-        )
-
-    return Policy(init, decide, observe)
-
-
-def _push(history: jax.Array, value: jax.Array) -> jax.Array:
-    """The newest value last, the oldest dropped."""
-    return jnp.append(history[1:], value.astype(history.dtype))
-
-
-def _trend(history: jax.Array) -> jax.Array:
-    """The mean relative change from one value to the next, in [−1, 1]."""
-    before, after = history[:-1], history[1:]
-    changes = (after - before) / jnp.where(before == 0, 1, before)
-    return jnp.clip(jnp.mean(jnp.where(before == 0, 0, changes)), -1, 1)

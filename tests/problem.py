@@ -85,7 +85,7 @@ def as_numbers(tree):
     """A tree with its random keys as what they are made of, to be compared."""
 
     def number(x):
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        is_key = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
         return jax.random.key_data(x) if is_key else x
 
     return jax.tree.map(number, tree)

@@ -107,7 +107,7 @@ def test_recorded_run_of_the_authors_code(name, monkeypatch):
     expected, _ = problem.load(name)
     if "draw" in expected:  # not a number on steps that drew none
         draws = jnp.nan_to_num(jnp.asarray(expected["draw"]))
-        monkeypatch.setattr(policies, "uniform_at", lambda key, step: draws[step])
+        monkeypatch.setattr(samx._policy, "uniform_at", lambda key, step: draws[step])
     names = {"mask_is_sam": "is_sharp", "base_sr": "quota", "mu": "mean", "sigma2": "variance"}
     names = {theirs: ours for theirs, ours in names.items() if theirs in expected}
     make = problem.make_layer_norm if name.startswith("samon") else problem.make
@@ -343,7 +343,7 @@ def test_vsam_against_reference_past_several_windows(base):
         is_measured=lambda path, leaf: path[-1].key in WEIGHTS,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(policies, "uniform_at", lambda key, step: jnp.asarray(draws)[step])
+        patch.setattr(samx._policy, "uniform_at", lambda key, step: jnp.asarray(draws)[step])
         trajectory, sharp, fractions, quotas, ages = watch(
             optax.chain(vsam, tx), steps, "is_sharp", "sharp_fraction", "quota", "age"
         )

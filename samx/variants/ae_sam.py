@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from samx.perturbations import DefaultRho, ball_of
-from samx.policies import perturb_if, squared_norm
+from samx.policies import squared_norm
+from samx.skipping import perturb_if
 from samx.variants.looksam import reuse_across
 from samx.variants.sam import sharpness_aware
 
@@ -18,7 +19,7 @@ from samx.variants.sam import sharpness_aware
 def ae_sam(
     rho: optax.ScalarOrSchedule = DefaultRho(0.05),
     threshold: optax.ScalarOrSchedule = 0.0,
-    decay: float = 0.9,
+    decay: optax.ScalarOrSchedule = 0.9,
     *,
     perturbation: optax.GradientTransformation | None = None,
     perturb_dtype: Any = jnp.float32,
@@ -36,7 +37,7 @@ def ae_sam(
             optimizer's steps; default 0.05.
         threshold: c, in standard deviations, a number or a schedule; default 0. The paper lets it
             fall linearly from λ₂ to λ₁: `optax.linear_schedule(1.0, -1.0, total_steps)`.
-        decay: δ in [0, 1] of the moving averages; default 0.9.
+        decay: δ in [0, 1] of the moving averages, a number or a schedule; default 0.9.
         perturbation: Another geometry in place of the ball; then leave `rho` out.
         perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
 
@@ -77,7 +78,7 @@ def ae_looksam(
     rho: optax.ScalarOrSchedule = DefaultRho(0.05),
     threshold: optax.ScalarOrSchedule = 0.0,
     alpha: optax.ScalarOrSchedule = 0.7,
-    decay: float = 0.9,
+    decay: optax.ScalarOrSchedule = 0.9,
     *,
     perturbation: optax.GradientTransformation | None = None,
     perturb_dtype: Any = jnp.float32,
@@ -98,7 +99,7 @@ def ae_looksam(
             about a fifth of the steps sharp.
         alpha: Length α ≥ 0 of the reused part, relative to the gradient, a number or a schedule;
             default 0.7.
-        decay: δ in [0, 1] of the moving averages; default 0.9.
+        decay: δ in [0, 1] of the moving averages, a number or a schedule; default 0.9.
         perturbation: Another geometry in place of the ball; then leave `rho` out.
         perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
 

@@ -171,6 +171,6 @@ def _across(g: Any, g_s: Any) -> Any:
     """The part of `g_s` across `g`; none where it is rounding, which reuse would make as long."""
     square = _tree.dot(g, g)
     g_v = _tree.add_scaled(g_s, -_tree.dot(g, g_s) / jnp.where(square == 0, 1, square), g)
-    rounding = 4 * jnp.finfo(square.dtype).eps * _tree.norm(g_s)
-    is_rounding = _tree.norm(g_v) <= rounding
+    rounding = max(_tree.coarsest_eps(g_v), 4 * jnp.finfo(square.dtype).eps)  # of leaves, of sums
+    is_rounding = _tree.norm(g_v) <= rounding * _tree.norm(g_s)
     return jax.tree.map(lambda x: jnp.where(is_rounding, jnp.zeros_like(x), x), g_v)

@@ -139,7 +139,7 @@ def find_momentum(state: optax.OptState) -> Any:
     found = [
         (jax.tree_util.keystr(path), value)
         for name in MOMENTUM_NAMES
-        for path, value in optax.tree.get_all_with_path(state, name)
+        for path, value in optax.tree.get_all_with_path(state, name, filtering=_is_field)
     ]
     if len(found) != 1:
         where = ", ".join(path for path, _ in found) or "none"
@@ -149,6 +149,12 @@ def find_momentum(state: optax.OptState) -> Any:
             "`momentum=`, a function from the state of the base to the momentum"
         )
     return found[0][1]
+
+
+def _is_field(path: Any, value: Any) -> bool:
+    """Not a parameter of that name."""
+    del value
+    return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
 
 
 def _check_momentum(v: Any, params: Any) -> None:

@@ -12,10 +12,11 @@ import optax
 
 from samx import _tree
 from samx._metrics import LeafPredicate
+from samx._policy import Policy
+from samx._quota import quota
 from samx._reuse import reuse
 from samx.combinations import Mixing, decaying
 from samx.perturbations import DefaultRho, ball_of
-from samx.policies import Policy, quota
 
 
 def vsam(
@@ -53,7 +54,7 @@ def vsam(
         reuse_steps: Steps ≥ 0 behind a sample that reuse it; default 6.
         window: Steps K ≥ 2 of a window; default 50.
         num_blocks: Blocks into which the sorted norms of a window are cut; default 5.
-        max_fraction: Upper bound in (0, 1] of the sampled share; default 0.8.
+        max_fraction: Upper bound of the sampled share, at least 1/window, at most 1; default 0.8.
         ratio_gain: Gain of the relative change of ‖h‖ / ‖g‖; default 0.13.
         variance_gain: Gain of the relative change of the variance of ‖h‖; default 0.13.
         warmup_steps: Steps ≥ 0 at the start that are all sampled; default 50. The authors: three
@@ -90,7 +91,8 @@ def vsam(
         transient one.
         Fidelity: matches ajiaaa/vSAM, controller included; defaults are those of its training
         script. There, fewer than `window` samples before the first window end in NaN; here what is
-        missing counts as no change. `static_args`: `reuse_steps`, `window`, `num_blocks`,
+        missing counts as no change. For some values of `decay` (0.9 is one) rounding makes that
+        code reuse a seventh time. `static_args`: `reuse_steps`, `window`, `num_blocks`,
         `max_fraction`, `warmup_steps`, `is_measured`, `key`, `perturbation`, `perturb_dtype`; `rho`
         too where `perturbation` is given.
     """
@@ -121,7 +123,7 @@ def reuse_second_order(
         h = _tree.subtract(g_s, g)
         # g + mixing·h, which is g_s to the last bit where the weight is 1.
         updates = _tree.add_scaled(g_s, mixing(jnp.zeros_like(step), step) - 1, h)
-        return updates, jax.tree.map(lambda x, w: x.astype(w.dtype), h, g)
+        return updates, h
 
     def add(g, h, age, step):
         return _tree.add_scaled(g, mixing(age, step), h)

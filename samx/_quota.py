@@ -1,0 +1,166 @@
+"""vSAM's policy: a quota of sharp steps in every window. Public as `samx.policies.quota`."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from samx import _policy, _tree
+from samx._hyper import as_key, check_count, check_number, next_step
+from samx._metrics import LeafPredicate
+from samx._policy import Policy
+
+
+class QuotaState(NamedTuple):
+    """State of `quota`.
+
+    Attributes:
+        step: int32, optimizer steps so far.
+        key: The random key of all draws.
+        quota: Sharp steps of this window, before rounding down.
+        taken: int32, sharp steps that this window has had.
+        norms: `[window]`, ‖h‖ of the last sharp steps, the newest last.
+        ratios: `[window]`, ‖h‖ / ‖g‖ of the same.
+        variances: `[window]`, how `norms` varied at the last sharp steps.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    quota: jax.Array
+    taken: jax.Array
+    norms: jax.Array
+    ratios: jax.Array
+    variances: jax.Array
+
+
+def quota(
+    window: int = 50,
+    *,
+    num_blocks: int = 5,
+    max_fraction: float = 0.8,
+    ratio_gain: float = 0.13,
+    variance_gain: float = 0.13,
+    warmup_steps: int = 50,
+    is_measured: LeafPredicate | None = None,
+    key: int | jax.Array = 0,
+) -> Policy:
+    """So many sharp gradients in every window of steps, more where they vary: vSAM's policy.
+
+        after a sharp gradient:  h = g_s − g
+            push ‖h‖ to norms, ‖h‖ / ‖g‖ to ratios     (the last `window` of each)
+            push mean over blocks of variance(sort(norms)) to variances
+        at the start of a window:
+            A, B  = mean relative changes of ratios, variances, each clipped to [−1, 1]
+            quota = clip(quota (1 + ratio_gain A + variance_gain B), 1, ⌊max_fraction window⌋)
+        is_sharp = (fewer than ⌊quota⌋ so far  and  uniform ≥ 1 − quota / window)
+                   or no more steps are left than the quota lacks
+
+    The last line makes the quota exact: every full window has ⌊quota⌋ sharp steps.
+
+    Args:
+        window: Steps K ≥ 2 of a window; default 50.
+        num_blocks: Blocks of equal size into which the sorted norms are cut, each of two or more;
+            default 5.
+        max_fraction: Upper bound of the sharp share, at least 1/window, at most 1; default 0.8.
+        ratio_gain: Gain of the relative change of ‖h‖ / ‖g‖; default 0.13.
+        variance_gain: Gain of the relative change of the variance; default 0.13.
+        warmup_steps: Steps ≥ 0 at the start that are all sharp; default 50. The authors: three
+            epochs. With fewer than `window` the statistics are not full when they are first used,
+            and what is missing counts as no change.
+        is_measured: `(path, leaf) -> bool`, the leaves that norms are taken over; default all. The
+            authors take the last ten tensors of the network, an order that a tree does not have.
+        key: Seed or random key of the draws, the same on all devices; default 0.
+
+    Returns:
+        A `Policy`.
+
+    Raises:
+        ValueError: If a number is out of its range, or `num_blocks` does not cut the window into
+            equal blocks of two or more; when used, if `is_measured` chooses no leaf.
+        TypeError: If a count is not a Python int, or `key` no key.
+
+    Example:
+        >>> import samx
+        >>> tx = samx.perturb_if(samx.policies.quota(window=20, warmup_steps=20), samx.sam(0.05))
+
+    References:
+        Deng, Pang, Zhang, Wang, "Effective Gradient Sample Size via Variation Estimation for
+        Accelerating Sharpness aware Minimization", 2024, https://arxiv.org/abs/2403.08821
+
+    Notes:
+        Follows ajiaaa/vSAM. As there, the first window after the warm-up is one step short and has
+        no sharp step beyond the warm-up's. The quota starts at 1. Cost: two norms on sharp steps.
+        `static_args`: `window`, `num_blocks`, `max_fraction`, `warmup_steps`, `is_measured`, `key`.
+    """
+    check_count("window", window, 2)
+    check_count("num_blocks", num_blocks)
+    check_count("warmup_steps", warmup_steps, 0)
+    check_number("max_fraction", max_fraction, 1 / window, 1)
+    check_number("ratio_gain", ratio_gain, 0)
+    check_number("variance_gain", variance_gain, 0)
+    if window % num_blocks or window < 2 * num_blocks:
+        raise ValueError(
+            "quota: `num_blocks` must cut `window` into equal blocks of two or more, got "
+            f"num_blocks={num_blocks} for window={window}"
+        )
+    largest = int(window * max_fraction)
+
+    def init(params):
+        dtype = _tree.real_dtype(*jax.tree.leaves(params))
+        return QuotaState(
+            step=jnp.zeros((), jnp.int32),
+            key=as_key("quota", key),
+            quota=jnp.ones((), dtype),
+            taken=jnp.zeros((), jnp.int32),
+            norms=jnp.zeros(window, dtype),
+            ratios=jnp.zeros(window, dtype),
+            variances=jnp.zeros(window, dtype),
+        )
+
+    def decide(g, state):
+        del g
+        is_warmup = state.step < warmup_steps
+        position = (state.step - warmup_steps + 1) % window  # 1 at the first step behind it
+        is_start = ~is_warmup & (position == 0)
+        growth = 1 + ratio_gain * _trend(state.ratios) + variance_gain * _trend(state.variances)
+        quota = jnp.where(is_start, jnp.clip(state.quota * growth, 1, largest), state.quota)
+        taken = jnp.where(is_start, 0, state.taken)
+
+        lacking = quota.astype(jnp.int32) - taken
+        is_drawn = _policy.uniform_at(state.key, state.step) >= 1 - quota / window
+        is_sharp = is_warmup | ((lacking > 0) & is_drawn) | (window - position <= lacking)
+        taken = jnp.where(is_warmup, 1, taken + is_sharp)
+        return is_sharp, state._replace(
+            step=next_step(state.step),
+            quota=quota.astype(state.quota.dtype),
+            taken=taken.astype(jnp.int32),
+        )
+
+    def observe(g, g_s, state):
+        if is_measured is not None:
+            chosen = jax.tree_util.tree_map_with_path(is_measured, g)
+            if not any(jax.tree.leaves(chosen)):
+                raise ValueError("quota: `is_measured` chooses none of the leaves")
+            g, g_s = (_tree.keep(tree, chosen) for tree in (g, g_s))
+        length, g_norm = _tree.norm(_tree.subtract(g_s, g)), _tree.norm(g)
+        norms = _push(state.norms, length)
+        blocks = jnp.sort(norms).reshape(num_blocks, -1)
+        return state._replace(
+            norms=norms,
+            ratios=_push(state.ratios, length / jnp.where(g_norm == 0, 1, g_norm)),
+            variances=_push(state.variances, jnp.var(blocks, axis=1, ddof=1).mean()),
+        )
+
+    return Policy(init, decide, observe)
+
+
+def _push(history: jax.Array, value: jax.Array) -> jax.Array:
+    """The newest value last, the oldest dropped."""
+    return jnp.append(history[1:], value.astype(history.dtype))
+
+
+def _trend(history: jax.Array) -> jax.Array:
+    """The mean relative change from one value to the next, in [−1, 1]."""
+    before, after = history[:-1], history[1:]
+    changes = (after - before) / jnp.where(before == 0, 1, before)
+    return jnp.clip(jnp.mean(jnp.where(before == 0, 0, changes)), -1, 1)

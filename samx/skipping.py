@@ -1,0 +1,134 @@
+"""Skipping: take the sharp gradient on some steps, and what to do on the others."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx import _tree
+from samx._base import SCALAR_CLOSURES, closure_transformation
+from samx._closures import Closure, LossesClosure, batch_size
+from samx._policy import Policy, check_policy
+from samx.readings import UNKNOWN, Readings, skip_readings
+
+
+class PerturbIfState(NamedTuple):
+    """State of `perturb_if`.
+
+    Attributes:
+        policy: State of the policy.
+        inner: State of the transformation, its readings those of the last step, sharp or not.
+    """
+
+    policy: Any
+    inner: optax.OptState
+
+
+def perturb_if(
+    policy: Policy, inner: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Compute the sharp gradient on some steps only; the others take the gradient as it is.
+
+        if policy(g):  return inner(g)                 (SAM, or what else `inner` is)
+        else:          return g                        (the base optimizer's step, one gradient)
+
+    A real branch (`jax.lax.cond`): the closures of a skipped step are never called.
+
+    Time remains the optimizer's step. On a skipped step `inner` runs on the loss that is linear,
+    L(w) + ⟨g, v − w⟩ at v, which costs nothing and has the gradient g everywhere: its radius
+    schedule and the moving averages of its perturbation go on as if nothing had been skipped.
+
+    Args:
+        policy: When to look, for example from `samx.policies`.
+        inner: A sharpness-aware transformation that stands first in a chain, such as `samx.sam`;
+            not one that wraps a base optimizer, whose own step would be skipped with it.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs what
+        `inner` needs, and `value_fn` (or `losses_fn` and `batch`). Readings of a skipped step have
+        an infinite `sharp_loss`, and zeros for what needs a sharp gradient.
+
+    Raises:
+        TypeError: If `policy` is no `Policy`, or `inner` no transformation.
+        ValueError: In `update`, see `closure_transformation`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, samx
+        >>> sam = samx.perturb_if(samx.policies.every(2), samx.sam(0.1))
+        >>> w, loss = jnp.array([3.0, 4.0]), lambda w: 0.5 * w @ w
+        >>> state = sam.init(w)
+        >>> for _ in range(3):
+        ...     g_s, state = sam.update(w, state, w, value_fn=loss)
+        ...     print([round(float(x), 2) for x in g_s])
+        [3.06, 4.08]
+        [3.0, 4.0]
+        [3.06, 4.08]
+
+    References:
+        Zhao, Zhang, Hu, "Randomized Sharpness-Aware Training for Boosting Computational Efficiency
+        in Deep Learning", AAAI 2023, https://arxiv.org/abs/2203.09962 (`policies.random`; "SAM-k"
+        of the LookSAM paper is `policies.every`).
+
+    Notes:
+        A policy that always says yes gives `inner`, one that never does the base optimizer. Cost:
+        one gradient per step, and `inner`'s further ones on sharp steps. Under `jax.vmap` the
+        branch remains one as long as the decision does not depend on what is mapped: initialize
+        the state inside the mapped function and train there. Otherwise both sides are computed.
+        What `inner` remembers of sharp gradients (`vsam` inside, say) is g after a skipped step:
+        such variants take a policy of their own. `static_args`: all.
+    """
+    check_policy("perturb_if", policy)
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        kind = type(inner).__name__
+        raise TypeError(f"perturb_if: `inner` must be an optax transformation, got {kind}")
+    inner = optax.with_extra_args_support(inner)
+
+    def is_readings(node):
+        return isinstance(node, Readings)
+
+    def init_fn(params):
+        return PerturbIfState(policy.init(params), inner.init(params))
+
+    def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
+        is_sharp, policy_state = policy.decide(g, state.policy)
+
+        def look():
+            closures = extra | {"value_fn": value_fn, "value": value}
+            g_s, inner_state = inner.update(g, state.inner, params, **closures)
+            return g_s, inner_state, policy.observe(g, g_s, policy_state)
+
+        def skip():
+            closures = extra | _linear(g, params, value, extra)
+            _, inner_state = inner.update(g, state.inner, params, **closures)
+            inner_state = jax.tree.map(
+                lambda new, old: skip_readings(old, value, g) if is_readings(new) else new,
+                *(inner_state, state.inner),
+                is_leaf=is_readings,
+            )
+            return _tree.cast_like(g, params), inner_state, policy_state
+
+        g_s, inner_state, policy_state = jax.lax.cond(is_sharp, look, skip)
+        return g_s, PerturbIfState(policy_state, inner_state)
+
+    return closure_transformation(init_fn, update_fn, name="perturb_if")
+
+
+def _linear(g: Any, params: Any, value: Any, extra: dict[str, Any]) -> dict[str, Any]:
+    """Closures of the linear loss L(w) + ⟨g, v − w⟩, which every example has."""
+
+    def own(point):
+        moved = jax.tree.map(
+            lambda v, w: _tree.widen(v) - w if _tree.is_inexact(w) else w, point, params
+        )
+        return value + _tree.dot(optax.tree.conj(g), moved), None
+
+    def with_aux(point, batch):
+        return jnp.full(batch_size("perturb_if", batch), own(point)[0]), None
+
+    given = {"value_fn", *extra}
+    closures: dict[str, Any] = {"value": value}
+    closures |= {keyword: Closure(own) for keyword in SCALAR_CLOSURES if keyword in given}
+    if "losses_fn" in given:
+        closures["losses_fn"] = LossesClosure(with_aux)
+    return closures
