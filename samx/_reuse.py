@@ -26,6 +26,7 @@ class ReuseState(NamedTuple):
         policy: State of the policy.
         perturbation: State of the perturbation.
         part: What is reused, shaped like the parameters; zeros before it is first taken.
+        part_norm: ‖part‖.
         part_ratio: ‖part‖ / ‖g‖ when it was taken.
         sharp_fraction: Share of the steps so far with a sharp gradient.
         readings: What the last step saw.
@@ -36,6 +37,7 @@ class ReuseState(NamedTuple):
     policy: Any
     perturbation: optax.OptState
     part: optax.Updates
+    part_norm: jax.Array
     part_ratio: jax.Array
     sharp_fraction: jax.Array
     readings: Readings
@@ -47,14 +49,14 @@ def reuse(
     perturbation: optax.GradientTransformationExtraArgs,
     *,
     take: Callable[[Any, Any, jax.Array], tuple[Any, Any]],
-    add: Callable[[Any, Any, jax.Array, jax.Array], Any],
+    add: Callable[[Any, jax.Array, ReuseState], Any],
     perturb_dtype: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The frame of LookSAM and vSAM, which differ in what they take and how they add it.
 
     ε = perturbation(g)
     if policy(g):  g_s = ∇L(w + ε);  return u, part = take(g, g_s, step)
-    else:          return add(g, part, age, step)
+    else:          return add(g, ‖g‖, state)
     """
     check_policy(name, policy)
 
@@ -66,6 +68,7 @@ def reuse(
             policy=policy.init(params),
             perturbation=perturbation.init(params),
             part=optax.tree.zeros_like(params),
+            part_norm=jnp.zeros_like(readings.grad_norm),
             part_ratio=jnp.zeros_like(readings.grad_norm),
             sharp_fraction=jnp.zeros((), jnp.float32),
             readings=readings,
@@ -73,11 +76,14 @@ def reuse(
 
     def update_fn(g, state, params, *, value_fn, ascent_grad, value=UNKNOWN, **extra):
         perturb = partial(perturbation.update, value_fn=value_fn, **extra)
+        climb = partial(ascend, perturb, g, ascent_grad, state.perturbation, params)
         is_sharp, policy_state = policy.decide(g, state.policy)
-        eps, ball = ascend(perturb, g, ascent_grad, state.perturbation, params)
+        _, ball = climb()  # on every step, but for its state only: the compiler drops the rest
         age = next_step(state.age)
+        g_norm = _tree.norm(g)
 
         def look():
+            eps, _ = climb()
             sharp_loss, g_s = value_and_grad_at(value_fn, params, eps, perturb_dtype=perturb_dtype)
             updates, part = take(g, g_s, state.step)
             readings = take_readings(
@@ -91,28 +97,25 @@ def reuse(
                 gradients=2,
                 mean_of_ascents=value_fn.mean_of_ascents,
             )
-            g_norm = _tree.norm(g)
-            ratio = _tree.norm(part) / jnp.where(g_norm == 0, 1, g_norm)
-            observed = policy.observe(g, g_s, policy_state)
-            part = _tree.cast_like(part, params)
-            return updates, part, ratio, jnp.zeros_like(age), observed, readings
+            length = _tree.norm(part)
+            taken = {
+                "age": jnp.zeros_like(age),
+                "policy": policy.observe(g, g_s, policy_state),
+                "part": _tree.cast_like(part, params),
+                "part_norm": length,
+                "part_ratio": length / jnp.where(g_norm == 0, 1, g_norm),
+                "readings": readings,
+            }
+            return updates, state._replace(**taken)
 
         def skip():
-            readings = skip_readings(state.readings, value, g)
-            updates = _tree.cast_like(add(g, state.part, age, state.step), params)
-            return updates, state.part, state.part_ratio, age, policy_state, readings
+            last = state._replace(age=age, policy=policy_state)
+            updates = _tree.cast_like(add(g, g_norm, last), params)
+            return updates, last._replace(readings=skip_readings(state.readings, value, g))
 
-        updates, part, ratio, age, policy_state, readings = jax.lax.cond(is_sharp, look, skip)
+        updates, state = jax.lax.cond(is_sharp, look, skip)
         step = next_step(state.step)
-        return updates, ReuseState(
-            step=step,
-            age=age,
-            policy=policy_state,
-            perturbation=ball,
-            part=part,
-            part_ratio=ratio,
-            sharp_fraction=state.sharp_fraction + (is_sharp - state.sharp_fraction) / step,
-            readings=readings,
-        )
+        fraction = state.sharp_fraction + (is_sharp - state.sharp_fraction) / step
+        return updates, state._replace(step=step, perturbation=ball, sharp_fraction=fraction)
 
     return closure_transformation(init_fn, update_fn, name=name)

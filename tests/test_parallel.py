@@ -10,12 +10,14 @@ import numpy as np
 import optax
 import problem
 import pytest
+import reference
 import regimes
-from cases import VARIANTS
+from cases import APART, VARIANTS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import samx
+from samx import _policy
 
 STEPS = 20
 GLOBAL = {
@@ -27,7 +29,16 @@ GLOBAL = {
 }
 LOCAL = {name: run for name, run in GLOBAL.items() if not name.startswith("jit")}
 
-every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+def rows_and_regimes(regimes, rows):
+    """Every program in every regime, rows that are like another one in the first `shard_map`."""
+    return [
+        pytest.param(name, regime, id=f"{regime}-{name}")
+        for name in rows
+        for regime in (regimes if name in APART else ["shard_map"])
+    ]
+
+
 pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
 
 
@@ -45,7 +56,7 @@ def assert_same(history, expected, read=lambda state: state):
     """1e-12 after one step, 1e-10 after all, state included."""
     for step, tolerance in ((0, 1e-12), (-1, 1e-10)):
         found, wanted = (
-            jax.tree.map(np.asarray, (params, read(state), value))
+            jax.tree.map(np.asarray, problem.as_numbers((params, read(state), value)))
             for params, state, value in (history[step], expected[step])
         )
         chex.assert_trees_all_close(found, wanted, rtol=tolerance, atol=tolerance)
@@ -56,8 +67,7 @@ def on_one_device(name):
     return regimes.single(build(name), problem.make()[1], batches())
 
 
-@every_variant
-@pytest.mark.parametrize("regime", GLOBAL)
+@pytest.mark.parametrize(("name", "regime"), rows_and_regimes(GLOBAL, VARIANTS))
 def test_global_is_the_step_of_one_device(name, regime):
     history = GLOBAL[regime](build(name), problem.make()[1], batches())
     assert_same(history, on_one_device(name))
@@ -74,11 +84,54 @@ def on_every_shard(name, num_shards=regimes.DEVICES):
     return regimes.per_shard(build(name), problem.make()[1], batches(), num_shards)
 
 
-@every_variant
-@pytest.mark.parametrize("regime", LOCAL)
+# Which take the mean of the devices' sharp gradients apart, or decide by the mean gradient.
+NOT_LINEAR = ("ae_sam", "looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam")
+
+
+@pytest.mark.parametrize(
+    ("name", "regime"), rows_and_regimes(LOCAL, [n for n in VARIANTS if n not in NOT_LINEAR])
+)
 def test_local_is_the_mean_of_per_shard_steps(name, regime):
     history = LOCAL[regime](build(name), problem.make()[1], batches(), ascent="local")
     assert_same(history, on_every_shard(name), without_readings)
+
+
+def combination(name):
+    """What a row does, for the reference loop."""
+    hyper, threshold = VARIANTS[name].hyper, [-0.2] * STEPS
+    if name == "ae_sam":
+        return reference.sometimes(reference.SquaredNorm(threshold, 0.9))
+    if name == "vsam":
+        draws = [float(_policy.uniform_at(jax.random.key(0), t)) for t in range(STEPS)]
+        return reference.VSAM(draws, (4, 2), 0.8, (0.13, 0.13), 0.7, 4, ["W1", "b1", "W2", "b2"])
+    every_second = reference.listed([t % 2 == 0 for t in range(STEPS)])
+    return reference.LookSAM(every_second, hyper["alpha"])
+
+
+@functools.cache
+def local_loop(name):
+    rho = VARIANTS[name].hyper["rho"]
+    return reference.train_gated(
+        reference.SGD(0.1, 0.9),
+        reference.ball(rho),
+        combination(name),
+        STEPS,
+        num_shards=regimes.DEVICES,
+    )
+
+
+@pytest.mark.parametrize("name", ["ae_sam", "looksam", "vsam"])
+@pytest.mark.parametrize("regime", LOCAL)
+def test_local_ascent_decides_and_takes_apart_by_the_mean_gradient(name, regime):
+    expected, are_sharp = local_loop(name)
+    changes = {"warmup_steps": 4} if name == "vsam" else {}  # the reference needs full statistics
+    history = LOCAL[regime](build(name, **changes), problem.make()[1], batches(), ascent="local")
+    found = [bool(optax.tree.get(state, "is_sharp")) for _, state, _ in history]
+    assert found == [bool(x) for x in are_sharp]
+    assert len(set(found)) == 2
+    for step, tolerance in ((0, 1e-12), (-1, 1e-9)):
+        for key, value in expected.items():
+            np.testing.assert_allclose(history[step][0][key], value[step], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", ["sam", "two ascent steps", "sampa"])

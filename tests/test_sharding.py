@@ -79,7 +79,8 @@ def test_sharded_parameters(name, axis_type, layout, float64):
         history = regimes.run(step, params, state, [(batch,)] * 3)
     for found, wanted in zip(history, expected, strict=True):
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), found, wanted
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11),
+            *map(problem.as_numbers, (found, wanted)),
         )
     check_layout(history[-1][0], specs, mesh)
     check_layout(history[-1][1], layouts, mesh)
@@ -177,5 +178,5 @@ def test_every_step_lowers_for_every_platform(name):
     arguments = regimes.place((params, tx.init(params)), mesh, (P(), specs))
     found = jax.jit(exported.call)(*arguments, regimes.place(batch, mesh, P("data")))
     expected = jax.jit(regimes.make_step(tx))(params, tx.init(params), batch)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for pair in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(*problem.as_numbers(pair), rtol=1e-5, atol=1e-6)

@@ -158,11 +158,9 @@ def reuse_across(
         del step
         return g_s, _across(g, g_s)
 
-    def add(g, g_v, age, step):
-        del age
-        length = _tree.norm(g_v)
-        weight = at_step(alpha, step) * _tree.norm(g) / jnp.where(length == 0, 1, length)
-        return _tree.add_scaled(g, weight, g_v)
+    def add(g, g_norm, state):
+        length = jnp.where(state.part_norm == 0, 1, state.part_norm)
+        return _tree.add_scaled(g, at_step(alpha, state.step) * g_norm / length, state.part)
 
     return reuse(name, policy, perturbation, take=take, add=add, perturb_dtype=perturb_dtype)
 

@@ -125,7 +125,8 @@ def reuse_second_order(
         updates = _tree.add_scaled(g_s, mixing(jnp.zeros_like(step), step) - 1, h)
         return updates, h
 
-    def add(g, h, age, step):
-        return _tree.add_scaled(g, mixing(age, step), h)
+    def add(g, g_norm, state):
+        del g_norm
+        return _tree.add_scaled(g, mixing(state.age, state.step), state.part)
 
     return reuse(name, policy, perturbation, take=take, add=add, perturb_dtype=perturb_dtype)
