@@ -40,7 +40,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from output import free_folder
-from registry import BASES, VARIANTS
+from registry import BASES, VARIANTS, check_base
 from tqdm import tqdm
 
 import samx
@@ -356,6 +356,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         parser.error(f"--rho must be finite and at least 0, got {args.rho}")
     if not 0 < args.learning_rate < float("inf"):
         parser.error(f"--learning-rate must be finite and above 0, got {args.learning_rate}")
+    try:
+        check_base(args.variant, args.base)
+    except ValueError as error:
+        parser.error(str(error))
     if args.pair and args.variant != "sampa":
         parser.error(f"--pair is for --variant sampa, which has two gradients, not {args.variant}")
     processes = (args.coordinator, args.num_processes, args.process_id)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from cifar_data import load, write_digits
 from jax.sharding import AxisType
-from registry import VARIANTS
 
 EXAMPLE = Path(cifar.__file__)
 TINY = {"resnet18": "--width 8", "vit": "--width 8 --depth 2"}
@@ -61,19 +60,29 @@ def tiny(model):
     return f"--model {model} {TINY[model]} --images 40 --batch 20 --epochs 2"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_by_name(variant, run, tmp_path, capsys):
+# One of each kind: what four steps cost, and the radius of the first one.
+BY_NAME = {
+    "base": (4, None),
+    "sam": (8, 0.05),
+    "sampa": (8, 0.0),  # whose g_y starts at 0
+    "looksam": (5, 0.05),
+    "rst": (6, 0.0),  # whose draws begin with a plain step
+    "momentum-sam": (4, 0.0),  # whose momentum starts at 0
+}
+
+
+@pytest.mark.parametrize("variant", BY_NAME)
+def test_variants_by_name(variant, run, tmp_path, capsys):
     results = run(f"{tiny('vit')} --variant {variant} --out run")
     steps, epochs = read("run", "step"), read("run", "epoch")
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert [row["step"] for row in epochs] == [2, 4]
     assert all(np.isfinite(row["loss"]) for row in steps)
-    assert results["gradients"] == 4 * VARIANTS[variant].gradients
+    gradients, radius = BY_NAME[variant]
+    assert results["gradients"] == gradients
     if variant != "base":
-        rho = 0 if variant.startswith("sampa") else VARIANTS[variant].rho  # g_y starts at 0
-        if variant != "asam":
-            assert steps[0]["perturbation_norm"] == pytest.approx(rho, rel=1e-4)
-        assert steps[-1]["perturbation_norm"] > 0
+        assert steps[0]["perturbation_norm"] == pytest.approx(radius, rel=1e-4)
+        assert any(row["perturbation_norm"] > 0 for row in steps)
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
     (events,) = (tmp_path / "run" / "tensorboard").iterdir()
@@ -168,7 +177,7 @@ def test_a_step_at_batch_64_fits_in_4_gb(model, variant, archive, cache):
 KILLED = {
     "resnet18": "--variant sampa-separate --devices 2"
     " --images 100 --label-noise 0.2 --imbalance 10",
-    "vit": "--variant sampa --dropout 0.1 --base momentum",
+    "vit": "--variant looksam --dropout 0.1 --base momentum",  # killed within a cycle
 }
 
 

@@ -18,7 +18,8 @@ SUITES = {  # the fast part of each
         "test_parallel.py",
         "(test_local_ascent_keeps or test_readings_of_local or test_weights_count_examples_in "
         "or (test_global_is_the_step and (-sam] or -sampa])) "
-        "or (test_each_group and weights)) and shard_map",
+        "or (test_each_group and weights)) and shard_map "
+        "or test_local_ascent_decides and shard_map-ae_sam]",
     ),
     "cost": (
         "test_parallel_cost.py",
@@ -138,6 +139,36 @@ DEFECTS = {
         "_pairs.py",
         "jnp.where(side == i, share, 0.0)",
         "share",
+    ),
+    "LookSAM reuses all of the sharp gradient": (
+        "trajectories",
+        "variants/looksam.py",
+        "-_tree.dot(g, g_s) / jnp.where(square == 0, 1, square)",
+        "0.0 * square",
+    ),
+    "AE-SAM compares with the mean of before": (
+        "trajectories",
+        "policies.py",
+        "is_sharp = s >= mean +",
+        "is_sharp = s >= state.mean +",
+    ),
+    "vSAM's window never starts anew": (
+        "trajectories",
+        "_quota.py",
+        "taken = jnp.where(is_start, 0, state.taken)",
+        "taken = state.taken",
+    ),
+    "Momentum-SAM climbs along the momentum": (
+        "trajectories",
+        "variants/momentum_sam.py",
+        "ball.update(optax.tree.scale(-1, v), ",
+        "ball.update(v, ",
+    ),
+    "each device decides by itself": (
+        "parallel",
+        "skipping.py",
+        "policy.decide(g, state.policy)",
+        'policy.decide(extra.get("ascent_grad", g), state.policy)',
     ),
     "the ascent rounded away": (
         "precision",

@@ -122,7 +122,7 @@ def climb(name, params, g):
     def metric(path, w):
         return np.abs(w) + 0.01 if "bias" not in str(path[-1]) else np.ones_like(w)
 
-    rho = {"asam": 0.5, "sampa": 0.1}.get(name, 0.05)
+    rho = {"asam": 0.5, "sampa": 0.1, "momentum_sam": 0.3}.get(name, 0.05)
     t = jax.tree.map(np.ones_like, params)
     if name == "asam":
         t = jax.tree_util.tree_map_with_path(metric, params)
@@ -149,10 +149,14 @@ def by_hand(name, one_pass, params, memory, batches):
             _, g_x, _ = one_pass(x, memory, t, previous)
             loss, g_y, memory = one_pass(y, memory, t, batch)
             g, previous = add(g_x, add(g_y, g_x, -1), 0.2), batch
+        elif name == "momentum_sam":
+            point = add(params, climb(name, params, buffer), -1)
+            loss, g, memory = one_pass(point, memory, t, batch)
         else:
             loss, g, moved = one_pass(params, memory, t, batch)
             point = params
-            for _ in range(2 if name == "two ascent steps" else 1):
+            ascent_steps = {"two ascent steps": 2, "periodic": 1 - t % 2}.get(name, 1)
+            for _ in range(ascent_steps):
                 point = add(point, climb(name, point, g))
                 _, g, _ = one_pass(point, memory, t, batch)
             memory = moved
@@ -226,7 +230,7 @@ TRAININGS = {"linen": linen_training, "nnx": nnx_training}
 
 def variant(name, wrap=lambda tx: tx):
     def build(batch_like, statistics):
-        aux_like = {"aux_like": statistics} if name == "sampa" else {}
+        aux_like = {"aux_like": statistics} if name in ("sampa", "momentum_sam") else {}
         return wrap(VARIANTS[name].build(batch_like=batch_like, **aux_like))
 
     return build
@@ -267,7 +271,9 @@ every_api = pytest.mark.parametrize("api", TRAININGS)
 
 
 @every_api
-@pytest.mark.parametrize("name", ["sam", "asam", "sampa", "two ascent steps"])
+@pytest.mark.parametrize(
+    "name", ["sam", "asam", "sampa", "two ascent steps", "periodic", "momentum_sam"]
+)
 def test_losses_parameters_and_statistics_are_those_of_a_loop_by_hand(api, name):
     assert_same(samx_run(api, name), hand_run(api, name, 0.5))
 

@@ -96,6 +96,7 @@ BAD_ARGUMENTS = [
     ("--pair", "--pair is for --variant sampa.* not sam"),
     ("--variant sampa --pair --devices 3", "--pair needs an even number .* got 3"),
     ("--variant sampa --pair --strategy pmap", "--pair with --strategy pmap needs 2 .* got 8"),
+    ("--variant momentum-sam --base sgd", "`base` must have one momentum"),
     ("--process-id 0", "--coordinator, --num-processes and --process-id go together"),
     ("--coordinator here --num-processes 2 --process-id 0", "must be HOST:PORT, got here"),
     ("--coordinator a:1 --num-processes 2 --process-id 2", "--process-id must be 0 to 1, got 2"),
