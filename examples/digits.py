@@ -50,7 +50,7 @@ LEARNING_RATES = {
 ROWS = {"base": ("base", 1), "base2x": ("base", 2)} | {
     name: (name, 1) for name in VARIANTS if name not in ("base", "sampa-separate")
 }
-DEFAULT = ("base", "base2x", "sam", "asam", "sampa", "looksam", "momentum-sam")
+DEFAULT = ("base", "base2x", "sam", "asam", "sampa", "momentum-sam")
 TIMED_STEPS = 100
 
 

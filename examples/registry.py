@@ -1,6 +1,7 @@
 """Every variant by name, for the examples: how to build it, and which radii to choose from."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +51,7 @@ def g_rst(rho: Any) -> optax.GradientTransformation:
 
 
 RADII = (0.1, 0.2, 0.5, 1.0)
+ALPHA = 0.1  # of the LookSAMs: 0.7, the default, is for vision transformers
 WINDOW, WARMUP = 50, 50  # of `policies.quota`, whose first window is one step short
 
 VARIANTS = {
@@ -87,12 +89,18 @@ VARIANTS = {
         cycle=20,
     ),
     "g-rst": Variant(in_front(g_rst), RADII, 1.5, 0.05, cycle=20),
-    "looksam": Variant(in_front(samx.looksam), RADII, 1.2, 0.05, cycle=5),
+    "looksam": Variant(in_front(partial(samx.looksam, alpha=ALPHA)), RADII, 1.2, 0.05, cycle=5),
     "look-layer-sam": Variant(
-        in_front(samx.look_layer_sam), (0.001, 0.003, 0.01, 0.03), 1.2, 0.05, cycle=5
+        in_front(partial(samx.look_layer_sam, alpha=ALPHA)),
+        (0.001, 0.003, 0.01, 0.03),
+        1.2,
+        0.05,
+        cycle=5,
     ),
     "ae-sam": Variant(in_front(samx.ae_sam), RADII, 1.5, 0.05, cycle=10, settling=50),
-    "ae-looksam": Variant(in_front(samx.ae_looksam), RADII, 1.5, 0.05, cycle=10, settling=50),
+    "ae-looksam": Variant(
+        in_front(partial(samx.ae_looksam, alpha=ALPHA)), RADII, 1.5, 0.05, cycle=10, settling=50
+    ),
     "vsam": Variant(
         in_front(samx.vsam), RADII, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1
     ),

@@ -12,7 +12,7 @@ import pytest
 
 import samx
 import samx.flax
-from samx import perturbations
+from samx import combinations, perturbations, policies
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,10 +20,19 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOT
 SECTIONS = ("Args", "Returns", "Raises", "Example", "References", "Notes")
 
 
+MODULES = {
+    "perturbations": perturbations,
+    "policies": policies,
+    "combinations": combinations,
+    "flax": samx.flax,
+}
 PUBLIC = [
-    *((name, getattr(samx, name)) for name in samx.__all__ if name != "perturbations"),
-    *((f"perturbations.{name}", getattr(perturbations, name)) for name in perturbations.__all__),
-    *((f"flax.{name}", getattr(samx.flax, name)) for name in samx.flax.__all__),
+    *((name, getattr(samx, name)) for name in samx.__all__ if name not in MODULES),
+    *(
+        (f"{title}.{name}", getattr(module, name))
+        for title, module in MODULES.items()
+        for name in module.__all__
+    ),
 ]
 
 
