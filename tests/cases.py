@@ -156,11 +156,9 @@ VARIANTS = {
     ),
     "vsam": replace(
         GATED,
-        factory=partial(samx.vsam, window=4, num_blocks=2, warmup_steps=1),
+        factory=partial(samx.vsam, policy=policies.quota(window=4, num_blocks=2, warmup_steps=1)),
         hyper={"rho": 0.05, "decay": 0.7},
-        static_args=(
-            *("reuse_steps", "window", "num_blocks", "max_fraction", "warmup_steps", "key"),
-        ),
+        static_args=("reuse_steps", "policy"),
     ),
     "arsam": replace(
         GATED, factory=lambda rho: samx.arsam(rho, policy=policies.every(2)), like="vsam"

@@ -10,6 +10,7 @@ import pytest
 from cases import VARIANTS
 
 import samx
+from samx import policies
 
 WIDTH, BATCH_SIZE = 256, 256
 
@@ -42,11 +43,10 @@ class Counter:
         return watched(loss)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_passes_inside_update(name):
-    case = VARIANTS[name]
+def count_passes(tx, steps):
+    """The passes inside each `update`, and the state after it."""
     data, params = problem.make("float32")
-    batch, counter, tx = problem.batch_at(data, 0), Counter(), case.build()
+    counter = Counter()
 
     def losses_fn(params, batch):
         losses = problem.losses_fn(params, batch)
@@ -58,15 +58,68 @@ def test_passes_inside_update(name):
         updates, state = tx.update(grads, state, params, losses_fn=losses_fn, batch=batch)
         return optax.apply_updates(params, updates), state
 
-    carry, steps, sharp = (params, tx.init(params)), 5, 0
-    for _ in range(steps):
-        carry = step(*carry, batch)
-        sharp += int(optax.tree.get(carry[1], "is_sharp"))
-    jax.effects_barrier()
+    state, history = tx.init(params), []
+    for t in range(steps):
+        params, state = step(params, state, problem.batch_at(data, t))
+        jax.block_until_ready(params)
+        jax.effects_barrier()
+        history.append((dict(counter.passes), state))
+        counter.passes |= dict.fromkeys(counter.passes, 0)
+    return history
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_passes_inside_update(name):
+    case, spent = VARIANTS[name], 0
     forward, backward = case.passes
-    assert counter.passes == {"forward": sharp * forward, "backward": sharp * backward}
-    spent = float(optax.tree.get(carry[1], "gradients_spent"))
-    assert spent == steps * case.uses_gradient + sharp * backward
+    for passes, state in count_passes(case.build(), 5):
+        is_sharp = bool(optax.tree.get(state, "is_sharp"))
+        assert passes == {"forward": is_sharp * forward, "backward": is_sharp * backward}
+        spent += case.uses_gradient + is_sharp * backward
+    assert float(optax.tree.get(state, "gradients_spent")) == spent
+
+
+def extra_gradients(tx, steps):
+    """The gradients inside each `update`, counted while it runs."""
+    return [passes["backward"] for passes, _ in count_passes(tx, steps)]
+
+
+def test_looksam_takes_a_fifth_of_a_gradient_more():
+    assert extra_gradients(samx.looksam(0.05, period=5), 20) == [1, 0, 0, 0, 0] * 4
+
+
+def test_randomized_training_takes_p_gradients_more():
+    p, steps = 0.3, 300
+    share = sum(extra_gradients(samx.perturb_if(policies.random(p), samx.sam(0.05)), steps)) / steps
+    assert abs(share - p) < 3 * (p * (1 - p) / steps) ** 0.5
+
+
+def test_ae_sam_takes_a_gradient_more_where_its_rule_says_so():
+    mean, variance, expected = 0.0, jnp.exp(-10.0), []
+    tx = optax.chain(samx.ae_sam(0.05, threshold=-0.3), optax.sgd(0.1))
+    history = count_passes(tx, 30)
+    for _, state in history:
+        s = float(optax.tree.get(state, "grad_norm")) ** 2
+        mean = 0.9 * mean + 0.1 * s
+        variance = 0.9 * variance + 0.1 * (s - mean) ** 2
+        expected.append(int(s >= mean - 0.3 * variance**0.5))
+    assert [passes["backward"] for passes, _ in history] == expected
+    assert 0 < sum(expected) < 30
+
+
+def test_vsam_takes_exactly_its_quota_in_every_window():
+    window, warmup = 10, 12
+    policy = policies.quota(
+        window, num_blocks=2, ratio_gain=1.0, variance_gain=1.0, warmup_steps=warmup
+    )
+    history = count_passes(samx.vsam(0.05, policy=policy), warmup + window - 1 + 8 * window)
+    gradients = [passes["backward"] for passes, _ in history]
+    assert gradients[: warmup + window - 1] == [1] * warmup + [0] * (window - 1)
+    quotas = []
+    for start in range(warmup + window - 1, len(history), window):
+        quotas.append(int(optax.tree.get(history[start][1], "quota")))
+        assert sum(gradients[start : start + window]) == quotas[-1]
+    assert len(set(quotas)) > 1
 
 
 def wide_problem():

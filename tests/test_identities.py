@@ -81,7 +81,7 @@ EXACTLY_SAM = {
         policies.random(optax.constant_schedule(1.0)), samx.sam(0.2)
     ),
     "mixed with weight 1": lambda: mix(samx.sam(0.2), 1.0),
-    "vsam in its warm-up": lambda: samx.vsam(0.2, warmup_steps=STEPS),
+    "vsam in its warm-up": lambda: samx.vsam(0.2, policy=policies.quota(warmup_steps=STEPS)),
     "arsam, every step": lambda: samx.arsam(0.2, policy=policies.every(1)),
 }
 EQUAL_TO_SAM |= EXACTLY_SAM | {
@@ -142,7 +142,7 @@ EQUAL_PAIRS = {
         lambda: mix(sam(), 0.3),
     ),
     "vsam without reuse": (
-        lambda: samx.vsam(0.2, reuse_steps=0, **CONTROLLER),
+        lambda: samx.vsam(0.2, reuse_steps=0, policy=policies.quota(**CONTROLLER)),
         lambda: samx.perturb_if(policies.quota(**CONTROLLER), sam()),
     ),
 }
@@ -163,7 +163,11 @@ def test_vsam_is_arsam_whose_reuse_ends():
 
     runs = [
         problem.train(optax.chain(tx, MOMENTUM), 30)
-        for tx in (samx.vsam(0.2, **controller), arsam(decaying(0.7, last=6)), arsam())
+        for tx in (
+            samx.vsam(0.2, policy=policies.quota(**controller)),
+            arsam(decaying(0.7, last=6)),
+            arsam(),
+        )
     ]
     assert_same(*runs[:2], atol=0)
     same = [np.array_equal(a, b) for a, b in zip(runs[0]["W1"], runs[2]["W1"], strict=True)]

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import samx
-from samx import _policy
+from samx import _policy, policies
 
 STEPS = 20
 GLOBAL = {
@@ -124,7 +124,9 @@ def local_loop(name):
 @pytest.mark.parametrize("regime", LOCAL)
 def test_local_ascent_decides_and_takes_apart_by_the_mean_gradient(name, regime):
     expected, are_sharp = local_loop(name)
-    changes = {"warmup_steps": 4} if name == "vsam" else {}  # the reference needs full statistics
+    changes = {}
+    if name == "vsam":  # the reference needs full statistics
+        changes["policy"] = policies.quota(4, num_blocks=2, warmup_steps=4)
     history = LOCAL[regime](build(name, **changes), problem.make()[1], batches(), ascent="local")
     found = [bool(optax.tree.get(state, "is_sharp")) for _, state, _ in history]
     assert found == [bool(x) for x in are_sharp]

@@ -464,9 +464,14 @@ ERRORS = {
         "`num_blocks` must cut `window`.*num_blocks=4 for window=10",
     ),
     "blocks of one": (
-        lambda: samx.vsam(window=10, num_blocks=10),
+        lambda: policies.quota(window=10, num_blocks=10),
         ValueError,
         "`num_blocks`.*two or more.*num_blocks=10 for window=10",
+    ),
+    "reuse_steps": (
+        lambda: samx.vsam(reuse_steps=-1),
+        ValueError,
+        "`reuse_steps` must be at least 0, got -1",
     ),
     "window 1": (lambda: policies.quota(1), ValueError, "`window` must be at least 2, got 1"),
     "max_fraction": (

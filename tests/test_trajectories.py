@@ -81,7 +81,10 @@ RECORDED = {
         samx.ae_looksam(0.05, falling(12)), MOMENTUM
     ),
     "vsam__sgdm_rho0.05_win4x2_hp0.13": lambda: optax.chain(
-        samx.vsam(0.05, window=4, num_blocks=2, warmup_steps=5, is_measured=second_layer), MOMENTUM
+        samx.vsam(
+            0.05, policy=policies.quota(4, num_blocks=2, warmup_steps=5, is_measured=second_layer)
+        ),
+        MOMENTUM,
     ),
 }
 
@@ -333,8 +336,7 @@ def test_vsam_against_reference_past_several_windows(base):
     expected, is_sharp = reference.train_gated(
         make_reference(), reference.ball(0.1), variant, steps
     )
-    vsam = samx.vsam(
-        0.1,
+    controller = policies.quota(
         window=10,
         num_blocks=2,
         ratio_gain=0.5,
@@ -342,6 +344,7 @@ def test_vsam_against_reference_past_several_windows(base):
         warmup_steps=12,
         is_measured=lambda path, leaf: path[-1].key in WEIGHTS,
     )
+    vsam = samx.vsam(0.1, policy=controller)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samx._policy, "uniform_at", lambda key, step: jnp.asarray(draws)[step])
         trajectory, sharp, fractions, quotas, ages = watch(

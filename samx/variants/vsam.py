@@ -6,12 +6,11 @@ Sharpness aware Minimization", 2024. https://arxiv.org/abs/2403.08821
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._metrics import LeafPredicate
+from samx._hyper import check_count
 from samx._policy import Policy
 from samx._quota import quota
 from samx._reuse import reuse
@@ -24,24 +23,17 @@ def vsam(
     decay: optax.ScalarOrSchedule = 0.7,
     *,
     reuse_steps: int = 6,
-    window: int = 50,
-    num_blocks: int = 5,
-    max_fraction: float = 0.8,
-    ratio_gain: float = 0.13,
-    variance_gain: float = 0.13,
-    warmup_steps: int = 50,
-    is_measured: LeafPredicate | None = None,
-    key: int | jax.Array = 0,
+    policy: Policy | None = None,
     perturbation: optax.GradientTransformation | None = None,
     perturb_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
     """vSAM: SAM's gradient is g + h; h is sampled on some steps and reused on the next ones.
 
-        if policies.quota(g):  g_s = ∇L(w + ρ g / ‖g‖)
-                               h = g_s − g;  j = 0
-                               return g + h
-        else:                  j = j + 1
-                               return g + (decay ^ j if j ≤ reuse_steps else 0) h
+        if policy(g):  g_s = ∇L(w + ρ g / ‖g‖)
+                       h = g_s − g;  j = 0
+                       return g + h
+        else:          j = j + 1
+                       return g + (decay ^ j if j ≤ reuse_steps else 0) h
 
     Every window of steps has its quota of samples, which grows and shrinks with the variation of
     ‖h‖: see `policies.quota`.
@@ -52,16 +44,8 @@ def vsam(
         decay: β in [0, 1], what is left of h from one step to the next, a number or a schedule;
             default 0.7.
         reuse_steps: Steps ≥ 0 behind a sample that reuse it; default 6.
-        window: Steps K ≥ 2 of a window; default 50.
-        num_blocks: Blocks into which the sorted norms of a window are cut; default 5.
-        max_fraction: Upper bound of the sampled share, at least 1/window, at most 1; default 0.8.
-        ratio_gain: Gain of the relative change of ‖h‖ / ‖g‖; default 0.13.
-        variance_gain: Gain of the relative change of the variance of ‖h‖; default 0.13.
-        warmup_steps: Steps ≥ 0 at the start that are all sampled; default 50. The authors: three
-            epochs.
-        is_measured: `(path, leaf) -> bool`, the leaves over which the policy takes norms; default
-            all. The authors: the last ten tensors of the network.
-        key: Seed or random key of the draws, the same on all devices; default 0.
+        policy: When to sample h; default `policies.quota()`, whose arguments are the paper's:
+            window, warm-up, gains.
         perturbation: Another geometry in place of the ball; then leave `rho` out.
         perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
 
@@ -71,15 +55,15 @@ def vsam(
         `part_ratio`, ‖h‖ / ‖g‖ of the last sample, and `sharp_fraction`.
 
     Raises:
-        ValueError: If a number is out of its range, `num_blocks` does not cut `window` into equal
-            blocks of two or more, or `rho` is given together with `perturbation`; in `update`, see
-            `closure_transformation`.
-        TypeError: If a count is no Python int, `rho` or `decay` neither number nor schedule, or
-            `key` no key.
+        ValueError: If a number is out of its range, or `rho` is given together with
+            `perturbation`; in `update`, see `closure_transformation`.
+        TypeError: If `rho` or `decay` is neither number nor schedule, `reuse_steps` no Python int,
+            or `policy` no `Policy`.
 
     Example:
         >>> import optax, samx
-        >>> tx = optax.chain(samx.vsam(0.05, warmup_steps=3 * 391), optax.sgd(0.05, momentum=0.9))
+        >>> three_epochs = samx.policies.quota(warmup_steps=3 * 391)
+        >>> tx = optax.chain(samx.vsam(0.05, policy=three_epochs), optax.sgd(0.05, momentum=0.9))
 
     References:
         Deng, Pang, Zhang, Wang, "Effective Gradient Sample Size via Variation Estimation for
@@ -90,22 +74,14 @@ def vsam(
         traces sample 29% and 60% of the steps), one copy of the parameters in the state, and a
         transient one.
         Fidelity: matches ajiaaa/vSAM, controller included; defaults are those of its training
-        script. There, fewer than `window` samples before the first window end in NaN; here what is
-        missing counts as no change. For some values of `decay` (0.9 is one) rounding makes that
-        code reuse a seventh time. `static_args`: `reuse_steps`, `window`, `num_blocks`,
-        `max_fraction`, `warmup_steps`, `is_measured`, `key`, `perturbation`, `perturb_dtype`; `rho`
-        too where `perturbation` is given.
+        script, but for the warm-up (three epochs there). There, fewer than `window` samples before
+        the first window end in NaN; here what is missing counts as no change. For some values of
+        `decay` (0.9 is one) rounding makes that code reuse a seventh time. `static_args`:
+        `reuse_steps`, `policy`, `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is
+        given.
     """
-    policy = quota(
-        window,
-        num_blocks=num_blocks,
-        max_fraction=max_fraction,
-        ratio_gain=ratio_gain,
-        variance_gain=variance_gain,
-        warmup_steps=warmup_steps,
-        is_measured=is_measured,
-        key=key,
-    )
+    check_count("reuse_steps", reuse_steps, 0)
+    policy = quota() if policy is None else policy
     ball = ball_of("vsam", rho, perturbation)
     return reuse_second_order("vsam", policy, ball, decaying(decay, reuse_steps), perturb_dtype)
 
