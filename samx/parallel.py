@@ -76,8 +76,8 @@ def data_parallel(
         aux that a variant keeps are averaged too. Second derivatives inside a variant: `jax.jvp` of
         a gradient.
         Communication per step, for P parameters: one all-reduce of P per gradient, plus scalars;
-        `sam` 2P, with `ascent="local"` P, `sampa` one of 2P. `ascent` means nothing to `sampa`,
-        which climbs the gradient of the last step, already averaged.
+        `sam` 2P, with `ascent="local"` P, `sampa` one of 2P. `ascent` means nothing to `sampa` and
+        `momentum_sam`, which climb what earlier steps have averaged.
         `static_args`: all.
     """
     axes = _axes("data_parallel", "axis_name", axis_name)

@@ -106,6 +106,13 @@ def test_one_all_reduce_per_gradient(name, regime, check_vma):
     assert_bytes(compiled(name, regime, check_vma=check_vma), copies)
 
 
+@pytest.mark.parametrize("name", ["rst", "looksam"])
+def test_a_skipped_step_sends_one_gradient(name, monkeypatch):
+    for side, copies in ((0, 2), (1, 1)):
+        monkeypatch.setattr(jax.lax, "cond", lambda _, *sides, side=side: sides[side]())
+        assert_bytes(compiled.__wrapped__(name, "shard_map"), copies)
+
+
 @pytest.mark.parametrize("name", [n for n in STRAIGHT if VARIANTS[n].uses_gradient])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_local_ascent_sends_one_gradient(name, check_vma):
