@@ -133,19 +133,22 @@ VARIANTS = {
         GATED, factory=_random, hyper={"rho": 0.05, "probability": 0.8, "weight": 2.0}, like="rst"
     ),
     "ae_sam": replace(
-        GATED, factory=samx.ae_sam, hyper={"rho": 0.05, "threshold": -0.2, "decay": 0.9}
+        GATED,
+        factory=samx.ae_sam,
+        hyper={"rho": 0.05, "threshold": -0.2, "decay": 0.9},
+        like="rst",
     ),
     "looksam": replace(
         GATED,
         factory=partial(samx.looksam, period=2),
         hyper={"rho": 0.05, "alpha": 0.7},
-        static_args=("period",),
+        static_args=("period", "first"),
     ),
     "look_layer_sam": replace(
         GATED,
         factory=partial(samx.look_layer_sam, period=2),
         hyper={"rho": 0.05, "alpha": 0.7},
-        static_args=("period", "scaling"),
+        static_args=("period", "first", "scaling"),
         like="looksam",
     ),
     "ae_looksam": replace(
@@ -159,9 +162,10 @@ VARIANTS = {
         factory=partial(samx.vsam, policy=policies.quota(window=4, num_blocks=2, warmup_steps=1)),
         hyper={"rho": 0.05, "decay": 0.7},
         static_args=("reuse_steps", "policy"),
+        like="looksam",
     ),
     "arsam": replace(
-        GATED, factory=lambda rho: samx.arsam(rho, policy=policies.every(2)), like="vsam"
+        GATED, factory=lambda rho: samx.arsam(rho, policy=policies.every(2)), like="looksam"
     ),
     "momentum_sam": replace(
         SAM,

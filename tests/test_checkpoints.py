@@ -66,7 +66,7 @@ def saved_sam(tmp_path_factory):
     return folder, kept
 
 
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", [*APART, "vsam"])
 def test_restored_from_nothing_but_the_disk(name, tmp_path):
     undisturbed = Training(name).run(STEPS)
 

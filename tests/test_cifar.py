@@ -66,7 +66,6 @@ BY_NAME = {
     "sam": (8, 0.05),
     "sampa": (8, 0.0),  # whose g_y starts at 0
     "looksam": (5, 0.05),
-    "rst": (6, 0.0),  # whose draws begin with a plain step
     "momentum-sam": (4, 0.0),  # whose momentum starts at 0
 }
 
@@ -93,12 +92,6 @@ def test_variants_by_name(variant, run, tmp_path, capsys):
     assert "images/s" in printed.err  # the progress line
 
 
-def test_resnet18_and_its_statistics(run):
-    results = run(f"{tiny('resnet18')} --variant sampa-separate --out run")
-    assert results["steps"] == 4
-    assert len(results["test"]["accuracy_by_class"]) == 10
-
-
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -109,6 +102,7 @@ def test_resnet18_and_its_statistics(run):
 def test_options(model, options, run):
     results = run(f"{tiny(model)} {options} --out run")
     assert np.isfinite(results["test"]["loss"])
+    assert len(results["test"]["accuracy_by_class"]) == 10
     rates = [row["learning_rate"] for row in read("run", "step")]
     if "step" in options:
         np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.001], rtol=1e-6)
@@ -151,7 +145,6 @@ def test_label_noise_and_imbalance(run, archive):
 @pytest.mark.parametrize(
     ("model", "variant"),
     [
-        ("resnet18", "base"),
         ("resnet18", "sam"),
         ("resnet18", "sampa-separate"),
         ("vit", "sampa-separate"),  # the dearest
@@ -184,14 +177,14 @@ KILLED = {
 @pytest.mark.parametrize(
     ("model", "kills"),
     [
-        ("resnet18", [(9, ("--out", "killed"))]),
-        ("vit", [(0, ("--out", "killed")), (9, ("--resume", "killed"))]),
+        ("resnet18", [(5, ("--out", "killed"))]),
+        ("vit", [(0, ("--out", "killed")), (5, ("--resume", "killed"))]),
     ],
 )
 def test_killed_and_resumed_is_as_if_nothing_had_happened(model, kills, cache, archive, tmp_path):
     """SIGKILL at some step, whatever the process is doing, or before the first checkpoint."""
     command = [sys.executable, str(EXAMPLE), "--data", str(archive), "--checkpoint-every", "1"]
-    command += f"--model {model} {TINY[model]} --images 40 --batch 8 --epochs 3".split()
+    command += f"--model {model} {TINY[model]} --images 40 --batch 8 --epochs 2".split()
     command += KILLED[model].split()
     environment = os.environ | cache | {"JAX_PLATFORMS": "cpu"}
 
@@ -222,7 +215,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(model, kills, cache, a
     resumed = start("--resume", "killed")
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output
-    assert int(re.search(r"resumed at step (\d+)", output)[1]) >= 8
+    assert int(re.search(r"resumed at step (\d+)", output)[1]) >= 4
 
     one, other = (
         json.loads((tmp_path / n / "results.json").read_text()) for n in ("undisturbed", "killed")

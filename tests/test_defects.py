@@ -191,7 +191,14 @@ DEFECTS = {
 }
 
 
-def run_suite(suite, folder):
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Compiled programs, for what a defect leaves as it was; shared by all workers."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "defects-cache"
+
+
+def run_suite(suite, folder, cache):
     """The exit code of a suite on the package in `folder`, and what it printed."""
     file, selection = SUITES[suite]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
@@ -199,6 +206,8 @@ def run_suite(suite, folder):
     environment = os.environ | {"PYTHONPATH": str(folder)}
     if suite != "cost":  # which looks at what the optimizations leave
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     result = subprocess.run(
         command,
         check=False,
@@ -210,19 +219,19 @@ def run_suite(suite, folder):
     return result.returncode, result.stdout[-2000:]
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_an_unchanged_copy_is_green(suite, tmp_path):
+def test_an_unchanged_copy_is_green(tmp_path, cache):
+    """Of one suite: without a defect the others are what this run does anyway."""
     shutil.copytree(ROOT / "samx", tmp_path / "samx")
-    code, output = run_suite(suite, tmp_path)
+    code, output = run_suite("trajectories", tmp_path, cache)
     assert code == pytest.ExitCode.OK, output
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_a_defect_turns_its_suite_red(name, tmp_path):
+def test_a_defect_turns_its_suite_red(name, tmp_path, cache):
     suite, file, right, wrong = DEFECTS[name]
     shutil.copytree(ROOT / "samx", tmp_path / "samx")
     source = (tmp_path / "samx" / file).read_text()
     assert source.count(right) == 1, f"{file} no longer has the line {right!r}"
     (tmp_path / "samx" / file).write_text(source.replace(right, wrong))
-    code, output = run_suite(suite, tmp_path)
+    code, output = run_suite(suite, tmp_path, cache)
     assert code == pytest.ExitCode.TESTS_FAILED, output

@@ -196,19 +196,20 @@ def test_ratio_of_the_part_that_is_kept():
 
 
 @pytest.mark.parametrize("size", [1, 2, 1000])
-def test_looksam_reuses_nothing_where_both_gradients_are_parallel(size):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_looksam_reuses_nothing_where_both_gradients_are_parallel(size, dtype):
     """What is left across `g` is rounding, and would be made as long as `g`."""
-    w = jnp.asarray(np.random.default_rng(0).normal(size=size), jnp.float32)
+    w = jnp.asarray(np.random.default_rng(0).normal(size=size), dtype)
     tx = samx.looksam(0.05, period=5)
 
     def value_fn(w):
-        return 1.7 * w @ w
+        return 1.7 * (w.astype(jnp.float32) ** 2).sum()
 
     @jax.jit
     def step(w, state):
         g = jax.grad(value_fn)(w)
         u, state = tx.update(g, state, w, value_fn=value_fn)
-        return w - 0.01 * u, state, g, u
+        return w - jnp.asarray(0.01, dtype) * u, state, g, u
 
     state = tx.init(w)
     for t in range(10):

@@ -345,6 +345,44 @@ def test_readings_of_a_skipped_step():
             assert (float(reading) == 0) == (not is_sharp)
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("name", ["perturb_if", "looksam", "vsam"])
+def test_a_gradient_of_another_dtype_than_the_parameters(name, dtypes):
+    """Both kinds of steps give updates like the parameters."""
+    tx = {
+        "perturb_if": samx.perturb_if(policies.every(2), samx.sam(0.05)),
+        "looksam": samx.looksam(0.05, 2),
+        "vsam": samx.vsam(policy=policies.quota(4, num_blocks=2, warmup_steps=1)),
+    }[name]
+    w, g = (jnp.ones(3, dtype) for dtype in dtypes)
+    state = tx.init(w)
+    for _ in range(2):
+        updates, state = tx.update(
+            g, state, w, value_fn=lambda w: (w.astype(jnp.float32) ** 4).sum()
+        )
+        assert updates.dtype == w.dtype
+
+
+def test_readings_of_several_transformations_inside():
+    inner = optax.chain(samx.sam(0.1), samx.sam(0.2))
+    tx = samx.perturb_if(policies.every(2), optax.named_chain(("two", inner)))
+    w = {"readings": jnp.ones(2)}  # a parameter of that name is none
+    state = tx.init(w)
+    for is_sharp in (True, False):
+        _, state = tx.update(w, state, w, value_fn=lambda w: (w["readings"] ** 4).sum())
+        found = [bool(part.readings.is_sharp) for part in state.inner["two"]]
+        assert found == [is_sharp] * 2
+
+
+def test_parameters_named_like_a_momentum():
+    w = {"mu": jnp.ones(2), "trace": jnp.ones(1)}
+    tx = samx.momentum_sam(optax.sgd(0.1, momentum=0.9), 0.1)
+    state = tx.init(w)
+    for _ in range(2):
+        _, state = tx.update(w, state, w, value_fn=lambda w: (w["mu"] ** 2).sum() + w["trace"][0])
+    np.testing.assert_allclose(state.readings.perturbation_norm, 0.1, rtol=1e-5)
+
+
 def test_an_inner_policy_runs_on_the_optimizers_clock():
     """Only what both policies want is sharp; the inner one counts all steps."""
     inner = samx.perturb_if(policies.every(3), samx.sam(0.1))

@@ -262,15 +262,15 @@ GATED = {  # samx, the reference's perturbation and combination, base, steps
         "nesterov",
     ),
     "looksam with a schedule of alpha": (
-        lambda: samx.looksam(0.1, 4, ALPHA),
+        lambda: samx.looksam(0.1, 4, ALPHA, first=3),
         reference.ball(0.1),
-        lambda: reference.LookSAM(every(4), ALPHAS),
+        lambda: reference.LookSAM(every(4, 3), ALPHAS),
         "adam",
     ),
     "look_layer_sam": (
-        lambda: samx.look_layer_sam(0.05, 4, 0.3),
+        lambda: samx.look_layer_sam(0.05, 4, 0.3, first=1),
         reference.layer_steps(0.05, lambda w, g, total: w / g / total),
-        lambda: reference.LookSAM(every(4), 0.3),
+        lambda: reference.LookSAM(every(4, 1), 0.3),
         "momentum and decay",
     ),
     **{

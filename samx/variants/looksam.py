@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._hyper import at_step, check_count, check_number
+from samx._hyper import at_step, check_number
 from samx._reuse import reuse
 from samx.perturbations import DefaultRho, LayerScaling, ball_of, layer_steps, trust_ratio
 from samx.policies import Policy, every
@@ -22,6 +22,7 @@ def looksam(
     period: int = 5,
     alpha: optax.ScalarOrSchedule = 0.7,
     *,
+    first: int = 0,
     perturbation: optax.GradientTransformation | None = None,
     perturb_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
@@ -38,11 +39,12 @@ def looksam(
     Args:
         rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
             optimizer's steps; default 0.05.
-        period: Steps k ≥ 1 from one sharp gradient to the next, the first of them the very first
-            step; default 5.
+        period: Steps k ≥ 1 from one sharp gradient to the next; default 5.
         alpha: Length α ≥ 0 of the reused part, relative to the gradient, a number or a schedule;
             default 0.7, the paper's for vision transformers. The authors of Momentum-SAM found
             0.1 best and more than 0.3 of no use for convolutional nets on CIFAR-100.
+        first: The first sharp step, counted from 0; default 0. Before it steps are plain; in some
+            ports it is k − 1.
         perturbation: Another geometry in place of the ball; then leave `rho` out.
         perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
 
@@ -52,9 +54,10 @@ def looksam(
         `part_ratio`, ‖g_v‖ / ‖g‖ when it was taken, and `sharp_fraction`.
 
     Raises:
-        ValueError: If `rho` or `alpha` is a negative number, `period` below 1, or `rho` given
+        ValueError: If `rho`, `alpha` or `first` is negative, `period` below 1, or `rho` given
             together with `perturbation`; in `update`, see `closure_transformation`.
-        TypeError: If `rho` or `alpha` is neither number nor schedule, or `period` no Python int.
+        TypeError: If `rho` or `alpha` is neither number nor schedule, or `period` or `first` no
+            Python int.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -81,12 +84,11 @@ def looksam(
         Cost: 1 + 1/period gradients per step, one copy of the parameters in the state, and a
         transient one.
         Fidelity: no code of the authors exists; matches the global implementation that the authors
-        of Momentum-SAM compared with. `static_args`: `period`, `perturbation`, `perturb_dtype`;
-        `rho` too where `perturbation` is given.
+        of Momentum-SAM compared with. `static_args`: `period`, `first`, `perturbation`,
+        `perturb_dtype`; `rho` too where `perturbation` is given.
     """
-    check_count("period", period)
     ball = ball_of("looksam", rho, perturbation)
-    return reuse_across("looksam", every(period), ball, alpha, perturb_dtype)
+    return reuse_across("looksam", every(period, first), ball, alpha, perturb_dtype)
 
 
 def look_layer_sam(
@@ -94,6 +96,7 @@ def look_layer_sam(
     period: int = 5,
     alpha: optax.ScalarOrSchedule = 0.7,
     *,
+    first: int = 0,
     scaling: LayerScaling = trust_ratio,
     perturb_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
@@ -109,6 +112,7 @@ def look_layer_sam(
         period: Steps k ≥ 1 from one sharp gradient to the next; default 5.
         alpha: Length α ≥ 0 of the reused part, relative to the gradient, a number or a schedule;
             default 0.7.
+        first: The first sharp step, counted from 0; default 0.
         scaling: `(‖w_l‖, ‖g_l‖, ‖g‖) -> factor`, see `perturbations.layer_steps`; default
             `perturbations.trust_ratio`, ‖w_l‖ / (‖g_l‖ ‖g‖).
         perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
@@ -117,10 +121,10 @@ def look_layer_sam(
         As `looksam`.
 
     Raises:
-        ValueError: If `rho` or `alpha` is a negative number or `period` below 1; in `update`, see
+        ValueError: If `rho`, `alpha` or `first` is negative or `period` below 1; in `update`, see
             `closure_transformation`.
-        TypeError: If `rho` or `alpha` is neither number nor schedule, `period` no Python int, or
-            `scaling` no function.
+        TypeError: If `rho` or `alpha` is neither number nor schedule, `period` or `first` no Python
+            int, or `scaling` no function.
 
     Example:
         Every tensor moves by ρ times its own norm, the trust ratio of LARS and LAMB:
@@ -136,12 +140,11 @@ def look_layer_sam(
     Notes:
         Cost: as `looksam`. Fidelity: a reconstruction. There is no code of the authors, their
         scaling rule could not be read, and the public ports disagree on it; the default is the
-        rule as we recall it, a trust ratio inside the SAM step. `static_args`: `period`, `scaling`,
-        `perturb_dtype`.
+        rule as we recall it, a trust ratio inside the SAM step. `static_args`: `period`, `first`,
+        `scaling`, `perturb_dtype`.
     """
-    check_count("period", period)
     steps = layer_steps(rho, scaling)
-    return reuse_across("look_layer_sam", every(period), steps, alpha, perturb_dtype)
+    return reuse_across("look_layer_sam", every(period, first), steps, alpha, perturb_dtype)
 
 
 def reuse_across(
