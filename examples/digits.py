@@ -393,11 +393,25 @@ def draw(results: list[dict], noises: list[float], path: Path, title: str) -> No
     plt.close(figure)
 
 
+def can_have(variant: str, base: str) -> bool:
+    """Whether the variant can have the base: Momentum-SAM needs a momentum."""
+    try:
+        check_base(variant, base)
+    except ValueError:
+        return False
+    return True
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--variants", nargs="+", choices=list(ROWS), default=list(DEFAULT))
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=list(ROWS),
+        help=f"default: of {', '.join(DEFAULT)} those that can have the base",
+    )
     parser.add_argument("--base", choices=list(BASES), default="momentum")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=40)
@@ -406,7 +420,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
     parser.add_argument("--out", help="new folder of the results; default runs/digits-NNN")
     args = parser.parse_args(argv)
-    args.variants = list(dict.fromkeys(args.variants))
+    default = (row for row in DEFAULT if can_have(ROWS[row][0], args.base))
+    args.variants = list(dict.fromkeys(args.variants or default))
     for name in ("seeds", "epochs", "width"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")

@@ -207,6 +207,14 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
     return extra
 
 
+def as_transformation(name: str, keyword: str, tx: Any) -> optax.GradientTransformationExtraArgs:
+    """A transformation that takes every keyword, or a `TypeError` for what is none."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        kind = type(tx).__name__
+        raise TypeError(f"{name}: `{keyword}` must be an optax transformation, got {kind}")
+    return optax.with_extra_args_support(tx)
+
+
 def base_keywords(name: str, keywords: dict[str, Any]) -> dict[str, Any]:
     """What a base optimizer gets to see: nothing of samx's own, and `value_fn` as a scalar."""
     return {k: v for k, v in unify(name, keywords).items() if k not in OWN_KEYWORDS}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._base import closure_transformation
+from samx._base import as_transformation, closure_transformation
 from samx._hyper import at_step, check_count, check_number, next_step
 
 __all__ = ["decaying", "mix"]
@@ -46,7 +46,7 @@ def mix(
 
     Raises:
         ValueError: If `weight` is a negative number.
-        TypeError: If `weight` is neither number nor schedule.
+        TypeError: If `weight` is neither number nor schedule, or `inner` no transformation.
 
     Example:
         G-RST, randomized training with the expected gradient of SAM:
@@ -67,7 +67,7 @@ def mix(
         `static_args`: `inner`.
     """
     check_number("weight", weight, 0)
-    inner = optax.with_extra_args_support(inner)
+    inner = as_transformation("mix", "inner", inner)
 
     def init_fn(params):
         return MixState(jnp.zeros((), jnp.int32), inner.init(params))

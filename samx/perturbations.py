@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
+from samx._base import as_transformation
 from samx._hyper import at_step, check_number, next_step
 from samx._metrics import (
     LeafPredicate,
@@ -63,15 +64,7 @@ def ball_of(name: str, rho: Any, perturbation: Any) -> optax.GradientTransformat
             "`rho` out and give the radius to the perturbation (under optax.inject_hyperparams, "
             "which fills in defaults, also pass static_args=('rho',))"
         )
-    return as_perturbation(name, perturbation)
-
-
-def as_perturbation(name: str, perturbation: Any) -> optax.GradientTransformationExtraArgs:
-    """A perturbation that takes every keyword, or a `TypeError` for what is none."""
-    if not (hasattr(perturbation, "init") and hasattr(perturbation, "update")):
-        kind = type(perturbation).__name__
-        raise TypeError(f"{name}: `perturbation` must be an optax transformation, got {kind}")
-    return optax.with_extra_args_support(perturbation)
+    return as_transformation(name, "perturbation", perturbation)
 
 
 def ascend(
@@ -325,7 +318,7 @@ def on_leaves(
     """
     if norm not in ("selected", "all"):
         raise ValueError(f"on_leaves: `norm` must be 'selected' or 'all', got {norm!r}")
-    perturbation = as_perturbation("on_leaves", perturbation)
+    perturbation = as_transformation("on_leaves", "perturbation", perturbation)
 
     def update_fn(updates, state, params=None, **extra):
         chosen = jax.tree_util.tree_map_with_path(is_perturbed, params)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._base import SCALAR_CLOSURES, closure_transformation
+from samx._base import SCALAR_CLOSURES, as_transformation, closure_transformation
 from samx._closures import Closure, LossesClosure, batch_size
 from samx._policy import Policy, check_policy
 from samx.readings import UNKNOWN, Readings, skip_readings
@@ -79,10 +79,7 @@ def perturb_if(
         such variants take a policy of their own. `static_args`: all.
     """
     check_policy("perturb_if", policy)
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        kind = type(inner).__name__
-        raise TypeError(f"perturb_if: `inner` must be an optax transformation, got {kind}")
-    inner = optax.with_extra_args_support(inner)
+    inner = as_transformation("perturb_if", "inner", inner)
 
     def is_readings(node):
         return isinstance(node, Readings)

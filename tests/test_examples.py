@@ -93,6 +93,11 @@ def test_digits_takes_every_base(base):
     assert np.isfinite(result["loss_increase"]).all()
 
 
+def test_digits_by_default_leaves_out_what_cannot_have_the_base():
+    assert "momentum-sam" in digits.parse([]).variants
+    assert digits.parse(["--base", "sgd"]).variants == [*digits.DEFAULT[:-1]]
+
+
 def test_digits_learns():
     (result,) = digits.main(
         ["--variants", "base", "--seeds", "2", "--epochs", "10", "--width", "32", "--noise", "0"]

@@ -506,6 +506,16 @@ ERRORS = {
         ValueError,
         "`num_blocks`.*two or more.*num_blocks=10 for window=10",
     ),
+    "inner of mix": (
+        lambda: mix(0.05, 2.0),
+        TypeError,
+        "mix: `inner` must be an optax transformation, got float",
+    ),
+    "base of momentum_sam": (
+        lambda: samx.momentum_sam(0.1),
+        TypeError,
+        "momentum_sam: `base` must be an optax transformation, got float",
+    ),
     "reuse_steps": (
         lambda: samx.vsam(reuse_steps=-1),
         ValueError,

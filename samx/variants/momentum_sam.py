@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._base import base_keywords, closure_transformation
+from samx._base import as_transformation, base_keywords, closure_transformation
 from samx._held import check_like, first_aux
 from samx._sharp import perturbed, value_and_grad_at
 from samx.perturbations import DefaultRho, ball_of
@@ -76,7 +76,7 @@ def momentum_sam(
             if the state of `base` has no field `trace` or `mu`, or several, or what `momentum`
             returns is not shaped like the parameters; in `update`, if aux differs in shape from
             `aux_like`, and as `closure_transformation` says.
-        TypeError: If `rho` is neither number nor schedule.
+        TypeError: If `rho` is neither number nor schedule, or `base` no transformation.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -107,7 +107,7 @@ def momentum_sam(
         where `perturbation` is given.
     """
     ball = ball_of("momentum_sam", rho, perturbation)
-    base = optax.with_extra_args_support(base)
+    base = as_transformation("momentum_sam", "base", base)
     momentum_of = find_momentum if momentum is None else momentum
 
     def init_fn(params):

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._base import closure_transformation
+from samx._base import as_transformation, closure_transformation
 from samx._hyper import check_count
 from samx._sharp import perturbed, value_and_grad_at
-from samx.perturbations import DefaultRho, as_perturbation, ascend, ball_of
+from samx.perturbations import DefaultRho, ascend, ball_of
 from samx.readings import UNKNOWN, Readings, no_readings, take_readings
 
 
@@ -81,7 +81,7 @@ def sharpness_aware(
         `static_args`: `perturbation`, `ascent_steps`, `perturb_dtype`, `name`.
     """
     check_count("ascent_steps", ascent_steps)
-    perturbation = as_perturbation(name, perturbation)
+    perturbation = as_transformation(name, "perturbation", perturbation)
 
     def init_fn(params):
         return SharpnessAwareState(perturbation.init(params), no_readings(params))

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from samx import _tree
-from samx._base import base_keywords, closure_transformation
+from samx._base import as_transformation, base_keywords, closure_transformation
 from samx._closures import batch_size, mean_loss, unit_weights
 from samx._held import HeldBatch, check_like, first_aux
 from samx._hyper import at_step, check_number, next_step
@@ -97,7 +97,8 @@ def sampa(
             `perturbation`, `gradients` unknown, or `pair_sharding` not over one named axis; in
             `update`, if `batch` or aux differ in shape from `batch_like` or `aux_like`, if the axis
             of `pair_sharding` is not there or not of size 2, and as `closure_transformation` says.
-        TypeError: If `rho` or `lam` is neither number nor schedule, `pair_sharding` no sharding.
+        TypeError: If `rho` or `lam` is neither number nor schedule, `pair_sharding` no sharding, or
+            `base` no transformation.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -141,7 +142,7 @@ def sampa(
     if pair_sharding is not None and gradients == "separate":
         raise ValueError("sampa: `pair_sharding` needs gradients='vmap': one call, on two groups")
     ball = ball_of("sampa", rho, perturbation)
-    base = optax.with_extra_args_support(base)
+    base = as_transformation("sampa", "base", base)
     batch_size("sampa: batch_like", batch_like)
 
     def init_fn(params):
