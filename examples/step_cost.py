@@ -221,8 +221,8 @@ def samx_rows(losses_fn: Callable, params: Any, batch: Any, variants: list[str])
         return optax.apply_updates(params, updates), new, loss
 
     def row(tx, name, read=True):
-        _, _, gradients, _, _, cycle, settling = VARIANTS[name]
-        return Row(functools.partial(step, tx, read), tx.init(params), gradients, cycle, settling)
+        one_step, known = functools.partial(step, tx, read), VARIANTS[name]
+        return Row(one_step, tx.init(params), known.gradients, known.cycle, known.settling)
 
     rows = {}
     for name in variants:
