@@ -193,9 +193,8 @@ DEFECTS = {
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Compiled programs, for what a defect leaves as it was; shared by all workers."""
-    base = tmp_path_factory.getbasetemp()
-    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "defects-cache"
+    """Compiled programs, for what a defect leaves as it was: each worker has its own."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def run_suite(suite, folder, cache):
