@@ -215,6 +215,15 @@ def as_transformation(name: str, keyword: str, tx: Any) -> optax.GradientTransfo
     return optax.with_extra_args_support(tx)
 
 
+def check_in_front(name: str, state: Any) -> None:
+    """Refuse the state of a variant that wraps a base: its `inner` would be two optimizers."""
+    if "base" in getattr(state, "_fields", ()):
+        raise ValueError(
+            f"{name}: `inner` must stand in front of a base, but it wraps one "
+            f"({type(state).__name__}); its steps are no gradients to choose from"
+        )
+
+
 def base_keywords(name: str, keywords: dict[str, Any]) -> dict[str, Any]:
     """What a base optimizer gets to see: nothing of samx's own, and `value_fn` as a scalar."""
     return {k: v for k, v in unify(name, keywords).items() if k not in OWN_KEYWORDS}

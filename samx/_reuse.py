@@ -10,10 +10,10 @@ import optax
 
 from samx import _tree
 from samx._base import closure_transformation
+from samx._climb import ascend
 from samx._hyper import next_step
 from samx._policy import Policy, check_policy
 from samx._sharp import perturbed, value_and_grad_at
-from samx.perturbations import ascend
 from samx.readings import UNKNOWN, Readings, no_readings, skip_readings, take_readings
 
 

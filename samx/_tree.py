@@ -59,6 +59,11 @@ def add_scaled(a: Any, scale: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: (widen(x) + scale * widen(y)).astype(x.dtype), a, b)
 
 
+def on_line(a: Any, b: Any, weight: Any) -> Any:
+    """`a + weight·(b − a)` in the dtypes of `b`; `b` to the last bit where the weight is 1."""
+    return add_scaled(b, weight - 1, subtract(b, a))
+
+
 def cast_like(tree: Any, like: Any) -> Any:
     """`tree` in the dtypes of `like`."""
     return jax.tree.map(lambda x, w: x.astype(jnp.result_type(w)), tree, like)

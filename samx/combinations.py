@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._base import as_transformation, closure_transformation
+from samx._base import as_transformation, check_in_front, closure_transformation
 from samx._hyper import at_step, check_count, check_number, next_step
 
 __all__ = ["decaying", "mix"]
@@ -45,7 +45,7 @@ def mix(
         `inner` needs.
 
     Raises:
-        ValueError: If `weight` is a negative number.
+        ValueError: If `weight` is a negative number; in `init`, if `inner` wraps a base.
         TypeError: If `weight` is neither number nor schedule, or `inner` no transformation.
 
     Example:
@@ -70,13 +70,13 @@ def mix(
     inner = as_transformation("mix", "inner", inner)
 
     def init_fn(params):
-        return MixState(jnp.zeros((), jnp.int32), inner.init(params))
+        inner_state = inner.init(params)
+        check_in_front("mix", inner_state)
+        return MixState(jnp.zeros((), jnp.int32), inner_state)
 
     def update_fn(g, state, params, *, value_fn, **extra):
         g_s, inner_state = inner.update(g, state.inner, params, value_fn=value_fn, **extra)
-        further = _tree.subtract(g_s, g)
-        # g + weight·further, which is g_s to the last bit where the weight is 1.
-        mixed = _tree.add_scaled(g_s, at_step(weight, state.step) - 1, further)
+        mixed = _tree.on_line(g, g_s, at_step(weight, state.step))
         return mixed, MixState(next_step(state.step), inner_state)
 
     return closure_transformation(init_fn, update_fn, name="mix")

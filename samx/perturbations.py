@@ -50,37 +50,6 @@ class BallState(NamedTuple):
     step: jax.Array
 
 
-class DefaultRho(float):
-    """A radius that nobody chose: tells a default apart from the same number passed."""
-
-
-def ball_of(name: str, rho: Any, perturbation: Any) -> optax.GradientTransformationExtraArgs:
-    """The perturbation that a factory was given, or the L2 ball of radius `rho`: never both."""
-    if perturbation is None:
-        return metric_ball(rho)
-    if not isinstance(rho, DefaultRho):
-        raise ValueError(
-            f"{name}: got `rho` together with `perturbation`, but the radius has one home; leave "
-            "`rho` out and give the radius to the perturbation (under optax.inject_hyperparams, "
-            "which fills in defaults, also pass static_args=('rho',))"
-        )
-    return as_transformation(name, "perturbation", perturbation)
-
-
-def ascend(
-    perturb: Callable[..., Any], g: Any, ascent_grad: Any, state: Any, params: Any
-) -> tuple[Any, Any]:
-    """The step up `ascent_grad`, and the new state of the perturbation, which `g` determines.
-
-    The two gradients differ where devices climb on their own: each along its own gradient, but with
-    a state that all of them share.
-    """
-    eps, new_state = perturb(ascent_grad, state, params)
-    if ascent_grad is not g:
-        _, new_state = perturb(g, state, params)
-    return eps, new_state
-
-
 def metric_ball(
     rho: optax.ScalarOrSchedule, metric: Metric | None = None, *, norm_eps: float = 1e-12
 ) -> optax.GradientTransformationExtraArgs:

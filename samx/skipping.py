@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._base import SCALAR_CLOSURES, as_transformation, closure_transformation
+from samx._base import (
+    SCALAR_CLOSURES,
+    as_transformation,
+    check_in_front,
+    closure_transformation,
+)
 from samx._closures import Closure, LossesClosure, batch_size
 from samx._policy import Policy, check_policy
 from samx.readings import UNKNOWN, Readings, skip_readings
@@ -42,7 +47,8 @@ def perturb_if(
     Args:
         policy: When to look, for example from `samx.policies`.
         inner: A sharpness-aware transformation that stands first in a chain, such as `samx.sam`;
-            not one that wraps a base optimizer, whose own step would be skipped with it.
+            not one that wraps a base optimizer, nor a chain that ends in one: its own step would be
+            skipped.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs what
@@ -51,7 +57,7 @@ def perturb_if(
 
     Raises:
         TypeError: If `policy` is no `Policy`, or `inner` no transformation.
-        ValueError: In `update`, see `closure_transformation`.
+        ValueError: In `init`, if `inner` wraps a base; in `update`, see `closure_transformation`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -85,7 +91,9 @@ def perturb_if(
         return isinstance(node, Readings)
 
     def init_fn(params):
-        return PerturbIfState(policy.init(params), inner.init(params))
+        inner_state = inner.init(params)
+        check_in_front("perturb_if", inner_state)
+        return PerturbIfState(policy.init(params), inner_state)
 
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
         is_sharp, policy_state = policy.decide(g, state.policy)

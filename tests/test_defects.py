@@ -100,7 +100,7 @@ DEFECTS = {
     ),
     "state of the perturbation drifts": (
         "parallel",
-        "perturbations.py",
+        "_climb.py",
         "_, new_state = perturb(g, state, params)",
         "_, new_state = perturb(ascent_grad, state, params)",
     ),

@@ -374,6 +374,17 @@ def test_readings_of_several_transformations_inside():
         assert found == [is_sharp] * 2
 
 
+@pytest.mark.parametrize(
+    "around", [lambda tx: samx.perturb_if(policies.every(2), tx), lambda tx: mix(tx, 2.0)]
+)
+@pytest.mark.parametrize(
+    "inner", [samx.momentum_sam(MOMENTUM), samx.sampa(MOMENTUM, batch_like=np.ones((4, 2)))]
+)
+def test_a_variant_that_wraps_its_base_is_refused(around, inner):
+    with pytest.raises(ValueError, match=r"`inner` must stand in front of a base.*SAM"):
+        around(inner).init(jnp.ones(2))
+
+
 def test_parameters_named_like_a_momentum():
     w = {"mu": jnp.ones(2), "trace": jnp.ones(1)}
     tx = samx.momentum_sam(optax.sgd(0.1, momentum=0.9), 0.1)

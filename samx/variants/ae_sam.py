@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx.perturbations import DefaultRho, ball_of
+from samx._climb import DefaultRho, ball_of
 from samx.policies import squared_norm
 from samx.skipping import perturb_if
 from samx.variants.looksam import reuse_across

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from samx._climb import DefaultRho, ball_of
 from samx.combinations import Mixing, decaying
-from samx.perturbations import DefaultRho, ball_of
 from samx.policies import Policy, quota
 from samx.variants.vsam import reuse_second_order
 
@@ -42,8 +42,8 @@ def arsam(
     Returns:
         An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
         `value_fn` (or `losses_fn` and `batch`); `value` is read if given. Its state holds
-        `part_ratio`, ‖h‖ / ‖g‖ of the last sample, which the paper says grows during training, and
-        `sharp_fraction`.
+        `part_ratio`, ‖h‖ / ‖g‖ of the last sample, and `sharp_fraction`. The abstract speaks of a
+        growing role of h during training; that this ratio shows it is our reading.
 
     Raises:
         ValueError: If `rho` is a negative number, or given together with `perturbation`; in

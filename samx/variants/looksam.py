@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
+from samx._climb import DefaultRho, ball_of
 from samx._hyper import at_step, check_number
 from samx._reuse import reuse
-from samx.perturbations import DefaultRho, LayerScaling, ball_of, layer_steps, trust_ratio
+from samx.perturbations import LayerScaling, layer_steps, trust_ratio
 from samx.policies import Policy, every
 
 
@@ -41,8 +42,9 @@ def looksam(
             optimizer's steps; default 0.05.
         period: Steps k ≥ 1 from one sharp gradient to the next; default 5.
         alpha: Length α ≥ 0 of the reused part, relative to the gradient, a number or a schedule;
-            default 0.7, the paper's for vision transformers. The authors of Momentum-SAM found
-            0.1 best and more than 0.3 of no use for convolutional nets on CIFAR-100.
+            default 0.7, the paper's for vision transformers as others report it. The authors of
+            Momentum-SAM found 0.1 best and more than 0.3 of no use for convolutional nets on
+            CIFAR-100.
         first: The first sharp step, counted from 0; default 0. Before it steps are plain; in some
             ports it is k − 1.
         perturbation: Another geometry in place of the ball; then leave `rho` out.
@@ -77,15 +79,16 @@ def looksam(
 
     Notes:
         `period=1` is SAM, `alpha=0` periodic SAM, `perturb_if(every(period), sam(rho))`. All norms
-        and the inner product are over all parameters, as in the paper; some ports take them tensor
+        and the inner product are over all parameters; some ports take them tensor
         by tensor, which is another algorithm. Where g_s is parallel to g but for rounding, nothing
         is reused; elsewhere the rounding in g_v grows with it by α ‖g‖ / ‖g_v‖ (some ten times),
         which half-precision compute will see.
         Cost: 1 + 1/period gradients per step, one copy of the parameters in the state, and a
         transient one.
-        Fidelity: no code of the authors exists; matches the global implementation that the authors
-        of Momentum-SAM compared with. `static_args`: `period`, `first`, `perturbation`,
-        `perturb_dtype`; `rho` too where `perturbation` is given.
+        Fidelity: no code of the authors exists, and the paper's own text was not at hand. The rule
+        is the one on which secondary sources and four implementations agree; it matches the one
+        that the authors of Momentum-SAM compared with. `static_args`: `period`, `first`,
+        `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
     """
     ball = ball_of("looksam", rho, perturbation)
     return reuse_across("looksam", every(period, first), ball, alpha, perturb_dtype)

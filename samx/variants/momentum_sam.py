@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from samx._base import as_transformation, base_keywords, closure_transformation
+from samx._climb import DefaultRho, ball_of
 from samx._held import check_like, first_aux
 from samx._sharp import perturbed, value_and_grad_at
-from samx.perturbations import DefaultRho, ball_of
 from samx.readings import Readings, no_readings, take_readings
 
 MOMENTUM_NAMES = ("trace", "mu")  # of optax: sgd and the like, Adam and the like

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from samx._base import as_transformation, closure_transformation
+from samx._climb import DefaultRho, ascend, ball_of
 from samx._hyper import check_count
 from samx._sharp import perturbed, value_and_grad_at
-from samx.perturbations import DefaultRho, ascend, ball_of
 from samx.readings import UNKNOWN, Readings, no_readings, take_readings
 
 

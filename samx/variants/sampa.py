@@ -13,12 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from samx import _tree
 from samx._base import as_transformation, base_keywords, closure_transformation
+from samx._climb import DefaultRho, ball_of
 from samx._closures import batch_size, mean_loss, unit_weights
 from samx._held import HeldBatch, check_like, first_aux
 from samx._hyper import at_step, check_number, next_step
 from samx._pairs import check_pair_sharding, evaluate_pair, with_pair_axis
 from samx._sharp import perturbed, value_and_grad_at
-from samx.perturbations import DefaultRho, ball_of
 from samx.readings import Readings, no_readings, take_readings
 
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
+from samx._climb import DefaultRho, ball_of
 from samx._hyper import check_count
 from samx._policy import Policy
 from samx._quota import quota
 from samx._reuse import reuse
 from samx.combinations import Mixing, decaying
-from samx.perturbations import DefaultRho, ball_of
 
 
 def vsam(
@@ -96,10 +96,8 @@ def reuse_second_order(
     """The decomposition that vSAM and ARSAM share: `u = g + mixing(age, step) h`, `h = g_s − g`."""
 
     def take(g, g_s, step):
-        h = _tree.subtract(g_s, g)
-        # g + mixing·h, which is g_s to the last bit where the weight is 1.
-        updates = _tree.add_scaled(g_s, mixing(jnp.zeros_like(step), step) - 1, h)
-        return updates, h
+        updates = _tree.on_line(g, g_s, mixing(jnp.zeros_like(step), step))
+        return updates, _tree.subtract(g_s, g)
 
     def add(g, g_norm, state):
         del g_norm
