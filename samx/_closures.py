@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._devices import ONE_DEVICE, Devices
-from samx._microbatches import accumulated
+from samx._devices import ONE_DEVICE, Devices, Own
+from samx._microbatches import accumulated, each
 
 
 class Closure:
@@ -67,6 +67,14 @@ class LossesClosure(NamedTuple):
     def __call__(self, params: Any, batch: Any) -> jax.Array:
         """The losses `[B]`, aux dropped."""
         return self.with_aux(params, batch)[0]
+
+    def scores(self, params: Any, batch: Any) -> jax.Array:
+        """The losses `[B]` in float32 or wider, without a gradient and a microbatch at a time."""
+        if self.num_microbatches == 1:
+            return _tree.widen(self(params, batch))
+        fn = partial(self, params)
+        size = batch_size("losses_fn", batch)
+        return _tree.widen(each(fn, self.num_microbatches, size, batch))
 
 
 def loss_and_aux(result: Any) -> tuple[Any, Any]:
@@ -156,18 +164,36 @@ def taken_anew(closure: Closure, params: optax.Params) -> tuple[dict[str, Any], 
     return keywords, aux
 
 
-def mean_loss(losses_fn: LossesClosure, batch: Any, weights: jax.Array | None = None) -> Closure:
-    """The mean of per-example losses as a closure of the parameters; `weights` 0 is padding."""
+def weighted_mean(losses: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """The mean of losses; `weights` 0 is padding, and nothing but padding has the mean 0."""
+    if weights is None:
+        return jnp.mean(losses)
+    total = jnp.sum(weights)
+    return jnp.sum(losses * weights) / jnp.where(total == 0, 1, total)
 
-    def own(params):
+
+def mean_loss(
+    losses_fn: LossesClosure,
+    batch: Any,
+    weights: jax.Array | None = None,
+    *,
+    keeps_losses: bool = False,
+) -> Closure:
+    """The mean of per-example losses as a closure of the parameters; `weights` 0 is padding.
+
+    With `keeps_losses` its aux is `(aux, Own(losses))`.
+    """
+
+    def losses_and_aux(params, batch):
         losses, aux = losses_fn.with_aux(params, batch)
         losses = _tree.widen(losses)
-        if weights is None:
-            return jnp.mean(losses), aux
-        total = jnp.sum(weights)
-        return jnp.sum(losses * weights) / jnp.where(total == 0, 1, total), aux
+        return losses, (aux, Own(losses)) if keeps_losses else aux
+
+    def own(params):
+        losses, aux = losses_and_aux(params, batch)
+        return weighted_mean(losses, weights), aux
 
     if losses_fn.num_microbatches > 1:
         given = unit_weights(batch, jnp.float32) if weights is None else weights
-        own = partial(accumulated, losses_fn.with_aux, losses_fn.num_microbatches, batch, given)
+        own = partial(accumulated, losses_and_aux, losses_fn.num_microbatches, batch, given)
     return Closure(own, losses_fn.devices, weights)

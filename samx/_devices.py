@@ -13,8 +13,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from samx import _tree
+
+
+class Own(NamedTuple):
+    """In an aux: what belongs to the device's own examples, so that no mean is taken of it."""
+
+    examples: Any
 
 
 class Devices(NamedTuple):
@@ -29,6 +36,11 @@ class Devices(NamedTuple):
     own_axes: tuple[str, ...] = ()
 
     @property
+    def count(self) -> int:
+        """How many there are."""
+        return jax.lax.axis_size(self.axes) if self.axes else 1
+
+    @property
     def ascent(self) -> "Devices":
         """The devices that climb together."""
         return self._replace(axes=tuple(axis for axis in self.axes if axis not in self.own_axes))
@@ -37,7 +49,7 @@ class Devices(NamedTuple):
         """This device's share of the examples, by weight; the shares of all sum to 1."""
         if not self.axes:
             return 1.0
-        equal = 1 / jax.lax.axis_size(self.axes)
+        equal = 1 / self.count
         if weights is None:
             return equal
         own = _vary(self.axes, jnp.sum(weights, dtype=float))
@@ -66,9 +78,38 @@ class Devices(NamedTuple):
     def mean(self, tree: Any, share: Any) -> Any:
         """The mean over the devices by their shares; what has a share of 0 is not looked at.
 
-        Integers must agree between the devices that have a share; what is no number passes as is.
+        Integers must agree between the devices that have a share; what is no number, or the
+        device's `Own`, passes as is.
         """
-        return jax.tree.map(lambda x: _mean(self.axes, x, share), tree) if self.axes else tree
+        if not self.axes:
+            return tree
+
+        def is_own(node):
+            return isinstance(node, Own)
+
+        return jax.tree.map(
+            lambda x: x if is_own(x) else _mean(self.axes, x, share), tree, is_leaf=is_own
+        )
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """The sum over the devices."""
+        return jax.lax.psum(_vary(self.axes, x), self.axes) if self.axes else x
+
+    def gathered(self, x: jax.Array) -> jax.Array:
+        """`[b, ...]` of each device as `[B, ...]` of all, the same everywhere."""
+        if not self.axes:
+            is_spread = any(jax.typeof(x).sharding.spec)  # on an Explicit mesh
+            return jax.sharding.reshard(x, PartitionSpec()) if is_spread else x
+        whole = _vary(self.axes, jnp.zeros((self.count, *x.shape), x.dtype))
+        whole = jax.lax.dynamic_update_index_in_dim(whole, x, jax.lax.axis_index(self.axes), 0)
+        return jax.lax.psum(whole, self.axes).reshape(-1, *x.shape[1:])
+
+    def part(self, x: jax.Array) -> jax.Array:
+        """The device's own `[b, ...]` of `[B, ...]`."""
+        if not self.axes:
+            return x
+        parts = _vary(self.axes, x.reshape(self.count, -1, *x.shape[1:]))
+        return jax.lax.dynamic_index_in_dim(parts, jax.lax.axis_index(self.axes), keepdims=False)
 
 
 ONE_DEVICE = Devices()

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from samx import _tree
+from samx._devices import Own
 
 
 def _strided(size: int, x: jax.Array) -> jax.Array:
@@ -22,6 +23,22 @@ def _strided(size: int, x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(shape), 1, 0)
 
 
+def _joined(x: jax.Array) -> jax.Array:
+    """`[K, size, ...]` as the `[B, ...]` that it was."""
+    x = jnp.moveaxis(x, 0, 1)
+    sharding, shape = jax.typeof(x).sharding, (x.shape[0] * x.shape[1], *x.shape[2:])
+    if any(sharding.spec):
+        spec = PartitionSpec(sharding.spec[0], *sharding.spec[2:])
+        return jnp.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+    return x.reshape(shape)
+
+
+def each(fn: Callable[[Any], jax.Array], num_microbatches: int, size: int, batch: Any) -> jax.Array:
+    """One number per example, `fn(batch)`, one microbatch at a time."""
+    parts = jax.tree.map(partial(_strided, size // num_microbatches), batch)
+    return _joined(jax.lax.map(fn, parts))
+
+
 def accumulated(
     losses_and_aux: Callable[[Any, Any], tuple[jax.Array, Any]],
     num_microbatches: int,
@@ -32,7 +49,12 @@ def accumulated(
     """The mean loss and aux, their gradient taken one microbatch at a time."""
     total = jnp.sum(weights)
     weights = weights / jnp.where(total == 0, 1, total)
-    size = weights.shape[0] // num_microbatches
+    size, rest = divmod(weights.shape[0], num_microbatches)
+    if rest:
+        raise ValueError(
+            f"accumulate: `num_microbatches` must divide the {weights.shape[0]} examples that each "
+            f"gradient is taken over, got {num_microbatches}"
+        )
     microbatches = jax.tree.map(partial(_strided, size), (batch, weights))
 
     def part(params, microbatch):
@@ -41,10 +63,16 @@ def accumulated(
         return jnp.sum(_tree.widen(losses) * weights), aux
 
     def whole(parts):
+        def join(x):
+            if is_own(x):
+                return jax.tree.map(_joined, x)
+            return x.mean(0) if _tree.is_inexact(x) else x[-1]
+
+        def is_own(node):
+            return isinstance(node, Own)
+
         losses, auxes = parts
-        return jnp.sum(losses), jax.tree.map(
-            lambda x: x.mean(0) if _tree.is_inexact(x) else x[-1], auxes
-        )
+        return jnp.sum(losses), jax.tree.map(join, auxes, is_leaf=is_own)
 
     @jax.custom_vjp
     def loss_and_aux(params, microbatches):

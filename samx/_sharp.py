@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._closures import scalar_closure
+from samx._closures import LossesClosure, scalar_closure
 
 _IS_SHARP_PASS = ContextVar("is_sharp_pass", default=False)
 
@@ -87,6 +87,14 @@ def value_and_grad_at(
     grads = _tree.keep_floating(grads, params)  # float0 at the integers
     grads = jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
     return value if has_aux else value[0], grads
+
+
+def scores_at(
+    losses_fn: LossesClosure, params: optax.Params, eps: optax.Updates, batch: Any, dtype: Any
+) -> jax.Array:
+    """Per-example losses `[B]` at `w + ε`, without a gradient; `dtype` is `perturb_dtype`."""
+    with _sharp_pass():
+        return losses_fn.scores(perturbed(params, eps, dtype), batch)
 
 
 def is_sharp_pass() -> bool:

@@ -5,17 +5,16 @@ of elementwise scales (a leaf may be a scalar): parameters with a large `T` may 
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._base import as_transformation
 from samx._hyper import at_step, check_number, next_step
+from samx._leaves import on_leaves, random_leaves
 from samx._metrics import (
-    LeafPredicate,
     Metric,
     constants,
     identity,
@@ -34,6 +33,7 @@ __all__ = [
     "magnitude",
     "metric_ball",
     "on_leaves",
+    "random_leaves",
     "trust_ratio",
 ]
 
@@ -235,72 +235,6 @@ def layer_steps(
         return jax.tree.map(step, g, params)
 
     return _ball(rho, climb)
-
-
-def on_leaves(
-    perturbation: optax.GradientTransformation,
-    is_perturbed: LeafPredicate,
-    *,
-    norm: Literal["selected", "all"] = "selected",
-) -> optax.GradientTransformationExtraArgs:
-    """Perturb some of the leaves; the others stay exactly where they are.
-
-        norm = "selected":  ε = perturbation(mask · g)      the whole radius goes to the selected
-        norm = "all":       ε = mask · perturbation(g)      each keeps the step it would have had
-
-    This is the place to choose leaves. `optax.masked` or `optax.partition` around a sharpness-aware
-    transformation would hand a part of the parameters to the loss.
-
-    Args:
-        perturbation: What computes the step, for example `metric_ball(0.05)`.
-        is_perturbed: `(path, leaf) -> bool` on the leaves of `params`; `path` is the key path of
-            `jax.tree_util.tree_map_with_path`.
-        norm: Over which leaves norms are taken; default "selected".
-
-    Returns:
-        An optax transformation `g -> ε`.
-
-    Raises:
-        ValueError: If `norm` is neither "selected" nor "all"; when used, if no leaf is selected.
-
-    Example:
-        SAM on the normalization layers only:
-
-        >>> import jax, jax.numpy as jnp, samx
-        >>> from samx.perturbations import metric_ball, on_leaves
-        >>> def is_norm(path, leaf):
-        ...     return "norm" in jax.tree_util.keystr(path)
-        >>> ball = on_leaves(metric_ball(0.05), is_norm)
-        >>> tx = samx.sharpness_aware(ball)
-        >>> g = {"dense": jnp.ones(2), "norm": jnp.ones(())}
-        >>> eps, _ = ball.update(g, ball.init(g), g)
-        >>> [round(float(x), 3) for x in (*eps["dense"], eps["norm"])]
-        [0.0, 0.0, 0.05]
-
-    References:
-        Müller et al., "Normalization Layers Are All That Sharpness-Aware Minimization Needs",
-        NeurIPS 2023, https://arxiv.org/abs/2306.04226
-
-    Notes:
-        The sharp gradient is still that of all parameters. Cost: none beyond `perturbation`.
-        `static_args`: `is_perturbed`, `norm`.
-    """
-    if norm not in ("selected", "all"):
-        raise ValueError(f"on_leaves: `norm` must be 'selected' or 'all', got {norm!r}")
-    perturbation = as_transformation("on_leaves", "perturbation", perturbation)
-
-    def update_fn(updates, state, params=None, **extra):
-        chosen = jax.tree_util.tree_map_with_path(is_perturbed, params)
-        if not any(jax.tree.leaves(chosen)):
-            paths = jax.tree_util.tree_leaves_with_path(params)
-            names = [jax.tree_util.keystr(path) for path, _ in paths]
-            raise ValueError(f"on_leaves: `is_perturbed` selects none of the leaves {names}")
-        if norm == "selected":
-            return perturbation.update(_tree.keep(updates, chosen), state, params, **extra)
-        eps, state = perturbation.update(updates, state, params, **extra)
-        return _tree.keep(eps, chosen), state
-
-    return optax.GradientTransformationExtraArgs(perturbation.init, update_fn)
 
 
 def _ball(rho: Any, climb: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:

@@ -1,0 +1,267 @@
+"""Selection: which examples of a batch are used, with sizes that are fixed when tracing.
+
+A selection is an array of positions, `int32[num_groups, n]`: row j holds where in the j-th
+contiguous group of the batch its n chosen examples stand. Groups keep the choice local: with as
+many groups as devices no example leaves its own.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from samx._closures import batch_size
+from samx._hyper import check_count
+
+__all__ = ["largest", "put", "sampled", "take"]
+
+
+def largest(
+    scores: Any, num_selected: int, *, num_groups: int = 1, weights: Any = None
+) -> jax.Array:
+    """The positions of the largest scores of each group.
+
+        position_j = the num_selected / num_groups largest scores of group j, as they stand
+
+    The top losses with `scores=losses` (K-SAM); the sharpest examples with
+    `scores=sharp_losses - losses` (ESAM).
+
+    Args:
+        scores: `float[B]`, one number per example.
+        num_selected: How many are chosen in all, a multiple of `num_groups`, at most `B`.
+        num_groups: Number G of contiguous groups of equal size, a divisor of `B`; default 1.
+        weights: `float[B]`, optional; 0 marks padding, which is chosen last.
+
+    Returns:
+        `int32[G, num_selected / G]`, rising positions within each group, for `take`: all of them
+        are the batch as it was.
+
+    Raises:
+        TypeError: If a count is not a Python int.
+        ValueError: If a count is below 1, `num_groups` does not divide the other or `B`, more is
+            selected than there is, or `weights` is not `[B]`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.selection import largest
+        >>> losses = jnp.array([0.1, 3.0, 2.0, 0.5, 0.2, 0.3])
+        >>> largest(losses, 2).tolist(), largest(losses, 2, num_groups=2).tolist()
+        ([[1, 2]], [[1], [0]])
+
+    References:
+        Ni et al., "K-SAM: Sharpness-Aware Minimization at the Speed of SGD", 2022,
+        https://arxiv.org/abs/2210.12864
+
+    Notes:
+        Of equal scores the first is chosen; what is no number counts as the largest, so that it
+        shows. Cost: a sort of the scores, without communication if every group stays on a device.
+    """
+    scores = jnp.asarray(scores)
+    check_count("num_selected", num_selected)
+    size = group_size("largest", scores, num_groups)
+    count = _count("largest", num_selected, num_groups, size)
+    if weights is not None and jnp.shape(weights) != scores.shape:
+        raise ValueError(
+            f"largest: `weights` must have one number per score, shape {scores.shape}, "
+            f"got {jnp.shape(weights)}"
+        )
+
+    def choose(scores, weights):
+        scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
+        if weights is not None:
+            least = jnp.finfo(scores.dtype).min
+            scores = jnp.where(weights == 0, -jnp.inf, jnp.maximum(scores, least))
+        order = jnp.argsort(scores.reshape(num_groups, size), axis=1, descending=True, stable=True)
+        return jnp.sort(order[:, :count], axis=1).astype(jnp.int32)
+
+    return _on_auto_axes(choose, num_groups, scores, weights)
+
+
+def sampled(
+    probabilities: Any,
+    noise: Any,
+    num_selected: int,
+    *,
+    num_groups: int = 1,
+    weights: Any = None,
+) -> jax.Array:
+    """A draw without replacement from each group, one example after the other.
+
+        position_j = the largest of  log p_i + noise_i  in group j
+
+    With standard Gumbel noise that is the law of successive draws with probabilities p, each time
+    from what is left (Gumbel top-k).
+
+    Args:
+        probabilities: `float[B]`, p ≥ 0 up to a factor for each group. What has 0 is only taken
+            where nothing else is left.
+        noise: `float[B]`, `jax.random.gumbel(key, [B])`; inside a mapped function the device's part
+            of the noise for the whole batch.
+        num_selected: As for `largest`.
+        num_groups: As for `largest`.
+        weights: As for `largest`.
+
+    Returns:
+        `int32[G, num_selected / G]`, rising positions within each group.
+
+    Raises:
+        TypeError: As `largest`.
+        ValueError: As `largest`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from samx.selection import sampled
+        >>> noise = jax.random.gumbel(jax.random.key(0), (4,))
+        >>> sampled(jnp.array([0.5, 0.0, 0.5, 0.0]), noise, 2).tolist()
+        [[0, 2]]
+
+    References:
+        Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them", ICML 2019,
+        https://arxiv.org/abs/1903.06059 (the law); Deng et al., "Asymptotic Unbiased Sample
+        Sampling to Speed Up Sharpness-Aware Minimization", AAAI 2025,
+        https://arxiv.org/abs/2406.08001 (its use).
+
+    Notes:
+        Cost: as `largest`.
+    """
+    scores = jnp.log(jnp.asarray(probabilities)) + noise
+    return largest(scores, num_selected, num_groups=num_groups, weights=weights)
+
+
+def take(tree: Any, position: Any) -> Any:
+    """The chosen examples of a batch.
+
+        rows j n, ..., j n + n − 1  =  rows position[j] of group j
+
+    Args:
+        tree: Pytree of arrays with leading axis `B`, of any dtypes, random keys too; `None` leaves
+            stay.
+        position: `int32[G, n]`, positions within G contiguous groups of equal size.
+
+    Returns:
+        The tree with leading axes of `G n` examples. On an Explicit mesh they are sharded as those
+        of the batch are if that divides their number, otherwise not at all.
+
+    Raises:
+        ValueError: If leaves differ in length, or `G` does not divide it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.selection import largest, take
+        >>> batch = {"x": jnp.arange(6.0), "y": jnp.arange(6)}
+        >>> take(batch, largest(batch["x"], 2, num_groups=2))
+        {'x': Array([2., 5.], dtype=float32), 'y': Array([2, 5], dtype=int32)}
+
+    References:
+        `jnp.take_along_axis`, for one array and one group.
+
+    Notes:
+        Under `jax.jit` with a sharded batch no example is sent if `G` is a multiple of the number
+        of devices; with `G = 1` the chosen ones end up on every device, with their work. Cost: one
+        copy of the chosen examples.
+    """
+    num_groups, count = jnp.shape(position)
+    group_size("take", tree, num_groups)
+
+    def rows(leaf, position):
+        groups = leaf.reshape(num_groups, -1, *leaf.shape[1:])
+        chosen = jax.vmap(lambda group, index: group[index])(groups, position)
+        return chosen.reshape(num_groups * count, *leaf.shape[1:])
+
+    return jax.tree.map(
+        lambda leaf: _on_auto_axes(rows, num_groups * count, jnp.asarray(leaf), position), tree
+    )
+
+
+def put(values: Any, position: Any, size: int) -> jax.Array:
+    """Numbers of the chosen examples back at their places in the batch.
+
+        row position[j, i] of group j  =  values[j n + i],   the others 0
+
+    Args:
+        values: `[G n]`, one number per chosen example, in the order of `take`.
+        position: `int32[G, n]`, positions within G contiguous groups of equal size.
+        size: `B`, the examples of the batch.
+
+    Returns:
+        `[B]`, in the dtype of `values`.
+
+    Raises:
+        TypeError: If `size` is not a Python int.
+        ValueError: If `values` is not `[G n]`, or `G` does not divide `size`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.selection import largest, put, take
+        >>> scores = jnp.array([3.0, 1.0, 2.0])
+        >>> position = largest(scores, 2)
+        >>> put(take(scores, position), position, 3).tolist()
+        [3.0, 0.0, 2.0]
+
+    References:
+        The inverse of `take`.
+
+    Notes:
+        Cost: one array of `B` numbers.
+    """
+    num_groups, count = jnp.shape(position)
+    check_count("size", size)
+    values = jnp.asarray(values)
+    if values.shape != (num_groups * count,) or size % num_groups:
+        raise ValueError(
+            f"put: {num_groups} groups of {count} positions need `values` of shape "
+            f"({num_groups * count},) and a `size` that is a multiple of {num_groups}, "
+            f"got {values.shape} and {size}"
+        )
+
+    def scatter(values, position):
+        groups = jnp.zeros((num_groups, size // num_groups), values.dtype)
+        rows = jnp.arange(num_groups)[:, None]
+        return groups.at[rows, position].set(values.reshape(num_groups, count)).reshape(size)
+
+    return _on_auto_axes(scatter, size, values, position)
+
+
+def group_size(name: str, batch: Any, num_groups: int) -> int:
+    """The examples of each group, or a `ValueError` where that is no whole number."""
+    check_count("num_groups", num_groups)
+    size = batch_size(name, batch)
+    if size % num_groups:
+        raise ValueError(
+            f"{name}: `num_groups` must divide the {size} examples of the batch, got {num_groups}"
+        )
+    return size // num_groups
+
+
+def _count(name: str, num_selected: int, num_groups: int, size: int) -> int:
+    if num_selected % num_groups:
+        raise ValueError(
+            f"{name}: `num_selected` must be a multiple of `num_groups`, {num_groups}, "
+            f"got {num_selected}"
+        )
+    if num_selected > num_groups * size:
+        raise ValueError(
+            f"{name}: `num_selected` must be at most the {num_groups * size} examples of the "
+            f"batch, got {num_selected}"
+        )
+    return num_selected // num_groups
+
+
+def _on_auto_axes(fn: Callable[..., Any], length: int, *args: Any) -> Any:
+    """`fn(*args)`, where the compiler lays out what happens inside.
+
+    On an Explicit mesh a gather across shards has no layout of its own. The result, of this length,
+    is spread like the first argument that is spread at all.
+    """
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(args)]
+    spread = [sharding for sharding in shardings if any(sharding.spec)]
+    if not spread:
+        return fn(*args)
+    axes = spread[0].spec[0]
+    names = axes if isinstance(axes, tuple) else (axes,)
+    num_shards = math.prod(spread[0].mesh.shape[name] for name in names if name is not None)
+    spec = PartitionSpec(axes if length % num_shards == 0 else None)
+    return jax.sharding.auto_axes(fn, out_sharding=spec)(*args)
