@@ -14,7 +14,7 @@ Every variant is an `optax.GradientTransformationExtraArgs` whose `update` takes
 closure, `value_fn=lambda params: ...`; most stand first in an `optax.chain`.
 """
 
-from samx import combinations, perturbations, policies
+from samx import combinations, perturbations, policies, selection
 from samx._base import check_closures, closure_transformation
 from samx._held import HeldBatch
 from samx._sharp import is_sharp_pass, value_and_grad_at
@@ -26,10 +26,14 @@ from samx.skipping import perturb_if
 from samx.variants.ae_sam import ae_looksam, ae_sam
 from samx.variants.arsam import arsam
 from samx.variants.asam import asam
+from samx.variants.ausam import ausam
+from samx.variants.esam import esam
+from samx.variants.ksam import ksam
 from samx.variants.looksam import look_layer_sam, looksam
 from samx.variants.momentum_sam import momentum_sam
 from samx.variants.sam import sam, sharpness_aware
 from samx.variants.sampa import sampa
+from samx.variants.sl_sam import sl_sam
 from samx.variants.vsam import vsam
 from samx.wrappers import skip_nonfinite, with_base
 
@@ -41,12 +45,16 @@ __all__ = [
     "ae_sam",
     "arsam",
     "asam",
+    "ausam",
+    "esam",
+    "ksam",
     "look_layer_sam",
     "looksam",
     "momentum_sam",
     "sam",
     "sampa",
     "sharpness_aware",
+    "sl_sam",
     "vsam",
     # Building blocks
     "closure_transformation",
@@ -55,6 +63,7 @@ __all__ = [
     "perturb_if",
     "perturbations",
     "policies",
+    "selection",
     "value_and_grad_at",
     # Around an optimizer
     "accumulate",

@@ -148,9 +148,7 @@ def random_leaves(
 
     def init_fn(params):
         key_of_draws = as_key("random_leaves", key)
-        return RandomLeavesState(
-            jnp.zeros((), jnp.int32), key_of_draws, perturbation.init(params)
-        )
+        return RandomLeavesState(jnp.zeros((), jnp.int32), key_of_draws, perturbation.init(params))
 
     def update_fn(updates, state, params=None, **extra):
         beta = at_step(fraction, state.step)

@@ -76,7 +76,9 @@ def sam_step(
     return SamStep(g_s, ball, readings, losses.examples, sharp_losses.examples, aux)
 
 
-def groups_here(name: str, batch: Any, num_groups: int, losses_fn: LossesClosure) -> tuple[int, int]:
+def groups_here(
+    name: str, batch: Any, num_groups: int, losses_fn: LossesClosure
+) -> tuple[int, int]:
     """How many of the groups of the whole batch are on this device, and their size."""
     num_devices = losses_fn.devices.count
     if num_groups % num_devices:

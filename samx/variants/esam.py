@@ -93,11 +93,11 @@ def esam(
     Example:
         >>> import jax.numpy as jnp, optax, samx
         >>> tx = optax.chain(samx.esam(0.1, 1.0, 0.5), optax.sgd(0.5))
-        >>> w, x = jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> w, x = jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.0], [1.0, 2.0]])
         >>> losses_fn = lambda w, x: 0.5 * (x @ w) ** 2
         >>> updates, state = tx.update(w, tx.init(w), w, losses_fn=losses_fn, batch=x)
         >>> [round(float(u), 3) for u in updates]  # of the second example alone
-        [0.0, -4.198]
+        [-2.611, -5.223]
 
     References:
         Du, Yan, Feng, Zhou, Zhen, Goh, Tan, "Efficient Sharpness-aware Minimization for Improved
@@ -124,7 +124,9 @@ def esam(
         ("sharp_pass", sharp_pass, ("subset", "whole")),
     ):
         if value not in allowed:
-            raise ValueError(f"esam: `{keyword}` must be {allowed[0]!r} or {allowed[1]!r}, got {value!r}")
+            raise ValueError(
+                f"esam: `{keyword}` must be {allowed[0]!r} or {allowed[1]!r}, got {value!r}"
+            )
     ball = random_leaves(ball_of("esam", rho, perturbation), perturbed_fraction, key=key)
 
     def init_fn(params):

@@ -81,11 +81,11 @@ def ksam(
     Example:
         >>> import jax.numpy as jnp, optax, samx
         >>> tx = optax.chain(samx.ksam(rho=0.1, num_selected=1), optax.sgd(0.5))
-        >>> w, x = jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> w, x = jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.0], [1.0, 2.0]])
         >>> losses_fn = lambda w, x: 0.5 * (x @ w) ** 2
         >>> updates, state = tx.update(w, tx.init(w), w, losses_fn=losses_fn, batch=x)
         >>> [round(float(u), 3) for u in updates]  # of the second example alone
-        [0.0, -4.2]
+        [-2.612, -5.224]
 
     References:
         Ni, Chiang, Geiping, Goldblum, Wilson, Goldstein, "K-SAM: Sharpness-Aware Minimization at

@@ -1,0 +1,67 @@
+"""Static groups of layers, and parameters of which a part is active: `None` at the other leaves."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from samx._hyper import check_count
+
+LayerGroups: TypeAlias = int | Callable[[Any, Any], Hashable]
+
+
+def check_groups(name: str, groups: Any) -> None:
+    """Refuse what is neither a count nor a function."""
+    if callable(groups):
+        return
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(
+            f"{name}: `groups` must be a Python int or a function `(path, leaf) -> label`, "
+            f"got {groups!r}; under optax.inject_hyperparams pass static_args=('groups',)"
+        )
+    check_count("groups", groups)
+
+
+def groups_of(groups: LayerGroups, params: Any) -> list[Any]:
+    """For each group a tree of booleans: which leaves are its own."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    if callable(groups):
+        labels = [groups(path, leaf) for path, leaf in leaves]
+    else:
+        layers = [path[:-1] or path for path, _ in leaves]
+        sizes = dict.fromkeys(layers, 0)
+        for layer, (_, leaf) in zip(layers, leaves, strict=True):
+            sizes[layer] += jnp.size(leaf)
+        parts = _even_parts(list(sizes.values()), min(groups, len(sizes)))
+        part_of = dict(zip(sizes, parts, strict=True))
+        labels = [part_of[layer] for layer in layers]
+    return [
+        jax.tree.unflatten(structure, [label == group for label in labels])
+        for group in dict.fromkeys(labels)
+    ]
+
+
+def _even_parts(sizes: list[int], num_parts: int) -> list[int]:
+    """The part of each layer: consecutive, none empty, each closed when its share is reached."""
+    parts, part, seen = [], 0, 0
+    for position, size in enumerate(sizes):
+        parts.append(part)
+        seen += size
+        layers_left, parts_left = len(sizes) - position - 1, num_parts - part - 1
+        is_full = seen * num_parts >= sum(sizes) * (part + 1)
+        if parts_left and (is_full or layers_left == parts_left):
+            part += 1
+    return parts
+
+
+def only(tree: Any, active: Any) -> Any:
+    """The active leaves, `None` at the others."""
+    return jax.tree.map(lambda x, is_active: x if is_active else None, tree, active)
+
+
+def filled(part: Any, whole: Any) -> Any:
+    """The active leaves of `part`, those of `whole` at the others."""
+    return jax.tree.map(
+        lambda x, other: other if x is None else x, part, whole, is_leaf=lambda x: x is None
+    )

@@ -1,0 +1,275 @@
+"""AUSAM: both gradients of SAM on examples drawn by how much their losses rose before.
+
+Deng, Pang, Zhang, Guo. "Asymptotic Unbiased Sample Sampling to Speed Up Sharpness-Aware
+Minimization", AAAI 2025. https://arxiv.org/abs/2406.08001
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx._base import closure_transformation
+from samx._climb import DefaultRho, ball_of
+from samx._held import check_like, first_aux
+from samx._hyper import as_key, at_step, check_count, check_number, next_step
+from samx._tree import is_inexact
+from samx._subset import check_fraction, count_of, groups_here, sam_step
+from samx.readings import Readings, no_readings
+from samx.selection import put, sampled, take
+
+RAMP_EPOCHS = 30  # of the authors' code
+
+
+class AUSAMState(NamedTuple):
+    """State of `ausam`.
+
+    Attributes:
+        step: int32, optimizer steps so far.
+        key: The random key of all draws.
+        total: `float32[num_examples]`, sum of what each example's loss has risen by; 1 at first.
+        count: `float32[num_examples]`, what to divide it by: the score is `total / count`.
+        perturbation: State of the perturbation.
+        aux: The aux of the pass at w, shaped like `aux_like`.
+        readings: What the last step saw, of the examples that it used.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    total: jax.Array
+    count: jax.Array
+    perturbation: optax.OptState
+    aux: Any
+    readings: Readings
+
+
+def ausam(
+    rho: optax.ScalarOrSchedule = DefaultRho(0.1),
+    fraction: float = 0.5,
+    num_examples: int = 50_000,
+    *,
+    warmup_steps: int | None = None,
+    ramp_steps: int | None = None,
+    low: optax.ScalarOrSchedule = 0.1,
+    high: optax.ScalarOrSchedule = 0.5,
+    num_groups: int = 1,
+    key: int | jax.Array = 0,
+    aux_like: Any = None,
+    perturbation: optax.GradientTransformation | None = None,
+    perturb_dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """AUSAM: both gradients of SAM on examples drawn by how much their losses rose before.
+
+        step < warmup_steps:  S = the whole batch
+        otherwise:            q_i = total_i / count_i, scaled to [low, top] within the batch
+                              S   = a fraction of the batch, drawn without replacement by q_i
+        g   = ∇ mean_S l(w)
+        ε   = ρ g / ‖g‖
+        return ∇ mean_S l(w + ε)                       (the same S)
+        r_i = |l_i(w + ε) − l_i(w)| for i in S
+        total_i, count_i = r_i, 1                      in the warm-up
+                           total_i + r_i, count_i + 1  behind it
+        top = low + (high − low) min(step / ramp_steps, 1)
+
+    Args:
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
+            optimizer's steps; default 0.1.
+        fraction: α in (0, 1], a Python number; default 0.5. Of a group of n examples ⌊α n⌋ are
+            drawn, but at least one.
+        num_examples: Number N of examples in the data set, the length of the score table.
+        warmup_steps: Steps on whole batches; default one epoch, ⌈N / B⌉.
+        ramp_steps: Steps in which the draws go from uniform to their final spread; default 30
+            epochs. 0: no ramp.
+        low: Weight of the lowest score of a batch, a number ≥ 0 or a schedule; default 0.1.
+        high: Weight of its highest score behind the ramp, likewise; default 0.5.
+        num_groups: Number of contiguous groups of the batch that are drawn from apart; default 1.
+            A multiple of the number of devices keeps every example where it is.
+        key: Seed or random key of the draws, the same on all devices; default 0.
+        aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `losses_fn`. The state
+            then holds the aux of the pass at w over the drawn examples (BatchNorm statistics, say),
+            to be read with `optax.tree.get(state, "aux")`, and before the first step these arrays,
+            or zeros; default none, aux is dropped.
+        perturbation: Another geometry in place of the ball; then leave `rho` out.
+        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
+        `losses_fn`, `batch` and `index`, `int[B]`, the positions of the examples in the data set,
+        each once; it respects `weights` (padding is drawn last, counts for nothing and leaves the
+        table alone, whatever its index), and ignores the incoming gradient, so that the compiler
+        removes its computation.
+
+    Raises:
+        ValueError: If a number is out of its range, or `rho` is given together with
+            `perturbation`; in `update`, if `index` is not `[B]` or lies outside the table,
+            `num_groups` does not divide the batch or, inside `data_parallel`, is no multiple of the
+            number of devices, aux differs in shape from `aux_like`, and as
+            `closure_transformation` says.
+        TypeError: If a number is none, a count no Python int, or `index` not of integers.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx
+        >>> tx = optax.chain(samx.ausam(0.1, 0.5, num_examples=2), optax.sgd(0.5))
+        >>> w, x = jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.0], [1.0, 2.0]])
+        >>> losses_fn = lambda w, x: 0.5 * (x @ w) ** 2
+        >>> closures = {"losses_fn": losses_fn, "batch": x, "index": jnp.arange(2)}
+        >>> state = tx.init(w)
+        >>> for _ in range(2):  # the warm-up takes the whole batch, then one example is drawn
+        ...     updates, state = tx.update(w, state, w, **closures)
+        ...     print([round(float(u), 2) for u in updates])
+        [-1.57, -2.61]
+        [-2.61, -5.22]
+
+    References:
+        Deng, Pang, Zhang, Guo, "Asymptotic Unbiased Sample Sampling to Speed Up Sharpness-Aware
+        Minimization", AAAI 2025, https://arxiv.org/abs/2406.08001
+
+    Notes:
+        `fraction=1` is SAM. Cost: 2 α gradients per step behind the warm-up, 2 in it, in a real
+        branch (`jax.lax.cond`); 2 N numbers in the state, and a transient copy of the parameters
+        and of the drawn examples. Several devices exchange three numbers per example.
+        Under `jax.jit` nobody can raise an error at an index that lies outside the table: there the
+        updates are no numbers, so that no one trains on. The two means are plain ones: high scores
+        are drawn up to high/low times as often, and nothing corrects for it. Where all scores of a
+        batch are equal, which is not a number in the authors' code, draws are uniform. `loss` of
+        the readings is that of the drawn examples: the whole batch is never looked at behind the
+        warm-up, so do not return a loss of your own. The groups are those of the whole batch in
+        every regime, see `ksam`.
+        Fidelity: matches ajiaaa/AUSAM, score table and probabilities included, its draws replayed.
+        Its ramp rises once per epoch; for that pass `high` as a schedule and `ramp_steps=0`.
+        `static_args`: `fraction`, `num_examples`, `warmup_steps`, `ramp_steps`, `num_groups`,
+        `key`, `aux_like`, `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
+    """
+    check_fraction("fraction", fraction)
+    check_count("num_examples", num_examples)
+    check_count("num_groups", num_groups)
+    for keyword, steps in (("warmup_steps", warmup_steps), ("ramp_steps", ramp_steps)):
+        if steps is not None:
+            check_count(keyword, steps, 0)
+    check_number("low", low, 0)
+    check_number("high", high, low if isinstance(low, int | float) else 0)
+    ball = ball_of("ausam", rho, perturbation)
+
+    def init_fn(params):
+        return AUSAMState(
+            step=jnp.zeros((), jnp.int32),
+            key=as_key("ausam", key),
+            total=jnp.ones(num_examples),
+            count=jnp.ones(num_examples),
+            perturbation=ball.init(params),
+            aux=first_aux(aux_like),
+            readings=no_readings(params),
+        )
+
+    def update_fn(updates, state, params, *, losses_fn, batch, index, weights=None, **extra):
+        del updates
+        devices = losses_fn.devices
+        groups, size = groups_here("ausam", batch, num_groups, losses_fn)
+        own, count = groups * size, count_of(fraction, size)
+        epoch = -(-num_examples // (own * devices.count))
+        warmup = epoch if warmup_steps is None else warmup_steps
+        ramp = RAMP_EPOCHS * epoch if ramp_steps is None else ramp_steps
+        place = devices.gathered(_places(index, own, num_examples, weights))
+        total, taken = (x.at[place].get(mode="clip") for x in (state.total, state.count))
+
+        def step_on(batch, weights, share):
+            step = sam_step(
+                losses_fn,
+                batch,
+                weights,
+                params,
+                ball,
+                state,
+                gradients=2 * share,
+                perturb_dtype=perturb_dtype,
+                extra=extra,
+            )
+            aux = None if aux_like is None else step.aux
+            check_like("ausam", "aux", aux, state.aux, "it is the aux of `losses_fn`")
+            rise = jnp.abs(step.sharp_losses - step.losses).astype(total.dtype)
+            return (step.updates, step.perturbation, step.readings, aux), rise
+
+        def on_everything():
+            step, rise = step_on(batch, weights, 1)
+            return step, rise, jnp.ones_like(rise)
+
+        def on_a_draw():
+            bottom, top = _range(low, high, state.step, ramp)
+            noise = jax.random.gumbel(jax.random.fold_in(state.key, state.step), place.shape)
+            scores, is_there = devices.part(total / taken), devices.part(place) < num_examples
+            position = sampled(
+                probabilities(scores, is_there, groups, bottom, top),
+                devices.part(noise),
+                groups * count,
+                num_groups=groups,
+                weights=weights,
+            )
+            step, rise = step_on(*take((batch, weights), position), count / size)
+            return step, *(put(x, position, own) for x in (rise, jnp.ones_like(rise)))
+
+        is_warmup = state.step < warmup
+        step, rise, is_drawn = (
+            on_everything() if count == size else jax.lax.cond(is_warmup, on_everything, on_a_draw)
+        )
+        updates, ball_state, readings, aux = step
+
+        rise, is_drawn = devices.gathered(rise), devices.gathered(is_drawn)
+        place_of_drawn = jnp.where(is_drawn > 0, place, num_examples)
+        total, taken = (jnp.where(is_warmup, 0, x) for x in (total, taken))
+        is_outside = jnp.any(place > num_examples)
+        updates = jax.tree.map(
+            lambda u: jnp.where(is_outside, jnp.nan, u).astype(u.dtype) if is_inexact(u) else u,
+            updates,
+        )
+        return updates, AUSAMState(
+            step=next_step(state.step),
+            key=state.key,
+            total=state.total.at[place_of_drawn].set(total + rise, mode="drop"),
+            count=state.count.at[place_of_drawn].set(taken + 1, mode="drop"),
+            perturbation=ball_state,
+            aux=aux,
+            readings=readings,
+        )
+
+    return closure_transformation(init_fn, update_fn, name="ausam")
+
+
+def _range(low: Any, high: Any, step: jax.Array, ramp_steps: int) -> tuple[Any, Any]:
+    """The weights of the lowest and of the highest score at a step."""
+    low, high = at_step(low, step), at_step(high, step)
+    ramp = jnp.minimum(step / ramp_steps, 1) if ramp_steps else 1
+    return low, low + (high - low) * ramp
+
+
+def probabilities(
+    scores: jax.Array, is_there: jax.Array, num_groups: int, low: Any, high: Any
+) -> jax.Array:
+    """Scores `[B]`, in each group scaled to `[low, high]`, and to the sum 1."""
+    scores, is_there = (x.reshape(num_groups, -1) for x in (scores, is_there))
+    smallest = jnp.min(scores, axis=1, keepdims=True, where=is_there, initial=jnp.inf)
+    largest = jnp.max(scores, axis=1, keepdims=True, where=is_there, initial=-jnp.inf)
+    spread = largest - smallest
+    scaled = (scores - smallest) / jnp.where(spread > 0, spread, 1)
+    weights = jnp.where(is_there & (spread > 0), low + scaled * (high - low), is_there)
+    return (weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-30)).reshape(-1)
+
+
+def _places(index: Any, size: int, num_examples: int, weights: Any) -> jax.Array:
+    """Places in the table; `num_examples` for padding, one more for what lies outside of it."""
+    index = jnp.asarray(index)
+    if not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"ausam: `index` must be of integers, got {index.dtype}")
+    if index.shape != (size,):
+        raise ValueError(
+            f"ausam: `index` must have one position per example, shape ({size},), got {index.shape}"
+        )
+    is_padding = jnp.zeros(size, bool) if weights is None else weights == 0
+    is_outside = ~is_padding & ((index < 0) | (index >= num_examples))
+    if not isinstance(is_outside, jax.core.Tracer) and jnp.any(is_outside):
+        raise ValueError(
+            f"ausam: `index` must be in [0, {num_examples}), the positions of `num_examples` "
+            f"examples, got {index[is_outside][0]}"
+        )
+    place = jnp.where(is_padding, num_examples, index)
+    return jnp.where(is_outside, num_examples + 1, place).astype(jnp.int32)
