@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from samx import _tree
 from samx._hyper import check_count
 
 LayerGroups: TypeAlias = int | Callable[[Any, Any], Hashable]
@@ -24,22 +25,32 @@ def check_groups(name: str, groups: Any) -> None:
 
 
 def groups_of(groups: LayerGroups, params: Any) -> list[Any]:
-    """For each group a tree of booleans: which leaves are its own."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    """For each group a tree of booleans: which leaves are its own. Integers are in no group."""
+    leaves = [
+        (path, leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if _tree.is_inexact(leaf)
+    ]
     if callable(groups):
-        labels = [groups(path, leaf) for path, leaf in leaves]
+        label_of = {path: groups(path, leaf) for path, leaf in leaves}
     else:
-        layers = [path[:-1] or path for path, _ in leaves]
-        sizes = dict.fromkeys(layers, 0)
-        for layer, (_, leaf) in zip(layers, leaves, strict=True):
-            sizes[layer] += jnp.size(leaf)
+        sizes: dict[Any, int] = {}
+        for path, leaf in leaves:
+            sizes[_layer(path)] = sizes.get(_layer(path), 0) + jnp.size(leaf)
         parts = _even_parts(list(sizes.values()), min(groups, len(sizes)))
         part_of = dict(zip(sizes, parts, strict=True))
-        labels = [part_of[layer] for layer in layers]
+        label_of = {path: part_of[_layer(path)] for path, _ in leaves}
     return [
-        jax.tree.unflatten(structure, [label == group for label in labels])
-        for group in dict.fromkeys(labels)
+        jax.tree_util.tree_map_with_path(
+            lambda path, _, label=label: path in label_of and label_of[path] == label, params
+        )
+        for label in dict.fromkeys(label_of.values())
     ]
+
+
+def _layer(path: Any) -> Any:
+    """The module of a leaf; in a flat tree the leaf itself."""
+    return path[:-1] or path
 
 
 def _even_parts(sizes: list[int], num_parts: int) -> list[int]:

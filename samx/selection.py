@@ -24,7 +24,7 @@ def largest(
 ) -> jax.Array:
     """The positions of the largest scores of each group.
 
-        position_j = the num_selected / num_groups largest scores of group j, as they stand
+        position_j = the num_selected / num_groups largest scores of group j, in falling order
 
     The top losses with `scores=losses` (K-SAM); the sharpest examples with
     `scores=sharp_losses - losses` (ESAM).
@@ -36,8 +36,7 @@ def largest(
         weights: `float[B]`, optional; 0 marks padding, which is chosen last.
 
     Returns:
-        `int32[G, num_selected / G]`, rising positions within each group, for `take`: all of them
-        are the batch as it was.
+        `int32[G, num_selected / G]`, positions within each group, for `take`.
 
     Raises:
         TypeError: If a count is not a Python int.
@@ -75,7 +74,7 @@ def largest(
             least = jnp.finfo(scores.dtype).min
             scores = jnp.where(weights == 0, -jnp.inf, jnp.maximum(scores, least))
         order = jnp.argsort(scores.reshape(num_groups, size), axis=1, descending=True, stable=True)
-        return jnp.sort(order[:, :count], axis=1).astype(jnp.int32)
+        return order[:, :count].astype(jnp.int32)
 
     return _on_auto_axes(choose, num_groups, scores, weights)
 
@@ -105,7 +104,7 @@ def sampled(
         weights: As for `largest`.
 
     Returns:
-        `int32[G, num_selected / G]`, rising positions within each group.
+        `int32[G, num_selected / G]`, positions within each group, in the order of the draws.
 
     Raises:
         TypeError: As `largest`.
@@ -116,7 +115,7 @@ def sampled(
         >>> from samx.selection import sampled
         >>> noise = jax.random.gumbel(jax.random.key(0), (4,))
         >>> sampled(jnp.array([0.5, 0.0, 0.5, 0.0]), noise, 2).tolist()
-        [[0, 2]]
+        [[2, 0]]
 
     References:
         Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them", ICML 2019,
@@ -223,6 +222,26 @@ def put(values: Any, position: Any, size: int) -> jax.Array:
         return groups.at[rows, position].set(values.reshape(num_groups, count)).reshape(size)
 
     return _on_auto_axes(scatter, size, values, position)
+
+
+def weights_of(position: jax.Array, weights: Any, fraction: float = 1.0) -> Any:
+    """Weights `[G n]` of the chosen examples, `None` if there are none.
+
+    Padding takes up room in the batch, and so in what is chosen: of each group the first `fraction`
+    of its valid examples count, at least one.
+    """
+    if weights is None:
+        return None
+    num_groups, count = position.shape
+
+    def choose(weights, position):
+        groups = weights.reshape(num_groups, -1)
+        num_valid = jnp.sum(groups != 0, axis=1, keepdims=True)
+        num_kept = jnp.maximum(1, jnp.floor(fraction * num_valid + 1e-6))
+        chosen = jnp.take_along_axis(groups, position, axis=1)
+        return jnp.where(jnp.arange(count)[None] < num_kept, chosen, 0).reshape(-1)
+
+    return _on_auto_axes(choose, num_groups * count, weights, position)
 
 
 def group_size(name: str, batch: Any, num_groups: int) -> int:

@@ -25,7 +25,8 @@ class Case:
         factory: Takes the hyperparameters by keyword (and the base first, where it wraps one).
         shape: "chain" stands in front of its base, "wraps" takes it as an argument.
         hyper: Every numeric hyperparameter, at the value that the tests use.
-        passes: Forward and backward passes inside one `update`, if it is sharp.
+        passes: Forward and backward passes over the batch inside one `update`, if it is sharp;
+            those over some examples count for so much less.
         needs: Closures without which `update` must fail.
         uses_gradient: Whether the incoming gradient is read (one more gradient per step).
         has_base_limit: Whether `rho=0` is the base optimizer.
@@ -34,6 +35,8 @@ class Case:
         climbs: Whether `sharp_loss` and `loss` are of the same batch, so that it is the higher one.
         like: Another row that has the same program but for what is passed in: suites that compile
             for long look at that one.
+        spent: What a sharp step costs if it is not always `gradients`: of its number, from 0, and
+            the state that it left.
         is_gated: Whether a policy leaves the sharp gradient out on some steps: among the first
             six there are some of both kinds.
     """
@@ -41,7 +44,7 @@ class Case:
     factory: Callable[..., optax.GradientTransformation]
     shape: Literal["chain", "wraps"]
     hyper: Hyper
-    passes: tuple[int, int]
+    passes: tuple[float, float]
     needs: tuple[str, ...] = ("value_fn",)
     uses_gradient: bool = True
     has_base_limit: bool = True
@@ -50,11 +53,13 @@ class Case:
     climbs: bool = True
     is_gated: bool = False
     like: str | None = None
+    spent: Callable[[int, Any], float] | None = None
 
     @property
     def gradients(self) -> float:
-        """Gradients of a step, if it is sharp."""
-        return self.passes[1] + self.uses_gradient
+        """Gradients of a step, if it is sharp; a forward pass alone is a third of one."""
+        forward, backward = self.passes
+        return backward + (forward - backward) / 3 + self.uses_gradient
 
     def build(
         self,
@@ -174,6 +179,51 @@ VARIANTS = {
         hyper={"rho": 0.3},
         uses_gradient=False,
         climbs=False,
+    ),
+}
+SL_SHARES = (160 / 227, 67 / 227)  # of the parameters: W1, and the others
+SELECTING = replace(SAM, needs=("losses_fn", "batch"), uses_gradient=False, has_base_limit=False)
+VARIANTS |= {
+    # In so many groups as there are devices, of two examples each.
+    "ksam": replace(
+        SELECTING,
+        factory=partial(samx.ksam, num_selected=8, num_groups=8),
+        passes=(2, 1),
+        climbs=False,
+        like="ausam",
+        static_args=("num_selected", "num_groups"),
+    ),
+    "esam": replace(
+        SELECTING,
+        factory=partial(samx.esam, selected_fraction=0.5, num_groups=8),
+        hyper={"rho": 0.05, "perturbed_fraction": 0.6},
+        passes=(2.5, 1.5),
+        static_args=("selected_fraction", "select", "sharp_pass", "num_groups", "key"),
+    ),
+    "ausam": replace(
+        SELECTING,
+        factory=partial(samx.ausam, fraction=0.5, num_examples=64, warmup_steps=1, num_groups=8),
+        hyper={"rho": 0.05, "low": 0.1, "high": 0.5},
+        passes=(1, 1),  # behind the first step, which takes twice as many
+        spent=lambda t, state: 2.0 if t == 0 else 1.0,
+        climbs=False,
+        needs=("losses_fn", "batch", "index"),
+        static_args=(
+            *("fraction", "num_examples", "warmup_steps", "ramp_steps"),
+            *("num_groups", "key", "aux_like"),
+        ),
+    ),
+    "sl_sam": replace(
+        SAM,
+        factory=partial(samx.sl_sam, groups=2),
+        shape="wraps",
+        hyper={"rho": 0.05, "rate": 0.5, "exploration": 0.2},
+        passes=(2, 2),  # in part
+        spent=lambda t, state: (4 + 2 * SL_SHARES[int(optax.tree.get(state, "group"))]) / 3,
+        uses_gradient=False,
+        has_base_limit=False,
+        climbs=False,
+        static_args=("groups", "key", "aux_like"),
     ),
 }
 APART = [name for name, case in VARIANTS.items() if case.like is None]

@@ -64,7 +64,7 @@ def make_step(tx, losses_fn=losses_fn, **keywords):
             value_fn=value_fn,
             losses_fn=losses_fn,
             batch=batch,
-            **keywords,
+            **{"index": jnp.arange(len(batch["y"]))} | keywords,
         )
         return optax.apply_updates(params, updates), state
 

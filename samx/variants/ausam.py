@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from samx._base import closure_transformation
 from samx._climb import DefaultRho, ball_of
 from samx._held import check_like, first_aux
 from samx._hyper import as_key, at_step, check_count, check_number, next_step
-from samx._tree import is_inexact
 from samx._subset import check_fraction, count_of, groups_here, sam_step
+from samx._tree import is_inexact
 from samx.readings import Readings, no_readings
-from samx.selection import put, sampled, take
+from samx.selection import put, sampled, take, weights_of
 
 RAMP_EPOCHS = 30  # of the authors' code
 
@@ -205,8 +206,10 @@ def ausam(
                 num_groups=groups,
                 weights=weights,
             )
-            step, rise = step_on(*take((batch, weights), position), count / size)
-            return step, *(put(x, position, own) for x in (rise, jnp.ones_like(rise)))
+            of_drawn = weights_of(position, weights, fraction)
+            step, rise = step_on(take(batch, position), of_drawn, count / size)
+            is_drawn = jnp.ones_like(rise) if of_drawn is None else of_drawn
+            return step, *(put(x, position, own) for x in (rise, is_drawn.astype(rise.dtype)))
 
         is_warmup = state.step < warmup
         step, rise, is_drawn = (
@@ -215,7 +218,7 @@ def ausam(
         updates, ball_state, readings, aux = step
 
         rise, is_drawn = devices.gathered(rise), devices.gathered(is_drawn)
-        place_of_drawn = jnp.where(is_drawn > 0, place, num_examples)
+        place_of_drawn = jnp.where(is_drawn != 0, place, num_examples)
         total, taken = (jnp.where(is_warmup, 0, x) for x in (total, taken))
         is_outside = jnp.any(place > num_examples)
         updates = jax.tree.map(
@@ -266,7 +269,7 @@ def _places(index: Any, size: int, num_examples: int, weights: Any) -> jax.Array
         )
     is_padding = jnp.zeros(size, bool) if weights is None else weights == 0
     is_outside = ~is_padding & ((index < 0) | (index >= num_examples))
-    if not isinstance(is_outside, jax.core.Tracer) and jnp.any(is_outside):
+    if not isinstance(is_outside, Tracer) and jnp.any(is_outside):
         raise ValueError(
             f"ausam: `index` must be in [0, {num_examples}), the positions of `num_examples` "
             f"examples, got {index[is_outside][0]}"

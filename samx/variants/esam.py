@@ -21,7 +21,7 @@ from samx._leaves import random_leaves
 from samx._sharp import perturbed, scores_at, value_and_grad_at
 from samx._subset import FORWARD, check_fraction, count_of, groups_here, mean_over_batch
 from samx.readings import Readings, no_readings, take_readings
-from samx.selection import largest, put, take
+from samx.selection import largest, put, take, weights_of
 
 
 class ESAMState(NamedTuple):
@@ -146,12 +146,12 @@ def esam(
         eps, ball_state = ascend(perturb, g, ascent_grad, state.perturbation, params)
 
         def chosen(after):
-            """Where the sharpest examples stand, and their weights."""
+            """Where the sharpest examples stand, and what weight they have."""
             increase = after - before.examples
             position = largest(increase, groups * count, num_groups=groups, weights=weights)
-            increase, of_chosen = take((increase, weights), position)
+            of_chosen = weights_of(position, weights, selected_fraction)
             if select == "strict":
-                above = _above_the_smallest(increase, groups)
+                above = _above_the_smallest(take(increase, position), groups)
                 of_chosen = above if of_chosen is None else above * of_chosen
             return position, of_chosen
 

@@ -20,7 +20,7 @@ from samx._subset import (
     sam_step,
 )
 from samx.readings import Readings, no_readings
-from samx.selection import largest, take
+from samx.selection import largest, take, weights_of
 
 
 class KSAMState(NamedTuple):
@@ -123,12 +123,13 @@ def ksam(
                 f"batch, got {num_selected}"
             )
         losses = losses_fn.scores(params, batch)
-        position = largest(losses, groups * count, num_groups=groups, weights=weights)
-        chosen, weights_of_chosen = take((batch, weights), position)
+        chosen = batch, weights
+        if count < size:
+            position = largest(losses, groups * count, num_groups=groups, weights=weights)
+            chosen = take(batch, position), weights_of(position, weights)
         step = sam_step(
             losses_fn,
-            chosen,
-            weights_of_chosen,
+            *chosen,
             params,
             ball,
             state,

@@ -113,7 +113,7 @@ def sl_sam(
         >>> state = tx.init(w)
         >>> for _ in range(3):
         ...     updates, state = tx.update(w, state, w, value_fn=loss)
-        ...     print(int(state.group), [round(float(u), 2) for u in (*updates["a"], *updates["b"])])
+        ...     print(int(state.group), [round(float(x), 2) for u in updates.values() for x in u])
         0 [-1.55, 0.0]
         1 [0.0, -2.05]
         1 [0.0, -2.05]
@@ -177,8 +177,9 @@ def sl_sam(
             aux = None if aux_like is None else aux
             check_like("sl_sam", "aux", aux, state.aux, "it is the aux of `value_fn`")
             g, ascent_grad = seen["grad"], seen.get("ascent_grad", seen["grad"])
-            climbs = (filled(x, zeros) for x in (g, ascent_grad))
-            eps, ball_state = ascend(perturb, *climbs, state.perturbation, params)
+            g_whole = filled(g, zeros)
+            climbed = g_whole if ascent_grad is g else filled(ascent_grad, zeros)
+            eps, ball_state = ascend(perturb, g_whole, climbed, state.perturbation, params)
             eps = only(eps, active)
             sharp_loss, g_s = value_and_grad_at(part_fn, part, eps, perturb_dtype=perturb_dtype)
             updates, base_state = base.update(filled(g_s, zeros), state.base, params, **keywords)
@@ -193,7 +194,7 @@ def sl_sam(
                 gradients=2 * (2 * FORWARD + FORWARD * _share(part, params)),
                 mean_of_ascents=value_fn.mean_of_ascents,
             )
-            state_of_active = _restored(base, base_state, state.base, active)
+            state_of_active = _restored(base_state, state.base, active)
             return (
                 _tree.keep(updates, active),
                 state_of_active,
@@ -229,9 +230,15 @@ def _share(part: Any, params: Any) -> float:
     return active / whole
 
 
-def _restored(base: Any, new: Any, old: Any, active: Any) -> Any:
-    """The new state of a base, but the old one of the leaves that are not active."""
-    is_new = optax.tree.map_params(
-        base, lambda _, is_active: is_active, new, active, transform_non_params=lambda _: True
-    )
-    return jax.tree.map(lambda x, y, kept: x if kept else y, new, old, is_new)
+def _restored(new: Any, old: Any, active: Any) -> Any:
+    """The new state of a base, but the old one where it belongs to leaves that are not active.
+
+    What belongs to a parameter has a path that ends with the parameter's own.
+    """
+    is_active = dict(jax.tree_util.tree_leaves_with_path(active))
+
+    def choose(path, new, old):
+        tails = (path[start:] for start in range(len(path)))
+        return new if next((is_active[t] for t in tails if t in is_active), True) else old
+
+    return jax.tree_util.tree_map_with_path(choose, new, old)
