@@ -77,24 +77,46 @@ def test_global_is_the_step_of_one_device(name, regime):
 def without_readings(state):
     """Where devices climb on their own, readings are what they are documented to be."""
     empty = jax.tree.map(lambda x: 0, optax.tree.get(state, "readings"))
-    return optax.tree.set(state, readings=empty)
+    norms = {key: 0 for key in ("selected_loss", "largest_norm") if has(state, key)}
+    return optax.tree.set(state, readings=empty, **norms)
+
+
+def has(state, key):
+    return optax.tree.get(state, key) is not None
+
+
+# What belongs to the whole batch of 8 devices, for one of them; and what decides by the mean.
+SHARD = {"ksam": {"num_selected": 1, "num_groups": 1}, "esam": {"num_groups": 1}}
+LINEAR = {"sl_sam": {"rate": 0.0}}
 
 
 @functools.cache
 def on_every_shard(name, num_shards=regimes.DEVICES):
-    return regimes.per_shard(build(name), problem.make()[1], batches(), num_shards)
+    changes = SHARD.get(name, {}) | LINEAR.get(name, {})
+    return regimes.per_shard(build(name, **changes), problem.make()[1], batches(), num_shards)
 
 
 # Which take the mean of the devices' sharp gradients apart, or decide by the mean gradient.
-NOT_LINEAR = ("ae_sam", "looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam")
+NOT_LINEAR = ("ae_sam", "looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam", "ausam")
 
 
 @pytest.mark.parametrize(
     ("name", "regime"), rows_and_regimes(LOCAL, [n for n in VARIANTS if n not in NOT_LINEAR])
 )
 def test_local_is_the_mean_of_per_shard_steps(name, regime):
-    history = LOCAL[regime](build(name), problem.make()[1], batches(), ascent="local")
+    tx = build(name, **LINEAR.get(name, {}))
+    history = LOCAL[regime](tx, problem.make()[1], batches(), ascent="local")
     assert_same(history, on_every_shard(name), without_readings)
+
+
+@pytest.mark.parametrize("regime", LOCAL)
+def test_local_ascent_on_all_that_was_drawn(regime):
+    """AUSAM on everything is SAM, and the score table is the same on all devices."""
+    history = LOCAL[regime](
+        build("ausam", fraction=1.0), problem.make()[1], batches(), ascent="local"
+    )
+    sams = [params for params, _, _ in on_every_shard("sam")]
+    assert_close([params for params, _, _ in history], sams, 1e-10)
 
 
 def combination(name):
