@@ -48,7 +48,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from output import free_folder
-from registry import VARIANTS
+from registry import VARIANTS, Setting
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 from vision import MODELS, describe
@@ -96,7 +96,7 @@ def make_schedule(args: argparse.Namespace, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    args: argparse.Namespace, schedule: optax.Schedule, batch_like: Any, aux_like: Any
+    args: argparse.Namespace, schedule: optax.Schedule, setting: Setting
 ) -> optax.GradientTransformation:
     """The variant around its base, and around both what batch and precision ask for."""
     if args.base == "adamw":
@@ -105,27 +105,31 @@ def make_optimizer(
         decay = optax.add_decayed_weights(args.weight_decay)
         base = optax.chain(decay, optax.sgd(schedule, momentum=0.9))
     variant = VARIANTS[args.variant]
-    tx = variant.make(args.rho, base, batch_like, aux_like)
+    tx = variant.make(args.rho, base, setting)
     if args.accumulate > 1:
-        tx = samx.accumulate(tx, args.accumulate, aux_like=None if variant.keeps_aux else aux_like)
+        tx = samx.accumulate(
+            tx, args.accumulate, aux_like=None if variant.keeps_aux else setting.aux
+        )
     if args.precision == "float16":
         tx = samx.scale_loss(tx)
     return tx
 
 
 def make_state(
-    args: argparse.Namespace, classes: int, batch: Any, schedule: optax.Schedule, mesh: Any
+    args: argparse.Namespace, data: Cifar, batch: Any, schedule: optax.Schedule, mesh: Any
 ) -> tuple[samx.flax.TrainState, Any]:
     """The state at step 0 and its shardings: all replicated, but for held examples."""
     sizes = {name: getattr(args, name) for name in ("width", "depth") if getattr(args, name)}
     model = MODELS[args.model](
-        classes, dropout=args.dropout, dtype=jnp.dtype(args.precision), **sizes
+        len(data.classes), dropout=args.dropout, dtype=jnp.dtype(args.precision), **sizes
     )
     init_key, key = jax.random.split(jax.random.key(args.seed))
     init = jax.jit(partial(model.init, train=False))
     variables = init(init_key, jnp.zeros((1, *batch["image"].shape[1:])))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
-    tx = make_optimizer(args, schedule, batch, batch_stats)
+    sizes = {"batch_size": args.batch, "num_examples": len(data.train.label)}
+    setting = Setting(batch, **sizes, aux=batch_stats, num_groups=mesh.size)
+    tx = make_optimizer(args, schedule, setting)
     state = samx.flax.TrainState.create(
         apply_fn=model.apply, params=params, tx=tx, batch_stats=batch_stats, key=key
     )
@@ -266,7 +270,7 @@ def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str
     schedule = make_schedule(args, steps)
     batches = train_batches(data.train, args.batch, seed=args.seed, augment=args.augment)
     batch = place(next(train_batches(data.train, args.batch, seed=0, augment="none")))
-    state, shardings = make_state(args, classes, batch, schedule, mesh)
+    state, shardings = make_state(args, data, batch, schedule, mesh)
     start = time.perf_counter()
     step_fn = compile_step(args, state, shardings, batch, classes)
     print(

@@ -40,7 +40,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 from output import free_folder
-from registry import BASES, VARIANTS, check_base
+from registry import BASES, VARIANTS, Setting, check_base
 from tqdm import tqdm
 
 import samx
@@ -93,6 +93,7 @@ def make_step(tx: optax.GradientTransformationExtraArgs, value_and_grad: Callabl
             value_fn=value_fn,
             losses_fn=losses_fn,
             batch=batch,
+            index=batch["index"],
         )
         # The base optimizer alone has no readings.
         return optax.apply_updates(params, updates), state, optax.tree.get(state, "loss", value)
@@ -100,28 +101,36 @@ def make_step(tx: optax.GradientTransformationExtraArgs, value_and_grad: Callabl
     return step
 
 
-def make_optimizer(args: argparse.Namespace, batch_size: int, pair: P | NamedSharding):
+def make_optimizer(
+    args: argparse.Namespace, devices: list[Any], batch_size: int, pair: P | NamedSharding
+):
     """The variant around its base; `pair` is where SAMPa's two groups are, if it has any."""
     batch_like = {
         "x": jax.ShapeDtypeStruct((batch_size, 64), args.dtype),
         "y": jax.ShapeDtypeStruct((batch_size,), np.int32),
+        "index": jax.ShapeDtypeStruct((batch_size,), np.int32),
     }
     base = BASES[args.base](args.learning_rate)
     if args.pair:
         return samx.sampa(base, args.rho, batch_like=batch_like, pair_sharding=pair)
-    tx = VARIANTS[args.variant].make(args.rho, base, batch_like, None)
+    setting = Setting(batch_like, args.batch, TRAIN, num_groups=len(devices))
+    tx = VARIANTS[args.variant].make(args.rho, base, setting)
     return optax.with_extra_args_support(tx)
 
 
 def with_jit(args: argparse.Namespace, devices: list[Any], params: Any) -> Trainer:
     mesh = make_mesh(args, devices)
-    tx = make_optimizer(args, args.batch, NamedSharding(mesh, P("pair")) if args.pair else P())
+    tx = make_optimizer(
+        args, devices, args.batch, NamedSharding(mesh, P("pair")) if args.pair else P()
+    )
     return on_mesh(mesh, tx, make_step(tx, jax.value_and_grad), params)
 
 
 def with_shard_map(args: argparse.Namespace, devices: list[Any], params: Any) -> Trainer:
     mesh = make_mesh(args, devices)
-    tx = samx.data_parallel(make_optimizer(args, args.batch, P("pair")), "data", args.ascent)
+    tx = samx.data_parallel(
+        make_optimizer(args, devices, args.batch, P("pair")), "data", args.ascent
+    )
     specs = samx.state_specs(tx, params, batch_specs=P("data"))
     step = jax.shard_map(
         make_step(tx, partial(samx.value_and_grad, axis_name="data")),
@@ -166,9 +175,12 @@ def with_pmap(args: argparse.Namespace, devices: list[Any], params: Any) -> Trai
         return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:])[own], batch)
 
     if args.pair:  # the two devices are the two groups, and each sees the whole batch
-        tx, value_and_grad = make_optimizer(args, args.batch, P("pair")), jax.value_and_grad
+        tx, value_and_grad = (
+            make_optimizer(args, devices, args.batch, P("pair")),
+            jax.value_and_grad,
+        )
     else:
-        tx = make_optimizer(args, args.batch // len(devices), P())
+        tx = make_optimizer(args, devices, args.batch // len(devices), P())
         tx = samx.data_parallel(tx, axis, args.ascent)
         value_and_grad = partial(samx.value_and_grad, axis_name=axis)
     start = jax.pmap(lambda p: (p, tx.init(p)), axis_name=axis, devices=devices)

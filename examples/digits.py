@@ -31,7 +31,7 @@ import numpy as np
 import optax
 from flax import nnx
 from output import free_folder
-from registry import BASES, VARIANTS, Variant, check_base
+from registry import BASES, VARIANTS, Setting, Variant, check_base
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
@@ -96,7 +96,11 @@ def split(seed: jax.Array, noise: jax.Array | float):
     is_flipped = jnp.arange(TRAIN) < noise * TRAIN
     train, validation, test = jnp.split(order, [TRAIN, TRAIN + VALIDATION])
     return (
-        {"x": x[train], "y": jnp.where(is_flipped, flipped[train], y[train])},
+        {
+            "x": x[train],
+            "y": jnp.where(is_flipped, flipped[train], y[train]),
+            "index": jnp.arange(TRAIN, dtype=jnp.int32),
+        },
         {"x": x[validation], "y": y[validation]},
         {"x": x[test], "y": y[test]},
     )
@@ -126,7 +130,9 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
     batch_like = {
         "x": jax.ShapeDtypeStruct((BATCH, 64), jnp.float32),
         "y": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+        "index": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
     }
+    setting = Setting(batch_like, batch_size=BATCH, num_examples=TRAIN)
 
     def logits(params, x):
         return nnx.merge(graph, params)(x)
@@ -141,7 +147,7 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
 
     def optimizer(run):
         schedule = optax.cosine_decay_schedule(run.learning_rate, epochs * STEPS_PER_EPOCH)
-        tx = variant.make(run.rho, BASES[base](schedule), batch_like, None)
+        tx = variant.make(run.rho, BASES[base](schedule), setting)
         return optax.with_extra_args_support(tx)
 
     def init(run, params):
@@ -161,6 +167,7 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
             value_fn=value_fn,
             losses_fn=losses_fn,
             batch=batch,
+            index=batch["index"],
         )
         return optax.apply_updates(params, updates), state
 

@@ -11,23 +11,43 @@ import optax
 import samx
 from samx import policies
 
-Make = Callable[[Any, optax.GradientTransformation, Any, Any], optax.GradientTransformation]
+
+class Setting(NamedTuple):
+    """What a variant may have to know of the training that it is for.
+
+    Attributes:
+        batch: Shapes of a batch, as `update` sees it: of one device in a mapped function.
+        batch_size: Examples of a whole batch.
+        num_examples: Examples of the data set.
+        aux: Shapes of the aux of the loss, for variants that hold one in their state.
+        num_groups: Groups of a batch in which examples are chosen, one for each device.
+    """
+
+    batch: Any
+    batch_size: int
+    num_examples: int
+    aux: Any = None
+    num_groups: int = 1
+
+
+Make = Callable[[Any, optax.GradientTransformation, Setting], optax.GradientTransformation]
 
 
 class Variant(NamedTuple):
     """A row of the examples' tables.
 
     Attributes:
-        make: `(rho, base, batch_like, aux_like) -> tx`; the last two are the shapes of a batch and
-            of the aux of the loss, for variants that hold one in their state.
+        make: `(rho, base, setting) -> tx`.
         radii: Values of rho to choose from on a validation split, ascending.
         gradients: Gradients per step, in passes over one batch; where a policy looks at gradients
-            (`ae-sam`, `ae-looksam`, `vsam`, `arsam`) an estimate.
+            (`ae-sam`, `ae-looksam`, `vsam`, `arsam`), or a bandit at layers, an estimate.
         rho: The paper's recommendation for CIFAR-10.
         keeps_aux: Whether the state holds the aux of a pass, for want of a clean one.
         cycle: Steps to be timed together: after so many the pattern of sharp and plain steps
             repeats, or a random one is about itself again. More than 1: some steps are plain.
         settling: Steps before the first cycle: a warm-up of sharp steps, averages that fill.
+        uses_gradient: Whether `update` reads the gradient that it is given; otherwise the compiler
+            removes its computation.
     """
 
     make: Make
@@ -37,11 +57,12 @@ class Variant(NamedTuple):
     keeps_aux: bool = False
     cycle: int = 1
     settling: int = 0
+    uses_gradient: bool = True
 
 
 def in_front(variant: Callable[[Any], optax.GradientTransformation]) -> Make:
     """How to build a variant that stands in front of its base in a chain."""
-    return lambda rho, base, batch, aux: optax.chain(variant(rho), base)
+    return lambda rho, base, setting: optax.chain(variant(rho), base)
 
 
 def g_rst(rho: Any) -> optax.GradientTransformation:
@@ -50,29 +71,58 @@ def g_rst(rho: Any) -> optax.GradientTransformation:
     return samx.perturb_if(policies.random(0.5), mixed)
 
 
+def choosing(
+    variant: Callable[[Any, Setting], optax.GradientTransformation],
+) -> Make:
+    """How to build a variant that chooses examples of each group."""
+    return lambda rho, base, setting: optax.chain(variant(rho, setting), base)
+
+
+def ksam(rho: Any, setting: Setting) -> optax.GradientTransformation:
+    """K-SAM on the upper half of the losses."""
+    half = max(1, setting.batch_size // setting.num_groups // 2)
+    return samx.ksam(rho, half * setting.num_groups, num_groups=setting.num_groups)
+
+
+def esam(rho: Any, setting: Setting) -> optax.GradientTransformation:
+    """ESAM with the authors' fractions for ResNet-18."""
+    return samx.esam(rho, 0.6, 0.5, num_groups=setting.num_groups)
+
+
+def ausam(rho: Any, setting: Setting) -> optax.GradientTransformation:
+    """AUSAM on half of each batch, with a table of the setting's data set."""
+    return samx.ausam(
+        rho, 0.5, setting.num_examples, num_groups=setting.num_groups, aux_like=setting.aux
+    )
+
+
 RADII = (0.1, 0.2, 0.5, 1.0)
 ALPHA = 0.1  # of the LookSAMs: 0.7, the default, is for vision transformers
 WINDOW, WARMUP = 50, 50  # of `policies.quota`, whose first window is one step short
 
 VARIANTS = {
-    "base": Variant(lambda rho, base, batch, aux: base, (0.0,), 1, 0.0),
+    "base": Variant(lambda rho, base, setting: base, (0.0,), 1, 0.0),
     "sam": Variant(in_front(samx.sam), RADII, 2, 0.05),
     "asam": Variant(in_front(samx.asam), (0.5, 1.0, 2.0, 4.0), 2, 0.5),
     "sampa": Variant(
-        lambda rho, base, batch, aux: samx.sampa(base, rho, batch_like=batch, aux_like=aux),
-        RADII,
-        2,
-        0.1,
-        keeps_aux=True,
-    ),
-    "sampa-separate": Variant(  # the same numbers; on the CPU faster
-        lambda rho, base, batch, aux: samx.sampa(
-            base, rho, batch_like=batch, aux_like=aux, gradients="separate"
+        lambda rho, base, setting: samx.sampa(
+            base, rho, batch_like=setting.batch, aux_like=setting.aux
         ),
         RADII,
         2,
         0.1,
         keeps_aux=True,
+        uses_gradient=False,
+    ),
+    "sampa-separate": Variant(  # the same numbers; on the CPU faster
+        lambda rho, base, setting: samx.sampa(
+            base, rho, batch_like=setting.batch, aux_like=setting.aux, gradients="separate"
+        ),
+        RADII,
+        2,
+        0.1,
+        keeps_aux=True,
+        uses_gradient=False,
     ),
     "periodic": Variant(
         in_front(lambda rho: samx.perturb_if(policies.every(5), samx.sam(rho))),
@@ -107,12 +157,27 @@ VARIANTS = {
     "arsam": Variant(
         in_front(samx.arsam), RADII, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1
     ),
+    "ksam": Variant(choosing(ksam), RADII, 1 + 1 / 3, 0.05, uses_gradient=False),
+    "esam": Variant(choosing(esam), RADII, 1 + 1 / 3 + 0.5, 0.05, uses_gradient=False),
+    "ausam": Variant(
+        choosing(ausam), RADII, 1, 0.1, keeps_aux=True, settling=1, uses_gradient=False
+    ),
+    "sl-sam": Variant(
+        lambda rho, base, setting: samx.sl_sam(base, rho, aux_like=setting.aux),
+        RADII,
+        1.5,
+        0.05,
+        keeps_aux=True,
+        cycle=20,
+        uses_gradient=False,
+    ),
     "momentum-sam": Variant(
-        lambda rho, base, batch, aux: samx.momentum_sam(base, rho, aux_like=aux),
+        lambda rho, base, setting: samx.momentum_sam(base, rho, aux_like=setting.aux),
         (0.1, 0.3, 1.0, 3.0),
         1,
         3.0,
         keeps_aux=True,
+        uses_gradient=False,
     ),
 }
 
@@ -126,5 +191,6 @@ BASES = {
 def check_base(variant: str, base: str) -> None:
     """Raise samx's `ValueError` if the variant cannot have the base, one without momentum say."""
     x = jax.ShapeDtypeStruct((1,), jnp.float32)
+    setting = Setting(x, batch_size=1, num_examples=1)
     # Shapes alone: nothing may run on a device before `data_parallel.py` has chosen some.
-    jax.eval_shape(VARIANTS[variant].make(0.0, BASES[base](0.0), x, None).init, x)
+    jax.eval_shape(VARIANTS[variant].make(0.0, BASES[base](0.0), setting).init, x)

@@ -40,8 +40,12 @@ import samx
 
 REFERENCES = ("base", "sam")
 DEFAULT = ("looksam", "vsam", "arsam")
-# These do not climb along the gradient at the parameters, from which the ratio is told.
-WITHOUT_RATIO = ("base", "asam", "sampa", "sampa-separate", "look-layer-sam", "momentum-sam")
+# These do not climb along the gradient at the parameters, from which the ratio is told, or take
+# their two gradients of different examples or of some layers only.
+WITHOUT_RATIO = (
+    *("base", "asam", "sampa", "sampa-separate", "look-layer-sam", "momentum-sam"),
+    *("ksam", "esam", "ausam", "sl-sam"),
+)
 CLAIM = 0.4  # ARSAM's speed-up: SAM's time / its time - 1
 PARTS = ("start", "middle", "end")
 LINES = ("-", "--", ":", "-.")  # variants with the same policy lie on top of each other

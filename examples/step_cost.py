@@ -1,9 +1,9 @@
-"""What a sharpness-aware step costs: time, flops, memory traffic and memory of every variant.
+"""What a sharpness-aware step costs: passes, flops, memory and time of every variant.
 
-    python examples/step_cost.py                        # what is compared by default, three models
+    python examples/step_cost.py                        # every variant, three models
     python examples/step_cost.py --variants sam sampa --models dense --repeats 5
     python examples/step_cost.py --variants sam sampa --batch 1 4 16 64 256
-    python examples/step_cost.py --variants sam rst ae-sam vsam --models transformer
+    python examples/step_cost.py --variants all --models conv   # on the CPU: takes hours
 
 Every row of the table is one jitted training step with SGD and momentum; the plain step, without
 any perturbation, is what the others are compared with. In each round every row is timed once, in
@@ -15,14 +15,25 @@ take a sharp gradient on some steps only are timed over whole cycles, behind the
 often an adaptive policy (`ae-sam`, `ae-looksam`, `vsam`, `arsam`) takes one here says nothing about
 training, for which there is second_order.py.
 
+Passes are counted while a narrow copy of the model takes the same steps, over whole cycles:
+callbacks in the losses that `update` sees say how many examples go forward and backward. Half of a
+batch is half a pass; one backward that stops early is a whole one. Flops and memory are the
+compiler's. A step that branches is compiled once more for each branch alone, and the counted steps
+say how often each one is taken.
+
 Two more rows say what SAM costs without samx, written by hand and with optax.contrib.sam. Prints a
 table for each model and batch size; results.json and step_cost.png go to --out.
+
+Without --variants that is every variant, which on two CPU cores takes about a quarter of an hour,
+except that there the conv net leaves out those
+that branch, because XLA runs convolutions inside of a branch up to a hundred times slower.
 
 Several batch sizes show from where on a step fills the machine: below, SAMPa's two gradients in one
 vmapped call can take about as long as one. Then there is a summary of each model, and sizes.png.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -30,9 +41,10 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +53,7 @@ import optax
 from flax import nnx
 from matplotlib.figure import Figure
 from output import free_folder
-from registry import BASES, VARIANTS
+from registry import BASES, VARIANTS, Setting
 from tqdm import tqdm
 
 import samx
@@ -53,8 +65,11 @@ RHO = 0.05  # of every row: it does not change the cost
 # take a sharp gradient on every step.
 LEAST_SECONDS = 0.02
 LEAST_CALLS = 5
+REPEATS = 7
 CLASSES = 10  # of labels, and so many batches that follow each other
-DEFAULT = ("sam", "asam", "sampa", "sampa-separate", "looksam", "momentum-sam")
+# Passes are counted over whole cycles, at least so many steps: enough for random policies.
+COUNTED_STEPS, COUNTED_EXAMPLES = 100, 8
+SAME = 0.005  # relative difference of flops up to which branches share a number in the table
 CHEAP = 1.2  # "about one gradient": time of a step relative to the plain step
 COMPARISONS = {
     "samx SAM vs by hand, readings read": ("sam", "sam by hand"),
@@ -65,45 +80,50 @@ COMPARISONS = {
     "Momentum-SAM vs plain": ("momentum-sam", "plain"),
 }
 BY_SIZE = ("plain", "sam", "sampa", "sampa-separate")
-HEADER = """\
-                     gradients      flops   bytes   memory    steps                 time     time
-                                /gradient  /plain  /params  /second               /plain /by hand"""
 
 
 class Model(NamedTuple):
-    """A model to be trained, the shape of one of its inputs, and the default batch size."""
+    """A model to be trained, the shape of one of its inputs, and the default batch size.
+
+    `narrow` makes one of the same layers that is quick to run, for counting passes.
+    """
 
     make: Callable[[nnx.Rngs], nnx.Module]
     shape: tuple[int, ...]
     batch: int
+    narrow: Callable[[nnx.Rngs], nnx.Module] | None = None
+    has_convolutions: bool = False
 
 
 class Row(NamedTuple):
     """A step to be measured: `step(params, state, batch) -> (params, state, loss)`.
 
-    `gradients` is for states that do not count them; `cycle` and `settling` are the variant's.
+    `gradients` is for states that do not count them, `outside` the passes which `update` does not
+    see; `cycle` and `settling` are the variant's.
     """
 
     step: Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]
     state: Any
     gradients: float
+    outside: int = 0
     cycle: int = 1
     settling: int = 0
 
 
-def dense(rngs: nnx.Rngs) -> nnx.Module:
+def dense(rngs: nnx.Rngs, width: int = 1024) -> nnx.Module:
     layer = functools.partial(nnx.Linear, rngs=rngs)
     return nnx.Sequential(
-        *(layer(784, 1024), nnx.relu, layer(1024, 1024), nnx.relu, layer(1024, 10))
+        *(layer(784, width), nnx.relu, layer(width, width), nnx.relu, layer(width, 10))
     )
 
 
-def conv(rngs: nnx.Rngs) -> nnx.Module:
+def conv(rngs: nnx.Rngs, width: int = 32) -> nnx.Module:
     layer = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
     return nnx.Sequential(
-        *(layer(3, 32), nnx.relu, layer(32, 64, strides=2), nnx.relu),
-        *(layer(64, 128, strides=2), nnx.relu, layer(128, 128, strides=2), nnx.relu),
-        *(lambda x: x.mean(axis=(1, 2)), nnx.Linear(128, 10, rngs=rngs)),
+        *(layer(3, width), nnx.relu, layer(width, 2 * width, strides=2), nnx.relu),
+        *(layer(2 * width, 4 * width, strides=2), nnx.relu),
+        *(layer(4 * width, 4 * width, strides=2), nnx.relu),
+        *(lambda x: x.mean(axis=(1, 2)), nnx.Linear(4 * width, 10, rngs=rngs)),
     )
 
 
@@ -117,31 +137,38 @@ class Residual(nnx.Module):
         return x + self.branch(x)
 
 
-def transformer(rngs: nnx.Rngs) -> nnx.Module:
+def transformer(rngs: nnx.Rngs, width: int = 128) -> nnx.Module:
     layer = functools.partial(nnx.Linear, rngs=rngs)
 
     def block() -> tuple[nnx.Module, nnx.Module]:
-        attention = nnx.MultiHeadAttention(4, 128, decode=False, rngs=rngs)
-        mlp = layer(128, 512), nnx.gelu, layer(512, 128)
-        return Residual(128, attention, rngs=rngs), Residual(128, *mlp, rngs=rngs)
+        attention = nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs)
+        mlp = layer(width, 4 * width), nnx.gelu, layer(4 * width, width)
+        return Residual(width, attention, rngs=rngs), Residual(width, *mlp, rngs=rngs)
 
     # The positions of the patches are left out: they would cost next to nothing.
     return nnx.Sequential(
-        *(layer(48, 128), *block(), *block(), nnx.LayerNorm(128, rngs=rngs)),
-        *(lambda x: x.mean(axis=1), layer(128, 10)),
+        *(layer(48, width), *block(), *block(), nnx.LayerNorm(width, rngs=rngs)),
+        *(lambda x: x.mean(axis=1), layer(width, 10)),
     )
 
 
+narrow = functools.partial(functools.partial, width=4)
+
 MODELS = {
-    "dense": Model(dense, (784,), 512),
-    "conv": Model(conv, (32, 32, 3), 64),
-    "transformer": Model(transformer, (64, 48), 16),  # 64 patches of 4 x 4 pixels
+    "dense": Model(dense, (784,), 512, narrow(dense)),
+    "conv": Model(conv, (32, 32, 3), 64, narrow(conv), has_convolutions=True),
+    "transformer": Model(transformer, (64, 48), 16, narrow(transformer)),  # 64 patches of 4 x 4
 }
 
 
 def problem(model: str, size: int) -> tuple[Callable, Any, dict[str, jax.Array]]:
     """The model as pure functions: `losses_fn(params, batch) -> [B]`, params, and a batch."""
-    make, shape, _ = MODELS[model]
+    return as_problem(MODELS[model], size)
+
+
+def as_problem(model: Model, size: int) -> tuple[Callable, Any, dict[str, jax.Array]]:
+    """As `problem`, of a model that has no name."""
+    make, shape = model.make, model.shape
     graph, params = nnx.split(make(nnx.Rngs(0)))
     # Every call flattens its arguments, an `nnx.State` several times slower than a dict: for a
     # model of many arrays that would be a good part of a small step's time.
@@ -203,16 +230,23 @@ def reference_rows(losses_fn: Callable, params: Any) -> dict[str, Row]:
     }
 
 
-def samx_rows(losses_fn: Callable, params: Any, batch: Any, variants: list[str]) -> dict[str, Row]:
-    """One row for each variant, and two more where there is something to choose."""
+def samx_rows(
+    losses_fn: Callable,
+    params: Any,
+    batch: Any,
+    variants: list[str],
+    watch: Callable[[Callable], Callable],
+) -> dict[str, Row]:
+    """One row for each variant, and one more for SAM; `update` sees `watch(losses_fn)`."""
     base = BASES["momentum"](LEARNING_RATE)
+    size = len(batch["label"])
+    setting = Setting(batch, batch_size=size, num_examples=size)
 
-    def step(tx, read, params, state, batch):
-        def value_fn(p):
-            return losses_fn(p, batch).mean()
-
-        value, g = jax.value_and_grad(value_fn)(params)
-        closures = dict(value_fn=value_fn, losses_fn=losses_fn, batch=batch)
+    def step(tx, read, params, state, data):
+        data = dict(data)
+        index = data.pop("index")  # where in a data set the examples would stand
+        value, g = jax.value_and_grad(lambda p: losses_fn(p, data).mean())(params)
+        closures = dict(losses_fn=watch(losses_fn), batch=data, index=index)
         updates, new = tx.update(g, state, params, value=value, **closures)
         # Not `value`: for a variant that ignores it, it would keep a forward pass alive.
         loss = optax.tree.get(new, "loss")
@@ -220,77 +254,337 @@ def samx_rows(losses_fn: Callable, params: Any, batch: Any, variants: list[str])
             new = optax.tree.set(new, readings=optax.tree.get(state, "readings"))
         return optax.apply_updates(params, updates), new, loss
 
-    def row(tx, name, read=True):
-        one_step, known = functools.partial(step, tx, read), VARIANTS[name]
-        return Row(one_step, tx.init(params), known.gradients, known.cycle, known.settling)
+    def row(name, read=True):
+        known = VARIANTS[name]
+        tx = known.make(RHO, base, setting)
+        one_step, outside = functools.partial(step, tx, read), int(known.uses_gradient)
+        state = tx.init(params)
+        return Row(one_step, state, known.gradients, outside, known.cycle, known.settling)
 
     rows = {}
     for name in variants:
-        tx = VARIANTS[name].make(RHO, base, batch, None)
-        rows[name] = row(tx, name)
+        rows[name] = row(name)
         if name == "sam":
-            rows["sam, readings unread"] = row(tx, name, read=False)
+            rows["sam, readings unread"] = row(name, read=False)
     return rows
 
 
-def measure(model: str, size: int, variants: list[str], repeats: int) -> dict:
-    """Compile every row of one model at one batch size, then time them all in `repeats` rounds."""
-    losses_fn, params, batch = problem(model, size)
-    batches = [batch | {"label": (batch["label"] + shift) % CLASSES} for shift in range(CLASSES)]
-    rows = reference_rows(losses_fn, params) | samx_rows(losses_fn, params, batch, variants)
+def every_variant() -> list[str]:
+    return [name for name in VARIANTS if name != "base"]
 
-    compiled, calls, states, results = {}, {}, {}, {}
-    made = dict.fromkeys(rows, 0)
 
-    def run(name, times):
+def make_rows(
+    model: Model, size: int, variants: list[str], watch: Callable[[Callable], Callable]
+) -> tuple[dict[str, Row], Any, list[dict[str, jax.Array]]]:
+    """All rows, the parameters, and the batches that follow each other.
+
+    `watch` is given the losses where every pass has to happen: in the rows without samx, and in
+    `update`. What the caller of `update` takes and a variant ignores, the compiler removes.
+    """
+    losses_fn, params, batch = as_problem(model, size)
+    rows = reference_rows(watch(losses_fn), params)
+    rows |= samx_rows(losses_fn, params, batch, variants, watch)
+    batch["index"] = jnp.arange(size, dtype=jnp.int32)
+    shifted = [(batch["label"] + shift) % CLASSES for shift in range(CLASSES)]
+    return rows, params, [batch | {"label": label} for label in shifted]
+
+
+class Counter:
+    """Counts the passes through a loss while a program runs, in passes over `size` examples."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.examples = {"forward": [], "backward": []}
+
+    def clear(self) -> None:
+        """Forget what has been seen so far."""
+        jax.effects_barrier()
+        for seen in self.examples.values():
+            seen.clear()
+
+    def passes(self) -> dict[str, float]:
+        """Passes forward and backward since `clear`."""
+        jax.effects_barrier()
+        return {direction: sum(seen) / self.size for direction, seen in self.examples.items()}
+
+    def watch(self, losses_fn: Callable) -> Callable:
+        """The same losses, with a callback in each direction."""
+
+        def note(direction, losses, *_):
+            self.examples[direction].append(losses.shape[0])
+
+        @jax.custom_vjp
+        def watched(losses):
+            jax.debug.callback(functools.partial(note, "forward"), losses)
+            return losses
+
+        def forward(losses):
+            return watched(losses), losses
+
+        def backward(losses, cotangent):
+            # The losses too: two vectorized passes may share a cotangent, and are two all the same.
+            jax.debug.callback(functools.partial(note, "backward"), losses, cotangent)
+            return (cotangent,)
+
+        watched.defvjp(forward, backward)
+        return lambda params, batch: watched(losses_fn(params, batch))
+
+
+class Forks:
+    """The outermost conds and switches of a step on whose branches it calls the loss.
+
+    All others are the bookkeeping of a policy, say: they stay as they are.
+    """
+
+    def __init__(self):
+        self.calls = 0  # of the loss, as often as it is traced
+        self.number = 0  # of branches that the last trace met, 0 where there is no fork
+        self.taken = []  # the branches of the steps that ran since `counted`
+
+    def watch(self, losses_fn: Callable) -> Callable:
+        """The same losses; that they are called shows which forks matter."""
+
+        def called(params, batch):
+            self.calls += 1
+            return losses_fn(params, batch)
+
+        return called
+
+    def number_in(self, step: Callable, *args: Any) -> int:
+        """How many branches the step has."""
+        with self._traced(jax.lax.switch):
+            jax.eval_shape(lambda *args: step(*args), *args)  # a function without a kept trace
+        return self.number
+
+    @contextlib.contextmanager
+    def only(self, choice: int) -> Iterator[None]:
+        """Trace one of the branches alone. Forks in a row are taken to decide alike."""
+
+        def chosen(index, branches, *operands):
+            del index
+            return branches[min(choice, len(branches) - 1)](*operands)
+
+        with self._traced(chosen):
+            yield
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Note in `taken`, while the program runs, which branch a step takes at its first fork."""
+        switch, self.taken = jax.lax.switch, []
+
+        def noted(index, branches, *operands):
+            if not self.number:
+                jax.debug.callback(lambda i: self.taken.append(int(i)), index)
+            return switch(index, branches, *operands)
+
+        with self._traced(noted):
+            yield
+
+    @contextlib.contextmanager
+    def _traced(self, at_fork: Callable) -> Iterator[None]:
+        """Call `at_fork(index, branches, *operands)` in place of each fork."""
+        cond, switch, is_inside = jax.lax.cond, jax.lax.switch, False
+        self.number = 0
+
+        def calls_the_loss(branches, operands):
+            before = self.calls
+            for branch in branches:
+                jax.eval_shape(lambda *xs, branch=branch: branch(*xs), *operands)
+            return self.calls > before
+
+        def outermost(plain, index, branches, operands):
+            nonlocal is_inside
+            if is_inside:
+                return plain()
+            is_inside = True
+            try:
+                if not calls_the_loss(branches, operands):
+                    return plain()
+                result = at_fork(index, branches, *operands)
+                self.number = max(self.number, len(branches))
+            finally:
+                is_inside = False
+            return result
+
+        def any_cond(pred, true_fun, false_fun, *operands):
+            plain = functools.partial(cond, pred, true_fun, false_fun, *operands)
+            index = jnp.asarray(pred).astype(jnp.int32)
+            return outermost(plain, index, (false_fun, true_fun), operands)
+
+        def any_switch(index, branches, *operands):
+            plain = functools.partial(switch, index, branches, *operands)
+            index = jnp.clip(index, 0, len(branches) - 1)
+            return outermost(plain, index, branches, operands)
+
+        with (
+            mock.patch.object(jax.lax, "cond", any_cond),
+            mock.patch.object(jax.lax, "switch", any_switch),
+        ):
+            yield
+
+
+def count_passes(model: str, variants: list[str]) -> dict[str, dict]:
+    """Passes per step of every row, and how often each branch is taken, counted at run time."""
+    full = MODELS[model]
+    small = full._replace(make=full.narrow or full.make)
+    counter, forks = Counter(COUNTED_EXAMPLES), Forks()
+
+    def watch(losses_fn):
+        return forks.watch(counter.watch(losses_fn))
+
+    rows, params, batches = make_rows(small, COUNTED_EXAMPLES, variants, watch)
+    counts = {}
+    for name, row in tqdm(rows.items(), desc=f"{model}: count passes", unit="row"):
+        counted = math.ceil(COUNTED_STEPS / row.cycle) * row.cycle
+        with forks.counted():
+            step = compile_step(row.step, params, row.state, batches[0], is_timed=False)
+        state = row.state
+        for call in range(row.settling + counted):
+            if call == row.settling:
+                counter.clear()
+                forks.taken.clear()
+            _, state, _ = step(params, state, batches[call % CLASSES])
+        jax.block_until_ready(state)
+        passes = {way: row.outside + n / counted for way, n in counter.passes().items()}
+        shares = np.bincount(forks.taken, minlength=forks.number) / counted
+        counts[name] = passes | {"branch_shares": shares.tolist(), "counted_steps": counted}
+    return counts
+
+
+def compile_step(step: Callable, *args: Any, is_timed: bool = True) -> Any:
+    """The compiled step; one that is not timed compiles sooner, to the same flops."""
+    hasty = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    lowered = jax.jit(lambda *args: step(*args)).lower(*args)  # a function without a kept trace
+    return lowered.compile(None if is_timed else hasty)
+
+
+def flops_of(compiled: Any) -> float:
+    return compiled.cost_analysis()["flops"]
+
+
+def peak_bytes(compiled: Any) -> int:
+    """The most memory that a run holds: arguments, results, and the arena of temporaries.
+
+    Not `peak_memory_in_bytes`, which on the CPU leaves the temporaries out (jax 0.10).
+    """
+    memory = compiled.memory_analysis()
+    size = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return size + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+
+
+class Runner:
+    """A compiled row, which goes on from the state that its last call returned."""
+
+    def __init__(self, row: Row, params: Any, batches: list[dict[str, jax.Array]]):
+        self.row, self.params, self.batches = row, params, batches
+        self.compiled = compile_step(row.step, params, row.state, batches[0])
+        self.state, self.made = row.state, 0
+        self.seconds(max(1, row.settling))
+        cycle = self.seconds(row.cycle)
+        self.calls = math.ceil(max(LEAST_CALLS, LEAST_SECONDS / cycle) / row.cycle) * row.cycle
+        self.start = self.spent(), self.made
+
+    def seconds(self, times: int) -> float:
+        """Make so many calls; the seconds per call."""
         start = time.perf_counter()
-        for call in range(made[name], made[name] + times):
-            out = compiled[name](params, states[name], batches[call % CLASSES])
-            states[name] = out[1]
+        for call in range(self.made, self.made + times):
+            out = self.compiled(self.params, self.state, self.batches[call % CLASSES])
+            self.state = out[1]
         jax.block_until_ready(out)
-        made[name] += times
+        self.made += times
         return (time.perf_counter() - start) / times
 
-    def spent(name):
-        return float(optax.tree.get(states[name], "gradients_spent", default=0))
+    def spent(self) -> float:
+        """The gradients so far, of a state that counts them."""
+        return float(optax.tree.get(self.state, "gradients_spent", default=0))
 
-    for name, row in tqdm(rows.items(), desc=f"{model}, batch {size}: compile", unit="step"):
-        compiled[name] = jax.jit(row.step).lower(params, row.state, batch).compile()
-        states[name] = row.state
-        run(name, max(1, row.settling))
-        least = max(LEAST_CALLS, LEAST_SECONDS / run(name, row.cycle))
-        calls[name] = math.ceil(least / row.cycle) * row.cycle
-        cost = compiled[name].cost_analysis()
-        results[name] = {
-            "flops": cost["flops"],
-            "bytes": cost["bytes accessed"],
-            "temporary_bytes": compiled[name].memory_analysis().temp_size_in_bytes,
-            "is_conditional": row.cycle > 1,
-            "seconds": [],
+    def gradients(self) -> float:
+        """Gradients per step, over the steps since it was settled."""
+        spent, made = self.start
+        return (self.spent() - spent) / (self.made - made) or self.row.gradients
+
+    def costs(self) -> dict[str, Any]:
+        """What the compiler says."""
+        return {
+            "flops": flops_of(self.compiled),
+            "bytes": self.compiled.cost_analysis()["bytes accessed"],
+            "temporary_bytes": self.compiled.memory_analysis().temp_size_in_bytes,
+            "peak_bytes": peak_bytes(self.compiled),
         }
 
-    shuffle = random.Random(0)
-    rounds = [shuffle.sample(list(rows), len(rows)) for _ in range(repeats)]
-    order = [name for names in rounds for name in names]
-    before = {name: (spent(name), made[name]) for name in rows}
-    for name in tqdm(order, desc=f"{model}, batch {size}: time", unit="measurement"):
-        results[name]["seconds"].append(run(name, calls[name]))
-    for name, (gradients, steps) in before.items():
-        counted = (spent(name) - gradients) / (made[name] - steps)
-        results[name]["gradients"] = counted or rows[name].gradients
 
+def flops_of_branches(forks: Forks, number: int, step: Callable, *args: Any) -> list[float]:
+    """The flops of the step with each of its branches alone."""
+    flops = []
+    for choice in range(number):
+        with forks.only(choice):
+            flops.append(flops_of(compile_step(step, *args, is_timed=False)))
+    return flops
+
+
+def time_in_rounds(runners: dict[str, Runner], repeats: int, title: str) -> dict[str, list[float]]:
+    """Seconds per step of each row in each round."""
+    shuffle = random.Random(0)
+    rounds = [shuffle.sample(list(runners), len(runners)) for _ in range(repeats)]
+    seconds = {name: [] for name in runners}
+    order = [name for names in rounds for name in names]
+    for name in tqdm(order, desc=f"{title}: time", unit="measurement"):
+        seconds[name].append(runners[name].seconds(runners[name].calls))
+    return seconds
+
+
+def measure(
+    model: str, size: int, variants: list[str] | None, repeats: int, counts: dict[str, dict]
+) -> dict:
+    """Compile every row of one model at one batch size, then time them all in `repeats` rounds.
+
+    `counts` are from `count_passes`. No `variants`: all that the device runs at a bearable speed.
+    """
+    forks, left_out = Forks(), []
+    rows, params, batches = make_rows(MODELS[model], size, variants or every_variant(), forks.watch)
+    is_slow = MODELS[model].has_convolutions and jax.default_backend() == "cpu"
+    runners, results, title = {}, {}, f"{model}, batch {size}"
+    for name, row in tqdm(rows.items(), desc=f"{title}: compile", unit="step"):
+        args = row.step, params, row.state, batches[0]
+        number = forks.number_in(*args)
+        if number and is_slow and variants is None:
+            left_out.append(name)
+            continue
+        flops = flops_of_branches(forks, number, *args)
+        runners[name] = Runner(row, params, batches)
+        results[name] = {"num_branches": number, "branch_flops": flops} | counts[name]
+        results[name] |= runners[name].costs()
+
+    for name, seconds in time_in_rounds(runners, repeats, title).items():
+        results[name] |= {"seconds": seconds, "gradients": runners[name].gradients()}
     leaves = jax.tree.leaves(params)
-    copy = sum(leaf.nbytes for leaf in leaves)
+    relate(results, sum(leaf.nbytes for leaf in leaves))
+    about = {"model": model, "batch": size, "parameters": sum(leaf.size for leaf in leaves)}
+    return about | {"left_out": left_out, "rows": results}
+
+
+def relate(results: dict[str, dict], copy: int) -> None:
+    """Add what the rows of one model are relative to others; `copy`: bytes of the parameters."""
     gradient, plain, by_hand = (results[name] for name in ("gradient", "plain", "sam by hand"))
     for result in results.values():
-        result["steps_per_second"] = 1 / float(np.median(result["seconds"]))
-        result["flops_to_gradient"] = result["flops"] / gradient["flops"]
+        result["mean_flops"] = mean_flops(result)
+        branches = result["branch_flops"] or [result["flops"]]
+        result["branch_flops_to_gradient"] = [flops / gradient["flops"] for flops in branches]
+        result["mean_flops_to_gradient"] = result["mean_flops"] / gradient["flops"]
         result["bytes_to_plain"] = result["bytes"] / plain["bytes"]
+        result["peak_to_plain"] = result["peak_bytes"] / plain["peak_bytes"]
         result["memory_copies"] = (result["temporary_bytes"] - plain["temporary_bytes"]) / copy
+        result["milliseconds"] = 1000 * float(np.median(result["seconds"]))
+        result["steps_per_second"] = 1 / float(np.median(result["seconds"]))
         result["time_to_plain"] = quartiles(result, plain)
         result["time_to_by_hand"] = quartiles(result, by_hand)
-    parameters = sum(leaf.size for leaf in leaves)
-    return {"model": model, "batch": size, "parameters": parameters, "rows": results}
+
+
+def mean_flops(result: dict) -> float:
+    """Flops of a step, the branches by the share of the counted steps that took them."""
+    if not result["num_branches"]:
+        return result["flops"]
+    return float(np.dot(result["branch_shares"], result["branch_flops"]))
 
 
 def quartiles(result: dict, reference: dict) -> list[float]:
@@ -303,21 +597,56 @@ def spread(three: list[float]) -> str:
     return "{1:.2f} [{0:.2f}, {2:.2f}]".format(*three)
 
 
+def distinct(numbers: list[float]) -> list[float]:
+    """Ascending, without what differs from the one before by next to nothing."""
+    kept = []
+    for number in sorted(numbers):
+        if not kept or number > kept[-1] * (1 + SAME):
+            kept.append(number)
+    return kept
+
+
+def cells(name: str, row: dict) -> tuple[str, ...]:
+    """One line of the table."""
+    return (
+        name + "*" * bool(row["num_branches"]),
+        f"{row['forward']:.2f}",
+        f"{row['backward']:.2f}",
+        f"{row['gradients']:.2f}",
+        " | ".join(f"{flops:.2f}" for flops in distinct(row["branch_flops_to_gradient"])),
+        f"{row['mean_flops_to_gradient']:.2f}",
+        f"{row['bytes_to_plain']:.2f}",
+        f"{row['peak_to_plain']:.2f}",
+        f"{row['milliseconds']:.2f}",
+        spread(row["time_to_plain"]),
+        f"{row['time_to_by_hand'][1]:.2f}",
+    )
+
+
+HEADER = (
+    ("", "passes", "", "", "flops", "", "bytes", "peak", "", "time", "time"),
+    (
+        *("", "forward", "backward", "gradients"),
+        *("/gradient", "mean", "/plain", "/plain", "ms", "/plain", "/by hand"),
+    ),
+)
+
+
 def table(rows: dict) -> str:
-    lines = [HEADER]
-    for name, row in rows.items():
-        marked = name + "*" * row["is_conditional"]
+    grid = [*HEADER, *(cells(name, row) for name, row in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in grid
+    ]
+    lines.append(
+        "Passes: over one batch, per step. Peak: arguments, results and temporaries.\n"
+        "Time ratios: median [quartiles] of the rounds."
+    )
+    if any(row["num_branches"] for row in rows.values()):
         lines.append(
-            f"{marked:<21}{row['gradients']:>9.3g}{row['flops_to_gradient']:>11.3f}"
-            f"{row['bytes_to_plain']:>8.2f}{row['memory_copies']:>9.2f}"
-            f"{row['steps_per_second']:>9.1f}{spread(row['time_to_plain']):>21}"
-            f"{row['time_to_by_hand'][1]:>9.2f}"
-        )
-    lines.append("Time ratios: median [quartiles] of the rounds. Memory: temporary, above plain.")
-    if any(row["is_conditional"] for row in rows.values()):
-        lines.append(
-            "* gradients: counted over the timed steps, which are whole cycles of sharp and plain "
-            "ones.\n  flops and bytes: of a sharp step, the dearer of the two."
+            "* has branches; flops: of each one, and the mean over the steps whose passes are "
+            "counted.\n  gradients: of the steps that are timed. bytes: of the dearest branch."
         )
     lines.append("")
     for title, (name, reference) in COMPARISONS.items():
@@ -325,7 +654,7 @@ def table(rows: dict) -> str:
             one, other = rows[name], rows[reference]
             lines.append(
                 f"{title:<38}time {spread(quartiles(one, other))}"
-                f"   flops {one['flops'] / other['flops']:.3f}"
+                f"   flops {one['mean_flops'] / other['mean_flops']:.3f}"
                 f"   bytes {one['bytes'] / other['bytes']:.2f}"
             )
     return "\n".join(lines)
@@ -354,29 +683,34 @@ def heading(result: dict) -> str:
 
 
 def plot(models: list[list[dict]], path: Path) -> None:
-    """One panel for each model (across) and batch size (down): bars for time, ticks for flops."""
-    num_sizes, num_rows = len(models[0]), len(models[0][0]["rows"])
-    height = 1.4 + 0.35 * num_rows
-    figure = Figure(figsize=(2 + 4.5 * len(models), num_sizes * height), layout="constrained")
+    """One panel for each model (across) and batch size (down): bars for time beside flops."""
+    results = list(itertools.chain(*models))
+    names = list(dict.fromkeys(name for result in results for name in result["rows"]))
+    num_sizes = len(models[0])
+    size = 2.5 + 4.5 * len(models), num_sizes * (1.6 + 0.4 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(num_sizes, len(models), sharey=True, squeeze=False)
-    for axes, result in zip(panels.T.flat, itertools.chain(*models), strict=True):
+    for axes, result in zip(panels.T.flat, results, strict=True):
         rows = result["rows"]
+        place = np.array([names.index(name) for name in rows])
         low, middle, high = np.transpose([row["time_to_plain"] for row in rows.values()])
-        flops = [row["flops"] / rows["plain"]["flops"] for row in rows.values()]
-        colors = ["skyblue" if name.split(",")[0] in VARIANTS else "0.7" for name in rows]
-        axes.barh(list(rows), middle, color=colors, xerr=[middle - low, high - middle], capsize=3)
-        axes.plot(flops, list(rows), "|", color="C1", markersize=17, markeredgewidth=2)
-        for name, ratio, end in zip(rows, middle, np.maximum(high, flops), strict=True):
-            axes.annotate(f"{ratio:.2f}", (end, name), (7, -4), textcoords="offset points")
+        flops = [row["mean_flops"] / rows["plain"]["mean_flops"] for row in rows.values()]
+        colors = ["C0" if name.split(",")[0] in VARIANTS else "0.6" for name in rows]
+        spans = [middle - low, high - middle]
+        axes.barh(place - 0.2, middle, 0.4, color=colors, xerr=spans, capsize=2)
+        axes.barh(place + 0.2, flops, 0.4, color="moccasin")
+        for y, x, ratio in zip(place - 0.2, high, middle, strict=True):
+            axes.annotate(f"{ratio:.2f}", (x, y), (4, -3), textcoords="offset points", fontsize=8)
         axes.axvline(1, color="0.3", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.12)
-        axes.set_title(heading(result))
-    panels[0, 0].invert_yaxis()
-    figure.suptitle("Time of a training step, relative to the plain step")
+        axes.set_title(heading(result), fontsize="medium")
+    panels[0, 0].set_yticks(range(len(names)), names)
+    panels[0, 0].set_ylim(len(names) - 0.4, -0.6)
+    figure.suptitle("A training step, relative to the plain step")
     figure.supxlabel(
-        "Bars: median time with samx (blue) and without (grey); black: quartiles;\n"
-        "orange: flops, those of a sharp step where some steps are plain",
+        "Blue: median time with samx,\ngrey: without; black: quartiles.\n"
+        "Light: flops, the mean over the branches taken",
         fontsize="medium",
     )
     figure.savefig(path, dpi=150)
@@ -409,20 +743,20 @@ def positive(text: str) -> int:
     return number
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = [name for name in VARIANTS if name != "base"]
-    help_text = f"of {', '.join(names)}; default: {', '.join(DEFAULT)}"
+    names = every_variant()
     parser.add_argument(
         "--variants",
         nargs="+",
-        choices=names,
-        default=list(DEFAULT),
+        choices=[*names, "all"],
         metavar="NAME",
-        help=help_text,
+        help=f"of {', '.join(names)}; or all. By default all, but on the CPU for the conv net only "
+        "those without branches",
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--repeats", type=positive, default=15, help="rounds (default 15)")
+    text = f"rounds (default {REPEATS})"
+    parser.add_argument("--repeats", type=positive, default=REPEATS, help=text)
     defaults = ", ".join(f"{model.batch} for {name}" for name, model in MODELS.items())
     parser.add_argument(
         "--batch",
@@ -433,6 +767,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", help="new or empty folder (default runs/step_cost-NNN)")
     args = parser.parse_args(argv)
+    if "all" in (args.variants or []):
+        args.variants = names
+    return parser, args
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, args = parse(argv)
     try:
         folder = free_folder(args.out, "step_cost")
     except (OSError, ValueError) as error:
@@ -442,10 +783,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{device}, jax {jax.__version__}, samx {samx.__version__}")
     models = []
     for model in dict.fromkeys(args.models):
-        results = []
+        results, counts = [], count_passes(model, args.variants or every_variant())
         for size in sorted(set(args.batch or [MODELS[model].batch])):
-            result = measure(model, size, args.variants, args.repeats)
+            result = measure(model, size, args.variants, args.repeats, counts)
             print(f"\n{heading(result)}\n\n{table(result['rows'])}\n")
+            if result["left_out"]:
+                names = ", ".join(result["left_out"])
+                print(f"Left out, convolutions in branches being slow here: {names}\n")
             results.append(result)
         models.append(results)
         if len(results) > 1:

@@ -14,7 +14,7 @@ from test_parallel import GLOBAL, VALID, assert_same, batches, build, mean_loss,
 import samx
 
 every_program = pytest.mark.parametrize("name", APART)
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
 
 
 def accumulated(name, num_microbatches=4):
@@ -97,6 +97,16 @@ def test_half_precision_gradients_add_up_in_float32():
     assert float(updates) == -1.0
 
 
+def step_with(tx, losses_fn):
+    """Of a variant that reads nothing of the gradient that it is given."""
+
+    def step(params, state, batch):
+        updates, state = tx.update(params, state, params, losses_fn=losses_fn, batch=batch)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def test_integers_keys_and_aux():
     """Integer parameters, keys as examples, an aux in the state of SAMPa."""
     data, params = problem.make()
@@ -112,12 +122,9 @@ def test_integers_keys_and_aux():
     whole = samx.sampa(optax.sgd(0.1), batch_like=batch, aux_like=aux_like)
     results = []
     for tx in (whole, samx.accumulate(whole, 4)):
-        carry = params, tx.init(params)
+        step, carry = jax.jit(step_with(tx, losses_fn)), (params, tx.init(params))
         for _ in range(3):
-            updates, state = tx.update(
-                carry[0], carry[1], carry[0], losses_fn=losses_fn, batch=batch
-            )
-            carry = optax.apply_updates(carry[0], updates), state
+            carry = step(*carry, batch)
         results.append((carry[0], carry[1].aux, carry[1].readings))
     chex.assert_trees_all_close(*results, rtol=1e-12, atol=1e-12)
 
@@ -193,9 +200,9 @@ def microbatches():
 def run_in_pieces(tx):
     """One call of `update` per microbatch, as optax.MultiSteps wants it."""
     params, _, pieces = microbatches()
-    carry = params, tx.init(params)
+    step, carry = jax.jit(problem.make_step(tx)), (params, tx.init(params))
     for piece in pieces:
-        carry = problem.make_step(tx)(*carry, piece)
+        carry = step(*carry, piece)
     return optax.tree.sub(params, carry[0])  # with a learning rate of 1, the gradient
 
 

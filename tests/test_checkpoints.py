@@ -19,13 +19,15 @@ from jax.sharding import PartitionSpec as P
 import samx
 
 STEPS, SAVED = 6, 3
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def data_iterator(data):
+    data = jax.tree.map(np.asarray, data)
     order = grain.MapDataset.range(64).seed(0).shuffle().repeat().batch(problem.BATCH_SIZE)
-    return iter(
-        order.map(lambda i: jax.tree.map(lambda x: np.asarray(x)[i], data)).to_iter_dataset()
-    )
+    batches = order.map(lambda i: jax.tree.map(lambda x: x[i], data))
+    # Some batches ahead of the training, not the hundreds of the default.
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
 @functools.cache

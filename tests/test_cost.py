@@ -16,31 +16,35 @@ WIDTH, BATCH_SIZE = 256, 256
 
 
 class Counter:
-    """Counts the forward and backward passes through a loss, vectorized ones one by one."""
+    """Counts the forward and backward passes through a loss, vectorized ones one by one.
+
+    A pass over some of the examples counts for so much less.
+    """
 
     def __init__(self):
-        self.passes = {"forward": 0, "backward": 0}
+        self.passes = {"forward": 0.0, "backward": 0.0}
 
-    def _add(self, direction, _):
-        self.passes[direction] += 1
+    def _add(self, direction, share, _):
+        self.passes[direction] += share
 
-    def watch(self, loss):
-        """The loss itself, with a callback in each direction."""
+    def watch(self, losses):
+        """The mean of the losses, with a callback in each direction."""
+        share = len(losses) / problem.BATCH_SIZE
 
         @jax.custom_vjp
         def watched(loss):
+            jax.debug.callback(functools.partial(self._add, "forward", share), loss)
             return loss
 
         def forward(loss):
-            jax.debug.callback(functools.partial(self._add, "forward"), loss)
-            return loss, None
+            return watched(loss), None
 
         def backward(_, cotangent):
-            jax.debug.callback(functools.partial(self._add, "backward"), cotangent)
+            jax.debug.callback(functools.partial(self._add, "backward", share), cotangent)
             return (cotangent,)
 
         watched.defvjp(forward, backward)
-        return watched(loss)
+        return watched(losses.mean())
 
 
 def count_passes(tx, steps):
@@ -50,12 +54,13 @@ def count_passes(tx, steps):
 
     def losses_fn(params, batch):
         losses = problem.losses_fn(params, batch)
-        return losses + 0.0 * counter.watch(losses.mean())
+        return losses + 0.0 * counter.watch(losses)
 
     @jax.jit
     def step(params, state, batch):
         grads = jax.grad(lambda p: problem.losses_fn(p, batch).mean())(params)
-        updates, state = tx.update(grads, state, params, losses_fn=losses_fn, batch=batch)
+        closures = {"losses_fn": losses_fn, "batch": batch, "index": jnp.arange(len(batch["y"]))}
+        updates, state = tx.update(grads, state, params, **closures)
         return optax.apply_updates(params, updates), state
 
     state, history = tx.init(params), []
@@ -70,13 +75,12 @@ def count_passes(tx, steps):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_passes_inside_update(name):
-    case, spent = VARIANTS[name], 0
+    """What they add up to is in the readings: the contract's suite."""
+    case = VARIANTS[name]
     forward, backward = case.passes
-    for passes, state in count_passes(case.build(), 5):
-        is_sharp = bool(optax.tree.get(state, "is_sharp"))
-        assert passes == {"forward": is_sharp * forward, "backward": is_sharp * backward}
-        spent += case.uses_gradient + is_sharp * backward
-    assert float(optax.tree.get(state, "gradients_spent")) == spent
+    for t, (passes, state) in enumerate(count_passes(case.build(), 5)):
+        times = 2 if (name, t) == ("ausam", 0) else bool(optax.tree.get(state, "is_sharp"))
+        assert passes == {"forward": times * forward, "backward": times * backward}
 
 
 def extra_gradients(tx, steps):
@@ -139,9 +143,15 @@ def wide_losses(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["W3"], batch["y"])
 
 
+def build(name, base, batch):
+    """A row for these batches: K-SAM on half of them, like the others that select."""
+    half = {"num_selected": len(batch["y"]) // 2} if name == "ksam" else {}
+    return VARIANTS[name].build(base, batch_like=batch, **half)
+
+
 @functools.cache
 def compiled(name, with_gradient=True, donate=False):
-    """The whole step of a variant, of its base ("plain"), or one gradient ("gradient")."""
+    """The whole step of a variant, of its base ("plain"), or one pass ("gradient", "forward")."""
     params, batch = wide_problem()
 
     def gradient(params, batch):
@@ -149,17 +159,18 @@ def compiled(name, with_gradient=True, donate=False):
 
     if name == "gradient":
         return jax.jit(gradient).lower(params, batch).compile()
+    if name == "forward":
+        return jax.jit(wide_losses).lower(params, batch).compile()
     base = optax.sgd(0.1, momentum=0.9)
-    tx = base if name == "plain" else VARIANTS[name].build(base, batch_like=batch)
+    tx = base if name == "plain" else build(name, base, batch)
     tx = optax.with_extra_args_support(tx)
 
     def step(params, state, batch):
         value, grads = None, params
         if with_gradient:
             value, grads = gradient(params, batch)
-        updates, state = tx.update(
-            grads, state, params, value=value, losses_fn=wide_losses, batch=batch
-        )
+        closures = {"losses_fn": wide_losses, "batch": batch, "index": jnp.arange(BATCH_SIZE)}
+        updates, state = tx.update(grads, state, params, value=value, **closures)
         return optax.apply_updates(params, updates), state
 
     jitted = jax.jit(step, donate_argnums=(0, 1) if donate else ())
@@ -170,16 +181,23 @@ def flops(program):
     return program.cost_analysis()["flops"]
 
 
+def flops_of(name):
+    """Flops of the passes that a sharp step is made of."""
+    forward, backward = VARIANTS[name].passes
+    alone = (forward - backward) * flops(compiled("forward"))
+    return alone + (backward + VARIANTS[name].uses_gradient) * flops(compiled("gradient"))
+
+
 # A loop's body is counted once, however often it runs, hence not "two ascent steps"; of a branch
 # only the dearer side is.
 GATED = [name for name in VARIANTS if VARIANTS[name].is_gated]
-STRAIGHT = [name for name in VARIANTS if "ascent" not in name and name not in GATED]
+BRANCHES = [*GATED, "ausam", "sl_sam"]
+STRAIGHT = [name for name in VARIANTS if "ascent" not in name and name not in BRANCHES]
 
 
 @pytest.mark.parametrize("name", STRAIGHT)
-def test_flops_are_those_of_the_gradients(name):
-    ratio = flops(compiled(name)) / flops(compiled("gradient"))
-    assert ratio == pytest.approx(VARIANTS[name].gradients, rel=0.02)
+def test_flops_are_those_of_the_passes(name):
+    assert flops(compiled(name)) == pytest.approx(flops_of(name), rel=0.02)
 
 
 @pytest.mark.parametrize("name", [n for n in STRAIGHT if not VARIANTS[n].uses_gradient])
@@ -198,11 +216,78 @@ def test_each_side_of_a_branch_alone(name, monkeypatch):
         assert flops(alone) / gradient == pytest.approx(gradients, rel=0.02)
 
 
+def on_branch(name, branch, monkeypatch):
+    """The program in which only one branch is left."""
+    monkeypatch.setattr(jax.lax, "cond", lambda _, *sides: sides[branch]())
+    monkeypatch.setattr(jax.lax, "switch", lambda _, branches: branches[branch]())
+    return compiled.__wrapped__(name)
+
+
+def test_ausam_takes_half_of_both_gradients_behind_its_warm_up(monkeypatch):
+    for branch, gradients in ((0, 2), (1, 1)):
+        program = on_branch("ausam", branch, monkeypatch)
+        assert flops(program) == pytest.approx(gradients * flops(compiled("gradient")), rel=0.02)
+
+
+def test_esam_on_the_whole_batch_takes_no_forward_pass_more():
+    def passes(**changes):
+        (counted, _), *_ = count_passes(VARIANTS["esam"].build(**changes), 1)
+        return counted["forward"], counted["backward"]
+
+    assert passes(sharp_pass="whole") == passes(selected_fraction=1.0) == (2, 2)
+    assert passes() == (2.5, 1.5)
+
+
+def deep_problem():
+    """Eight equal layers, of which a group has two."""
+    keys = jax.random.split(jax.random.key(0), 8)
+    params = {f"layer{i}": jax.random.normal(key, (64, 64)) / 8 for i, key in enumerate(keys)}
+    return params, {"x": jnp.ones((256, 64)), "y": jnp.zeros(256, jnp.int32)}
+
+
+def deep_losses(params, batch):
+    hidden = batch["x"]
+    for layer in params.values():
+        hidden = jax.nn.relu(hidden @ layer)
+    return optax.softmax_cross_entropy_with_integer_labels(hidden, batch["y"])
+
+
+def test_a_quarter_of_the_layers_costs_less_work_and_less_memory(monkeypatch):
+    params, batch = deep_problem()
+    base = optax.sgd(0.1, momentum=0.9)
+
+    def program(tx):
+        def step(params, state):
+            value, grads = jax.value_and_grad(lambda p: deep_losses(p, batch).mean())(params)
+            closures = {"losses_fn": deep_losses, "batch": batch}
+            updates, state = tx.update(grads, state, params, value=value, **closures)
+            return optax.apply_updates(params, updates), state
+
+        return jax.jit(step).lower(params, tx.init(params)).compile()
+
+    def peak(program):
+        memory = program.memory_analysis()
+        return memory.temp_size_in_bytes
+
+    sam = program(optax.chain(samx.sam(0.05), base))
+    whole = program(samx.sl_sam(base, 0.05, groups=4))
+    assert peak(whole) < peak(sam)
+    branches = []
+    for branch in range(4):
+        monkeypatch.setattr(jax.lax, "switch", lambda _, sides, branch=branch: sides[branch]())
+        alone = program(samx.sl_sam(base, 0.05, groups=4))
+        branches.append(flops(alone) / flops(sam))
+        assert peak(alone) < peak(sam)
+    assert sum(branches) / 4 <= 0.75
+    assert branches == sorted(branches, reverse=True)  # what lies behind an early layer is long
+    assert flops(whole) / flops(sam) == pytest.approx(max(branches), rel=0.02)
+
+
 # What each holds above its base, in copies of the parameters.
 HELD = {name: 1 for name in ("looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam")}
 
 
-@pytest.mark.parametrize("name", [*GATED, "momentum_sam"])
+@pytest.mark.parametrize("name", [*GATED, "momentum_sam", "ksam", "esam", "sl_sam"])
 def test_size_of_the_state(name):
     params, batch = wide_problem()
 

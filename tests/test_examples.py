@@ -176,39 +176,6 @@ def test_bad_arguments(script, arguments, message, in_empty_folder, capsys):
     assert not (in_empty_folder / "runs").exists()
 
 
-def test_step_cost_measures_its_default_variants(in_empty_folder, capsys):
-    step_cost.main(["--models", "dense", "--batch", "8", "--repeats", "1", "--out", "cost"])
-    assert (in_empty_folder / "cost" / "step_cost.png").stat().st_size > 10_000
-    assert not (in_empty_folder / "cost" / "sizes.png").exists()
-    report = json.loads((in_empty_folder / "cost" / "results.json").read_text())
-    assert [(r["model"], r["batch"]) for r in report["results"]] == [("dense", 8)]
-    rows = report["results"][0]["rows"]
-    for name in step_cost.DEFAULT:
-        assert rows[name]["gradients"] == pytest.approx(VARIANTS[name].gradients)
-    printed = capsys.readouterr().out
-    for row in ("plain", "sam by hand", "optax.contrib.sam", "looksam*", *step_cost.DEFAULT):
-        assert row in printed
-    assert "Largest batch" not in printed
-
-
-def test_step_cost_measures_policies_over_whole_cycles(in_empty_folder, capsys, monkeypatch):
-    tiny = step_cost.Model(lambda rngs: nnx.Linear(4, 10, rngs=rngs), (4,), 8)
-    names = ["rst", "ae-sam", "vsam"]
-    monkeypatch.setattr(step_cost, "MODELS", {"tiny": tiny})
-    step_cost.main(["--repeats", "1", "--out", "cost", "--variants", "sampa", *names])
-    report = json.loads((in_empty_folder / "cost" / "results.json").read_text())
-    rows = report["results"][0]["rows"]
-    assert 1 < rows["vsam"]["gradients"] < 1.5  # behind the warm-up, where all steps are sharp
-    assert 1 < rows["ae-sam"]["gradients"] < 2  # the gradient changes from call to call
-    assert 1.2 < rows["rst"]["gradients"] < 1.8
-    assert [name for name, row in rows.items() if row["is_conditional"]] == [
-        "rst",
-        "ae-sam",
-        "vsam",
-    ]
-    assert "of a sharp step, the dearer" in capsys.readouterr().out
-
-
 def test_step_cost_over_batch_sizes(in_empty_folder, capsys, monkeypatch):
     tiny = step_cost.Model(lambda rngs: nnx.Linear(4, 10, rngs=rngs), (4,), 8)
     monkeypatch.setattr(step_cost, "MODELS", {"one": tiny, "two": tiny})

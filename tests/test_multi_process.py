@@ -14,6 +14,7 @@ import multi_process
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 LONG = ["--epochs", "2000", "--strategy", "shard_map"]  # to be stopped on the way
 
 
@@ -140,7 +141,8 @@ class Launched:
         self.out, self.err = folder / "stdout", folder / "stderr"
         with self.out.open("w") as out, self.err.open("w") as err:
             command = [sys.executable, multi_process.__file__, *arguments]
-            self.process = subprocess.Popen(command, stdout=out, stderr=err)
+            environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in here
+            self.process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
 
     def wait_for(self, path, pattern):
         """The first match in a file that is being written."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 import regimes
+import test_cost
 from cases import VARIANTS
 from communication import communicated_bytes
 from jax.sharding import AxisType
@@ -41,7 +42,7 @@ def build(name):
     if name.startswith("accumulated "):
         whole = build(name.removeprefix("accumulated "))
         return lambda batch_like: samx.accumulate(whole(batch_like), 4)
-    return lambda batch_like: VARIANTS[name].build(MOMENTUM, batch_like=batch_like)
+    return lambda batch_like: test_cost.build(name, MOMENTUM, batch_like)
 
 
 @functools.cache
@@ -83,12 +84,30 @@ def compiled(name, regime, ascent="global", shape=(8,), check_vma=True, returns_
         return jax.jit(step).lower(params, state, batch).compile()
 
 
-def one_gradient(num_devices):
-    """Flops of one gradient on one device's share of the batch."""
+def gradients_of(name):
+    """How many gradients are averaged over the devices, whatever their examples."""
+    case = VARIANTS[name]
+    return 2 if "num_groups" in case.static_args else case.gradients
+
+
+@functools.cache
+def one_pass(num_devices, direction="backward"):
+    """Flops of one gradient, or a forward pass, on one device's share of the batch."""
     params, batch = large_problem()
     shard = jax.tree.map(lambda x: x[: len(x) // num_devices], batch)
-    gradient = jax.value_and_grad(lambda p: wide_losses(p, shard).mean())
-    return flops(jax.jit(gradient).lower(params).compile())
+
+    def loss(params):
+        return wide_losses(params, shard).mean()
+
+    fn = loss if direction == "forward" else jax.value_and_grad(loss)
+    return flops(jax.jit(fn).lower(params).compile())
+
+
+def share_of(name):
+    """Flops of a step on one of 8 devices."""
+    forward, backward = VARIANTS[name].passes
+    alone = (forward - backward) * one_pass(8, "forward")
+    return alone + (backward + VARIANTS[name].uses_gradient) * one_pass(8)
 
 
 def assert_bytes(program, copies):
@@ -102,12 +121,12 @@ def assert_bytes(program, copies):
     ("regime", "check_vma"), [("shard_map", True), ("shard_map", False), ("auto", True)]
 )
 def test_one_all_reduce_per_gradient(name, regime, check_vma):
-    copies = 1 if name == "plain" else VARIANTS[name].gradients
+    copies = 1 if name == "plain" else gradients_of(name)
     assert_bytes(compiled(name, regime, check_vma=check_vma), copies)
 
 
 @pytest.mark.parametrize("name", ["rst", "looksam"])
-def test_a_skipped_step_sends_one_gradient(name, monkeypatch):
+def test_a_skipped_step_sends_one_pass(name, monkeypatch):
     for side, copies in ((0, 2), (1, 1)):
         monkeypatch.setattr(jax.lax, "cond", lambda _, *sides, side=side: sides[side]())
         assert_bytes(compiled.__wrapped__(name, "shard_map"), copies)
@@ -115,24 +134,23 @@ def test_a_skipped_step_sends_one_gradient(name, monkeypatch):
 
 @pytest.mark.parametrize("name", [n for n in STRAIGHT if VARIANTS[n].uses_gradient])
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_local_ascent_sends_one_gradient(name, check_vma):
+def test_local_ascent_sends_one_pass(name, check_vma):
     assert_bytes(compiled(name, "shard_map", "local", check_vma=check_vma), 1)
 
 
 @pytest.mark.parametrize("name", STRAIGHT)
 @pytest.mark.parametrize("regime", ["shard_map", "auto"])
 def test_flops_per_device_are_those_of_its_share(name, regime):
-    ratio = flops(compiled(name, regime)) / one_gradient(8)
-    assert ratio == pytest.approx(VARIANTS[name].gradients, rel=0.05)
+    assert flops(compiled(name, regime)) == pytest.approx(share_of(name), rel=0.05)
 
 
 @pytest.mark.parametrize("regime", ["shard_map", "auto", "explicit"])
 @pytest.mark.parametrize("shape", [(2,), (2, 4)])
-def test_a_pair_costs_one_gradient(regime, shape):
+def test_a_pair_costs_one_pass(regime, shape):
     program = compiled("pair", regime, shape=shape)
     assert_bytes(program, 3 if len(shape) == 2 and regime != "shard_map" else 2)
     num_groups = shape[1] if len(shape) == 2 else 1
-    assert flops(program) / one_gradient(num_groups) == pytest.approx(1, abs=0.05)
+    assert flops(program) / one_pass(num_groups) == pytest.approx(1, abs=0.05)
 
 
 def test_what_the_caller_computes_too_is_merged():
@@ -150,4 +168,4 @@ def test_accumulation_sends_each_gradient_once(name, ascent, copies):
     """The body of the loop is counted once: a quarter of the flops, and nothing unsplit beside."""
     program = compiled(f"accumulated {name}", "shard_map", ascent)
     assert_bytes(program, copies)
-    assert flops(program) / one_gradient(8) == pytest.approx(2 / 4, rel=0.1)
+    assert flops(program) / one_pass(8) == pytest.approx(2 / 4, rel=0.1)

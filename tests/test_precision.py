@@ -152,11 +152,13 @@ def losses_in(dtype):
 def program(name, wrapper, dtype):
     """An optimizer and its step, one for all tests: what goes wrong is in the batch.
 
-    Dynamic loss scaling is compiled, and what has a loop; the rest is cheaper without.
+    Dynamic loss scaling is compiled, and what has a loop or a branch, which would be compiled at
+    every call; the rest is cheaper without.
     """
     tx = WRAPPERS[wrapper](VARIANTS[name].build(batch_like=batch_at(0)))
     step = problem.make_step(tx, losses_in(dtype))
-    is_compiled = ("scale" in wrapper and dtype == jnp.float16) or "steps" in name
+    is_compiled = "scale" in wrapper and dtype == jnp.float16
+    is_compiled |= "steps" in name or VARIANTS[name].is_gated
     return tx, jax.jit(step) if is_compiled else step
 
 

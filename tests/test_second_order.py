@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 import second_order
-from registry import VARIANTS
+from registry import VARIANTS, Setting
 
 import samx
 from samx import policies
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def no_constant(name):
@@ -64,7 +66,7 @@ def test_the_ratio_is_that_of_the_second_order_part(name):
     def after_one_step(tx):
         return tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)[1]
 
-    state = after_one_step(VARIANTS[name].make(0.3, optax.sgd(0.1), None, None))
+    state = after_one_step(VARIANTS[name].make(0.3, optax.sgd(0.1), Setting(w, 1, 1)))
     arsam = after_one_step(samx.arsam(0.3, policy=policies.every(1)))
     ratio, is_sharp = second_order.seen(state)
     if is_sharp:

@@ -96,8 +96,8 @@ def ausam(
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `losses_fn`, `batch` and `index`, `int[B]`, the positions of the examples in the data set,
-        each once; it respects `weights` (padding is drawn last, counts for nothing and leaves the
+        `losses_fn`, `batch` and `index`, `int[B]`, the positions of the examples in the data set;
+        it respects `weights` (padding is drawn last, counts for nothing and leaves the
         table alone, whatever its index), and ignores the incoming gradient, so that the compiler
         removes its computation.
 
@@ -219,7 +219,12 @@ def ausam(
 
         rise, is_drawn = devices.gathered(rise), devices.gathered(is_drawn)
         place_of_drawn = jnp.where(is_drawn != 0, place, num_examples)
-        total, taken = (jnp.where(is_warmup, 0, x) for x in (total, taken))
+
+        def grown(table, old, more):
+            """Twice the same example counts twice, so there is no writing over."""
+            kept = table.at[place_of_drawn].set(jnp.where(is_warmup, 0, old), mode="drop")
+            return kept.at[place_of_drawn].add(more, mode="drop")
+
         is_outside = jnp.any(place > num_examples)
         updates = jax.tree.map(
             lambda u: jnp.where(is_outside, jnp.nan, u).astype(u.dtype) if is_inexact(u) else u,
@@ -228,8 +233,8 @@ def ausam(
         return updates, AUSAMState(
             step=next_step(state.step),
             key=state.key,
-            total=state.total.at[place_of_drawn].set(total + rise, mode="drop"),
-            count=state.count.at[place_of_drawn].set(taken + 1, mode="drop"),
+            total=grown(state.total, total, rise),
+            count=grown(state.count, taken, 1),
             perturbation=ball_state,
             aux=aux,
             readings=readings,

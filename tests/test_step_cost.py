@@ -1,0 +1,261 @@
+"""step_cost.py: passes counted while a step runs, branches one by one, and what the table says."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import step_cost
+from flax import nnx
+from registry import BASES, VARIANTS, Setting, Variant
+from step_cost import Counter, Forks
+
+import samx
+
+
+def losses_fn(params, batch):
+    return (batch["image"] @ params) ** 2
+
+
+def make_problem():
+    image = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    return jnp.arange(1.0, 4.0), {"image": image}
+
+
+def first(batch, count):
+    return jax.tree.map(lambda leaf: leaf[:count], batch)
+
+
+def gradient(losses_fn, params, batch):
+    return jax.grad(lambda p: losses_fn(p, batch).mean())(params)
+
+
+def vectorized(fn, params, batch):
+    return jax.vmap(lambda p: gradient(fn, p, batch))(jnp.stack([params, 2 * params]))
+
+
+def vectorized_over_examples(fn, params, batch):
+    one = jax.vmap(lambda x: gradient(fn, params, x))
+    return one(jax.tree.map(lambda leaf: leaf[:, None], batch))
+
+
+def three_in_a_loop(fn, params, batch):
+    return jax.lax.fori_loop(0, 3, lambda _, p: p - 0.01 * gradient(fn, p, batch), params)
+
+
+def half_after_a_look(fn, params, batch):
+    losses = fn(params, batch)
+    return gradient(fn, params, jax.tree.map(lambda leaf: leaf[losses.argsort()[:4]], batch))
+
+
+PASSES = {  # forward and backward, in passes over a batch
+    gradient: (1, 1),
+    vectorized: (2, 2),
+    vectorized_over_examples: (1, 1),
+    three_in_a_loop: (3, 3),
+    half_after_a_look: (1.5, 0.5),
+    lambda fn, params, batch: fn(params, batch): (1, 0),
+    lambda fn, params, batch: gradient(fn, params, first(batch, 2)): (0.25, 0.25),
+}
+
+
+@pytest.mark.parametrize("work", PASSES)
+def test_counter_counts_passes_over_a_batch(work):
+    params, batch = make_problem()
+    counter = Counter(size=8)
+    step = jax.jit(lambda params: work(counter.watch(losses_fn), params, batch))
+    found = step(params)
+    np.testing.assert_allclose(found, work(losses_fn, params, batch), rtol=1e-5)
+    forward, backward = PASSES[work]
+    assert counter.passes() == {"forward": forward, "backward": backward}
+    counter.clear()
+    assert counter.passes() == {"forward": 0, "backward": 0}
+    jax.block_until_ready(step(params))
+    assert counter.passes() == {"forward": forward, "backward": backward}
+
+
+def test_passes_of_whole_steps(fast_compilation, tiny_models, monkeypatch):
+    """One variant of each kind; `test_cost.py` counts those inside of `update` for all of them."""
+    monkeypatch.setattr(step_cost, "VARIANTS", VARIANTS)
+    counts = step_cost.count_passes("tiny", ["sam", "sampa", "momentum-sam", "periodic", "rst"])
+    share = counts["rst"]["branch_shares"][1]
+    assert share == pytest.approx(0.5, abs=0.15)
+    expected = dict.fromkeys(counts, 2) | {"gradient": 1, "plain": 1, "momentum-sam": 1}
+    expected |= {"periodic": 1.2, "rst": 1 + share}
+    found = {name: [count["forward"], count["backward"]] for name, count in counts.items()}
+    assert found == {name: pytest.approx([passes] * 2) for name, passes in expected.items()}
+    assert counts["periodic"]["branch_shares"] == [0.8, 0.2]
+    assert counts["sam"]["branch_shares"] == []
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_registry_says_who_reads_the_gradient(name, fast_compilation):
+    """Without reading it nobody notices that it is not a number."""
+    params, batch = make_problem()
+    setting = Setting(batch, batch_size=8, num_examples=8)
+    tx = optax.with_extra_args_support(VARIANTS[name].make(0.1, BASES["momentum"](0.1), setting))
+    closures = {"losses_fn": losses_fn, "batch": batch, "index": jnp.arange(8, dtype=jnp.int32)}
+
+    @jax.jit
+    def step(state):
+        return tx.update(jnp.full(3, jnp.nan), state, params, value=1.0, **closures)
+
+    state, is_finite = tx.init(params), True
+    for _ in range(6):
+        updates, state = step(state)
+        is_finite &= bool(jnp.isfinite(updates).all())
+    assert is_finite == (not VARIANTS[name].uses_gradient)
+
+
+def product(params, batch, times):
+    """So many products: what a branch of so many flops does."""
+    for _ in range(times):
+        params = params @ batch
+    return params
+
+
+def forked(fn, params, state, batch):
+    """Bookkeeping on a branch, a switch with the loss on some branches, a fork inside of one."""
+    state = jax.lax.cond(state % 2 == 0, lambda: state + 1, lambda: state + 1)
+
+    def inner():
+        return jax.lax.cond(params[0, 0] > 0, lambda: fn(params, batch), lambda: 2 * params)
+
+    branches = [
+        lambda p: product(p, batch, 1),
+        lambda p: product(fn(p, batch), batch, 2),
+        lambda p: product(fn(p, batch), batch, 2),
+        lambda p: product(inner() + p, batch, 5),
+    ]
+    return jax.lax.switch((state - 1) % 3, branches, params), state
+
+
+def test_forks_are_the_outermost_on_which_the_loss_is_called():
+    forks, x = Forks(), jnp.ones((64, 64))
+
+    def step(params, state, batch):
+        return forked(forks.watch(lambda p, b: jnp.tanh(p + b)), params, state, batch)
+
+    args = x, jnp.int32(0), x
+    assert forks.number_in(step, *args) == 4
+    flops = step_cost.flops_of_branches(forks, 4, step, *args)
+    np.testing.assert_allclose(np.array(flops) / (2 * 64**3), [1, 2, 2, 5], rtol=0.05)
+    assert step_cost.distinct(flops) == sorted({flops[0], flops[1], flops[3]})
+    with forks.counted():
+        program = step_cost.compile_step(step, *args, is_timed=False)
+    state = args[1]
+    for _ in range(6):
+        _, state = program(x, state, x)
+    jax.effects_barrier()
+    assert forks.taken == [0, 1, 2] * 2
+    assert forks.number_in(lambda *args: product(x, x, 1), *args) == 0
+
+
+def test_forks_leave_jax_as_it_was():
+    before = jax.lax.cond, jax.lax.switch
+    forks = Forks()
+    with pytest.raises(ZeroDivisionError), forks.only(0):
+        jax.lax.cond(jnp.bool_(True), lambda: forks.watch(lambda p, b: 1 / 0)(0, 0), lambda: 0)
+    assert (jax.lax.cond, jax.lax.switch) == before
+
+
+def half_batch():
+    """A gradient of its own, over half of the examples, that wants to know which they are."""
+
+    def init(params):
+        return samx.readings.no_readings(params)
+
+    def update(updates, state, params, *, losses_fn, batch, index, **_):
+        assert (index.shape, index.dtype) == ((len(batch["label"]),), jnp.int32)
+        chosen = first(batch, len(index) // 2)
+        del updates
+        value, g = jax.value_and_grad(lambda p: losses_fn(p, chosen).mean())(params)
+        spent = state.gradients_spent + jnp.where(index[-1] == len(index) - 1, 0.5, jnp.inf)
+        return g, state._replace(loss=value, gradients_spent=spent)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def tiny(rngs):
+    return nnx.Linear(64, 10, rngs=rngs)
+
+
+@pytest.fixture
+def tiny_models(monkeypatch, tmp_path):
+    """Two models instead of three, of which one is said to be made of convolutions."""
+    monkeypatch.chdir(tmp_path)
+    models = {
+        "tiny": step_cost.Model(tiny, (64,), 32),
+        "tiny conv": step_cost.Model(tiny, (64,), 8, has_convolutions=True),
+    }
+    monkeypatch.setattr(step_cost, "MODELS", models)
+    half = Variant(lambda *_: half_batch(), (0.1,), 0.5, 0.1, uses_gradient=False)
+    some = {name: VARIANTS[name] for name in ("base", "sam", "periodic", "vsam")}
+    monkeypatch.setattr(step_cost, "VARIANTS", some | {"half": half})
+
+
+def test_step_cost_measures_every_variant_by_default(tiny_models, tmp_path, capsys):
+    step_cost.main(["--repeats", "2", "--out", "cost"])
+    report = json.loads((tmp_path / "cost" / "results.json").read_text())
+    tiny, conv = report["results"]
+    rows, expected = tiny["rows"], ("sam", "periodic", "vsam", "half")
+    assert set(expected) < set(rows)
+    assert tiny["left_out"] == []
+    assert conv["left_out"] == ["periodic", "vsam"]
+    assert set(conv["rows"]) == set(rows) - set(conv["left_out"])
+
+    assert (rows["half"]["forward"], rows["half"]["backward"]) == (0.5, 0.5)
+    assert rows["half"]["gradients"] == 0.5
+    assert rows["half"]["mean_flops_to_gradient"] == pytest.approx(0.5, abs=0.05)
+    assert rows["periodic"]["gradients"] == pytest.approx(1.2)
+    for passes in ("gradients", "forward", "backward"):  # behind the warm-up, where all are sharp
+        assert 1 < rows["vsam"][passes] < 1.5
+    for name, row in rows.items():
+        branches = 2 * (name in conv["left_out"])
+        assert (row["num_branches"], len(row["branch_shares"])) == (branches, branches)
+        assert sum(row["branch_shares"]) == pytest.approx(branches / 2)
+        assert len(row["branch_flops_to_gradient"]) == max(1, branches)
+        assert row["peak_bytes"] > row["temporary_bytes"] > 0
+        assert row["milliseconds"] == pytest.approx(1000 * np.median(row["seconds"]))
+    plain, sharp = rows["periodic"]["branch_flops"]
+    assert plain < 0.7 * sharp < 0.7 * 1.2 * rows["sam"]["flops"]
+    assert rows["periodic"]["mean_flops"] == pytest.approx(0.8 * plain + 0.2 * sharp)
+    assert rows["plain"]["peak_to_plain"] == 1
+
+    printed = capsys.readouterr().out
+    low, high = rows["periodic"]["branch_flops_to_gradient"]
+    assert f"{low:.2f} | {high:.2f}" in printed
+    for text in ("periodic*", "sam, readings unread", "optax.contrib.sam", "forward", "peak"):
+        assert text in printed
+    assert "Left out, convolutions in branches being slow here: periodic, vsam" in printed
+    assert (tmp_path / "cost" / "step_cost.png").stat().st_size > 10_000
+
+
+def test_step_cost_takes_all_variants_when_told_to(tiny_models):
+    every = ["sam", "periodic", "vsam", "half"]
+    assert step_cost.parse(["--variants", "all"])[1].variants == every
+    assert step_cost.parse(["--variants", "half", "sam"])[1].variants == ["half", "sam"]
+
+
+@pytest.mark.parametrize("alias", [0, 100])
+def test_peak_is_what_a_run_holds(alias):
+    """A product whose result may lie where an argument was, and one that may not."""
+    x = jnp.ones((64, 64))
+    donated = {"donate_argnums": 0} if alias else {}
+    step = jax.jit(lambda x, y: jnp.tanh(x @ y) @ x, **donated)
+    compiled = step.lower(x, x).compile()
+    copies = step_cost.peak_bytes(compiled) / x.nbytes
+    assert copies >= 3
+    assert copies <= 5 - bool(alias)
+
+
+@pytest.mark.parametrize("name", step_cost.MODELS)
+def test_narrow_models_have_the_same_layers(name):
+    model = step_cost.MODELS[name]
+
+    def leaves(make):
+        return jax.tree.structure(nnx.eval_shape(lambda: nnx.state(make(nnx.Rngs(0)))))
+
+    assert leaves(model.narrow) == leaves(model.make)
