@@ -218,8 +218,10 @@ def put(values: Any, position: Any, size: int) -> jax.Array:
 
     def scatter(values, position):
         groups = jnp.zeros((num_groups, size // num_groups), values.dtype)
-        rows = jnp.arange(num_groups)[:, None]
-        return groups.at[rows, position].set(values.reshape(num_groups, count)).reshape(size)
+        values = values.reshape(num_groups, count)
+        return jax.vmap(lambda group, index, x: group.at[index].set(x))(
+            groups, position, values
+        ).reshape(size)
 
     return _on_auto_axes(scatter, size, values, position)
 

@@ -304,3 +304,114 @@ def train_momentum_sam(base, perturb, steps, decay=0.0, losses_fn=problem.losses
         params = base.step(params, {k: g[k] + decay * q[k] for k in params})
         trajectory.append(params)
     return _stack(trajectory)
+
+
+@functools.cache
+def _losses(losses_fn):
+    losses = jax.jit(losses_fn)
+    return lambda params, batch: np.asarray(losses(params, batch))
+
+
+def train_on_examples(base, sharp_gradient, steps, losses_fn=problem.losses_fn):
+    """What chooses examples: `sharp_gradient(t, params, batch, index, losses, gradient)`."""
+    data, params = _start()
+    trajectory, passes = [], (_losses(losses_fn), _gradient(losses_fn))
+    for t in range(steps):
+        index = (t % 4) * problem.BATCH_SIZE + np.arange(problem.BATCH_SIZE)
+        g = sharp_gradient(t, params, problem.batch_at(data, t), index, *passes)
+        params = base.step(params, g)
+        trajectory.append(params)
+    return _stack(trajectory)
+
+
+def rows_of(batch, rows):
+    return {k: x[np.asarray(rows)] for k, x in batch.items()}
+
+
+def moved(params, eps):
+    return {k: params[k] + eps[k] for k in params}
+
+
+def ksam(perturb, k):
+    def sharp_gradient(t, params, batch, index, losses, gradient):
+        worst = sorted(range(len(index)), key=lambda i: -losses(params, batch)[i])[:k]
+        chosen = rows_of(batch, worst)
+        return gradient(moved(params, perturb(params, gradient(params, chosen))), chosen)
+
+    return sharp_gradient
+
+
+def esam(perturb, beta, gamma, draws, strict):
+    """`draws[t]` is one number for each tensor, drawn at the end of step t."""
+
+    def sharp_gradient(t, params, batch, index, losses, gradient):
+        g = gradient(params, batch)
+        for k in g:
+            if t > 0 and draws[t - 1][k] > beta:
+                g[k] = np.zeros_like(g[k])
+        eps = {k: e / beta for k, e in perturb(params, g).items()}
+        point = moved(params, eps)
+        rise = losses(point, batch) - losses(params, batch)
+        kept = int(gamma * len(index))
+        if strict:
+            chosen = [i for i in range(len(index)) if rise[i] > sorted(rise)[-kept]]
+        else:
+            chosen = sorted(range(len(index)), key=lambda i: -rise[i])[:kept]
+        return gradient(point, rows_of(batch, chosen))
+
+    return sharp_gradient
+
+
+class AUSAM:
+    """Its table, in the names of the authors' code; `draw(t, p, m)` gives m positions."""
+
+    def __init__(self, perturb, alpha, draw, warmup, tops, fmin, num_examples=64):
+        self.perturb, self.alpha, self.draw = perturb, alpha, draw
+        self.warmup, self.tops, self.fmin = warmup, tops, fmin
+        self.sums, self.counts = np.ones(num_examples), np.ones(num_examples)
+
+    def __call__(self, t, params, batch, index, losses, gradient):
+        rows = np.arange(len(index))
+        if t >= self.warmup:
+            a = (self.sums / self.counts)[index]
+            scaled = (a - a.min()) / (a.max() - a.min()) * (self.tops[t] - self.fmin) + self.fmin
+            rows = self.draw(t, scaled / scaled.sum(), int(self.alpha * len(index)))
+        chosen, places = rows_of(batch, rows), index[rows]
+        point = moved(params, self.perturb(params, gradient(params, chosen)))
+        rise = np.abs(losses(point, chosen) - losses(params, chosen))
+        if t < self.warmup:
+            self.sums[places], self.counts[places] = rise, 1
+        else:
+            self.sums[places] += rise
+            self.counts[places] += 1
+        return gradient(point, chosen)
+
+
+def train_sl_sam(base, perturb, groups, draw, rate, exploration, steps):
+    """SL-SAM; `groups` are lists of names, `draw(t, p)` one of them. Also which ones it drew."""
+    data, params = _start()
+    gradient, trajectory, drawn = _gradient(problem.losses_fn), [], []
+    s, largest = np.zeros(len(groups)), 0.0
+    for t in range(steps):
+        batch = problem.batch_at(data, t)
+        p = (1 - exploration) * np.exp(s) / np.exp(s).sum() + exploration / len(groups)
+        arm = draw(t, p)
+        drawn.append(arm)
+
+        def part(point, arm=arm, batch=batch):
+            g = gradient(point, batch)
+            return {k: g[k] if k in groups[arm] else np.zeros_like(g[k]) for k in g}
+
+        g = part(params)
+        g_s = part(moved(params, perturb(params, g)))
+        before = {name: copy.deepcopy(vars(base).get(name)) for name in ("buffer", "m", "v")}
+        new = base.step(params, g_s)
+        for name, old in before.items():  # of the other layers nothing has happened
+            for k in params:
+                if name in vars(base) and k not in groups[arm]:
+                    vars(base)[name][k] = old[k] if old else np.zeros_like(params[k])
+        params = {k: new[k] if k in groups[arm] else params[k] for k in params}
+        largest = max(largest, global_norm(g))
+        s[arm] += rate * global_norm(g) / largest / p[arm]
+        trajectory.append(params)
+    return _stack(trajectory), drawn

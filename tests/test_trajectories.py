@@ -4,6 +4,8 @@ First the recorded runs, then configurations that were not recorded, against the
 of `reference.py`.
 """
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,11 @@ def falling(total_steps):
     return optax.linear_schedule(1.0, -1.0, total_steps)
 
 
+def half_by_epochs(step):
+    """The largest weight of a draw in the authors' loop: it rises once per epoch of 4 batches."""
+    return 0.1 + 0.4 * (step // 4) / 30 + 1e-9
+
+
 RECORDED = {
     "base__sgd": lambda: SGD,
     "base__sgdm": lambda: MOMENTUM,
@@ -72,6 +79,19 @@ RECORDED = {
         decayed(optax.sgd(cosine, momentum=0.9))
     ),
     "looksam_becker__sgdm_k5_a0.7_rho0.05": lambda: optax.chain(samx.looksam(), MOMENTUM),
+    "ref_ksam__sgdm_k8_rho0.05": lambda: optax.chain(samx.ksam(0.05, 8), MOMENTUM),
+    "esam__sgdm_rho0.1_beta0.5_gamma0.5": lambda: optax.chain(
+        samx.esam(
+            perturbed_fraction=0.5,
+            selected_fraction=0.5,
+            select="strict",
+            perturbation=metric_ball(0.1, norm_eps=1e-7),
+        ),
+        MOMENTUM,
+    ),
+    "ausam__sgdm_rho0.1_alpha0.5": lambda: optax.chain(
+        samx.ausam(0.1, 0.5, 64, ramp_steps=0, high=half_by_epochs), MOMENTUM
+    ),
     "momentumsam__sgdm_rho0.3": lambda: samx.momentum_sam(MOMENTUM, 0.3),
     "momentumsam__adamw_rho0.3": lambda: samx.momentum_sam(optax.adam(0.01), 0.3),
     "ref_aesam__sgdm_l-1_l1_rho0.05_48steps": lambda: optax.chain(
@@ -89,12 +109,23 @@ RECORDED = {
 }
 
 
+def index_at(t):
+    """Where in the data the examples of a step stand."""
+    return (t % 4) * problem.BATCH_SIZE + jnp.arange(problem.BATCH_SIZE)
+
+
+def with_index(tx):
+    return lambda params, state, batch, index: problem.make_step(tx, index=index)(
+        params, state, batch
+    )
+
+
 def watch(tx, steps, *names, make=problem.make):
     """The parameters and fields of the state after every step."""
     data, params = make()
-    step, state, history = jax.jit(problem.make_step(tx)), tx.init(params), []
+    step, state, history = jax.jit(with_index(tx)), tx.init(params), []
     for t in range(steps):
-        params, state = step(params, state, problem.batch_at(data, t))
+        params, state = step(params, state, problem.batch_at(data, t), index_at(t))
         history.append((params, *(optax.tree.get(state, name) for name in names)))
     return jax.tree.map(lambda *leaves: np.stack(leaves), *history)
 
@@ -111,7 +142,14 @@ def test_recorded_run_of_the_authors_code(name, monkeypatch):
     if "draw" in expected:  # not a number on steps that drew none
         draws = jnp.nan_to_num(jnp.asarray(expected["draw"]))
         monkeypatch.setattr(samx._policy, "uniform_at", lambda key, step: draws[step])
+    if "draws_for_next_step" in expected:  # one for each tensor, in the order W1, b1, W2, b2
+        after = jnp.asarray(expected["draws_for_next_step"])[:, jnp.array([0, 2, 1, 3])]
+        monkeypatch.setattr(samx._leaves, "_draws", lambda key, step, count: after[step - 1])
+    if "idx_sampled" in expected:
+        asked = replay_samples(jnp.asarray(expected["idx_sampled"]), monkeypatch)
+        expected["score_sum"] = expected["score_mean"] * expected["score_count"]
     names = {"mask_is_sam": "is_sharp", "base_sr": "quota", "mu": "mean", "sigma2": "variance"}
+    names |= {"score_count": "count", "score_sum": "total"}
     names = {theirs: ours for theirs, ours in names.items() if theirs in expected}
     make = problem.make_layer_norm if name.startswith("samon") else problem.make
     trajectory, *read = watch(RECORDED[name](), len(expected["W1"]), *names.values(), make=make)
@@ -121,6 +159,26 @@ def test_recorded_run_of_the_authors_code(name, monkeypatch):
         {key: expected[key] for key in (*trajectory, *names)},
         tolerance=1e-9 if "looksam" in name else 1e-10,
     )
+    if "idx_sampled" in expected:
+        jax.effects_barrier()
+        assert sorted(asked) == list(range(4, 12))
+        for t, probabilities in asked.items():
+            np.testing.assert_allclose(probabilities, expected["prob_sampling"][t], atol=1e-12)
+
+
+def replay_samples(drawn, monkeypatch):
+    """Draw what was drawn; the probabilities that were asked for, by step."""
+    asked = {}
+
+    def sampled(probabilities, noise, num_selected, **keywords):
+        t = noise[0]  # instead of noise the step comes in
+        jax.debug.callback(lambda t, p: asked.update({int(t): p}), t, probabilities)
+        return drawn[t][None, :num_selected]
+
+    monkeypatch.setattr(jax.random, "fold_in", lambda key, step: step)
+    monkeypatch.setattr(jax.random, "gumbel", lambda step, shape: jnp.broadcast_to(step, shape))
+    monkeypatch.setattr(sys.modules["samx.variants.ausam"], "sampled", sampled)
+    return asked
 
 
 def test_every_recorded_run_is_used():
@@ -441,3 +499,112 @@ def test_schedules_and_memories_go_on_where_no_sharp_gradient_is_taken(name):
         for sharp in (make(ball), samx.sam(perturbation=ball))
     )
     jax.tree.map(np.testing.assert_array_equal, states, sams)
+
+
+# ---- Some of the examples, some of the layers.
+
+
+def esam_draws(key, steps):
+    """The draws of `random_leaves`, from its definition, by name."""
+    draws = [
+        jax.random.uniform(jax.random.fold_in(jax.random.key(key), t), (4,))
+        for t in range(1, steps + 1)
+    ]
+    return [dict(zip(("W1", "W2", "b1", "b2"), d.tolist(), strict=True)) for d in draws]
+
+
+def gumbel_draw(t, p, m):
+    """Gumbel top-k, from its definition."""
+    noise = jax.random.gumbel(jax.random.fold_in(jax.random.key(0), t), (problem.BATCH_SIZE,))
+    return np.argsort(-(np.log(p) + np.asarray(noise)))[:m]
+
+
+def ramp(t, low=0.2, high=0.9, steps=10):
+    return low + (high - low) * min(t / steps, 1)
+
+
+ON_EXAMPLES = {  # samx, the reference, base
+    "ksam": (lambda: samx.ksam(0.2, 5), lambda: reference.ksam(reference.ball(0.2), 5), "adam"),
+    "ksam, adaptive": (
+        lambda: samx.ksam(num_selected=4, perturbation=metric_ball(0.5, magnitude(0.01))),
+        lambda: reference.ksam(reference.adaptive_ball(0.5, 0.01, WEIGHTS), 4),
+        "momentum and decay",
+    ),
+    "esam": (
+        lambda: samx.esam(0.1, 0.6, 0.75),
+        lambda: reference.esam(reference.ball(0.1), 0.6, 0.75, esam_draws(0, STEPS), strict=False),
+        "adam",
+    ),
+    "esam, adaptive and strict": (
+        lambda: samx.esam(
+            perturbed_fraction=0.7,
+            selected_fraction=0.5,
+            select="strict",
+            key=3,
+            perturbation=metric_ball(0.5, magnitude(0.0, is_scaled=lambda path, leaf: True)),
+        ),
+        lambda: reference.esam(
+            reference.adaptive_ball(0.5, 0.0, {"W1", "b1", "W2", "b2"}),
+            *(0.7, 0.5, esam_draws(3, STEPS)),
+            strict=True,
+        ),
+        "momentum and decay",
+    ),
+    "esam, the whole sharp pass": (
+        lambda: samx.esam(0.1, 0.8, 0.75, sharp_pass="whole"),
+        lambda: reference.esam(reference.ball(0.1), 0.8, 0.75, esam_draws(0, STEPS), strict=False),
+        "nesterov",
+    ),
+    "ausam past its ramp": (
+        lambda: samx.ausam(0.1, 0.75, 64, ramp_steps=10, low=0.2, high=0.9),
+        lambda: reference.AUSAM(
+            reference.ball(0.1), 0.75, gumbel_draw, 4, [ramp(t) for t in range(STEPS)], 0.2
+        ),
+        "adam",
+    ),
+    "ausam, a long warm-up": (
+        lambda: samx.ausam(0.2, 0.5, 64, warmup_steps=9, ramp_steps=0),
+        lambda: reference.AUSAM(reference.ball(0.2), 0.5, gumbel_draw, 9, [0.5] * STEPS, 0.1),
+        "momentum and decay",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_EXAMPLES)
+def test_on_examples_against_reference(name):
+    make, sharp_gradient, base = ON_EXAMPLES[name]
+    tx, make_reference = BASES[base]
+    expected = reference.train_on_examples(make_reference(), sharp_gradient(), STEPS)
+    trajectory, _ = watch(optax.chain(make(), tx), STEPS, "loss")
+    assert_same(trajectory, expected)
+
+
+def by_layer(path, leaf):
+    return path[-1].key[1]
+
+
+SL_SAM = {  # groups, what they hold
+    "two layers": (by_layer, [["W1", "b1"], ["W2", "b2"]]),
+    "every tensor": (4, [["W1"], ["W2"], ["b1"], ["b2"]]),
+    "three": (3, [["W1"], ["W2"], ["b1", "b2"]]),
+}
+
+
+@pytest.mark.parametrize("base", ["nesterov", "adam"])
+@pytest.mark.parametrize("name", SL_SAM)
+def test_sl_sam_against_reference(name, base):
+    groups, names = SL_SAM[name]
+    tx, make_reference = BASES[base]
+
+    def draw(t, p):
+        key = jax.random.fold_in(jax.random.key(2), t)
+        return int(jax.random.categorical(key, jnp.log(jnp.asarray(p, jnp.float32))))
+
+    expected, drawn = reference.train_sl_sam(
+        make_reference(), reference.ball(0.1), names, draw, 0.3, 0.4, STEPS
+    )
+    sl_sam = samx.sl_sam(tx, 0.1, groups, rate=0.3, exploration=0.4, key=2)
+    trajectory, found = watch(sl_sam, STEPS, "group")
+    assert set(drawn) == set(range(len(names)))
+    np.testing.assert_array_equal(found, drawn)
+    assert_same(trajectory, expected)

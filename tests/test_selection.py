@@ -1,0 +1,473 @@
+"""Which examples are chosen, and what the variants that choose do with them."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+import regimes
+from communication import communicated_bytes
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import samx
+from samx.perturbations import metric_ball, random_leaves
+from samx.selection import largest, put, sampled, take
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+MOMENTUM = optax.sgd(0.1, momentum=0.9)
+INDEX = jnp.arange(16)
+
+
+# ---- The positions.
+
+
+def rows_of(position, size):
+    """Positions in the batch, from those in its groups."""
+    offsets = np.arange(len(position)) * size // len(position)
+    return np.asarray(position) + offsets[:, None]
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_selected", [8, 16])
+def test_largest_of_each_group(num_groups, num_selected):
+    scores = np.random.default_rng(0).normal(size=16)
+    choose = jax.jit(functools.partial(largest, num_selected=num_selected, num_groups=num_groups))
+    found = rows_of(choose(jnp.asarray(scores)), 16)
+    count = num_selected // num_groups
+    for rows, group in zip(found, np.split(np.arange(16), num_groups), strict=True):
+        np.testing.assert_array_equal(rows, sorted(group, key=lambda i: -scores[i])[:count])
+
+
+def test_ties_and_what_is_no_number():
+    scores = jnp.array([1.0, jnp.nan, 1.0, jnp.inf, 1.0, -jnp.inf])
+    assert largest(scores, 5).tolist() == [[1, 3, 0, 2, 4]]
+
+
+def test_padding_is_chosen_last():
+    scores = jnp.array([5.0, -jnp.inf, 3.0, 4.0])
+    weights = jnp.array([0.0, 1.0, 0.5, 0.0])
+    assert largest(scores, 3, weights=weights).tolist() == [[2, 1, 0]]
+    assert largest(scores, 2, num_groups=2, weights=weights).tolist() == [[1], [0]]
+
+
+def test_take_and_put():
+    batch = {
+        "x": jnp.arange(12.0).reshape(6, 2),
+        "deep": [jnp.arange(6, dtype=jnp.int8), None],
+        "key": jax.random.split(jax.random.key(0), 6),
+    }
+    position = jnp.array([[2, 0], [1, 1]])
+    rows = [2, 0, 4, 4]
+    chosen = jax.jit(take)(batch, position)
+    expected = jax.tree.map(lambda leaf: leaf[jnp.array(rows)], batch)
+    chex.assert_trees_all_equal(*map(problem.as_numbers, (chosen, expected)))
+    back = put(jnp.array([1.0, 2.0, 3.0]), jnp.array([[2, 0, 1]]), 4)
+    np.testing.assert_array_equal(back, [2.0, 3.0, 1.0, 0.0])
+
+
+def successive_draws(p, count):
+    """The probability of each sequence of draws without replacement."""
+    law = {}
+    for draws in itertools.permutations(range(len(p)), count):
+        left, probability = 1.0, 1.0
+        for i in draws:
+            probability *= p[i] / left
+            left -= p[i]
+        law[draws] = probability
+    return law
+
+
+def test_law_of_the_draws():
+    p, draws = np.array([0.5, 0.1, 0.3, 0.1]), 20_000
+    noise = jax.random.gumbel(jax.random.key(0), (draws, 4))
+    found = jax.vmap(lambda noise: sampled(jnp.asarray(3 * p), noise, 2)[0])(noise)
+    pairs, counts = np.unique(np.asarray(found), axis=0, return_counts=True)
+    law = successive_draws(p, 2)
+    assert len(pairs) == len(law)
+    for pair, count in zip(pairs, counts, strict=True):
+        expected = law[tuple(pair.tolist())]
+        assert abs(count / draws - expected) < 4 * (expected / draws) ** 0.5
+
+
+REFUSED = {
+    "no count": (lambda: largest(jnp.ones(4), 0), ValueError, "`num_selected` must be at least 1"),
+    "half a count": (lambda: largest(jnp.ones(4), 1.5), TypeError, "`num_selected` must be a"),
+    "too many": (lambda: largest(jnp.ones(4), 5), ValueError, "at most the 4 examples.*got 5"),
+    "no group": (lambda: largest(jnp.ones(4), 1, num_groups=0), ValueError, "`num_groups`"),
+    "unequal groups": (
+        lambda: largest(jnp.ones(4), 3, num_groups=3),
+        ValueError,
+        "`num_groups` must divide the 4 examples of the batch, got 3",
+    ),
+    "unequal shares": (
+        lambda: largest(jnp.ones(4), 3, num_groups=2),
+        ValueError,
+        "`num_selected` must be a multiple of `num_groups`, 2, got 3",
+    ),
+    "weights of another length": (
+        lambda: largest(jnp.ones(4), 3, weights=jnp.ones(3)),
+        ValueError,
+        r"`weights` must have one number per score, shape \(4,\), got \(3,\)",
+    ),
+    "leaves of unequal length": (
+        lambda: take({"x": jnp.ones(4), "y": jnp.ones(3)}, jnp.array([[0]])),
+        ValueError,
+        r"same leading axis \[B\]",
+    ),
+    "values of another length": (
+        lambda: put(jnp.ones(3), jnp.array([[0, 1]]), 4),
+        ValueError,
+        r"need `values` of shape \(2,\).*got \(3,\) and 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    call, error, message = REFUSED[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+# ---- Over several devices.
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("num_groups", [1, 8, 16])
+@pytest.mark.parametrize("axes", [("data",), ("pod", "data")])
+def test_on_a_mesh(axis_type, num_groups, axes):
+    """The same rows; with a group on each device no example is sent."""
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=64))
+    batch = {"x": jnp.arange(128.0).reshape(64, 2), "key": jax.random.split(jax.random.key(0), 64)}
+    weights = jnp.ones(64).at[3].set(0)
+
+    def choose(scores, batch, weights):
+        position = largest(scores, 16, num_groups=num_groups, weights=weights)
+        chosen = take(batch, position)
+        return chosen, put(chosen["x"].sum(1), position, 64)
+
+    expected = jax.jit(choose)(scores, batch, weights)
+    mesh = regimes.mesh_of((8,) if len(axes) == 1 else (2, 4), axes, axis_type)
+    with jax.set_mesh(mesh):
+        args = regimes.place((scores, batch, weights), mesh, P(axes))
+        program = jax.jit(choose).lower(*args).compile()
+        found = program(*args)
+    chex.assert_trees_all_equal(*map(problem.as_numbers, (found, expected)))
+    assert bool(communicated_bytes(program)) == (num_groups == 1)
+
+
+def test_few_examples_on_many_devices_are_not_spread():
+    mesh = regimes.mesh_of(axis_type=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        x = regimes.place(jnp.arange(16.0), mesh, P("data"))
+        chosen = jax.jit(lambda x: take(x, largest(x, 3)))(x)
+    assert chosen.tolist() == [15.0, 14.0, 13.0]
+    assert jax.typeof(chosen).sharding.spec == P(None)
+
+
+# ---- The variants.
+
+
+def make(name, **changes):
+    if name == "ksam":
+        return samx.ksam(0.1, **{"num_selected": 8} | changes)
+    if name == "esam":
+        return samx.esam(0.1, 0.6, **{"selected_fraction": 0.5} | changes)
+    return samx.ausam(0.1, num_examples=64, **{"fraction": 0.5, "warmup_steps": 1} | changes)
+
+
+CHOOSING = ("ksam", "esam", "ausam")
+PADDED = [1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0.5, 2, 0, 0]
+
+
+def first_batch():
+    data, params = problem.make(float)
+    return problem.batch_at(data, 0), params
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("weights", [None, PADDED])
+def test_one_group_over_all_devices(name, axis_type, weights, float64):
+    """A choice from the whole batch, wherever its examples are."""
+    data, params = problem.make()
+    extra = () if weights is None else (jnp.asarray(weights, float),)
+    batches = [(problem.batch_at(data, t), *extra) for t in range(4)]
+
+    def build(batch_like):
+        return optax.chain(make(name), MOMENTUM)
+
+    found = regimes.sharded_jit(build, params, batches, axis_type)
+    expected = regimes.single(build, params, batches)
+    for after, wanted in zip(found, expected, strict=True):
+        chex.assert_trees_all_close(
+            *(jax.tree.map(np.asarray, problem.as_numbers(x[:2])) for x in (after, wanted)),
+            rtol=1e-10,
+            atol=1e-10,
+        )
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_weights_on_devices(name, check_vma, float64):
+    """Some devices have no example at all; one group on each."""
+    data, params = problem.make()
+    batches = [(problem.batch_at(data, t), jnp.asarray(PADDED, float)) for t in range(4)]
+
+    def build(batch_like):
+        return optax.chain(make(name, num_groups=8), MOMENTUM)
+
+    found = regimes.shard_map(build, params, batches, check_vma)
+    expected = regimes.single(build, params, batches)
+    for after, wanted in zip(found, expected, strict=True):
+        chex.assert_trees_all_close(
+            *(jax.tree.map(np.asarray, problem.as_numbers(x[:2])) for x in (after, wanted)),
+            rtol=1e-10,
+            atol=1e-10,
+        )
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_devices_choose_among_their_own(name):
+    batch, params = first_batch()
+    message = "`num_groups` must be a multiple of the 8 devices.*got 1"
+    with pytest.raises(ValueError, match=message):
+        regimes.shard_map(lambda like: make(name), params, [(batch,)], check_vma=True)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_padding_is_no_share_of_the_batch(name, float64):
+    """Half of a padded batch is half of what is there, whatever stands in the padding."""
+    batch, params = first_batch()
+    valid = jax.tree.map(lambda x: x[:6], batch)
+    padded = {"x": batch["x"].at[6:].set(100.0), "y": batch["y"]}
+    weights = (jnp.arange(16) < 6).astype(float)
+    steps = []
+    for data, keywords in ((valid, {}), (padded, {"weights": weights})):
+        changes = {"ksam": {"num_selected": 3}, "ausam": {"fraction": 1.0}}.get(name, {})
+        tx = make(name, **changes)
+        closures = {"losses_fn": problem.losses_fn, "batch": data, "index": INDEX[: len(data["y"])]}
+        update = jax.jit(functools.partial(tx.update, **closures, **keywords))
+        steps.append(update(params, tx.init(params), params))
+    (g_s, state), (of_padded, padded_state) = steps
+    chex.assert_trees_all_close(g_s, of_padded, rtol=1e-10)
+    np.testing.assert_allclose(state.readings.loss, padded_state.readings.loss, rtol=1e-10)
+    np.testing.assert_allclose(
+        state.readings.sharp_loss, padded_state.readings.sharp_loss, rtol=1e-10
+    )
+
+
+def test_ausam_draws_a_fraction_of_what_is_there():
+    batch, params = first_batch()
+    weights = (jnp.arange(16) < 6).astype(jnp.float32)
+    tx = make("ausam", warmup_steps=0)
+    closures = {"losses_fn": problem.losses_fn, "batch": batch, "index": INDEX, "weights": weights}
+    _, state = jax.jit(functools.partial(tx.update, **closures))(params, tx.init(params), params)
+    drawn = np.flatnonzero(np.asarray(state.count) > 1)
+    assert len(drawn) == 3
+    assert drawn.max() < 6
+
+
+def test_ksam_says_what_its_losses_are():
+    batch, params = first_batch()
+    tx = samx.ksam(0.1, 4)
+    _, state = tx.update(params, tx.init(params), params, losses_fn=problem.losses_fn, batch=batch)
+    losses = problem.losses_fn(params, batch)
+    np.testing.assert_allclose(state.readings.loss, losses.mean(), rtol=1e-5)
+    np.testing.assert_allclose(state.selected_loss, jnp.sort(losses)[-4:].mean(), rtol=1e-5)
+    assert state.readings.sharp_loss > state.selected_loss > state.readings.loss
+
+
+# ---- ESAM.
+
+
+def test_random_leaves_are_drawn_as_often_as_said():
+    g = {str(i): jnp.ones(2) for i in range(6)}
+    ball = random_leaves(metric_ball(0.1), 0.3, key=5)
+
+    def step(state, _):
+        eps, state = ball.update(g, state, g)
+        return state, (jnp.stack([e[0] != 0 for e in eps.values()]), optax.tree.norm(eps))
+
+    _, (drawn, norms) = jax.jit(lambda: jax.lax.scan(step, ball.init(g), length=2000))()
+    assert drawn[0].all()
+    some = drawn[1:][~drawn[1:].all(axis=1)]  # all: also where none was drawn
+    np.testing.assert_allclose(norms, 0.1 / 0.3, rtol=1e-4)
+    none, every = 0.7**6, 0.3**6
+    expected = (0.3 - every) / (1 - every - none)
+    np.testing.assert_allclose(some.mean(axis=0), expected, atol=0.05)
+    np.testing.assert_allclose(drawn[1:].all(axis=1).mean(), none + every, atol=0.03)
+
+
+def test_random_leaves_refused():
+    for fraction in (0, 1.5, -0.1):
+        with pytest.raises(ValueError, match="`fraction` must be"):
+            random_leaves(metric_ball(0.1), fraction)
+    with pytest.raises(TypeError, match="`perturbation` must be"):
+        random_leaves(0.1, 0.5)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+def test_strict_selection_leaves_the_smallest_out(num_groups, float64):
+    """By hand, and everything where it would leave nothing."""
+    batch, params = first_batch()
+    losses_fn = problem.losses_fn
+    ball = metric_ball(0.1)
+    g = jax.grad(lambda p: losses_fn(p, batch).mean())(params)
+    eps, _ = ball.update(g, ball.init(params), params)
+    point = optax.tree.add(params, eps)
+    increase = losses_fn(point, batch) - losses_fn(params, batch)
+    for fraction, kept in ((0.5, 8 // num_groups - 1), (1 / 16, 1)):
+        tx = samx.esam(0.1, 1.0, fraction, select="strict", num_groups=num_groups)
+        g_s, _ = tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=batch)
+        rows = jnp.argsort(-increase.reshape(num_groups, -1), axis=1)[:, :kept]
+        rows = jnp.asarray(rows_of(rows, 16)).reshape(-1)
+        expected = jax.grad(lambda p, rows=rows: losses_fn(p, batch)[rows].mean())(point)
+        chex.assert_trees_all_close(g_s, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_whole_sharp_pass_differs_where_examples_depend_on_each_other(float64):
+    batch, params = first_batch()
+
+    def normalized(params, batch):
+        mean = batch["x"].mean(axis=0, keepdims=True)
+        return problem.losses_fn(params, batch | {"x": batch["x"] - mean})
+
+    def step(losses_fn, sharp_pass):
+        tx = samx.esam(0.1, 1.0, sharp_pass=sharp_pass)
+        return tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=batch)[0]
+
+    chex.assert_trees_all_close(
+        *(step(problem.losses_fn, form) for form in ("subset", "whole")), rtol=1e-10, atol=1e-14
+    )
+    subset, whole = (step(normalized, form)["W1"] for form in ("subset", "whole"))
+    assert np.abs(subset - whole).max() > 1e-3
+
+
+# ---- AUSAM.
+
+
+def ausam_step(tx, state, params, index, **keywords):
+    batch, _ = first_batch()
+    closures = {"losses_fn": problem.losses_fn, "batch": batch, "index": index, **keywords}
+    return tx.update(params, state, params, **closures)
+
+
+@pytest.mark.parametrize("outside", [64, 10_000, -1])
+def test_an_index_outside_the_table(outside):
+    _, params = first_batch()
+    tx, index = make("ausam"), INDEX.at[5].set(outside)
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=rf"`index` must be in \[0, 64\).*got {outside}"):
+        ausam_step(tx, state, params, index)
+    updates, after = jax.jit(functools.partial(ausam_step, tx))(state, params, index)
+    assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(updates))
+    np.testing.assert_array_equal(after.total[16:], state.total[16:])
+    weights = jnp.ones(16).at[5].set(0)  # of padding nobody asks where it belongs
+    updates, _ = ausam_step(tx, state, params, index, weights=weights)
+    chex.assert_tree_all_finite(updates)
+
+
+def test_indices_of_another_kind():
+    _, params = first_batch()
+    tx = make("ausam")
+    with pytest.raises(ValueError, match=r"one position per example, shape \(16,\), got \(15,\)"):
+        ausam_step(tx, tx.init(params), params, INDEX[:15])
+    with pytest.raises(TypeError, match="`index` must be of integers, got float32"):
+        ausam_step(tx, tx.init(params), params, jnp.ones(16))
+
+
+def test_the_table_keeps_the_mean_of_what_each_loss_rose():
+    """By hand over six steps; an example that comes twice counts twice, in the warm-up too."""
+    with jax.enable_x64(True):
+        batch, params = first_batch()
+        tx = make("ausam", fraction=1.0, warmup_steps=2)
+        twice = INDEX.at[7].set(6)
+        step, state = jax.jit(functools.partial(ausam_step, tx)), tx.init(params)
+        total, count = np.ones(64), np.ones(64)
+        for t in range(6):
+            index = twice if t in (1, 4) else INDEX
+            g = jax.grad(lambda p: problem.losses_fn(p, batch).mean())(params)
+            eps = optax.tree.scale(0.1 / (optax.tree.norm(g) + 1e-12), g)
+            rise = problem.losses_fn(optax.tree.add(params, eps), batch)
+            rise = np.abs(rise - problem.losses_fn(params, batch))
+            updates, state = step(state, params, index)
+            params = optax.tree.add_scale(params, -0.3, updates)
+            if t < 2:
+                total[index], count[index] = 0, 0
+            np.add.at(total, index, rise)
+            np.add.at(count, index, 1)
+            np.testing.assert_allclose(state.total, total, rtol=1e-12)
+            np.testing.assert_array_equal(state.count, count)
+
+
+def test_examples_of_high_scores_are_drawn_more_often():
+    _, params = first_batch()
+    tx = samx.ausam(0.1, 0.25, 16, warmup_steps=0, ramp_steps=0, low=0.1, high=0.9)
+    scores = jnp.linspace(1.0, 2.0, 16)
+
+    def drawn(step):
+        state = tx.init(params)._replace(total=scores, step=step)
+        return ausam_step(tx, state, params, INDEX)[1].count - 1
+
+    often = jax.jit(lambda: jax.lax.map(drawn, jnp.arange(1000)).mean(0))()
+    p = 0.1 + 0.8 * np.arange(16) / 15
+    noise = np.random.default_rng(0).gumbel(size=(20_000, 16))
+    expected = np.zeros(16)
+    np.add.at(expected, np.argsort(-(np.log(p) + noise), axis=1)[:, :4], 1 / 20_000)
+    np.testing.assert_allclose(often, expected, atol=0.05)
+
+
+def test_equal_scores_are_drawn_alike():
+    _, params = first_batch()
+    tx = samx.ausam(0.1, 0.25, 16, warmup_steps=0)
+    drawn = jax.jit(
+        lambda: jax.lax.map(
+            lambda step: (
+                ausam_step(tx, tx.init(params)._replace(step=step), params, INDEX)[1].count
+            ),
+            jnp.arange(400),
+        ).mean(0)
+    )()
+    np.testing.assert_allclose(drawn - 1, 0.25, atol=0.1)
+
+
+def test_defaults_are_epochs():
+    """One of warm-up, then thirty in which the draws spread."""
+    _, params = first_batch()
+    tx = samx.ausam(0.1, 0.5, num_examples=40)  # three batches of 16
+    step, state = jax.jit(functools.partial(ausam_step, tx)), tx.init(params)
+    for t in range(5):
+        spent = state.readings.gradients_spent
+        _, state = step(state, params, INDEX)
+        assert state.readings.gradients_spent - spent == (2 if t < 3 else 1)
+    low, high = samx.variants.ausam._range(0.1, 0.5, jnp.asarray(45), 90)
+    np.testing.assert_allclose((low, high), (0.1, 0.3))
+
+
+def test_ausam_keeps_the_aux_of_the_drawn_examples():
+    batch, params = first_batch()
+
+    def losses_fn(params, batch):
+        return problem.losses_fn(params, batch), {"mean": batch["x"].mean(0), "W1": params["W1"]}
+
+    like = jax.eval_shape(lambda: losses_fn(params, batch)[1])
+    tx = make("ausam", aux_like=like)
+    closures = {"losses_fn": losses_fn, "batch": batch, "index": INDEX}
+    state = tx.init(params)
+    for _ in range(2):
+        before = state.count
+        _, state = tx.update(params, state, params, **closures)
+    drawn = np.asarray((state.count - before)[:16]) > 0
+    assert drawn.sum() == 8
+    aux = optax.tree.get(state, "aux")
+    np.testing.assert_allclose(aux["mean"], batch["x"][drawn].mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(aux["W1"], params["W1"])
+    with pytest.raises(ValueError, match="aux"):
+        tx.update(params, state, params, **closures | {"losses_fn": problem.losses_fn})
