@@ -29,6 +29,13 @@ def check_number(name: str, value: Any, low: float, high: float = float("inf")) 
         raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Refuse a Python number outside `(0, 1]`; schedules and arrays pass unread."""
+    check_number(name, value, 0, 1)
+    if isinstance(value, int | float) and value == 0:
+        raise ValueError(f"`{name}` must be in (0, 1], got {value!r}")
+
+
 def as_key(name: str, key: Any) -> jax.Array:
     """A random key of a seed, or a copy of the key itself, for a state to hold."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

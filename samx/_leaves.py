@@ -8,7 +8,7 @@ import optax
 
 from samx import _tree
 from samx._base import as_transformation
-from samx._hyper import as_key, at_step, check_number, next_step
+from samx._hyper import as_key, at_step, check_share, next_step
 from samx._metrics import LeafPredicate
 
 
@@ -141,9 +141,7 @@ def random_leaves(
         beyond `perturbation`: which leaves were drawn is known when the program runs, too late for
         the compiler to leave out the gradients of the others. `static_args`: `perturbation`, `key`.
     """
-    check_number("fraction", fraction, 0, 1)
-    if isinstance(fraction, int | float) and fraction == 0:
-        raise ValueError("`fraction` must be above 0, got 0: no leaf would ever be perturbed")
+    check_share("fraction", fraction)
     perturbation = as_transformation("random_leaves", "perturbation", perturbation)
 
     def init_fn(params):

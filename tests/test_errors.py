@@ -72,6 +72,47 @@ FACTORIES = {
         TypeError,
         "`ascent_steps` must be a Python int",
     ),
+    "rho and perturbation of ausam": (
+        lambda: samx.ausam(0.1, perturbation=metric_ball(0.1)),
+        ValueError,
+        "`rho` together with `perturbation`",
+    ),
+    "nothing selected": (lambda: samx.ksam(0.1, 0), ValueError, "`num_selected` must be at least"),
+    "half an example": (lambda: samx.ksam(0.1, 0.5), TypeError, "`num_selected` must be a Python"),
+    "unequal groups": (
+        lambda: samx.ksam(0.1, 6, num_groups=4),
+        ValueError,
+        "`num_selected` must be a multiple of `num_groups`, 4, got 6",
+    ),
+    "no fraction": (lambda: samx.esam(0.1, 0.5, 0.0), ValueError, r"in \(0, 1\], got 0.0"),
+    "more than all": (lambda: samx.ausam(0.1, 1.5), ValueError, r"`fraction` must be in \(0, 1\]"),
+    "a traced fraction": (
+        lambda: samx.ausam(0.1, jnp.asarray(0.5)),
+        TypeError,
+        r"`fraction` must be a Python number.*static_args=\('fraction',\)",
+    ),
+    "no tensor perturbed": (
+        lambda: samx.esam(0.1, 0.0),
+        ValueError,
+        r"`perturbed_fraction` must be in \(0, 1\], got 0.0",
+    ),
+    "rule of esam": (
+        lambda: samx.esam(select="code"),
+        ValueError,
+        "`select` must be 'exact' or 'strict', got 'code'",
+    ),
+    "sharp pass of esam": (
+        lambda: samx.esam(sharp_pass="half"),
+        ValueError,
+        "`sharp_pass` must be 'subset' or 'whole', got 'half'",
+    ),
+    "an empty table": (lambda: samx.ausam(num_examples=0), ValueError, "`num_examples` must be at"),
+    "a negative warm-up": (lambda: samx.ausam(warmup_steps=-1), ValueError, "`warmup_steps`"),
+    "weights upside down": (
+        lambda: samx.ausam(low=0.5, high=0.1),
+        ValueError,
+        "`high` must be at least 0.5, got 0.1",
+    ),
     "norm of on_leaves": (
         lambda: on_leaves(metric_ball(0.1), lambda path, leaf: True, norm="none"),
         ValueError,
@@ -136,12 +177,26 @@ def batch():
     return problem.batch_at(problem.make("float32")[0], 0)
 
 
+def ksam():
+    return samx.ksam(num_selected=4)
+
+
+def ausam():
+    return samx.ausam(num_examples=16)
+
+
 def sampa():
     return samx.sampa(SGD, batch_like=BATCH)
 
 
 # SAMPa takes its gradients from losses_fn: what value_fn returns does not concern it.
 BAD_UPDATES = [(samx.sam, name) for name in UPDATES]
+BAD_UPDATES += [
+    (make, name)
+    for make in (ksam, samx.esam, ausam)
+    for name in UPDATES
+    if "losses_fn" in UPDATES[name][0]
+]
 BAD_UPDATES += [(sampa, name) for name in UPDATES if "losses_fn" in UPDATES[name][0]]
 
 
@@ -153,8 +208,19 @@ def test_updates(name, make):
     tx = make()
     state = tx.init(params)
     with pytest.raises(error, match=message):
-        tx.update(params, state, params, **keywords)
-    jax.tree.map(np.testing.assert_array_equal, state, tx.init(params))
+        tx.update(params, state, params, index=np.arange(16), **keywords)
+    jax.tree.map(np.testing.assert_array_equal, *map(problem.as_numbers, (state, tx.init(params))))
+
+
+def test_more_selected_than_there_is():
+    _, params = problem.make("float32")
+    for tx in (samx.ksam(0.1, 17), samx.ksam(0.1, 20, num_groups=4)):
+        with pytest.raises(ValueError, match=r"`num_selected` must be at most the 16 examples"):
+            tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=batch())
+    for make in (samx.ksam, samx.esam, samx.ausam):
+        tx, closures = make(num_groups=32), {"losses_fn": losses_fn, "index": np.arange(16)}
+        with pytest.raises(ValueError, match=r"`num_groups` must divide the 16 examples.*got 32"):
+            tx.update(params, tx.init(params), params, batch=batch(), **closures)
 
 
 def test_batch_unlike_batch_like():

@@ -83,6 +83,14 @@ EXACTLY_SAM = {
     "mixed with weight 1": lambda: mix(samx.sam(0.2), 1.0),
     "vsam in its warm-up": lambda: samx.vsam(0.2, policy=policies.quota(warmup_steps=STEPS)),
     "arsam, every step": lambda: samx.arsam(0.2, policy=policies.every(1)),
+    "ksam of everything": lambda: samx.ksam(0.2, 16, num_groups=4),
+    "esam of everything": lambda: samx.esam(0.2, 1.0, 1.0),
+    "esam of everything, strictly": lambda: samx.esam(0.2, 1.0, 0.99, select="strict"),
+    "ausam of everything": lambda: samx.ausam(0.2, 1.0, 64, warmup_steps=3),
+    "ausam in its warm-up": lambda: samx.ausam(0.2, 0.5, 64, warmup_steps=STEPS),
+    "random leaves, all of them": lambda: samx.sharpness_aware(
+        geometry.random_leaves(geometry.metric_ball(0.2), 1.0)
+    ),
 }
 EQUAL_TO_SAM |= EXACTLY_SAM | {
     "look_layer_sam, one length for all": lambda: samx.look_layer_sam(
@@ -104,6 +112,13 @@ def sam():
 def test_equal_to_sam(name):
     run = trained(EQUAL_TO_SAM[name])
     assert_same(run, trained(sam), atol=0 if name in EXACTLY_SAM else 1e-13)
+
+
+@pytest.mark.parametrize("groups", [1, lambda path, leaf: "all"])
+@pytest.mark.parametrize("base", [MOMENTUM, optax.adamw(0.01)])
+def test_sl_sam_of_every_layer_is_sam_exactly(groups, base):
+    run = problem.train(samx.sl_sam(base, 0.2, groups), STEPS)
+    assert_same(run, problem.train(optax.chain(sam(), base), STEPS), atol=0)
 
 
 EQUAL_TO_BASE = {
@@ -140,6 +155,15 @@ EQUAL_PAIRS = {
     "arsam that always samples": (
         lambda: samx.arsam(0.2, policy=policies.every(1), mixing=lambda age, step: 0.3),
         lambda: mix(sam(), 0.3),
+    ),
+    "esam of all tensors, and of no radius": (
+        lambda: samx.esam(0.0, 0.5, 1.0),
+        optax.identity,
+    ),
+    "ksam in groups of one": (lambda: samx.ksam(0.2, 16, num_groups=16), sam),
+    "ausam at once": (
+        lambda: samx.ausam(0.2, 0.5, 64, warmup_steps=0, ramp_steps=0, high=0.1),
+        lambda: samx.ausam(0.2, 0.5, 64, warmup_steps=0, ramp_steps=9, low=0.1, high=0.1),
     ),
     "vsam without reuse": (
         lambda: samx.vsam(0.2, reuse_steps=0, policy=policies.quota(**CONTROLLER)),

@@ -16,7 +16,7 @@ from samx._base import closure_transformation
 from samx._climb import DefaultRho, ascend, ball_of
 from samx._closures import Closure, LossesClosure, mean_loss, taken_anew
 from samx._devices import Own
-from samx._hyper import check_count
+from samx._hyper import check_count, check_share
 from samx._leaves import random_leaves
 from samx._sharp import perturbed, scores_at, value_and_grad_at
 from samx._subset import FORWARD, check_fraction, count_of, groups_here, mean_over_batch
@@ -117,6 +117,7 @@ def esam(
         paper states. `static_args`: `selected_fraction`, `select`, `sharp_pass`, `num_groups`,
         `key`, `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
     """
+    check_share("perturbed_fraction", perturbed_fraction)
     check_fraction("selected_fraction", selected_fraction)
     check_count("num_groups", num_groups)
     for keyword, value, allowed in (
