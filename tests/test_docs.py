@@ -12,7 +12,7 @@ import pytest
 
 import samx
 import samx.flax
-from samx import combinations, perturbations, policies
+from samx import combinations, perturbations, policies, selection
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,6 +24,7 @@ MODULES = {
     "perturbations": perturbations,
     "policies": policies,
     "combinations": combinations,
+    "selection": selection,
     "flax": samx.flax,
 }
 PUBLIC = [
