@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SUITES = {  # the fast part of each
-    "trajectories": ("test_trajectories.py", "test_recorded_run or test_schedules"),
+    "trajectories": (
+        "test_trajectories.py",
+        "test_recorded_run or test_schedules or test_sl_sam and nesterov and two",
+    ),
     "parallel": (
         "test_parallel.py",
         "(test_local_ascent_keeps or test_readings_of_local or test_weights_count_examples_in "
@@ -89,7 +92,7 @@ DEFECTS = {
     "sum over the devices instead of a mean": (
         "parallel",
         "_devices.py",
-        "equal = 1 / jax.lax.axis_size(self.axes)",
+        "equal = 1 / self.count",
         "equal = 1.0",
     ),
     "cast to varying left out": (
@@ -163,6 +166,30 @@ DEFECTS = {
         "variants/momentum_sam.py",
         "ball.update(optax.tree.scale(-1, v), ",
         "ball.update(v, ",
+    ),
+    "the smallest losses chosen": (
+        "trajectories",
+        "selection.py",
+        "axis=1, descending=True",
+        "axis=1, descending=False",
+    ),
+    "ESAM forgets its factor": (
+        "trajectories",
+        "_leaves.py",
+        "(e / beta).astype(e.dtype)",
+        "e.astype(e.dtype)",
+    ),
+    "AUSAM forgets what it saw": (
+        "trajectories",
+        "variants/ausam.py",
+        "jnp.where(is_warmup, 0, old)",
+        "jnp.zeros_like(old)",
+    ),
+    "SL-SAM moves the moments of every layer": (
+        "trajectories",
+        "variants/sl_sam.py",
+        "if next((is_active[t] for t in tails if t in is_active), True) else old",
+        "if next(tails, True) else old",
     ),
     "each device decides by itself": (
         "parallel",
