@@ -246,6 +246,24 @@ def weights_of(position: jax.Array, weights: Any, fraction: float = 1.0) -> Any:
     return _on_auto_axes(choose, num_groups * count, weights, position)
 
 
+def above_the_smallest(scores: jax.Array, weights: Any, num_groups: int) -> jax.Array:
+    """Weights `[G n]` of chosen examples, 0 for what is not above the smallest score of its group.
+
+    Of a group in which nothing is, all keep theirs; padding, of weight 0, has no say.
+    """
+    weights = jnp.ones_like(scores) if weights is None else weights
+
+    def choose(scores, weights):
+        scores, weights = (x.reshape(num_groups, -1) for x in (scores, weights))
+        counts = weights != 0
+        smallest = jnp.min(scores, axis=1, keepdims=True, where=counts, initial=jnp.inf)
+        above = counts & (scores > smallest)
+        above |= ~jnp.any(above, axis=1, keepdims=True)
+        return jnp.where(above, weights, 0).reshape(-1)
+
+    return _on_auto_axes(choose, scores.size, scores, weights)
+
+
 def group_size(name: str, batch: Any, num_groups: int) -> int:
     """The examples of each group, or a `ValueError` where that is no whole number."""
     check_count("num_groups", num_groups)

@@ -177,12 +177,15 @@ def test_few_examples_on_many_devices_are_not_spread():
 def make(name, **changes):
     if name == "ksam":
         return samx.ksam(0.1, **{"num_selected": 8} | changes)
-    if name == "esam":
+    if name.startswith("esam"):
+        if "," in name:
+            changes |= {"select": "strict", "sharp_pass": "whole"}
         return samx.esam(0.1, 0.6, **{"selected_fraction": 0.5} | changes)
     return samx.ausam(0.1, num_examples=64, **{"fraction": 0.5, "warmup_steps": 1} | changes)
 
 
 CHOOSING = ("ksam", "esam", "ausam")
+FORMS = (*CHOOSING, "esam, strict and whole")
 PADDED = [1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0.5, 2, 0, 0]
 
 
@@ -191,7 +194,7 @@ def first_batch():
     return problem.batch_at(data, 0), params
 
 
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("weights", [None, PADDED])
 def test_one_group_over_all_devices(name, axis_type, weights, float64):
@@ -213,7 +216,7 @@ def test_one_group_over_all_devices(name, axis_type, weights, float64):
         )
 
 
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_weights_on_devices(name, check_vma, float64):
     """Some devices have no example at all; one group on each."""
@@ -277,7 +280,8 @@ def test_ausam_draws_a_fraction_of_what_is_there():
 def test_ksam_says_what_its_losses_are():
     batch, params = first_batch()
     tx = samx.ksam(0.1, 4)
-    _, state = tx.update(params, tx.init(params), params, losses_fn=problem.losses_fn, batch=batch)
+    update = jax.jit(functools.partial(tx.update, losses_fn=problem.losses_fn, batch=batch))
+    _, state = update(params, tx.init(params), params)
     losses = problem.losses_fn(params, batch)
     np.testing.assert_allclose(state.readings.loss, losses.mean(), rtol=1e-5)
     np.testing.assert_allclose(state.selected_loss, jnp.sort(losses)[-4:].mean(), rtol=1e-5)
@@ -325,7 +329,8 @@ def test_strict_selection_leaves_the_smallest_out(num_groups, float64):
     increase = losses_fn(point, batch) - losses_fn(params, batch)
     for fraction, kept in ((0.5, 8 // num_groups - 1), (1 / 16, 1)):
         tx = samx.esam(0.1, 1.0, fraction, select="strict", num_groups=num_groups)
-        g_s, _ = tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=batch)
+        update = jax.jit(functools.partial(tx.update, losses_fn=losses_fn, batch=batch))
+        g_s, _ = update(params, tx.init(params), params)
         rows = jnp.argsort(-increase.reshape(num_groups, -1), axis=1)[:, :kept]
         rows = jnp.asarray(rows_of(rows, 16)).reshape(-1)
         expected = jax.grad(lambda p, rows=rows: losses_fn(p, batch)[rows].mean())(point)
@@ -341,7 +346,8 @@ def test_the_whole_sharp_pass_differs_where_examples_depend_on_each_other(float6
 
     def step(losses_fn, sharp_pass):
         tx = samx.esam(0.1, 1.0, sharp_pass=sharp_pass)
-        return tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=batch)[0]
+        update = jax.jit(functools.partial(tx.update, losses_fn=losses_fn, batch=batch))
+        return update(params, tx.init(params), params)[0]
 
     chex.assert_trees_all_close(
         *(step(problem.losses_fn, form) for form in ("subset", "whole")), rtol=1e-10, atol=1e-14

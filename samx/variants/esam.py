@@ -21,7 +21,7 @@ from samx._leaves import random_leaves
 from samx._sharp import perturbed, scores_at, value_and_grad_at
 from samx._subset import FORWARD, check_fraction, count_of, groups_here, mean_over_batch
 from samx.readings import Readings, no_readings, take_readings
-from samx.selection import largest, put, take, weights_of
+from samx.selection import above_the_smallest, largest, put, take, weights_of
 
 
 class ESAMState(NamedTuple):
@@ -152,24 +152,19 @@ def esam(
             position = largest(increase, groups * count, num_groups=groups, weights=weights)
             of_chosen = weights_of(position, weights, selected_fraction)
             if select == "strict":
-                above = _above_the_smallest(take(increase, position), groups)
-                of_chosen = above if of_chosen is None else above * of_chosen
+                of_chosen = above_the_smallest(take(increase, position), of_chosen, groups)
             return position, of_chosen
 
         grad_at = partial(value_and_grad_at, has_aux=True, perturb_dtype=perturb_dtype)
-        gradients = 2.0
-        if count == size:
-            (_, (_, after)), g_s = grad_at(value_fn, params, eps)
-            after = after.examples
-        elif sharp_pass == "whole" and losses_fn.num_microbatches == 1:
-            whole = _mean_of_chosen(losses_fn, batch, chosen)
-            (_, after), g_s = grad_at(whole, params, eps)
-            after = after.examples
+        is_whole = sharp_pass == "whole" and losses_fn.num_microbatches == 1
+        if count == size or is_whole:
+            sharp_fn = value_fn if count == size else _mean_of_chosen(losses_fn, batch, chosen)
+            (_, (_, own)), g_s = grad_at(sharp_fn, params, eps)
+            after, gradients = own.examples, 2.0
         else:
             after = scores_at(losses_fn, params, eps, batch, perturb_dtype)
             position, of_chosen = chosen(after)
-            subset = mean_loss(losses_fn, take(batch, position), of_chosen)
-            _, g_s = grad_at(subset, params, eps)
+            _, g_s = grad_at(mean_loss(losses_fn, take(batch, position), of_chosen), params, eps)
             gradients = 1 + FORWARD + count / size
 
         readings = take_readings(
@@ -188,14 +183,6 @@ def esam(
     return closure_transformation(init_fn, update_fn, name="esam")
 
 
-def _above_the_smallest(increase: jax.Array, num_groups: int) -> jax.Array:
-    """1 for what is above the smallest of its group, all of it where nothing is; otherwise 0."""
-    groups = increase.reshape(num_groups, -1)
-    above = groups > groups.min(axis=1, keepdims=True)
-    above |= ~above.any(axis=1, keepdims=True)
-    return above.astype(increase.dtype).reshape(-1)
-
-
 def _mean_of_chosen(losses_fn: LossesClosure, batch: Any, chosen: Any) -> Closure:
     """The mean loss of examples that are chosen by the very pass that differentiates it."""
     devices = losses_fn.devices
@@ -205,7 +192,8 @@ def _mean_of_chosen(losses_fn: LossesClosure, batch: Any, chosen: Any) -> Closur
         position, weights = chosen(jax.lax.stop_gradient(losses))
         ones = jnp.ones(position.size, losses.dtype) if weights is None else weights
         kept = put(ones, position, losses.size)
-        total = devices.total(jnp.sum(kept)) / devices.count
-        return jnp.sum(losses * kept) / jnp.where(total == 0, 1, total), Own(losses)
+        mean_total = devices.total(jnp.sum(kept)) / devices.count
+        mean = jnp.sum(losses * kept) / jnp.where(mean_total == 0, 1, mean_total)
+        return mean, (None, Own(losses))
 
     return Closure(own, devices)
