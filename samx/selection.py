@@ -115,7 +115,7 @@ def sampled(
         >>> from samx.selection import sampled
         >>> noise = jax.random.gumbel(jax.random.key(0), (4,))
         >>> sampled(jnp.array([0.5, 0.0, 0.5, 0.0]), noise, 2).tolist()
-        [[2, 0]]
+        [[0, 2]]
 
     References:
         Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them", ICML 2019,
