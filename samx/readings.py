@@ -25,7 +25,8 @@ class Readings(NamedTuple):
 
     Attributes:
         loss: Loss at the parameters, `value` of the caller; infinity if it was not passed.
-        sharp_loss: Loss at the perturbed point, the same examples.
+        sharp_loss: Loss at the perturbed point, the same examples (`ksam`: the chosen ones, whose
+            loss at the parameters is `selected_loss` of its state).
         grad_norm: L2 norm of the gradient at the parameters, ‖g‖.
         sharp_grad_norm: L2 norm of the sharp gradient, ‖g_s‖.
         perturbation_norm: L2 norm of the perturbation that the closure really saw, ‖(w + ε) − w‖:
@@ -34,7 +35,8 @@ class Readings(NamedTuple):
             the one between `g` and `g_s`; 0 if one of them is zero.
         is_sharp: Whether the last step computed a sharp gradient.
         gradients_spent: Gradients since `init`, in passes over one batch (the caller's included,
-            if the variant uses it); float32, so exact up to 2²⁴.
+            if the variant uses it); of half of the examples half a one, and a forward pass alone is
+            a third; float32, so exact up to 2²⁴.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx

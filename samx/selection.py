@@ -69,7 +69,6 @@ def largest(
         )
 
     def choose(scores, weights):
-        scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
         if weights is not None:
             least = jnp.finfo(scores.dtype).min
             scores = jnp.where(weights == 0, -jnp.inf, jnp.maximum(scores, least))

@@ -196,12 +196,15 @@ def linen_training(build, batch_like, rate=0.5, axis_name=None, is_mapped=False)
         value_and_grad = value_and_grad if is_mapped else jax.value_and_grad
         (value, statistics), grads = value_and_grad(value_fn, has_aux=True)(state.params)
         statistics = samx.axis_mean(statistics, "data") if is_mapped else statistics
-        state = state.apply_gradients(
-            grads=grads, value=value, losses_fn=losses_fn, batch=batch, batch_stats=statistics
-        )
+        closures = {"losses_fn": losses_fn, "batch": batch, "index": index_of(batch)}
+        state = state.apply_gradients(grads=grads, value=value, batch_stats=statistics, **closures)
         return state, optax.tree.get(state.opt_state, "loss")
 
     return step, state, lambda state: (state.params, state.batch_stats)
+
+
+def index_of(batch):
+    return jnp.arange(len(jax.tree.leaves(batch)[0]))
 
 
 def nnx_training(build, batch_like, rate=0.5, axis_name=None, is_mapped=False):
@@ -216,7 +219,8 @@ def nnx_training(build, batch_like, rate=0.5, axis_name=None, is_mapped=False):
         value, grads = nnx.value_and_grad(lambda model: losses_of(model, batch).mean())(model)
         if is_mapped:
             nnx.update(model, samx.axis_mean(samx.flax.statistics(model), "data"))
-        optimizer.update(model, grads, value=value, losses_fn=losses_fn, batch=batch)
+        closures = {"losses_fn": losses_fn, "batch": batch, "index": index_of(batch)}
+        optimizer.update(model, grads, value=value, **closures)
         samx.flax.keep_aux(model, optimizer)
         _, *state = nnx.split((model, optimizer), nnx.Param, nnx.BatchStat, ...)
         return nnx.as_pure(state), optax.tree.get(nnx.as_pure(optimizer.opt_state), "loss")
@@ -228,10 +232,13 @@ PASSES = {"linen": linen_pass, "nnx": lambda rate, is_mapped=False: nnx_pass(Nnx
 TRAININGS = {"linen": linen_training, "nnx": nnx_training}
 
 
-def variant(name, wrap=lambda tx: tx):
+KEEPS_AUX = ("sampa", "momentum_sam", "ausam", "sl_sam")
+
+
+def variant(name, wrap=lambda tx: tx, **changes):
     def build(batch_like, statistics):
-        aux_like = {"aux_like": statistics} if name in ("sampa", "momentum_sam") else {}
-        return wrap(VARIANTS[name].build(batch_like=batch_like, **aux_like))
+        aux_like = {"aux_like": statistics} if name in KEEPS_AUX else {}
+        return wrap(VARIANTS[name].build(batch_like=batch_like, **aux_like, **changes))
 
     return build
 
@@ -276,6 +283,17 @@ every_api = pytest.mark.parametrize("api", TRAININGS)
 )
 def test_losses_parameters_and_statistics_are_those_of_a_loop_by_hand(api, name):
     assert_same(samx_run(api, name), hand_run(api, name, 0.5))
+
+
+@every_api
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("ausam", {"fraction": 1.0, "num_groups": 1}), ("sl_sam", {"groups": 1})],
+)
+def test_on_everything_they_keep_what_sam_is_given(api, name, changes):
+    """Statistics included, which these two take from their own clean pass."""
+    step, state, read = TRAININGS[api](variant(name, **changes), batches(1)[0])
+    assert_same(run(jax.jit(step), state, read, batches()), samx_run(api, "sam"))
 
 
 @every_api

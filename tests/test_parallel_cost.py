@@ -144,6 +144,16 @@ def test_flops_per_device_are_those_of_its_share(name, regime):
     assert flops(compiled(name, regime)) == pytest.approx(share_of(name), rel=0.05)
 
 
+@pytest.mark.parametrize("regime", ["shard_map", "auto"])
+def test_a_device_draws_from_its_share(regime, monkeypatch):
+    """AUSAM behind its warm-up; the score tables are kept alike by a few numbers per example."""
+    monkeypatch.setattr(jax.lax, "cond", lambda _, *sides: sides[1]())
+    program = compiled.__wrapped__("ausam", regime)
+    assert flops(program) == pytest.approx(one_pass(8), rel=0.05)
+    sent = sum(communicated_bytes(program).values()) - 2 * parameter_bytes()
+    assert 0 < sent <= 6 * 4 * len(large_problem()[1]["y"]) + SCALARS
+
+
 @pytest.mark.parametrize("regime", ["shard_map", "auto", "explicit"])
 @pytest.mark.parametrize("shape", [(2,), (2, 4)])
 def test_a_pair_costs_one_pass(regime, shape):

@@ -45,8 +45,8 @@ def test_largest_of_each_group(num_groups, num_selected):
 
 
 def test_ties_and_what_is_no_number():
-    scores = jnp.array([1.0, jnp.nan, 1.0, jnp.inf, 1.0, -jnp.inf])
-    assert largest(scores, 5).tolist() == [[1, 3, 0, 2, 4]]
+    scores = jnp.array([1.0, jnp.inf, 1.0, jnp.nan, 1.0, -jnp.inf])
+    assert largest(scores, 5).tolist() == [[3, 1, 0, 2, 4]]
 
 
 def test_padding_is_chosen_last():
