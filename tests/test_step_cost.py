@@ -9,8 +9,8 @@ import optax
 import pytest
 import step_cost
 from flax import nnx
+from passes import Counter, Forks
 from registry import BASES, VARIANTS, Setting, Variant
-from step_cost import Counter, Forks
 
 import samx
 
