@@ -192,9 +192,9 @@ DEFECTS = {
     "AUSAM forgets what it saw": (
         "trajectories",
         "test_recorded_run and ausam",
-        "variants/ausam.py",
-        "jnp.where(is_warmup, 0, old)",
-        "jnp.zeros_like(old)",
+        "_scores.py",
+        "old = jnp.where(starts_anew, 0, ",
+        "old = 0 * (",
     ),
     "SL-SAM moves the moments of every layer": (
         "trajectories",

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
 from samx._base import closure_transformation
 from samx._climb import DefaultRho, ball_of
 from samx._held import check_like, first_aux
-from samx._hyper import as_key, at_step, check_count, check_number, next_step
+from samx._hyper import as_key, check_count, check_number, next_step
+from samx._scores import places_of, probabilities, recorded, weight_range
 from samx._subset import check_fraction, count_of, groups_here, sam_step
 from samx._tree import is_inexact
 from samx.readings import Readings, no_readings
@@ -171,8 +171,7 @@ def ausam(
         epoch = -(-num_examples // (own * devices.count))
         warmup = epoch if warmup_steps is None else warmup_steps
         ramp = RAMP_EPOCHS * epoch if ramp_steps is None else ramp_steps
-        place = devices.gathered(_places(index, own, num_examples, weights))
-        total, taken = (x.at[place].get(mode="clip") for x in (state.total, state.count))
+        place = devices.gathered(places_of(index, own, num_examples, weights))
 
         def step_on(batch, weights, share):
             step = sam_step(
@@ -188,7 +187,7 @@ def ausam(
             )
             aux = None if aux_like is None else step.aux
             check_like("ausam", "aux", aux, state.aux, "it is the aux of `losses_fn`")
-            rise = jnp.abs(step.sharp_losses - step.losses).astype(total.dtype)
+            rise = jnp.abs(step.sharp_losses - step.losses).astype(state.total.dtype)
             return (step.updates, step.perturbation, step.readings, aux), rise
 
         def on_everything():
@@ -196,11 +195,11 @@ def ausam(
             return step, rise, jnp.ones_like(rise)
 
         def on_a_draw():
-            bottom, top = _range(low, high, state.step, ramp)
             noise = jax.random.gumbel(jax.random.fold_in(state.key, state.step), place.shape)
-            scores, is_there = devices.part(total / taken), devices.part(place) < num_examples
+            total, counts = (x.at[place].get(mode="clip") for x in (state.total, state.count))
+            scores, is_there = devices.part(total / counts), devices.part(place) < num_examples
             position = sampled(
-                probabilities(scores, is_there, groups, bottom, top),
+                probabilities(scores, is_there, groups, *weight_range(low, high, state.step, ramp)),
                 devices.part(noise),
                 groups * count,
                 num_groups=groups,
@@ -218,12 +217,8 @@ def ausam(
         updates, ball_state, readings, aux = step
 
         rise, is_drawn = devices.gathered(rise), devices.gathered(is_drawn)
-        place_of_drawn = jnp.where(is_drawn != 0, place, num_examples)
-
-        def grown(table, old, more):
-            """Twice the same example counts twice, so there is no writing over."""
-            kept = table.at[place_of_drawn].set(jnp.where(is_warmup, 0, old), mode="drop")
-            return kept.at[place_of_drawn].add(more, mode="drop")
+        drawn = jnp.where(is_drawn != 0, place, num_examples)
+        total, counts = recorded((state.total, state.count), drawn, rise, is_warmup)
 
         is_outside = jnp.any(place > num_examples)
         updates = jax.tree.map(
@@ -233,51 +228,11 @@ def ausam(
         return updates, AUSAMState(
             step=next_step(state.step),
             key=state.key,
-            total=grown(state.total, total, rise),
-            count=grown(state.count, taken, 1),
+            total=total,
+            count=counts,
             perturbation=ball_state,
             aux=aux,
             readings=readings,
         )
 
     return closure_transformation(init_fn, update_fn, name="ausam")
-
-
-def _range(low: Any, high: Any, step: jax.Array, ramp_steps: int) -> tuple[Any, Any]:
-    """The weights of the lowest and of the highest score at a step."""
-    low, high = at_step(low, step), at_step(high, step)
-    ramp = jnp.minimum(step / ramp_steps, 1) if ramp_steps else 1
-    return low, low + (high - low) * ramp
-
-
-def probabilities(
-    scores: jax.Array, is_there: jax.Array, num_groups: int, low: Any, high: Any
-) -> jax.Array:
-    """Scores `[B]`, in each group scaled to `[low, high]`, and to the sum 1."""
-    scores, is_there = (x.reshape(num_groups, -1) for x in (scores, is_there))
-    smallest = jnp.min(scores, axis=1, keepdims=True, where=is_there, initial=jnp.inf)
-    largest = jnp.max(scores, axis=1, keepdims=True, where=is_there, initial=-jnp.inf)
-    spread = largest - smallest
-    scaled = (scores - smallest) / jnp.where(spread > 0, spread, 1)
-    weights = jnp.where(is_there & (spread > 0), low + scaled * (high - low), is_there)
-    return (weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-30)).reshape(-1)
-
-
-def _places(index: Any, size: int, num_examples: int, weights: Any) -> jax.Array:
-    """Places in the table; `num_examples` for padding, one more for what lies outside of it."""
-    index = jnp.asarray(index)
-    if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(f"ausam: `index` must be of integers, got {index.dtype}")
-    if index.shape != (size,):
-        raise ValueError(
-            f"ausam: `index` must have one position per example, shape ({size},), got {index.shape}"
-        )
-    is_padding = jnp.zeros(size, bool) if weights is None else weights == 0
-    is_outside = ~is_padding & ((index < 0) | (index >= num_examples))
-    if not isinstance(is_outside, Tracer) and jnp.any(is_outside):
-        raise ValueError(
-            f"ausam: `index` must be in [0, {num_examples}), the positions of `num_examples` "
-            f"examples, got {index[is_outside][0]}"
-        )
-    place = jnp.where(is_padding, num_examples, index)
-    return jnp.where(is_outside, num_examples + 1, place).astype(jnp.int32)
