@@ -1,6 +1,6 @@
 """SL-SAM: SAM on a few layers per step, which a bandit chooses by their gradients.
 
-Cheng, Yang, Wang, Huang, Ma, Yu, Cao, Shen. "SL-SAM", 2026. https://arxiv.org/abs/2602.09395
+Cheng, Yang, Wang, Huang, Ma, Yu, Cao, Shen. Sparse-layer SAM, 2026. https://arxiv.org/abs/2602.09395
 """
 
 from functools import partial
