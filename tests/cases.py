@@ -118,7 +118,9 @@ VARIANTS = {
     ),
     "sampa": SAMPA,
     # The same, computed or measured differently: every row must keep the whole contract.
-    "sampa, separate": replace(SAMPA, factory=partial(samx.sampa, gradients="separate")),
+    "sampa, separate": replace(
+        SAMPA, factory=partial(samx.sampa, gradients="separate"), like="sampa"
+    ),
     "two ascent steps": replace(SAM, factory=_ball(metric_ball, ascent_steps=2), passes=(2, 2)),
     "layerwise": replace(
         SAM,
