@@ -45,3 +45,10 @@ def check_like(name: str, keyword: str, value: Any, like: Any, fix: str) -> None
             f"{name}: `{keyword}` must have the shapes and dtypes of `{keyword}_like`, "
             f"{describe(like)}, got {describe(value)}; {fix}"
         )
+
+
+def kept_aux(name: str, aux: Any, aux_like: Any, held: Any, closure: str = "value_fn") -> Any:
+    """The aux of a pass for a state that has held `held`; nothing if none was asked for."""
+    aux = None if aux_like is None else aux
+    check_like(name, "aux", aux, held, f"it is the aux of `{closure}`")
+    return aux

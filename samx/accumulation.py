@@ -6,7 +6,7 @@ import optax
 
 from samx._base import closure_transformation
 from samx._closures import batch_size, mean_loss, taken_anew
-from samx._held import check_like, first_aux
+from samx._held import first_aux, kept_aux
 from samx._hyper import check_count
 
 
@@ -102,7 +102,7 @@ def accumulate(
         extra |= {"losses_fn": losses_fn, "batch": batch, "weights": weights} | keywords
         if aux_like is None:
             return inner.update(extra["grad"], state, params, **extra)
-        check_like("accumulate", "aux", aux, state.aux, "it is the aux of `losses_fn`")
+        aux = kept_aux("accumulate", aux, aux_like, state.aux, "losses_fn")
         updates, inner_state = inner.update(extra["grad"], state.inner, params, **extra)
         return updates, AccumulateState(inner_state, aux)
 

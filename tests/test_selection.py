@@ -194,6 +194,16 @@ def first_batch():
     return problem.batch_at(data, 0), params
 
 
+def assert_same_steps(found, expected):
+    """Parameters and states after each step."""
+    for after, wanted in zip(found, expected, strict=True):
+        chex.assert_trees_all_close(
+            *(jax.tree.map(np.asarray, problem.as_numbers(x[:2])) for x in (after, wanted)),
+            rtol=1e-10,
+            atol=1e-10,
+        )
+
+
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("weights", [None, PADDED])
@@ -208,12 +218,7 @@ def test_one_group_over_all_devices(name, axis_type, weights, float64):
 
     found = regimes.sharded_jit(build, params, batches, axis_type)
     expected = regimes.single(build, params, batches)
-    for after, wanted in zip(found, expected, strict=True):
-        chex.assert_trees_all_close(
-            *(jax.tree.map(np.asarray, problem.as_numbers(x[:2])) for x in (after, wanted)),
-            rtol=1e-10,
-            atol=1e-10,
-        )
+    assert_same_steps(found, expected)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -228,12 +233,7 @@ def test_weights_on_devices(name, check_vma, float64):
 
     found = regimes.shard_map(build, params, batches, check_vma)
     expected = regimes.single(build, params, batches)
-    for after, wanted in zip(found, expected, strict=True):
-        chex.assert_trees_all_close(
-            *(jax.tree.map(np.asarray, problem.as_numbers(x[:2])) for x in (after, wanted)),
-            rtol=1e-10,
-            atol=1e-10,
-        )
+    assert_same_steps(found, expected)
 
 
 @pytest.mark.parametrize("name", CHOOSING)

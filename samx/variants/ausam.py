@@ -12,7 +12,7 @@ import optax
 
 from samx._base import closure_transformation
 from samx._climb import DefaultRho, ball_of
-from samx._held import check_like, first_aux
+from samx._held import first_aux, kept_aux
 from samx._hyper import as_key, check_count, check_number, next_step
 from samx._scores import places_of, probabilities, recorded, weight_range
 from samx._subset import check_fraction, count_of, groups_here, sam_step
@@ -185,8 +185,7 @@ def ausam(
                 perturb_dtype=perturb_dtype,
                 extra=extra,
             )
-            aux = None if aux_like is None else step.aux
-            check_like("ausam", "aux", aux, state.aux, "it is the aux of `losses_fn`")
+            aux = kept_aux("ausam", step.aux, aux_like, state.aux, "losses_fn")
             rise = jnp.abs(step.sharp_losses - step.losses).astype(state.total.dtype)
             return (step.updates, step.perturbation, step.readings, aux), rise
 

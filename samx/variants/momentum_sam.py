@@ -13,7 +13,7 @@ import optax
 
 from samx._base import as_transformation, base_keywords, closure_transformation
 from samx._climb import DefaultRho, ball_of
-from samx._held import check_like, first_aux
+from samx._held import first_aux, kept_aux
 from samx._sharp import perturbed, value_and_grad_at
 from samx.readings import Readings, no_readings, take_readings
 
@@ -122,8 +122,7 @@ def momentum_sam(
         (loss, aux), g_s = value_and_grad_at(
             value_fn, params, eps, has_aux=True, perturb_dtype=perturb_dtype
         )
-        aux = None if aux_like is None else aux
-        check_like("momentum_sam", "aux", aux, state.aux, "it is the aux of `value_fn`")
+        aux = kept_aux("momentum_sam", aux, aux_like, state.aux)
         keywords = base_keywords("momentum_sam", {"value_fn": value_fn, **keywords})
         updates, base_state = base.update(g_s, state.base, params, **keywords)
 

@@ -15,7 +15,7 @@ from samx import _tree
 from samx._base import as_transformation, base_keywords, closure_transformation
 from samx._climb import DefaultRho, ball_of
 from samx._closures import batch_size, mean_loss, unit_weights
-from samx._held import HeldBatch, check_like, first_aux
+from samx._held import HeldBatch, check_like, first_aux, kept_aux
 from samx._hyper import at_step, check_number, next_step
 from samx._pairs import check_pair_sharding, evaluate_pair, with_pair_axis
 from samx._sharp import perturbed, value_and_grad_at
@@ -188,7 +188,7 @@ def sampa(
         )
         sharp_loss, _, g_s = at_x
         loss, aux, g_y = at_y
-        check_like("sampa", "aux", aux, state.aux, "it is the aux of `losses_fn`")
+        aux = kept_aux("sampa", aux, aux_like, state.aux, "losses_fn")
 
         mixed = jax.tree.map(lambda s, y: ((1 - lam_t) * s + lam_t * y).astype(s.dtype), g_s, g_y)
         updates, base_state = base.update(mixed, state.base, params, **keywords)

@@ -14,7 +14,7 @@ from samx import _tree
 from samx._base import as_transformation, base_keywords, closure_transformation
 from samx._climb import DefaultRho, ascend, ball_of
 from samx._closures import Closure, taken_anew
-from samx._held import check_like, first_aux
+from samx._held import first_aux, kept_aux
 from samx._hyper import as_key, at_step, check_number, next_step
 from samx._layers import LayerGroups, check_groups, filled, groups_of, only
 from samx._sharp import perturbed, value_and_grad_at
@@ -174,8 +174,7 @@ def sl_sam(
                 lambda part: value_fn.own(filled(part, params)), value_fn.devices, value_fn.weights
             )
             seen, aux = taken_anew(part_fn, part)
-            aux = None if aux_like is None else aux
-            check_like("sl_sam", "aux", aux, state.aux, "it is the aux of `value_fn`")
+            aux = kept_aux("sl_sam", aux, aux_like, state.aux)
             g, ascent_grad = seen["grad"], seen.get("ascent_grad", seen["grad"])
             g_whole = filled(g, zeros)
             climbed = g_whole if ascent_grad is g else filled(ascent_grad, zeros)
