@@ -113,8 +113,9 @@ def esam(
         A step that draws no tensor perturbs all of them: the authors' code fails there. The groups
         are those of the whole batch in every regime, see `ksam`.
         Fidelity: matches dydjw9/Efficient_SAM with `select="strict"` and
-        `perturbation=metric_ball(rho, norm_eps=1e-7)`, its draws replayed; "exact" is what the
-        paper states. `static_args`: `selected_fraction`, `select`, `sharp_pass`, `num_groups`,
+        `perturbation=metric_ball(rho, norm_eps=1e-7)`, its draws replayed. The paper
+        was not read: that it selects a fraction of exactly γ, as "exact" does, is what secondary
+        sources say. `static_args`: `selected_fraction`, `select`, `sharp_pass`, `num_groups`,
         `key`, `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
     """
     check_share("perturbed_fraction", perturbed_fraction)
