@@ -138,7 +138,8 @@ def ausam(
         warm-up, so do not return a loss of your own. The groups are those of the whole batch in
         every regime, see `ksam`.
         Fidelity: matches ajiaaa/AUSAM, score table and probabilities included, its draws replayed.
-        The paper was not read. Its ramp rises once per epoch; for that pass `high` as a schedule and `ramp_steps=0`.
+        The paper was not read. The code's ramp rises once per epoch; for that pass `high` as a
+        schedule and `ramp_steps=0`.
         `static_args`: `fraction`, `num_examples`, `warmup_steps`, `ramp_steps`, `num_groups`,
         `key`, `aux_like`, `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
     """
