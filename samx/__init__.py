@@ -14,7 +14,7 @@ Every variant is an `optax.GradientTransformationExtraArgs` whose `update` takes
 closure, `value_fn=lambda params: ...`; most stand first in an `optax.chain`.
 """
 
-from samx import combinations, perturbations, policies, selection
+from samx import combinations, mup, perturbations, policies, schedules, selection
 from samx._base import check_closures, closure_transformation
 from samx._held import HeldBatch
 from samx._sharp import is_sharp_pass, value_and_grad_at
@@ -23,46 +23,69 @@ from samx.parallel import axis_mean, data_parallel, state_specs, value_and_grad
 from samx.precision import scale_loss
 from samx.readings import Readings
 from samx.skipping import perturb_if
+from samx.variants.adasam import adasam
 from samx.variants.ae_sam import ae_looksam, ae_sam
 from samx.variants.arsam import arsam
 from samx.variants.asam import asam
 from samx.variants.ausam import ausam
 from samx.variants.esam import esam
+from samx.variants.friendly_sam import friendly_sam
+from samx.variants.gsam import gsam
 from samx.variants.ksam import ksam
+from samx.variants.lightsam import lightsam_adagrad, lightsam_adam, lightsam_norm
 from samx.variants.looksam import look_layer_sam, looksam
 from samx.variants.momentum_sam import momentum_sam
+from samx.variants.monge_sam import monge_sam
+from samx.variants.msam import msam
+from samx.variants.mup_sam import mup_sam
 from samx.variants.sam import sam, sharpness_aware
 from samx.variants.sampa import sampa
 from samx.variants.sl_sam import sl_sam
+from samx.variants.stable_sam import stable_sam
 from samx.variants.vsam import vsam
+from samx.variants.wsam import coupled_wsam, wsam
 from samx.wrappers import skip_nonfinite, with_base
 
 __version__ = "0.1.0"
 
 __all__ = [
     # Variants
+    "adasam",
     "ae_looksam",
     "ae_sam",
     "arsam",
     "asam",
     "ausam",
+    "coupled_wsam",
     "esam",
+    "friendly_sam",
+    "gsam",
     "ksam",
+    "lightsam_adagrad",
+    "lightsam_adam",
+    "lightsam_norm",
     "look_layer_sam",
     "looksam",
     "momentum_sam",
+    "monge_sam",
+    "msam",
+    "mup_sam",
     "sam",
     "sampa",
     "sharpness_aware",
     "sl_sam",
+    "stable_sam",
     "vsam",
+    "wsam",
     # Building blocks
     "closure_transformation",
     "combinations",
     "is_sharp_pass",
+    "mup",
     "perturb_if",
     "perturbations",
     "policies",
+    "schedules",
     "selection",
     "value_and_grad_at",
     # Around an optimizer

@@ -6,17 +6,19 @@ from typing import Any
 import optax
 
 from samx._base import as_transformation
-from samx.perturbations import metric_ball
+from samx._balls import metric_ball
 
 
 class DefaultRho(float):
     """A radius that nobody chose: tells a default apart from the same number passed."""
 
 
-def ball_of(name: str, rho: Any, perturbation: Any) -> optax.GradientTransformationExtraArgs:
-    """The perturbation that a factory was given, or the L2 ball of radius `rho`: never both."""
+def ball_of(
+    name: str, rho: Any, perturbation: Any, ball: Callable[[Any], Any] = metric_ball
+) -> optax.GradientTransformationExtraArgs:
+    """The perturbation that a factory was given, or the ball of radius `rho`: never both."""
     if perturbation is None:
-        return metric_ball(rho)
+        return ball(rho)
     if not isinstance(rho, DefaultRho):
         raise ValueError(
             f"{name}: got `rho` together with `perturbation`, but the radius has one home; leave "

@@ -72,9 +72,7 @@ class LossesClosure(NamedTuple):
         """The losses `[B]` in float32 or wider, without a gradient and a microbatch at a time."""
         if self.num_microbatches == 1:
             return _tree.widen(self(params, batch))
-        fn = partial(self, params)
-        size = batch_size("losses_fn", batch)
-        return _tree.widen(each(fn, self.num_microbatches, size, batch))
+        return _tree.widen(each(partial(self, params), self.num_microbatches, batch))
 
 
 def loss_and_aux(result: Any) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """Hyperparameters: numbers or schedules, checked while they are Python numbers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,11 @@ def at_step(value: optax.ScalarOrSchedule, step: jax.Array) -> Any:
     In 64-bit mode the schedule gets an int64: a division of int32 would round it to float32.
     """
     return value(step.astype(int)) if callable(value) else value
+
+
+def made_of(value: optax.ScalarOrSchedule, fn: Callable[[Any], Any]) -> Any:
+    """A hyperparameter that is a function of another one, of a number or of its schedule."""
+    return (lambda step: fn(value(step))) if callable(value) else fn(value)
 
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:

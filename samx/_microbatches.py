@@ -33,10 +33,32 @@ def _joined(x: jax.Array) -> jax.Array:
     return x.reshape(shape)
 
 
-def each(fn: Callable[[Any], jax.Array], num_microbatches: int, size: int, batch: Any) -> jax.Array:
+def each(fn: Callable[[Any], jax.Array], num_microbatches: int, batch: Any) -> jax.Array:
     """One number per example, `fn(batch)`, one microbatch at a time."""
-    parts = jax.tree.map(partial(_strided, size // num_microbatches), batch)
-    return _joined(jax.lax.map(fn, parts))
+    return _joined(jax.lax.map(fn, strided(num_microbatches, batch)))
+
+
+def strided(num_microbatches: int, tree: Any) -> Any:
+    """`[B, ...]` as `[K, B / K, ...]`: microbatch j holds the examples j, j + K, j + 2K, ..."""
+    size = jnp.shape(jax.tree.leaves(tree)[0])[0] // num_microbatches
+    return jax.tree.map(partial(_strided, size), tree)
+
+
+def joined_aux(auxes: Any) -> Any:
+    """The aux of a batch of those of its microbatches, `[K, ...]`.
+
+    Means of floating leaves, the last one of others; `Own` back in the order of the examples.
+    """
+
+    def join(x):
+        if is_own(x):
+            return jax.tree.map(_joined, x)
+        return x.mean(0) if _tree.is_inexact(x) else x[-1]
+
+    def is_own(node):
+        return isinstance(node, Own)
+
+    return jax.tree.map(join, auxes, is_leaf=is_own)
 
 
 def accumulated(
@@ -49,13 +71,12 @@ def accumulated(
     """The mean loss and aux, their gradient taken one microbatch at a time."""
     total = jnp.sum(weights)
     weights = weights / jnp.where(total == 0, 1, total)
-    size, rest = divmod(weights.shape[0], num_microbatches)
-    if rest:
+    if weights.shape[0] % num_microbatches:
         raise ValueError(
             f"accumulate: `num_microbatches` must divide the {weights.shape[0]} examples that each "
             f"gradient is taken over, got {num_microbatches}"
         )
-    microbatches = jax.tree.map(partial(_strided, size), (batch, weights))
+    microbatches = strided(num_microbatches, (batch, weights))
 
     def part(params, microbatch):
         batch, weights = microbatch
@@ -63,16 +84,8 @@ def accumulated(
         return jnp.sum(_tree.widen(losses) * weights), aux
 
     def whole(parts):
-        def join(x):
-            if is_own(x):
-                return jax.tree.map(_joined, x)
-            return x.mean(0) if _tree.is_inexact(x) else x[-1]
-
-        def is_own(node):
-            return isinstance(node, Own)
-
         losses, auxes = parts
-        return jnp.sum(losses), jax.tree.map(join, auxes, is_leaf=is_own)
+        return jnp.sum(losses), joined_aux(auxes)
 
     @jax.custom_vjp
     def loss_and_aux(params, microbatches):

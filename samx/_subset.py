@@ -22,6 +22,7 @@ class SamStep(NamedTuple):
 
     Attributes:
         updates: The sharp gradient.
+        gradient: The gradient at w.
         perturbation: State of the perturbation.
         readings: Those of SAM on these examples.
         losses: `[B]` at w, the device's own.
@@ -30,6 +31,7 @@ class SamStep(NamedTuple):
     """
 
     updates: optax.Updates
+    gradient: optax.Updates
     perturbation: optax.OptState
     readings: Readings
     losses: jax.Array
@@ -73,7 +75,7 @@ def sam_step(
         gradients=gradients,
         mean_of_ascents=value_fn.mean_of_ascents,
     )
-    return SamStep(g_s, ball, readings, losses.examples, sharp_losses.examples, aux)
+    return SamStep(g_s, g, ball, readings, losses.examples, sharp_losses.examples, aux)
 
 
 def groups_here(

@@ -59,6 +59,12 @@ def add_scaled(a: Any, scale: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: (widen(x) + scale * widen(y)).astype(x.dtype), a, b)
 
 
+def reject(a: Any, b: Any) -> Any:
+    """The part of `a` across `b`, `a − (⟨b, a⟩ / ‖b‖²) b`, in the dtypes of `a`."""
+    square = dot(b, b)
+    return add_scaled(a, -dot(b, a) / jnp.where(square == 0, 1, square), b)
+
+
 def on_line(a: Any, b: Any, weight: Any) -> Any:
     """`a + weight·(b − a)` in the dtypes of `b`; `b` to the last bit where the weight is 1."""
     return add_scaled(b, weight - 1, subtract(b, a))

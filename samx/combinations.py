@@ -1,7 +1,7 @@
 """Combinations: what the base optimizer gets of the gradient and the sharp gradient."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,16 @@ from samx import _tree
 from samx._base import as_transformation, check_in_front, closure_transformation
 from samx._hyper import at_step, check_count, check_number, next_step
 
-__all__ = ["decaying", "mix"]
+__all__ = ["decaying", "mix", "renormalized", "surrogate_gap"]
 
 Mixing: TypeAlias = Callable[[jax.Array, jax.Array], Any]
 
 
-class MixState(NamedTuple):
-    """State of `mix`.
+class CombinationState(NamedTuple):
+    """State of a combination.
 
     Attributes:
-        step: int32, optimizer steps so far; the schedule of `weight` runs on it.
+        step: int32, optimizer steps so far; schedules run on it.
         inner: State of the transformation.
     """
 
@@ -29,7 +29,7 @@ class MixState(NamedTuple):
 
 
 def mix(
-    inner: optax.GradientTransformation, weight: optax.ScalarOrSchedule
+    inner: optax.GradientTransformation, weight: optax.ScalarOrSchedule, *, name: str = "mix"
 ) -> optax.GradientTransformationExtraArgs:
     """More or less of the sharp gradient: a straight line through both gradients.
 
@@ -39,6 +39,7 @@ def mix(
         inner: A sharpness-aware transformation that stands first in a chain, such as `samx.sam`.
         weight: γ ≥ 0, a number or a schedule over the optimizer's steps: 0 is the gradient, 1 the
             sharp gradient, more than 1 goes beyond it.
+        name: What error messages call it.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs what
@@ -64,22 +65,132 @@ def mix(
 
     Notes:
         Cost: that of `inner`, and elementwise work. G-RST's line is inferred from its abstract.
-        `static_args`: `inner`.
+        `static_args`: `inner`, `name`.
     """
     check_number("weight", weight, 0)
-    inner = as_transformation("mix", "inner", inner)
+
+    def combine(g, g_s, step):
+        return _tree.on_line(g, g_s, at_step(weight, step))
+
+    return _combination(name, inner, combine)
+
+
+def surrogate_gap(
+    inner: optax.GradientTransformation,
+    alpha: optax.ScalarOrSchedule,
+    descend: Literal["sharp", "clean"] = "sharp",
+    *,
+    name: str = "surrogate_gap",
+) -> optax.GradientTransformationExtraArgs:
+    """Descend one of both losses, and, across its gradient, also the gap between them: GSAM's.
+
+        g_s = inner(g)
+        "sharp":  return g_s − α (g − (⟨g, g_s⟩ / ‖g_s‖²) g_s)
+        "clean":  return g + α (g_s − (⟨g_s, g⟩ / ‖g‖²) g)
+
+    Args:
+        inner: A sharpness-aware transformation that stands first in a chain, such as `samx.sam`.
+        alpha: α ≥ 0, a number or a schedule over the optimizer's steps; 0 is `inner`, with "clean"
+            the base optimizer.
+        descend: Which loss is descended along its own gradient; default "sharp".
+        name: What error messages call it.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs what
+        `inner` needs.
+
+    Raises:
+        ValueError: If `alpha` is a negative number, or `descend` unknown; in `init`, if `inner`
+            wraps a base.
+        TypeError: If `alpha` is neither number nor schedule, or `inner` no transformation.
+
+    Example:
+        The gap of ASAM, on every second step:
+
+        >>> import samx
+        >>> gap = samx.combinations.surrogate_gap(samx.asam(0.5), alpha=0.2)
+        >>> tx = samx.perturb_if(samx.policies.every(2), gap)
+
+    References:
+        Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022,
+        https://arxiv.org/abs/2203.08065 (google-research/big_vision)
+
+    Notes:
+        The gap falls without a first-order change of the loss that is descended. Cost:
+        that of `inner`, and two inner products.
+        `static_args`: `inner`, `descend`, `name`.
+    """
+    check_number("alpha", alpha, 0)
+    if descend not in ("sharp", "clean"):
+        raise ValueError(f"{name}: `descend` must be 'sharp' or 'clean', got {descend!r}")
+
+    def combine(g, g_s, step):
+        if descend == "clean":
+            return _tree.add_scaled(g, at_step(alpha, step), _tree.reject(g_s, g))
+        return _tree.add_scaled(g_s, -1 * at_step(alpha, step), _tree.reject(g, g_s))
+
+    return _combination(name, inner, combine)
+
+
+def renormalized(
+    inner: optax.GradientTransformation, *, name: str = "renormalized"
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of the sharp gradient, as long as the gradient: Stable SAM's.
+
+        g_s = inner(g)
+        return (‖g‖ / ‖g_s‖) g_s
+
+    Args:
+        inner: A sharpness-aware transformation that stands first in a chain, such as `samx.sam`.
+        name: What error messages call it.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs what
+        `inner` needs.
+
+    Raises:
+        ValueError: In `init`, if `inner` wraps a base.
+        TypeError: If `inner` is no transformation.
+
+    Example:
+        >>> import samx
+        >>> tx = samx.combinations.renormalized(samx.friendly_sam(0.1))
+
+    References:
+        Tan et al., "Stabilizing Sharpness-aware Minimization Through A Simple Renormalization
+        Strategy", JMLR 2025, https://arxiv.org/abs/2401.07250 (cltan023/stablesam2024)
+
+    Notes:
+        1e-12 is added to the norm of the sharp gradient. Optimizers that divide by the size of
+        gradients, such as Adam, undo most of it. Cost: that of `inner`, and two norms.
+        `static_args`: `inner`, `name`.
+    """
+
+    def combine(g, g_s, step):
+        del step
+        ratio = _tree.norm(g) / (_tree.norm(g_s) + 1e-12)
+        return jax.tree.map(lambda x: _tree.widen(x) * jnp.asarray(ratio, _tree.real_dtype(x)), g_s)
+
+    return _combination(name, inner, combine)
+
+
+def _combination(
+    name: str, inner: Any, combine: Callable[[Any, Any, jax.Array], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """`combine(g, inner(g), step)`, in the dtypes of the parameters."""
+    inner = as_transformation(name, "inner", inner)
 
     def init_fn(params):
         inner_state = inner.init(params)
-        check_in_front("mix", inner_state)
-        return MixState(jnp.zeros((), jnp.int32), inner_state)
+        check_in_front(name, inner_state)
+        return CombinationState(jnp.zeros((), jnp.int32), inner_state)
 
     def update_fn(g, state, params, *, value_fn, **extra):
         g_s, inner_state = inner.update(g, state.inner, params, value_fn=value_fn, **extra)
-        mixed = _tree.on_line(g, g_s, at_step(weight, state.step))
-        return mixed, MixState(next_step(state.step), inner_state)
+        updates = _tree.cast_like(combine(g, g_s, state.step), params)
+        return updates, CombinationState(next_step(state.step), inner_state)
 
-    return closure_transformation(init_fn, update_fn, name="mix")
+    return closure_transformation(init_fn, update_fn, name=name)
 
 
 def decaying(decay: optax.ScalarOrSchedule = 0.7, last: int | None = None) -> Mixing:

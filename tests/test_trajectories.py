@@ -15,7 +15,7 @@ import pytest
 import reference
 
 import samx
-from samx import policies
+from samx import policies, schedules
 from samx.combinations import mix
 from samx.perturbations import (
     layerwise,
@@ -34,6 +34,10 @@ COSINE = (0.1, 0.075, 0.025)  # one learning rate for each epoch of four batches
 
 def cosine(step):
     return jnp.asarray(COSINE)[step // 4]
+
+
+def falling_rate(step):
+    return 0.1 + (0.001 - 0.1) * jnp.asarray(step, float) / 12
 
 
 def decayed(base, weight_decay=5e-4):
@@ -60,6 +64,17 @@ def falling(total_steps):
 def half_by_epochs(step):
     """The largest weight of a draw in the authors' loop: it rises once per epoch of 4 batches."""
     return 0.1 + 0.4 * (step // 4) / 30 + 1e-9
+
+
+TWICE_AS_WIDE = {"W1": 2.0, "b1": 2.0, "W2": 0.5, "b2": 1.0}
+
+
+def contiguous_as_strided(num_microbatches=4):
+    """Every batch in an order in which our microbatches are those of the recorded run."""
+    data, params = problem.make()
+    shape = (-1, num_microbatches, problem.BATCH_SIZE // num_microbatches)
+    order = np.arange(len(data["y"])).reshape(shape).swapaxes(1, 2).ravel()
+    return jax.tree.map(lambda x: x[order], data), params
 
 
 RECORDED = {
@@ -94,6 +109,31 @@ RECORDED = {
     ),
     "momentumsam__sgdm_rho0.3": lambda: samx.momentum_sam(MOMENTUM, 0.3),
     "momentumsam__adamw_rho0.3": lambda: samx.momentum_sam(optax.adam(0.01), 0.3),
+    "gsam__sgdm_alpha0.4_rho0.1": lambda: optax.chain(samx.gsam(0.1, 0.4), MOMENTUM),
+    "gsam__sgdm_alpha0.4_linearlr": lambda: optax.chain(
+        samx.gsam(
+            schedules.following(falling_rate, 0.2, 0.02, peak_value=0.1, end_value=0.001), alpha=0.4
+        ),
+        optax.sgd(falling_rate, momentum=0.9),
+    ),
+    "wsam__sgdm_rho0.05_gamma0.9": lambda: samx.wsam(MOMENTUM, 0.1),
+    "wsam__sgdm_rho0.05_gamma0.9_coupled": lambda: optax.chain(samx.coupled_wsam(), MOMENTUM),
+    "stableusam__sgdm": lambda: optax.chain(samx.stable_sam(), MOMENTUM),
+    "stablesam__sgdm": lambda: optax.chain(samx.stable_sam(normalize=True), MOMENTUM),
+    "usam__sgdm": lambda: optax.chain(samx.stable_sam(renormalize=False), MOMENTUM),
+    "fsam__sgdm": lambda: optax.chain(samx.friendly_sam(), MOMENTUM),
+    "fsam__sgdm_rho0.1_sigma0.5_lmbda0.95": lambda: optax.chain(
+        samx.friendly_sam(0.1, 0.5, 0.95), MOMENTUM
+    ),
+    "mongesam__sgdm": lambda: optax.chain(samx.monge_sam(), MOMENTUM),
+    "mup2__dp_n2_sgdm_lr0.1_nolrscale": lambda: optax.chain(
+        samx.mup_sam(0.05, TWICE_AS_WIDE), MOMENTUM
+    ),
+    "msam__sgdm_k4": lambda: optax.chain(samx.msam(0.1, 4), MOMENTUM),
+    "lightsam1__eta0.5_rho0.05": lambda: samx.lightsam_norm(0.5, 0.05),
+    "lightsam2__eta0.1_rho0.01": lambda: samx.lightsam_adagrad(0.1, 0.01),
+    "lightsam3__eta0.01_rho0.01": lambda: samx.lightsam_adam(0.01, 0.01),
+    "adasam__gamma0.01_rho0.05": lambda: samx.adasam(0.01, 0.05),
     "ref_aesam__sgdm_l-1_l1_rho0.05_48steps": lambda: optax.chain(
         samx.ae_sam(0.05, falling(48)), MOMENTUM
     ),
@@ -151,7 +191,8 @@ def test_recorded_run_of_the_authors_code(name, monkeypatch):
     names = {"mask_is_sam": "is_sharp", "base_sr": "quota", "mu": "mean", "sigma2": "variance"}
     names |= {"score_count": "count", "score_sum": "total"}
     names = {theirs: ours for theirs, ours in names.items() if theirs in expected}
-    make = problem.make_layer_norm if name.startswith("samon") else problem.make
+    made = {"samon": problem.make_layer_norm, "msam": contiguous_as_strided}
+    make = made.get(name.split("__")[0], problem.make)
     trajectory, *read = watch(RECORDED[name](), len(expected["W1"]), *names.values(), make=make)
     # LookSAM's projection divides by ‖g‖² + 1e-12 there.
     assert_same(

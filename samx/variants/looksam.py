@@ -14,7 +14,7 @@ from samx import _tree
 from samx._climb import DefaultRho, ball_of
 from samx._hyper import at_step, check_number
 from samx._reuse import reuse
-from samx.perturbations import LayerScaling, layer_steps, trust_ratio
+from samx._layer_steps import LayerScaling, layer_steps, trust_ratio
 from samx.policies import Policy, every
 
 
@@ -173,8 +173,7 @@ def reuse_across(
 
 def _across(g: Any, g_s: Any) -> Any:
     """The part of `g_s` across `g`; none where it is rounding, which reuse would make as long."""
-    square = _tree.dot(g, g)
-    g_v = _tree.add_scaled(g_s, -_tree.dot(g, g_s) / jnp.where(square == 0, 1, square), g)
-    rounding = max(_tree.coarsest_eps(g_v), 4 * jnp.finfo(square.dtype).eps)  # of leaves, of sums
-    is_rounding = _tree.norm(g_v) <= rounding * _tree.norm(g_s)
+    g_v, g_norm = _tree.reject(g_s, g), _tree.norm(g_s)
+    rounding = max(_tree.coarsest_eps(g_v), 4 * jnp.finfo(g_norm.dtype).eps)  # of leaves, of sums
+    is_rounding = _tree.norm(g_v) <= rounding * g_norm
     return jax.tree.map(lambda x: jnp.where(is_rounding, jnp.zeros_like(x), x), g_v)

@@ -1,0 +1,85 @@
+"""The direction of Friendly SAM. Public in `samx.perturbations`."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx import _tree
+from samx._hyper import at_step, check_number, next_step
+
+
+class DeviationState(NamedTuple):
+    """State of `deviation`.
+
+    Attributes:
+        step: int32, optimizer steps so far; the schedules run on it.
+        average: Moving average of the gradient, float32 or wider; zeros before the first step.
+    """
+
+    step: jax.Array
+    average: Any
+
+
+def deviation(
+    sigma: optax.ScalarOrSchedule = 1.0, decay: optax.ScalarOrSchedule = 0.9
+) -> optax.GradientTransformationExtraArgs:
+    """What a gradient has of its own: the gradient without the moving average of earlier ones.
+
+        d = g − σ m                 (m = 0 on the first step)
+        m = λ m + (1 − λ) g         (m = g on the first step)
+        return d
+
+    A direction to climb, to be chained with what gives it a length:
+    `optax.chain(deviation(), metric_ball(0.05))`.
+
+    Args:
+        sigma: Share σ ≥ 0 of the average that is taken away, a number or a schedule over the
+            optimizer's steps; default 1. 0 leaves the gradient.
+        decay: λ in [0, 1] of the moving average, a number or a schedule; default 0.9.
+
+    Returns:
+        An optax transformation `g -> d`. Half-precision gradients give float32.
+
+    Raises:
+        ValueError: If `sigma` is a negative number, or `decay` one outside [0, 1].
+        TypeError: If one of them is neither number nor schedule.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.perturbations import deviation
+        >>> direction = deviation(sigma=1.0, decay=0.5)
+        >>> state = direction.init(jnp.zeros(()))
+        >>> for g in (1.0, 3.0, 2.0):
+        ...     d, state = direction.update(jnp.asarray(g), state)
+        ...     print(float(d), float(state.average))
+        1.0 1.0
+        2.0 2.0
+        0.0 2.0
+
+    References:
+        Li, Zhou, He, Cheng, Huang, "Friendly Sharpness-Aware Minimization", CVPR 2024,
+        https://arxiv.org/abs/2403.12350 (nblt/F-SAM)
+
+    Notes:
+        With `sigma=1` a gradient that stays the same leaves nothing but rounding, which a ball then
+        makes as long as any other step. Cost: elementwise work, and one copy of the parameters.
+    """
+    check_number("sigma", sigma, 0)
+    check_number("decay", decay, 0, 1)
+
+    def init_fn(params):
+        wide = jax.tree.map(_tree.widen, params)
+        return DeviationState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(wide))
+
+    def update_fn(updates, state, params=None, **extra):
+        del params, extra
+        sigma_t, decay_t = at_step(sigma, state.step), at_step(decay, state.step)
+        g = jax.tree.map(_tree.widen, updates)
+        d = _tree.add_scaled(g, -1 * sigma_t, state.average)
+        decay_t = jnp.where(state.step == 0, 0, decay_t)
+        average = _tree.on_line(state.average, g, 1 - decay_t)
+        return d, DeviationState(next_step(state.step), _tree.cast_like(average, state.average))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

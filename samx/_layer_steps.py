@@ -1,0 +1,101 @@
+"""Steps whose length is chosen tensor by tensor. Public as `samx.perturbations.<name>`."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx import _tree
+from samx._balls import with_radius
+
+LayerScaling: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], Any]
+
+
+def trust_ratio(w_norm: jax.Array, g_norm: jax.Array, total: jax.Array) -> jax.Array:
+    """The default scaling of `layer_steps`: SAM's step, times the trust ratio of each tensor.
+
+        (‖w_l‖ / ‖g_l‖) / ‖g‖
+
+    Args:
+        w_norm: ‖w_l‖ of the tensor's parameters.
+        g_norm: ‖g_l‖ of its gradient.
+        total: ‖g‖ over all tensors.
+
+    Returns:
+        The factor of `g_l`.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> from samx.perturbations import trust_ratio
+        >>> trust_ratio(6.0, 2.0, 3.0)
+        1.0
+
+    References:
+        Liu et al., CVPR 2022, https://arxiv.org/abs/2203.02714; You, Gitman, Ginsburg, "Large
+        Batch Training of Convolutional Networks", 2017, https://arxiv.org/abs/1708.03888 (LARS).
+
+    Notes:
+        Cost: none. Recalled as LookSAM's rule, not read in the paper.
+    """
+    return w_norm / (g_norm * total)
+
+
+def layer_steps(
+    rho: optax.ScalarOrSchedule, scaling: LayerScaling = trust_ratio, *, norm_eps: float = 1e-12
+) -> optax.GradientTransformationExtraArgs:
+    """A step whose length is chosen tensor by tensor; no ball holds them together.
+
+        ε_l = ρ · scaling(‖w_l‖, ‖g_l‖ + norm_eps, ‖g‖ + norm_eps) · g_l     for each tensor l
+
+    Args:
+        rho: Factor ρ ≥ 0, a number or a schedule over the optimizer's steps.
+        scaling: `(‖w_l‖, ‖g_l‖, ‖g‖) -> factor`; default `trust_ratio`. Others in use:
+            `lambda w, g, total: w / g` (every tensor moves by ρ times its own norm),
+            `lambda w, g, total: 1 / g` (every tensor moves by ρ), and
+            `lambda w, g, total: w / g**2` (a port that divides twice).
+        norm_eps: Added to the norms of gradients; default 1e-12.
+
+    Returns:
+        An optax transformation `g -> ε`. Half-precision gradients give a float32 step.
+
+    Raises:
+        ValueError: If `rho` is a negative number.
+        TypeError: If `rho` is not a number, array or schedule, or `scaling` no function.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.perturbations import layer_steps
+        >>> steps = layer_steps(0.1, lambda w, g, total: w / g)
+        >>> w, g = {"a": jnp.array([3.0, 4.0])}, {"a": jnp.array([0.0, 2.0])}
+        >>> eps, _ = steps.update(g, steps.init(w), w)
+        >>> [round(float(x), 3) for x in eps["a"]]
+        [0.0, 0.5]
+
+    References:
+        Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022,
+        https://arxiv.org/abs/2203.02714 (Look-LayerSAM)
+
+    Notes:
+        Of parameters that are all zero, such as new biases, a rule with ‖w_l‖ moves none. Cost: two
+        norms per tensor, elementwise work. `static_args`: `scaling`.
+    """
+    if not callable(scaling):
+        raise TypeError(f"layer_steps: `scaling` must be a function, got {scaling!r}")
+
+    def climb(g, params, radius):
+        total = _tree.norm(g) + norm_eps
+
+        def step(g, w):
+            if not _tree.is_inexact(w):
+                return g
+            factor = radius * scaling(_tree.norm(w), _tree.norm(g) + norm_eps, total)
+            g = jnp.conj(_tree.widen(g))
+            return g * jnp.asarray(factor, g.real.dtype)
+
+        return jax.tree.map(step, g, params)
+
+    return with_radius(rho, climb)

@@ -1,0 +1,125 @@
+"""Accumulators of LightSAM and AdaSAM: optax's, but without bias correction and from ε² on.
+
+All give back `numerator / √u` with `u` from `eps²` on, which stands for the ε in the denominators
+of others. Accumulators and results are in float32 or wider.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx import _tree
+from samx._hyper import check_number
+
+
+def check(learning_rate: Any, eps: Any, *decays: Any) -> None:
+    """Refuse numbers that are out of their ranges."""
+    check_number("learning_rate", learning_rate, 0)
+    check_number("eps", eps, 0)
+    if isinstance(eps, int | float) and eps == 0:
+        raise ValueError("`eps` must be above 0: nothing else keeps a zero gradient from 0 / 0")
+    for name, decay in zip(("b1", "b2"), decays, strict=False):
+        check_number(name, decay, 0, 1)
+
+
+def adagrad_norm(eps: Any) -> optax.GradientTransformation:
+    """`u = u + ‖g‖²;  g / √u`, with one number `u`."""
+
+    def init_fn(params):
+        return jnp.full((), eps**2, _tree.real_dtype(*jax.tree.leaves(params)))
+
+    def update_fn(g, u, params=None):
+        del params
+        g = jax.tree.map(_tree.widen, g)
+        u = u + _tree.dot(g, g)
+        return _over_root(g, jax.tree.map(lambda _: u, g)), u
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def adagrad(eps: Any) -> optax.GradientTransformation:
+    """`u = u + g²;  g / √u`, elementwise."""
+
+    def update_fn(g, u, params=None):
+        del params
+        g = jax.tree.map(_tree.widen, g)
+        u = optax.tree.add(u, _squares(g))
+        return _over_root(g, u), u
+
+    return optax.GradientTransformation(_filled(eps), update_fn)
+
+
+class Moments(NamedTuple):
+    """State of `adam`: moving averages of the gradient and of its square."""
+
+    mean: Any
+    square: Any
+
+
+def adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
+    """`r = b1 r + (1 − b1) g;  u = b2 u + (1 − b2) g²;  r / √u`."""
+
+    def init_fn(params):
+        return Moments(_zeros(params), _filled(eps)(params))
+
+    def update_fn(g, state, params=None):
+        del params
+        state = _averaged(state, g, b1, b2)
+        return _over_root(state.mean, state.square), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+class LargestMoments(NamedTuple):
+    """State of `amsgrad`: those of `adam`, and the largest average square so far."""
+
+    moments: Moments
+    largest: Any
+
+
+def amsgrad(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
+    """`adam`, but over the root of the largest `u` so far."""
+
+    def init_fn(params):
+        moments = Moments(_zeros(params), _filled(eps)(params))
+        return LargestMoments(moments, _filled(eps)(params))
+
+    def update_fn(g, state, params=None):
+        del params
+        moments = _averaged(state.moments, g, b1, b2)
+        largest = jax.tree.map(jnp.maximum, state.largest, moments.square)
+        return _over_root(moments.mean, largest), LargestMoments(moments, largest)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def like_params() -> optax.GradientTransformation:
+    """Updates in the dtypes of the parameters."""
+    return optax.stateless(_tree.cast_like)
+
+
+def _zeros(params: Any) -> Any:
+    return optax.tree.zeros_like(jax.tree.map(_tree.widen, params))
+
+
+def _filled(eps: Any) -> Callable[[Any], Any]:
+    return lambda params: jax.tree.map(lambda x: x.real + eps**2, _zeros(params))
+
+
+def _squares(g: Any) -> Any:
+    return jax.tree.map(lambda x: (jnp.conj(x) * x).real, g)
+
+
+def _averaged(old: Moments, g: Any, b1: Any, b2: Any) -> Moments:
+    def average(decay, old, new):
+        return jax.tree.map(lambda m, x: (decay * m + (1 - decay) * x).astype(m.dtype), old, new)
+
+    g = jax.tree.map(_tree.widen, g)
+    return Moments(average(b1, old.mean, g), average(b2, old.square, _squares(g)))
+
+
+def _over_root(numerator: Any, u: Any) -> Any:
+    return jax.tree.map(lambda x, u: x / jnp.sqrt(u), numerator, u)

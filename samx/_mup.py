@@ -1,0 +1,113 @@
+"""The perturbation of µP². Public in `samx.perturbations`; the scales come from `samx.mup`."""
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx import _tree
+from samx._balls import with_radius
+
+
+def mup_ball(
+    rho: optax.ScalarOrSchedule,
+    scales: Any,
+    *,
+    normalization: Literal["decoupled", "layerwise"] = "decoupled",
+    width: float | None = None,
+    norm_eps: float = 1e-12,
+) -> optax.GradientTransformationExtraArgs:
+    """The step whose effect on the features of every layer does not depend on the width.
+
+        s = scales                                     (one number for each leaf, 1 at base width)
+        "decoupled":  ε = ρ s g / (‖√s g‖ + norm_eps)
+        "layerwise":  ε = ρ s g / (‖s g‖ / √width + norm_eps)
+
+    Args:
+        rho: Radius ρ ≥ 0 at base width, a number or a schedule over the optimizer's steps.
+        scales: Tree like `params` of numbers s ≥ 0, from `samx.mup.layer_scales`.
+        normalization: How much of each layer is in the norm. "decoupled", the default: as much at
+            any width. "layerwise": the same powers of the width as in the step, Definition 4 of the
+            paper; in wide networks it is the norm of the input-like layers, biases included.
+        width: With "layerwise", how many times as wide as its base the network is.
+        norm_eps: Added to the norm; default 1e-12. A zero gradient gives a zero step.
+
+    Returns:
+        An optax transformation `g -> ε`. Half-precision gradients give a float32 step.
+
+    Raises:
+        ValueError: If `rho` or a scale is a negative number, `normalization` unknown, or `width`
+            missing or given without "layerwise"; in `init`, if `scales` does not match `params`.
+        TypeError: If `rho` is not a number, array or schedule, or a scale no number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.perturbations import mup_ball
+        >>> ball = mup_ball(0.3, {"hidden": 1.0, "bias": 4.0})
+        >>> g = {"hidden": jnp.array([2.0]), "bias": jnp.array([1.0])}
+        >>> eps, _ = ball.update(g, ball.init(g), g)
+        >>> [round(float(x[0]), 3) for x in (eps["hidden"], eps["bias"])]
+        [0.212, 0.424]
+
+    References:
+        Haas, Xu, Cevher, Vankadara, "µP²: Effective Sharpness Aware Minimization Requires
+        Layerwise Perturbation Scaling", NeurIPS 2024, https://arxiv.org/abs/2411.00075
+
+    Notes:
+        "decoupled" is `metric_ball` with the metric `constants(√s)`. Cost: one norm, elementwise
+        work. `static_args`: `scales`, `normalization`, `width`.
+    """
+    if normalization not in ("decoupled", "layerwise"):
+        raise ValueError(
+            f"mup_ball: `normalization` must be 'decoupled' or 'layerwise', got {normalization!r}"
+        )
+    if (width is None) == (normalization == "layerwise"):
+        raise ValueError(
+            "mup_ball: `width`, how many times as wide as its base the network is, must be given "
+            f"with normalization='layerwise' and only there, got {width!r}"
+        )
+    _check_scales(scales)
+
+    def weight(s):
+        return math.sqrt(s) if width is None else s / math.sqrt(width)
+
+    def climb(g, params, radius):
+        del params
+        g = jax.tree.map(lambda g: jnp.conj(_tree.widen(g)), g)
+        length = _tree.norm(jax.tree.map(lambda g, s: g * weight(s), g, scales))
+        factor = radius / (length + norm_eps)
+        return jax.tree.map(lambda g, s: g * s * jnp.asarray(factor, g.real.dtype), g, scales)
+
+    ball = with_radius(rho, climb)
+
+    def init_fn(params):
+        check_same_leaves("mup_ball", "scales", scales, "params", params)
+        return ball.init(params)
+
+    return optax.GradientTransformationExtraArgs(init_fn, ball.update)
+
+
+def check_same_leaves(name: str, keyword: str, tree: Any, other: str, like: Any) -> None:
+    """Refuse a tree whose leaves have other paths than those of `like`, by name."""
+    got, wanted = (
+        {jax.tree_util.keystr(path): None for path, _ in jax.tree_util.tree_leaves_with_path(t)}
+        for t in (tree, like)
+    )
+    missing, surplus = [p for p in wanted if p not in got], [p for p in got if p not in wanted]
+    if missing or surplus or jax.tree.structure(tree) != jax.tree.structure(like):
+        raise ValueError(
+            f"{name}: `{keyword}` must have the leaves of `{other}`, one for one; it lacks "
+            f"{missing or 'none'} and has {surplus or 'none'} that are not there, as "
+            f"{jax.tree.structure(tree)} for {jax.tree.structure(like)}"
+        )
+
+
+def _check_scales(scales: Any) -> None:
+    for path, s in jax.tree_util.tree_leaves_with_path(scales):
+        where = f"mup_ball: `scales`{jax.tree_util.keystr(path)}"
+        if isinstance(s, bool) or not isinstance(s, int | float):
+            raise TypeError(f"{where} must be a Python number, got {s!r}")
+        if not 0 <= s < math.inf:
+            raise ValueError(f"{where} must be at least 0 and finite, got {s!r}")

@@ -1,0 +1,202 @@
+"""Widths: how far each layer may move when a network is wider than the one that was tuned.
+
+The maximal update parametrization (µP) multiplies learning rates and, as µP², perturbations of each
+layer by powers of the width, so that features change as much at any width and the best learning
+rate and radius of a narrow network remain the best of a wide one.
+
+    s = (fan_out / base fan_out) / (fan_in / base fan_in)      of each leaf
+
+Both networks are given by their parameters, or by the shapes of them: `jax.eval_shape(model.init,
+...)`. A network of base width has `s = 1` everywhere.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from samx._mup import check_same_leaves
+
+__all__ = ["flax_fans", "layer_scales", "learning_rates"]
+
+Fans: TypeAlias = Callable[[Any, tuple[int, ...]], tuple[int, int]]
+
+
+def flax_fans(path: Any, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The fan-in and fan-out of a parameter of a Flax layer, by its name and shape.
+
+        kernel of Dense, Conv              [..., in, out]          all axes but the last, the last
+        kernel of query, key, value        [in, heads, head_dim]   the first, all others
+        kernel of out, in attention        [heads, head_dim, out]  all axes but the last, the last
+        embedding                          [vocabulary, features]  1, the last
+        bias, scale, any vector or scalar                          1, all axes
+
+    Args:
+        path: Key path of the leaf, as `jax.tree_util.tree_map_with_path` passes it.
+        shape: Its shape.
+
+    Returns:
+        `(fan_in, fan_out)`. Only their growth with the width matters, so that the spatial axes of a
+        convolution may be counted as inputs.
+
+    Raises:
+        Nothing.
+
+    Example:
+        For a layer that these rules get wrong, write your own in front of them:
+
+        >>> import jax, samx
+        >>> def fans(path, shape):  # a table of classes, [features, classes, prototypes]
+        ...     if "prototypes" in jax.tree_util.keystr(path):
+        ...         return shape[0], shape[1] * shape[2]
+        ...     return samx.mup.flax_fans(path, shape)
+        >>> wide = {"prototypes": jax.numpy.zeros((8, 3, 5)), "bias": jax.numpy.zeros(8)}
+        >>> base = {"prototypes": jax.numpy.zeros((2, 3, 5)), "bias": jax.numpy.zeros(2)}
+        >>> samx.mup.layer_scales(wide, base, fans=fans)
+        {'bias': 4.0, 'prototypes': 0.25}
+
+    References:
+        `flax.linen` and `flax.nnx`, whose layers share these names.
+
+    Notes:
+        An embedding that is also used as the output layer (`attend`) is scaled as an embedding. A
+        depthwise convolution has one input per output, and is scaled like a vector. Cost: none.
+    """
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    names = ["", *(name for name in names if name not in ("value", "raw_value"))]
+    parent, name = names[-2:] if len(names) > 1 else ("", "")
+    if len(shape) < 2 or name in ("bias", "scale"):
+        return 1, math.prod(shape)
+    if name == "embedding":
+        return 1, shape[-1]
+    if parent in ("query", "key", "value"):
+        return shape[0], math.prod(shape[1:])
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def layer_scales(params: Any, base_params: Any, *, fans: Fans = flax_fans) -> Any:
+    """How much further each layer may move than in the network of base width.
+
+        s = (fan_out / base fan_out) / (fan_in / base fan_in)
+
+    For `samx.mup_sam`; also the learning rates of SGD. With all widths r times the base's:
+
+        embeddings, input layers, biases, norm scales    r
+        hidden layers                                    1
+        output layer                                     1 / r
+        its bias                                         1
+
+    Args:
+        params: Parameters of the network, or their `jax.ShapeDtypeStruct`s.
+        base_params: Those of the network of base width: the same tree, other shapes.
+        fans: `(path, shape) -> (fan_in, fan_out)`; default `flax_fans`.
+
+    Returns:
+        A tree like `params` of Python numbers.
+
+    Raises:
+        ValueError: If the trees differ in their leaves, or a leaf in its number of axes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, flax.linen as nn, samx
+        >>> def shapes(width):
+        ...     net = nn.Sequential([nn.Dense(width), nn.Dense(width), nn.Dense(10)])
+        ...     return jax.eval_shape(net.init, jax.random.key(0), jnp.ones((1, 64)))["params"]
+        >>> scales = samx.mup.layer_scales(shapes(1024), shapes(64))
+        >>> [(scales[layer]["kernel"], scales[layer]["bias"]) for layer in sorted(scales)]
+        [(16.0, 16.0), (1.0, 16.0), (0.0625, 1.0)]
+
+    References:
+        Haas, Xu, Cevher, Vankadara, NeurIPS 2024, https://arxiv.org/abs/2411.00075; Yang, Simon,
+        Bernstein, "A Spectral Condition for Feature Learning", 2023,
+        https://arxiv.org/abs/2310.17813 (steps of spectral norm √(fan_out / fan_in)).
+
+    Notes:
+        The compact rule is derived from the exponents in the first author's code, all of which it
+        gives back, but that of the output bias: there its perturbation grows with the width under
+        layer-wise normalization, here it does not. Cost: none.
+    """
+
+    def scale(growth_in, growth_out):
+        return growth_out / growth_in
+
+    return _from_growth("layer_scales", params, base_params, fans, scale)
+
+
+def learning_rates(
+    params: Any,
+    base_params: Any,
+    optimizer: Literal["sgd", "adam"] = "sgd",
+    *,
+    fans: Fans = flax_fans,
+) -> Any:
+    """The learning rate of each layer, in units of that of the network of base width.
+
+        "sgd":   (fan_out / base fan_out) / (fan_in / base fan_in)
+        "adam":  1 / (fan_in / base fan_in)
+
+    Args:
+        params: As for `layer_scales`.
+        base_params: As for `layer_scales`.
+        optimizer: "sgd" for updates that are as long as the gradient, with or without momentum;
+            "adam" for those whose entries are of size one, Adam and its kin.
+        fans: As for `layer_scales`.
+
+    Returns:
+        A tree like `params` of Python numbers.
+
+    Raises:
+        ValueError: As `layer_scales`; if `optimizer` is neither.
+
+    Example:
+        Multiply the steps, in front of the weight decay, which is not to be multiplied:
+
+        >>> import jax, jax.numpy as jnp, optax, samx
+        >>> wide, base = {"kernel": jnp.ones((8, 8))}, {"kernel": jnp.ones((2, 2))}
+        >>> rates = samx.mup.learning_rates(wide, base, "adam")
+        >>> tx = optax.chain(
+        ...     samx.mup_sam(0.05, samx.mup.layer_scales(wide, base)),
+        ...     optax.scale_by_adam(),
+        ...     optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, rates)),
+        ...     optax.add_decayed_weights(0.01),
+        ...     optax.scale_by_learning_rate(1e-3),
+        ... )
+        >>> rates
+        {'kernel': 0.25}
+
+    References:
+        Yang et al., "Tensor Programs V: Tuning Large Neural Networks via Zero-Shot Hyperparameter
+        Transfer", 2022, https://arxiv.org/abs/2203.03466; https://arxiv.org/abs/2411.00075
+
+    Notes:
+        They go with the initialization of µP: variances of 1 / fan_in as in `lecun_normal`, but the
+        output layer's 1 / r of that, or zero. Cost: none.
+    """
+    if optimizer not in ("sgd", "adam"):
+        raise ValueError(f"learning_rates: `optimizer` must be 'sgd' or 'adam', got {optimizer!r}")
+
+    def rate(growth_in, growth_out):
+        return (growth_out if optimizer == "sgd" else 1.0) / growth_in
+
+    return _from_growth("learning_rates", params, base_params, fans, rate)
+
+
+def _from_growth(
+    name: str, params: Any, base_params: Any, fans: Fans, rule: Callable[[float, float], float]
+) -> Any:
+    """`rule(growth of fan_in, growth of fan_out)` for every leaf."""
+    check_same_leaves(name, "base_params", base_params, "params", params)
+
+    def number(path, leaf, base_leaf):
+        shapes = jnp.shape(leaf), jnp.shape(base_leaf)
+        if len(shapes[0]) != len(shapes[1]) or 0 in (*shapes[0], *shapes[1]):
+            raise ValueError(
+                f"{name}: `base_params`{jax.tree_util.keystr(path)} must have the axes of "
+                f"`params`, none of length 0, got shapes {shapes[1]} and {shapes[0]}"
+            )
+        (fan_in, fan_out), (base_in, base_out) = (fans(path, shape) for shape in shapes)
+        return rule(fan_in / base_in, fan_out / base_out)
+
+    return jax.tree_util.tree_map_with_path(number, params, base_params)

@@ -1,0 +1,193 @@
+"""LightSAM: radius and learning rate that choose themselves.
+
+Cheng, Shen, Sun, Yin, Cao, Chen. "LightSAM: Parameter-Agnostic Sharpness-Aware Minimization", 2025.
+https://arxiv.org/abs/2505.24399
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from samx import _moments
+from samx._hyper import check_number
+from samx.perturbations import gradient_step
+from samx.variants.sam import sharpness_aware
+
+
+def lightsam_norm(
+    learning_rate: optax.ScalarOrSchedule,
+    rho: optax.ScalarOrSchedule = 0.05,
+    *,
+    eps: float = 1e-8,
+    perturb_dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """LightSAM-I: AdaGrad-Norm up and AdaGrad-Norm down.
+
+        g   = ∇L(w)
+        u   = u + ‖g‖²                 (u = ε² at first, ‖·‖ over all parameters)
+        g_s = ∇L(w + ρ g / √u)
+        v   = v + ‖g_s‖²               (v = ε² at first)
+        w   = w − η g_s / √v
+
+    Args:
+        learning_rate: η ≥ 0, a number or a schedule over the optimizer's steps.
+        rho: ρ ≥ 0, a number or a schedule; default 0.05: the length of the first perturbation. Step
+            t has about ρ / √t.
+        eps: ε > 0, the root of the accumulators at first; default 1e-8.
+        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs` that is the optimizer: put nothing behind it that
+        divides by gradients again. `update` needs `value_fn` (or `losses_fn` and `batch`); `value`
+        is read if given.
+
+    Raises:
+        ValueError: If a number is negative, or `eps` zero; in `update`, see
+            `closure_transformation`.
+        TypeError: If one of them is neither number nor schedule.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx
+        >>> tx, loss = samx.lightsam_norm(learning_rate=1.0, rho=0.1), lambda w: 0.5 * w @ w
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(w, tx.init(w), w, value_fn=loss)
+        >>> [round(float(u), 3) for u in updates]  # the first step is as long as η
+        [-0.6, -0.8]
+
+    References:
+        Cheng, Shen, Sun, Yin, Cao, Chen, "LightSAM: Parameter-Agnostic Sharpness-Aware
+        Minimization", 2025, https://arxiv.org/abs/2505.24399
+
+    Notes:
+        `rho=0` is AdaGrad-Norm. The theorem: any η and ρ converge. Cost: 2 gradients per step, one
+        after the other; two numbers in the state.
+        Fidelity: no code of the authors, and the paper's text was not read; matches a third party's
+        code (dimitris-oik/sam_sps), with which a second transcription agrees.
+        `static_args`: `perturb_dtype`.
+    """
+    up, down = _moments.adagrad_norm(eps), _moments.adagrad_norm(eps)
+    return _lightsam("lightsam_norm", up, down, learning_rate, rho, eps, perturb_dtype)
+
+
+def lightsam_adagrad(
+    learning_rate: optax.ScalarOrSchedule,
+    rho: optax.ScalarOrSchedule = 0.001,
+    *,
+    eps: float = 1e-8,
+    perturb_dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """LightSAM-II: AdaGrad up and AdaGrad down.
+
+        g   = ∇L(w)
+        u   = u + g²                   (elementwise; u = ε² at first)
+        g_s = ∇L(w + ρ g / √u)
+        v   = v + g_s²                 (v = ε² at first)
+        w   = w − η g_s / √v
+
+    Args:
+        learning_rate: η ≥ 0, a number or a schedule over the optimizer's steps.
+        rho: ρ ≥ 0 of one element, a number or a schedule; default 0.001. The first perturbation has
+            the length ρ √P for P parameters: far smaller values than SAM's.
+        eps: ε > 0, the root of the accumulators at first; default 1e-8.
+        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+
+    Returns:
+        As `lightsam_norm`.
+
+    Raises:
+        ValueError: As `lightsam_norm`.
+        TypeError: As `lightsam_norm`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx
+        >>> tx, loss = samx.lightsam_adagrad(1.0, 0.1), lambda w: 0.5 * w @ w
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(w, tx.init(w), w, value_fn=loss)
+        >>> [round(float(u), 3) for u in updates]  # the first step is the same everywhere
+        [-1.0, -1.0]
+
+    References:
+        Cheng et al., 2025, https://arxiv.org/abs/2505.24399
+
+    Notes:
+        `rho=0` is AdaGrad. optax's own starts its accumulator at 0.1. Cost: 2 gradients per step,
+        one after the other; two copies of the parameters in the state, in float32 or wider.
+        Fidelity: as `lightsam_norm`. `static_args`: `perturb_dtype`.
+    """
+    up, down = _moments.adagrad(eps), _moments.adagrad(eps)
+    return _lightsam("lightsam_adagrad", up, down, learning_rate, rho, eps, perturb_dtype)
+
+
+def lightsam_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    rho: optax.ScalarOrSchedule = 0.001,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    *,
+    eps: float = 1e-8,
+    perturb_dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """LightSAM-III: Adam up and Adam down, without bias correction.
+
+        g   = ∇L(w)
+        r   = b1 r + (1 − b1) g;    u = b2 u + (1 − b2) g²        (u = ε² at first)
+        g_s = ∇L(w + ρ r / √u)
+        m   = b1 m + (1 − b1) g_s;  v = b2 v + (1 − b2) g_s²      (v = ε² at first)
+        w   = w − η m / √v
+
+    Args:
+        learning_rate: η ≥ 0, a number or a schedule over the optimizer's steps. Without bias
+            correction the first step is (1 − b1) / √(1 − b2) times as long as Adam's, 3.16.
+        rho: ρ ≥ 0 of one element, a number or a schedule; default 0.001. The first perturbation has
+            the length 3.16 ρ √P for P parameters.
+        b1: Decay of the moving averages of gradients, in [0, 1]; default 0.9.
+        b2: Decay of those of their squares, in [0, 1]; default 0.999.
+        eps: ε > 0, the root of the accumulators at first; default 1e-8.
+        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+
+    Returns:
+        As `lightsam_norm`.
+
+    Raises:
+        ValueError: As `lightsam_norm`; if `b1` or `b2` is outside [0, 1].
+        TypeError: As `lightsam_norm`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx
+        >>> tx, loss = samx.lightsam_adam(1.0, 0.1), lambda w: 0.5 * w @ w
+        >>> w = jnp.array([3.0, 4.0])
+        >>> updates, state = tx.update(w, tx.init(w), w, value_fn=loss)
+        >>> [round(float(u), 3) for u in updates]  # (1 − b1) / √(1 − b2) everywhere
+        [-3.162, -3.162]
+
+    References:
+        Cheng et al., 2025, https://arxiv.org/abs/2505.24399
+
+    Notes:
+        `rho=0` is Adam without bias correction. Cost: 2 gradients per step, one after the other;
+        four copies of the parameters in the state, in float32 or wider.
+        Fidelity: as `lightsam_norm`; that the average r is climbed, not g, is in that code alone.
+        `static_args`: `perturb_dtype`.
+    """
+    up, down = _moments.adam(b1, b2, eps), _moments.adam(b1, b2, eps)
+    return _lightsam("lightsam_adam", up, down, learning_rate, rho, eps, perturb_dtype, b1, b2)
+
+
+def _lightsam(
+    name: str,
+    up: optax.GradientTransformation,
+    down: optax.GradientTransformation,
+    learning_rate: Any,
+    rho: Any,
+    eps: Any,
+    perturb_dtype: Any,
+    *decays: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Scaled by one accumulator on the way up, by another on the way down."""
+    _moments.check(learning_rate, eps, *decays)
+    perturbation = optax.chain(up, gradient_step(rho))
+    return optax.chain(
+        sharpness_aware(perturbation, perturb_dtype=perturb_dtype, name=name),
+        *(down, optax.scale_by_learning_rate(learning_rate), _moments.like_params()),
+    )

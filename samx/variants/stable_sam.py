@@ -1,0 +1,80 @@
+"""Stable SAM: the sharp gradient, no longer than the gradient was.
+
+Tan, Zhang, Liu, Wang, Hao. "Stabilizing Sharpness-aware Minimization Through A Simple
+Renormalization Strategy", JMLR 26, 2025. https://arxiv.org/abs/2401.07250
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from samx._climb import DefaultRho, ball_of
+from samx.combinations import renormalized
+from samx.perturbations import gradient_step, metric_ball
+from samx.variants.sam import sharpness_aware
+
+
+def stable_sam(
+    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    *,
+    normalize: bool = False,
+    renormalize: bool = True,
+    perturbation: optax.GradientTransformation | None = None,
+    perturb_dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """Stable SAM; without its last line, un-normalized SAM (USAM).
+
+        g   = ∇L(w)                    (the incoming updates)
+        ε   = ρ g                      with `normalize`: ρ g / ‖g‖
+        g_s = ∇L(w + ε)
+        return (‖g‖ / ‖g_s‖) g_s       without `renormalize`: g_s
+
+    Args:
+        rho: Factor ρ ≥ 0 of the gradient, a number or a schedule over the optimizer's steps;
+            default 0.05. Not comparable with SAM's: with `normalize`, a radius like SAM's.
+        normalize: Whether the perturbation has a fixed length; default False, as in the paper's
+            experiments. True is the authors' first version of the code.
+        renormalize: Whether the sharp gradient gets the length of the gradient; default True.
+        perturbation: Another geometry in place of the step; then leave `rho` and `normalize` out.
+        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
+        `value_fn` (or `losses_fn` and `batch`); `value` is read if given.
+
+    Raises:
+        ValueError: If `rho` is a negative number, or it or `normalize` given together with
+            `perturbation`; in `update`, see `closure_transformation`.
+        TypeError: If `rho` is neither number nor schedule.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, samx
+        >>> tx = optax.chain(samx.stable_sam(rho=0.5), optax.sgd(1.0))
+        >>> w, loss = jnp.array([3.0, 1.0]), lambda w: w[0] ** 2 / 2 + 2 * w[1] ** 2
+        >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)
+        >>> [round(float(u), 3) for u in updates]  # as long as the gradient, [3, 4]
+        [-1.756, -4.682]
+
+    References:
+        Tan, Zhang, Liu, Wang, Hao, JMLR 2025, https://arxiv.org/abs/2401.07250; un-normalized SAM:
+        Andriushchenko, Flammarion, ICML 2022, https://arxiv.org/abs/2206.06232
+
+    Notes:
+        `rho=0` is the base optimizer. Cost: 2 gradients per step, one after the other, one norm,
+        and one transient copy of the parameters. Under Adam, which divides by the size of
+        gradients, little of the renormalization is left. Clipping belongs behind it. Norms are
+        plain L2 norms in any geometry; with its adaptive perturbation the authors' code compares
+        norms weighted by the weights, those of g_s by the perturbed ones. A line that is commented
+        out there, which only ever shortens g_s, is not offered.
+        Fidelity: matches cltan023/stablesam2024, usam.py and, with `normalize`, sam.py; the paper's
+        text was not read. `static_args`: `normalize`, `renormalize`, `perturbation`,
+        `perturb_dtype`; `rho` too where `perturbation` is given.
+    """
+    if normalize and perturbation is not None:
+        raise ValueError(
+            "stable_sam: got `normalize` together with `perturbation`, which is its own length"
+        )
+    ball = ball_of("stable_sam", rho, perturbation, metric_ball if normalize else gradient_step)
+    sharp = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="stable_sam")
+    return renormalized(sharp, name="stable_sam") if renormalize else sharp
