@@ -39,7 +39,7 @@ def mup_ball(
 
     Raises:
         ValueError: If `rho` or a scale is a negative number, `normalization` unknown, or `width`
-            missing or given without "layerwise"; in `init`, if `scales` does not match `params`.
+            missing or given without "layerwise"; when used, if `scales` does not match `params`.
         TypeError: If `rho` is not a number, array or schedule, or a scale no number.
 
     Example:
@@ -74,19 +74,13 @@ def mup_ball(
         return math.sqrt(s) if width is None else s / math.sqrt(width)
 
     def climb(g, params, radius):
-        del params
+        check_same_leaves("mup_ball", "scales", scales, "params", params)
         g = jax.tree.map(lambda g: jnp.conj(_tree.widen(g)), g)
         length = _tree.norm(jax.tree.map(lambda g, s: g * weight(s), g, scales))
         factor = radius / (length + norm_eps)
         return jax.tree.map(lambda g, s: g * s * jnp.asarray(factor, g.real.dtype), g, scales)
 
-    ball = with_radius(rho, climb)
-
-    def init_fn(params):
-        check_same_leaves("mup_ball", "scales", scales, "params", params)
-        return ball.init(params)
-
-    return optax.GradientTransformationExtraArgs(init_fn, ball.update)
+    return with_radius(rho, climb)
 
 
 def check_same_leaves(name: str, keyword: str, tree: Any, other: str, like: Any) -> None:

@@ -23,7 +23,8 @@ class Case:
 
     Attributes:
         factory: Takes the hyperparameters by keyword (and the base first, where it wraps one).
-        shape: "chain" stands in front of its base, "wraps" takes it as an argument.
+        shape: "chain" stands in front of its base, "wraps" takes it as an argument, "optimizer"
+            has none.
         hyper: Every numeric hyperparameter, at the value that the tests use.
         passes: Forward and backward passes over the batch inside one `update`, if it is sharp;
             those over some examples count for so much less.
@@ -42,7 +43,7 @@ class Case:
     """
 
     factory: Callable[..., optax.GradientTransformation]
-    shape: Literal["chain", "wraps"]
+    shape: Literal["chain", "wraps", "optimizer"]
     hyper: Hyper
     passes: tuple[float, float]
     needs: tuple[str, ...] = ("value_fn",)
@@ -78,9 +79,16 @@ class Case:
         factory = self.factory
         if inject:
             factory = optax.inject_hyperparams(factory, static_args=self.static_args)
-        if self.shape == "wraps":
-            return optax.with_extra_args_support(factory(base, **hyper))
-        return optax.chain(factory(**hyper), base)
+        if self.shape == "chain":
+            return optax.chain(factory(**hyper), base)
+        base = (base,) if self.shape == "wraps" else ()
+        return optax.with_extra_args_support(factory(*base, **hyper))
+
+    def at_rest(self, **changes: Any) -> optax.GradientTransformationExtraArgs:
+        """The whole optimizer with a learning rate of zero."""
+        if "learning_rate" in self.hyper:
+            changes |= {"learning_rate": 0.0}
+        return self.build(optax.sgd(0.0, momentum=0.9), **changes)
 
 
 def _ball(make: Callable[..., Any], ascent_steps: int = 1) -> Callable[..., Any]:
@@ -226,6 +234,97 @@ VARIANTS |= {
         has_base_limit=False,
         climbs=False,
         static_args=("groups", "key", "aux_like"),
+    ),
+}
+WIDER = {"W1": 4.0, "b1": 4.0, "W2": 0.25, "b2": 1.0}
+VARIANTS |= {
+    "gsam": replace(
+        SAM,
+        factory=samx.gsam,
+        hyper={"rho": 0.05, "alpha": 0.4},
+        static_args=("descend",),
+    ),
+    "gsam, clean": replace(
+        SAM,
+        factory=partial(samx.gsam, descend="clean"),
+        hyper={"rho": 0.05, "alpha": 0.4},
+        static_args=("descend",),
+        like="gsam",
+    ),
+    "coupled_wsam": replace(
+        SAM, factory=samx.coupled_wsam, hyper={"rho": 0.05, "gamma": 0.9}, like="gsam"
+    ),
+    "wsam": replace(
+        SAM,
+        factory=samx.wsam,
+        shape="wraps",
+        hyper={"learning_rate": 0.1, "rho": 0.05, "gamma": 0.9},
+    ),
+    "stable_sam": replace(
+        SAM,
+        factory=samx.stable_sam,
+        static_args=("normalize", "renormalize"),
+        like="gsam",
+    ),
+    "usam": replace(
+        SAM,
+        factory=partial(samx.stable_sam, renormalize=False),
+        static_args=("normalize", "renormalize"),
+        like="sam",
+    ),
+    "friendly_sam": replace(
+        SAM,
+        factory=samx.friendly_sam,
+        hyper={"rho": 0.05, "sigma": 0.8, "decay": 0.9},
+        like="lightsam_adam",
+    ),
+    "monge_sam": replace(SAM, factory=samx.monge_sam, like="sam"),
+    "mup_sam": replace(
+        SAM,
+        factory=partial(samx.mup_sam, scales=WIDER),
+        static_args=("scales", "normalization", "width"),
+        like="sam",
+    ),
+    "msam": replace(
+        SAM,
+        factory=partial(samx.msam, num_microbatches=2),
+        passes=(2, 2),
+        needs=("losses_fn", "batch"),
+        uses_gradient=False,
+        has_base_limit=False,
+        climbs=False,
+        static_args=("num_microbatches", "how", "aux_like"),
+    ),
+    "lightsam_norm": replace(
+        SAM,
+        factory=partial(samx.lightsam_norm, eps=0.1),
+        shape="optimizer",
+        hyper={"learning_rate": 0.1, "rho": 0.05},
+        has_base_limit=False,
+        like="lightsam_adam",
+    ),
+    "lightsam_adagrad": replace(
+        SAM,
+        factory=partial(samx.lightsam_adagrad, eps=0.1),
+        shape="optimizer",
+        hyper={"learning_rate": 0.1, "rho": 0.01},
+        has_base_limit=False,
+        like="lightsam_adam",
+    ),
+    "lightsam_adam": replace(
+        SAM,
+        factory=partial(samx.lightsam_adam, eps=0.1),
+        shape="optimizer",
+        hyper={"learning_rate": 0.01, "rho": 0.01, "b1": 0.9, "b2": 0.99},
+        has_base_limit=False,
+    ),
+    "adasam": replace(
+        SAM,
+        factory=partial(samx.adasam, eps=0.1),
+        shape="optimizer",
+        hyper={"learning_rate": 0.01, "rho": 0.05, "b1": 0.9, "b2": 0.99},
+        has_base_limit=False,
+        like="lightsam_adam",
     ),
 }
 APART = [name for name, case in VARIANTS.items() if case.like is None]

@@ -85,17 +85,55 @@ def layer_steps(rho, scaling):
     return perturb
 
 
-class FriendlyBall:
-    """A ball around what the moving average of the gradient leaves of it."""
+def gradient_step(rho):
+    return lambda params, g: {k: rho * g[k] for k in g}
 
-    def __init__(self, radii, sigma, decay):
-        self.radii, self.sigma, self.decay, self.average = iter(radii), sigma, decay, None
+
+def adaptive_step(rho):
+    return lambda params, g: {k: rho * params[k] ** 2 * g[k] for k in g}
+
+
+def monge_ball(rho):
+    def perturb(params, g):
+        n = global_norm(g)
+        return {k: rho * g[k] / n / np.sqrt(1 + n * n) for k in g}
+
+    return perturb
+
+
+def mup_ball(rho, scales, weights):
+    """A numerator and a denominator of their own for each tensor."""
+
+    def perturb(params, g):
+        length = global_norm({k: weights[k] * g[k] for k in g})
+        return {k: rho * scales[k] * g[k] / length for k in g}
+
+    return perturb
+
+
+class Friendly:
+    """Friendly SAM's direction, in the order of the authors' code; `balls` are used in turn.
+
+    A further call within a step leaves the average alone, if `calls` says how many there are.
+    """
+
+    def __init__(self, balls, sigma, decay, calls=1):
+        self.balls, self.calls = itertools.cycle(balls), calls
+        self.sigma, self.decay = sigma, decay
+        self.average, self.seen = None, []
 
     def __call__(self, params, g):
-        average = self.average or {k: np.zeros_like(g[k]) for k in g}
-        self.average = {k: self.decay * average[k] + (1 - self.decay) * g[k] for k in g}
-        left = {k: g[k] - self.sigma * self.average[k] for k in g}
-        return ball(next(self.radii))(params, left)
+        d = g
+        if self.average is not None:
+            d = {k: g[k] - self.sigma * self.average[k] for k in g}
+        eps = next(self.balls)(params, d)
+        self.seen.append(g)
+        if len(self.seen) == self.calls:
+            g = {k: sum(x[k] for x in self.seen) / self.calls for k in g}
+            old = self.average or g
+            self.average = {k: self.decay * old[k] + (1 - self.decay) * g[k] for k in g}
+            self.seen = []
+        return eps
 
 
 @functools.cache
@@ -195,6 +233,39 @@ def sometimes(decide, gamma=1.0):
         return {k: (1 - gamma) * g[k] + gamma * g_s[k] for k in g}
 
     return combine
+
+
+def across(a, b):
+    """What is left of a without its projection on b."""
+    projection = inner(a, b) / inner(b, b)
+    return {k: a[k] - projection * b[k] for k in a}
+
+
+def gsam(alpha, clean=False):
+    """`alpha` may be a list, one number for every step."""
+
+    def combine(t, g, look):
+        g_s, share = look(), alpha[t] if isinstance(alpha, list) else alpha
+        if clean:
+            return {k: g[k] + share * across(g_s, g)[k] for k in g}
+        return {k: g_s[k] - share * across(g, g_s)[k] for k in g}
+
+    return combine
+
+
+def weighted(gamma):
+    """WSAM through its base."""
+
+    def combine(t, g, look):
+        g_s, alpha = look(), gamma / (1 - gamma)
+        return {k: g[k] + alpha * (g_s[k] - g[k]) for k in g}
+
+    return combine
+
+
+def renormalized(t, g, look):
+    g_s = look()
+    return {k: g_s[k] * global_norm(g) / global_norm(g_s) for k in g}
 
 
 class LookSAM:
@@ -306,6 +377,71 @@ def train_momentum_sam(base, perturb, steps, decay=0.0, losses_fn=problem.losses
     return _stack(trajectory)
 
 
+def train_wsam(base, lr, perturb, gamma, steps, losses_fn=problem.losses_fn):
+    """WSAM past its base; `lr` may be a function of the step."""
+    data, params = _start()
+    gradient, trajectory = _gradient(losses_fn), []
+    for t in range(steps):
+        batch = problem.batch_at(data, t)
+        g = gradient(params, batch)
+        g_s = gradient(moved(params, perturb(params, g)), batch)
+        rate = (lr(t) if callable(lr) else lr) * gamma / (1 - gamma)
+        params = base.step(params, g)
+        params = {k: params[k] - rate * (g_s[k] - g[k]) for k in params}
+        trajectory.append(params)
+    return _stack(trajectory)
+
+
+class AdaGradNorm:
+    """One number for all; as a base, or as a `perturb`."""
+
+    def __init__(self, lr, eps):
+        self.lr, self.total = lr, eps**2
+
+    def __call__(self, params, g):
+        self.total += inner(g, g)
+        return {k: self.lr * g[k] / np.sqrt(self.total) for k in g}
+
+    def step(self, params, g):
+        climbed = self(params, g)
+        return {k: params[k] - climbed[k] for k in params}
+
+
+class AdaGrad(AdaGradNorm):
+    def __call__(self, params, g):
+        self.total = self.total + flat(g) ** 2
+        return unflat(self.lr * flat(g) / np.sqrt(self.total), g)
+
+
+class RawAdam(AdaGradNorm):
+    """Without bias correction; with `largest`, AMSGrad. `lr` may be a list, one for every step."""
+
+    def __init__(self, lr, b1, b2, eps, largest=False):
+        super().__init__(lr, eps)
+        self.b1, self.b2, self.largest, self.mean, self.t = b1, b2, largest, 0.0, 0
+        self.top = self.total
+
+    def __call__(self, params, g):
+        lr = self.lr[self.t] if isinstance(self.lr, list) else self.lr
+        self.t += 1
+        self.mean = self.b1 * self.mean + (1 - self.b1) * flat(g)
+        self.total = self.b2 * self.total + (1 - self.b2) * flat(g) ** 2
+        self.top = np.maximum(self.top, self.total) if self.largest else self.total
+        return unflat(lr * self.mean / np.sqrt(self.top), g)
+
+
+def flat(tree):
+    return np.concatenate([tree[k].ravel() for k in sorted(tree)])
+
+
+def unflat(vector, like):
+    new, start = {}, 0
+    for k in sorted(like):
+        new[k] = vector[start : start + like[k].size].reshape(like[k].shape)
+        start += like[k].size
+    return new
+
+
 @functools.cache
 def _losses(losses_fn):
     losses = jax.jit(losses_fn)
@@ -337,6 +473,18 @@ def ksam(perturb, k):
         worst = sorted(range(len(index)), key=lambda i: -losses(params, batch)[i])[:k]
         chosen = rows_of(batch, worst)
         return gradient(moved(params, perturb(params, gradient(params, chosen))), chosen)
+
+    return sharp_gradient
+
+
+def msam(perturb, num_microbatches):
+    def sharp_gradient(t, params, batch, index, losses, gradient):
+        sharp = []
+        for j in range(num_microbatches):
+            part = rows_of(batch, range(j, len(index), num_microbatches))
+            point = moved(params, perturb(params, gradient(params, part)))
+            sharp.append(gradient(point, part))
+        return {k: sum(h[k] for h in sharp) / num_microbatches for k in params}
 
     return sharp_gradient
 

@@ -146,8 +146,14 @@ def test_map_params(name):
     state = tx.init(params)
     mapped = optax.tree.map_params(tx, lambda leaf: leaf + 1, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
-    moments = optax.tree.get(mapped, "trace")
-    assert_close(moments, optax.tree.ones_like(params))
+    shaped = [
+        (old, new)
+        for old, new in zip(*map(jax.tree.leaves, (state, mapped)), strict=True)
+        if old.shape == params["W1"].shape
+    ]
+    assert len(shaped) >= (name != "lightsam_norm")  # whose state is two numbers
+    for old, new in shaped:
+        assert_close(new, old + 1)
 
 
 @every_variant
@@ -253,7 +259,7 @@ def test_zero_gradient_is_finite(name):
 
 @every_variant
 def test_learning_rate_zero_moves_nothing(name):
-    tx, (batch, params) = VARIANTS[name].build(optax.sgd(0.0, momentum=0.9)), fresh()
+    tx, (batch, params) = VARIANTS[name].at_rest(), fresh()
     step, carry = jax.jit(problem.make_step(tx)), (params, tx.init(params))
     for _ in range(20):
         carry = step(*carry, batch)
@@ -422,7 +428,7 @@ def test_radius_schedule_runs_on_the_optimizers_step(name):
     case, (batch, params) = VARIANTS[name], fresh()
 
     def norms(rho):
-        tx = case.build(optax.sgd(0.0, momentum=0.9), rho=rho)  # stays where it is
+        tx = case.at_rest(rho=rho)
         step, carry, readings = jax.jit(problem.make_step(tx)), (params, tx.init(params)), []
         for _ in range(6):
             carry = step(*carry, batch)
@@ -465,6 +471,8 @@ def test_line_search_as_base(name):
         optax.sgd(1.0, momentum=0.9),
         optax.scale_by_backtracking_linesearch(max_backtracking_steps=5),
     )
+    if case.shape == "optimizer":
+        return  # which has no base
     if case.shape == "wraps":
         tx = case.build(search)
     else:

@@ -18,6 +18,8 @@ import samx
 from samx import policies, schedules
 from samx.combinations import mix
 from samx.perturbations import (
+    deviation,
+    gradient_step,
     layerwise,
     linf_ball,
     magnitude,
@@ -500,16 +502,6 @@ def test_l2_inside_the_loss_is_the_decay_of_the_perturbed_weights():
     assert_same(problem.train(tx, STEPS, losses_fn=losses_fn), expected)
 
 
-def friendly(sigma=0.9, decay=0.8):
-    """What the moving average of the gradient leaves of it, the direction of Friendly SAM."""
-
-    def update_fn(g, average, params=None):
-        average = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, average, g)
-        return jax.tree.map(lambda g, m: g - sigma * m, g, average), average
-
-    return optax.GradientTransformation(optax.tree.zeros_like, update_fn)
-
-
 RADIUS, RADII = linear(0.05, 0.5, 15)
 WITH_MEMORY = {
     "looksam": (
@@ -526,10 +518,9 @@ WITH_MEMORY = {
 @pytest.mark.parametrize("name", WITH_MEMORY)
 def test_schedules_and_memories_go_on_where_no_sharp_gradient_is_taken(name):
     make, combine = WITH_MEMORY[name]
-    ball = optax.chain(friendly(), metric_ball(RADIUS))
-    expected, is_sharp = reference.train_gated(
-        reference.SGD(0.1, 0.9), reference.FriendlyBall(RADII, 0.9, 0.8), combine(), 15
-    )
+    ball = optax.chain(deviation(0.9, 0.8), metric_ball(RADIUS))
+    climb = reference.Friendly(map(reference.ball, RADII), 0.9, 0.8)
+    expected, is_sharp = reference.train_gated(reference.SGD(0.1, 0.9), climb, combine(), 15)
     trajectory, sharp = watch(optax.chain(make(ball), MOMENTUM), 15, "is_sharp")
     assert not all(is_sharp)
     np.testing.assert_array_equal(sharp, is_sharp)
@@ -540,6 +531,191 @@ def test_schedules_and_memories_go_on_where_no_sharp_gradient_is_taken(name):
         for sharp in (make(ball), samx.sam(perturbation=ball))
     )
     jax.tree.map(np.testing.assert_array_equal, states, sams)
+
+
+# ---- Where the sharp gradient is taken, how far, and what is made of it.
+
+EVERYWHERE = magnitude(0.0, is_scaled=lambda path, leaf: True)
+ALL = {"W1", "b1", "W2", "b2"}
+SCALES = {"W1": 3.0, "b1": 2.5, "W2": 0.5, "b2": 1.0}
+DECOUPLED = {k: s**0.5 for k, s in SCALES.items()}
+LAYERWISE = {k: s / 3**0.5 for k, s in SCALES.items()}
+
+
+def always(t, g, look):
+    return look()
+
+
+def friendly_ball(sigma, decay, *balls):
+    return reference.Friendly(balls, sigma, decay)
+
+
+FORMULATIONS = {  # samx, the reference's perturbation and combination, base
+    "gsam, a schedule of alpha": (
+        lambda: samx.gsam(0.2, ALPHA),
+        lambda: reference.ball(0.2),
+        reference.gsam(ALPHAS),
+        "adam",
+    ),
+    "gsam, clean": (
+        lambda: samx.gsam(0.1, 0.7, descend="clean"),
+        lambda: reference.ball(0.1),
+        reference.gsam(0.7, clean=True),
+        "momentum and decay",
+    ),
+    "gsam, adaptive": (
+        lambda: samx.gsam(alpha=1.0, perturbation=metric_ball(1.0, EVERYWHERE)),
+        lambda: reference.adaptive_ball(1.0, 0.0, ALL),
+        reference.gsam(1.0),
+        "adamw",
+    ),
+    "coupled_wsam": (
+        lambda: samx.coupled_wsam(0.2, 0.8),
+        lambda: reference.ball(0.2),
+        reference.weighted(0.8),
+        "adam",
+    ),
+    "coupled_wsam, adaptive": (
+        lambda: samx.coupled_wsam(gamma=0.3, perturbation=metric_ball(0.5, magnitude(0.1))),
+        lambda: reference.adaptive_ball(0.5, 0.1, WEIGHTS),
+        reference.weighted(0.3),
+        "momentum and decay",
+    ),
+    "stable_sam": (
+        lambda: samx.stable_sam(0.5),
+        lambda: reference.gradient_step(0.5),
+        reference.renormalized,
+        "adamw",
+    ),
+    "stable_sam, normalized": (
+        lambda: samx.stable_sam(0.2, normalize=True),
+        lambda: reference.ball(0.2),
+        reference.renormalized,
+        "nesterov",
+    ),
+    "un-normalized, adaptive": (
+        lambda: samx.stable_sam(renormalize=False, perturbation=gradient_step(2.0, EVERYWHERE)),
+        lambda: reference.adaptive_step(2.0),
+        always,
+        "momentum and decay",
+    ),
+    "friendly_sam": (
+        lambda: samx.friendly_sam(0.2, 0.7, 0.6),
+        lambda: friendly_ball(0.7, 0.6, reference.ball(0.2)),
+        always,
+        "adam",
+    ),
+    "friendly_sam, adaptive": (
+        lambda: samx.friendly_sam(perturbation=metric_ball(0.5, EVERYWHERE)),
+        lambda: friendly_ball(1.0, 0.9, reference.adaptive_ball(0.5, 0.0, ALL)),
+        always,
+        "momentum and decay",
+    ),
+    "monge_sam": (
+        lambda: samx.monge_sam(0.5),
+        lambda: reference.monge_ball(0.5),
+        always,
+        "adamw",
+    ),
+    "mup_sam": (
+        lambda: samx.mup_sam(0.2, SCALES),
+        lambda: reference.mup_ball(0.2, SCALES, DECOUPLED),
+        always,
+        "adam",
+    ),
+    "mup_sam, layerwise": (
+        lambda: samx.mup_sam(0.2, SCALES, normalization="layerwise", width=3.0),
+        lambda: reference.mup_ball(0.2, SCALES, LAYERWISE),
+        always,
+        "momentum and decay",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMULATIONS)
+def test_formulations_against_reference(name):
+    make, perturb, combine, base = FORMULATIONS[name]
+    tx, make_reference = BASES[base]
+    expected, _ = reference.train_gated(make_reference(), perturb(), combine, STEPS)
+    assert_same(problem.train(optax.chain(make(), tx), STEPS), expected)
+
+
+def test_the_papers_order_of_friendly_sam_is_another_sigma():
+    """What the docstring says: d = g − σ (λ m + (1 − λ) g), up to its length."""
+    sigma, decay = 0.5, 0.8
+    m, g = np.array([1.0, -2.0]), np.array([0.5, 3.0])
+    papers = g - sigma * (decay * m + (1 - decay) * g)
+    ours = g - sigma * decay / (1 - sigma * (1 - decay)) * m
+    np.testing.assert_allclose(papers / ours, 1 - sigma * (1 - decay), rtol=1e-12)
+
+
+WSAMS = {  # base, learning rate, both ours and the reference's
+    "nesterov": (BASES["nesterov"], 0.1, 0.1),
+    "adam": (BASES["adam"], 0.01, 0.01),
+    "cosine": (
+        BASES["sgd, decay and cosine"],
+        lambda step: 0.05 * (1 + jnp.cos(jnp.pi * step / STEPS)),
+        lambda t: 0.05 * (1 + np.cos(np.pi * t / STEPS)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WSAMS)
+def test_wsam_against_reference(name):
+    (tx, make_reference), ours, theirs = WSAMS[name]
+    perturb = reference.adaptive_ball(0.5, 0.0, ALL)
+    expected = reference.train_wsam(make_reference(), theirs, perturb, 0.8, STEPS)
+    wsam = samx.wsam(tx, ours, gamma=0.8, perturbation=metric_ball(0.5, EVERYWHERE))
+    assert_same(problem.train(wsam, STEPS), expected)
+
+
+RATES = [0.05 * (1 - t / STEPS) for t in range(STEPS)]
+OPTIMIZERS = {  # samx, the reference's base and perturbation
+    "lightsam_norm": (
+        lambda: samx.lightsam_norm(1.0, 0.2, eps=0.1),
+        lambda: (reference.AdaGradNorm(1.0, 0.1), reference.AdaGradNorm(0.2, 0.1)),
+    ),
+    "lightsam_adagrad": (
+        lambda: samx.lightsam_adagrad(0.2, 0.05, eps=0.1),
+        lambda: (reference.AdaGrad(0.2, 0.1), reference.AdaGrad(0.05, 0.1)),
+    ),
+    "lightsam_adam": (
+        lambda: samx.lightsam_adam(0.02, 0.05, 0.8, 0.99, eps=0.01),
+        lambda: (
+            reference.RawAdam(0.02, 0.8, 0.99, 0.01),
+            reference.RawAdam(0.05, 0.8, 0.99, 0.01),
+        ),
+    ),
+    "lightsam_adam, schedules": (
+        lambda: samx.lightsam_adam(falling_to_zero, falling_to_zero),
+        lambda: (
+            reference.RawAdam(RATES, 0.9, 0.999, 1e-8),
+            reference.RawAdam(RATES, 0.9, 0.999, 1e-8),
+        ),
+    ),
+    "adasam": (
+        lambda: samx.adasam(0.02, 0.2, 0.8, 0.9, eps=0.05),
+        lambda: (reference.RawAdam(0.02, 0.8, 0.9, 0.05, largest=True), reference.ball(0.2)),
+    ),
+    "adasam, adaptive": (
+        lambda: samx.adasam(0.02, b2=0.8, perturbation=metric_ball(0.5, EVERYWHERE)),
+        lambda: (
+            reference.RawAdam(0.02, 0.9, 0.8, 1e-8, largest=True),
+            reference.adaptive_ball(0.5, 0.0, ALL),
+        ),
+    ),
+}
+
+
+def falling_to_zero(step):
+    return 0.05 * (1 - jnp.asarray(step, float) / STEPS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_against_reference(name):
+    make, make_reference = OPTIMIZERS[name]
+    expected = reference.train_sam(*make_reference(), STEPS)
+    assert_same(problem.train(make(), STEPS), expected)
 
 
 # ---- Some of the examples, some of the layers.
@@ -570,6 +746,23 @@ ON_EXAMPLES = {  # samx, the reference, base
         lambda: samx.ksam(num_selected=4, perturbation=metric_ball(0.5, magnitude(0.01))),
         lambda: reference.ksam(reference.adaptive_ball(0.5, 0.01, WEIGHTS), 4),
         "momentum and decay",
+    ),
+    "msam": (
+        lambda: samx.msam(0.2, 2, how="vmap"),
+        lambda: reference.msam(reference.ball(0.2), 2),
+        "adam",
+    ),
+    "msam, every example, adaptive": (
+        lambda: samx.msam(num_microbatches=16, perturbation=metric_ball(0.5, magnitude(0.01))),
+        lambda: reference.msam(reference.adaptive_ball(0.5, 0.01, WEIGHTS), 16),
+        "momentum and decay",
+    ),
+    "msam, with a memory": (
+        lambda: samx.msam(
+            num_microbatches=4, perturbation=optax.chain(deviation(0.9, 0.8), metric_ball(0.2))
+        ),
+        lambda: reference.msam(reference.Friendly([reference.ball(0.2)], 0.9, 0.8, calls=4), 4),
+        "nesterov",
     ),
     "esam": (
         lambda: samx.esam(0.1, 0.6, 0.75),
