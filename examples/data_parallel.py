@@ -113,7 +113,9 @@ def make_optimizer(
     base = BASES[args.base](args.learning_rate)
     if args.pair:
         return samx.sampa(base, args.rho, batch_like=batch_like, pair_sharding=pair)
-    setting = Setting(batch_like, args.batch, TRAIN, num_groups=len(devices))
+    setting = Setting(
+        batch_like, args.batch, TRAIN, num_groups=len(devices), learning_rate=args.learning_rate
+    )
     tx = VARIANTS[args.variant].make(args.rho, base, setting)
     return optax.with_extra_args_support(tx)
 

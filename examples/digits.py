@@ -147,7 +147,8 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
 
     def optimizer(run):
         schedule = optax.cosine_decay_schedule(run.learning_rate, epochs * STEPS_PER_EPOCH)
-        tx = variant.make(run.rho, BASES[base](schedule), setting)
+        here = setting._replace(learning_rate=schedule)
+        tx = variant.make(run.rho, BASES[base](schedule), here)
         return optax.with_extra_args_support(tx)
 
     def init(run, params):
@@ -310,7 +311,8 @@ def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float
     radii = VARIANTS[variant].radii
     if args.rho and variant != "base":
         radii = tuple(args.rho)
-    return [(rate, rho) for rate in LEARNING_RATES[args.base] for rho in radii]
+    rates = VARIANTS[variant].learning_rates or LEARNING_RATES[args.base]
+    return [(rate, rho) for rate in rates for rho in radii]
 
 
 def work_of(row: str, runs: int) -> int:

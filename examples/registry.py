@@ -21,6 +21,8 @@ class Setting(NamedTuple):
         num_examples: Examples of the data set.
         aux: Shapes of the aux of the loss, for variants that hold one in their state.
         num_groups: Groups of a batch in which examples are chosen, one for each device.
+        learning_rate: That of the base, a number or a schedule, for variants that take a step of
+            their own.
     """
 
     batch: Any
@@ -28,6 +30,7 @@ class Setting(NamedTuple):
     num_examples: int
     aux: Any = None
     num_groups: int = 1
+    learning_rate: Any = 0.1
 
 
 Make = Callable[[Any, optax.GradientTransformation, Setting], optax.GradientTransformation]
@@ -48,6 +51,8 @@ class Variant(NamedTuple):
         settling: Steps before the first cycle: a warm-up of sharp steps, averages that fill.
         uses_gradient: Whether `update` reads the gradient that it is given; otherwise the compiler
             removes its computation.
+        learning_rates: Of a variant that is an optimizer and has no base: what to choose from in
+            place of the base's.
     """
 
     make: Make
@@ -58,11 +63,17 @@ class Variant(NamedTuple):
     cycle: int = 1
     settling: int = 0
     uses_gradient: bool = True
+    learning_rates: tuple[float, ...] | None = None
 
 
 def in_front(variant: Callable[[Any], optax.GradientTransformation]) -> Make:
     """How to build a variant that stands in front of its base in a chain."""
     return lambda rho, base, setting: optax.chain(variant(rho), base)
+
+
+def without_base(variant: Callable[[Any, Any], optax.GradientTransformation]) -> Make:
+    """How to build a variant that is the optimizer: weight decay of the base is lost as well."""
+    return lambda rho, base, setting: variant(setting.learning_rate, rho)
 
 
 def g_rst(rho: Any) -> optax.GradientTransformation:
@@ -97,6 +108,11 @@ def ausam(rho: Any, setting: Setting) -> optax.GradientTransformation:
 
 
 RADII = (0.1, 0.2, 0.5, 1.0)
+SMALL = (0.02, 0.05, 0.1, 0.2)  # where sharpness weighs more, or fewer examples climb together
+FACTORS = (0.1, 0.3, 1.0, 3.0)  # of gradients, or of what falls with their length
+STEPS = (3e-4, 1e-3, 3e-3, 1e-2)  # of one element
+ADAM_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # without bias correction
+GSAM_ALPHA = 0.1  # between the paper's for ResNets and its default for vision transformers
 ALPHA = 0.1  # of the LookSAMs: 0.7, the default, is for vision transformers
 WINDOW, WARMUP = 50, 50  # of `policies.quota`, whose first window is one step short
 
@@ -171,6 +187,33 @@ VARIANTS = {
         cycle=20,
         uses_gradient=False,
     ),
+    "gsam": Variant(in_front(partial(samx.gsam, alpha=GSAM_ALPHA)), RADII, 2, 0.05),
+    "wsam": Variant(
+        lambda rho, base, setting: samx.wsam(base, setting.learning_rate, rho), SMALL, 2, 0.05
+    ),
+    "coupled-wsam": Variant(in_front(samx.coupled_wsam), SMALL, 2, 0.05),
+    "stable-sam": Variant(in_front(samx.stable_sam), FACTORS, 2, 0.05),
+    "usam": Variant(in_front(partial(samx.stable_sam, renormalize=False)), FACTORS, 2, 0.05),
+    "friendly-sam": Variant(in_front(samx.friendly_sam), RADII, 2, 0.1),
+    "monge-sam": Variant(in_front(samx.monge_sam), FACTORS, 2, 0.05),
+    "msam": Variant(
+        lambda rho, base, setting: optax.chain(samx.msam(rho, aux_like=setting.aux), base),
+        SMALL,
+        2,
+        0.05,
+        keeps_aux=True,
+        uses_gradient=False,
+    ),
+    "lightsam-norm": Variant(
+        without_base(samx.lightsam_norm), FACTORS, 2, 0.05, learning_rates=(0.3, 1.0, 3.0, 10.0)
+    ),
+    "lightsam-adagrad": Variant(
+        without_base(samx.lightsam_adagrad), STEPS, 2, 1e-3, learning_rates=(0.01, 0.03, 0.1, 0.3)
+    ),
+    "lightsam-adam": Variant(
+        without_base(samx.lightsam_adam), STEPS, 2, 1e-3, learning_rates=ADAM_RATES
+    ),
+    "adasam": Variant(without_base(samx.adasam), RADII, 2, 0.05, learning_rates=ADAM_RATES),
     "momentum-sam": Variant(
         lambda rho, base, setting: samx.momentum_sam(base, rho, aux_like=setting.aux),
         (0.1, 0.3, 1.0, 3.0),

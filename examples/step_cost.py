@@ -239,7 +239,7 @@ def samx_rows(
     """One row for each variant, and one more for SAM; `update` sees `watch(losses_fn)`."""
     base = BASES["momentum"](LEARNING_RATE)
     size = len(batch["label"])
-    setting = Setting(batch, batch_size=size, num_examples=size)
+    setting = Setting(batch, size, num_examples=size, learning_rate=LEARNING_RATE)
 
     def step(tx, read, params, state, data):
         data = dict(data)

@@ -75,9 +75,16 @@ def is_not_bias(path: Any, leaf: Any) -> bool:
         Cost: none, it runs while tracing. `nnx.Variable` wrappers (`.value`) are looked through.
     """
     del leaf
-    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-    names = [name for name in names if name not in ("value", "raw_value")]
+    names = names_of(path)
     return not (names and re.search(r"(^|_)b(ias)?\d*$", names[-1]))
+
+
+def names_of(path: Any) -> list[str]:
+    """The names along a key path, without that of the value inside an `nnx.Variable`."""
+    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+    while names and names[-1] in ("value", "raw_value"):
+        names.pop()
+    return names
 
 
 def magnitude(eta: float = 0.01, *, is_scaled: LeafPredicate = is_not_bias) -> Metric:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from samx._metrics import names_of
 from samx._mup import check_same_leaves
 
 __all__ = ["flax_fans", "layer_scales", "learning_rates"]
@@ -64,9 +65,7 @@ def flax_fans(path: Any, shape: tuple[int, ...]) -> tuple[int, int]:
         An embedding that is also used as the output layer (`attend`) is scaled as an embedding. A
         depthwise convolution has one input per output, and is scaled like a vector. Cost: none.
     """
-    names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
-    names = ["", *(name for name in names if name not in ("value", "raw_value"))]
-    parent, name = names[-2:] if len(names) > 1 else ("", "")
+    parent, name = ["", "", *names_of(path)][-2:]
     if len(shape) < 2 or name in ("bias", "scale"):
         return 1, math.prod(shape)
     if name == "embedding":

@@ -263,6 +263,7 @@ VARIANTS |= {
     "stable_sam": replace(
         SAM,
         factory=samx.stable_sam,
+        has_base_limit=False,  # to the last bit
         static_args=("normalize", "renormalize"),
         like="gsam",
     ),

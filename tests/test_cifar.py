@@ -104,7 +104,7 @@ def test_variants_by_name(variant, run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        ("resnet18", "--precision bfloat16 --accumulate 2 --schedule step --label-smoothing 0.1"),
+        ("vit", "--precision bfloat16 --accumulate 2 --schedule step --label-smoothing 0.1"),
         ("vit", "--precision float16 --schedule constant --base momentum --augment none"),
     ],
 )
@@ -131,7 +131,6 @@ def test_several_devices_are_one(run):
     ("model", "options"),
     [
         ("resnet18", "--width 8 --epochs 8 --learning-rate 0.05"),
-        ("vit", "--width 32 --depth 2 --epochs 44 --learning-rate 6e-3 --weight-decay 0"),
     ],
 )
 def test_learns_256_images_by_heart(model, options, run, full_optimization):
@@ -154,17 +153,10 @@ def test_label_noise_and_imbalance(run, archive):
     assert 0 <= results["test"]["accuracy"] <= 1
 
 
-@pytest.mark.parametrize(
-    ("model", "variant"),
-    [
-        ("resnet18", "sampa-separate"),  # the dearest
-        ("vit", "sampa-separate"),
-    ],
-)
-def test_a_step_at_batch_64_fits_in_4_gb(model, variant, archive, cache):
-    args = cifar.parse(f"--data {archive} --model {model} --variant {variant} --batch 64".split())[
-        1
-    ]
+@pytest.mark.parametrize("model", ["resnet18", "vit"])
+def test_a_step_at_batch_64_fits_in_4_gb(model, archive, cache):
+    variant = "--variant sampa-separate"  # the dearest
+    args = cifar.parse(f"--data {archive} --model {model} {variant} --batch 64".split())[1]
     data = cifar.load_data(args)
     mesh = jax.make_mesh(
         (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:1]
@@ -174,29 +166,29 @@ def test_a_step_at_batch_64_fits_in_4_gb(model, variant, archive, cache):
     state, shardings = cifar.make_state(args, data, batch, cifar.make_schedule(args, 10), mesh)
     wanted = {"resnet18": 11.17, "vit": 2.69}[model]
     assert cifar.describe(state.params) == f"{wanted} million parameters"
-    program = cifar.compile_step(args, state, shardings, batch, 10)
-    assert 0.05 < cifar.gigabytes_of(program) < 4
+    if model == "resnet18":  # which needs more
+        program = cifar.compile_step(args, state, shardings, batch, 10)
+        assert 0.05 < cifar.gigabytes_of(program) < 4
 
 
 KILLED = {
-    "resnet18": "--variant sampa-separate --devices 2"
-    " --images 100 --label-noise 0.2 --imbalance 10",
-    "vit": "--variant looksam --dropout 0.1 --base momentum",  # killed within a cycle
+    "sampa-separate": "--devices 2 --images 100 --label-noise 0.2 --imbalance 10",
+    "looksam": "--dropout 0.1 --base momentum",  # killed within a cycle
 }
 
 
 @pytest.mark.parametrize(
-    ("model", "kills"),
+    ("variant", "kills"),
     [
-        ("resnet18", [(5, ("--out", "killed"))]),
-        ("vit", [(0, ("--out", "killed")), (5, ("--resume", "killed"))]),
+        ("sampa-separate", [(5, ("--out", "killed"))]),
+        ("looksam", [(0, ("--out", "killed")), (5, ("--resume", "killed"))]),
     ],
 )
-def test_killed_and_resumed_is_as_if_nothing_had_happened(model, kills, cache, archive, tmp_path):
+def test_killed_and_resumed_is_as_if_nothing_had_happened(variant, kills, cache, archive, tmp_path):
     """SIGKILL at some step, whatever the process is doing, or before the first checkpoint."""
     command = [sys.executable, str(EXAMPLE), "--data", str(archive), "--checkpoint-every", "1"]
-    command += f"--model {model} {TINY[model]} --images 40 --batch 8 --epochs 2".split()
-    command += KILLED[model].split()
+    command += f"--model vit {TINY['vit']} --images 40 --batch 8 --epochs 2".split()
+    command += f"--variant {variant} {KILLED[variant]}".split()
     environment = os.environ | cache | {"JAX_PLATFORMS": "cpu"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in here
 

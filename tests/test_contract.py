@@ -423,7 +423,7 @@ def test_aux_is_dropped(name):
     assert_close(updates, expected)
 
 
-@every_variant
+@pytest.mark.parametrize("name", [*APART, "l-infinity", "usam", "monge_sam", "mup_sam"])
 def test_radius_schedule_runs_on_the_optimizers_step(name):
     case, (batch, params) = VARIANTS[name], fresh()
 

@@ -12,7 +12,7 @@ import pytest
 
 import samx
 import samx.flax
-from samx import combinations, perturbations, policies, selection
+from samx import combinations, mup, perturbations, policies, schedules, selection
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,6 +25,8 @@ MODULES = {
     "policies": policies,
     "combinations": combinations,
     "selection": selection,
+    "schedules": schedules,
+    "mup": mup,
     "flax": samx.flax,
 }
 PUBLIC = [

@@ -8,7 +8,19 @@ import problem
 import pytest
 
 import samx
-from samx.perturbations import constants, layerwise, linf_ball, magnitude, metric_ball, on_leaves
+from samx import combinations, schedules
+from samx.perturbations import (
+    constants,
+    deviation,
+    gradient_step,
+    layerwise,
+    linf_ball,
+    magnitude,
+    metric_ball,
+    monge_ball,
+    mup_ball,
+    on_leaves,
+)
 
 BATCH = jax.eval_shape(lambda: problem.batch_at(problem.make("float32")[0], 0))
 SGD = optax.sgd(0.1)
@@ -113,6 +125,107 @@ FACTORIES = {
         ValueError,
         "`high` must be at least 0.5, got 0.1",
     ),
+    "negative rho of gradient_step": (lambda: gradient_step(-1), ValueError, "`rho`.*-1"),
+    "negative rho of monge_ball": (lambda: monge_ball(-1), ValueError, "`rho`.*-1"),
+    "negative sigma": (lambda: deviation(-1), ValueError, "`sigma` must be at least 0, got -1"),
+    "decay of friendly_sam": (
+        lambda: samx.friendly_sam(decay=1.5),
+        ValueError,
+        r"`decay` must be in \[0, 1\], got 1.5",
+    ),
+    "negative alpha": (lambda: samx.gsam(alpha=-0.1), ValueError, "`alpha`.*-0.1"),
+    "which loss to descend": (
+        lambda: samx.gsam(descend="both"),
+        ValueError,
+        "gsam: `descend` must be 'sharp' or 'clean', got 'both'",
+    ),
+    "a number renormalized": (
+        lambda: combinations.renormalized(0.05),
+        TypeError,
+        "renormalized: `inner` must be an optax transformation, got float",
+    ),
+    "a wrapped base in a combination": (
+        lambda: combinations.surrogate_gap(samx.wsam(SGD, 0.1), 0.4).init(jnp.ones(1)),
+        ValueError,
+        "`inner` must stand in front of a base, but it wraps one",
+    ),
+    "gamma beyond one": (
+        lambda: samx.coupled_wsam(gamma=1.5),
+        ValueError,
+        r"`gamma` must be in \[0, 1\], got 1.5",
+    ),
+    "nothing of the loss": (
+        lambda: samx.wsam(SGD, 0.1, gamma=1),
+        ValueError,
+        r"`gamma` must be in \[0, 1\): 1 leaves nothing of the loss",
+    ),
+    "negative learning rate": (
+        lambda: samx.wsam(SGD, -0.1),
+        ValueError,
+        "`learning_rate` must be at least 0, got -0.1",
+    ),
+    "a number as base": (lambda: samx.wsam(0.1, 0.1), TypeError, "wsam: `base` must be an optax"),
+    "normalize and perturbation": (
+        lambda: samx.stable_sam(normalize=True, perturbation=metric_ball(0.1)),
+        ValueError,
+        "`normalize` together with `perturbation`",
+    ),
+    "no microbatches": (lambda: samx.msam(num_microbatches=0), ValueError, "`num_microbatches`"),
+    "half a microbatch": (
+        lambda: samx.msam(num_microbatches=0.5),
+        TypeError,
+        "`num_microbatches` must be a Python int, got float",
+    ),
+    "how microbatches are taken": (
+        lambda: samx.msam(how="loop"),
+        ValueError,
+        "`how` must be 'scan' or 'vmap', got 'loop'",
+    ),
+    "no eps": (lambda: samx.lightsam_adagrad(0.1, eps=0), ValueError, "`eps` must be above 0"),
+    "negative rho of lightsam": (lambda: samx.lightsam_norm(0.1, -1), ValueError, "`rho`.*-1"),
+    "negative rate of lightsam": (lambda: samx.lightsam_norm(-1), ValueError, "`learning_rate`"),
+    "b1": (lambda: samx.lightsam_adam(0.1, b1=1.1), ValueError, r"`b1` must be in \[0, 1\]"),
+    "b2 of adasam": (lambda: samx.adasam(0.1, b2=-1), ValueError, r"`b2` must be in \[0, 1\]"),
+    "a negative scale": (
+        lambda: mup_ball(0.1, {"a": 1.0, "b": -1.0}),
+        ValueError,
+        r"`scales`\['b'\] must be at least 0 and finite, got -1.0",
+    ),
+    "a scale of no number": (
+        lambda: samx.mup_sam(0.1, {"a": "wide"}),
+        TypeError,
+        r"`scales`\['a'\] must be a Python number, got 'wide'",
+    ),
+    "normalization": (
+        lambda: samx.mup_sam(0.1, {}, normalization="global"),
+        ValueError,
+        "'decoupled' or 'layerwise', got 'global'",
+    ),
+    "layer-wise without a width": (
+        lambda: samx.mup_sam(0.1, {}, normalization="layerwise"),
+        ValueError,
+        "`width`, how many times as wide.*must be given with normalization='layerwise'.*got None",
+    ),
+    "a width for nothing": (
+        lambda: samx.mup_sam(0.1, {}, width=2.0),
+        ValueError,
+        "`width`.*only there, got 2.0",
+    ),
+    "following no schedule": (
+        lambda: schedules.following(0.1, 0.2, peak_value=0.1),
+        TypeError,
+        "`learning_rate` must be a schedule, step -> number, got 0.1",
+    ),
+    "radii upside down": (
+        lambda: schedules.following(lambda t: 0.1, 0.1, 0.2, peak_value=0.1),
+        ValueError,
+        r"`rho_min` must be in \[0, 0.1\], got 0.2",
+    ),
+    "rates upside down": (
+        lambda: schedules.following(lambda t: 0.1, 0.1, peak_value=0.1, end_value=1.0),
+        ValueError,
+        r"`end_value` must be in \[0, 0.1\], got 1.0",
+    ),
     "norm of on_leaves": (
         lambda: on_leaves(metric_ball(0.1), lambda path, leaf: True, norm="none"),
         ValueError,
@@ -152,7 +265,7 @@ UPDATES = {
     "a scalar from losses_fn": (
         {"losses_fn": lambda p, b: problem.losses_fn(p, b).mean(), "batch": True},
         ValueError,
-        r"`losses_fn` must return one loss per example, shape \(16,\), got \(\)",
+        r"`losses_fn` must return one loss per example, shape \(\d+,\), got \(\)",
     ),
     "batch leaves of different length": (
         {"losses_fn": losses_fn, "batch": {"x": np.ones((16, 10)), "y": np.ones(15)}},
@@ -193,7 +306,7 @@ def sampa():
 BAD_UPDATES = [(samx.sam, name) for name in UPDATES]
 BAD_UPDATES += [
     (make, name)
-    for make in (ksam, samx.esam, ausam)
+    for make in (ksam, samx.esam, ausam, samx.msam)
     for name in UPDATES
     if "losses_fn" in UPDATES[name][0]
 ]
@@ -244,6 +357,20 @@ def test_scales_unlike_params():
     ball = metric_ball(0.1, constants({"W1": 1.0}))
     with pytest.raises(ValueError, match="`scales` must have the structure of `params`"):
         ball.update(params, ball.init(params), params)
+
+
+def test_scales_of_other_leaves():
+    _, params = problem.make("float32")
+    tx = samx.mup_sam(0.1, {"W1": 1.0, "b1": 1.0, "W2": 1.0, "head": 1.0})
+    with pytest.raises(ValueError, match=r"`scales`.*`params`.*lacks \[\"\['b2'\]\"\].*head"):
+        tx.update(params, tx.init(params), params, value_fn=lambda p: losses_fn(p, batch()).mean())
+
+
+def test_microbatches_that_do_not_divide():
+    _, params = problem.make("float32")
+    tx = samx.msam(num_microbatches=3)
+    with pytest.raises(ValueError, match=r"must divide the 16 examples of the batch, got 3.*pad"):
+        tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=batch())
 
 
 def test_no_leaf_selected():

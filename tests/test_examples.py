@@ -87,9 +87,8 @@ def test_digits_shows_what_a_base_lacks():
                 check_base(variant, base)
 
 
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
-def test_digits_takes_every_base(base):
-    (result,) = digits.main([*TINY, "--variants", "sam", "--base", base, "--noise", "0"])
+def test_digits_takes_another_base():
+    (result,) = digits.main([*TINY, "--variants", "sam", "--base", "adamw", "--noise", "0"])
     assert np.isfinite(result["loss_increase"]).all()
 
 

@@ -14,7 +14,7 @@ from cases import VARIANTS
 import samx
 from samx import perturbations as geometry
 from samx import policies
-from samx.combinations import decaying, mix
+from samx.combinations import decaying, mix, renormalized, surrogate_gap
 
 pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
 
@@ -70,7 +70,23 @@ EQUAL_TO_SAM = {
 }
 
 
+def scales(s):
+    return dict.fromkeys(("W1", "b1", "W2", "b2"), s)
+
+
 EXACTLY_SAM = {
+    "gsam, alpha 0": lambda: samx.gsam(0.2, 0.0),
+    "coupled_wsam, gamma 0.5": lambda: samx.coupled_wsam(0.2, 0.5),
+    "coupled_wsam, a schedule of gamma 0.5": lambda: samx.coupled_wsam(
+        0.2, optax.constant_schedule(0.5)
+    ),
+    "stable_sam, normalized once": lambda: samx.stable_sam(0.2, normalize=True, renormalize=False),
+    "friendly_sam, sigma 0": lambda: samx.friendly_sam(0.2, 0.0),
+    "mup_sam, scales of 1": lambda: samx.mup_sam(0.2, scales(1.0)),
+    "mup_sam, layerwise, of base width": lambda: samx.mup_sam(
+        0.2, scales(1), normalization="layerwise", width=1
+    ),
+    "msam of one": lambda: samx.msam(0.2, 1),
     "looksam, period 1": lambda: samx.looksam(0.2, period=1),
     "ae_sam, no threshold": lambda: samx.ae_sam(0.2, -jnp.inf),
     "ae_looksam, no threshold": lambda: samx.ae_looksam(0.2, -jnp.inf),
@@ -95,6 +111,11 @@ EXACTLY_SAM = {
 EQUAL_TO_SAM |= EXACTLY_SAM | {
     "look_layer_sam, one length for all": lambda: samx.look_layer_sam(
         0.2, period=1, scaling=lambda w, g, total: 1 / total
+    ),
+    "msam of one, mapped": lambda: samx.msam(0.2, 1, how="vmap"),
+    "mup_sam, one common scale": lambda: samx.mup_sam(0.1, scales(4.0)),
+    "mup_sam, layerwise, one common scale": lambda: samx.mup_sam(
+        0.1, scales(3.0), normalization="layerwise", width=4.0
     ),
 }
 
@@ -122,6 +143,7 @@ def test_sl_sam_of_every_layer_is_sam_exactly(groups, base):
 
 
 EQUAL_TO_BASE = {
+    "gsam, clean, alpha 0": lambda: samx.gsam(0.2, 0.0, descend="clean"),
     "probability 0": lambda: samx.perturb_if(policies.random(0.0), sam()),
     "never": lambda: samx.perturb_if(policies.between(stop=0), sam()),
     "ae_sam, infinite threshold": lambda: samx.ae_sam(0.2, jnp.inf),
@@ -136,10 +158,153 @@ def test_equal_to_the_base_exactly(name):
 
 def test_mixed_with_weight_zero_is_the_base():
     assert_same(trained(lambda: mix(sam(), 0.0)), trained(optax.identity))
+    assert_same(trained(lambda: samx.coupled_wsam(0.2, 0.0)), trained(optax.identity))
+    assert_same(trained(lambda: samx.stable_sam(0.0)), trained(optax.identity), atol=1e-11)
+
+
+def test_wsam_of_no_weight_is_its_base_exactly():
+    for base in (MOMENTUM, optax.adam(0.01)):
+        wsam = samx.wsam(base, 0.1, 0.2, gamma=0.0)
+        assert_same(problem.train(wsam, STEPS), problem.train(base, STEPS), atol=0)
+
+
+@pytest.mark.parametrize("gamma", [0.3, 0.5, 0.9])
+def test_wsam_with_plain_descent_is_coupled_wsam(gamma):
+    base = optax.sgd(0.1)
+    wsam = problem.train(samx.wsam(base, 0.1, 0.2, gamma), STEPS)
+    coupled = problem.train(optax.chain(samx.coupled_wsam(0.2, gamma), base), STEPS)
+    assert_same(wsam, coupled)
+
+
+@pytest.mark.parametrize("num_microbatches", [2, 4])
+def test_msam_forms_are_the_same(num_microbatches):
+    one, other = (
+        trained(lambda how=how: samx.msam(0.2, num_microbatches, how=how))
+        for how in ("scan", "vmap")
+    )
+    assert_same(one, other)
+
+
+def test_msam_of_every_example_is_the_mean_of_their_steps():
+    data, params = problem.make()
+    batch, tx, sams = problem.batch_at(data, 0), samx.msam(0.3, 16), samx.sam(0.3)
+    step, _ = tx.update(params, tx.init(params), params, losses_fn=problem.losses_fn, batch=batch)
+
+    def alone(example):
+        def value_fn(p):
+            return problem.losses_fn(p, jax.tree.map(lambda x: x[None], example))[0]
+
+        return sams.update(jax.grad(value_fn)(params), sams.init(params), params, value_fn=value_fn)
+
+    each, _ = jax.vmap(alone)(batch)
+    assert_same(step, jax.tree.map(lambda x: x.mean(0), each))
+
+
+def test_msam_keeps_the_aux_of_its_clean_passes():
+    def with_aux(params, batch):
+        aux = {"mean": batch["x"].mean(0), "W1": params["W1"][0], "count": jnp.int32(len(batch))}
+        return problem.losses_fn(params, batch), aux
+
+    data, params = problem.make()
+    batch = problem.batch_at(data, 0)
+    expected = with_aux(params, batch)[1]
+    for how in ("scan", "vmap"):
+        tx = samx.msam(0.3, 4, how=how, aux_like=expected)
+        _, state = tx.update(params, tx.init(params), params, losses_fn=with_aux, batch=batch)
+        assert_same(state.aux, expected)
+
+
+def test_readings_of_msam_are_means_over_the_microbatches():
+    data, params = problem.make()
+    batch, tx = problem.batch_at(data, 0), samx.msam(0.3, 4)
+    closures = {"losses_fn": problem.losses_fn, "batch": batch}
+    _, state = tx.update(params, tx.init(params), params, **closures)
+    sams = []
+    for j in range(4):
+        part, sam = jax.tree.map(lambda x, j=j: x[j::4], batch), samx.sam(0.3)
+
+        def value_fn(p, part=part):
+            return problem.losses_fn(p, part).mean()
+
+        value, g = jax.value_and_grad(value_fn)(params)
+        _, own = sam.update(g, sam.init(params), params, value=value, value_fn=value_fn)
+        sams.append(own.readings)
+    expected = jax.tree.map(lambda *x: sum(x) / 4, *sams)._replace(gradients_spent=2.0)
+    assert_same(jax.tree.map(float, state.readings), jax.tree.map(float, expected))
+
+
+def test_lightsam_of_no_radius_is_adagrad():
+    adagrad = optax.chain(
+        optax.scale_by_rss(initial_accumulator_value=0.01, eps=0.0), optax.scale(-0.1)
+    )
+    lightsam = samx.lightsam_adagrad(0.1, 0.0, eps=0.1)
+    assert_same(problem.train(lightsam, STEPS), problem.train(adagrad, STEPS))
+
+
+def test_adasam_is_sam_with_amsgrad_but_for_where_it_starts():
+    amsgrad = optax.amsgrad(0.01, eps=0.0, bias_correction_mu=False, bias_correction_nu=False)
+    expected = problem.train(optax.chain(sam(), amsgrad), STEPS)
+    assert_same(problem.train(samx.adasam(0.01, 0.2), STEPS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_monge_ball_between_a_ball_and_a_step_that_falls(scale):
+    g, params = gradient()
+    g = jax.tree.map(lambda x: scale * x, g)
+    eps = ball_step(geometry.monge_ball(0.3), g, params)
+    length, climbed = optax.tree.norm(eps), optax.tree.vdot(g, eps)
+    np.testing.assert_allclose(jnp.hypot(length, climbed), 0.3, rtol=1e-8)  # on the graph
+    assert climbed > 0
+
+
+def test_renormalized_gradients_are_as_long_as_the_gradient():
+    g, params = gradient()
+    batch, tx = batch_like(), samx.stable_sam(5.0)
+    updates, state = tx.update(g, tx.init(params), params, losses_fn=problem.losses_fn, batch=batch)
+    np.testing.assert_allclose(optax.tree.norm(updates), optax.tree.norm(g), rtol=1e-10)
+    sharp_norm = float(optax.tree.get(state, "sharp_grad_norm"))
+    assert abs(sharp_norm - float(optax.tree.norm(g))) > 1e-3  # it was not before
+
+
+def test_the_gap_falls_across_the_descended_gradient():
+    g, params = gradient()
+    closures = {"losses_fn": problem.losses_fn, "batch": batch_like()}
+
+    def updates_of(tx):
+        return tx.update(g, tx.init(params), params, **closures)[0]
+
+    g_s = updates_of(samx.sam(0.5))
+    for descend, kept, sign in (("sharp", g_s, -1), ("clean", g, 1)):
+        taken = optax.tree.sub(updates_of(samx.gsam(0.5, 0.7, descend=descend)), kept)
+        other = g if descend == "sharp" else g_s
+        assert abs(float(optax.tree.vdot(taken, kept))) < 1e-15
+        assert sign * float(optax.tree.vdot(taken, other)) > 1e-6
+
+
+def test_a_radius_that_follows_the_learning_rate():
+    rate = optax.warmup_cosine_decay_schedule(0.0, 0.4, 10, 30, end_value=0.1)
+    steps = jnp.arange(31)
+    rho = samx.schedules.following(rate, 0.8, 0.2, peak_value=0.4, end_value=0.1)
+    np.testing.assert_allclose(jax.vmap(rho)(steps), 2 * jax.vmap(rate)(steps), rtol=1e-6)
+    below = samx.schedules.following(rate, 0.8, peak_value=0.4, end_value=0.1)
+    radii = np.array(jax.vmap(below)(steps))
+    assert radii[0] == 0  # where the line is below zero
+    np.testing.assert_allclose(radii[[10, 30]], [0.8, 0.0], atol=1e-6)
+    constant = samx.schedules.following(lambda step: 0.1, 0.8, 0.2, peak_value=0.1, end_value=0.1)
+    assert float(constant(3)) == pytest.approx(0.8)
 
 
 CONTROLLER = {"window": 4, "num_blocks": 2, "warmup_steps": 4, "variance_gain": 5.0, "key": 1}
 EQUAL_PAIRS = {
+    "gsam is the gap of sam": (
+        lambda: samx.gsam(0.2, 0.3),
+        lambda: surrogate_gap(sam(), 0.3),
+    ),
+    "coupled_wsam mixes": (lambda: samx.coupled_wsam(0.2, 0.75), lambda: mix(sam(), 3.0)),
+    "stable_sam of another geometry": (
+        lambda: samx.stable_sam(perturbation=geometry.metric_ball(0.5, geometry.magnitude())),
+        lambda: renormalized(samx.asam(0.5)),
+    ),
     "looksam, alpha 0": (
         lambda: samx.looksam(0.2, alpha=0.0),
         lambda: samx.perturb_if(policies.every(5), sam()),

@@ -32,7 +32,7 @@ LOCAL = {name: run for name, run in GLOBAL.items() if not name.startswith("jit")
 
 def rows_and_regimes(regimes, rows):
     """Whatever decides or computes in its own way in every regime, other rows in one."""
-    apart = {*APART, "ae_sam", "vsam"} - {"asam", "sampa, separate"}
+    apart = {*APART, "ae_sam", "vsam"} - {"asam", "gsam", "wsam", "lightsam_adam"}
     return [
         pytest.param(name, regime, id=f"{regime}-{name}")
         for name in rows
@@ -98,6 +98,8 @@ def on_every_shard(name, num_shards=regimes.DEVICES):
 
 # Which take the mean of the devices' sharp gradients apart, or decide by the mean gradient.
 NOT_LINEAR = ("ae_sam", "looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam", "ausam")
+NOT_LINEAR += ("gsam", "gsam, clean", "stable_sam")
+NOT_LINEAR += ("lightsam_norm", "lightsam_adagrad", "lightsam_adam", "adasam")
 
 
 @pytest.mark.parametrize(

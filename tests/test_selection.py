@@ -205,8 +205,9 @@ def assert_same_steps(found, expected):
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("weights", [None, PADDED])
+@pytest.mark.parametrize(
+    ("axis_type", "weights"), [(AxisType.Auto, PADDED), (AxisType.Explicit, None)]
+)
 def test_one_group_over_all_devices(name, axis_type, weights, float64):
     """A choice from the whole batch, wherever its examples are."""
     data, params = problem.make()
@@ -222,8 +223,7 @@ def test_one_group_over_all_devices(name, axis_type, weights, float64):
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_weights_on_devices(name, check_vma, float64):
+def test_weights_on_devices(name, float64):
     """Some devices have no example at all; one group on each."""
     data, params = problem.make()
     batches = [(problem.batch_at(data, t), jnp.asarray(PADDED, float)) for t in range(4)]
@@ -231,7 +231,7 @@ def test_weights_on_devices(name, check_vma, float64):
     def build(batch_like):
         return optax.chain(make(name, num_groups=8), MOMENTUM)
 
-    found = regimes.shard_map(build, params, batches, check_vma)
+    found = regimes.shard_map(build, params, batches, check_vma=True)
     expected = regimes.single(build, params, batches)
     assert_same_steps(found, expected)
 

@@ -1,0 +1,165 @@
+"""Any perturbation in any variant that takes one; any base, or several, behind them."""
+
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+
+import samx
+from samx import perturbations as geometry
+from samx import policies
+
+pytestmark = pytest.mark.usefixtures("fast_compilation")
+ONES = dict.fromkeys(("W1", "b1", "W2", "b2"), 1.0)
+BALL = geometry.metric_ball(0.3)
+PERTURBATIONS = {
+    "metric_ball": geometry.metric_ball(0.3, geometry.magnitude()),
+    "layerwise": geometry.metric_ball(0.3, geometry.layerwise()),
+    "linf_ball": geometry.linf_ball(0.01),
+    "gradient_step": geometry.gradient_step(0.3),
+    "monge_ball": geometry.monge_ball(0.3),
+    "mup_ball": geometry.mup_ball(0.3, ONES | {"W1": 2.0}),
+    "layer_steps": geometry.layer_steps(0.3),
+    "on_leaves": geometry.on_leaves(BALL, lambda path, leaf: leaf.ndim == 2),
+    "random_leaves": geometry.random_leaves(BALL, 0.5),
+    "deviation": optax.chain(geometry.deviation(), BALL),
+    "a chain of optax's": optax.chain(optax.clip_by_global_norm(0.1), geometry.gradient_step(0.3)),
+}
+BASE = optax.sgd(0.1, momentum=0.9)
+LIKE = jax.eval_shape(lambda: problem.batch_at(problem.make("float32")[0], 0))
+
+
+def in_front(variant, **keywords):
+    return lambda ball: optax.chain(variant(perturbation=ball, **keywords), BASE)
+
+
+TAKERS = {
+    "sam": in_front(samx.sam),
+    "gsam": in_front(samx.gsam),
+    "coupled_wsam": in_front(samx.coupled_wsam),
+    "wsam": lambda ball: samx.wsam(BASE, 0.1, perturbation=ball),
+    "stable_sam": in_front(samx.stable_sam),
+    "friendly_sam": in_front(samx.friendly_sam),
+    "msam": in_front(samx.msam),
+    "adasam": lambda ball: samx.adasam(0.01, perturbation=ball),
+    "looksam": in_front(samx.looksam, period=2),
+    "ae_sam": in_front(samx.ae_sam),
+    "ae_looksam": in_front(samx.ae_looksam),
+    "vsam": in_front(samx.vsam),
+    "arsam": in_front(samx.arsam, policy=policies.every(2)),
+    "ksam": in_front(samx.ksam, num_selected=8),
+    "esam": in_front(samx.esam),
+    "ausam": in_front(samx.ausam, num_examples=64),
+    "sampa": lambda ball: samx.sampa(BASE, perturbation=ball, batch_like=LIKE),
+    "momentum_sam": lambda ball: samx.momentum_sam(BASE, perturbation=ball),
+    "sl_sam": lambda ball: samx.sl_sam(BASE, groups=2, perturbation=ball),
+}
+
+
+def takes_one(value):
+    return callable(value) and "perturbation" in inspect.signature(value).parameters
+
+
+def test_every_variant_that_takes_one_is_here():
+    taking = {name for name in samx.__all__ if takes_one(getattr(samx, name))}
+    assert taking - {"sharpness_aware"} == set(TAKERS)
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_any_perturbation_in_any_variant(taker):
+    data, params = problem.make(np.float32)
+    batch = problem.batch_at(data, 0)
+    for name, perturbation in PERTURBATIONS.items():
+        tx = TAKERS[taker](perturbation)
+        state = tx.init(params)
+        after = jax.eval_shape(problem.make_step(tx), params, state, batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, (params, state), custom_message=name)
+
+
+# Which climb the gradient of the whole batch on their first step.
+WHOLE = [
+    *("sam", "gsam", "coupled_wsam", "wsam", "stable_sam", "friendly_sam", "adasam", "looksam"),
+    *("ae_looksam", "vsam", "arsam", "ausam"),
+]
+
+
+@pytest.mark.parametrize("taker", WHOLE)
+def test_it_is_the_one_that_was_given(taker):
+    data, params = problem.make(np.float32)
+    batch = problem.batch_at(data, 0)
+    mark = optax.chain(optax.clip_by_global_norm(0.1), geometry.gradient_step(0.7))
+    _, state = jax.jit(problem.make_step(TAKERS[taker](mark)))(
+        params, TAKERS[taker](mark).init(params), batch
+    )
+    assert float(optax.tree.get(state, "perturbation_norm")) == pytest.approx(0.07, rel=1e-4)
+
+
+def test_every_perturbation_climbs_as_it_does_alone():
+    data, params = problem.make(np.float32)
+    batch = problem.batch_at(data, 0)
+
+    @jax.jit
+    def norms(params):
+        g = jax.grad(lambda p: problem.losses_fn(p, batch).mean())(params)
+        closures = {"losses_fn": problem.losses_fn, "batch": batch}
+        pairs = []
+        for ball in PERTURBATIONS.values():
+            eps, _ = ball.update(g, ball.init(params), params)
+            tx = samx.sharpness_aware(ball)
+            _, state = tx.update(g, tx.init(params), params, **closures)
+            pairs.append((optax.tree.norm(eps), state.readings.perturbation_norm))
+        return pairs
+
+    for name, (alone, inside) in zip(PERTURBATIONS, norms(params), strict=True):
+        assert float(alone) > 0, name
+        assert float(inside) == pytest.approx(float(alone), rel=1e-4), name
+
+
+def test_groups_with_bases_of_their_own(float64):
+    """One sharp gradient of all parameters; each group has its own base for its part of it."""
+    labels = {"W1": "body", "b1": "body", "W2": "head", "b2": "head"}
+    bases = {"body": optax.sgd(0.1, momentum=0.9), "head": optax.adam(0.01)}
+    tx = optax.chain(samx.gsam(0.2), optax.partition(bases, labels))
+    found = problem.train(tx, 6)
+
+    data, params = problem.make()
+    gsam, states = samx.gsam(0.2), {}
+    groups = {name: [k for k in params if labels[k] == name] for name in bases}
+    gsam_state = gsam.init(params)
+    for name, keys in groups.items():
+        states[name] = bases[name].init({k: params[k] for k in keys})
+    for t in range(6):
+        batch = problem.batch_at(data, t)
+
+        def value_fn(p, batch=batch):
+            return problem.losses_fn(p, batch).mean()
+
+        g_s, gsam_state = gsam.update(
+            jax.grad(value_fn)(params), gsam_state, params, value_fn=value_fn
+        )
+        for name, keys in groups.items():
+            part = {k: g_s[k] for k in keys}
+            updates, states[name] = bases[name].update(part, states[name])
+            params |= {k: params[k] + updates[k] for k in keys}
+        for k in params:
+            np.testing.assert_allclose(found[k][t], params[k], rtol=0, atol=1e-12)
+
+
+def test_combinations_of_combinations():
+    """The gap of a micro-batched ASAM, renormalized, on every second step."""
+    inner = samx.msam(num_microbatches=2, perturbation=PERTURBATIONS["metric_ball"])
+    gap = samx.combinations.surrogate_gap(inner, 0.2)
+    tx = samx.perturb_if(policies.every(2), samx.combinations.renormalized(gap))
+    data, params = problem.make(np.float32)
+    step = jax.jit(problem.make_step(optax.chain(tx, BASE)))
+    carry, are_sharp = (params, optax.chain(tx, BASE).init(params)), []
+    for t in range(4):
+        carry = step(*carry, problem.batch_at(data, t))
+        are_sharp.append(bool(optax.tree.get(carry[1], "is_sharp")))
+    assert are_sharp == [True, False, True, False]
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(carry[0]))
