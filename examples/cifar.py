@@ -128,9 +128,7 @@ def make_state(
     variables = init(init_key, jnp.zeros((1, *batch["image"].shape[1:])))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     sizes = {"batch_size": args.batch, "num_examples": len(data.train.label)}
-    setting = Setting(
-        batch, **sizes, aux=batch_stats, num_groups=mesh.size, learning_rate=schedule
-    )
+    setting = Setting(batch, **sizes, aux=batch_stats, num_groups=mesh.size, learning_rate=schedule)
     tx = make_optimizer(args, schedule, setting)
     state = samx.flax.TrainState.create(
         apply_fn=model.apply, params=params, tx=tx, batch_stats=batch_stats, key=key
@@ -426,7 +424,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--label-smoothing", type=float, default=0.0)
     add("--variant", choices=list(VARIANTS), default="sam")
     add("--rho", type=float, help="default: the paper's, in registry.py")
-    add("--base", choices=list(RATES), help="default: momentum; vit: adamw; LightSAM and AdaSAM have none")
+    add(
+        "--base",
+        choices=list(RATES),
+        help="default: momentum; vit: adamw; LightSAM and AdaSAM have none",
+    )
     add("--learning-rate", type=float, help="default: 0.1; adamw: 1e-3")
     add("--weight-decay", type=float, help="default: 5e-4; adamw: 0.05")
     add("--schedule", choices=["cosine", "step", "constant"], default="cosine")

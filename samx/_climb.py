@@ -5,8 +5,8 @@ from typing import Any
 
 import optax
 
-from samx._base import as_transformation
 from samx._balls import metric_ball
+from samx._base import as_transformation
 
 
 class DefaultRho(float):

@@ -4,7 +4,6 @@ All give back `numerator / √u` with `u` from `eps²` on, which stands for the 
 of others. Accumulators and results are in float32 or wider.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,10 +30,10 @@ def adagrad_norm(eps: Any) -> optax.GradientTransformation:
     def init_fn(params):
         return jnp.full((), eps**2, _tree.real_dtype(*jax.tree.leaves(params)))
 
-    def update_fn(g, u, params=None):
+    def update_fn(updates, state, params=None):
         del params
-        g = jax.tree.map(_tree.widen, g)
-        u = u + _tree.dot(g, g)
+        g = jax.tree.map(_tree.widen, updates)
+        u = state + _tree.dot(g, g)
         return _over_root(g, jax.tree.map(lambda _: u, g)), u
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -43,13 +42,16 @@ def adagrad_norm(eps: Any) -> optax.GradientTransformation:
 def adagrad(eps: Any) -> optax.GradientTransformation:
     """`u = u + g²;  g / √u`, elementwise."""
 
-    def update_fn(g, u, params=None):
+    def init_fn(params):
+        return _filled(params, eps)
+
+    def update_fn(updates, state, params=None):
         del params
-        g = jax.tree.map(_tree.widen, g)
-        u = optax.tree.add(u, _squares(g))
+        g = jax.tree.map(_tree.widen, updates)
+        u = optax.tree.add(state, _squares(g))
         return _over_root(g, u), u
 
-    return optax.GradientTransformation(_filled(eps), update_fn)
+    return optax.GradientTransformation(init_fn, update_fn)
 
 
 class Moments(NamedTuple):
@@ -63,12 +65,12 @@ def adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
     """`r = b1 r + (1 − b1) g;  u = b2 u + (1 − b2) g²;  r / √u`."""
 
     def init_fn(params):
-        return Moments(_zeros(params), _filled(eps)(params))
+        return Moments(_zeros(params), _filled(params, eps))
 
-    def update_fn(g, state, params=None):
+    def update_fn(updates, state, params=None):
         del params
-        state = _averaged(state, g, b1, b2)
-        return _over_root(state.mean, state.square), state
+        moments = _averaged(state, updates, b1, b2)
+        return _over_root(moments.mean, moments.square), moments
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -84,12 +86,12 @@ def amsgrad(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
     """`adam`, but over the root of the largest `u` so far."""
 
     def init_fn(params):
-        moments = Moments(_zeros(params), _filled(eps)(params))
-        return LargestMoments(moments, _filled(eps)(params))
+        moments = Moments(_zeros(params), _filled(params, eps))
+        return LargestMoments(moments, _filled(params, eps))
 
-    def update_fn(g, state, params=None):
+    def update_fn(updates, state, params=None):
         del params
-        moments = _averaged(state.moments, g, b1, b2)
+        moments = _averaged(state.moments, updates, b1, b2)
         largest = jax.tree.map(jnp.maximum, state.largest, moments.square)
         return _over_root(moments.mean, largest), LargestMoments(moments, largest)
 
@@ -105,8 +107,8 @@ def _zeros(params: Any) -> Any:
     return optax.tree.zeros_like(jax.tree.map(_tree.widen, params))
 
 
-def _filled(eps: Any) -> Callable[[Any], Any]:
-    return lambda params: jax.tree.map(lambda x: x.real + eps**2, _zeros(params))
+def _filled(params: Any, eps: Any) -> Any:
+    return jax.tree.map(lambda x: x.real + eps**2, _zeros(params))
 
 
 def _squares(g: Any) -> Any:

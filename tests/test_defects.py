@@ -200,8 +200,8 @@ DEFECTS = {
         "trajectories",
         "test_recorded_run and lightsam1",
         "_moments.py",
-        "u = u + _tree.dot(g, g)",
-        "u = 0 * u + _tree.dot(g, g)",
+        "u = state + _tree.dot(g, g)",
+        "u = 0 * state + _tree.dot(g, g)",
     ),
     "AdaSAM divides by the last square": (
         "trajectories",

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 
 from samx import _moments
-from samx._hyper import check_number
 from samx.perturbations import gradient_step
 from samx.variants.sam import sharpness_aware
 
@@ -60,8 +59,8 @@ def lightsam_norm(
         Minimization", 2025, https://arxiv.org/abs/2505.24399
 
     Notes:
-        `rho=0` is AdaGrad-Norm. By the abstract, any η and ρ converge. Cost: 2 gradients per step, one
-        after the other; two numbers in the state.
+        `rho=0` is AdaGrad-Norm. By the abstract, any η and ρ converge. Cost: 2 gradients per step,
+        one after the other; two numbers in the state.
         Fidelity: no code of the authors, and the paper's text was not read; matches a third party's
         code (dimitris-oik/sam_sps), with which a second transcription agrees.
         `static_args`: `perturb_dtype`.

@@ -13,8 +13,8 @@ import optax
 from samx import _tree
 from samx._climb import DefaultRho, ball_of
 from samx._hyper import at_step, check_number
-from samx._reuse import reuse
 from samx._layer_steps import LayerScaling, layer_steps, trust_ratio
+from samx._reuse import reuse
 from samx.policies import Policy, every
 
 

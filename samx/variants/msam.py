@@ -102,7 +102,8 @@ def msam(
         `num_microbatches=1` is SAM, `B` of them climb example by example. A perturbation with a
         memory climbs each microbatch from the same memory, and remembers the whole batch.
         Inside `data_parallel` K counts within each device; with `ascent="local"`, D devices climb
-        D·K microbatches.
+        D·K microbatches. The gradients of each microbatch are averaged over the devices apart: 2K
+        all-reduces of the parameters, K with local ascent.
         Cost: 2 gradients per step, in K pieces each. "scan" holds one sum of gradients and the
         activations of one microbatch; small pieces fill a device worse. "vmap" holds K perturbed
         copies of the parameters, gradients too, and the activations of the whole batch.

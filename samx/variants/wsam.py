@@ -85,9 +85,10 @@ def wsam(
 
     Notes:
         With a base of plain gradient descent of the same learning rate it is `coupled_wsam`. Cost:
-        2 gradients per step, one after the other, and two transient copies of the parameters
-        (three without donation); the state is the base's. The authors' `max_norm`, which clips both gradients, is not offered: in
-        `base`, clipping sees g alone; behind it in a chain, the whole step.
+        2 gradients per step, one after the other, and two transient copies of the parameters (three
+        without donation); the state is the base's. The authors' `max_norm`, which clips both
+        gradients, is not offered: in `base`, clipping sees g alone; behind it in a chain, the whole
+        step.
         Fidelity: matches the class `WeightedSAM` that the authors kept in dlrover, its default
         `decouple=True`. `static_args`: `base`, `perturbation`, `perturb_dtype`; `rho` too where
         `perturbation` is given.

@@ -1,0 +1,367 @@
+"""LightSAM at any radius and any learning rate, beside SAM with SGD.
+
+    python examples/lightsam.py
+    python examples/lightsam.py --points 9 --batch-size 100
+    python examples/lightsam.py --points 2 --steps 30000
+
+Logistic regression with an L2 penalty on scikit-learn's digits, convex and smooth, from zero. Each
+method runs at every point of a grid, rho and learning rate from 0.01 to 100, all points at once,
+vmapped. By its abstract (https://arxiv.org/abs/2505.24399) LightSAM converges with any choice of
+the two; more of the paper was not read. Its forms `lightsam_norm` and `lightsam_adagrad` divide by
+the root of a sum over all steps, so that radius and step shrink; `lightsam_adam` divides by that of
+a moving average, and with a constant learning rate nothing of it has to shrink: here there is no
+reason why its gradient should vanish. Radius and step of SAM with SGD stay as they are.
+
+At every step the norm of the gradient of the whole loss is noted, without any perturbation. At a
+grid point it *fell* if its mean over the last tenth of the steps is below the norm at the start,
+and below the mean over the first tenth: coming down from a summit of its own making is not enough,
+nor is a start that was already high. It *diverged* if something is not finite or if the mean loss
+over the last tenth is above the loss at the start: gradients of this loss grow so slowly that
+little overflows. The loss is not the norm: a point can have fallen and diverged. And the steps end
+somewhere: one that diverged can be on its way down. So the last tenth is also divided by the tenth
+in the middle. Below 1 norm or loss was still falling, near 1 it had come to a level, which for tiny
+norms is what float32 can tell.
+
+With the default settings the norm of `lightsam_norm` falls everywhere. `lightsam_adagrad` is too
+slow at learning rate 100, where its first step moves most weights by 100, but keeps falling: with
+ten times the steps, the last command above, it falls at those corners too, although at rho 100 its
+loss is not below the start yet. `lightsam_adam` and SAM with SGD come to a level there, far above
+the norm at the start.
+
+Prints a table and a line for each method; results.json and lightsam.png go to --out. Takes about a
+minute on two CPU cores.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from output import free_folder
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import samx
+
+METHODS: dict[str, Callable[[Any, Any], optax.GradientTransformationExtraArgs]] = {
+    "lightsam_norm": samx.lightsam_norm,
+    "lightsam_adagrad": samx.lightsam_adagrad,
+    "lightsam_adam": samx.lightsam_adam,
+    "sam + sgd": lambda learning_rate, rho: optax.chain(samx.sam(rho), optax.sgd(learning_rate)),
+}
+LOW, HIGH = -2, 2  # powers of ten: the ends of the grid
+CHUNK = 100  # steps in one call
+FLOOR, CEILING = -4.0, 1.0  # powers of ten: the ends of the colour scale
+DEFINITIONS = """\
+fell: the gradient norm's mean over the last tenth of the steps is below the norm at the start and
+below the mean over the first tenth. diverged: not finite, or the mean loss over the last tenth is
+above the loss at the start; a point can do both. Largest: the worst grid point of the norm's mean
+over the last tenth, divided by the norm at the start, by the mean over the first tenth, and by that
+over the tenth in the middle."""
+
+
+class Data(NamedTuple):
+    """All images and their labels."""
+
+    x: jax.Array  # [images, 64], from 0 to 1
+    y: jax.Array
+
+
+class Curves(NamedTuple):
+    """One method on the way: before each step and after the last, [grid points, steps + 1]."""
+
+    norm: np.ndarray  # of the gradient of the whole loss
+    loss: np.ndarray
+
+
+def load() -> Data:
+    """scikit-learn's digits, 1797 of them."""
+    x, y = load_digits(return_X_y=True)
+    return Data(jnp.asarray(x / 16, jnp.float32), jnp.asarray(y, jnp.int32))
+
+
+def loss_of(w: jax.Array, data: Data, l2: float) -> jax.Array:
+    """Cross-entropy of the ten classes, and the penalty."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(data.x @ w, data.y)
+    return losses.mean() + 0.5 * l2 * jnp.vdot(w, w)
+
+
+def grid(points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Learning rate and rho of every grid point; rho changes fastest."""
+    values = 10.0 ** np.linspace(LOW, HIGH, points)
+    learning_rate, rho = np.meshgrid(values, values, indexing="ij")
+    return learning_rate.ravel(), rho.ravel()
+
+
+def train(name: str, args: argparse.Namespace, advance: Callable[[int], Any]) -> Curves:
+    """Run one method at all grid points; `advance` is told how many steps were taken."""
+    data = load()
+    learning_rates, rhos = (jnp.asarray(values, jnp.float32) for values in grid(args.points))
+
+    def init(learning_rate, rho):
+        w = jnp.zeros((data.x.shape[1], 10))
+        return w, METHODS[name](learning_rate, rho).init(w)
+
+    def step(learning_rate, rho, carry, index):
+        w, state = carry
+        whole, whole_grad = jax.value_and_grad(loss_of)(w, data, args.l2)
+        value, grad, batch = whole, whole_grad, data
+        if args.batch_size is not None:  # the same batches for all methods and grid points
+            key = jax.random.fold_in(jax.random.key(0), index)
+            rows = jax.random.randint(key, (args.batch_size,), 0, len(data.x))
+            batch = Data(data.x[rows], data.y[rows])
+            value, grad = jax.value_and_grad(loss_of)(w, batch, args.l2)
+        updates, state = METHODS[name](learning_rate, rho).update(
+            *(grad, state, w),
+            value=value,
+            grad=grad,
+            value_fn=lambda w: loss_of(w, batch, args.l2),
+        )
+        return (optax.apply_updates(w, updates), state), (jnp.linalg.norm(whole_grad), whole)
+
+    @jax.jit
+    def run_chunk(carry, start):
+        def of_point(learning_rate, rho, carry):
+            return jax.lax.scan(
+                lambda carry, index: step(learning_rate, rho, carry, index),
+                carry,
+                start + jnp.arange(chunk),
+            )
+
+        return jax.vmap(of_point)(learning_rates, rhos, carry)
+
+    # One more, to see where the last step led; a last chunk that is too long is cut, not compiled.
+    measured = args.steps + 1
+    chunk = min(CHUNK, measured)
+    carry = jax.jit(jax.vmap(init))(learning_rates, rhos)
+    chunks = []
+    for start in range(0, measured, chunk):
+        carry, seen = run_chunk(carry, start)
+        chunks.append([np.asarray(part) for part in seen])
+        advance(min(chunk, args.steps - start))
+    norm, loss = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+    return Curves(norm[:, :measured], loss[:, :measured])
+
+
+def judge(curves: Curves) -> dict[str, np.ndarray]:
+    """What is told of each grid point."""
+    norm, loss = curves
+    length = max(1, norm.shape[1] // 10)
+    before = (norm.shape[1] - length) // 2
+    middle = slice(before, before + length)
+    start = norm[:, 0]
+    first, last = norm[:, :length].mean(axis=1), norm[:, -length:].mean(axis=1)
+    last_loss = loss[:, -length:].mean(axis=1)
+    is_finite = np.isfinite(norm).all(axis=1) & np.isfinite(loss).all(axis=1)
+    return {
+        "norm_at_start": start,
+        "norm_first_tenth": first,
+        "norm_middle_tenth": norm[:, middle].mean(axis=1),
+        "norm_last_tenth": last,
+        "norm_at_end": norm[:, -1],
+        "loss_at_start": loss[:, 0],
+        "loss_middle_tenth": loss[:, middle].mean(axis=1),
+        "loss_last_tenth": last_loss,
+        "loss_at_end": loss[:, -1],
+        "fell": is_finite & (last < start) & (last < first),
+        "diverged": ~is_finite | (last_loss > loss[:, 0]),
+    }
+
+
+def summarize(name: str, curves: Curves, points: int) -> dict[str, Any]:
+    """What is printed, drawn and saved of a method; what is not finite is None."""
+    told = {"learning_rate": grid(points)[0], "rho": grid(points)[1], **judge(curves)}
+    columns = {key: [plain(value) for value in values] for key, values in told.items()}
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    return {
+        "method": name,
+        "fell": sum(row["fell"] for row in rows),
+        "not_fell": sum(not row["fell"] for row in rows),
+        "diverged": sum(row["diverged"] for row in rows),
+        "largest_last_to_start": largest(rows, "norm_at_start"),
+        "largest_last_to_first": largest(rows, "norm_first_tenth"),
+        "largest_last_to_middle": largest(rows, "norm_middle_tenth"),
+        "points": rows,
+    }
+
+
+def plain(value: Any) -> float | bool | None:
+    """A number or truth value that JSON can hold."""
+    if isinstance(value, np.bool_):
+        return bool(value)
+    return float(value) if np.isfinite(value) else None
+
+
+def ratio(row: dict, reference: str) -> float | None:
+    """Norm or loss over the last tenth, relative to another one of the same grid point."""
+    last, other = row[f"{reference.split('_')[0]}_last_tenth"], row[reference]
+    return None if last is None or not other else last / other
+
+
+def largest(rows: list[dict], reference: str) -> float | None:
+    """The largest ratio; None if one of them is not finite."""
+    ratios = [ratio(row, reference) for row in rows]
+    finite = [value for value in ratios if value is not None]
+    return max(finite) if len(finite) == len(ratios) else None
+
+
+def shown(value: float | None) -> str:
+    return "inf" if value is None else f"{value:.3g}"
+
+
+def table(results: list[dict]) -> str:
+    """One line per method."""
+    width = max(len(result["method"]) for result in results)
+    head = f"{'':<{width}} {'grid points where the norm':>27} {'':>9} {'largest mean':>12}"
+    second = f"{'method':<{width}} {'fell':>13} {'did not fall':>13} {'diverged':>9}"
+    second += f" {'last / start':>12} {'/ first':>8} {'/ middle':>9}"
+    lines = [head, second, "-" * len(second)]
+    for result in results:
+        worst = (result[f"largest_last_to_{part}"] for part in ("start", "first", "middle"))
+        start, first, middle = map(shown, worst)
+        lines.append(
+            f"{result['method']:<{width}} {result['fell']:>13} {result['not_fell']:>13}"
+            f" {result['diverged']:>9} {start:>12} {first:>8} {middle:>9}"
+        )
+    return "\n".join([*lines, DEFINITIONS])
+
+
+def places(rows: list[dict], learning_rates: list[float], rhos: list[float]) -> str:
+    """Grid points in words, by learning rate."""
+    parts = []
+    for learning_rate in learning_rates:
+        here = [row["rho"] for row in rows if row["learning_rate"] == learning_rate]
+        if here:
+            which = "any rho" if here == rhos else f"rho {', '.join(f'{rho:.3g}' for rho in here)}"
+            parts.append(f"learning rate {learning_rate:.3g} ({which})")
+    return "; ".join(parts)
+
+
+def verdict(result: dict) -> str:
+    """Where the norm of a method did not fall, and where the method diverged."""
+    rows = result["points"]
+    learning_rates = list(dict.fromkeys(row["learning_rate"] for row in rows))
+    rhos = list(dict.fromkeys(row["rho"] for row in rows))
+    high = [row for row in rows if not row["fell"]]
+    diverged = [row for row in rows if row["diverged"]]
+    text = f"{result['method']}: the gradient norm "
+    if high:
+        text += f"did not fall at {places(high, learning_rates, rhos)}."
+        text += f"\n    There its last / middle tenth: {span(high, 'norm_middle_tenth')}."
+    else:
+        text += f"fell at all {len(rows)} grid points."
+    if diverged:
+        text += f"\n    Diverged at {places(diverged, learning_rates, rhos)}."
+        text += f"\n    There the loss, last / middle tenth: {span(diverged, 'loss_middle_tenth')}."
+    return text
+
+
+def span(rows: list[dict], reference: str) -> str:
+    """The smallest and the largest ratio of some grid points."""
+    ratios = [float("inf") if (r := ratio(row, reference)) is None else r for row in rows]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def draw(results: list[dict], points: int, path: Path, title: str) -> None:
+    """One map per method: how far the norm came down."""
+    values = 10.0 ** np.linspace(LOW, HIGH, points)
+    labels = [f"{value:.3g}" for value in values]
+    scale = TwoSlopeNorm(0, FLOOR, CEILING)  # white: as at the start
+    figure = Figure(figsize=(4 * len(results) + 1, 4.6), layout="constrained")
+    image = None
+    for axes, result in zip(figure.subplots(1, len(results), sharey=True), results, strict=True):
+        ratios = [ratio(row, "norm_at_start") for row in result["points"]]
+        # At the optimum itself the ratio is 0; what is not finite stays grey.
+        logs = [np.nan if r is None else np.log10(max(r, 1e-38)) for r in ratios]
+        field = np.reshape(logs, (points, points))
+        axes.set_facecolor("grey")
+        image = axes.imshow(field, cmap="RdBu_r", norm=scale, origin="lower", aspect="equal")
+        for index, (row, value) in enumerate(zip(result["points"], ratios, strict=True)):
+            y, x = divmod(index, points)
+            if row["diverged"]:
+                axes.plot(x, y + 0.22, "kx", markersize=36 / points)
+            if points <= 6:
+                is_dark = value is None or not -2.4 < np.log10(max(value, 1e-38)) < 0.6
+                color = "white" if is_dark else "black"
+                text = "inf" if value is None else f"{value:.2g}"
+                axes.text(x, y - 0.2, text, color=color, ha="center", va="center")
+        axes.set_xticks(range(points), labels, rotation=45 if points > 6 else 0)
+        axes.set_yticks(range(points), labels)
+        axes.set_title(f"{result['method']}: fell at {result['fell']} of {points**2}")
+        axes.set_xlabel("rho")
+    figure.axes[0].set_ylabel("learning rate")
+    if image is not None:
+        label = "log10(gradient norm, last tenth of the steps / start)"
+        figure.colorbar(image, ax=figure.axes, extend="both", label=label)
+    figure.suptitle(f"{title}; cross: diverged")
+    figure.savefig(path, dpi=120)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--points", type=int, default=5, help="of rho and of learning rate")
+    parser.add_argument("--batch-size", type=int, help="random images per step; default all")
+    parser.add_argument("--l2", type=float, default=1e-3, help="strength of the penalty")
+    parser.add_argument("--out", help="new folder of the results; default runs/lightsam-NNN")
+    args = parser.parse_args(argv)
+    for name, least in (("steps", 1), ("points", 2), ("batch_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if not 0 <= args.l2 < float("inf"):
+        parser.error(f"--l2 must be finite and at least 0, got {args.l2}")
+    try:
+        args.folder = free_folder(args.out, "lightsam")
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+    return args
+
+
+def measure(args: argparse.Namespace) -> list[dict]:
+    """Run and judge every method."""
+    results = []
+    with tqdm(total=len(METHODS) * args.steps, unit="step") as bar:
+        for name in METHODS:
+            bar.set_description(name)
+            results.append(summarize(name, train(name, args, bar.update), args.points))
+    return results
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    args = parse(argv)
+    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
+    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
+    start = time.perf_counter()
+    results = measure(args)
+    batch = "all images" if args.batch_size is None else f"{args.batch_size} random images"
+    title = f"Logistic regression on digits: {args.steps} steps with {batch} each"
+    norm = shown(results[0]["points"][0]["norm_at_start"])
+    print(f"\n{title}, L2 {args.l2:g}, norm at the start {norm}\n{table(results)}\n")
+    print("\n".join(verdict(result) for result in results))
+
+    settings = {name: value for name, value in vars(args).items() if name not in ("folder", "out")}
+    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
+    report |= {"settings": settings, "results": results}
+    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    draw(results, args.points, args.folder / "lightsam.png", title)
+    print(f"\n{time.perf_counter() - start:.0f} s in all. Results: {args.folder / 'results.json'}")
+    print(f"Plot: {args.folder / 'lightsam.png'}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
