@@ -1,0 +1,560 @@
+"""What µP² keeps when a network becomes wider: the effect of the perturbation, and the best rho.
+
+    python examples/mup_transfer.py
+    python examples/mup_transfer.py --parts exponents --widths 128 256 512 1024 --seeds 5
+    python examples/mup_transfer.py --parts transfer --transfer-seeds 3
+
+A network of two hidden layers is initialized in the maximal update parametrization (µP), gets its
+learning rates from `samx.mup.learning_rates`, and is trained with `samx.mup_sam` (µP²) or with
+`samx.sam`, on 200 of scikit-learn's digits, about 30% of them with a wrong label. The head starts
+small, not at zero, so that all layers are perturbed from the first step on.
+
+Exponents: after 1 and after 10 steps, how much does the next batch's perturbation change the
+features of each layer (before its activation; the outputs for the head)? The change, a root mean
+square over units and examples, grows like a power of the width, fitted over the widths for every
+seed. Under µP² that power is 0 in every layer; under SAM the first layer's and the second's fall
+and the outputs' grows. It is told for the perturbation of all layers at once, whose effects add up
+from layer to layer, and for that of the layer alone. The default rho is smaller than the best one
+of the grid: at 0.2 SAM has itself changed the training of the wide networks after 10 steps, and the
+exponent of its outputs then tells more of that training than of the perturbation.
+
+Transfer: the best learning rate and rho of a grid are found at the narrowest and at the widest of
+the `--transfer-widths`, by the loss on 797 other images, whose labels are right. Under µP² the best
+pair should move by no more than one step of the grid. At the base width, 64, both methods are the
+same.
+
+Takes 3 to 4 minutes on two CPU cores, about a quarter of it for the exponents.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import digits
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from output import free_folder
+from tqdm import tqdm
+
+import samx
+
+BASE_WIDTH = 64  # where all scales and learning rates are 1
+FEW, BATCH, NOISE, MOMENTUM = 200, 50, 0.3, 0.9
+LAYERS = ("first", "second", "head")
+PERTURBED = ("all", "own")  # which layers are, when the features of one are looked at
+PARTS = ("exponents", "transfer")
+TOLERANCE = 0.1  # of an exponent that is to be 0
+CRITERIA = {"loss": -1, "accuracy": 1}  # the sign of what is good
+
+
+class Method(NamedTuple):
+    """A sharpness-aware method and its perturbation, both from rho and the scales of the layers."""
+
+    label: str
+    make: Callable[[Any, Any], optax.GradientTransformationExtraArgs]
+    ball: Callable[[Any, Any], optax.GradientTransformationExtraArgs]
+
+
+METHODS = {
+    "mup_sam": Method(
+        "µP²",
+        lambda rho, scales: samx.mup_sam(rho, scales),
+        lambda rho, scales: samx.perturbations.mup_ball(rho, scales),
+    ),
+    "sam": Method(
+        "SAM",
+        lambda rho, scales: samx.sam(rho),
+        lambda rho, scales: samx.perturbations.metric_ball(rho),
+    ),
+}
+
+
+class Network(nn.Module):
+    """Two hidden layers in µP; returns the features of all layers, before their activations."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):  # noqa: D102
+        # A Dense layer is lecun_normal, of variance 1 / fan_in; in µP the head's is smaller.
+        head = nn.initializers.variance_scaling(
+            BASE_WIDTH / self.width, "fan_in", "truncated_normal"
+        )
+        first = nn.Dense(self.width, name="first")(x)
+        second = nn.Dense(self.width, name="second")(nn.relu(first))
+        outputs = nn.Dense(10, kernel_init=head, name="head")(nn.relu(second))
+        return dict(zip(LAYERS, (first, second, outputs), strict=True))
+
+
+class Data(NamedTuple):
+    """What a seed trains on, in the order of its steps, and what it is judged by."""
+
+    batches: dict[str, jax.Array]  # [steps, batch, ...]
+    held_out: dict[str, jax.Array]
+
+
+def make_data(seed: int, steps: int) -> Data:
+    """The seed's images; few to train on, so that wrong labels are soon learned by heart."""
+    train, *rest = jax.tree.map(lambda leaf: leaf[0], digits.split(jnp.array([seed]), NOISE))
+    key, epochs = jax.random.key(seed), math.ceil(steps * BATCH / FEW)
+    few = jax.random.permutation(jax.random.fold_in(key, 1), digits.TRAIN)[:FEW]
+    keys = jax.random.split(jax.random.fold_in(key, 2), epochs)
+    rows = jax.vmap(lambda key: jax.random.permutation(key, few))(keys)
+    held_out = {name: jnp.concatenate([part[name] for part in rest]) for name in ("x", "y")}
+    return Data(digits.rows_of(train, rows.reshape(-1, BATCH)[:steps]), held_out)
+
+
+def shapes(width: int) -> Any:
+    """The shapes of the parameters."""
+    return jax.eval_shape(Network(width).init, jax.random.key(0), jnp.ones((1, 64)))["params"]
+
+
+def initialize(seed: jax.Array, width: int) -> Any:
+    """The seed's initial parameters."""
+    return Network(width).init(jax.random.key(seed), jnp.ones((1, 64)))["params"]
+
+
+def cross_entropy(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    """The mean over the examples."""
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
+
+
+def features(params: Any, x: jax.Array, width: int) -> Any:
+    """The features of every layer, by its name; those of the head are the outputs."""
+    return Network(width).apply({"params": params}, x)
+
+
+def loss(params: Any, batch: dict[str, jax.Array], width: int) -> jax.Array:
+    """The loss of a batch."""
+    return cross_entropy(features(params, batch["x"], width)["head"], batch["y"])
+
+
+def make_optimizer(
+    name: str, width: int, learning_rate: Any, rho: Any
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with momentum behind the method, each layer with the learning rate of µP."""
+    scales = samx.mup.layer_scales(shapes(width), shapes(BASE_WIDTH))
+    rates = samx.mup.learning_rates(shapes(width), shapes(BASE_WIDTH), "sgd")
+    return optax.chain(
+        METHODS[name].make(rho, scales),
+        optax.sgd(learning_rate, momentum=MOMENTUM),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, rates)),
+    )
+
+
+def train(tx: optax.GradientTransformationExtraArgs, params: Any, state: Any, batches, width: int):
+    """A step on each of the batches: the parameters and state thereafter."""
+
+    def step(carry, batch):
+        params, state = carry
+
+        def value_fn(params):
+            return loss(params, batch, width)
+
+        value, grads = jax.value_and_grad(value_fn)(params)
+        updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=value_fn)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.lax.scan(step, (params, state), batches)
+    return params, state
+
+
+def effects(name: str, params: Any, batch: dict[str, jax.Array], rho: Any, width: int):
+    """The change of every layer's features by the perturbation, root mean squares [2, layers]."""
+    scales = samx.mup.layer_scales(shapes(width), shapes(BASE_WIDTH))
+    ball = METHODS[name].ball(rho, scales)
+    eps, _ = ball.update(jax.grad(loss)(params, batch, width), ball.init(params), params)
+    perturbed = jax.tree.map(jnp.add, params, eps)
+
+    def change(moved, layer):
+        return jnp.sqrt(jnp.mean((moved[layer] - before[layer]) ** 2))
+
+    before, after = (features(point, batch["x"], width) for point in (params, perturbed))
+    of_all = [change(after, layer) for layer in LAYERS]
+    alone = [features(params | {layer: perturbed[layer]}, batch["x"], width) for layer in LAYERS]
+    of_own = [change(moved, layer) for moved, layer in zip(alone, LAYERS, strict=True)]
+    return jnp.stack([jnp.stack(of_all), jnp.stack(of_own)])
+
+
+def make_probe(name: str, width: int, steps: tuple[int, ...]) -> Callable[..., jax.Array]:
+    """A compiled function of a seed's training: the effects after `steps`, [steps, 2, layers]."""
+
+    @jax.jit
+    def probe(seed, batches, learning_rate, rho):
+        tx, params = make_optimizer(name, width, learning_rate, rho), initialize(seed, width)
+        state, now, found = tx.init(params), 0, []
+        for step in steps:
+            part = jax.tree.map(lambda leaf, now=now, step=step: leaf[now:step], batches)
+            params, state = train(tx, params, state, part, width)
+            now = step
+            batch = jax.tree.map(lambda leaf, step=step: leaf[step], batches)
+            found.append(effects(name, params, batch, rho, width))
+        return jnp.stack(found)
+
+    return probe
+
+
+def make_run(name: str, width: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A compiled function of a seed's training: loss and accuracy on the images held out."""
+
+    @jax.jit
+    def run(seed, data, learning_rate, rho):
+        tx, params = make_optimizer(name, width, learning_rate, rho), initialize(seed, width)
+        params, _ = train(tx, params, tx.init(params), data.batches, width)
+        outputs = features(params, data.held_out["x"], width)["head"]
+        accuracy = jnp.mean(outputs.argmax(-1) == data.held_out["y"])
+        return cross_entropy(outputs, data.held_out["y"]), accuracy
+
+    return run
+
+
+def flops(width: int, gradients: int) -> int:
+    """About those of so many gradients of a batch: the unit of the progress bar."""
+    return 6 * BATCH * gradients * (64 * width + width**2 + 10 * width)
+
+
+def measure_effects(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """The effects of every method, [widths, seeds, steps, 2, layers]."""
+    last = args.steps[-1]
+    data = [make_data(seed, last + 1).batches for seed in range(args.seeds)]
+    work = {width: flops(width, 2 * last + 4) for width in args.widths}
+    total = len(METHODS) * args.seeds * sum(work.values())
+    found = {}
+    with tqdm(total=total, desc="exponents", unit="flop", unit_scale=True) as bar:
+        for name in METHODS:
+            rows = []
+            for width in args.widths:
+                probe = make_probe(name, width, args.steps)
+                row = []
+                for seed in range(args.seeds):
+                    row.append(np.asarray(probe(seed, data[seed], args.learning_rate, args.rho)))
+                    bar.update(work[width])
+                rows.append(row)
+            found[name] = np.array(rows, np.float64)
+    return found
+
+
+def slopes(widths: list[int], effects: np.ndarray) -> np.ndarray:
+    """The exponents: least squares of log(effect) over log(width), which is the first axis."""
+    x = np.log(widths)
+    x = x - x.mean()
+    return np.tensordot(x, np.log(effects), axes=1) / np.sum(x**2)
+
+
+def fit(widths: list[int], steps: tuple[int, ...], found: dict[str, np.ndarray]) -> list[dict]:
+    """The exponent of every method, number of steps, set of perturbed layers and layer."""
+    results = []
+    for name, values in found.items():
+        exponents, means = slopes(widths, values), np.exp(np.log(values).mean(axis=1))
+        for index in np.ndindex(*exponents.shape[1:]):
+            step, perturbed, layer = index
+            exponent, error = digits.mean_and_error(exponents[:, *index].tolist())
+            results.append(
+                {
+                    "method": name,
+                    "steps": steps[step],
+                    "perturbed": PERTURBED[perturbed],
+                    "layer": LAYERS[layer],
+                    "exponent": exponent,
+                    "error": error if math.isfinite(error) else None,  # of a single seed
+                    "exponent_by_seed": exponents[:, *index].tolist(),
+                    "effect_by_width": means[:, *index].tolist(),  # geometric means over seeds
+                }
+            )
+    return results
+
+
+def signed(result: dict) -> str:
+    """An exponent as it is printed."""
+    error = "" if result["error"] is None else f" ± {result['error']:.3f}"
+    return f"{result['exponent']:+.3f}{error}"
+
+
+def exponent_table(results: list[dict]) -> str:
+    """One line for each method, number of steps and set of perturbed layers."""
+    head = f"{'method':<7} {'steps':>5} {'perturbed':>10}" + "".join(f"{x:>17}" for x in LAYERS)
+    lines = [head, "-" * len(head)]
+    for at in range(0, len(results), len(LAYERS)):
+        first, *_ = row = results[at : at + len(LAYERS)]
+        start = f"{METHODS[first['method']].label:<7} {first['steps']:>5} {first['perturbed']:>10}"
+        lines.append(start + "".join(f"{signed(result):>17}" for result in row))
+    return "\n".join(lines)
+
+
+def exponent_verdict(results: list[dict]) -> str:
+    """Which of the exponents are 0, for each method."""
+    lines = []
+    for name, method in METHODS.items():
+        sizes = [abs(result["exponent"]) for result in results if result["method"] == name]
+        within = sum(size <= TOLERANCE for size in sizes)
+        lines.append(
+            f"{method.label}: {within} of {len(sizes)} exponents are within {TOLERANCE} of 0; the "
+            f"largest is {max(sizes):.3f} away from it, the smallest {min(sizes):.3f}."
+        )
+    return "\n".join(lines)
+
+
+def measure_grids(args: argparse.Namespace) -> list[dict]:
+    """Loss and accuracy of every learning rate and rho, for each method and width."""
+    data = [make_data(seed, args.transfer_steps) for seed in range(args.transfer_seeds)]
+    pairs = [(name, width) for width in args.transfer_widths for name in METHODS]
+    jobs = [pair for pair in pairs if pair[0] == "mup_sam" or pair[1] != BASE_WIDTH]
+    shape = (2, args.transfer_seeds, len(args.learning_rates), len(args.rhos))
+    work = {width: flops(width, 2 * args.transfer_steps) for width in args.transfer_widths}
+    total = math.prod(shape[1:]) * sum(work[width] for _, width in jobs)
+    found = {}
+    with tqdm(total=total, desc="transfer", unit="flop", unit_scale=True) as bar:
+        for name, width in jobs:
+            run, values = make_run(name, width), np.empty(shape)
+            for seed, i, j in np.ndindex(*shape[1:]):
+                values[:, seed, i, j] = run(seed, data[seed], args.learning_rates[i], args.rhos[j])
+                bar.update(work[width])
+            found[name, width] = values
+    results = []
+    for name, width in pairs:
+        # At the base width all scales are 1, and both methods the same.
+        by_seed = found["mup_sam" if width == BASE_WIDTH else name, width]
+        grids = dict(zip(CRITERIA, by_seed.mean(axis=1), strict=True))
+        grids = {
+            criterion: [[value if math.isfinite(value) else None for value in row] for row in grid]
+            for criterion, grid in ((key, grid.tolist()) for key, grid in grids.items())
+        }
+        results.append({"method": name, "width": width, **grids})
+    return results
+
+
+def best(result: dict, criterion: str) -> tuple[int, int]:
+    """Row and column of the best learning rate and rho."""
+    grid = CRITERIA[criterion] * np.array(result[criterion], np.float64)
+    grid = np.where(np.isnan(grid), -np.inf, grid)  # None, of runs that diverged, became NaN
+    row, column = np.unravel_index(int(grid.argmax()), grid.shape)
+    return int(row), int(column)
+
+
+def compare_widths(grids: list[dict], rates: list[float], rhos: list[float]) -> list[dict]:
+    """How far the best pair moves from the first width to the last, and what keeping it costs."""
+
+    def is_at_edge(row, column):  # a still better pair may lie outside of the grid
+        return row in (0, len(rates) - 1) or column in (0, len(rhos) - 1)
+
+    results = []
+    for name in METHODS:
+        narrow, *_, wide = [grid for grid in grids if grid["method"] == name]
+        for criterion in CRITERIA:
+            (i, j), (k, m) = best(narrow, criterion), best(wide, criterion)
+            results.append(
+                {
+                    "method": name,
+                    "criterion": criterion,
+                    "narrow": {"width": narrow["width"], "learning_rate": rates[i], "rho": rhos[j]},
+                    "wide": {"width": wide["width"], "learning_rate": rates[k], "rho": rhos[m]},
+                    "grid_steps": [k - i, m - j],
+                    "wide_with_narrow_best": wide[criterion][i][j],
+                    "wide_best": wide[criterion][k][m],
+                    "within_one_step": max(abs(k - i), abs(m - j)) <= 1,
+                    "at_edge": is_at_edge(i, j) or is_at_edge(k, m),
+                }
+            )
+    return results
+
+
+def grid_table(result: dict, rates: list[float], rhos: list[float]) -> str:
+    """The losses of one method and width, the best in brackets."""
+    lines = [f"{title(result)}: loss; learning rates down, rho to the right"]
+    lines.append(" " * 8 + "".join(f"{rho:>9g} " for rho in rhos))
+    where = best(result, "loss")
+    for i, (rate, row) in enumerate(zip(rates, result["loss"], strict=True)):
+        cells = ("-" if value is None else f"{value:.3f}" for value in row)
+        cells = (f"[{c}]" if (i, j) == where else f"{c} " for j, c in enumerate(cells))
+        lines.append(f"{rate:>8g}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+def title(result: dict) -> str:
+    """What a grid is about."""
+    label = METHODS[result["method"]].label
+    label = "µP² and SAM" if result["width"] == BASE_WIDTH else label
+    return f"{label}, width {result['width']}"
+
+
+def without_repeats(grids: list[dict]) -> list[dict]:
+    """The grids, but that of the base width once."""
+    return list({title(result): result for result in grids}.values())
+
+
+def transfer_table(results: list[dict]) -> str:
+    """One line for each method and criterion."""
+    head = f"{'method':<7} {'criterion':<9} {'best of the narrow':>20} {'best of the wide':>18}"
+    head += f" {'steps apart':>12} {'kept':>7} {'best':>7} {'at edge':>8}"
+    lines = [f"{'':<7} {'':<9} {'(learning rate, rho)':>20} {'':>18} {'':>12} {'in the wide':>15}"]
+    lines += [head, "-" * len(head)]
+    for result in results:
+        narrow, wide = (
+            f"({result[key]['learning_rate']:g}, {result[key]['rho']:g})"
+            for key in ("narrow", "wide")
+        )
+        apart = "({:+d}, {:+d})".format(*result["grid_steps"])
+        values = (result["wide_with_narrow_best"], result["wide_best"])
+        kept, found = ("-" if value is None else f"{value:.3f}" for value in values)
+        lines.append(
+            f"{METHODS[result['method']].label:<7} {result['criterion']:<9} {narrow:>20} {wide:>18}"
+            f" {apart:>12} {kept:>7} {found:>7}"
+            f" {'yes' if result['at_edge'] else 'no':>8}"
+        )
+    return "\n".join(lines)
+
+
+def draw_effects(axes: Any, results: list[dict], widths: list[int], steps: int) -> None:
+    """The effects over the widths, after so many steps, all layers perturbed."""
+    for result in results:
+        if result["steps"] == steps and result["perturbed"] == "all":
+            is_mup = result["method"] == "mup_sam"
+            axes.loglog(
+                widths,
+                result["effect_by_width"],
+                *(("o-" if is_mup else "s--"),),
+                color=f"C{LAYERS.index(result['layer'])}",
+                label=f"{METHODS[result['method']].label}, {result['layer']}: {signed(result)}",
+            )
+    axes.set_xticks(widths, [str(width) for width in widths])
+    axes.minorticks_off()
+    axes.set(title=f"after {steps} step{'s' * (steps > 1)}", xlabel="width")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", title="exponent of the width", loc="lower center", ncols=2)
+
+
+def draw_grid(axes: Any, result: dict, rates: list[float], rhos: list[float], limits: Any) -> Any:
+    """The losses as a heat map, the best marked."""
+    grid = np.array(result["loss"], np.float64)
+    image = axes.imshow(grid, cmap="viridis_r", origin="lower", aspect="auto", **limits)
+    row, column = best(result, "loss")
+    axes.plot(column, row, "r*", markersize=14, label=f"best: {grid[row, column]:.3f}")
+    axes.set_xticks(range(len(rhos)), [f"{rho:g}" for rho in rhos])
+    axes.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    axes.set(title=title(result), xlabel="rho", ylabel="learning rate")
+    axes.legend(loc="lower right", fontsize="small")
+    return image
+
+
+def draw(report: dict, args: argparse.Namespace, path: Path) -> None:
+    """The effects above, the grids below."""
+    rows = [part for part in PARTS if part in args.parts]
+    figure = Figure(figsize=(12, 0.5 + 4.3 * len(rows)), layout="constrained")
+    for part, row in zip(rows, figure.subfigures(len(rows), 1, squeeze=False)[:, 0], strict=True):
+        if part == "exponents":
+            panels = row.subplots(1, len(args.steps), squeeze=False, sharey=True)[0]
+            for axes, steps in zip(panels, args.steps, strict=True):
+                draw_effects(axes, report["exponents"], args.widths, steps)
+            panels[0].set_ylabel("change of the features, root mean square")
+            low, high = panels[0].get_ylim()  # shared
+            panels[0].set_ylim(low * (low / high) ** 0.4)  # room for the legends below the lines
+            row.suptitle(f"Effect of the perturbation on each layer, {args.seeds} seeds")
+        else:
+            grids = without_repeats(report["grids"])
+            panels = row.subplots(1, len(grids), squeeze=False)[0]
+            losses = np.array([grid["loss"] for grid in grids], np.float64)
+            losses = losses[np.isfinite(losses)]
+            limits = {"vmin": losses.min(), "vmax": losses.max()} if losses.size else {}
+            pairs = zip(panels, grids, strict=True)
+            images = [
+                draw_grid(axes, grid, args.learning_rates, args.rhos, limits)
+                for axes, grid in pairs
+            ]
+            row.colorbar(images[-1], ax=panels, label="loss on the images held out")
+            row.suptitle(
+                f"Loss after {args.transfer_steps} steps, mean over {args.transfer_seeds} seeds"
+            )
+    figure.savefig(path, dpi=120)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: both")
+    add("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048], help="of the exponents")
+    add("--steps", type=int, nargs="+", default=[1, 10], help="when to look at the exponents")
+    add("--seeds", type=int, default=10, help="of the exponents")
+    add("--learning-rate", type=float, default=0.08, help="of the exponents")
+    add("--rho", type=float, default=0.05, help="of the exponents")
+    add("--transfer-widths", type=int, nargs="+", default=[64, 1024])
+    add("--transfer-steps", type=int, default=100)
+    add("--transfer-seeds", type=int, default=5)
+    add("--learning-rates", type=float, nargs="+", default=[0.02, 0.04, 0.08, 0.16, 0.32])
+    add("--rhos", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4, 0.8])
+    add("--out", help="new folder of the results; default runs/mup_transfer-NNN")
+    args = parser.parse_args(argv)
+    args.steps = tuple(sorted(set(args.steps)))
+    for name in ("widths", "transfer_widths", "learning_rates", "rhos"):
+        setattr(args, name, sorted(set(getattr(args, name))))
+    for name in ("widths", "steps", "seeds", "transfer_widths", "transfer_steps", "transfer_seeds"):
+        least = min(np.atleast_1d(getattr(args, name)))
+        if least < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {least}")
+    for name in ("widths", "transfer_widths"):
+        if len(getattr(args, name)) < 2:
+            parser.error(f"--{name.replace('_', '-')} must be at least two widths")
+    for name in ("learning_rate", "rho", "learning_rates", "rhos"):
+        values = np.atleast_1d(getattr(args, name))
+        if not all(0 < value < float("inf") for value in values):
+            parser.error(f"--{name.replace('_', '-')} must be finite and above 0, got {values}")
+    try:
+        args.folder = free_folder(args.out, "mup_transfer")
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
+    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
+    start = time.perf_counter()
+    settings = {name: value for name, value in vars(args).items() if name not in ("folder", "out")}
+    report: dict[str, Any] = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
+    report["settings"] = settings | {"steps": list(args.steps)}
+
+    if "exponents" in args.parts:
+        report["exponents"] = fit(args.widths, args.steps, measure_effects(args))
+        print(
+            f"\nPower of the width with which the perturbation changes each layer's features, "
+            f"widths {args.widths[0]} to {args.widths[-1]}, {args.seeds} seeds "
+            "(mean ± standard error)"
+        )
+        print(exponent_table(report["exponents"]))
+        print("perturbed: all layers at once, or only the own parameters of the layer\n")
+        print(exponent_verdict(report["exponents"]))
+    if "transfer" in args.parts:
+        report["grids"] = measure_grids(args)
+        report["transfer"] = compare_widths(report["grids"], args.learning_rates, args.rhos)
+        print(
+            f"\nAfter {args.transfer_steps} steps, mean over {args.transfer_seeds} seeds; "
+            "the best in brackets"
+        )
+        for result in without_repeats(report["grids"]):
+            print("\n" + grid_table(result, args.learning_rates, args.rhos))
+        print("\n" + transfer_table(report["transfer"]))
+        print(
+            "kept: what the best pair of the narrow network gives in the wide one\n"
+            "at edge: whether one of the two is at the edge of the grid; beyond, better ones may be"
+        )
+
+    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    draw(report, args, args.folder / "mup_transfer.png")
+    print(f"\n{time.perf_counter() - start:.0f} s in all. Results: {args.folder / 'results.json'}")
+    print(f"Plot: {args.folder / 'mup_transfer.png'}")
+    return report
+
+
+if __name__ == "__main__":
+    main()
