@@ -108,10 +108,10 @@ def ausam(rho: Any, setting: Setting) -> optax.GradientTransformation:
 
 
 RADII = (0.1, 0.2, 0.5, 1.0)
-SMALL = (0.02, 0.05, 0.1, 0.2)  # where sharpness weighs more, or fewer examples climb together
+SMALL = (0.02, 0.05, 0.1, 0.2)  # where sharpness weighs nine times as much
 FACTORS = (0.1, 0.3, 1.0, 3.0)  # of gradients, or of what falls with their length
 STEPS = (3e-4, 1e-3, 3e-3, 1e-2)  # of one element
-ADAM_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # without bias correction
+ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 GSAM_ALPHA = 0.1  # between the paper's for ResNets and its default for vision transformers
 ALPHA = 0.1  # of the LookSAMs: 0.7, the default, is for vision transformers
 WINDOW, WARMUP = 50, 50  # of `policies.quota`, whose first window is one step short
@@ -189,7 +189,7 @@ VARIANTS = {
     ),
     "gsam": Variant(in_front(partial(samx.gsam, alpha=GSAM_ALPHA)), RADII, 2, 0.05),
     "wsam": Variant(
-        lambda rho, base, setting: samx.wsam(base, setting.learning_rate, rho), SMALL, 2, 0.05
+        lambda rho, base, setting: samx.wsam(base, setting.learning_rate, rho), RADII, 2, 0.05
     ),
     "coupled-wsam": Variant(in_front(samx.coupled_wsam), SMALL, 2, 0.05),
     "stable-sam": Variant(in_front(samx.stable_sam), FACTORS, 2, 0.05),
@@ -198,14 +198,14 @@ VARIANTS = {
     "monge-sam": Variant(in_front(samx.monge_sam), FACTORS, 2, 0.05),
     "msam": Variant(
         lambda rho, base, setting: optax.chain(samx.msam(rho, aux_like=setting.aux), base),
-        SMALL,
+        RADII,
         2,
         0.05,
         keeps_aux=True,
         uses_gradient=False,
     ),
     "lightsam-norm": Variant(
-        without_base(samx.lightsam_norm), FACTORS, 2, 0.05, learning_rates=(0.3, 1.0, 3.0, 10.0)
+        without_base(samx.lightsam_norm), FACTORS, 2, 0.05, learning_rates=(1.0, 3.0, 10.0, 30.0)
     ),
     "lightsam-adagrad": Variant(
         without_base(samx.lightsam_adagrad), STEPS, 2, 1e-3, learning_rates=(0.01, 0.03, 0.1, 0.3)
