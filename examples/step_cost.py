@@ -506,6 +506,7 @@ def table(rows: dict) -> str:
     ]
     lines.append(
         "Passes: over one batch, per step. Peak: arguments, results and temporaries.\n"
+        "Flops and bytes of a loop, msam's say, are those of its body: one of its rounds.\n"
         "Time ratios: median [quartiles] of the rounds."
     )
     if any(row["num_branches"] for row in rows.values()):
