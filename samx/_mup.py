@@ -1,6 +1,7 @@
 """The perturbation of µP². Public in `samx.perturbations`; the scales come from `samx.mup`."""
 
 import math
+import re
 from typing import Any, Literal
 
 import jax
@@ -74,28 +75,34 @@ def mup_ball(
         return math.sqrt(s) if width is None else s / math.sqrt(width)
 
     def climb(g, params, radius):
-        check_same_leaves("mup_ball", "scales", scales, "params", params)
+        s = matched("mup_ball", "scales", scales, "params", params)
         g = jax.tree.map(lambda g: jnp.conj(_tree.widen(g)), g)
-        length = _tree.norm(jax.tree.map(lambda g, s: g * weight(s), g, scales))
+        length = _tree.norm(jax.tree.map(lambda g, s: g * weight(s), g, s))
         factor = radius / (length + norm_eps)
-        return jax.tree.map(lambda g, s: g * s * jnp.asarray(factor, g.real.dtype), g, scales)
+        return jax.tree.map(lambda g, s: g * s * jnp.asarray(factor, g.real.dtype), g, s)
 
     return with_radius(rho, climb)
 
 
-def check_same_leaves(name: str, keyword: str, tree: Any, other: str, like: Any) -> None:
-    """Refuse a tree whose leaves have other paths than those of `like`, by name."""
+def matched(name: str, keyword: str, tree: Any, other: str, like: Any) -> Any:
+    """`tree` in the structure of `like`, leaf by leaf; refused if their paths differ.
+
+    The containers may differ: dict or `FrozenDict`, `nnx.State` with or without its variables.
+    """
     got, wanted = (
-        {jax.tree_util.keystr(path): None for path, _ in jax.tree_util.tree_leaves_with_path(t)}
+        {
+            re.sub(r"\.(raw_)?value$", "", jax.tree_util.keystr(path)): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(t)
+        }
         for t in (tree, like)
     )
     missing, surplus = [p for p in wanted if p not in got], [p for p in got if p not in wanted]
-    if missing or surplus or jax.tree.structure(tree) != jax.tree.structure(like):
+    if missing or surplus:
         raise ValueError(
             f"{name}: `{keyword}` must have the leaves of `{other}`, one for one; it lacks "
-            f"{missing or 'none'} and has {surplus or 'none'} that are not there, as "
-            f"{jax.tree.structure(tree)} for {jax.tree.structure(like)}"
+            f"{missing or 'none'} and has {surplus or 'none'} that are not there"
         )
+    return jax.tree.unflatten(jax.tree.structure(like), [got[path] for path in wanted])
 
 
 def _check_scales(scales: Any) -> None:

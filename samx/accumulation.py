@@ -75,8 +75,8 @@ def accumulate(
         Floating leaves of an aux that is kept are means over the microbatches, others those
         of the last one; normalization over the batch sees one microbatch at a time. Half-precision
         gradients are added in float32. `ascent_fn` and `validation_fn` are not split.
-        Micro-batch SAM climbs each microbatch on its own: one microbatch per call,
-        `optax.chain(samx.sam(rho), optax.MultiSteps(base, K).gradient_transformation())`.
+        Micro-batch SAM climbs each microbatch on its own: `samx.msam`, or with one microbatch per
+        call `optax.chain(samx.sam(rho), optax.MultiSteps(base, K).gradient_transformation())`.
         `optax.MultiSteps` around the whole optimizer is neither: it climbs the mean gradient, but
         descends on the last microbatch alone.
         Cost: the gradients of `tx`, in K pieces each, and one more copy of the parameters.

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from samx._metrics import names_of
-from samx._mup import check_same_leaves
+from samx._mup import matched
 
 __all__ = ["flax_fans", "layer_scales", "learning_rates"]
 
@@ -115,7 +115,8 @@ def layer_scales(params: Any, base_params: Any, *, fans: Fans = flax_fans) -> An
     Notes:
         The compact rule is derived from the exponents in the first author's code, all of which it
         gives back, but that of the output bias: there its perturbation grows with the width under
-        layer-wise normalization, here it does not. Cost: none.
+        layer-wise normalization, here it does not. For `flax.nnx` give both as optimizers see them,
+        `nnx.as_pure(nnx.state(model, nnx.Param))`. Cost: none.
     """
 
     def scale(growth_in, growth_out):
@@ -186,7 +187,7 @@ def _from_growth(
     name: str, params: Any, base_params: Any, fans: Fans, rule: Callable[[float, float], float]
 ) -> Any:
     """`rule(growth of fan_in, growth of fan_out)` for every leaf."""
-    check_same_leaves(name, "base_params", base_params, "params", params)
+    base_params = matched(name, "base_params", base_params, "params", params)
 
     def number(path, leaf, base_leaf):
         shapes = jnp.shape(leaf), jnp.shape(base_leaf)

@@ -186,8 +186,8 @@ DEFECTS = {
         "trajectories",
         "test_recorded_run and mup2",
         "_mup.py",
-        "g * weight(s), g, scales",
-        "g * weight(1.0), g, scales",
+        "g * weight(s), g, s)",
+        "g * weight(1.0), g, s)",
     ),
     "micro-batch SAM has one microbatch": (
         "trajectories",

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import samx
+import samx.flax
 from samx.mup import flax_fans, layer_scales, learning_rates
 
 
@@ -94,14 +95,18 @@ def test_more_heads_and_wider_heads_are_both_width():
         assert (found["out/kernel"], found["out/bias"]) == (1 / 2, 1)
 
 
-def test_nnx_layers():
-    class Net(nnx.Module):
-        def __init__(self, n, rngs):
-            self.embed = nnx.Embed(11, n, rngs=rngs)
-            self.attention = nnx.MultiHeadAttention(2, n, decode=False, rngs=rngs)
-            self.norm = nnx.LayerNorm(n, rngs=rngs)
-            self.head = nnx.Linear(n, 10, rngs=rngs)
+class Net(nnx.Module):
+    def __init__(self, n, rngs):
+        self.embed = nnx.Embed(11, n, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, n, decode=False, rngs=rngs)
+        self.norm = nnx.LayerNorm(n, rngs=rngs)
+        self.head = nnx.Linear(n, 10, rngs=rngs)
 
+    def __call__(self, tokens):
+        return self.head(self.norm(self.attention(self.embed(tokens))).mean(axis=1))
+
+
+def test_nnx_layers():
     def params(n):
         return nnx.state(nnx.eval_shape(lambda: Net(n, nnx.Rngs(0))), nnx.Param)
 
@@ -109,6 +114,30 @@ def test_nnx_layers():
     assert scales["embed"]["embedding"] == scales["norm"]["scale"] == 4
     assert scales["attention"]["query"]["kernel"] == scales["attention"]["out"]["kernel"] == 1
     assert scales["head"] == {"kernel": 1 / 4, "bias": 1}
+
+
+@pytest.mark.parametrize("of", [nnx.as_pure, lambda state: state, nnx.to_pure_dict])
+def test_scales_in_any_container(of):
+    """`nnx.Optimizer` hands on parameters without their variables."""
+    model = Net(16, nnx.Rngs(0))
+    base = nnx.state(nnx.eval_shape(lambda: Net(4, nnx.Rngs(0))), nnx.Param)
+    scales = layer_scales(of(nnx.state(model, nnx.Param)), of(base))
+    optimizer = nnx.Optimizer(
+        model, optax.chain(samx.mup_sam(0.05, scales), optax.sgd(0.1)), wrt=nnx.Param
+    )
+
+    def loss(model):
+        logits = model(jnp.arange(8).reshape(2, 4))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(2)).mean()
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, grads = nnx.value_and_grad(loss)(model)
+        optimizer.update(model, grads, value=value, value_fn=samx.flax.closure(model, loss))
+        return value
+
+    first, second = step(model, optimizer), step(model, optimizer)
+    assert second < first
 
 
 def test_rules_of_ones_own_by_path():
