@@ -21,7 +21,7 @@ def float64():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fast_compilation():
     """For programs that are compiled for longer than they run."""
     jax.config.update("jax_disable_most_optimizations", True)

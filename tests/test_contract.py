@@ -41,6 +41,12 @@ def signature(tree):
     return jax.tree.map(lambda x: (jnp.shape(x), x.dtype, jax.typeof(x).weak_type), tree)
 
 
+@functools.cache
+def first_updates(name):
+    """One update of a row, outside jit."""
+    return updates_of(VARIANTS[name].build(), fresh()[1], fresh()[0])
+
+
 def updates_of(tx, params, batch, state=None, losses_fn=problem.losses_fn, **keywords):
     """One update as the contract writes it, outside jit."""
 
@@ -65,10 +71,9 @@ def test_jit_is_eager_and_compiles_once(name):
     tx, (batch, params) = VARIANTS[name].build(), fresh()
     step, state = problem.make_step(tx), tx.init(params)
     compiled = jax.jit(step)
-    slow, fast = (params, state), (params, state)
-    for _ in range(2):
-        slow, fast = step(*slow, batch), compiled(*fast, batch)
+    slow, fast = step(params, state, batch), compiled(params, state, batch)
     assert_close(fast, slow, rtol=1e-4)
+    compiled(*fast, batch)
     assert compiled._cache_size() == 1
 
 
@@ -159,7 +164,7 @@ def test_map_params(name):
 @every_variant
 def test_every_numeric_hyperparameter_is_injected(name):
     case, (data, params) = VARIANTS[name], problem.make(np.float32)
-    plain, injected = case.build(), case.build(inject=True)
+    injected = case.build(inject=True)
     state = injected.init(params)
     hyperparams = optax.tree.get(state, "hyperparams")
     assert set(case.hyper) <= set(hyperparams)
@@ -172,8 +177,9 @@ def test_every_numeric_hyperparameter_is_injected(name):
 
     carry = step(params, state, problem.batch_at(data, 0))
     unchanged = go_on(*carry)
-    expected = problem.train(plain, 1 + MOST_STEPS_BETWEEN, lambda: (data, params))
-    assert_close(unchanged[0], {k: v[-1] for k, v in expected.items()}, rtol=1e-4)
+    if case.like is None:
+        expected = problem.train(case.build(), 1 + MOST_STEPS_BETWEEN, lambda: (data, params))
+        assert_close(unchanged[0], {k: v[-1] for k, v in expected.items()}, rtol=1e-4)
     for key, value in case.hyper.items():
         changed = optax.tree.set(
             carry[1], hyperparams=hyperparams | {key: jnp.asarray(value * 0.5)}
@@ -209,8 +215,8 @@ def test_dtypes_are_kept(name, dtype):
 @every_program
 def test_unknown_keywords_are_ignored(name):
     tx, (batch, params) = VARIANTS[name].build(), fresh()
-    expected = updates_of(tx, params, batch)
-    assert_close(updates_of(tx, params, batch, unknown=object(), labels=None), expected)
+    found = updates_of(tx, params, batch, unknown=object(), labels=None)
+    assert_close(found, first_updates(name))
 
 
 @every_variant
@@ -239,7 +245,14 @@ def test_masked_parameters_are_refused(name):
         tx.update(holes, tx.init(params), holes, value_fn=lambda p: 0.0)
 
 
-@every_variant
+# And rows that divide by something of their own.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(*APART, "layerwise", "look_layer_sam", "stable_sam", "monge_sam", "mup_sam"),
+        *("lightsam_norm", "lightsam_adagrad", "adasam"),
+    ],
+)
 def test_zero_gradient_is_finite(name):
     tx, (batch, params) = VARIANTS[name].build(), fresh()
 
@@ -257,7 +270,7 @@ def test_zero_gradient_is_finite(name):
     assert float(readings.perturbation_norm) == 0.0
 
 
-@every_variant
+@every_program
 def test_learning_rate_zero_moves_nothing(name):
     tx, (batch, params) = VARIANTS[name].at_rest(), fresh()
     step, carry = jax.jit(problem.make_step(tx)), (params, tx.init(params))
@@ -408,7 +421,7 @@ def test_padding_has_no_weight(name):
 @every_program
 def test_aux_is_dropped(name):
     tx, (batch, params) = VARIANTS[name].build(), fresh()
-    expected, _ = updates_of(tx, params, batch)
+    expected, _ = first_updates(name)
 
     def losses_fn(p, b):
         return problem.losses_fn(p, b), {"statistics": b["x"].mean(0), "text": None}
@@ -427,25 +440,26 @@ def test_aux_is_dropped(name):
 def test_radius_schedule_runs_on_the_optimizers_step(name):
     case, (batch, params) = VARIANTS[name], fresh()
 
-    def norms(rho):
-        tx = case.at_rest(rho=rho)
-        step, carry, readings = jax.jit(problem.make_step(tx)), (params, tx.init(params)), []
+    @jax.jit
+    def step(params, state, slope):
+        tx = case.at_rest(rho=lambda step: 0.01 * (1.0 + slope * step))
+        return problem.make_step(tx)(params, state, batch)
+
+    def norms(slope):
+        carry, readings = (params, case.at_rest(rho=0.01).init(params)), []
         for _ in range(6):
-            carry = step(*carry, batch)
+            carry = step(*carry, slope)
             readings.append(float(optax.tree.get(carry[1], "perturbation_norm")))
         return np.array(readings)
 
-    constant = norms(0.01)
-    scheduled = norms(lambda step: 0.01 * (1.0 + step))
+    constant, scheduled = norms(0.0), norms(1.0)
     np.testing.assert_allclose(scheduled, constant * np.arange(1, 7), rtol=5e-2)
     assert constant.max() > 0
 
 
-@every_program
+@pytest.mark.parametrize("name", [n for n in APART if n not in ("asam", "rst", "wsam", "esam")])
 def test_a_step_is_differentiable_in_the_radius(name):
     case = VARIANTS[name]
-    if "infinity" in name:
-        return  # its step has no derivative in the gradient that it takes the sign of
     with jax.enable_x64(True):
         batch, params = fresh(np.float64)
 

@@ -74,7 +74,7 @@ def count_passes(tx, steps):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_passes_inside_update(name):
+def test_passes_inside_update(name, fast_compilation):
     """What they add up to is in the readings: the contract's suite."""
     case = VARIANTS[name]
     forward, backward = case.passes

@@ -19,7 +19,7 @@ from output import free_folder
 from registry import BASES, VARIANTS, check_base
 
 TINY = ["--seeds", "2", "--epochs", "1", "--width", "4"]
-SOME = ["base2x", "sam", "ae-sam"]  # one of each kind
+SOME = ["base2x", "sam", "ae-sam", "lightsam-norm"]  # one of each kind
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,9 @@ def in_empty_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_digits_runs_variants_of_every_kind(in_empty_folder, capsys):
-    results = digits.main([*TINY, "--variants", *SOME, "--rho", "0.1", "--out", "results"])
+def test_digits_runs_variants_of_every_kind(in_empty_folder, capsys, fast_compilation):
+    tiny = [*TINY, "--base", "adamw"]
+    results = digits.main([*tiny, "--variants", *SOME, "--rho", "0.1", "--out", "results"])
     report = json.loads((in_empty_folder / "results" / "results.json").read_text())
     assert [r["row"] for r in report["results"]] == [r["row"] for r in results]
     assert {(r["row"], r["noise"]) for r in results} == {
@@ -85,11 +86,6 @@ def test_digits_shows_what_a_base_lacks():
                     check_base(variant, base)
             else:
                 check_base(variant, base)
-
-
-def test_digits_takes_another_base():
-    (result,) = digits.main([*TINY, "--variants", "sam", "--base", "adamw", "--noise", "0"])
-    assert np.isfinite(result["loss_increase"]).all()
 
 
 def test_digits_by_default_leaves_out_what_cannot_have_the_base():
@@ -175,7 +171,7 @@ def test_bad_arguments(script, arguments, message, in_empty_folder, capsys):
     assert not (in_empty_folder / "runs").exists()
 
 
-def test_step_cost_over_batch_sizes(in_empty_folder, capsys, monkeypatch):
+def test_step_cost_over_batch_sizes(in_empty_folder, capsys, monkeypatch, fast_compilation):
     tiny = step_cost.Model(lambda rngs: nnx.Linear(4, 10, rngs=rngs), (4,), 8)
     monkeypatch.setattr(step_cost, "MODELS", {"one": tiny, "two": tiny})
     arguments = "--variants sampa sampa-separate --batch 2 1 2 --repeats 1 --out cost"
@@ -200,7 +196,7 @@ def test_step_cost_over_batch_sizes(in_empty_folder, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("model", step_cost.MODELS)
-def test_step_cost_trains_every_model(model):
+def test_step_cost_trains_every_model(model, fast_compilation):
     losses_fn, params, batch = step_cost.problem(model, 3)
     losses = losses_fn(params, batch)
     assert losses.shape == (3,)

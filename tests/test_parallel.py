@@ -103,7 +103,7 @@ NOT_LINEAR += ("lightsam_norm", "lightsam_adagrad", "lightsam_adam", "adasam")
 
 
 @pytest.mark.parametrize(
-    ("name", "regime"), rows_and_regimes(LOCAL, [n for n in VARIANTS if n not in NOT_LINEAR])
+    ("name", "regime"), rows_and_regimes(LOCAL, [n for n in APART if n not in NOT_LINEAR])
 )
 def test_local_is_the_mean_of_per_shard_steps(name, regime):
     tx = build(name, **LINEAR.get(name, {}))

@@ -10,18 +10,20 @@ import optax
 import problem
 import pytest
 import regimes
-from cases import APART, VARIANTS
+from cases import VARIANTS
 
 import samx
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-# GSAM and WSAM do arithmetic of their own, but take SAM's passes; so does LightSAM.
+# Whatever takes its passes in a way of its own.
 every_program = pytest.mark.parametrize(
-    "name", [n for n in APART if n not in ("asam", "gsam", "wsam", "lightsam_adam")]
+    "name",
+    ["sam", "two ascent steps", "sampa", "looksam", "momentum_sam", "esam", "sl_sam", "msam"],
 )
-# AUSAM's passes are those of K-SAM, SL-SAM's those of SAM on fewer leaves.
+# Whatever computes something of its own from what the passes give.
 every_arithmetic = pytest.mark.parametrize(
-    "name", [n for n in APART if n not in ("ausam", "sl_sam")]
+    "name",
+    ["sam", "asam", "two ascent steps", "sampa", "looksam", "momentum_sam", "esam", "msam", "gsam"],
 )
 half_precision = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 SAM = optax.chain(samx.sam(0.05), optax.sgd(0.1))
@@ -174,7 +176,7 @@ def program(name, wrapper, dtype):
     tx = WRAPPERS[wrapper](VARIANTS[name].build(batch_like=batch_at(0)))
     step = problem.make_step(tx, losses_in(dtype))
     is_compiled = "scale" in wrapper and dtype == jnp.float16
-    is_compiled |= "steps" in name or VARIANTS[name].is_gated
+    is_compiled |= name in ("two ascent steps", "msam") or VARIANTS[name].is_gated
     return tx, jax.jit(step) if is_compiled else step
 
 

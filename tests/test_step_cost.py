@@ -196,7 +196,9 @@ def tiny_models(monkeypatch, tmp_path):
     monkeypatch.setattr(step_cost, "VARIANTS", some | {"half": half})
 
 
-def test_step_cost_measures_every_variant_by_default(tiny_models, tmp_path, capsys):
+def test_step_cost_measures_every_variant_by_default(
+    fast_compilation, tiny_models, tmp_path, capsys
+):
     step_cost.main(["--repeats", "2", "--out", "cost"])
     report = json.loads((tmp_path / "cost" / "results.json").read_text())
     tiny, conv = report["results"]

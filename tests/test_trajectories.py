@@ -838,8 +838,9 @@ SL_SAM = {  # groups, what they hold
 }
 
 
-@pytest.mark.parametrize("base", ["nesterov", "adam"])
-@pytest.mark.parametrize("name", SL_SAM)
+@pytest.mark.parametrize(
+    ("name", "base"), [*zip(SL_SAM, ("nesterov", "adam", "nesterov"), strict=True)]
+)
 def test_sl_sam_against_reference(name, base):
     groups, names = SL_SAM[name]
     tx, make_reference = BASES[base]
