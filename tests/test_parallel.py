@@ -31,12 +31,19 @@ LOCAL = {name: run for name, run in GLOBAL.items() if not name.startswith("jit")
 
 
 def rows_and_regimes(regimes, rows):
-    """Whatever decides or computes in its own way in every regime, other rows in one."""
-    apart = {*APART, "ae_sam", "vsam"} - {"asam", "gsam", "wsam", "lightsam_adam"}
+    """What treats examples or devices in its own way in every regime, other rows in one or two."""
+    apart = ("sam", "sampa", "looksam", "esam", "ausam", "sl_sam", "msam")
+    decides = ("two ascent steps", "rst", "momentum_sam", "ae_sam", "vsam")
+
+    def regimes_of(name):
+        if name in apart:
+            return regimes
+        return ["shard_map", "pmap"] if name in decides else ["shard_map"]
+
     return [
         pytest.param(name, regime, id=f"{regime}-{name}")
         for name in rows
-        for regime in (regimes if name in apart else ["shard_map"])
+        for regime in regimes_of(name)
     ]
 
 
