@@ -2,15 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from samx import _tree
-from samx._devices import Own
+from samx._devices import Devices, Own
 
 
 def _strided(size: int, x: jax.Array) -> jax.Array:
@@ -113,3 +114,60 @@ def accumulated(
 
     loss_and_aux.defvjp(forward, backward)
     return loss_and_aux(params, microbatches)
+
+
+class Means(NamedTuple):
+    """What a microbatch gives, or all of them: gradients in float32 or wider, numbers, an aux."""
+
+    gradients: Any
+    numbers: Any
+    aux: Any
+
+
+def means_over(
+    fn: Callable[[Any, Any], Means],
+    num_microbatches: int,
+    how: Literal["scan", "vmap"],
+    batch: Any,
+    weights: Any,
+    devices: Devices,
+    zeros: Any,
+) -> Means:
+    """The means of `fn(batch, weights)` over the microbatches, by the examples in each.
+
+    "scan" holds one sum of the gradients, which begins with `zeros`; "vmap" those of all
+    microbatches.
+    """
+    parts = strided(num_microbatches, (batch, weights))
+    shares = _shares(num_microbatches, parts[1], devices)
+
+    def of_part(part):
+        *examples, share = part
+        means = fn(*examples)
+        return means._replace(
+            gradients=jax.tree.map(lambda g: share * _tree.widen(g), means.gradients)
+        )
+
+    def add(total, part):
+        means = of_part(part)
+        return optax.tree.add(total, means.gradients), means._replace(gradients=())
+
+    if how == "scan":
+        gradients, means = jax.lax.scan(add, zeros, (*parts, shares))
+    else:
+        means = jax.vmap(of_part)((*parts, shares))
+        gradients = jax.tree.map(lambda g: jnp.sum(g, 0), means.gradients)
+    numbers = jax.tree.map(lambda x: jnp.sum((shares * x).astype(x.dtype)), means.numbers)
+    return Means(gradients, numbers, joined_aux(means.aux))
+
+
+def _shares(count: int, weights: Any, devices: Devices) -> jax.Array:
+    """The share of each microbatch in the whole batch, by the weights `[K, B / K]` of all devices.
+
+    Within a microbatch the devices are weighted where their mean is taken.
+    """
+    if weights is None:
+        return jnp.full(count, 1 / count)
+    sums = devices.total(jnp.sum(weights, axis=1))
+    total = jnp.sum(sums)
+    return sums / jnp.where(total == 0, 1, total)

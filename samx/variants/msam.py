@@ -16,7 +16,7 @@ from samx._climb import DefaultRho, ball_of
 from samx._closures import batch_size
 from samx._held import first_aux, kept_aux
 from samx._hyper import check_count
-from samx._microbatches import joined_aux, strided
+from samx._microbatches import Means, means_over
 from samx._subset import sam_step
 from samx.readings import Readings, no_readings
 
@@ -129,50 +129,24 @@ def msam(
                 f"{num_microbatches}; pad the batch and pass `weights`"
             )
 
-        def climb(part):
-            batch, weights, share = part
+        def climb(batch, weights):
             step = sam_step(
                 *(losses_fn, batch, weights, params, ball, state),
                 gradients=2,
                 perturb_dtype=perturb_dtype,
                 extra=extra,
             )
-            both = jax.tree.map(lambda x: share * _tree.widen(x), (step.updates, step.gradient))
-            return both, (step.readings, step.aux)
+            return Means((step.updates, step.gradient), step.readings, step.aux)
 
-        parts = strided(num_microbatches, (batch, weights))
-        shares = _shares(num_microbatches, parts[1], losses_fn.devices)
-        if how == "scan":
-
-            def add(total, part):
-                both, seen = climb(part)
-                return optax.tree.add(total, both), seen
-
-            wide = optax.tree.zeros_like(jax.tree.map(_tree.widen, params))
-            both, (readings, auxes) = jax.lax.scan(add, (wide, wide), (*parts, shares))
-        else:
-            both, (readings, auxes) = jax.vmap(climb)((*parts, shares))
-            both = jax.tree.map(lambda x: jnp.sum(x, 0), both)
-
-        g_s, g = (_tree.cast_like(x, params) for x in both)
-        _, ball_state = ball.update(g, state.perturbation, params, **extra)
-        means = jax.tree.map(lambda x: jnp.sum((shares * x).astype(x.dtype)), readings)
-        readings = means._replace(
-            is_sharp=jnp.ones((), bool), gradients_spent=state.readings.gradients_spent + 2
+        wide = optax.tree.zeros_like(jax.tree.map(_tree.widen, params))
+        both, readings, aux = means_over(
+            climb, num_microbatches, how, batch, weights, losses_fn.devices, zeros=(wide, wide)
         )
-        aux = kept_aux("msam", joined_aux(auxes), aux_like, state.aux, "losses_fn")
+        g_s, g = (_tree.cast_like(gradient, params) for gradient in both)
+        _, ball_state = ball.update(g, state.perturbation, params, **extra)
+        spent = state.readings.gradients_spent + 2
+        readings = readings._replace(is_sharp=jnp.ones((), bool), gradients_spent=spent)
+        aux = kept_aux("msam", aux, aux_like, state.aux, "losses_fn")
         return g_s, MSAMState(ball_state, aux, readings)
 
     return closure_transformation(init_fn, update_fn, name="msam")
-
-
-def _shares(count: int, weights: Any, devices: Any) -> jax.Array:
-    """The share of each microbatch in the whole batch, by the weights `[K, B / K]` of all devices.
-
-    A device's own mean over a microbatch is weighted again where devices are averaged.
-    """
-    if weights is None:
-        return jnp.full(count, 1 / count)
-    sums = devices.total(jnp.sum(weights, axis=1))
-    total = jnp.sum(sums)
-    return sums / jnp.where(total == 0, 1, total)
