@@ -82,10 +82,10 @@ def g_rst(rho: Any) -> optax.GradientTransformation:
     return samx.perturb_if(policies.random(0.5), mixed)
 
 
-def choosing(
+def by_setting(
     variant: Callable[[Any, Setting], optax.GradientTransformation],
 ) -> Make:
-    """How to build a variant that chooses examples of each group."""
+    """How to build one in front of its base that has to know of the training."""
     return lambda rho, base, setting: optax.chain(variant(rho, setting), base)
 
 
@@ -105,6 +105,13 @@ def ausam(rho: Any, setting: Setting) -> optax.GradientTransformation:
     return samx.ausam(
         rho, 0.5, setting.num_examples, num_groups=setting.num_groups, aux_like=setting.aux
     )
+
+
+def msam(rho: Any, setting: Setting) -> optax.GradientTransformation:
+    """Micro-batch SAM with four of them, or fewer where four do not divide a device's examples."""
+    examples = setting.batch_size // setting.num_groups
+    num_microbatches = next(count for count in (4, 3, 2, 1) if examples % count == 0)
+    return samx.msam(rho, num_microbatches, aux_like=setting.aux)
 
 
 RADII = (0.1, 0.2, 0.5, 1.0)
@@ -173,10 +180,10 @@ VARIANTS = {
     "arsam": Variant(
         in_front(samx.arsam), RADII, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1
     ),
-    "ksam": Variant(choosing(ksam), RADII, 1 + 1 / 3, 0.05, uses_gradient=False),
-    "esam": Variant(choosing(esam), RADII, 1 + 1 / 3 + 0.5, 0.05, uses_gradient=False),
+    "ksam": Variant(by_setting(ksam), RADII, 1 + 1 / 3, 0.05, uses_gradient=False),
+    "esam": Variant(by_setting(esam), RADII, 1 + 1 / 3 + 0.5, 0.05, uses_gradient=False),
     "ausam": Variant(
-        choosing(ausam), RADII, 1, 0.1, keeps_aux=True, settling=1, uses_gradient=False
+        by_setting(ausam), RADII, 1, 0.1, keeps_aux=True, settling=1, uses_gradient=False
     ),
     "sl-sam": Variant(
         lambda rho, base, setting: samx.sl_sam(base, rho, aux_like=setting.aux),
@@ -196,14 +203,7 @@ VARIANTS = {
     "usam": Variant(in_front(partial(samx.stable_sam, renormalize=False)), FACTORS, 2, 0.05),
     "friendly-sam": Variant(in_front(samx.friendly_sam), RADII, 2, 0.1),
     "monge-sam": Variant(in_front(samx.monge_sam), FACTORS, 2, 0.05),
-    "msam": Variant(
-        lambda rho, base, setting: optax.chain(samx.msam(rho, aux_like=setting.aux), base),
-        RADII,
-        2,
-        0.05,
-        keeps_aux=True,
-        uses_gradient=False,
-    ),
+    "msam": Variant(by_setting(msam), RADII, 2, 0.05, keeps_aux=True, uses_gradient=False),
     "lightsam-norm": Variant(
         without_base(samx.lightsam_norm), FACTORS, 2, 0.05, learning_rates=(1.0, 3.0, 10.0, 30.0)
     ),

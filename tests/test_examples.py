@@ -7,6 +7,7 @@ import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import parallel_cost
 import pytest
 import second_order
@@ -16,7 +17,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from output import free_folder
-from registry import BASES, VARIANTS, check_base
+from registry import BASES, VARIANTS, Setting, check_base
+
+import samx
 
 TINY = ["--seeds", "2", "--epochs", "1", "--width", "4"]
 SOME = ["base2x", "sam", "ae-sam", "lightsam-norm"]  # one of each kind
@@ -86,6 +89,17 @@ def test_digits_shows_what_a_base_lacks():
                     check_base(variant, base)
             else:
                 check_base(variant, base)
+
+
+@pytest.mark.parametrize(("devices", "count"), [(1, 4), (8, 3), (24, 1)])
+def test_registry_takes_microbatches_that_divide_the_examples_of_a_device(
+    devices, count, monkeypatch
+):
+    taken = []
+    monkeypatch.setattr(samx, "msam", lambda rho, count, **_: taken.append(count) or optax.sgd(0.1))
+    setting = Setting(None, batch_size=120, num_examples=120, num_groups=devices)
+    VARIANTS["msam"].make(0.1, optax.sgd(0.1), setting)
+    assert taken == [count]
 
 
 def test_digits_by_default_leaves_out_what_cannot_have_the_base():
