@@ -98,9 +98,40 @@ def amsgrad(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def like_params() -> optax.GradientTransformation:
-    """Updates in the dtypes of the parameters."""
-    return optax.stateless(_tree.cast_like)
+class OptimizerState(NamedTuple):
+    """State of a variant that is the optimizer.
+
+    Attributes:
+        sharp: State of what takes the sharp gradient.
+        base: State of what makes a step of it.
+    """
+
+    sharp: optax.OptState
+    base: optax.OptState
+
+
+def optimizer(
+    sharp: optax.GradientTransformationExtraArgs,
+    moments: optax.GradientTransformation,
+    learning_rate: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`w − η moments(sharp(g))`, in the dtypes of the parameters.
+
+    A chain, but its state tells that there is a base in it.
+    """
+    base = optax.chain(
+        moments, optax.scale_by_learning_rate(learning_rate), optax.stateless(_tree.cast_like)
+    )
+
+    def init_fn(params):
+        return OptimizerState(sharp.init(params), base.init(params))
+
+    def update_fn(updates, state, params=None, **extra: Any):
+        g_s, sharp_state = sharp.update(updates, state.sharp, params, **extra)
+        updates, base_state = base.update(g_s, state.base, params)
+        return updates, OptimizerState(sharp_state, base_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _zeros(params: Any) -> Any:

@@ -149,6 +149,16 @@ FACTORIES = {
         ValueError,
         "`inner` must stand in front of a base, but it wraps one",
     ),
+    "an optimizer under a policy": (
+        lambda: samx.perturb_if(samx.policies.every(2), samx.lightsam_norm(0.1)).init(jnp.ones(1)),
+        ValueError,
+        "`inner` must stand in front of a base, but it wraps one",
+    ),
+    "an optimizer in a combination": (
+        lambda: combinations.mix(samx.adasam(0.1), 0.5).init(jnp.ones(1)),
+        ValueError,
+        "`inner` must stand in front of a base, but it wraps one",
+    ),
     "gamma beyond one": (
         lambda: samx.coupled_wsam(gamma=1.5),
         ValueError,

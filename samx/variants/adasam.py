@@ -78,9 +78,5 @@ def adasam(
     """
     _moments.check(learning_rate, eps, b1, b2)
     ball = ball_of("adasam", rho, perturbation)
-    return optax.chain(
-        sharpness_aware(ball, perturb_dtype=perturb_dtype, name="adasam"),
-        _moments.amsgrad(b1, b2, eps),
-        optax.scale_by_learning_rate(learning_rate),
-        _moments.like_params(),
-    )
+    sharp = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="adasam")
+    return _moments.optimizer(sharp, _moments.amsgrad(b1, b2, eps), learning_rate)

@@ -186,7 +186,5 @@ def _lightsam(
     """Scaled by one accumulator on the way up, by another on the way down."""
     _moments.check(learning_rate, eps, *decays)
     perturbation = optax.chain(up, gradient_step(rho))
-    return optax.chain(
-        sharpness_aware(perturbation, perturb_dtype=perturb_dtype, name=name),
-        *(down, optax.scale_by_learning_rate(learning_rate), _moments.like_params()),
-    )
+    sharp = sharpness_aware(perturbation, perturb_dtype=perturb_dtype, name=name)
+    return _moments.optimizer(sharp, down, learning_rate)
