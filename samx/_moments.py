@@ -1,7 +1,8 @@
-"""Accumulators of LightSAM and AdaSAM: optax's, but without bias correction and from ε² on.
+"""What LightSAM and AdaSAM are made of: optax's accumulators without bias correction, from ε² on.
 
 All give back `numerator / √u` with `u` from `eps²` on, which stands for the ε in the denominators
-of others. Accumulators and results are in float32 or wider.
+of others. Accumulators and results are in float32 or wider. What one of them remembers is in its
+state, so that the same one may stand on the way up and on the way down.
 """
 
 from typing import Any, NamedTuple
@@ -14,18 +15,9 @@ from samx import _tree
 from samx._hyper import check_number
 
 
-def check(learning_rate: Any, eps: Any, *decays: Any) -> None:
-    """Refuse numbers that are out of their ranges."""
-    check_number("learning_rate", learning_rate, 0)
-    check_number("eps", eps, 0)
-    if isinstance(eps, int | float) and eps == 0:
-        raise ValueError("`eps` must be above 0: nothing else keeps a zero gradient from 0 / 0")
-    for name, decay in zip(("b1", "b2"), decays, strict=False):
-        check_number(name, decay, 0, 1)
-
-
 def adagrad_norm(eps: Any) -> optax.GradientTransformation:
     """`u = u + ‖g‖²;  g / √u`, with one number `u`."""
+    _check_eps(eps)
 
     def init_fn(params):
         return jnp.full((), eps**2, _tree.real_dtype(*jax.tree.leaves(params)))
@@ -41,6 +33,7 @@ def adagrad_norm(eps: Any) -> optax.GradientTransformation:
 
 def adagrad(eps: Any) -> optax.GradientTransformation:
     """`u = u + g²;  g / √u`, elementwise."""
+    _check_eps(eps)
 
     def init_fn(params):
         return _filled(params, eps)
@@ -63,6 +56,8 @@ class Moments(NamedTuple):
 
 def adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
     """`r = b1 r + (1 − b1) g;  u = b2 u + (1 − b2) g²;  r / √u`."""
+    _check_decays(b1, b2)
+    _check_eps(eps)
 
     def init_fn(params):
         return Moments(_zeros(params), _filled(params, eps))
@@ -84,6 +79,8 @@ class LargestMoments(NamedTuple):
 
 def amsgrad(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
     """`adam`, but over the root of the largest `u` so far."""
+    _check_decays(b1, b2)
+    _check_eps(eps)
 
     def init_fn(params):
         moments = Moments(_zeros(params), _filled(params, eps))
@@ -119,6 +116,7 @@ def optimizer(
 
     A chain, but its state tells that there is a base in it.
     """
+    check_number("learning_rate", learning_rate, 0)
     base = optax.chain(
         moments, optax.scale_by_learning_rate(learning_rate), optax.stateless(_tree.cast_like)
     )
@@ -132,6 +130,17 @@ def optimizer(
         return updates, OptimizerState(sharp_state, base_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_eps(eps: Any) -> None:
+    check_number("eps", eps, 0)
+    if isinstance(eps, int | float) and eps == 0:
+        raise ValueError("`eps` must be above 0: nothing else keeps a zero gradient from 0 / 0")
+
+
+def _check_decays(b1: Any, b2: Any) -> None:
+    check_number("b1", b1, 0, 1)
+    check_number("b2", b2, 0, 1)
 
 
 def _zeros(params: Any) -> Any:

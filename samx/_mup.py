@@ -40,7 +40,8 @@ def mup_ball(
 
     Raises:
         ValueError: If `rho` or a scale is a negative number, `normalization` unknown, or `width`
-            missing or given without "layerwise"; when used, if `scales` does not match `params`.
+            not above 0, missing, or given without "layerwise"; when used, if `scales` does not
+            match `params`.
         TypeError: If `rho` is not a number, array or schedule, or a scale no number.
 
     Example:
@@ -69,6 +70,8 @@ def mup_ball(
             "mup_ball: `width`, how many times as wide as its base the network is, must be given "
             f"with normalization='layerwise' and only there, got {width!r}"
         )
+    if width is not None and not 0 < width < math.inf:
+        raise ValueError(f"mup_ball: `width` must be above 0 and finite, got {width!r}")
     _check_scales(scales)
 
     def weight(s):

@@ -221,6 +221,11 @@ FACTORIES = {
         ValueError,
         "`width`.*only there, got 2.0",
     ),
+    "no width": (
+        lambda: samx.mup_sam(0.1, {}, normalization="layerwise", width=0),
+        ValueError,
+        "`width` must be above 0 and finite, got 0",
+    ),
     "following no schedule": (
         lambda: schedules.following(0.1, 0.2, peak_value=0.1),
         TypeError,

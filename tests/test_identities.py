@@ -200,6 +200,33 @@ def test_msam_of_every_example_is_the_mean_of_their_steps():
     assert_same(step, jax.tree.map(lambda x: x.mean(0), each))
 
 
+@pytest.mark.parametrize("how", ["scan", "vmap"])
+def test_msam_weighs_microbatches_by_their_examples(how):
+    """Padding is not the same in all of them, and one has nothing else."""
+    data, params = problem.make()
+    batch = problem.batch_at(data, 0)
+    weights = jnp.array([1, 1, 0, 0, 1, 0, 0, 0, 2, 1, 0, 1, 1, 0, 0, 0.5])
+    closures = {"losses_fn": problem.losses_fn, "batch": batch, "weights": weights}
+    tx, expected = samx.msam(0.3, 4, how=how), optax.tree.zeros_like(params)
+    step, state = tx.update(params, tx.init(params), params, **closures)
+    loss = 0.0
+    for j in range(3):
+        part, own = jax.tree.map(lambda x, j=j: x[j::4], (batch, weights))
+        if j == 2:  # all padding: the fourth takes its place
+            part, own = jax.tree.map(lambda x: x[3::4], (batch, weights))
+
+        def value_fn(p, part=part, own=own):
+            return jnp.average(problem.losses_fn(p, part), weights=own)
+
+        value, g = jax.value_and_grad(value_fn)(params)
+        g_s, _ = samx.sam(0.3).update(g, samx.sam(0.3).init(params), params, value_fn=value_fn)
+        share = own.sum() / weights.sum()
+        expected = jax.tree.map(lambda e, x, share=share: e + share * x, expected, g_s)
+        loss += share * value
+    assert_same(step, expected)
+    np.testing.assert_allclose(state.readings.loss, loss, rtol=1e-12)
+
+
 def test_msam_keeps_the_aux_of_its_clean_passes():
     def with_aux(params, batch):
         aux = {"mean": batch["x"].mean(0), "W1": params["W1"][0], "count": jnp.int32(len(batch))}

@@ -193,7 +193,7 @@ def test_several_axes(name, check_vma, ascent):
 VALID = [1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0.5, 2, 0, 0]
 
 
-@pytest.mark.parametrize("name", ["sam", "sampa"])
+@pytest.mark.parametrize("name", ["sam", "sampa", "msam"])
 @pytest.mark.parametrize("regime", GLOBAL)
 def test_weights_count_examples_not_devices(name, regime):
     weighted = batches(3, weights=VALID)

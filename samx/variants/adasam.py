@@ -76,7 +76,6 @@ def adasam(
         which a second transcription agrees. `static_args`: `perturbation`, `perturb_dtype`; `rho`
         too where `perturbation` is given.
     """
-    _moments.check(learning_rate, eps, b1, b2)
     ball = ball_of("adasam", rho, perturbation)
     sharp = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="adasam")
     return _moments.optimizer(sharp, _moments.amsgrad(b1, b2, eps), learning_rate)

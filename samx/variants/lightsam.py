@@ -65,8 +65,8 @@ def lightsam_norm(
         code (dimitris-oik/sam_sps), with which a second transcription agrees.
         `static_args`: `perturb_dtype`.
     """
-    up, down = _moments.adagrad_norm(eps), _moments.adagrad_norm(eps)
-    return _lightsam("lightsam_norm", up, down, learning_rate, rho, eps, perturb_dtype)
+    scaled = _moments.adagrad_norm(eps)
+    return _lightsam("lightsam_norm", scaled, learning_rate, rho, perturb_dtype)
 
 
 def lightsam_adagrad(
@@ -114,8 +114,8 @@ def lightsam_adagrad(
         one after the other; two copies of the parameters in the state, in float32 or wider.
         Fidelity: as `lightsam_norm`. `static_args`: `perturb_dtype`.
     """
-    up, down = _moments.adagrad(eps), _moments.adagrad(eps)
-    return _lightsam("lightsam_adagrad", up, down, learning_rate, rho, eps, perturb_dtype)
+    scaled = _moments.adagrad(eps)
+    return _lightsam("lightsam_adagrad", scaled, learning_rate, rho, perturb_dtype)
 
 
 def lightsam_adam(
@@ -169,22 +169,18 @@ def lightsam_adam(
         Fidelity: as `lightsam_norm`; that the average r is climbed, not g, is in that code alone.
         `static_args`: `perturb_dtype`.
     """
-    up, down = _moments.adam(b1, b2, eps), _moments.adam(b1, b2, eps)
-    return _lightsam("lightsam_adam", up, down, learning_rate, rho, eps, perturb_dtype, b1, b2)
+    scaled = _moments.adam(b1, b2, eps)
+    return _lightsam("lightsam_adam", scaled, learning_rate, rho, perturb_dtype)
 
 
 def _lightsam(
     name: str,
-    up: optax.GradientTransformation,
-    down: optax.GradientTransformation,
+    scaled: optax.GradientTransformation,
     learning_rate: Any,
     rho: Any,
-    eps: Any,
     perturb_dtype: Any,
-    *decays: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scaled by one accumulator on the way up, by another on the way down."""
-    _moments.check(learning_rate, eps, *decays)
-    perturbation = optax.chain(up, gradient_step(rho))
-    sharp = sharpness_aware(perturbation, perturb_dtype=perturb_dtype, name=name)
-    return _moments.optimizer(sharp, down, learning_rate)
+    """The same scaling on the way up and on the way down, each with what it remembers."""
+    up = optax.chain(scaled, gradient_step(rho))
+    sharp = sharpness_aware(up, perturb_dtype=perturb_dtype, name=name)
+    return _moments.optimizer(sharp, scaled, learning_rate)

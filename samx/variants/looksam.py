@@ -173,7 +173,7 @@ def reuse_across(
 
 def _across(g: Any, g_s: Any) -> Any:
     """The part of `g_s` across `g`; none where it is rounding, which reuse would make as long."""
-    g_v, g_norm = _tree.reject(g_s, g), _tree.norm(g_s)
-    rounding = max(_tree.coarsest_eps(g_v), 4 * jnp.finfo(g_norm.dtype).eps)  # of leaves, of sums
-    is_rounding = _tree.norm(g_v) <= rounding * g_norm
+    g_v, length = _tree.reject(g_s, g), _tree.norm(g_s)
+    rounding = max(_tree.coarsest_eps(g_v), 4 * jnp.finfo(length.dtype).eps)  # of leaves, of sums
+    is_rounding = _tree.norm(g_v) <= rounding * length
     return jax.tree.map(lambda x: jnp.where(is_rounding, jnp.zeros_like(x), x), g_v)

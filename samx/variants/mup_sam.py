@@ -43,8 +43,8 @@ def mup_sam(
 
     Raises:
         ValueError: If `rho` or a scale is a negative number, `normalization` unknown, or `width`
-            missing or given without "layerwise"; in `update`, if `scales` does not match `params`,
-            and as `closure_transformation` says.
+            not above 0, missing, or given without "layerwise"; in `update`, if `scales` does not
+            match `params`, and as `closure_transformation` says.
         TypeError: If `rho` is neither number nor schedule, or a scale no number.
 
     Example:
