@@ -1,4 +1,4 @@
-"""The mean loss of a batch whose gradient is taken over microbatches, one after the other."""
+"""Microbatches: a gradient that is taken over them, and the means of what each of them gives."""
 
 from collections.abc import Callable
 from functools import partial
