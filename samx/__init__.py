@@ -14,7 +14,7 @@ Every variant is an `optax.GradientTransformationExtraArgs` whose `update` takes
 closure, `value_fn=lambda params: ...`; most stand first in an `optax.chain`.
 """
 
-from samx import combinations, mup, perturbations, policies, schedules, selection
+from samx import combinations, losses, mup, perturbations, policies, schedules, selection
 from samx._base import check_closures, closure_transformation
 from samx._held import HeldBatch
 from samx._sharp import is_sharp_pass, value_and_grad_at
@@ -28,9 +28,12 @@ from samx.variants.ae_sam import ae_looksam, ae_sam
 from samx.variants.arsam import arsam
 from samx.variants.asam import asam
 from samx.variants.ausam import ausam
+from samx.variants.bisam import bisam
 from samx.variants.esam import esam
+from samx.variants.focal_sam import focal_sam
 from samx.variants.friendly_sam import friendly_sam
 from samx.variants.gsam import gsam
+from samx.variants.imbalanced_sam import imbalanced_sam
 from samx.variants.ksam import ksam
 from samx.variants.lightsam import lightsam_adagrad, lightsam_adam, lightsam_norm
 from samx.variants.looksam import look_layer_sam, looksam
@@ -56,10 +59,13 @@ __all__ = [
     "arsam",
     "asam",
     "ausam",
+    "bisam",
     "coupled_wsam",
     "esam",
+    "focal_sam",
     "friendly_sam",
     "gsam",
+    "imbalanced_sam",
     "ksam",
     "lightsam_adagrad",
     "lightsam_adam",
@@ -81,6 +87,7 @@ __all__ = [
     "closure_transformation",
     "combinations",
     "is_sharp_pass",
+    "losses",
     "mup",
     "perturb_if",
     "perturbations",

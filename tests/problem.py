@@ -47,6 +47,20 @@ def losses_fn(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
 
 
+def logits_of(params, batch):
+    hidden = batch["x"] @ params["W1"] + params["b1"][None]
+    return jnp.tanh(hidden) @ params["W2"] + params["b2"][None]
+
+
+def further(batch, losses_fn=losses_fn):
+    """What some variants need besides: BiSAM climbs the root of the squared losses, say."""
+    return {
+        "index": jnp.arange(len(batch["y"])),
+        "labels": batch["y"],
+        "ascent_fn": lambda params: jnp.sqrt(jnp.mean(losses_fn(params, batch) ** 2) + 1e-6),
+    }
+
+
 def make_step(tx, losses_fn=losses_fn, **keywords):
     """The contract's step function: the same for every variant."""
 
@@ -64,7 +78,7 @@ def make_step(tx, losses_fn=losses_fn, **keywords):
             value_fn=value_fn,
             losses_fn=losses_fn,
             batch=batch,
-            **{"index": jnp.arange(len(batch["y"]))} | keywords,
+            **further(batch, losses_fn) | keywords,
         )
         return optax.apply_updates(params, updates), state
 

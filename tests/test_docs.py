@@ -12,7 +12,7 @@ import pytest
 
 import samx
 import samx.flax
-from samx import combinations, mup, perturbations, policies, schedules, selection
+from samx import combinations, losses, mup, perturbations, policies, schedules, selection
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,6 +27,7 @@ MODULES = {
     "selection": selection,
     "schedules": schedules,
     "mup": mup,
+    "losses": losses,
     "flax": samx.flax,
 }
 PUBLIC = [

@@ -1,0 +1,108 @@
+"""Losses to climb, per example: what BiSAM climbs in place of the loss that it descends."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from samx import _tree
+from samx._hyper import check_number
+
+__all__ = ["log_lower_bound", "tanh_lower_bound"]
+
+
+def tanh_lower_bound(logits: Any, labels: Any, mu: Any = 10.0, alpha: Any = 0.1) -> jax.Array:
+    """BiSAM's lower bound of the misclassification error, made of tanh.
+
+        F_j = logits_j − logits_label                     (0 for the label itself)
+        Q   = (1/μ) log Σ_j exp(μ φ(F_j)),   φ(x) = tanh(α x)
+
+    Args:
+        logits: `float[..., classes]`.
+        labels: `int[...]`, the right classes.
+        mu: Sharpness μ > 0 of the maximum over the classes; default 10, that of the function in the
+            authors' code. Their script passes 1.
+        alpha: Slope α > 0 of tanh; default 0.1, theirs.
+
+    Returns:
+        `float[...]`, one number per example, in float32 or wider.
+
+    Raises:
+        ValueError: If `mu` or `alpha` is negative, or `labels` has not the shape of `logits`
+            without its last axis.
+        TypeError: If `labels` are no integers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.losses import tanh_lower_bound
+        >>> logits = jnp.array([[3.0, 0.0], [0.0, 3.0]])
+        >>> right_and_wrong = tanh_lower_bound(logits, jnp.array([0, 0]))
+        >>> [round(float(q), 3) for q in right_and_wrong]
+        [0.005, 0.297]
+
+    References:
+        Xie, Latorre, Antonakopoulos, Pethick, Cevher, "Improving SAM Requires Rethinking its
+        Optimization Formulation", ICML 2024, https://arxiv.org/abs/2407.12993 (LIONS-EPFL/BiSAM)
+
+    Notes:
+        The authors' code leaves out the factor 1/μ, which a ball does not see. Cost: as a softmax.
+    """
+    check_number("mu", mu, 0)
+    check_number("alpha", alpha, 0)
+    return _smooth_maximum(jnp.tanh(alpha * _margins("tanh_lower_bound", logits, labels)), mu)
+
+
+def log_lower_bound(logits: Any, labels: Any, mu: Any = 1.0) -> jax.Array:
+    """BiSAM's lower bound of the misclassification error, made of a logarithm.
+
+        F_j = logits_j − logits_label                     (0 for the label itself)
+        Q   = (1/μ) log Σ_j exp(μ φ(F_j)),   φ(x) = 1 − log(1 + exp(γ − x)),  γ = log(e − 1)
+
+    Args:
+        logits: `float[..., classes]`.
+        labels: `int[...]`, the right classes.
+        mu: Sharpness μ > 0 of the maximum over the classes; default 1, the authors'.
+
+    Returns:
+        `float[...]`, one number per example, in float32 or wider.
+
+    Raises:
+        ValueError: If `mu` is negative, or `labels` has not the shape of `logits` without its last
+            axis.
+        TypeError: If `labels` are no integers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.losses import log_lower_bound
+        >>> logits = jnp.array([[3.0, 0.0], [0.0, 3.0]])
+        >>> right_and_wrong = log_lower_bound(logits, jnp.array([0, 0]))
+        >>> [round(float(q), 3) for q in right_and_wrong]
+        [0.075, 1.245]
+
+    References:
+        Xie et al., ICML 2024, https://arxiv.org/abs/2407.12993 (LIONS-EPFL/BiSAM)
+
+    Notes:
+        φ(0) = 0. The authors' code leaves out the factor 1/μ, which a ball does not see. Cost: as a
+        softmax.
+    """
+    check_number("mu", mu, 0)
+    margins = _margins("log_lower_bound", logits, labels)
+    return _smooth_maximum(1 - jnp.logaddexp(0.0, math.log(math.e - 1) - margins), mu)
+
+
+def _margins(name: str, logits: Any, labels: Any) -> jax.Array:
+    logits, labels = _tree.widen(logits), jnp.asarray(labels)
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{name}: `labels` must have the shape of `logits` without its last axis, "
+            f"{logits.shape[:-1]}, got {labels.shape}"
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"{name}: `labels` must be integers, got {labels.dtype}")
+    return logits - jnp.take_along_axis(logits, labels[..., None], axis=-1)
+
+
+def _smooth_maximum(x: jax.Array, mu: Any) -> jax.Array:
+    return jax.nn.logsumexp(mu * x, axis=-1) / mu
