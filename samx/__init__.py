@@ -35,6 +35,7 @@ from samx.variants.friendly_sam import friendly_sam
 from samx.variants.gsam import gsam
 from samx.variants.imbalanced_sam import imbalanced_sam
 from samx.variants.ksam import ksam
+from samx.variants.lets import lets
 from samx.variants.lightsam import lightsam_adagrad, lightsam_adam, lightsam_norm
 from samx.variants.looksam import look_layer_sam, looksam
 from samx.variants.momentum_sam import momentum_sam
@@ -42,8 +43,10 @@ from samx.variants.monge_sam import monge_sam
 from samx.variants.msam import msam
 from samx.variants.mup_sam import mup_sam
 from samx.variants.sam import sam, sharpness_aware
+from samx.variants.sam_on import sam_on
 from samx.variants.sampa import sampa
 from samx.variants.sl_sam import sl_sam
+from samx.variants.sparse_sam import dynamic_sparse_sam, fisher_sparse_sam
 from samx.variants.stable_sam import stable_sam
 from samx.variants.vsam import vsam
 from samx.variants.wsam import coupled_wsam, wsam
@@ -61,6 +64,10 @@ __all__ = [
     "ausam",
     "bisam",
     "coupled_wsam",
+    "dynamic_sparse_sam",
+    "fisher_sparse_sam",
+    "sam_on",
+    "lets",
     "esam",
     "focal_sam",
     "friendly_sam",

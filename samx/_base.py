@@ -17,6 +17,7 @@ OWN_KEYWORDS = frozenset(
         "ascent_fn",
         "ascent_grad",
         "batch",
+        "fisher_batch",
         "index",
         "labels",
         "losses_fn",

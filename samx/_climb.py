@@ -9,8 +9,8 @@ from samx._balls import metric_ball
 from samx._base import as_transformation
 
 
-class DefaultRho(float):
-    """A radius that nobody chose: tells a default apart from the same number passed."""
+class Default(float):
+    """A number that nobody chose: tells a default apart from the same number passed."""
 
 
 def ball_of(
@@ -19,7 +19,7 @@ def ball_of(
     """The perturbation that a factory was given, or the ball of radius `rho`: never both."""
     if perturbation is None:
         return ball(rho)
-    if not isinstance(rho, DefaultRho):
+    if not isinstance(rho, Default):
         raise ValueError(
             f"{name}: got `rho` together with `perturbation`, but the radius has one home; leave "
             "`rho` out and give the radius to the perturbation (under optax.inject_hyperparams, "
@@ -40,3 +40,8 @@ def ascend(
     if ascent_grad is not g:
         _, new_state = perturb(g, state, params)
     return eps, new_state
+
+
+def own_gradients(state: Any) -> Any:
+    """Gradients that a perturbation took in its last step, in passes over one batch."""
+    return sum(spent for _, spent in optax.tree.get_all_with_path(state, "own_gradients"))

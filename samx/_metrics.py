@@ -79,6 +79,41 @@ def is_not_bias(path: Any, leaf: Any) -> bool:
     return not (names and re.search(r"(^|_)b(ias)?\d*$", names[-1]))
 
 
+def is_normalization(path: Any, leaf: Any) -> bool:
+    """Whether a leaf belongs to a normalization layer, by its names: the leaves of SAM-ON.
+
+        some name in path  contains "norm",  or is "bn" or "ln", with a number or "_..." behind
+
+    Args:
+        path: Key path of the leaf, as `jax.tree_util.tree_map_with_path` passes it.
+        leaf: The leaf; not looked at.
+
+    Returns:
+        `True` for `LayerNorm_0/scale`, `bn1/bias`, `block/norm/scale`; `False` for `Dense_0/bias`.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> import jax
+        >>> from samx.perturbations import is_normalization
+        >>> params = {"BatchNorm_0": {"scale": 1.0}, "bn1": {"bias": 0.0}, "subnet": {"bias": 0.0}}
+        >>> jax.tree_util.tree_map_with_path(is_normalization, params)
+        {'BatchNorm_0': {'scale': True}, 'bn1': {'bias': True}, 'subnet': {'bias': False}}
+
+    References:
+        Müller et al., NeurIPS 2023, https://arxiv.org/abs/2306.04226 (mueller-mp/SAM-ON), which
+        looks for "norm" and "bn" anywhere.
+
+    Notes:
+        Cost: none, it runs while tracing. Capitals are not told apart. A layer whose name says
+        nothing, an attribute of an nnx module say, needs a predicate of your own.
+    """
+    del leaf
+    names = [name.lower() for name in names_of(path)]
+    return any("norm" in name or re.match(r"[bl]n(\d|_|$)", name) for name in names)
+
+
 def names_of(path: Any) -> list[str]:
     """The names along a key path, without that of the value inside an `nnx.Variable`."""
     names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]

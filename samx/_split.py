@@ -106,7 +106,9 @@ def _both(
     losses, pull = jax.vjp(own, devices.vary(params))
     found = []
     for i, loss in enumerate(losses):
-        cotangents = [jnp.ones_like(x) if j == i else jnp.zeros_like(x) for j, x in enumerate(losses)]
+        cotangents = [
+            jnp.ones_like(x) if j == i else jnp.zeros_like(x) for j, x in enumerate(losses)
+        ]
         (own_grad,) = pull(cotangents)
         own_grad = _tree.keep_floating(own_grad, params)
         loss, grad = devices.mean((loss, own_grad), devices.share(weights))

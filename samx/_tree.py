@@ -54,6 +54,11 @@ def subtract(a: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: widen(x) - widen(y), a, b)
 
 
+def scaled(scale: Any, tree: Any) -> Any:
+    """`scale·tree` in the dtypes of the tree, integers as they are."""
+    return jax.tree.map(lambda x: (scale * widen(x)).astype(x.dtype) if is_inexact(x) else x, tree)
+
+
 def add_scaled(a: Any, scale: Any, b: Any) -> Any:
     """`a + scale·b` in the dtypes of `a`, half precision computed in float32."""
     return jax.tree.map(lambda x, y: (widen(x) + scale * widen(y)).astype(x.dtype), a, b)
@@ -83,6 +88,11 @@ def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
 def keep(tree: Any, chosen: Any) -> Any:
     """`tree` on the leaves where the tree of booleans `chosen` is true, zeros on the others."""
     return jax.tree.map(lambda x, is_kept: x if is_kept else jnp.zeros_like(x), tree, chosen)
+
+
+def masked(tree: Any, mask: Any) -> Any:
+    """`tree` where the tree of boolean arrays `mask` is true, zeros elsewhere."""
+    return jax.tree.map(lambda x, is_kept: jnp.where(is_kept, x, 0), tree, mask)
 
 
 def keep_floating(tree: Any, like: Any) -> Any:

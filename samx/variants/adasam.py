@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import optax
 
 from samx import _moments
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx.variants.sam import sharpness_aware
 
 
 def adasam(
     learning_rate: optax.ScalarOrSchedule,
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     b1: float = 0.9,
     b2: float = 0.999,
     *,

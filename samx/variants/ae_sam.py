@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx.policies import squared_norm
 from samx.skipping import perturb_if
 from samx.variants.looksam import reuse_across
@@ -17,7 +17,7 @@ from samx.variants.sam import sharpness_aware
 
 
 def ae_sam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     threshold: optax.ScalarOrSchedule = 0.0,
     decay: optax.ScalarOrSchedule = 0.9,
     *,
@@ -75,7 +75,7 @@ def ae_sam(
 
 
 def ae_looksam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     threshold: optax.ScalarOrSchedule = 0.0,
     alpha: optax.ScalarOrSchedule = 0.7,
     decay: optax.ScalarOrSchedule = 0.9,

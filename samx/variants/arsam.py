@@ -9,14 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx.combinations import Mixing, decaying
 from samx.policies import Policy, quota
 from samx.variants.vsam import reuse_second_order
 
 
 def arsam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     *,
     policy: Policy | None = None,
     mixing: Mixing | None = None,

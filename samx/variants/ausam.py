@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from samx._base import closure_transformation
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx._held import first_aux, kept_aux
 from samx._hyper import as_key, check_count, check_number, next_step
 from samx._scores import places_of, probabilities, recorded, weight_range
@@ -46,7 +46,7 @@ class AUSAMState(NamedTuple):
 
 
 def ausam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.1),
+    rho: optax.ScalarOrSchedule = Default(0.1),
     fraction: float = 0.5,
     num_examples: int = 50_000,
     *,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from samx._base import closure_transformation
-from samx._climb import DefaultRho, ascend, ball_of
+from samx._climb import Default, ascend, ball_of
 from samx._closures import taken_anew
 from samx._sharp import perturbed, value_and_grad_at
 from samx.readings import UNKNOWN, no_readings, take_readings
@@ -19,7 +19,7 @@ from samx.variants.sam import SharpnessAwareState
 
 
 def bisam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     *,
     perturbation: optax.GradientTransformation | None = None,
     perturb_dtype: Any = jnp.float32,

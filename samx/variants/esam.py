@@ -13,7 +13,7 @@ import optax
 
 from samx import _tree
 from samx._base import closure_transformation
-from samx._climb import DefaultRho, ascend, ball_of
+from samx._climb import Default, ascend, ball_of
 from samx._closures import Closure, LossesClosure, mean_loss, taken_anew
 from samx._devices import Own
 from samx._hyper import check_count, check_share
@@ -37,7 +37,7 @@ class ESAMState(NamedTuple):
 
 
 def esam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     perturbed_fraction: optax.ScalarOrSchedule = 0.6,
     selected_fraction: float = 0.5,
     *,

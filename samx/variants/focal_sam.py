@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx._hyper import at_step, check_number
 from samx._split import of_class, split_sam
 
 
 def focal_sam(
     class_counts: Sequence[int] | np.ndarray,
-    rho: optax.ScalarOrSchedule = DefaultRho(0.1),
+    rho: optax.ScalarOrSchedule = Default(0.1),
     gamma: optax.ScalarOrSchedule = 2.0,
     sharpness: optax.ScalarOrSchedule = 0.8,
     *,

@@ -9,13 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx.perturbations import deviation
 from samx.variants.sam import sharpness_aware
 
 
 def friendly_sam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     sigma: optax.ScalarOrSchedule = 1.0,
     decay: optax.ScalarOrSchedule = 0.9,
     *,

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx.combinations import surrogate_gap
 from samx.variants.sam import sharpness_aware
 
 
 def gsam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     alpha: optax.ScalarOrSchedule = 0.4,
     *,
     descend: Literal["sharp", "clean"] = "sharp",

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx._hyper import at_step, check_number
 from samx._split import split_sam
 
 
 def imbalanced_sam(
     tail_classes: Sequence[int] | np.ndarray,
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     tail_weight: optax.ScalarOrSchedule = 1.0,
     *,
     perturbation: optax.GradientTransformation | None = None,

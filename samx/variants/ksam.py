@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from samx._base import closure_transformation
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx._subset import (
     FORWARD,
     check_groups,
@@ -39,7 +39,7 @@ class KSAMState(NamedTuple):
 
 
 def ksam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     num_selected: int = 64,
     *,
     num_groups: int = 1,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx._hyper import at_step, check_number
 from samx._layer_steps import LayerScaling, layer_steps, trust_ratio
 from samx._reuse import reuse
@@ -19,7 +19,7 @@ from samx.policies import Policy, every
 
 
 def looksam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     period: int = 5,
     alpha: optax.ScalarOrSchedule = 0.7,
     *,

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from samx._base import as_transformation, base_keywords, closure_transformation
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx._held import first_aux, kept_aux
 from samx._sharp import perturbed, value_and_grad_at
 from samx.readings import Readings, no_readings, take_readings
@@ -38,7 +38,7 @@ class MomentumSAMState(NamedTuple):
 
 def momentum_sam(
     base: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = DefaultRho(3.0),
+    rho: optax.ScalarOrSchedule = Default(3.0),
     *,
     momentum: Callable[[optax.OptState], Any] | None = None,
     aux_like: Any = None,

@@ -12,7 +12,7 @@ import optax
 
 from samx import _tree
 from samx._base import closure_transformation
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx._closures import batch_size
 from samx._held import first_aux, kept_aux
 from samx._hyper import check_count
@@ -36,7 +36,7 @@ class MSAMState(NamedTuple):
 
 
 def msam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     num_microbatches: int = 4,
     *,
     how: Literal["scan", "vmap"] = "scan",

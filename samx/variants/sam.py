@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from samx._base import as_transformation, closure_transformation
-from samx._climb import DefaultRho, ascend, ball_of
+from samx._climb import Default, ascend, ball_of, own_gradients
 from samx._hyper import check_count
 from samx._sharp import perturbed, value_and_grad_at
 from samx.readings import UNKNOWN, Readings, no_readings, take_readings
@@ -109,7 +109,7 @@ def sharpness_aware(
             g_s=g_s,
             params=params,
             point=perturbed(params, eps, perturb_dtype),
-            gradients=1 + ascent_steps,
+            gradients=1 + ascent_steps + own_gradients(ball),
             mean_of_ascents=value_fn.mean_of_ascents,
         )
         return g_s, SharpnessAwareState(ball, readings)
@@ -118,7 +118,7 @@ def sharpness_aware(
 
 
 def sam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     *,
     perturbation: optax.GradientTransformation | None = None,
     perturb_dtype: Any = jnp.float32,

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from samx import _tree
 from samx._base import as_transformation, base_keywords, closure_transformation
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx._closures import batch_size, mean_loss, unit_weights
 from samx._held import HeldBatch, check_like, first_aux, kept_aux
 from samx._hyper import at_step, check_number, next_step
@@ -46,7 +46,7 @@ class SAMPaState(NamedTuple):
 
 def sampa(
     base: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = DefaultRho(0.1),
+    rho: optax.ScalarOrSchedule = Default(0.1),
     lam: optax.ScalarOrSchedule = 0.2,
     *,
     batch_like: Any,

@@ -12,7 +12,7 @@ import optax
 
 from samx import _tree
 from samx._base import as_transformation, base_keywords, closure_transformation
-from samx._climb import DefaultRho, ascend, ball_of
+from samx._climb import Default, ascend, ball_of
 from samx._closures import Closure, taken_anew
 from samx._held import first_aux, kept_aux
 from samx._hyper import as_key, at_step, check_number, next_step
@@ -50,7 +50,7 @@ class SLSAMState(NamedTuple):
 
 def sl_sam(
     base: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     groups: LayerGroups = 4,
     *,
     rate: optax.ScalarOrSchedule = 0.01,

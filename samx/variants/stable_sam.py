@@ -9,14 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx.combinations import renormalized
 from samx.perturbations import gradient_step, metric_ball
 from samx.variants.sam import sharpness_aware
 
 
 def stable_sam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     *,
     normalize: bool = False,
     renormalize: bool = True,

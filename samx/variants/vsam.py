@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from samx import _tree
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx._hyper import check_count
 from samx._policy import Policy
 from samx._quota import quota
@@ -19,7 +19,7 @@ from samx.combinations import Mixing, decaying
 
 
 def vsam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     decay: optax.ScalarOrSchedule = 0.7,
     *,
     reuse_steps: int = 6,

@@ -12,7 +12,7 @@ import optax
 
 from samx import _tree
 from samx._base import as_transformation, base_keywords, closure_transformation
-from samx._climb import DefaultRho, ball_of
+from samx._climb import Default, ball_of
 from samx._hyper import at_step, check_number, made_of, next_step
 from samx.combinations import mix
 from samx.variants.sam import sharpness_aware
@@ -35,7 +35,7 @@ class WSAMState(NamedTuple):
 def wsam(
     base: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     gamma: optax.ScalarOrSchedule = 0.9,
     *,
     perturbation: optax.GradientTransformation | None = None,
@@ -114,7 +114,7 @@ def wsam(
 
 
 def coupled_wsam(
-    rho: optax.ScalarOrSchedule = DefaultRho(0.05),
+    rho: optax.ScalarOrSchedule = Default(0.05),
     gamma: optax.ScalarOrSchedule = 0.9,
     *,
     perturbation: optax.GradientTransformation | None = None,

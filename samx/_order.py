@@ -1,0 +1,101 @@
+"""Order statistics over all parameters together, by bisection on the bits of floats.
+
+Exact, and no leaf leaves its place: nothing but counts is taken over the leaves, so that sharded
+ones stay sharded.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from samx import _tree
+
+MOST_ENTRIES = 2**31 - 1  # that an int32 counts
+
+
+def num_entries(name: str, params: Any) -> int:
+    """The floating parameters, or a `ValueError` where an int32 cannot count them."""
+    leaves = [leaf for leaf in jax.tree.leaves(params) if _tree.is_inexact(leaf)]
+    count = sum(jnp.size(leaf) for leaf in leaves)
+    if count > MOST_ENTRIES:
+        raise ValueError(
+            f"{name}: `params` must have at most {MOST_ENTRIES} floating entries, got {count}"
+        )
+    return count
+
+
+def rounded_down(count: Any) -> Any:
+    """A count of entries; in Python where that is possible, for it counts further than float32."""
+    is_python = isinstance(count, int | float)
+    return int(count) if is_python else jnp.floor(count).astype(jnp.int32)
+
+
+def largest(scores: Any, count: Any, among: Any = None) -> Any:
+    """Where the `count` largest scores of all leaves are: a tree of booleans.
+
+    `scores` are magnitudes: of a complex or negative one its absolute value counts. `among` leaves
+    entries out; if too few are left, all of them are chosen. Of equal scores the first is chosen,
+    in the order of the leaves and of the entries in them. Integer leaves are never chosen.
+    """
+    dtype = _tree.real_dtype(*jax.tree.leaves(scores))
+    word = jnp.uint64 if dtype == jnp.float64 else jnp.uint32
+    keys = jax.tree.map(lambda x: _key(x, dtype, word), scores)
+    if among is not None:
+        keys = jax.tree.map(lambda key, is_in: jnp.where(is_in, key, 0), keys, among)
+
+    smallest = _bisect(word, lambda key: _count(keys, lambda x: x >= key) >= count)
+    missing = count - _count(keys, lambda x: x > smallest)
+    ties = jax.tree.map(lambda x: (x == smallest) & (x > 0), keys)
+    places = _places(keys)
+
+    def is_enough(place):
+        return _count((ties, places), lambda tie, x: tie & (x < place)) <= missing
+
+    end = _bisect(jnp.uint32, is_enough)
+    return jax.tree.map(
+        lambda x, tie, place: (x > smallest) | (tie & (place < end)), keys, ties, places
+    )
+
+
+def _bisect(dtype: Any, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest number up to which `holds`, one bit at a time; it holds at 0."""
+    bits = jnp.iinfo(dtype).bits
+
+    def try_bit(i, number):
+        larger = number | (jnp.ones((), dtype) << (bits - 1 - i).astype(dtype))
+        return jnp.where(holds(larger), larger, number)
+
+    return jax.lax.fori_loop(0, bits, try_bit, jnp.zeros((), dtype))
+
+
+def _count(trees: Any, holds: Callable[..., jax.Array]) -> jax.Array:
+    """In how many entries of all leaves it holds."""
+    trees = trees if isinstance(trees, tuple) else (trees,)
+    leaves = zip(*map(jax.tree.leaves, trees), strict=True)
+    return sum(
+        (jnp.sum(holds(*leaf), dtype=jnp.int32) for leaf in leaves), start=jnp.zeros((), jnp.int32)
+    )
+
+
+def _key(x: Any, dtype: Any, word: Any) -> jax.Array:
+    """An integer from 1 on that is larger for larger magnitudes; 0 for an integer leaf."""
+    if not _tree.is_inexact(x):
+        return jnp.zeros_like(x, word)
+    return jax.lax.bitcast_convert_type(jnp.abs(_tree.widen(x)).astype(dtype), word) + 1
+
+
+def _places(tree: Any) -> Any:
+    """The number of each entry, row by row and leaf by leaf."""
+    leaves, structure = jax.tree.flatten(tree)
+    places, start = [], 0
+    for leaf in leaves:
+        place = jnp.full((), start, jnp.uint32)
+        for axis in range(leaf.ndim):
+            stride = math.prod(leaf.shape[axis + 1 :])
+            place += stride * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        places.append(jnp.broadcast_to(place, leaf.shape))
+        start += leaf.size
+    return jax.tree.unflatten(structure, places)
