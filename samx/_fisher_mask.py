@@ -43,7 +43,7 @@ def fisher_mask(
     *,
     period: int,
     pattern: Pattern = "unstructured",
-    num_at_once: int = 1,
+    num_microbatches: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Perturb the entries that the loss is most sensitive to: of the largest Fisher information.
 
@@ -63,9 +63,10 @@ def fisher_mask(
             "structured": whole leaves, by their mean, until so many entries are perturbed or more.
             `(n, m)`: of each m consecutive entries of a leaf the n largest, and all of a leaf with
             fewer than two axes; then leave `sparsity` out.
-        num_at_once: Gradients of single examples that are held together, a divisor of the
-            examples; default 1. Where the examples are sharded under `jax.jit`, a multiple of the
-            devices.
+        num_microbatches: Number K ≥ 1 of microbatches, a divisor of the examples of a device: the
+            gradients of single examples are taken together within each, one microbatch after the
+            other. Default: one example after the other. Where the examples are sharded under
+            `jax.jit`, at most as many as each device has.
 
     Returns:
         An optax transformation `g -> ε`. `update` needs `losses_fn` and `batch`, and takes the
@@ -74,10 +75,11 @@ def fisher_mask(
 
     Raises:
         ValueError: If `sparsity` is a number outside [0, 1], or given together with a pattern
-            (n, m), `period` or `num_at_once` below 1, or `pattern` unknown; in `update`, if m does
-            not divide a leaf, or `num_at_once` the examples, or for more than 2³¹ − 1 parameters.
-        TypeError: If `sparsity` is neither number nor schedule, or `period` or `num_at_once` no
-            Python int.
+            (n, m), `period` or `num_microbatches` below 1, or `pattern` unknown; in `update`, if m
+            does not divide a leaf, or `num_microbatches` the examples, or for more than 2³¹ − 1
+            parameters.
+        TypeError: If `sparsity` is neither number nor schedule, or `period` or `num_microbatches`
+            no Python int.
 
     Example:
         >>> import jax.numpy as jnp
@@ -103,14 +105,15 @@ def fisher_mask(
         that split or choose examples (`msam`, `ksam`, `esam`, `ausam`) do not hand `losses_fn` on.
         Cost: on steps that look again one gradient for each example, and 2 × 32 comparisons of all
         parameters to find the largest (64-bit parameters 64 + 32); on the others elementwise work.
-        State: one mask of booleans; one more copy of the gradient while it looks, `num_at_once` of
-        them if that is more than 1. `static_args`: `perturbation`, `period`, `pattern`,
-        `num_at_once`.
+        State: one mask of booleans; while it looks, one more copy of the parameters, and one for
+        each example of a microbatch. `static_args`: `perturbation`, `period`, `pattern`,
+        `num_microbatches`.
     """
     name = "fisher_mask"
     check_number("sparsity", sparsity, 0, 1)
     check_count("period", period)
-    check_count("num_at_once", num_at_once)
+    if num_microbatches is not None:
+        check_count("num_microbatches", num_microbatches)
     _check_pattern(name, pattern, sparsity)
     perturbation = as_transformation(name, "perturbation", perturbation)
 
@@ -124,15 +127,15 @@ def fisher_mask(
     ):
         examples, weights = (batch, weights) if fisher_batch is None else (fisher_batch, None)
         size = batch_size(name, examples)
-        if size % num_at_once:
+        if num_microbatches and size % num_microbatches:
             raise ValueError(
-                f"{name}: `num_at_once` must divide the {size} examples that the Fisher "
-                f"information is taken over, got {num_at_once}"
+                f"{name}: `num_microbatches` must divide the {size} examples that the Fisher "
+                f"information is taken over, got {num_microbatches}"
             )
         num_kept = rounded_down(num_entries(name, params) * (1 - at_step(sparsity, state.step)))
 
         def look(params, examples, weights):
-            fisher = _fisher(losses_fn, params, examples, weights, num_at_once)
+            fisher = _fisher(losses_fn, params, examples, weights, num_microbatches or size)
             return _chosen(name, pattern, fisher, num_kept)
 
         is_due = (state.step > 0) & ((state.step - 1) % period == 0)
@@ -151,7 +154,7 @@ def fisher_mask(
 
 
 def _fisher(
-    losses_fn: LossesClosure, params: Any, examples: Any, weights: Any, num_at_once: int
+    losses_fn: LossesClosure, params: Any, examples: Any, weights: Any, num_microbatches: int
 ) -> Any:
     """`Σ_j weight_j (∇ℓ_j(w))²` over the examples of all devices."""
     devices = losses_fn.devices
@@ -172,8 +175,9 @@ def _fisher(
     zeros = jax.tree.map(
         lambda w: jnp.zeros_like(w, _tree.real_dtype(w)) if _tree.is_inexact(w) else w, own_params
     )
-    parts = strided(batch_size("fisher_mask", examples) // num_at_once, (examples, weights))
-    total, _ = jax.lax.scan(add, devices.vary(zeros), parts)
+    total, _ = jax.lax.scan(
+        add, devices.vary(zeros), strided(num_microbatches, (examples, weights))
+    )
     return jax.tree.map(devices.total, total)
 
 

@@ -12,7 +12,7 @@ import problem
 import samx
 from samx import policies
 from samx.combinations import mix
-from samx.perturbations import layerwise, linf_ball, metric_ball, on_leaves
+from samx.perturbations import layerwise, linf_ball, metric_ball
 
 Hyper = dict[str, Any]
 
@@ -137,8 +137,11 @@ VARIANTS = {
         like="asam",
     ),
     "l-infinity": replace(SAM, factory=_ball(linf_ball), hyper={"rho": 0.005}, like="sam"),
-    "weights only": replace(
-        SAM, factory=_ball(lambda rho: on_leaves(metric_ball(rho), _is_weight)), like="sam"
+    "sam_on": replace(  # there is no normalization: here of the weights only
+        SAM,
+        factory=partial(samx.sam_on, is_perturbed=_is_weight),
+        static_args=("is_perturbed",),
+        like="sam",
     ),
     "periodic": replace(
         GATED, factory=lambda rho: samx.perturb_if(policies.every(2), samx.sam(rho)), like="rst"
@@ -326,6 +329,61 @@ VARIANTS |= {
         hyper={"learning_rate": 0.01, "rho": 0.05, "b1": 0.9, "b2": 0.99},
         has_base_limit=False,
         like="lightsam_adam",
+    ),
+}
+FOCAL = replace(
+    SAM,
+    factory=partial(samx.focal_sam, class_counts=[28, 11, 25]),
+    hyper={"rho": 0.05, "gamma": 2.0, "sharpness": 0.8},
+    passes=(2, 3),
+    needs=("losses_fn", "batch", "labels"),
+    uses_gradient=False,
+    has_base_limit=False,
+    static_args=("class_counts",),
+)
+VARIANTS |= {
+    "bisam": replace(
+        SAM,
+        factory=samx.bisam,
+        passes=(2, 2),
+        needs=("value_fn", "ascent_fn"),
+        uses_gradient=False,
+        climbs=False,
+    ),
+    "focal_sam": FOCAL,
+    "imbalanced_sam": replace(
+        FOCAL,
+        factory=partial(samx.imbalanced_sam, tail_classes=[1]),
+        hyper={"rho": 0.05, "tail_weight": 2.0},
+        static_args=("tail_classes",),
+        climbs=False,
+        like="focal_sam",
+    ),
+    "fisher_sparse_sam": replace(
+        SAM,
+        factory=partial(samx.fisher_sparse_sam, period=3, num_microbatches=2),
+        hyper={"rho": 0.05, "sparsity": 0.6},
+        needs=("losses_fn", "batch"),
+        static_args=("period", "pattern", "num_microbatches"),
+        spent=lambda t, state: 3.0 if t % 3 == 1 else 2.0,
+        climbs=False,  # but on its first step
+    ),
+    "dynamic_sparse_sam": replace(
+        SAM,
+        factory=partial(samx.dynamic_sparse_sam, period=3),
+        hyper={"rho": 0.05, "sparsity": 0.6, "drop_rate": 0.4},
+        static_args=("period", "drop", "grow", "key"),
+        like="fisher_sparse_sam",
+    ),
+    "lets": replace(
+        SAM,
+        factory=partial(samx.lets, rho=0.05),
+        shape="wraps",
+        hyper={"rate": 1.0},
+        passes=(3, 3),
+        needs=("value_fn", "validation_fn"),
+        has_base_limit=False,
+        spent=lambda t, state: 6.0,  # with the derivative of the sharp gradient, of two
     ),
 }
 APART = [name for name, case in VARIANTS.items() if case.like is None]

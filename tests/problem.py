@@ -52,13 +52,24 @@ def logits_of(params, batch):
     return jnp.tanh(hidden) @ params["W2"] + params["b2"][None]
 
 
-def further(batch, losses_fn=losses_fn):
-    """What some variants need besides: BiSAM climbs the root of the squared losses, say."""
+def further(batch, losses_fn=losses_fn, weights=None):
+    """What some rows need besides: another loss to climb, and one on other examples, say."""
+    held_out = batch | {"x": 0.8 * batch["x"]}
     return {
         "index": jnp.arange(len(batch["y"])),
         "labels": batch["y"],
-        "ascent_fn": lambda params: jnp.sqrt(jnp.mean(losses_fn(params, batch) ** 2) + 1e-6),
+        "ascent_fn": lambda params: weighted(losses_of(losses_fn, params, batch) ** 2, weights),
+        "validation_fn": lambda params: weighted(losses_of(losses_fn, params, held_out), weights),
     }
+
+
+def losses_of(losses_fn, params, batch):
+    losses = losses_fn(params, batch)
+    return losses[0] if isinstance(losses, tuple) else losses
+
+
+def weighted(losses, weights):
+    return losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
 
 
 def make_step(tx, losses_fn=losses_fn, **keywords):

@@ -40,9 +40,10 @@ def make_step(tx, losses_fn=problem.losses_fn, axes=None):
         if axes:
             value_and_grad = samx.value_and_grad(value_fn, axes, weights=weights)
         value, grads = value_and_grad(params)
-        index = jnp.arange(len(batch["y"])) + 0 * batch["y"]  # laid out like the batch
+        further = problem.further(batch, losses_fn, weights)
+        further["index"] += 0 * batch["y"]  # laid out like the batch
         if axes:
-            index += jax.lax.axis_index(axes) * len(index)
+            further["index"] += jax.lax.axis_index(axes) * len(batch["y"])
         updates, state = tx.update(
             grads,
             state,
@@ -51,8 +52,8 @@ def make_step(tx, losses_fn=problem.losses_fn, axes=None):
             value_fn=value_fn,
             losses_fn=losses_fn,
             batch=batch,
-            index=index,
             weights=weights,
+            **further,
         )
         return optax.apply_updates(params, updates), state, value
 

@@ -60,7 +60,7 @@ def updates_of(tx, params, batch, state=None, losses_fn=problem.losses_fn, **key
         "value_fn": value_fn,
         "losses_fn": losses_fn,
         "batch": batch,
-        "index": jnp.arange(len(batch["y"])),
+        **problem.further(batch, losses_fn),
     } | keywords
     state = tx.init(params) if state is None else state
     return tx.update(grads, state, params, **keywords)
@@ -215,7 +215,7 @@ def test_dtypes_are_kept(name, dtype):
 @every_program
 def test_unknown_keywords_are_ignored(name):
     tx, (batch, params) = VARIANTS[name].build(), fresh()
-    found = updates_of(tx, params, batch, unknown=object(), labels=None)
+    found = updates_of(tx, params, batch, unknown=object(), mine=None)
     assert_close(found, first_updates(name))
 
 
@@ -224,7 +224,7 @@ def test_missing_closures_are_named(name):
     case, (batch, params) = VARIANTS[name], fresh()
     tx = case.build()
     given = {"value_fn": lambda p: 0.0, "losses_fn": problem.losses_fn, "batch": batch}
-    given["index"] = jnp.arange(16)
+    given |= problem.further(batch)
     for keyword in case.needs:
         derives = {"losses_fn", "batch"} if keyword == "value_fn" else set()
         keywords = {k: v for k, v in given.items() if k not in {keyword, *derives}}
@@ -296,7 +296,7 @@ def test_integer_parameters_are_left_alone(name):
         value_fn=lambda p: losses_fn(p, batch).mean(),
         losses_fn=losses_fn,
         batch=batch,
-        index=jnp.arange(16),
+        **problem.further(batch, losses_fn),
     )
     moved = optax.apply_updates(with_table, updates)
     np.testing.assert_array_equal(moved["table"], with_table["table"])
@@ -406,7 +406,7 @@ def test_padding_has_no_weight(name):
     for data, keywords in ((half, {}), (padded, {"weights": weights})):
         tx = case.build(batch_like=data, **one_group)
         closures = {"losses_fn": problem.losses_fn, "batch": data, **keywords}
-        closures["index"] = jnp.arange(len(data["y"]))
+        closures |= problem.further(data, weights=keywords.get("weights"))
 
         @jax.jit
         def step(params, state, tx=tx, closures=closures):
@@ -431,12 +431,15 @@ def test_aux_is_dropped(name):
         return losses.mean(), aux
 
     grads = jax.grad(lambda p: value_fn(p)[0])(params)
-    closures = {"losses_fn": losses_fn, "batch": batch, "index": jnp.arange(16)}
+    closures = {"losses_fn": losses_fn, "batch": batch, **problem.further(batch, losses_fn)}
     updates, _ = tx.update(grads, tx.init(params), params, value_fn=value_fn, **closures)
     assert_close(updates, expected)
 
 
-@pytest.mark.parametrize("name", [*APART, "l-infinity", "usam", "monge_sam", "mup_sam"])
+WITH_RADIUS = [name for name in APART if "rho" in VARIANTS[name].hyper]
+
+
+@pytest.mark.parametrize("name", [*WITH_RADIUS, "l-infinity", "usam", "monge_sam", "mup_sam"])
 def test_radius_schedule_runs_on_the_optimizers_step(name):
     case, (batch, params) = VARIANTS[name], fresh()
 
@@ -457,7 +460,9 @@ def test_radius_schedule_runs_on_the_optimizers_step(name):
     assert constant.max() > 0
 
 
-@pytest.mark.parametrize("name", [n for n in APART if n not in ("asam", "rst", "wsam", "esam")])
+@pytest.mark.parametrize(
+    "name", [n for n in WITH_RADIUS if n not in ("asam", "rst", "wsam", "esam")]
+)
 def test_a_step_is_differentiable_in_the_radius(name):
     case = VARIANTS[name]
     with jax.enable_x64(True):

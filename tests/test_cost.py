@@ -37,10 +37,11 @@ class Counter:
             return loss
 
         def forward(loss):
-            return watched(loss), None
+            return watched(loss), loss
 
-        def backward(_, cotangent):
-            jax.debug.callback(functools.partial(self._add, "backward", share), cotangent)
+        def backward(loss, cotangent):
+            add = functools.partial(self._add, "backward", share)
+            jax.debug.callback(add, cotangent + 0 * loss)  # once for each loss of a vector
             return (cotangent,)
 
         watched.defvjp(forward, backward)
@@ -59,7 +60,7 @@ def count_passes(tx, steps):
     @jax.jit
     def step(params, state, batch):
         grads = jax.grad(lambda p: problem.losses_fn(p, batch).mean())(params)
-        closures = {"losses_fn": losses_fn, "batch": batch, "index": jnp.arange(len(batch["y"]))}
+        closures = {"losses_fn": losses_fn, "batch": batch, **problem.further(batch, losses_fn)}
         updates, state = tx.update(grads, state, params, **closures)
         return optax.apply_updates(params, updates), state
 
@@ -79,7 +80,9 @@ def test_passes_inside_update(name, fast_compilation):
     case = VARIANTS[name]
     forward, backward = case.passes
     for t, (passes, state) in enumerate(count_passes(case.build(), 5)):
-        times = 2 if (name, t) == ("ausam", 0) else bool(optax.tree.get(state, "is_sharp"))
+        times = int(optax.tree.get(state, "is_sharp"))
+        if (name, t) in (("ausam", 0), ("fisher_sparse_sam", 1), ("fisher_sparse_sam", 4)):
+            times = 2
         assert passes == {"forward": times * forward, "backward": times * backward}
 
 
@@ -172,7 +175,8 @@ def compiled(name, with_gradient=True, donate=False):
         value, grads = None, params
         if with_gradient:
             value, grads = gradient(params, batch)
-        closures = {"losses_fn": wide_losses, "batch": batch, "index": jnp.arange(BATCH_SIZE)}
+        further = problem.further(batch, wide_losses)
+        closures = {"losses_fn": wide_losses, "batch": batch, **further}
         updates, state = tx.update(grads, state, params, value=value, **closures)
         return optax.apply_updates(params, updates), state
 
@@ -193,19 +197,24 @@ def flops_of(name):
 
 # A loop's body is counted once, however often it runs; of a branch only the dearer side is.
 GATED = [name for name in VARIANTS if VARIANTS[name].is_gated]
-BRANCHES = [*GATED, "ausam", "sl_sam"]
+MASKS = ["fisher_sparse_sam", "dynamic_sparse_sam"]
+BRANCHES = [*GATED, *MASKS, "ausam", "sl_sam"]
 LOOPS = ["two ascent steps", "msam"]
 STRAIGHT = [name for name in VARIANTS if name not in (*LOOPS, *BRANCHES)]
 
 
 @pytest.mark.parametrize("name", STRAIGHT)
 def test_flops_are_those_of_the_passes(name):
-    assert flops(compiled(name)) == pytest.approx(flops_of(name), rel=0.02)
+    expected = flops_of(name)
+    if name == "lets":  # the derivative of the sharp gradient; none of the first layer's inputs
+        expected += (2 - 1 / 3) * flops(compiled("gradient"))
+    assert flops(compiled(name)) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("name", [n for n in STRAIGHT if not VARIANTS[n].uses_gradient])
 def test_an_ignored_gradient_costs_nothing(name):
-    assert flops(compiled(name)) == flops(compiled(name, with_gradient=False))
+    ignored, absent = flops(compiled(name)), flops(compiled(name, with_gradient=False))
+    assert ignored == pytest.approx(absent, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", GATED)
@@ -230,6 +239,14 @@ def test_ausam_takes_half_of_both_gradients_behind_its_warm_up(monkeypatch):
     for branch, gradients in ((0, 2), (1, 1)):
         program = on_branch("ausam", branch, monkeypatch)
         assert flops(program) == pytest.approx(gradients * flops(compiled("gradient")), rel=0.02)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_costs_nothing_but_where_it_is_made(name, monkeypatch):
+    """Nor does it save anything: both passes need all parameters."""
+    sam = flops(compiled("sam"))
+    assert flops(compiled(name)) > 1.05 * sam
+    assert flops(on_branch(name, 1, monkeypatch)) == pytest.approx(sam, rel=0.005)
 
 
 def test_esam_on_the_whole_batch_takes_no_forward_pass_more():
@@ -320,7 +337,7 @@ def test_a_quarter_of_the_layers_costs_less_work_and_less_memory(monkeypatch):
 
 # What each holds above its base, in copies of the parameters.
 HELD = {name: 1 for name in ("looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam")}
-HELD |= {"friendly_sam": 1}
+HELD |= {"friendly_sam": 1, "fisher_sparse_sam": 1 / 4, "dynamic_sparse_sam": 1 / 4}  # a byte each
 # These have no base, whose momentum is one copy.
 HELD |= {"lightsam_norm": -1, "lightsam_adagrad": 1, "lightsam_adam": 3, "adasam": 2}
 WITH_TABLES = ("sampa", "sampa, separate", "ausam")  # of examples
@@ -331,12 +348,13 @@ def test_size_of_the_state(name):
     params, batch = wide_problem()
 
     def size(tx):
-        return sum(x.size for x in jax.tree.leaves(jax.eval_shape(tx.init, params)))
+        state = jax.eval_shape(tx.init, params)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
 
     base = optax.sgd(0.1, momentum=0.9)
-    copy = sum(leaf.size for leaf in jax.tree.leaves(params))
+    copy = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     extra = size(build(name, base, batch)) - size(base)
-    assert 0 < extra - HELD.get(name, 0) * copy < 40  # readings, clocks and windows
+    assert 0 < extra - HELD.get(name, 0) * copy < 160  # readings, clocks and windows
 
 
 @pytest.mark.parametrize("donate", [False, True])

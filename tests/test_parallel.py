@@ -105,7 +105,7 @@ def on_every_shard(name, num_shards=regimes.DEVICES):
 
 # Which take the mean of the devices' sharp gradients apart, or decide by the mean gradient.
 NOT_LINEAR = ("ae_sam", "looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam", "ausam")
-NOT_LINEAR += ("gsam", "gsam, clean", "stable_sam")
+NOT_LINEAR += ("gsam", "gsam, clean", "stable_sam", "lets", "fisher_sparse_sam")
 NOT_LINEAR += ("lightsam_norm", "lightsam_adagrad", "lightsam_adam", "adasam")
 
 

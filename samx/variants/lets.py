@@ -118,8 +118,8 @@ def lets(
         moments are 0, the parameter is taken not to move with ρ. A hypergradient that is not finite
         leaves ρ alone. Where the loss does not depend on ρ through `base`, as behind a sign, ρ
         stays.
-        Cost: 5 gradients per step, "diag_sq" 4: g, g_s, its derivative along v, and both losses at
-        w'. Three transient copies of the parameters. State: that of `base`, and numbers.
+        Cost: 6 gradients per step, "diag_sq" 4: g, g_s, its derivative along v, which takes as many
+        products as two, and both losses at w'. State: that of `base`, and numbers.
         `validation_fn` is evaluated once per step; do not collect statistics of normalization in
         it. Inside `data_parallel` its mean over the devices has equal shares.
         `static_args`: `base`, `rho`, `hessian`, `bounds`, `perturbation`, `perturb_dtype`.
@@ -136,7 +136,7 @@ def lets(
     base = as_transformation("lets", "base", base)
     perturbation = metric_ball(1.0) if perturbation is None else perturbation
     perturbation = as_transformation("lets", "perturbation", perturbation)
-    gradients = 5 if hessian == "exact" else 4
+    gradients = 6 if hessian == "exact" else 4
 
     def init_fn(params):
         readings = no_readings(params)
@@ -167,7 +167,8 @@ def lets(
             sharp_loss, g_s = sharp(state.rho)
             g_s_along = jax.tree.map(_square_along, g_s, v)
 
-        keywords = base_keywords("lets", {"value_fn": value_fn, **extra})
+        given = {} if value is UNKNOWN else {"value": value}
+        keywords = base_keywords("lets", {"value_fn": value_fn, **given, **extra})
 
         def step(g_s):
             return base.update(g_s, state.base, params, **keywords)

@@ -25,7 +25,7 @@ def fisher_sparse_sam(
     *,
     period: int,
     pattern: Pattern = "unstructured",
-    num_at_once: int = 1,
+    num_microbatches: int | None = None,
     perturbation: optax.GradientTransformation | None = None,
     perturb_dtype: Any = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
@@ -46,8 +46,8 @@ def fisher_sparse_sam(
         pattern: Which entries are chosen together, see `perturbations.fisher_mask`: "unstructured",
             "structured" (whole leaves) or `(n, m)`, n of each m consecutive ones, which is then the
             sparsity.
-        num_at_once: Gradients of single examples that are held together, see
-            `perturbations.fisher_mask`; default 1.
+        num_microbatches: Microbatches of which the gradients of single examples are taken
+            together, see `perturbations.fisher_mask`; default one example after the other.
         perturbation: Another geometry in place of the ball; then leave `rho` out.
         perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
 
@@ -61,7 +61,7 @@ def fisher_sparse_sam(
             `sparsity` with a pattern (n, m), and as `perturbations.fisher_mask` says; in `update`,
             see `closure_transformation`.
         TypeError: If `rho` or `sparsity` is neither number nor schedule, or `period` or
-            `num_at_once` no Python int.
+            `num_microbatches` no Python int.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -91,11 +91,13 @@ def fisher_sparse_sam(
         looks behind the update of a step, where this looks before the next one: the same
         parameters. (n, m) on kernels of convolutions: that code writes masks back in another
         order than it ranks. Its third pattern, a mask inside the backward pass, is left out.
-        `static_args`: `period`, `pattern`, `num_at_once`, `perturbation`, `perturb_dtype`; `rho`
-        too where `perturbation` is given, and `sparsity` with a pattern (n, m).
+        `static_args`: `period`, `pattern`, `num_microbatches`, `perturbation`, `perturb_dtype`;
+        `rho` too where `perturbation` is given, and `sparsity` with a pattern (n, m).
     """
     ball = ball_of("fisher_sparse_sam", rho, perturbation, _ball)
-    masked = fisher_mask(ball, sparsity, period=period, pattern=pattern, num_at_once=num_at_once)
+    masked = fisher_mask(
+        ball, sparsity, period=period, pattern=pattern, num_microbatches=num_microbatches
+    )
     return sharpness_aware(masked, perturb_dtype=perturb_dtype, name="fisher_sparse_sam")
 
 
