@@ -563,3 +563,146 @@ def train_sl_sam(base, perturb, groups, draw, rate, exploration, steps):
         s[arm] += rate * global_norm(g) / largest / p[arm]
         trajectory.append(params)
     return _stack(trajectory), drawn
+
+
+def train_bisam(base, perturb, climbed, steps, losses_fn=problem.losses_fn):
+    """`climbed(params, batch)` gives the losses of the way up, one for each example."""
+    data, params = _start()
+    up, down, trajectory = _gradient(climbed), _gradient(losses_fn), []
+    for t in range(steps):
+        batch = problem.batch_at(data, t)
+        params = base.step(params, down(moved(params, perturb(params, up(params, batch))), batch))
+        trajectory.append(params)
+    return _stack(trajectory)
+
+
+def train_split(base, perturb, factors, steps, losses_fn=problem.losses_fn):
+    """Focal-SAM and ImbSAM; `factors` are two lists, the weights of each class in both parts."""
+    data, params = _start()
+    plain, sharp = map(np.asarray, factors)
+    gradient, trajectory = _gradient(lambda p, b: b["factor"] * losses_fn(p, b)), []
+    for t in range(steps):
+        batch = problem.batch_at(data, t)
+        head = batch | {"factor": plain[np.asarray(batch["y"])]}
+        tail = batch | {"factor": sharp[np.asarray(batch["y"])]}
+        g = gradient(params, head)
+        h = gradient(moved(params, perturb(params, gradient(params, tail))), tail)
+        params = base.step(params, {k: g[k] + h[k] for k in g})
+        trajectory.append(params)
+    return _stack(trajectory)
+
+
+def ranked(scores, k):
+    """The k largest of all tensors, as a mask of ones."""
+    order = np.argsort(-flat(scores))
+    mask = np.zeros(order.size)
+    mask[order[:k]] = 1
+    return unflat(mask, scores)
+
+
+def unstructured(sparsity):
+    return lambda fisher: ranked(fisher, int(flat(fisher).size * (1 - sparsity)))
+
+
+def structured(sparsity):
+    def choose(fisher):
+        kept, wanted = 0, int(flat(fisher).size * (1 - sparsity))
+        mask = {k: np.zeros_like(f) for k, f in fisher.items()}
+        for k in sorted(fisher, key=lambda k: -fisher[k].mean()):
+            if kept < wanted:
+                mask[k][:] = 1
+                kept += mask[k].size
+        return mask
+
+    return choose
+
+
+def n_of_m(n, m):
+    def choose(fisher):
+        mask = {k: np.ones_like(f) for k, f in fisher.items()}
+        for k, f in fisher.items():
+            if f.ndim > 1:
+                groups = f.reshape(-1, m)
+                for row, group in enumerate(groups):
+                    mask[k].reshape(-1, m)[row] = np.isin(range(m), np.argsort(-group)[:n])
+        return mask
+
+    return choose
+
+
+def train_fisher_sparse(base, perturb, choose, period, steps, examples=None):
+    """SSAM-F with the Fisher information of the paper; also the mask of every step."""
+    data, params = _start()
+    gradient, trajectory, masks = _gradient(problem.losses_fn), [], []
+    mask = {k: np.zeros_like(w) for k, w in params.items()}
+    for t in range(steps):
+        batch = problem.batch_at(data, t)
+        if t > 0 and (t - 1) % period == 0:
+            fisher = dict.fromkeys(params, 0.0)
+            seen = batch if examples is None else {k: x[examples] for k, x in data.items()}
+            for j in range(len(seen["y"])):
+                one = gradient(params, rows_of(seen, [j]))
+                fisher = {k: fisher[k] + one[k] ** 2 for k in one}
+            mask = choose(fisher)
+        eps = perturb(params, gradient(params, batch))
+        point = moved(params, {k: eps[k] * mask[k] for k in eps})
+        params = base.step(params, gradient(point, batch))
+        trajectory.append(params)
+        masks.append(mask)
+    return _stack(trajectory), _stack(masks)
+
+
+def train_dynamic_sparse(base, perturb, mask, sparsity, rates, period, scores, steps):
+    """SSAM-D; `scores` are two functions of (t, g, w + eps), of dropping and of growing."""
+    data, params = _start()
+    gradient, trajectory, masks = _gradient(problem.losses_fn), [], []
+    for t in range(steps):
+        batch = problem.batch_at(data, t)
+        g = gradient(params, batch)
+        eps = perturb(params, g)
+        point = moved(params, {k: eps[k] * mask[k] for k in eps})
+        masks.append(mask)
+        if t % period == 0:
+            size = flat(params).size
+            wanted = size - size * sparsity
+            kept, grown = int(wanted * (1 - rates[t])), int(min(wanted * rates[t], size * sparsity))
+            drop, grow = (score(t, g, point) for score in scores)
+            old = ranked({k: (np.abs(drop[k]) + 1e-7) * mask[k] for k in g}, kept)
+            new = ranked({k: (np.abs(grow[k]) + 1e-7) * (1 - mask[k]) for k in g}, grown)
+            mask = {k: old[k] + new[k] for k in old}
+        params = base.step(params, gradient(point, batch))
+        trajectory.append(params)
+    return _stack(trajectory), _stack(masks)
+
+
+def train_lets(base, perturb, rho, rate, steps, approximate=False):
+    """LETS with SGD, whose step is −lr times the sharp gradient; also the radius of every step.
+
+    `perturb` is that of radius 1. The Hessian is taken whole.
+    """
+    data, params = _start()
+    losses = _losses(problem.losses_fn)
+    gradient, trajectory, radii = _gradient(problem.losses_fn), [], []
+
+    @jax.jit
+    def hessian(params, batch):
+        return jax.hessian(lambda p: problem.losses_fn(p, batch).mean())(params)
+
+    for t in range(steps):
+        batch, held_out = problem.batch_at(data, t), problem.batch_at(data, t + 1)
+        radii.append(rho)
+        v = perturb(params, gradient(params, batch))
+        point = moved(params, {k: rho * v[k] for k in v})
+        g_s = gradient(point, batch)
+        if approximate:
+            along = {k: g_s[k] ** 2 * v[k] for k in v}
+        else:
+            h = hessian(point, batch)
+            along = {k: sum(np.tensordot(h[k][j], v[j], v[j].ndim) for j in v) for k in v}
+        params = base.step(params, g_s)
+        gap = losses(params, held_out).mean() - losses(params, batch).mean()
+        slopes = gradient(params, held_out), gradient(params, batch)
+        change = sum(np.sum((slopes[0][k] - slopes[1][k]) * -base.lr * along[k]) for k in v)
+        rho = np.exp(np.log(rho) - rate * rho * gap * change)
+        trajectory.append(params)
+    return _stack(trajectory), np.array(radii)

@@ -245,7 +245,7 @@ def test_ausam_takes_half_of_both_gradients_behind_its_warm_up(monkeypatch):
 def test_a_mask_costs_nothing_but_where_it_is_made(name, monkeypatch):
     """Nor does it save anything: both passes need all parameters."""
     sam = flops(compiled("sam"))
-    assert flops(compiled(name)) > 1.05 * sam
+    assert flops(compiled(name)) > 1.03 * sam
     assert flops(on_branch(name, 1, monkeypatch)) == pytest.approx(sam, rel=0.005)
 
 

@@ -15,7 +15,7 @@ import pytest
 import reference
 
 import samx
-from samx import policies, schedules
+from samx import losses, policies, schedules
 from samx.combinations import mix
 from samx.perturbations import (
     deviation,
@@ -24,7 +24,6 @@ from samx.perturbations import (
     linf_ball,
     magnitude,
     metric_ball,
-    on_leaves,
 )
 
 pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
@@ -87,8 +86,22 @@ RECORDED = {
     "sam__sgdm_rho0.5": lambda: optax.chain(samx.sam(0.5), MOMENTUM),
     "sam__adamw_rho0.05": lambda: optax.chain(samx.sam(0.05), ADAMW),
     "asam__sgdm_rho0.5_eta0.01": lambda: optax.chain(samx.asam(), MOMENTUM),
-    "samon__ln_sgdm": lambda: optax.chain(
-        samx.sharpness_aware(on_leaves(metric_ball(0.5), normalization_only)), MOMENTUM
+    "samon__ln_sgdm": lambda: optax.chain(samx.sam_on(is_perturbed=normalization_only), MOMENTUM),
+    "bisam_log__sgdm": lambda: optax.chain(samx.bisam(), MOMENTUM),
+    "bisam_tanh__sgdm_mu10": lambda: optax.chain(samx.bisam(), MOMENTUM),
+    "focalsam__sgdm": lambda: optax.chain(samx.focal_sam([28, 11, 25]), MOMENTUM),
+    "imbsam__sgdm": lambda: optax.chain(samx.imbalanced_sam([1], 0.1, 2.0), MOMENTUM),
+    "ssamf__sgdm_cleanfisher_n64": lambda: optax.chain(
+        samx.fisher_sparse_sam(0.1, period=4), MOMENTUM
+    ),
+    "ssamf2__nm_2of4": lambda: optax.chain(
+        samx.fisher_sparse_sam(0.1, period=4, pattern=(2, 4)), MOMENTUM
+    ),
+    "ssamd__sgdm_s0.2_dr0.3_growgrad": lambda: optax.chain(
+        samx.dynamic_sparse_sam(
+            0.1, 0.2, optax.cosine_decay_schedule(0.3, 12), period=4, grow="gradient"
+        ),
+        MOMENTUM,
     ),
     "sampa__sgd_lam0.2_rho0.1": lambda: sampa(SGD),
     "sampa__sgdm_lam0.2_rho0.1": lambda: sampa(MOMENTUM, 0.1, 0.2),
@@ -156,16 +169,36 @@ def index_at(t):
     return (t % 4) * problem.BATCH_SIZE + jnp.arange(problem.BATCH_SIZE)
 
 
-def with_index(tx):
-    return lambda params, state, batch, index: problem.make_step(tx, index=index)(
-        params, state, batch
-    )
+BOUNDS = {
+    "bisam_log__sgdm": losses.log_lower_bound,
+    "bisam_tanh__sgdm_mu10": losses.tanh_lower_bound,
+}
 
 
-def watch(tx, steps, *names, make=problem.make):
-    """The parameters and fields of the state after every step."""
+def climbs(bound):
+    """The other loss that BiSAM climbs."""
+
+    def further(batch):
+        def ascent_fn(params):
+            hidden = jnp.tanh(batch["x"] @ params["W1"] + params["b1"][None])
+            logits = hidden @ params["W2"] + params["b2"][None]
+            return bound(logits, batch["y"]).mean()
+
+        return {"ascent_fn": ascent_fn}
+
+    return further
+
+
+def watch(tx, steps, *names, make=problem.make, further=lambda batch: {}, **start):
+    """The parameters and fields of the state after every step; `start` are some to begin with."""
     data, params = make()
-    step, state, history = jax.jit(with_index(tx)), tx.init(params), []
+    state, history = optax.tree.set(tx.init(params), **start), []
+
+    @jax.jit
+    def step(params, state, batch, index):
+        keywords = {"index": index, "fisher_batch": data} | further(batch)
+        return problem.make_step(tx, **keywords)(params, state, batch)
+
     for t in range(steps):
         params, state = step(params, state, problem.batch_at(data, t), index_at(t))
         history.append((params, *(optax.tree.get(state, name) for name in names)))
@@ -193,15 +226,27 @@ def test_recorded_run_of_the_authors_code(name, monkeypatch):
     names = {"mask_is_sam": "is_sharp", "base_sr": "quota", "mu": "mean", "sigma2": "variance"}
     names |= {"score_count": "count", "score_sum": "total"}
     names = {theirs: ours for theirs, ours in names.items() if theirs in expected}
+    start, further = {}, lambda batch: {}
+    masks = {key: expected.get(f"mask_{key}") for key in ("W1", "b1", "W2", "b2")}
+    if "ssamd" in name:
+        start = {"mask": {key: jnp.asarray(mask[0], bool) for key, mask in masks.items()}}
+    if "bisam" in name:
+        further = climbs(BOUNDS[name])
     made = {"samon": problem.make_layer_norm, "msam": contiguous_as_strided}
     make = made.get(name.split("__")[0], problem.make)
-    trajectory, *read = watch(RECORDED[name](), len(expected["W1"]), *names.values(), make=make)
+    tx, steps = RECORDED[name](), len(expected["W1"])
+    trajectory, mask, *read = watch(
+        tx, steps, "mask", *names.values(), make=make, further=further, **start
+    )
     # LookSAM's projection divides by ‖g‖² + 1e-12 there.
     assert_same(
         trajectory | dict(zip(names, read, strict=True)),
         {key: expected[key] for key in (*trajectory, *names)},
         tolerance=1e-9 if "looksam" in name else 1e-10,
     )
+    for key in mask or ():  # one that is trained along is in the state before its step
+        later = int("ssamd" in name)
+        np.testing.assert_array_equal(mask[key][: steps - later], masks[key][later:])
     if "idx_sampled" in expected:
         jax.effects_barrier()
         assert sorted(asked) == list(range(4, 12))
