@@ -31,6 +31,10 @@ _FIXES = {
     "tx.update(grads, state, params, losses_fn=losses, batch=batch)",
     "losses_fn": "losses_fn=losses, batch=batch), where losses(params, batch) are per example, [B]",
     "batch": "losses_fn=losses, batch=batch), a pytree of arrays [B, ...]",
+    "labels": "losses_fn=losses, batch=batch, labels=labels), the class of each example, int[B]",
+    "ascent_fn": "value_fn=..., ascent_fn=lambda p: other_loss(p, batch)), the loss to climb",
+    "validation_fn": "value_fn=..., validation_fn=lambda p: loss(p, held_out)), the loss on "
+    "examples that are not trained on",
 }
 
 

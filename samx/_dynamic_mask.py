@@ -9,7 +9,7 @@ import optax
 from samx import _tree
 from samx._base import as_transformation
 from samx._hyper import as_key, at_step, check_count, check_number, next_step
-from samx._order import largest, num_entries, rounded_down
+from samx._order import check_mask, largest, num_entries, rounded_down
 
 Score: TypeAlias = Literal["gradient", "weight", "random"]
 SCORES = ("gradient", "weight", "random")
@@ -72,7 +72,8 @@ def dynamic_mask(
 
     Raises:
         ValueError: If `sparsity` or `drop_rate` is a number outside [0, 1], `period` below 1, or
-            `drop` or `grow` unknown; in `init`, for more than 2³¹ − 1 parameters.
+            `drop` or `grow` unknown; in `init`, for more than 2³¹ − 1 parameters; in `update`, if
+            the state's mask is not shaped like them.
         TypeError: If `drop_rate` is neither number nor schedule, `period` no Python int, or `key`
             no seed.
 
@@ -85,9 +86,9 @@ def dynamic_mask(
         >>> for _ in range(3):
         ...     print(state.mask.astype(int).tolist())
         ...     eps, state = ball.update(g, state, w)
-        [1, 0, 1, 0]
         [1, 0, 0, 1]
         [0, 1, 0, 1]
+        [1, 0, 0, 1]
 
     References:
         Mi, Shen, Ren, Zhou, Sun, Ji, Tao, "Make Sharpness-Aware Minimization Stronger: A Sparsified
@@ -120,6 +121,7 @@ def dynamic_mask(
         return DynamicMaskState(jnp.zeros((), jnp.int32), first, mask, perturbation.init(params))
 
     def update_fn(updates, state, params=None, **extra):
+        check_mask(name, state.mask, params)
         eps, inner = perturbation.update(updates, state.perturbation, params, **extra)
         eps = _tree.masked(eps, state.mask)
         size, rate = num_entries(name, params), at_step(drop_rate, state.step)

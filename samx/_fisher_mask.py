@@ -15,7 +15,7 @@ from samx._climb import Default
 from samx._closures import LossesClosure, batch_size, unit_weights
 from samx._hyper import at_step, check_count, check_number, next_step
 from samx._microbatches import strided
-from samx._order import largest, num_entries, rounded_down
+from samx._order import check_mask, largest, num_entries, rounded_down
 
 Pattern: TypeAlias = Literal["unstructured", "structured"] | tuple[int, int]
 
@@ -76,8 +76,8 @@ def fisher_mask(
     Raises:
         ValueError: If `sparsity` is a number outside [0, 1], or given together with a pattern
             (n, m), `period` or `num_microbatches` below 1, or `pattern` unknown; in `update`, if m
-            does not divide a leaf, or `num_microbatches` the examples, or for more than 2³¹ − 1
-            parameters.
+            does not divide a leaf, or `num_microbatches` the examples, if the state's mask is not
+            shaped like the parameters, or for more than 2³¹ − 1 of these.
         TypeError: If `sparsity` is neither number nor schedule, or `period` or `num_microbatches`
             no Python int.
 
@@ -102,7 +102,8 @@ def fisher_mask(
         The m consecutive entries are those of the flattened leaf, the last axis fastest: in a Flax
         kernel the outputs, in the authors' PyTorch the inputs. Normalization over the batch sees
         single examples where the Fisher information is taken, as in the authors' code. Variants
-        that split or choose examples (`msam`, `ksam`, `esam`, `ausam`) do not hand `losses_fn` on.
+        that take `losses_fn` themselves (`msam`, `ksam`, `esam`, `ausam`, `focal_sam`,
+        `imbalanced_sam`, `sampa`) and `momentum_sam` do not hand it on.
         Cost: on steps that look again one gradient for each example, and 2 × 32 comparisons of all
         parameters to find the largest (64-bit parameters 64 + 32); on the others elementwise work.
         State: one mask of booleans; while it looks, one more copy of the parameters, and one for
@@ -125,6 +126,7 @@ def fisher_mask(
     def update_fn(
         updates, state, params, *, losses_fn, batch, weights=None, fisher_batch=None, **extra
     ):
+        check_mask(name, state.mask, params)
         examples, weights = (batch, weights) if fisher_batch is None else (fisher_batch, None)
         size = batch_size(name, examples)
         if num_microbatches and size % num_microbatches:

@@ -27,6 +27,18 @@ def num_entries(name: str, params: Any) -> int:
     return count
 
 
+def check_mask(name: str, mask: Any, params: Any) -> None:
+    """Refuse a mask in a state that is not one boolean for each entry of the parameters."""
+    wanted = jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), bool), params)
+    found = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), mask)
+    if found != wanted:
+        shapes = jax.tree.map(lambda x: (x.dtype.name, *x.shape), found)
+        raise ValueError(
+            f"{name}: the state's `mask` must hold booleans shaped like the parameters, "
+            f"{jax.tree.map(jnp.shape, params)}, got {shapes}"
+        )
+
+
 def rounded_down(count: Any) -> Any:
     """A count of entries; in Python where that is possible, for it counts further than float32."""
     is_python = isinstance(count, int | float)

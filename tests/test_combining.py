@@ -27,6 +27,7 @@ PERTURBATIONS = {
     "layer_steps": geometry.layer_steps(0.3),
     "on_leaves": geometry.on_leaves(BALL, lambda path, leaf: leaf.ndim == 2),
     "random_leaves": geometry.random_leaves(BALL, 0.5),
+    "dynamic_mask": geometry.dynamic_mask(BALL, period=2),
     "deviation": optax.chain(geometry.deviation(), BALL),
     "a chain of optax's": optax.chain(optax.clip_by_global_norm(0.1), geometry.gradient_step(0.3)),
 }
@@ -47,6 +48,13 @@ TAKERS = {
     "friendly_sam": in_front(samx.friendly_sam),
     "msam": in_front(samx.msam),
     "adasam": lambda ball: samx.adasam(0.01, perturbation=ball),
+    "bisam": in_front(samx.bisam),
+    "focal_sam": in_front(samx.focal_sam, class_counts=[28, 11, 25]),
+    "imbalanced_sam": in_front(samx.imbalanced_sam, tail_classes=[1]),
+    "fisher_sparse_sam": in_front(samx.fisher_sparse_sam, period=2),
+    "dynamic_sparse_sam": in_front(samx.dynamic_sparse_sam, period=2),
+    "sam_on": in_front(samx.sam_on, is_perturbed=lambda path, leaf: leaf.ndim == 2),
+    "lets": lambda ball: samx.lets(BASE, perturbation=ball),
     "looksam": in_front(samx.looksam, period=2),
     "ae_sam": in_front(samx.ae_sam),
     "ae_looksam": in_front(samx.ae_looksam),
@@ -97,6 +105,25 @@ def test_it_is_the_one_that_was_given(taker):
         params, TAKERS[taker](mark).init(params), batch
     )
     assert float(optax.tree.get(state, "perturbation_norm")) == pytest.approx(0.07, rel=1e-4)
+
+
+# Which take the losses themselves, or climb without a closure.
+WITHOUT_LOSSES = ("msam", "ksam", "esam", "ausam", "focal_sam", "imbalanced_sam")
+WITHOUT_LOSSES += ("sampa", "momentum_sam")
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+def test_a_fisher_mask_where_losses_are_handed_on(taker):
+    data, params = problem.make(np.float32)
+    batch = problem.batch_at(data, 0)
+    tx = TAKERS[taker](geometry.fisher_mask(BALL, period=2))
+    step, state = problem.make_step(tx), tx.init(params)
+    if taker in WITHOUT_LOSSES:
+        with pytest.raises(ValueError, match="fisher_mask: `losses_fn` is missing"):
+            jax.eval_shape(step, params, state, batch)
+        return
+    after = jax.eval_shape(step, params, state, batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, (params, state))
 
 
 def test_every_perturbation_climbs_as_it_does_alone():

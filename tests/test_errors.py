@@ -8,7 +8,7 @@ import problem
 import pytest
 
 import samx
-from samx import combinations, schedules
+from samx import combinations, losses, schedules
 from samx.perturbations import (
     constants,
     deviation,
@@ -241,6 +241,139 @@ FACTORIES = {
         ValueError,
         r"`end_value` must be in \[0, 0.1\], got 1.0",
     ),
+    "a class without examples": (
+        lambda: samx.focal_sam([90, 0, 10]),
+        ValueError,
+        r"`class_counts` must be one number above 0 for each class, got \[90, 0, 10\]",
+    ),
+    "one count": (lambda: samx.focal_sam(90), ValueError, "`class_counts`.*got 90"),
+    "negative gamma of focal_sam": (
+        lambda: samx.focal_sam([1, 2], gamma=-1),
+        ValueError,
+        "`gamma` must be at least 0, got -1",
+    ),
+    "negative sharpness": (lambda: samx.focal_sam([1], sharpness=-1), ValueError, "`sharpness`"),
+    "half a class": (
+        lambda: samx.imbalanced_sam([0.5]),
+        ValueError,
+        r"`tail_classes` must be a sequence of classes, integers, got \[0.5\]",
+    ),
+    "negative weight of the tail": (
+        lambda: samx.imbalanced_sam([1], tail_weight=-1),
+        ValueError,
+        "`tail_weight`",
+    ),
+    "all and more": (
+        lambda: samx.fisher_sparse_sam(sparsity=1.5, period=1),
+        ValueError,
+        r"`sparsity` must be in \[0, 1\], got 1.5",
+    ),
+    "no period": (
+        lambda: samx.fisher_sparse_sam(period=0),
+        ValueError,
+        "`period` must be at least",
+    ),
+    "half a period": (
+        lambda: samx.dynamic_sparse_sam(period=0.5),
+        TypeError,
+        "`period` must be a Python int, got float",
+    ),
+    "pattern": (
+        lambda: samx.fisher_sparse_sam(period=1, pattern="2:4"),
+        ValueError,
+        r"'unstructured', 'structured' or two integers \(n, m\) with 0 < n <= m, got '2:4'",
+    ),
+    "more of less": (
+        lambda: samx.fisher_sparse_sam(period=1, pattern=(4, 2)),
+        ValueError,
+        r"0 < n <= m, got \(4, 2\)",
+    ),
+    "two sparsities": (
+        lambda: samx.fisher_sparse_sam(0.1, 0.5, period=1, pattern=(2, 4)),
+        ValueError,
+        r"`sparsity` together with `pattern` \(2, 4\)",
+    ),
+    "no microbatch of Fisher information": (
+        lambda: samx.fisher_sparse_sam(period=1, num_microbatches=0),
+        ValueError,
+        "`num_microbatches` must be at least 1, got 0",
+    ),
+    "rho and perturbation of a mask": (
+        lambda: samx.dynamic_sparse_sam(0.1, period=1, perturbation=metric_ball(0.1)),
+        ValueError,
+        "`rho` together with `perturbation`",
+    ),
+    "a schedule of the sparsity": (
+        lambda: samx.dynamic_sparse_sam(sparsity=lambda t: 0.5, period=1),
+        TypeError,
+        "`sparsity` must be a number, got a schedule",
+    ),
+    "drop rate": (
+        lambda: samx.dynamic_sparse_sam(drop_rate=1.5, period=1),
+        ValueError,
+        r"`drop_rate` must be in \[0, 1\], got 1.5",
+    ),
+    "by what to drop": (
+        lambda: samx.dynamic_sparse_sam(period=1, drop="fisher"),
+        ValueError,
+        "`drop` must be one of .*'gradient', 'weight', 'random'.*got 'fisher'",
+    ),
+    "by what to grow": (
+        lambda: samx.dynamic_sparse_sam(period=1, grow=None),
+        ValueError,
+        "`grow` must be one of .*got None",
+    ),
+    "a key of no number": (
+        lambda: samx.dynamic_sparse_sam(period=1, key="seed").init(jnp.ones(2)),
+        TypeError,
+        "dynamic_mask: `key` must be a seed or a key from jax.random.key, got 'seed'",
+    ),
+    "a radius to learn from 0": (
+        lambda: samx.lets(SGD, 0.0),
+        ValueError,
+        r"`rho` must be in \[0.0001, 100\], got 0.0",
+    ),
+    "a schedule to learn": (
+        lambda: samx.lets(SGD, lambda t: 0.1),
+        TypeError,
+        "`rho` must be a number, the radius to begin with, got a schedule",
+    ),
+    "negative rate of lets": (lambda: samx.lets(SGD, rate=-1), ValueError, "`rate`.*-1"),
+    "hessian": (
+        lambda: samx.lets(SGD, hessian="diagonal"),
+        ValueError,
+        "`hessian` must be 'exact' or 'diag_sq', got 'diagonal'",
+    ),
+    "bounds": (
+        lambda: samx.lets(SGD, bounds=(1.0, 0.1)),
+        ValueError,
+        r"`bounds` must be 0 < least <= largest, got \(1.0, 0.1\)",
+    ),
+    "a number as base of lets": (
+        lambda: samx.lets(0.1),
+        TypeError,
+        "lets: `base` must be an optax",
+    ),
+    "a number as perturbation of lets": (
+        lambda: samx.lets(SGD, perturbation=0.1),
+        TypeError,
+        "lets: `perturbation` must be an optax",
+    ),
+    "labels of another shape": (
+        lambda: losses.tanh_lower_bound(jnp.ones((4, 3)), jnp.ones((3,), int)),
+        ValueError,
+        r"tanh_lower_bound: `labels` must have the shape of `logits`.*\(4,\), got \(3,\)",
+    ),
+    "labels of no class": (
+        lambda: losses.log_lower_bound(jnp.ones((4, 3)), jnp.ones(4)),
+        TypeError,
+        "log_lower_bound: `labels` must be integers, got float32",
+    ),
+    "negative mu": (
+        lambda: losses.log_lower_bound(jnp.ones((4, 3)), jnp.ones(4, int), -1.0),
+        ValueError,
+        "`mu`",
+    ),
     "norm of on_leaves": (
         lambda: on_leaves(metric_ball(0.1), lambda path, leaf: True, norm="none"),
         ValueError,
@@ -338,6 +471,80 @@ def test_updates(name, make):
     with pytest.raises(error, match=message):
         tx.update(params, state, params, index=np.arange(16), **keywords)
     jax.tree.map(np.testing.assert_array_equal, *map(problem.as_numbers, (state, tx.init(params))))
+
+
+FURTHER = {
+    "no labels": (
+        lambda: samx.focal_sam([90, 10, 5]),
+        {},
+        ValueError,
+        r"focal_sam: `labels` is missing.*int\[B\]",
+    ),
+    "too few labels": (
+        lambda: samx.focal_sam([90, 10, 5]),
+        {"labels": np.zeros(3, int)},
+        ValueError,
+        r"`labels` must have one class per example, shape \(16,\), got \(3,\)",
+    ),
+    "labels of no class": (
+        lambda: samx.imbalanced_sam([1]),
+        {"labels": np.zeros(16)},
+        TypeError,
+        "imbalanced_sam: `labels` must be integers, got float",
+    ),
+    "nothing to climb": (samx.bisam, {}, ValueError, "bisam: `ascent_fn` is missing.*to climb"),
+    "a vector to climb": (
+        samx.bisam,
+        {"ascent_fn": lambda p: jnp.ones(3)},
+        ValueError,
+        r"`ascent_fn` must return a scalar.*got shape \(3,\)",
+    ),
+    "nothing held out": (
+        lambda: samx.lets(SGD),
+        {},
+        ValueError,
+        "lets: `validation_fn` is missing.*not trained on",
+    ),
+    "groups that do not divide": (
+        lambda: optax.chain(samx.fisher_sparse_sam(0.1, period=1, pattern=(3, 7)), SGD),
+        {},
+        ValueError,
+        r"`pattern` \(3, 7\) needs leaves whose size is a multiple of 7.*\['W1'\].*\(10, 16\)",
+    ),
+    "microbatches of Fisher information": (
+        lambda: samx.fisher_sparse_sam(period=1, num_microbatches=5),
+        {},
+        ValueError,
+        "`num_microbatches` must divide the 16 examples.*got 5",
+    ),
+    "a batch of nothing": (
+        lambda: samx.fisher_sparse_sam(period=1),
+        {"fisher_batch": {}},
+        ValueError,
+        "fisher_mask: every leaf of `batch` must have",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_keywords(name):
+    make, keywords, error, message = FURTHER[name]
+    tx, (_, params) = make(), problem.make("float32")
+    state = tx.init(params)
+    with pytest.raises(error, match=message):
+        tx.update(params, state, params, losses_fn=losses_fn, batch=batch(), **keywords)
+    jax.tree.map(np.testing.assert_array_equal, state, tx.init(params))
+
+
+@pytest.mark.parametrize("make", [samx.fisher_sparse_sam, samx.dynamic_sparse_sam])
+def test_a_mask_unlike_the_parameters(make):
+    tx, (_, params) = make(period=1), problem.make("float32")
+    mask = optax.tree.get(tx.init(params), "mask")
+    wrong = [mask | {"b1": mask["b1"][:3]}, mask | {"b1": 1.0 * mask["b1"]}, {"W1": mask["W1"]}]
+    for other in wrong:
+        state = optax.tree.set(tx.init(params), mask=other)
+        with pytest.raises(ValueError, match="the state's `mask` must hold booleans shaped like"):
+            tx.update(params, state, params, losses_fn=losses_fn, batch=batch())
 
 
 def test_more_selected_than_there_is():

@@ -108,6 +108,15 @@ EXACTLY_SAM = {
         geometry.random_leaves(geometry.metric_ball(0.2), 1.0)
     ),
 }
+BALL = geometry.metric_ball(0.2)
+EXACTLY_SAM |= {
+    "imbalanced_sam, all classes tail": lambda: samx.imbalanced_sam([0, 1, 2], 0.2),
+    "focal_sam, all of every class": lambda: samx.focal_sam([5, 1, 2], 0.2, 0.0, 1.0),
+    "dynamic_sparse_sam, all entries": lambda: samx.dynamic_sparse_sam(
+        sparsity=0.0, drop_rate=0.0, period=2, perturbation=BALL
+    ),
+    "sam_on, every leaf": lambda: samx.sam_on(0.2, is_perturbed=lambda path, leaf: True),
+}
 EQUAL_TO_SAM |= EXACTLY_SAM | {
     "look_layer_sam, one length for all": lambda: samx.look_layer_sam(
         0.2, period=1, scaling=lambda w, g, total: 1 / total
@@ -133,6 +142,61 @@ def sam():
 def test_equal_to_sam(name):
     run = trained(EQUAL_TO_SAM[name])
     assert_same(run, trained(sam), atol=0 if name in EXACTLY_SAM else 1e-13)
+
+
+def test_bisam_that_climbs_its_own_loss_is_sam_exactly():
+    tx = optax.chain(samx.bisam(0.2), MOMENTUM)
+    data, params = problem.make()
+
+    @jax.jit
+    def step(params, state, batch):
+        def own(params):
+            return problem.losses_fn(params, batch).mean()
+
+        return problem.make_step(tx, ascent_fn=own)(params, state, batch)
+
+    carry = params, tx.init(params)
+    for t in range(STEPS):
+        carry = step(*carry, problem.batch_at(data, t))
+    assert_same(carry[0], {key: x[-1] for key, x in trained(sam).items()}, atol=0)
+
+
+def test_a_fisher_mask_of_all_entries_is_sam_exactly():
+    """From its second step on: on the first there is no mask."""
+    tx = optax.chain(samx.fisher_sparse_sam(sparsity=0.0, period=2, perturbation=BALL), MOMENTUM)
+    sam_of = optax.chain(samx.perturb_if(policies.between(1), samx.sam(0.2)), MOMENTUM)
+    assert_same(problem.train(tx, STEPS), problem.train(sam_of, STEPS), atol=0)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.3, 1.2])
+def test_focal_sam_with_one_factor_for_all_classes_is_a_mixture(c):
+    focal = problem.train(optax.chain(samx.focal_sam([5, 1, 2], 0.2, 0.0, c), MOMENTUM), STEPS)
+    mixed = problem.train(optax.chain(mix(samx.sam(0.2), c), MOMENTUM), STEPS)
+    assert_same(focal, mixed)
+    if c == 0:
+        assert_same(focal, problem.train(MOMENTUM, STEPS), atol=0)
+
+
+def test_focal_sam_with_factors_of_0_and_1_is_imbalanced_sam():
+    counts = [10**6, 1, 10**6]  # shares of a half, nothing and a half; λ takes the others to 0
+    focal = samx.focal_sam(counts, 0.2, 60.0, 1.0)
+    imbalanced = samx.imbalanced_sam([1], 0.2)
+    assert_same(
+        problem.train(optax.chain(focal, MOMENTUM), STEPS),
+        problem.train(optax.chain(imbalanced, MOMENTUM), STEPS),
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("hessian", ["exact", "diag_sq"])
+@pytest.mark.parametrize("base", [MOMENTUM, optax.adamw(0.01)], ids=["momentum", "adamw"])
+def test_lets_with_rate_zero_is_sam_exactly(hessian, base):
+    """To the last bit with a ball of radius 1 that is scaled, as it does."""
+    lets = problem.train(samx.lets(base, 0.2, 0.0, hessian=hessian), STEPS)
+    scaled = optax.chain(geometry.metric_ball(1.0), optax.scale(0.2))
+    sam_of = problem.train(optax.chain(samx.sam(perturbation=scaled), base), STEPS)
+    assert_same(lets, sam_of, atol=0)
+    assert_same(lets, problem.train(optax.chain(samx.sam(0.2), base), STEPS))
 
 
 @pytest.mark.parametrize("groups", [1, lambda path, leaf: "all"])

@@ -93,7 +93,7 @@ def lets(
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
-        >>> tx = samx.lets(optax.sgd(0.1), rho=0.5, rate=1.0)
+        >>> tx = samx.lets(optax.sgd(0.1), rho=0.5, rate=0.1)
         >>> w, loss = jnp.array([1.0, 2.0]), lambda w, x: jnp.mean((x @ w - 1) ** 2)
         >>> train, held_out, state = jnp.eye(2), jnp.ones((1, 2)), tx.init(w)
         >>> for _ in range(3):
@@ -102,9 +102,9 @@ def lets(
         ...     updates, state = tx.update(
         ...         g, state, w, value_fn=value_fn, validation_fn=validation_fn)
         ...     print(round(float(state.rho), 3), round(float(state.gap), 3))
-        0.528 2.653
-        0.593 2.653
-        0.752 2.653
+        0.522 3.061
+        0.547 3.055
+        0.573 3.048
 
     References:
         Wang, Jiang, Fu, Zhang, "Enhancing Sharpness-Aware Minimization by Learning Perturbation

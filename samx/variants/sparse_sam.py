@@ -159,9 +159,9 @@ def dynamic_sparse_sam(
         Perturbation Approach", NeurIPS 2022, https://arxiv.org/abs/2210.05177
 
     Notes:
-        `sparsity=0` is SAM. Cost: 2 gradients per step, one after the other, and one transient copy
-        of the parameters: a mask makes no pass cheaper. State: a mask of booleans and a key. See
-        `perturbations.dynamic_mask` for the counts and draws.
+        `sparsity=0, drop_rate=0` is SAM. Cost: 2 gradients per step, one after the other, and one
+        transient copy of the parameters: a mask makes no pass cheaper. State: a mask of booleans
+        and a key. See `perturbations.dynamic_mask` for the counts and draws.
         Fidelity: matches Mi-Peng/Sparse-Sharpness-Aware-Minimization, with other random numbers.
         `static_args`: `period`, `drop`, `grow`, `key`, `perturbation`, `perturb_dtype`; `rho` too
         where `perturbation` is given.
