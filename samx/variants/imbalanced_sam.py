@@ -76,7 +76,7 @@ def imbalanced_sam(
         `perturbation` is given.
     """
     tail = np.asarray(tail_classes)
-    if tail.ndim != 1 or not np.issubdtype(tail.dtype, np.integer):
+    if tail.ndim != 1 or not (tail.size == 0 or np.issubdtype(tail.dtype, np.integer)):
         raise ValueError(
             "imbalanced_sam: `tail_classes` must be a sequence of classes, integers, got "
             f"{tail_classes!r}"

@@ -1,0 +1,465 @@
+"""Sharpness-aware training with few images of some digits: SAM, Focal-SAM and ImbSAM.
+
+    python examples/long_tail.py
+    python examples/long_tail.py --loss la --imbalance 50
+    python examples/long_tail.py --variants sam focal-sam --rho 0.1 0.2 0.5 --seeds 20
+
+A small Flax network learns scikit-learn's digits (8x8 pixels) from a long-tailed training set: 100
+images of the most frequent digit, fewer of each one after it, 1 of the rarest. Which digit is
+frequent and which is rare differs from seed to seed; label i is always the i-th most frequent one.
+Validation and test split have the same number of images of each digit, so that accuracy is the mean
+over the classes, told apart for those with many, medium and few training images. The limits, 20%
+and 4% of the largest class, are those of long-tailed CIFAR-10.
+
+Every method gets the same epochs; `base2x` is the base optimizer with twice as many, so that it
+spends the gradients of SAM. Gradients that are longer than 1 are cut, after the sharp ones were
+taken: at high learning rates some runs would fail otherwise, of any method. Learning rate and rho
+of each method are chosen on the validation split, over seeds of their own; the test split is looked
+at once, with the chosen values. Every seed has its own order of the digits, split, initialization
+and batches, and all seeds and candidates train at once, vmapped. `--loss la` adjusts the logits by
+the logarithms of the class shares (https://arxiv.org/abs/2007.07314).
+
+Prints a table, and the differences to SAM seed by seed; results.json and long_tail.png go to --out.
+Takes about two minutes on two CPU cores.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import digits
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+from output import free_folder
+from registry import BASES
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import samx
+
+CLASSES, LARGEST, BATCH = 10, 100, 40
+VALIDATION, TEST = 24, 50  # images of each class; with the largest class all 174 of digit 8
+TUNING_SEEDS = range(1000, 1004)  # none of them is a reported seed
+MANY, FEW = 0.2, 0.04  # shares of the largest class: above the one, below the other
+TAIL = 20  # ImbSAM's tail: classes with fewer training images, as its paper has it
+MAX_NORM = 1.0  # of the gradient that the base gets
+GAMMA, SHARPNESS = 3.0, 0.8  # of Focal-SAM
+LOSSES = {"ce": "cross-entropy", "la": "logit adjustment"}
+LEARNING_RATES = {
+    "sgd": (0.1, 0.3, 1.0, 3.0),
+    "momentum": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "adamw": (1e-3, 3e-3, 1e-2, 3e-2),
+}
+RADII = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+class Method(NamedTuple):
+    """A row of the tables."""
+
+    make: Callable[[Any, list[int]], optax.GradientTransformation]  # rho, class counts -> in front
+    radii: tuple[float, ...]
+    gradients: float  # per step
+    times: int = 1  # how often the epochs
+
+
+METHODS = {
+    "base": Method(lambda rho, counts: optax.identity(), (0.0,), 1),
+    "base2x": Method(lambda rho, counts: optax.identity(), (0.0,), 1, 2),
+    "sam": Method(lambda rho, counts: samx.sam(rho), RADII, 2),
+    "focal-sam": Method(
+        lambda rho, counts: samx.focal_sam(counts, rho, GAMMA, SHARPNESS), RADII, 2 + 2 / 3
+    ),
+    "imb-sam": Method(
+        lambda rho, counts: samx.imbalanced_sam(tail_classes(counts), rho), RADII, 2 + 2 / 3
+    ),
+}
+
+
+class Part(NamedTuple):
+    """Training, validation or test split; a leading axis of seeds where there are several."""
+
+    x: jax.Array  # [images, 64], from 0 to 1
+    y: jax.Array  # rank of the digit, 0 for the most frequent one
+    image: jax.Array  # where scikit-learn has it
+
+
+class Trainer(NamedTuple):
+    """A method's compiled functions over a vector of runs, each a (seed, learning rate, rho)."""
+
+    init: Callable[..., Any]  # runs, params -> state
+    epoch: Callable[..., Any]  # params, state, runs, training split, epoch -> params, state
+    accuracy: Callable[..., Any]  # params, split -> [runs, classes]
+
+
+def class_counts(imbalance: float) -> list[int]:
+    """Training images of each class: exponentially fewer, the last `LARGEST / imbalance`."""
+    shares = (1 / imbalance) ** (np.arange(CLASSES) / (CLASSES - 1))
+    return [max(1, int(LARGEST * share)) for share in shares]
+
+
+def tail_classes(counts: list[int]) -> np.ndarray:
+    """Those that ImbSAM climbs; none if the imbalance is small, and then it is the base."""
+    return np.flatnonzero(np.asarray(counts) < TAIL)
+
+
+def groups_of(counts: list[int]) -> dict[str, list[int]]:
+    """The classes with many, medium and few images, and all of them."""
+    shares = np.asarray(counts) / LARGEST
+    few, many = shares < FEW, shares > MANY
+    masks = {"many": many, "medium": ~few & ~many, "few": few, "all": np.full(len(counts), True)}
+    return {name: np.flatnonzero(mask).tolist() for name, mask in masks.items()}
+
+
+def split(seed: int, counts: list[int]) -> tuple[Part, Part, Part]:
+    """The seed's training, validation and test split, and its order of the digits."""
+    x, digit = load_digits(return_X_y=True)
+    rng = np.random.default_rng(seed)
+    parts: tuple[list, list, list] = ([], [], [])
+    for label, (of_rank, count) in enumerate(zip(rng.permutation(CLASSES), counts, strict=True)):
+        images = rng.permutation(np.flatnonzero(digit == of_rank))
+        ends = np.cumsum([VALIDATION, TEST, count])
+        validation, test, train, _ = np.split(images, ends)
+        for part, chosen in zip(parts, (train, validation, test), strict=True):
+            part += [(image, label) for image in chosen]
+
+    def stacked(part):
+        image, y = np.asarray(part, np.int32).T
+        return Part(jnp.asarray(x[image] / 16, jnp.float32), jnp.asarray(y), jnp.asarray(image))
+
+    train, validation, test = map(stacked, parts)
+    return train, validation, test
+
+
+def splits(seeds: list[int], counts: list[int]) -> tuple[Part, Part, Part]:
+    """The splits of several seeds, stacked."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(split(seed, counts) for seed in seeds))
+
+
+def shuffled(seed: jax.Array, epoch: jax.Array | int, size: int) -> jax.Array:
+    """The seed's batches of an epoch, as rows [steps, batch]; what is left over has its turn."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), seed), epoch)
+    steps = size // BATCH
+    return jax.random.permutation(key, size)[: steps * BATCH].reshape(steps, BATCH)
+
+
+def make_trainer(
+    method: Method, base: str, loss: str, width: int, epochs: int, counts: list[int]
+) -> Trainer:
+    """Compile-once functions that train a vector of runs by one epoch."""
+    graph = nnx.graphdef(digits.Network(width, rngs=nnx.Rngs(0)))
+    size = sum(counts)
+    adjustment = jnp.log(jnp.asarray(counts) / size) if loss == "la" else jnp.zeros(CLASSES)
+
+    def logits(params, x):
+        return nnx.merge(graph, params)(x)
+
+    def losses_fn(params, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, batch.x) + adjustment[None], batch.y
+        )
+
+    def optimizer(run):
+        schedule = optax.cosine_decay_schedule(run.learning_rate, epochs * (size // BATCH))
+        clip = optax.clip_by_global_norm(MAX_NORM)
+        tx = optax.chain(method.make(run.rho, counts), clip, BASES[base](schedule))
+        return optax.with_extra_args_support(tx)
+
+    def init(run, params):
+        return optimizer(run).init(params)
+
+    def step(params, state, run, batch):
+        def value_fn(params):
+            return losses_fn(params, batch).mean()
+
+        value, grads = jax.value_and_grad(value_fn)(params)
+        updates, state = optimizer(run).update(
+            grads,
+            state,
+            params,
+            value=value,
+            grad=grads,
+            value_fn=value_fn,
+            losses_fn=losses_fn,
+            batch=batch,
+            labels=batch.y,
+        )
+        return optax.apply_updates(params, updates), state
+
+    def epoch(params, state, run, train, index):
+        def body(carry, rows):
+            params, state = carry
+            batch = jax.tree.map(lambda leaf: leaf[rows], train)
+            return step(params, state, run, batch), None
+
+        carry, _ = jax.lax.scan(body, (params, state), shuffled(run.seed, index, size))
+        return carry
+
+    def accuracy(params, part):
+        is_right = logits(params, part.x).argmax(-1) == part.y
+        is_class = part.y[:, None] == jnp.arange(CLASSES)[None]
+        return (is_right[:, None] & is_class).sum(0) / is_class.sum(0)
+
+    return Trainer(
+        jax.jit(jax.vmap(init)),
+        jax.jit(jax.vmap(epoch, in_axes=(0, 0, 0, 0, None)), donate_argnums=(0, 1)),
+        jax.jit(jax.vmap(accuracy)),
+    )
+
+
+def train(
+    trainer: Trainer, params, runs: digits.Runs, part: Part, epochs: int, advance: Callable[[], Any]
+) -> tuple[Any, Any]:
+    """Train all runs on their training splits: their parameters and optimizer states."""
+    state = trainer.init(runs, params)
+    for index in range(epochs):
+        params, state = jax.block_until_ready(trainer.epoch(params, state, runs, part, index))
+        advance()
+    return params, state
+
+
+def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float]]:
+    """The (learning rate, rho) to choose from; the base optimizer has no rho."""
+    radii = METHODS[row].radii
+    if args.rho and radii != (0.0,):
+        radii = tuple(args.rho)
+    return [(rate, rho) for rate in LEARNING_RATES[args.base] for rho in radii]
+
+
+def work_of(row: str, args: argparse.Namespace) -> tuple[float, float]:
+    """Gradients of an epoch: while a row is tuned, and of the reported runs."""
+    per_run = METHODS[row].gradients * (sum(args.counts) // BATCH)
+    return per_run * len(candidates_of(row, args)) * len(TUNING_SEEDS), per_run * args.seeds
+
+
+def measure(row: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
+    """Choose, train and measure one method."""
+    method, counts = METHODS[row], args.counts
+    epochs = method.times * args.epochs
+    trainer = make_trainer(method, args.base, args.loss, args.width, epochs, counts)
+    candidates = candidates_of(row, args)
+    tuning_work, work = work_of(row, args)
+
+    bar.set_description(f"{row}, tuning")
+    rows = [(seed, *candidate) for candidate in candidates for seed in TUNING_SEEDS]
+    runs = digits.Runs(*map(jnp.asarray, zip(*rows, strict=True)))
+    train_part, validation, _ = jax.tree.map(
+        lambda leaf: jnp.tile(leaf, (len(candidates),) + (1,) * (leaf.ndim - 1)),
+        splits(list(TUNING_SEEDS), counts),
+    )
+    params = digits.initialize(runs.seed, args.width)
+    params, _ = train(trainer, params, runs, train_part, epochs, partial(bar.update, tuning_work))
+    accuracy = np.asarray(trainer.accuracy(params, validation))
+    scores = accuracy.reshape(len(candidates), -1).mean(axis=1)  # over seeds and classes
+    learning_rate, rho = candidates[int(scores.argmax())]
+
+    bar.set_description(row)
+    seeds = jnp.arange(args.seeds)
+    runs = digits.Runs(seeds, jnp.full(args.seeds, learning_rate), jnp.full(args.seeds, rho))
+    train_part, _, test = splits(list(range(args.seeds)), counts)
+    params = digits.initialize(seeds, args.width)
+    params, state = train(trainer, params, runs, train_part, epochs, partial(bar.update, work))
+    test_accuracy = np.asarray(trainer.accuracy(params, test), float)
+    spent = optax.tree.get(state, "gradients_spent")
+    if spent is None:  # the base optimizer keeps no readings: one gradient per step
+        spent = np.array(epochs * (sum(counts) // BATCH))
+    return {
+        "row": row,
+        "learning_rate": learning_rate,
+        "rho": rho,
+        "candidates": [
+            {"learning_rate": rate, "rho": radius, "validation_accuracy": float(score)}
+            for (rate, radius), score in zip(candidates, scores, strict=True)
+        ],
+        "gradients": float(np.mean(spent)),
+        "train_accuracy": np.asarray(trainer.accuracy(params, train_part), float).tolist(),
+        "test_accuracy": test_accuracy.tolist(),  # [seeds, classes]
+        "test_accuracy_by_group": {
+            name: test_accuracy[:, classes].mean(axis=1).tolist()
+            for name, classes in groups_of(counts).items()
+            if classes
+        },
+    }
+
+
+def percent(values: Any) -> tuple[float, float]:
+    """Mean and standard error in percent."""
+    return digits.mean_and_error([100 * value for value in values])
+
+
+def cell(values: Any, sign: str = "") -> str:
+    """The two in words."""
+    mean, error = percent(values)
+    return f"{mean:{sign}.2f} ± {error:.2f}"
+
+
+def table(results: list[dict]) -> str:
+    """One line per method."""
+    groups = list(results[0]["test_accuracy_by_group"])
+    width = max(len("method"), *(len(result["row"]) for result in results))
+    head = f"{'method':<{width}} " + "".join(f"{group:>15}" for group in groups)
+    head += f" {'gradients':>10} {'lr':>6} {'rho':>5}"
+    lines = [head, "-" * len(head)]
+    for result in results:
+        cells = "".join(f"{cell(v):>15}" for v in result["test_accuracy_by_group"].values())
+        lines.append(
+            f"{result['row']:<{width}} {cells} {result['gradients']:>10.0f}"
+            f" {result['learning_rate']:>6g} {result['rho']:>5g}"
+        )
+    return "\n".join(lines)
+
+
+def comparison(results: list[dict]) -> str:
+    """Each method's lead over SAM, from the differences seed by seed; empty without SAM."""
+    rows = {result["row"]: result["test_accuracy_by_group"] for result in results}
+    if "sam" not in rows or len(rows) == 1:
+        return ""
+    width = max(len("method - sam"), *map(len, rows))
+    head = f"{'method - sam':<{width}} " + "".join(f"{group:>15}" for group in rows["sam"])
+    lines = [head, "-" * len(head)]
+    for row, accuracies in rows.items():
+        if row != "sam":
+            differences = [np.subtract(accuracies[name], rows["sam"][name]) for name in accuracies]
+            cells = (f"{cell(values, '+'):>15}" for values in differences)
+            lines.append(f"{row:<{width}} " + "".join(cells))
+    return "\n".join(lines)
+
+
+def at_the_ends(results: list[dict]) -> list[str]:
+    """The chosen values beyond which a better one may lie, in words."""
+    found = []
+    for result in results:
+        for name in ("learning_rate", "rho"):
+            values = sorted({candidate[name] for candidate in result["candidates"]})
+            if len(values) > 1 and result[name] in (values[0], values[-1]):
+                word = name.replace("_", " ")
+                found.append(f"{result['row']}: {word} {result[name]:g} is an end of its grid.")
+    return found
+
+
+def draw(results: list[dict], counts: list[int], path: Path, title: str) -> None:
+    """Accuracy by group on the left, by the class's number of training images on the right."""
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    groups = groups_of(counts)
+    names = list(results[0]["test_accuracy_by_group"])
+    sizes = sorted(set(counts))
+    for position, result in enumerate(results):
+        offset = position - (len(results) - 1) / 2
+        style = {"color": f"C{position}", "marker": "osD^v"[position], "capsize": 3}
+        style |= {"label": result["row"], "markersize": 5}
+        points = [percent(values) for values in result["test_accuracy_by_group"].values()]
+        places = np.arange(len(names)) + 0.17 * offset
+        left.errorbar(places, *zip(*points, strict=True), linestyle="none", **style)
+        for x, (mean, error) in zip(places, points, strict=True):
+            top = (x, mean + np.nan_to_num(error))
+            shift = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
+            left.annotate(f"{mean:.1f}", top, fontsize=7, **shift)
+        accuracy = np.asarray(result["test_accuracy"])
+        of_sizes = [accuracy[:, np.asarray(counts) == size].mean(axis=1) for size in sizes]
+        points = [percent(values) for values in of_sizes]
+        shifted = np.asarray(sizes) * 1.03**offset
+        right.errorbar(shifted, *zip(*points, strict=True), linewidth=1, **style)
+    left.set_xticks(range(len(names)), [labelled(name, groups[name], counts) for name in names])
+    left.set(
+        title="by group, mean over its classes", ylabel="test accuracy, % (mean ± standard error)"
+    )
+    right.set_xscale("log")
+    right.set_xticks(sizes, map(str, sizes))
+    right.xaxis.set_minor_locator(NullLocator())
+    right.set(title="by class, mean over classes of equal size")
+    right.set(xlabel="training images of the class", ylabel="test accuracy, %")
+    low = min(left.get_ylim()[0], right.get_ylim()[0])
+    for axes in (left, right):
+        axes.grid(alpha=0.3, axis="y")
+        axes.set_ylim(low, 103)
+    right.legend(loc="lower right")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def labelled(name: str, classes: list[int], counts: list[int]) -> str:
+    """A group's name, and how many training images its classes have."""
+    sizes = [counts[label] for label in classes]
+    low, high = min(sizes), max(sizes)
+    return f"{name}\n{low if low == high else f'{low} to {high}'} images"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variants", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--base", choices=list(BASES), default="momentum")
+    parser.add_argument(
+        "--loss", choices=list(LOSSES), default="ce", help="or la, with adjusted logits"
+    )
+    parser.add_argument(
+        "--imbalance", type=float, default=100.0, help="images of the largest class to the smallest"
+    )
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--rho", type=float, nargs="+", help="radii to choose from, for all")
+    parser.add_argument("--width", type=int, default=128, help="units of each hidden layer")
+    parser.add_argument("--out", help="new folder of the results; default runs/long_tail-NNN")
+    args = parser.parse_args(argv)
+    args.variants = list(dict.fromkeys(args.variants))
+    for name in ("seeds", "epochs", "width"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.seeds > TUNING_SEEDS.start:
+        parser.error(f"--seeds must be at most {TUNING_SEEDS.start}, got {args.seeds}")
+    if not 1 <= args.imbalance < float("inf"):
+        parser.error(f"--imbalance must be finite and at least 1, got {args.imbalance}")
+    if args.rho and not all(0 <= rho < float("inf") for rho in args.rho):
+        parser.error(f"--rho must be finite and at least 0, got {args.rho}")
+    args.counts = class_counts(args.imbalance)
+    try:
+        args.folder = free_folder(args.out, "long_tail")
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    args = parse(argv)
+    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
+    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
+    start = time.perf_counter()
+    total = sum(sum(work_of(row, args)) * METHODS[row].times * args.epochs for row in args.variants)
+    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
+        results = [measure(row, args, bar) for row in args.variants]
+
+    groups = groups_of(args.counts)
+    print(f"\nTraining images of the classes: {', '.join(map(str, args.counts))}")
+    print(f"Test accuracy in %, {args.seeds} seeds (mean ± standard error)\n{table(results)}")
+    if text := comparison(results):
+        print(f"\nThe same, difference to SAM, seed by seed\n{text}")
+
+    if lines := at_the_ends(results):
+        print("", *lines, sep="\n")
+
+    settings = {k: v for k, v in vars(args).items() if k not in ("folder", "out", "counts")}
+    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
+    report |= {"seconds": time.perf_counter() - start, "settings": settings}
+    report |= {"class_counts": args.counts, "groups": groups, "results": results}
+    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    title = f"Long-tailed digits, imbalance {args.imbalance:g}, {LOSSES[args.loss]}"
+    title += f", {args.seeds} seeds"
+    draw(results, args.counts, args.folder / "long_tail.png", title)
+    print(f"\n{time.perf_counter() - start:.0f} s in all. Results: {args.folder / 'results.json'}")
+    print(f"Plot: {args.folder / 'long_tail.png'}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
