@@ -157,14 +157,21 @@ def gigabytes_of(program: Any) -> float:
 def train_step(state, batch, *, classes: int, smoothing: float):
     """One step of any variant: `(state, readings)`."""
 
-    def losses_fn(params, batch):
-        logits, moved = state.apply_fn(
+    def logits_of(params, batch):
+        return state.apply_fn(
             {"params": params, "batch_stats": state.batch_stats},
             normalize(batch["image"]),
             train=True,
             rngs=state.rngs("dropout"),
             mutable=["batch_stats"],
         )
+
+    def ascent_fn(params):
+        logits, _ = logits_of(params, batch)
+        return samx.losses.log_lower_bound(logits, batch["label"]).mean()
+
+    def losses_fn(params, batch):
+        logits, moved = logits_of(params, batch)
         targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], classes), smoothing)
         return optax.softmax_cross_entropy(logits, targets), moved.get("batch_stats", {})
 
@@ -180,6 +187,7 @@ def train_step(state, batch, *, classes: int, smoothing: float):
         batch=batch,
         labels=batch["label"],
         index=batch["index"],
+        ascent_fn=ascent_fn,
         batch_stats=batch_stats,
     )
     readings = optax.tree.get(state.opt_state, "readings")

@@ -83,6 +83,9 @@ def make_step(tx: optax.GradientTransformationExtraArgs, value_and_grad: Callabl
         def value_fn(params):
             return losses_fn(params, batch).mean()
 
+        def ascent_fn(params):
+            return samx.losses.log_lower_bound(logits(params, batch["x"]), batch["y"]).mean()
+
         value, grads = value_and_grad(value_fn)(params)
         updates, state = tx.update(
             grads,
@@ -94,6 +97,7 @@ def make_step(tx: optax.GradientTransformationExtraArgs, value_and_grad: Callabl
             losses_fn=losses_fn,
             batch=batch,
             index=batch["index"],
+            ascent_fn=ascent_fn,
         )
         # The base optimizer alone has no readings.
         return optax.apply_updates(params, updates), state, optax.tree.get(state, "loss", value)

@@ -158,6 +158,9 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
         def value_fn(params):
             return losses_fn(params, batch).mean()
 
+        def ascent_fn(params):
+            return samx.losses.log_lower_bound(logits(params, batch["x"]), batch["y"]).mean()
+
         value, grads = jax.value_and_grad(value_fn)(params)
         updates, state = optimizer(run).update(
             grads,
@@ -169,6 +172,7 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
             losses_fn=losses_fn,
             batch=batch,
             index=batch["index"],
+            ascent_fn=ascent_fn,
         )
         return optax.apply_updates(params, updates), state
 

@@ -1,5 +1,6 @@
 """Every variant by name, for the examples: how to build it, and which radii to choose from."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -107,6 +108,14 @@ def ausam(rho: Any, setting: Setting) -> optax.GradientTransformation:
     )
 
 
+def fisher_sparse_sam(rho: Any, setting: Setting) -> optax.GradientTransformation:
+    """Sparse SAM, with the Fisher information of one batch, some of its examples at once."""
+    examples = setting.batch_size // setting.num_groups
+    return samx.fisher_sparse_sam(
+        rho, period=PERIOD, num_microbatches=math.gcd(examples, max(1, examples // 16))
+    )
+
+
 def msam(rho: Any, setting: Setting) -> optax.GradientTransformation:
     """Micro-batch SAM with four of them, or fewer where four do not divide a device's examples."""
     examples = setting.batch_size // setting.num_groups
@@ -121,6 +130,7 @@ STEPS = (3e-4, 1e-3, 3e-3, 1e-2)  # of one element
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 GSAM_ALPHA = 0.1  # between the paper's for ResNets and its default for vision transformers
 ALPHA = 0.1  # of the LookSAMs: 0.7, the default, is for vision transformers
+PERIOD = 50  # steps between two looks for a mask
 WINDOW, WARMUP = 50, 50  # of `policies.quota`, whose first window is one step short
 
 VARIANTS = {
@@ -204,6 +214,13 @@ VARIANTS = {
     "friendly-sam": Variant(in_front(samx.friendly_sam), RADII, 2, 0.1),
     "monge-sam": Variant(in_front(samx.monge_sam), FACTORS, 2, 0.05),
     "msam": Variant(by_setting(msam), RADII, 2, 0.05, keeps_aux=True, uses_gradient=False),
+    "bisam": Variant(in_front(samx.bisam), RADII, 2, 0.05, uses_gradient=False),
+    "fisher-sparse-sam": Variant(
+        by_setting(fisher_sparse_sam), RADII, 2 + 1 / PERIOD, 0.1, cycle=PERIOD, settling=1
+    ),
+    "dynamic-sparse-sam": Variant(
+        in_front(partial(samx.dynamic_sparse_sam, period=PERIOD)), RADII, 2, 0.1
+    ),
     "lightsam-norm": Variant(
         without_base(samx.lightsam_norm), FACTORS, 2, 0.05, learning_rates=(1.0, 3.0, 10.0, 30.0)
     ),

@@ -245,7 +245,10 @@ def samx_rows(
         data = dict(data)
         index = data.pop("index")  # where in a data set the examples would stand
         value, g = jax.value_and_grad(lambda p: losses_fn(p, data).mean())(params)
-        closures = dict(losses_fn=watch(losses_fn), batch=data, index=index)
+        watched = watch(losses_fn)
+        closures = dict(losses_fn=watched, batch=data, index=index)
+        # Another loss to climb costs as much as the same one.
+        closures |= dict(ascent_fn=lambda params: watched(params, data).mean())
         updates, new = tx.update(g, state, params, value=value, **closures)
         # Not `value`: for a variant that ignores it, it would keep a forward pass alive.
         loss = optax.tree.get(new, "loss")

@@ -97,6 +97,7 @@ def test_registry_says_who_reads_the_gradient(name, fast_compilation):
     setting = Setting(batch, batch_size=8, num_examples=8)
     tx = optax.with_extra_args_support(VARIANTS[name].make(0.1, BASES["momentum"](0.1), setting))
     closures = {"losses_fn": losses_fn, "batch": batch, "index": jnp.arange(8, dtype=jnp.int32)}
+    closures["ascent_fn"] = lambda params: losses_fn(params, batch).mean()
 
     @jax.jit
     def step(state):
