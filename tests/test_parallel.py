@@ -227,6 +227,30 @@ def test_weights_count_examples_in_local_ascent(regime):
     np.testing.assert_allclose(norm, 0.05, rtol=1e-10)
 
 
+def test_the_hypergradient_of_lets_with_local_ascent():
+    """By hand: each device climbs its own gradient, and the step moves with all of them."""
+    params, batch = first_batch()
+    tx = samx.lets(optax.sgd(0.1), 0.3)
+    history = regimes.shard_map(lambda _: tx, params, [(batch,)], check_vma=True, ascent="local")
+    shards = [jax.tree.map(lambda x, i=i: x[i : i + 2], batch) for i in range(0, 16, 2)]
+    directions = []
+    for shard in shards:
+        g = jax.grad(mean_loss)(params, shard)
+        directions.append(optax.tree.scale(1 / optax.tree.norm(g), g))
+
+    @jax.jit
+    def objective(rho):
+        after = params
+        for shard, v in zip(shards, directions, strict=True):
+            g_s = jax.grad(mean_loss)(optax.tree.add_scale(params, rho, v), shard)
+            after = optax.tree.add_scale(after, -0.1 / len(shards), g_s)
+        held_out = problem.further(batch)["validation_fn"](after)
+        return (held_out - mean_loss(after, batch)) ** 2 / 2
+
+    slope = (objective(0.3 + 1e-5) - objective(0.3 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(optax.tree.get(history[0][1], "hypergradient"), slope, rtol=1e-6)
+
+
 def sampa(**keywords):
     base = optax.sgd(0.1, momentum=0.9)
     return lambda batch_like: samx.sampa(base, 0.1, 0.2, batch_like=batch_like, **keywords)
