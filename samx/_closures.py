@@ -152,14 +152,22 @@ def own_value_and_grad(closure: Closure, params: optax.Params) -> tuple[Any, opt
 
 def taken_anew(closure: Closure, params: optax.Params) -> tuple[dict[str, Any], Any]:
     """What `update` is told of the loss at `params`, and its aux, taken from it in one pass."""
+    (own_value, own_aux), own_grad = own_value_and_grad(closure, params)
+    aux = closure.devices.mean(own_aux, closure.devices.share(closure.weights))
+    return over_devices(closure, own_value, own_grad, params), aux
+
+
+def over_devices(
+    closure: Closure, own_value: jax.Array, own_grad: optax.Updates, params: optax.Params
+) -> dict[str, Any]:
+    """What `update` is told of the loss at `params`, of each device's own value and gradient."""
     devices, weights = closure.devices, closure.weights
-    (value, aux), own_grad = own_value_and_grad(closure, params)
-    value, aux, g = devices.mean((value, aux, own_grad), devices.share(weights))
+    value, g = devices.mean((own_value, own_grad), devices.share(weights))
     keywords = {"value": value, "grad": _tree.keep_floating(g, params), "value_fn": closure}
     if devices.own_axes:
         ascent_grad = devices.ascent.mean(own_grad, devices.ascent.share(weights))
         keywords["ascent_grad"] = _tree.keep_floating(ascent_grad, params)
-    return keywords, aux
+    return keywords
 
 
 def weighted_mean(losses: jax.Array, weights: jax.Array | None) -> jax.Array:

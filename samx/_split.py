@@ -11,7 +11,15 @@ import optax
 from samx import _tree
 from samx._base import closure_transformation
 from samx._climb import ascend
-from samx._closures import Closure, LossesClosure, batch_size, mean_loss, taken_anew, weighted_mean
+from samx._closures import (
+    Closure,
+    LossesClosure,
+    batch_size,
+    mean_loss,
+    over_devices,
+    taken_anew,
+    weighted_mean,
+)
 from samx._hyper import next_step
 from samx._sharp import perturbed, value_and_grad_at
 from samx.readings import Readings, no_readings, take_readings
@@ -31,14 +39,6 @@ class SplitState(NamedTuple):
     step: jax.Array
     perturbation: optax.OptState
     readings: Readings
-
-
-class Part(NamedTuple):
-    """A part of the loss at the parameters: its value, its gradient, and the one to climb."""
-
-    loss: jax.Array
-    grad: optax.Updates
-    ascent_grad: optax.Updates
 
 
 def split_sam(
@@ -61,27 +61,28 @@ def split_sam(
         factors = factors_of(_checked(name, labels, batch), state.step)
         fns = [_mean_of(losses_fn, batch, factor, weights) for factor in factors]
         if losses_fn.num_microbatches > 1:
-            plain, sharp = (_part(fn, params) for fn in fns)
+            plain, sharp = (taken_anew(fn, params)[0] for fn in fns)
         else:
-            plain, sharp = _both(losses_fn, batch, factors, weights, params)
-        sharp_fn = fns[1]
+            plain, sharp = _both(fns, factors, losses_fn, batch, params)
+        sharp_fn, q = sharp["value_fn"], sharp["grad"]
+        ascent_grad = sharp.get("ascent_grad", q)
 
         perturb = partial(perturbation.update, **extra | {"value_fn": sharp_fn})
-        eps, ball = ascend(perturb, sharp.grad, sharp.ascent_grad, state.perturbation, params)
+        eps, ball = ascend(perturb, q, ascent_grad, state.perturbation, params)
         sharp_loss, g_s = value_and_grad_at(sharp_fn, params, eps, perturb_dtype=perturb_dtype)
 
         readings = take_readings(
             state.readings,
-            loss=plain.loss + sharp.loss,
-            sharp_loss=plain.loss + sharp_loss,
-            g=optax.tree.add(plain.grad, sharp.ascent_grad),
+            loss=plain["value"] + sharp["value"],
+            sharp_loss=plain["value"] + sharp_loss,
+            g=optax.tree.add(plain["grad"], ascent_grad),
             g_s=g_s,
             params=params,
             point=perturbed(params, eps, perturb_dtype),
             gradients=GRADIENTS,
             mean_of_ascents=sharp_fn.mean_of_ascents,
         )
-        updates = optax.tree.add(plain.grad, g_s)
+        updates = optax.tree.add(plain["grad"], g_s)
         return updates, SplitState(next_step(state.step), ball, readings)
 
     return closure_transformation(init_fn, update_fn, name=name)
@@ -94,34 +95,25 @@ def of_class(labels: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _both(
-    losses_fn: LossesClosure, batch: Any, factors: tuple[Any, Any], weights: Any, params: Any
-) -> list[Part]:
-    """Both parts in one forward and two backward passes."""
-    devices = losses_fn.devices
+    fns: list[Closure], factors: Any, losses_fn: LossesClosure, batch: Any, params: Any
+) -> list[dict[str, Any]]:
+    """What is to be known of both parts, in one forward and two backward passes."""
 
     def own(params):
         losses = _tree.widen(losses_fn(params, batch))
-        return [weighted_mean(factor * losses, weights) for factor in factors]
-
-    losses, pull = jax.vjp(own, devices.vary(params))
-    found = []
-    for i, loss in enumerate(losses):
-        cotangents = [
-            jnp.ones_like(x) if j == i else jnp.zeros_like(x) for j, x in enumerate(losses)
+        return [
+            weighted_mean(factor * losses, fn.weights)
+            for fn, factor in zip(fns, factors, strict=True)
         ]
+
+    values, pull = jax.vjp(own, losses_fn.devices.vary(params))
+    zeros = jax.tree.map(jnp.zeros_like, values)
+    seen = []
+    for i, fn in enumerate(fns):
+        cotangents = [*zeros[:i], jnp.ones_like(values[i]), *zeros[i + 1 :]]
         (own_grad,) = pull(cotangents)
-        own_grad = _tree.keep_floating(own_grad, params)
-        loss, grad = devices.mean((loss, own_grad), devices.share(weights))
-        ascent_grad = grad
-        if devices.own_axes:
-            ascent_grad = devices.ascent.mean(own_grad, devices.ascent.share(weights))
-        found.append(Part(loss, grad, ascent_grad))
-    return found
-
-
-def _part(fn: Closure, params: Any) -> Part:
-    seen, _ = taken_anew(fn, params)
-    return Part(seen["value"], seen["grad"], seen.get("ascent_grad", seen["grad"]))
+        seen.append(over_devices(fn, values[i], own_grad, params))
+    return seen
 
 
 def _mean_of(losses_fn: LossesClosure, batch: Any, factor: jax.Array, weights: Any) -> Closure:

@@ -1,0 +1,626 @@
+"""LETS: does a radius that is learned end where a tuned one is? On digits with wrong labels.
+
+    python examples/lets.py
+    python examples/lets.py --seeds 5 --rate 0.1 1 10
+    python examples/lets.py --asam
+
+LETS (https://arxiv.org/abs/2408.08222) learns SAM's radius rho along with the parameters, by steps
+against the gradient of F = (L_V - L)^2 / 2 with respect to log rho: half of the squared gap between
+the loss on held-out examples and that on the training batch, both after the step. Here it begins
+with 0.1, 1 and 10 times a tuned radius, and where rho and F go is reported, beside SAM with these
+radii fixed. Its forms:
+
+    exact       the exact hypergradient
+    diag_sq     squared gradients in place of the Hessian
+    exact-next  the exact one, with the training batch of the next step in L. Not of the paper:
+                `validation_fn` adds the difference of the two training losses
+
+Task and network are those of digits.py. Every tenth training image, wrong labels included, is held
+out: LETS alone looks at these images, SAM's rows train without them as well, so that all see the
+same training images. Each step of LETS draws its own batch of them. The validation images, another
+part, choose: first the learning rate and rho of SAM, from which the tuned start comes, then the
+rate of each form, from that start; both over seeds of their own. The test images choose nothing. F
+is reported over all held-out and all training images of a run.
+
+With the default settings the three starts do not meet. SAM with a larger radius has a smaller F, to
+the end, where nothing is learned and there is no gap: ten times the tuned radius. But exact and
+diag_sq make rho smaller, the more so the larger the rate; from the tuned start F gets larger than
+SAM's, and half a point of accuracy is lost. They take L on the very batch of the step, whose loss a
+longer perturbation lowers further, so that by this one step the gap grows with rho. With exact-next
+rho grows and F falls, a little with the chosen rate; with 10 times that rate some runs pass the
+radius with which anything is learned. The hypergradient of diag_sq has about a thousandth of the
+size of the exact one, so that its rates are a thousand times as large: from 0.2 a rate of 1, samx's
+default, leads to 0.16 with exact, and with diag_sq leaves rho alone.
+
+First the exact hypergradient of one step is compared with central differences, in float64. Prints
+tables and what became of the starts; results.json and lets.png go to --out. Takes about two minutes
+on two CPU cores.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import digits
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from digits import BATCH, TUNING_SEEDS
+from flax import nnx
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from output import free_folder
+from registry import BASES, VARIANTS, Setting
+from tqdm import tqdm
+
+import samx
+
+EVERY = 10  # of so many training images one is held out
+HELD_OUT_BATCH = 50
+STEPS_PER_EPOCH = (digits.TRAIN - digits.TRAIN // EVERY) // BATCH
+FACTORS = (0.1, 1.0, 10.0)  # the starts, relative to the tuned radius
+RATES = {  # to choose from: the least move rho visibly, the largest far away
+    "exact": (3.0, 10.0, 30.0, 100.0),
+    "diag_sq": (3e3, 1e4, 3e4, 1e5),
+    "exact-next": (3.0, 10.0, 30.0, 100.0),
+}
+GRADIENTS = {"sam": 2, "exact": 6, "diag_sq": 4, "exact-next": 8}  # per step
+LINES = dict(zip(FACTORS, (":", "-", "--"), strict=True))
+DEFINITIONS = """\
+rho: geometric mean. F: (loss on all held-out images - loss on all training images)^2 / 2 at the
+end. - tuned SAM: difference to SAM with the tuned radius fixed, seed by seed."""
+COLORS = {"sam": "black", "exact": "C0", "diag_sq": "C1", "exact-next": "C2"}
+
+
+class Data(NamedTuple):
+    """The parts of the images of every run, `x` and `y` each."""
+
+    train: dict[str, jax.Array]
+    held_out: dict[str, jax.Array]
+    validation: dict[str, jax.Array]
+    test: dict[str, jax.Array]
+
+
+class Runs(NamedTuple):
+    """Vectors of equal length: what distinguishes the runs that train together."""
+
+    seed: jax.Array
+    learning_rate: jax.Array
+    rho: jax.Array  # of LETS that to begin with
+    rate: jax.Array  # read by LETS only
+
+
+class Rows(NamedTuple):
+    """Which images a step sees."""
+
+    batch: jax.Array  # of the training images
+    following: jax.Array  # the batch of the next step, after the last one the first
+    held_out: jax.Array  # of those held out
+
+
+class Seen(NamedTuple):
+    """What is noted of a run before the first epoch and after each."""
+
+    rho: jax.Array
+    gap: jax.Array  # loss on the held-out images - loss on the training images
+    validation: jax.Array  # accuracies
+    test: jax.Array
+
+
+class Trainer(NamedTuple):
+    """A method's compiled functions over a vector of runs."""
+
+    init: Callable[..., Any]  # runs, params -> state
+    look: Callable[..., Any]  # params, state, runs, data -> Seen
+    epoch: Callable[..., Any]  # params, state, runs, data, epoch -> params, state, Seen
+
+
+def split(seeds: jax.Array, noise: float) -> Data:
+    """The images of each seed: those of digits.py, of whose training images some are held out."""
+    train, validation, test = digits.split(seeds, noise)
+    is_held_out = (
+        np.arange(digits.TRAIN) % EVERY == 0
+    )  # the order is random; wrong labels are first
+    train, held_out = (
+        {name: train[name][:, rows] for name in ("x", "y")} for rows in (~is_held_out, is_held_out)
+    )
+    return Data(train, held_out, validation, test)
+
+
+@jax.jit
+def batches(seed: jax.Array, epoch: jax.Array | int) -> Rows:
+    """The batches of an epoch, each array [steps, batch]."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), seed), epoch)
+    order, *draws = jax.random.split(key, 1 + STEPS_PER_EPOCH)
+    rows = jax.random.permutation(order, STEPS_PER_EPOCH * BATCH).reshape(STEPS_PER_EPOCH, BATCH)
+    held_out = jax.vmap(partial(jax.random.permutation, x=digits.TRAIN // EVERY))(jnp.stack(draws))
+    return Rows(rows, jnp.roll(rows, -1, axis=0), held_out[:, :HELD_OUT_BATCH])
+
+
+def make_losses(width: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The mean loss and the accuracy of the network on a part of the images."""
+    graph = nnx.graphdef(digits.Network(width, rngs=nnx.Rngs(0)))
+
+    def logits(params, data):
+        return nnx.merge(graph, params)(data["x"])
+
+    def loss(params, data):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, data), data["y"])
+        return losses.mean()
+
+    def accuracy(params, data):
+        return jnp.mean(logits(params, data).argmax(-1) == data["y"])
+
+    return loss, accuracy
+
+
+def make_optimizer(method: str, asam: bool, base: Any, rho: Any, rate: Any) -> Any:
+    """SAM in front of the base, or LETS around it; with ASAM's perturbation both."""
+    if method == "sam":
+        variant = VARIANTS["asam" if asam else "sam"]
+        return variant.make(rho, base, Setting(batch=None, batch_size=BATCH, num_examples=0))
+    geometry = samx.perturbations.magnitude() if asam else None
+    ball = samx.perturbations.metric_ball(1.0, geometry) if asam else None
+    hessian = "diag_sq" if method == "diag_sq" else "exact"
+    return samx.lets(base, rho, rate, hessian=hessian, perturbation=ball)
+
+
+def make_trainer(method: str, args: argparse.Namespace) -> Trainer:
+    """Compile-once functions that train a vector of runs by one epoch."""
+    loss, accuracy = make_losses(args.width)
+
+    def optimizer(run):
+        schedule = optax.cosine_decay_schedule(run.learning_rate, args.epochs * STEPS_PER_EPOCH)
+        base = BASES[args.base](schedule)
+        return make_optimizer(method, args.asam, base, run.rho, run.rate)
+
+    def init(run, params):
+        return optimizer(run).init(params)
+
+    def step(params, state, run, data, rows):
+        batch, following = (digits.rows_of(data.train, of) for of in (rows.batch, rows.following))
+        held_out = digits.rows_of(data.held_out, rows.held_out)
+
+        def validation_fn(params):
+            held_out_loss = loss(params, held_out)
+            if method != "exact-next":
+                return held_out_loss
+            return held_out_loss - loss(params, following) + loss(params, batch)
+
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        updates, state = optimizer(run).update(
+            grads,
+            state,
+            params,
+            value=value,
+            value_fn=lambda params: loss(params, batch),
+            validation_fn=validation_fn,
+        )
+        return optax.apply_updates(params, updates), state
+
+    def look(params, state, run, data):
+        return Seen(
+            optax.tree.get(state, "rho", default=run.rho),
+            loss(params, data.held_out) - loss(params, data.train),
+            accuracy(params, data.validation),
+            accuracy(params, data.test),
+        )
+
+    def epoch(params, state, run, data, index):
+        def body(carry, rows):
+            params, state = carry
+            return step(params, state, run, data, rows), None
+
+        (params, state), _ = jax.lax.scan(body, (params, state), batches(run.seed, index))
+        return params, state, look(params, state, run, data)
+
+    return Trainer(
+        jax.jit(jax.vmap(init)),
+        jax.jit(jax.vmap(look)),
+        jax.jit(jax.vmap(epoch, in_axes=(0, 0, 0, 0, None)), donate_argnums=(0, 1)),
+    )
+
+
+def train(
+    trainer: Trainer, args: argparse.Namespace, runs: Runs, advance: Callable[[int], Any]
+) -> Seen:
+    """Train all runs; the arrays are [runs, 1 + epochs]."""
+    data, params = split(runs.seed, args.noise), digits.initialize(runs.seed, args.width)
+    state = trainer.init(runs, params)
+    history = [trainer.look(params, state, runs, data)]
+    for index in range(args.epochs):
+        params, state, seen = trainer.epoch(params, state, runs, data, index)
+        history.append(jax.tree.map(np.asarray, seen))
+        advance(len(runs.seed))
+    return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *history)
+
+
+def of_all(seeds: range, candidates: list[tuple[float, float, float]]) -> Runs:
+    """Runs of every (learning rate, rho, rate) with every seed, which changes fastest."""
+    runs = [(seed, *candidate) for candidate in candidates for seed in seeds]
+    seed, *others = zip(*runs, strict=True)
+    return Runs(jnp.asarray(seed), *(jnp.asarray(values, jnp.float32) for values in others))
+
+
+def tune_start(trainer: Trainer, args: argparse.Namespace, advance: Callable[[int], Any]) -> dict:
+    """Learning rate and rho of SAM with the best mean validation accuracy."""
+    candidates = [(rate, rho, 0.0) for rate, rho in start_candidates(args)]
+    seen = train(trainer, args, of_all(TUNING_SEEDS, candidates), advance)
+    accuracy = seen.validation[:, -1].reshape(-1, len(TUNING_SEEDS)).mean(axis=1)
+    best = int(accuracy.argmax())
+    learning_rate, rho, _ = candidates[best]
+    return {
+        "learning_rate": learning_rate,
+        "rho": rho,
+        "validation_accuracy": float(accuracy[best]),
+    }
+
+
+def start_candidates(args: argparse.Namespace) -> list[tuple[float, float]]:
+    radii = VARIANTS["asam" if args.asam else "sam"].radii
+    return [(rate, rho) for rate in digits.LEARNING_RATES[args.base] for rho in radii]
+
+
+def rates_of(method: str, args: argparse.Namespace) -> tuple[float, ...]:
+    return tuple(args.rate) if args.rate else RATES[method]
+
+
+def try_rates(
+    method: str,
+    trainer: Trainer,
+    start: dict,
+    args: argparse.Namespace,
+    advance: Callable[[int], Any],
+) -> list[dict]:
+    """What each rate makes of the tuned start."""
+    rates = rates_of(method, args)
+    candidates = [(start["learning_rate"], start["rho"], rate) for rate in rates]
+    seen = train(trainer, args, of_all(TUNING_SEEDS, candidates), advance)
+    last = jax.tree.map(lambda leaf: leaf[:, -1].reshape(len(rates), -1), seen)
+    return [
+        {
+            "row": method,
+            "rate": rate,
+            "rho": last.rho[index].tolist(),
+            "F": (last.gap[index] ** 2 / 2).tolist(),
+            "validation_accuracy": float(last.validation[index].mean()),
+        }
+        for index, rate in enumerate(rates)
+    ]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Tune, check the hypergradient, train; what is printed, drawn and saved."""
+    runs_of_rates = {name: len(rates_of(name, args)) * len(TUNING_SEEDS) for name in args.methods}
+    runs_of_start = len(start_candidates(args)) * len(TUNING_SEEDS)
+    to_tune = {"sam": runs_of_start, **runs_of_rates}
+    reported = len(FACTORS) * args.seeds
+    work = sum(GRADIENTS[name] * (runs + reported) for name, runs in to_tune.items())
+    total = work * STEPS_PER_EPOCH * args.epochs
+    rates, results = [], []
+    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
+        start, hypergradient = {}, {}
+        for method in to_tune:
+
+            def advance(runs, of_one=GRADIENTS[method] * STEPS_PER_EPOCH):
+                bar.update(runs * of_one)
+
+            trainer, rate = make_trainer(method, args), 0.0
+            bar.set_description(f"{method}, tuning")
+            if method == "sam":
+                start = tune_start(trainer, args, advance)
+                hypergradient = check(args, start["learning_rate"], start["rho"])
+            else:
+                tried = try_rates(method, trainer, start, args, advance)
+                rate = max(tried, key=lambda of_rate: of_rate["validation_accuracy"])["rate"]
+                rates += [{**of_rate, "chosen": of_rate["rate"] == rate} for of_rate in tried]
+            bar.set_description(method)
+            radii = [factor * start["rho"] for factor in FACTORS]
+            candidates = [(start["learning_rate"], radius, rate) for radius in radii]
+            seen = train(trainer, args, of_all(range(args.seeds), candidates), advance)
+            seen = jax.tree.map(lambda leaf: leaf.reshape(len(FACTORS), args.seeds, -1), seen)
+            results += [
+                {
+                    "row": method,
+                    "factor": factor,
+                    "start": radius,
+                    "rate": rate,
+                    "rho": seen.rho[index].tolist(),
+                    "gap": seen.gap[index].tolist(),
+                    "F": (seen.gap[index] ** 2 / 2).tolist(),
+                    "validation_accuracy": seen.validation[index].tolist(),
+                    "test_accuracy": seen.test[index].tolist(),
+                }
+                for index, (factor, radius) in enumerate(zip(FACTORS, radii, strict=True))
+            ]
+    return {"hypergradient": hypergradient, "start": start, "rates": rates, "results": results}
+
+
+def check(args: argparse.Namespace, learning_rate: float, rho: float) -> dict[str, float]:
+    """dF/d rho of LETS, and by central differences of SAM's step, in float64.
+
+    Of the last step of the first epoch: the steps before are SAM's.
+    """
+    loss, _ = make_losses(args.width)
+    seeds = jnp.zeros(1, jnp.int32)
+    inputs = (split(seeds, args.noise), digits.initialize(seeds, args.width))
+    data, params = jax.tree.map(lambda leaf: np.asarray(leaf)[0], inputs)
+    epoch = jax.tree.map(np.asarray, batches(0, 0))
+    base = BASES[args.base](learning_rate)
+
+    def one_step(tx, carry, rows):
+        params, state = carry
+        batch = digits.rows_of(data.train, rows.batch)
+        held_out = digits.rows_of(data.held_out, rows.held_out)
+        updates, state = tx.update(
+            jax.grad(loss)(params, batch),
+            state,
+            params,
+            value_fn=lambda params: loss(params, batch),
+            validation_fn=lambda params: loss(params, held_out),
+        )
+        after = optax.apply_updates(params, updates)
+        return (after, state), loss(after, held_out) - loss(after, batch)
+
+    def sam(rho):
+        return make_optimizer("sam", args.asam, base, rho, 0.0)
+
+    @jax.jit
+    def of_last_step(params):
+        before = jax.tree.map(lambda rows: rows[:-1], epoch)
+        last = jax.tree.map(lambda rows: rows[-1], epoch)
+        carry = (params, sam(rho).init(params))
+        (params, state), _ = jax.lax.scan(partial(one_step, sam(rho)), carry, before)
+
+        def objective(rho):
+            _, gap = one_step(sam(rho), (params, state), last)
+            return gap**2 / 2
+
+        found = {}
+        for hessian in ("exact", "diag_sq"):
+            tx = make_optimizer(hessian, args.asam, base, rho, 0.0)
+            begun = tx.init(params)._replace(base=state[-1])
+            (_, after), _ = one_step(tx, (params, begun), last)
+            found[hessian] = after.hypergradient
+        low, high = jax.vmap(objective)(rho + width * jnp.array([-1.0, 1.0]))
+        return {**found, "differences": (high - low) / (2 * width)}
+
+    width = 1e-6 * rho
+    with jax.enable_x64(True):
+        data, params = jax.tree.map(in_float64, (data, params))
+        found = {name: float(value) for name, value in of_last_step(params).items()}
+    error = abs(found["exact"] - found["differences"]) / abs(found["differences"])
+    return {**found, "relative_error": error}
+
+
+def in_float64(leaf: np.ndarray) -> jax.Array:
+    return jnp.asarray(leaf, jnp.float64 if np.issubdtype(leaf.dtype, np.floating) else None)
+
+
+def final(result: dict, name: str) -> np.ndarray:
+    """What the seeds of a row ended with."""
+    return np.asarray(result[name])[:, -1]
+
+
+def geometric(values: np.ndarray) -> tuple[float, float]:
+    """Geometric mean, and its standard error by that of the logarithm."""
+    mean, error = digits.mean_and_error(np.log(values).tolist())
+    return math.exp(mean), math.exp(mean) * error
+
+
+def of_row(results: list[dict], row: str, factor: float) -> dict:
+    return next(r for r in results if r["row"] == row and r["factor"] == factor)
+
+
+def table(results: list[dict]) -> str:
+    """One line per method and start."""
+    width = max(len(result["row"]) for result in results)
+    head = f"{'method':<{width}} {'start':>7} {'rate':>7} {'final rho':>18} {'final F':>19}"
+    head += f" {'test acc. %':>14} {'- tuned SAM':>15}"
+    lines = [head, "-" * len(head)]
+    tuned = final(of_row(results, "sam", 1.0), "test_accuracy")
+    for result in results:
+        rho, rho_error = geometric(final(result, "rho"))
+        objective, objective_error = digits.mean_and_error(final(result, "F").tolist())
+        test = 100 * final(result, "test_accuracy")
+        accuracy, error = digits.mean_and_error(test.tolist())
+        lead, lead_error = digits.mean_and_error((test - 100 * tuned).tolist())
+        rate, radius = f"{result['rate']:g}", f"{rho:>9.4f} ± {rho_error:6.4f}"
+        if result["row"] == "sam":
+            rate, radius = "fixed", f"{rho:>9.4f}"
+        is_tuned = result["row"] == "sam" and result["factor"] == 1
+        lines.append(
+            f"{result['row']:<{width}} {result['start']:>7.3g} {rate:>7}"
+            f" {radius:<18} {objective:>9.5f} ± {objective_error:7.5f}"
+            f" {accuracy:>7.2f} ± {error:4.2f}"
+            + (f" {'':>15}" if is_tuned else f" {lead:>+8.2f} ± {lead_error:4.2f}")
+        )
+    return "\n".join([*(line.rstrip() for line in lines), DEFINITIONS])
+
+
+def table_of_rates(rates: list[dict]) -> str:
+    """What the rates made of the tuned start."""
+    width = max(len(result["row"]) for result in rates)
+    head = f"{'method':<{width}} {'rate':>8} {'final rho':>10} {'least':>8} {'largest':>8}"
+    head += f" {'final F':>9} {'validation acc. %':>18}"
+    lines = [head, "-" * len(head)]
+    for result in rates:
+        rho, _ = geometric(np.asarray(result["rho"]))
+        lines.append(
+            f"{result['row']:<{width}} {result['rate']:>8g} {rho:>10.4f}"
+            f" {min(result['rho']):>8.4f} {max(result['rho']):>8.4f} {np.mean(result['F']):>9.5f}"
+            f" {100 * result['validation_accuracy']:>18.2f}{' chosen' * result['chosen']}"
+        )
+    return "\n".join(lines)
+
+
+def verdict(results: list[dict], method: str) -> str:
+    """Where the starts of a method ended, and F beside that of SAM with the same start."""
+    rows = [of_row(results, method, factor) for factor in FACTORS]
+    ends = [geometric(final(row, "rho"))[0] for row in rows]
+    starts = [row["start"] for row in rows]
+    ratios = [
+        final(row, "F").mean() / final(of_row(results, "sam", row["factor"]), "F").mean()
+        for row in rows
+    ]
+    return (
+        f"{method}: the starts, a factor of {max(starts) / min(starts):.3g} apart, ended a factor "
+        f"of {max(ends) / min(ends):.3g} apart:\n    "
+        + ", ".join(f"{a:.3g} -> {b:.3g}" for a, b in zip(starts, ends, strict=True))
+        + "; final F / SAM's from the same start: "
+        + ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    )
+
+
+def draw(measured: dict[str, Any], path: Path, title: str) -> None:
+    """Rho and F over the epochs, and what the rates made of the tuned start."""
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for result in measured["results"]:
+        color, line = COLORS[result["row"]], LINES[result["factor"]]
+        logs = np.log(np.asarray(result["rho"]))
+        mean, error = logs.mean(axis=0), spread(logs)
+        epochs = range(len(mean))
+        style = {"color": color, "linestyle": line, "linewidth": 1.6}
+        left.plot(epochs, np.exp(mean), **style)
+        left.fill_between(
+            epochs, np.exp(mean - error), np.exp(mean + error), color=color, alpha=0.15, linewidth=0
+        )
+        middle.plot(epochs, np.mean(result["F"], axis=0), **style)
+    left.set(title="radius (geometric mean ± standard error)", xlabel="epoch", ylabel="rho")
+    middle.set(title="F = (held-out loss - training loss)² / 2", xlabel="epoch", ylabel="F")
+
+    methods = list(dict.fromkeys(result["row"] for result in measured["results"]))
+    for method in methods:
+        tried = sorted(
+            (result for result in measured["rates"] if result["row"] == method and result["rate"]),
+            key=lambda result: result["rate"],
+        )
+        ends = [geometric(np.asarray(result["rho"]))[0] for result in tried]
+        rates = [result["rate"] for result in tried]
+        right.plot(rates, ends, "o-", color=COLORS[method], markersize=5, zorder=3)
+        for result, end in zip(tried, ends, strict=True):
+            seeds = [result["rate"]] * len(result["rho"])
+            right.plot(seeds, result["rho"], ".", color=COLORS[method], alpha=0.4)
+            if result["chosen"]:
+                right.plot(result["rate"], end, "o", color=COLORS[method], mfc="none", ms=12)
+    right.axhline(measured["start"]["rho"], color=COLORS["sam"], linewidth=1.6)
+    radii = [measured["start"]["rho"], *(r for tried in measured["rates"] for r in tried["rho"])]
+    right.set_ylim(min(radii) / 1.5, max(radii) * 1.5)
+    right.set(title="final radius from the tuned start (ring: chosen)", xlabel="rate")
+    if any(tried["rate"] for tried in measured["rates"]):  # 0 has no place on a log axis
+        right.set_xscale("log")
+    for axes in (left, right):
+        axes.set(yscale="log")
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+    names = {name: "sam, rho fixed" if name == "sam" else name for name in methods}
+    handles = [Line2D([], [], color=COLORS[name], label=label) for name, label in names.items()]
+    handles += [
+        Line2D([], [], color="grey", linestyle=line, label=f"start: {factor:g} x the tuned rho")
+        for factor, line in LINES.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def spread(values: np.ndarray) -> np.ndarray:
+    """Standard error over the seeds; 0 of a single one."""
+    count = len(values)
+    return values.std(axis=0, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(values.shape[1])
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(RATES),
+        default=list(RATES),
+        help="forms of LETS; default: all",
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        nargs="+",
+        help="rates to choose from, for all methods; by default each has its own: "
+        + "; ".join(f"{name} {' '.join(f'{r:g}' for r in rates)}" for name, rates in RATES.items()),
+    )
+    parser.add_argument("--asam", action="store_true", help="ASAM's perturbation for SAM and LETS")
+    parser.add_argument("--base", choices=list(BASES), default="momentum")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
+    parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
+    parser.add_argument("--out", help="new folder of the results; default runs/lets-NNN")
+    args = parser.parse_args(argv)
+    args.methods = list(dict.fromkeys(args.methods))
+    for name in ("seeds", "epochs", "width"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.noise < 1:
+        parser.error(f"--noise must be in [0, 1), got {args.noise}")
+    if args.rate and not all(0 <= rate < float("inf") for rate in args.rate):
+        parser.error(f"--rate must be finite and at least 0, got {args.rate}")
+    args.rate = list(dict.fromkeys(args.rate)) if args.rate else None
+    try:
+        args.folder = free_folder(args.out, "lets")
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
+    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
+    begin = time.perf_counter()
+    measured = measure(args)
+    results, start, found = measured["results"], measured["start"], measured["hypergradient"]
+    sam = "ASAM" if args.asam else "SAM"
+    print(
+        f"\ndF/d rho of one step in float64: exact {found['exact']:.6e}, central differences "
+        f"{found['differences']:.6e},\nrelative error {found['relative_error']:.1e}; diag_sq "
+        f"{found['diag_sq']:.2e}, that is {found['diag_sq'] / found['exact']:.1e} of the exact one"
+    )
+    print(
+        f"\n{sam} tuned: learning rate {start['learning_rate']:g}, rho {start['rho']:g}; "
+        f"validation accuracy {100 * start['validation_accuracy']:.2f} %.\nLETS from this start, "
+        f"{len(TUNING_SEEDS)} seeds:\n{table_of_rates(measured['rates'])}"
+    )
+    print(f"\n{digits.describe(args.noise)}, {args.seeds} seeds (mean ± standard error)")
+    print(f"{table(results)}\n")
+    print("\n".join(verdict(results, method) for method in args.methods))
+
+    settings = {name: value for name, value in vars(args).items() if name not in ("folder", "out")}
+    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
+    report |= {"settings": settings, **measured}
+    (args.folder / "results.json").write_text(json.dumps(without_nans(report), indent=1))
+    title = f"LETS on digits, {digits.describe(args.noise)}: {args.seeds} seeds, {args.base}"
+    draw(measured, args.folder / "lets.png", f"{title}{', ASAM' * args.asam}")
+    print(f"\n{time.perf_counter() - begin:.0f} s in all. Results: {args.folder / 'results.json'}")
+    print(f"Plot: {args.folder / 'lets.png'}")
+    return measured
+
+
+def without_nans(tree: Any) -> Any:
+    """None in place of what is not finite, which JSON cannot hold."""
+    if isinstance(tree, dict):
+        return {name: without_nans(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [without_nans(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+if __name__ == "__main__":
+    main()
