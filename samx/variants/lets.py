@@ -116,9 +116,9 @@ def lets(
         `rate=0` is SAM in front of `base`. F is the upper problem of the paper, the exact dF/dρ its
         derivative by the chain rule. The update of log ρ, the form of "diag_sq", `rate` and
         `bounds` are inferred: no code was published, and of the text only the head was read.
-        L is taken on the batch that was just stepped on. Mostly a larger ρ lowers it further in that
-        one step, so that the radius shrinks, even where over a whole training the gap falls as the
-        radius grows (README, "A learned radius"). To compare with another batch of the training
+        L is taken on the batch that was just stepped on. Mostly a larger ρ lowers it further in
+        that one step, so that the radius shrinks, even where over a whole training the gap falls as
+        the radius grows (README, "A learned radius"). To compare with another batch of the training
         set: `validation_fn=lambda p: L_V(p) - L_other(p) + L(p)`.
         The direction `v` does not depend on ρ. Where `base` has no derivative, as Adam where both
         moments are 0, the parameter is taken not to move with ρ. A hypergradient that is not finite
