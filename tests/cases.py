@@ -38,6 +38,8 @@ class Case:
             for long look at that one.
         spent: What a sharp step costs if it is not always `gradients`: of its number, from 0, and
             the state that it left.
+        curvature: What a derivative of a gradient adds to the flops, in gradients; one of the
+            inputs of the first layer is not needed.
         is_gated: Whether a policy leaves the sharp gradient out on some steps: among the first
             six there are some of both kinds.
     """
@@ -52,6 +54,7 @@ class Case:
     needs_batch_like: bool = False
     static_args: tuple[str, ...] = ()
     climbs: bool = True
+    curvature: float = 0.0
     is_gated: bool = False
     like: str | None = None
     spent: Callable[[int, Any], float] | None = None
@@ -122,7 +125,11 @@ GATED = replace(SAM, is_gated=True)
 VARIANTS = {
     "sam": SAM,
     "asam": replace(
-        SAM, factory=samx.asam, hyper={"rho": 0.5, "eta": 0.01}, static_args=("is_scaled",)
+        SAM,
+        factory=samx.asam,
+        hyper={"rho": 0.5, "eta": 0.01},
+        static_args=("is_scaled",),
+        like="sam",
     ),
     "sampa": SAMPA,
     # The same, computed or measured differently: every row must keep the whole contract.
@@ -134,7 +141,7 @@ VARIANTS = {
         SAM,
         factory=_ball(lambda rho: metric_ball(rho, layerwise())),
         hyper={"rho": 0.1},
-        like="asam",
+        like="sam",
     ),
     "l-infinity": replace(SAM, factory=_ball(linf_ball), hyper={"rho": 0.005}, like="sam"),
     "sam_on": replace(  # there is no normalization: here of the weights only
@@ -262,6 +269,7 @@ VARIANTS |= {
         factory=samx.wsam,
         shape="wraps",
         hyper={"learning_rate": 0.1, "rho": 0.05, "gamma": 0.9},
+        like="gsam",
     ),
     "stable_sam": replace(
         SAM,
@@ -383,6 +391,7 @@ VARIANTS |= {
         passes=(3, 3),
         needs=("value_fn", "validation_fn"),
         has_base_limit=False,
+        curvature=2 - 1 / 3,
         spent=lambda t, state: 6.0,  # with the derivative of the sharp gradient, of two
     ),
 }

@@ -82,7 +82,9 @@ def test_every_variant_that_takes_one_is_here():
 def test_any_perturbation_in_any_variant(taker):
     data, params = problem.make(np.float32)
     batch = problem.batch_at(data, 0)
-    for name, perturbation in PERTURBATIONS.items():
+    for i, (name, perturbation) in enumerate(PERTURBATIONS.items()):
+        if taker != "sam" and (i - list(TAKERS).index(taker)) % 3:
+            continue  # SAM takes all of them, the others a third each
         tx = TAKERS[taker](perturbation)
         state = tx.init(params)
         after = jax.eval_shape(problem.make_step(tx), params, state, batch)

@@ -38,7 +38,7 @@ def mean_loss_and_grad(params, batch):
 
 def signature(tree):
     """What must not change from step to step, or the program is compiled again."""
-    return jax.tree.map(lambda x: (jnp.shape(x), x.dtype, jax.typeof(x).weak_type), tree)
+    return jax.tree.map(lambda x: (jnp.shape(x), x.dtype, getattr(x, "weak_type", False)), tree)
 
 
 @functools.cache
@@ -71,8 +71,9 @@ def test_jit_is_eager_and_compiles_once(name):
     tx, (batch, params) = VARIANTS[name].build(), fresh()
     step, state = problem.make_step(tx), tx.init(params)
     compiled = jax.jit(step)
-    slow, fast = step(params, state, batch), compiled(params, state, batch)
-    assert_close(fast, slow, rtol=1e-4)
+    updates, slow = first_updates(name)
+    fast = compiled(params, state, batch)
+    assert_close(fast, (optax.apply_updates(params, updates), slow), rtol=1e-4)
     compiled(*fast, batch)
     assert compiled._cache_size() == 1
 
@@ -80,8 +81,8 @@ def test_jit_is_eager_and_compiles_once(name):
 @every_variant
 def test_state_keeps_its_shapes_and_dtypes(name):
     tx, (batch, params) = VARIANTS[name].build(), fresh()
-    state = tx.init(params)
-    new_params, new_state = jax.jit(problem.make_step(tx))(params, state, batch)
+    state = jax.eval_shape(tx.init, params)
+    new_params, new_state = jax.eval_shape(problem.make_step(tx), params, state, batch)
     assert signature(new_state) == signature(state)
     assert signature(new_params) == signature(params)
 
@@ -460,9 +461,7 @@ def test_radius_schedule_runs_on_the_optimizers_step(name):
     assert constant.max() > 0
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in WITH_RADIUS if n not in ("asam", "rst", "wsam", "esam")]
-)
+@pytest.mark.parametrize("name", [n for n in WITH_RADIUS if n not in ("rst", "esam")])
 def test_a_step_is_differentiable_in_the_radius(name):
     case = VARIANTS[name]
     with jax.enable_x64(True):

@@ -18,6 +18,7 @@ SUITES = {  # how a defect calls the tests that must see it
     "parallel": "test_parallel.py",
     "cost": "test_parallel_cost.py",
     "precision": "test_precision.py",
+    "formulations": "test_formulations.py",
 }
 
 DEFECTS = {
@@ -55,6 +56,20 @@ DEFECTS = {
         "_balls.py",
         "at_step(rho, state.step)",
         "at_step(rho, jnp.zeros_like(state.step))",
+    ),
+    "Fisher information without its square": (
+        "formulations",
+        "test_fisher_sparse_sam_against and current",
+        "_fisher_mask.py",
+        "jnp.abs(_tree.widen(g)) ** 2, g)",
+        "jnp.abs(_tree.widen(g)), g)",
+    ),
+    "hypergradient past the base": (
+        "formulations",
+        "test_the_hypergradient_is_the_slope and nesterov",
+        "variants/lets.py",
+        "_without_nans(moved, slope)",
+        "_without_nans(g_s_along, slope)",
     ),
     "mean over the devices left out": (
         "parallel",
@@ -250,7 +265,7 @@ def run_tests(suite, selection, folder, cache):
 def test_an_unchanged_copy_is_green(tmp_path, cache):
     """Of one suite: without a defect the others are what this run does anyway."""
     shutil.copytree(ROOT / "samx", tmp_path / "samx")
-    code, output = run_tests("trajectories", "test_recorded_run", tmp_path, cache)
+    code, output = run_tests("trajectories", "test_recorded_run and sam__", tmp_path, cache)
     assert code == pytest.ExitCode.OK, output
 
 

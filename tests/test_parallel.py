@@ -75,7 +75,12 @@ def on_one_device(name):
     return regimes.single(build(name), problem.make()[1], batches())
 
 
-@pytest.mark.parametrize(("name", "regime"), rows_and_regimes(GLOBAL, VARIANTS))
+# And rows like others that decide, draw or remember in a way of their own.
+OF_THEIR_OWN = ("periodic", "g-rst", "ae_sam", "look_layer_sam", "vsam", "arsam", "ksam")
+OF_THEIR_OWN += ("friendly_sam", "stable_sam", "wsam", "imbalanced_sam", "dynamic_sparse_sam")
+
+
+@pytest.mark.parametrize(("name", "regime"), rows_and_regimes(GLOBAL, [*APART, *OF_THEIR_OWN]))
 def test_global_is_the_step_of_one_device(name, regime):
     history = GLOBAL[regime](build(name), problem.make()[1], batches())
     assert_same(history, on_one_device(name))

@@ -164,7 +164,7 @@ def test_state_specs_that_do_not_match(argument):
         samx.state_specs(tx, params, **{argument: {"other": P()}})
 
 
-@pytest.mark.parametrize("name", [n for n in APART if n not in ("asam", "gsam", "wsam", "rst")])
+@pytest.mark.parametrize("name", [n for n in APART if n not in ("gsam", "rst")])
 def test_every_step_lowers_for_every_platform(name):
     """As one would call it: `jit` on one device, and `shard_map` over two."""
     data, params = problem.make("float32")
