@@ -63,6 +63,7 @@ class LossesClosure(NamedTuple):
     with_aux: Callable[[Any, Any], tuple[jax.Array, Any]]
     devices: Devices = ONE_DEVICE
     num_microbatches: int = 1  # that `mean_loss` takes its gradient over
+    is_linear: bool = False  # that of a step without a sharp gradient: the same for every example
 
     def __call__(self, params: Any, batch: Any) -> jax.Array:
         """The losses `[B]`, aux dropped."""

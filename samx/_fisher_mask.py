@@ -1,8 +1,7 @@
 """The mask of Sparse SAM by Fisher information. Public in `samx.perturbations`."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +14,16 @@ from samx._climb import Default
 from samx._closures import LossesClosure, batch_size, unit_weights
 from samx._hyper import at_step, check_count, check_number, next_step
 from samx._microbatches import strided
-from samx._order import check_mask, largest, num_entries, rounded_down
-
-Pattern: TypeAlias = Literal["unstructured", "structured"] | tuple[int, int]
+from samx._order import check_mask, num_entries, rounded_down
+from samx._patterns import Pattern, check_pattern, chosen
 
 
 class FisherMaskState(NamedTuple):
     """State of `fisher_mask`.
 
     Attributes:
-        step: int32, optimizer steps so far; the period and schedules run on it.
+        step: int32, optimizer steps so far; schedules run on it.
+        next_look: int32, the step that is to look at the Fisher information again.
         mask: Booleans shaped like the parameters: which entries are perturbed.
         own_gradients: float32, gradients that the last step took for the mask, in passes over one
             batch; 0 on all steps but those that look again.
@@ -32,6 +31,7 @@ class FisherMaskState(NamedTuple):
     """
 
     step: jax.Array
+    next_look: jax.Array
     mask: Any
     own_gradients: jax.Array
     perturbation: optax.OptState
@@ -104,6 +104,7 @@ def fisher_mask(
         single examples where the Fisher information is taken, as in the authors' code. Variants
         that take `losses_fn` themselves (`msam`, `ksam`, `esam`, `ausam`, `focal_sam`,
         `imbalanced_sam`, `sampa`) and `momentum_sam` do not hand it on.
+        A look that falls on a step without a sharp gradient (`perturb_if`) waits for the next one.
         Cost: on steps that look again one gradient for each example, and 2 × 32 comparisons of all
         parameters to find the largest (64-bit parameters 64 + 32); on the others elementwise work.
         State: one mask of booleans; while it looks, one more copy of the parameters, and one for
@@ -115,13 +116,18 @@ def fisher_mask(
     check_count("period", period)
     if num_microbatches is not None:
         check_count("num_microbatches", num_microbatches)
-    _check_pattern(name, pattern, sparsity)
+    check_pattern(name, pattern, sparsity)
     perturbation = as_transformation(name, "perturbation", perturbation)
 
     def init_fn(params):
         mask = jax.tree.map(lambda w: jnp.zeros_like(w, bool), params)
-        step, spent = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
-        return FisherMaskState(step, mask, spent, perturbation.init(params))
+        return FisherMaskState(
+            step=jnp.zeros((), jnp.int32),
+            next_look=jnp.ones((), jnp.int32),
+            mask=mask,
+            own_gradients=jnp.zeros((), jnp.float32),
+            perturbation=perturbation.init(params),
+        )
 
     def update_fn(
         updates, state, params, *, losses_fn, batch, weights=None, fisher_batch=None, **extra
@@ -138,9 +144,10 @@ def fisher_mask(
 
         def look(params, examples, weights):
             fisher = _fisher(losses_fn, params, examples, weights, num_microbatches or size)
-            return _chosen(name, pattern, fisher, num_kept)
+            return chosen(name, pattern, fisher, num_kept)
 
-        is_due = (state.step > 0) & ((state.step - 1) % period == 0)
+        is_due = (state.step >= state.next_look) & (not losses_fn.is_linear)
+        in_time = state.step + period - (state.step - 1) % period
         weights = unit_weights(examples, jnp.float32) if weights is None else weights
         mask = jax.lax.cond(
             is_due,
@@ -150,7 +157,13 @@ def fisher_mask(
         keywords = extra | {"losses_fn": losses_fn, "batch": batch}
         eps, inner = perturbation.update(updates, state.perturbation, params, **keywords)
         spent = jnp.where(is_due, size / batch_size(name, batch), 0).astype(jnp.float32)
-        return _tree.masked(eps, mask), FisherMaskState(next_step(state.step), mask, spent, inner)
+        return _tree.masked(eps, mask), FisherMaskState(
+            step=next_step(state.step),
+            next_look=jnp.where(is_due, in_time, state.next_look),
+            mask=mask,
+            own_gradients=spent,
+            perturbation=inner,
+        )
 
     return closure_transformation(init_fn, update_fn, name=name)
 
@@ -183,48 +196,6 @@ def _fisher(
     return jax.tree.map(devices.total, total)
 
 
-def _chosen(name: str, pattern: Pattern, fisher: Any, num_kept: Any) -> Any:
-    """The mask that a pattern makes of the Fisher information."""
-    if pattern == "unstructured":
-        return largest(fisher, num_kept)
-    if pattern == "structured":
-        return _whole_leaves(fisher, num_kept)
-    return jax.tree_util.tree_map_with_path(partial(_n_of_m, name, *pattern), fisher)
-
-
-def _whole_leaves(fisher: Any, num_kept: Any) -> Any:
-    """Leaves in the order of their means, until `num_kept` entries are reached."""
-    leaves, structure = jax.tree.flatten(fisher)
-    floating = [_tree.is_inexact(leaf) for leaf in leaves]
-    means = jnp.stack(
-        [jnp.mean(x) if ok else jnp.float32(-1) for x, ok in zip(leaves, floating, strict=True)]
-    )
-    sizes = jnp.array([x.size * ok for x, ok in zip(leaves, floating, strict=True)], jnp.int32)
-    order = jnp.argsort(-means, stable=True)
-    before = jnp.cumsum(sizes[order]) - sizes[order]
-    is_kept = jnp.zeros(len(leaves), bool).at[order].set(before < num_kept)
-    masks = [
-        jnp.broadcast_to(is_kept[i] & ok, x.shape)
-        for i, (x, ok) in enumerate(zip(leaves, floating, strict=True))
-    ]
-    return jax.tree.unflatten(structure, masks)
-
-
-def _n_of_m(name: str, n: int, m: int, path: Any, fisher: jax.Array) -> jax.Array:
-    """The n largest of each m consecutive entries; all entries of a vector."""
-    if not _tree.is_inexact(fisher):
-        return jnp.zeros_like(fisher, bool)
-    if fisher.ndim < 2:
-        return jnp.ones_like(fisher, bool)
-    if fisher.size % m:
-        raise ValueError(
-            f"{name}: `pattern` {(n, m)} needs leaves whose size is a multiple of {m}, got "
-            f"{jax.tree_util.keystr(path)} of shape {fisher.shape}"
-        )
-    order = jnp.argsort(-fisher.reshape(-1, m), axis=1, stable=True)
-    return (jnp.argsort(order, axis=1) < n).reshape(fisher.shape)
-
-
 def _where_the_compiler_shards(look: Callable[..., Any], params: Any) -> Callable[..., Any]:
     """`look(params, ...)`, a mask like the parameters; on an Explicit mesh with axes of its own.
 
@@ -235,20 +206,3 @@ def _where_the_compiler_shards(look: Callable[..., Any], params: Any) -> Callabl
         return look
     specs = jax.tree.map(lambda w: PartitionSpec(*jax.typeof(w).sharding.spec), params)
     return jax.sharding.auto_axes(look, out_sharding=specs)
-
-
-def _check_pattern(name: str, pattern: Any, sparsity: Any) -> None:
-    if pattern in ("unstructured", "structured"):
-        return
-    is_pair = isinstance(pattern, tuple) and len(pattern) == 2
-    if not (is_pair and all(type(x) is int for x in pattern) and 0 < pattern[0] <= pattern[1]):
-        raise ValueError(
-            f"{name}: `pattern` must be 'unstructured', 'structured' or two integers (n, m) with "
-            f"0 < n <= m, got {pattern!r}"
-        )
-    if not isinstance(sparsity, Default):
-        raise ValueError(
-            f"{name}: got `sparsity` together with `pattern` {pattern}, which says how many of "
-            "each are perturbed; leave one of them out (under optax.inject_hyperparams, which "
-            "fills in defaults, also pass static_args=('sparsity',))"
-        )

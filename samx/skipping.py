@@ -135,5 +135,5 @@ def _linear(g: Any, params: Any, value: Any, extra: dict[str, Any]) -> dict[str,
     closures: dict[str, Any] = {"value": value}
     closures |= {keyword: Closure(own) for keyword in SCALAR_CLOSURES if keyword in given}
     if "losses_fn" in given:
-        closures["losses_fn"] = LossesClosure(with_aux)
+        closures["losses_fn"] = LossesClosure(with_aux, is_linear=True)
     return closures

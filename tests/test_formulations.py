@@ -375,6 +375,33 @@ def test_a_mask_that_is_smaller_than_what_is_to_be_kept_is_kept():
     np.testing.assert_array_equal(state.mask, few)  # 8 may stay, nothing grows
 
 
+def test_a_look_waits_for_a_sharp_gradient():
+    """On the steps in between all examples have one gradient: no Fisher information of theirs."""
+    data, params = problem.make()
+    fisher = samx.fisher_sparse_sam(0.1, 0.8, period=5)
+    tx = optax.chain(samx.perturb_if(samx.policies.every(5), fisher), optax.sgd(0.1))
+    step, carry, spent = jax.jit(problem.make_step(tx)), (params, tx.init(params)), []
+    for t in range(11):
+        before, batch = carry[0], problem.batch_at(data, t)
+        carry = step(*carry, batch)
+        spent.append(float(optax.tree.get(carry[1], "gradients_spent")))
+        if t in (0, 4, 9):
+            seen = optax.tree.get(carry[1], "mask")
+            assert any(bool(x.any()) for x in jax.tree.leaves(seen)) == (t == 9)
+        if t in (5, 10):
+            alone = fisher.init(before)
+            alone = optax.tree.set(alone, step=jnp.ones((), jnp.int32))
+            g = jax.grad(lambda p, b=batch: problem.losses_fn(p, b).mean())(before)
+            closures = {"losses_fn": problem.losses_fn, "batch": batch}
+            _, alone = fisher.update(g, alone, before, **closures)
+            for a, b in zip(
+                *(jax.tree.leaves(optax.tree.get(s, "mask")) for s in (carry[1], alone)),
+                strict=True,
+            ):
+                np.testing.assert_array_equal(a, b)
+    assert spent == [2, 3, 4, 5, 6, 9, 10, 11, 12, 13, 16]  # looks on steps 5 and 10
+
+
 def test_fisher_information_of_examples_that_count():
     """Padding has no weight, and devices add up what is theirs."""
     data, params = problem.make()

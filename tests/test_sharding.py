@@ -94,6 +94,32 @@ def test_sharded_parameters(name, axis_type, layout, float64):
     check_layout(history[-1][1], layouts, mesh)
 
 
+@pytest.mark.parametrize("pattern", ["structured", (2, 4)])
+def test_patterns_of_a_mask_over_sharded_parameters(pattern, float64):
+    """Entries that belong together may be on two devices."""
+    shape, names, specs = LAYOUTS["fully sharded"]
+    data, params = problem.make()
+    params, batch = params | {"table": np.arange(8)}, problem.batch_at(data, 0)
+    ball = samx.perturbations.fisher_mask(
+        samx.perturbations.metric_ball(0.1), period=1, pattern=pattern, num_microbatches=2
+    )
+
+    @jax.jit
+    def mask_of(params, batch):
+        state = ball.init(params)._replace(step=jax.numpy.ones((), np.int32))
+        _, state = ball.update(params, state, params, losses_fn=losses_fn, batch=batch)
+        return state.mask
+
+    expected = mask_of(params, batch)
+    assert not expected["table"].any()
+    mesh = regimes.mesh_of(shape, names, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params = regimes.place(params, mesh, specs | {"table": P("data")})
+        found = mask_of(params, regimes.place(batch, mesh, P("data")))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    check_layout(found, specs | {"table": P("data")}, mesh)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_a_pair_of_groups_with_tensor_parallel_parameters(axis_type, float64):
     """Three axes: SAMPa's two groups, the data, the model."""
