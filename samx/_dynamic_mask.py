@@ -117,7 +117,8 @@ def dynamic_mask(
         first = as_key(name, key)
         size = num_entries(name, params)
         drawn = _draws(jax.random.split(first)[0], 0, params)
-        mask = largest(drawn, size - rounded_down(-(-size * sparsity // 1)))
+        num_left_out = rounded_down(-(-size * sparsity // 1))  # which is rounded up
+        mask = largest(drawn, size - num_left_out)
         return DynamicMaskState(jnp.zeros((), jnp.int32), first, mask, perturbation.init(params))
 
     def update_fn(updates, state, params=None, **extra):

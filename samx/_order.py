@@ -58,13 +58,13 @@ def largest(scores: Any, count: Any, among: Any = None) -> Any:
     if among is not None:
         keys = jax.tree.map(lambda key, is_in: jnp.where(is_in, key, 0), keys, among)
 
-    smallest = _bisect(word, lambda key: _count(keys, lambda x: x >= key) >= count)
-    missing = count - _count(keys, lambda x: x > smallest)
+    smallest = _bisect(word, lambda key: _count(lambda x: x >= key, keys) >= count)
+    missing = count - _count(lambda x: x > smallest, keys)
     ties = jax.tree.map(lambda x: (x == smallest) & (x > 0), keys)
     places = _places(keys)
 
     def is_enough(place):
-        return _count((ties, places), lambda tie, x: tie & (x < place)) <= missing
+        return _count(lambda tie, x: tie & (x < place), ties, places) <= missing
 
     end = _bisect(jnp.uint32, is_enough)
     return jax.tree.map(
@@ -83,9 +83,8 @@ def _bisect(dtype: Any, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
     return jax.lax.fori_loop(0, bits, try_bit, jnp.zeros((), dtype))
 
 
-def _count(trees: Any, holds: Callable[..., jax.Array]) -> jax.Array:
+def _count(holds: Callable[..., jax.Array], *trees: Any) -> jax.Array:
     """In how many entries of all leaves it holds."""
-    trees = trees if isinstance(trees, tuple) else (trees,)
     leaves = zip(*map(jax.tree.leaves, trees), strict=True)
     return sum(
         (jnp.sum(holds(*leaf), dtype=jnp.int32) for leaf in leaves), start=jnp.zeros((), jnp.int32)

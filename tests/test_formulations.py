@@ -355,16 +355,16 @@ def test_masks_of_other_seeds_differ_and_are_drawn_again():
 
 def test_equal_scores_are_taken_in_order():
     """Of dead units, say, whose Fisher information is exactly 0; and never more than asked for."""
-    params = {"a": jnp.zeros((3, 4)), "b": jnp.zeros(5)}
+    params = (jnp.zeros((3, 4)), jnp.zeros(5))
     ball = fisher_mask(metric_ball(1.0), 0.5, period=1)
     batch = jnp.ones((2, 1))
     state = ball.init(params)
     for _ in range(2):
         _, state = ball.update(
-            params, state, params, losses_fn=lambda p, x: p["b"][4] * x[:, 0], batch=batch
+            params, state, params, losses_fn=lambda p, x: p[1][4] * x[:, 0], batch=batch
         )
-    np.testing.assert_array_equal(state.mask["a"].ravel(), np.arange(12) < 7)
-    np.testing.assert_array_equal(state.mask["b"], np.arange(5) == 4)
+    np.testing.assert_array_equal(state.mask[0].ravel(), np.arange(12) < 7)
+    np.testing.assert_array_equal(state.mask[1], np.arange(5) == 4)
 
 
 def test_a_mask_that_is_smaller_than_what_is_to_be_kept_is_kept():
