@@ -29,10 +29,11 @@ def num_entries(name: str, params: Any) -> int:
 
 def check_mask(name: str, mask: Any, params: Any) -> None:
     """Refuse a mask in a state that is not one boolean for each entry of the parameters."""
-    wanted = jax.tree.map(lambda w: jax.ShapeDtypeStruct(jnp.shape(w), bool), params)
-    found = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), mask)
-    if found != wanted:
-        shapes = jax.tree.map(lambda x: (x.dtype.name, *x.shape), found)
+    leaves, structure = jax.tree.flatten(mask)
+    wanted = [(jnp.shape(w), jnp.dtype(bool)) for w in jax.tree.leaves(params)]
+    found = [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
+    if structure != jax.tree.structure(params) or found != wanted:
+        shapes = jax.tree.map(lambda x: (jnp.result_type(x).name, *jnp.shape(x)), mask)
         raise ValueError(
             f"{name}: the state's `mask` must hold booleans shaped like the parameters, "
             f"{jax.tree.map(jnp.shape, params)}, got {shapes}"
