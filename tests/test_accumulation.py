@@ -38,8 +38,10 @@ def test_weights_and_any_number_of_microbatches(name, num_microbatches):
     assert_same(history, regimes.single(build(name), params, data))
 
 
-@pytest.mark.parametrize("regime", GLOBAL)
-@pytest.mark.parametrize("name", ["sam", "sampa"])
+@pytest.mark.parametrize(
+    ("name", "regime"),
+    [*(("sam", regime) for regime in GLOBAL), ("sampa", "jit, explicit"), ("sampa", "shard_map")],
+)
 def test_on_several_devices(name, regime):
     params, data = problem.make()[1], batches(4, weights=VALID)
     history = GLOBAL[regime](accumulated(name, 2), params, data)

@@ -73,7 +73,6 @@ def tiny(model):
 BY_NAME = {
     "base": (4, None),
     "sampa": (8, 0.0),  # whose g_y starts at 0
-    "looksam": (5, 0.05),
     "lightsam-norm": (8, 0.05),  # which has no base
 }
 

@@ -32,8 +32,8 @@ LOCAL = {name: run for name, run in GLOBAL.items() if not name.startswith("jit")
 
 def rows_and_regimes(regimes, rows):
     """What treats examples or devices in its own way in every regime, other rows in one or two."""
-    apart = ("sam", "sampa", "looksam", "esam", "ausam", "sl_sam", "msam")
-    decides = ("two ascent steps", "rst", "momentum_sam", "ae_sam", "vsam")
+    apart = ("sam", "sampa", "esam", "ausam", "sl_sam", "msam")
+    decides = ("two ascent steps", "rst", "looksam", "ae_sam", "fisher_sparse_sam")
 
     def regimes_of(name):
         if name in apart:
@@ -76,8 +76,8 @@ def on_one_device(name):
 
 
 # And rows like others that decide, draw or remember in a way of their own.
-OF_THEIR_OWN = ("periodic", "g-rst", "ae_sam", "look_layer_sam", "vsam", "arsam", "ksam")
-OF_THEIR_OWN += ("friendly_sam", "stable_sam", "wsam", "imbalanced_sam", "dynamic_sparse_sam")
+OF_THEIR_OWN = ("g-rst", "ae_sam", "look_layer_sam", "vsam", "arsam", "ksam", "friendly_sam")
+OF_THEIR_OWN += ("stable_sam", "imbalanced_sam", "dynamic_sparse_sam")
 
 
 @pytest.mark.parametrize(("name", "regime"), rows_and_regimes(GLOBAL, [*APART, *OF_THEIR_OWN]))
