@@ -136,7 +136,9 @@ VARIANTS = {
     "sampa, separate": replace(
         SAMPA, factory=partial(samx.sampa, gradients="separate"), like="sampa"
     ),
-    "two ascent steps": replace(SAM, factory=_ball(metric_ball, ascent_steps=2), passes=(2, 2)),
+    "two ascent steps": replace(
+        SAM, factory=_ball(metric_ball, ascent_steps=2), passes=(2, 2), like="sam"
+    ),
     "layerwise": replace(
         SAM,
         factory=_ball(lambda rho: metric_ball(rho, layerwise())),

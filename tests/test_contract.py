@@ -19,6 +19,9 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 MOST_STEPS_BETWEEN = 7  # from one sharp step to the next, in any row
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 every_program = pytest.mark.parametrize("name", APART)
+# One of each kind: in front of a base, around it, without one; with tables, keys, masks, examples.
+KINDS = [name for name in APART if name not in ("rst", "gsam", "bisam", "focal_sam", "esam")]
+every_kind = pytest.mark.parametrize("name", KINDS)
 
 
 def assert_close(a, b, rtol=1e-5, atol=1e-6):
@@ -87,7 +90,7 @@ def test_state_keeps_its_shapes_and_dtypes(name):
     assert signature(new_params) == signature(params)
 
 
-@every_program
+@every_kind
 def test_scan(name):
     tx, (_, params) = VARIANTS[name].build(), fresh()
     data, _ = problem.make(np.float32)
@@ -102,7 +105,7 @@ def test_scan(name):
     assert_close(carry, loop, rtol=1e-4)
 
 
-@every_program
+@every_kind
 def test_vmap_over_hyperparameters_and_seeds(name):
     case, (batch, params) = VARIANTS[name], fresh()
 
@@ -121,7 +124,7 @@ def test_vmap_over_hyperparameters_and_seeds(name):
         assert_close(jax.tree.map(lambda x, i=i: x[i], together), alone, rtol=1e-4, atol=1e-5)
 
 
-@every_program
+@every_kind
 def test_donation(name):
     tx, (batch, params) = VARIANTS[name].build(), fresh()
     expected, _ = jax.jit(problem.make_step(tx))(params, tx.init(params), batch)
@@ -280,7 +283,7 @@ def test_zero_gradient_is_finite(name):
     assert float(readings.perturbation_norm) == 0.0
 
 
-@every_program
+@every_kind
 def test_learning_rate_zero_moves_nothing(name):
     tx, (batch, params) = VARIANTS[name].at_rest(), fresh()
     step, carry = jax.jit(problem.make_step(tx)), (params, tx.init(params))
@@ -289,7 +292,7 @@ def test_learning_rate_zero_moves_nothing(name):
     assert_close(carry[0], params, atol=0, rtol=0)
 
 
-@every_program
+@every_kind
 def test_integer_parameters_are_left_alone(name):
     tx, (batch, params) = VARIANTS[name].build(), fresh()
     with_table = params | {"table": jnp.arange(3)}
@@ -320,7 +323,7 @@ def test_integer_parameters_are_left_alone(name):
     assert tx.init(with_flag) is not None
 
 
-@every_program
+@every_kind
 def test_skip_nonfinite_skips_a_broken_batch_and_recovers(name):
     inner, (batch, params) = VARIANTS[name].build(), fresh()
     tx = samx.skip_nonfinite(inner)
@@ -337,7 +340,7 @@ def test_skip_nonfinite_skips_a_broken_batch_and_recovers(name):
     assert (int(again[1].skipped_steps), int(again[1].skipped_in_a_row)) == (1, 0)
 
 
-@every_program
+@every_kind
 def test_skip_nonfinite_sees_the_sharp_pass_alone(name):
     tx, (batch, params) = samx.skip_nonfinite(VARIANTS[name].build()), fresh()
     whole = jax.jit(problem.make_step(tx))
@@ -364,7 +367,7 @@ def test_skip_nonfinite_sees_the_sharp_pass_alone(name):
     assert np.abs(recovered[0]["W1"] - carry[0]["W1"]).max() > 0
 
 
-@every_program
+@every_kind
 def test_apply_if_finite(name):
     tx, (batch, params) = optax.apply_if_finite(VARIANTS[name].build(), 5), fresh()
     assert_finite(problem.make_step(tx)(params, tx.init(params), batch)[0])
@@ -470,9 +473,7 @@ def test_radius_schedule_runs_on_the_optimizers_step(name):
     assert constant.max() > 0
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in WITH_RADIUS if n not in ("rst", "esam", "bisam", "focal_sam")]
-)
+@pytest.mark.parametrize("name", [n for n in WITH_RADIUS if n in KINDS])
 def test_a_step_is_differentiable_in_the_radius(name):
     case = VARIANTS[name]
     with jax.enable_x64(True):

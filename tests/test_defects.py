@@ -106,13 +106,6 @@ DEFECTS = {
         "_, new_state = perturb(g, state, params)",
         "_, new_state = perturb(ascent_grad, state, params)",
     ),
-    "readings drift": (
-        "parallel",
-        "test_readings_of_local and shard_map",
-        "_closures.py",
-        "return self.devices.mean(x, self.devices.share(self.weights))",
-        "return x",
-    ),
     "devices counted, not their examples": (
         "parallel",
         "test_weights_count_examples_in and shard_map",
@@ -141,26 +134,12 @@ DEFECTS = {
         "result = fn(*_tree.where(side == 0, *pair))\n        results = [result, result]",
         "results = [fn(*args) for args in pair]",
     ),
-    "the other group has a share": (
-        "parallel",
-        "test_each_group and weights and shard_map",
-        "_pairs.py",
-        "jnp.where(side == i, share, 0.0)",
-        "share",
-    ),
     "GSAM goes down where it should go up": (
         "trajectories",
         "test_recorded_run and gsam",
         "combinations.py",
         "_tree.add_scaled(g_s, -1 * at_step(alpha, step), _tree.reject(g, g_s))",
         "_tree.add_scaled(g_s, at_step(alpha, step), _tree.reject(g, g_s))",
-    ),
-    "WSAM's base sees the sharp gradient": (
-        "trajectories",
-        "test_recorded_run and wsam",
-        "variants/wsam.py",
-        "base.update(g, state.base",
-        "base.update(g_s, state.base",
     ),
     "µP² forgets the scales in its norm": (
         "trajectories",
@@ -175,13 +154,6 @@ DEFECTS = {
         "variants/msam.py",
         "def climb(batch, weights):",
         "def climb(_, weights):",
-    ),
-    "LightSAM forgets what it has climbed": (
-        "trajectories",
-        "test_recorded_run and lightsam1",
-        "_moments.py",
-        "u = state + _tree.dot(g, g)",
-        "u = 0 * state + _tree.dot(g, g)",
     ),
     "LookSAM reuses all of the sharp gradient": (
         "trajectories",

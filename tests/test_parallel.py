@@ -76,8 +76,7 @@ def on_one_device(name):
 
 
 # And rows like others that decide, draw or remember in a way of their own.
-OF_THEIR_OWN = ("g-rst", "ae_sam", "look_layer_sam", "vsam", "arsam", "ksam", "friendly_sam")
-OF_THEIR_OWN += ("stable_sam", "imbalanced_sam", "dynamic_sparse_sam")
+OF_THEIR_OWN = ("two ascent steps", "ae_sam", "vsam", "ksam", "dynamic_sparse_sam")
 
 
 @pytest.mark.parametrize(("name", "regime"), rows_and_regimes(GLOBAL, [*APART, *OF_THEIR_OWN]))
