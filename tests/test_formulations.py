@@ -260,8 +260,8 @@ FISHERS = {
         "adam",
     ),
     "3 of 8": (
-        lambda: samx.fisher_sparse_sam(0.2, period=1, pattern=(3, 8), num_microbatches=1),
-        (reference.ball(0.2), reference.n_of_m(3, 8), 1),
+        lambda: samx.fisher_sparse_sam(0.2, period=7, pattern=(3, 8), num_microbatches=1),
+        (reference.ball(0.2), reference.n_of_m(3, 8), 7),
         None,
         "sgd",
     ),

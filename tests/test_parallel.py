@@ -36,8 +36,10 @@ def rows_and_regimes(regimes, rows):
     decides = ("two ascent steps", "rst", "looksam", "ae_sam", "fisher_sparse_sam")
 
     def regimes_of(name):
-        if name in apart:
+        if name in ("sam", "sampa"):
             return regimes
+        if name in apart:
+            return [r for r in regimes if r in ("jit, explicit", "shard_map", "pmap")]
         return ["shard_map", "pmap"] if name in decides else ["shard_map"]
 
     return [
