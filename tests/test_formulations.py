@@ -402,6 +402,36 @@ def test_a_look_waits_for_a_sharp_gradient():
     assert spent == [2, 3, 4, 5, 6, 9, 10, 11, 12, 13, 16]  # looks on steps 5 and 10
 
 
+def looked(ball, w, gradient, **fields):
+    """The state behind a step that looks: the loss of the only example has this gradient."""
+
+    def losses_fn(w, x):
+        return x[:, 0] * optax.tree.vdot(w, gradient)
+
+    state = ball.init(w)._replace(step=jnp.ones((), jnp.int32))._replace(**fields)
+    return ball.update(w, state, w, losses_fn=losses_fn, batch=jnp.ones((1, 1)))[1]
+
+
+@pytest.mark.parametrize(("step", "next_look"), [(1, 5), (2, 5), (3, 5), (4, 5), (5, 9)])
+def test_a_late_look_does_not_put_off_the_next_one(step, next_look):
+    ball, w = fisher_mask(metric_ball(0.1), period=4), jnp.ones(4)
+    state = looked(ball, w, w, step=jnp.asarray(step, jnp.int32))
+    assert int(state.next_look) == next_look
+
+
+def test_whole_leaves_stop_where_the_share_is_reached():
+    ball = fisher_mask(metric_ball(0.1), 0.5, period=1, pattern="structured")
+    w = {name: jnp.ones(2) for name in "abcd"}
+    gradient = {name: scale * jnp.ones(2) for name, scale in zip("abcd", (1, 4, 2, 3), strict=True)}
+    mask = looked(ball, w, gradient).mask
+    assert {name: bool(x.all()) for name, x in mask.items()} == {
+        "a": False,
+        "b": True,
+        "c": False,
+        "d": True,
+    }
+
+
 def test_fisher_information_of_examples_that_count():
     """Padding has no weight, and devices add up what is theirs."""
     data, params = problem.make()
@@ -531,6 +561,24 @@ def test_units_that_are_dead_do_not_stop_the_learning(hessian):
     _, without = tx.update(g, tx.init(params), params, **closures)
     np.testing.assert_allclose(state.hypergradient, without.hypergradient, rtol=1e-7)
     assert abs(float(state.hypergradient)) > 1e-12
+
+
+@pytest.mark.parametrize("hessian", ["exact", "diag_sq"])
+def test_a_loss_without_any_gradient_leaves_the_radius_alone(hessian):
+    """Through Adam, whose derivative there is none."""
+    params, value_fn, validation_fn = first_batches()
+    tx = samx.lets(optax.adam(0.01), 0.1, hessian=hessian)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(
+            optax.tree.zeros_like(params),
+            state,
+            params,
+            value_fn=lambda p: 0.0 * value_fn(p),
+            validation_fn=validation_fn,
+        )
+        assert (float(state.rho), float(state.hypergradient)) == (0.1, 0.0)
+        assert all(bool((x == 0).all()) for x in jax.tree.leaves(updates))
 
 
 def test_a_radius_stays_in_its_bounds():
