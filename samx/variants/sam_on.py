@@ -30,8 +30,8 @@ def sam_on(
 
     Args:
         rho: Radius ρ ≥ 0 of the L2 ball over the perturbed parameters, a number or a schedule over
-            the optimizer's steps; default 0.5. The authors' are five to ten times those for all
-            parameters: 1 on CIFAR-100.
+            the optimizer's steps; default 0.5, ours. The authors' best are two to ten times those
+            for all parameters: 1 against 0.2 for a WRN-28-10 on CIFAR-100.
         is_perturbed: `(path, leaf) -> bool`; default `perturbations.is_normalization`, by names.
         perturbation: Another geometry in place of the ball, any metric; then leave `rho` out.
         perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.

@@ -40,9 +40,10 @@ def fisher_sparse_sam(
 
     Args:
         rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05. The authors': 0.1 on CIFAR-10, 0.2 on CIFAR-100.
+            optimizer's steps; default 0.05, that of the authors' code. Their recipes: 0.1 for a
+            ResNet-18 on CIFAR-10, 0.2 in the later paper's.
         sparsity: Share s in [0, 1] of the entries that are not perturbed, a number or a schedule;
-            default 0.5, the authors' for their tables.
+            default 0.5, that of the authors' recipes; their code's is 0.2.
         period: Steps between two looks at the Fisher information; the authors': one epoch.
         pattern: Which entries are chosen together, see `perturbations.fisher_mask`: "unstructured",
             "structured" (whole leaves) or `(n, m)`, n of each m consecutive ones, which is then the
@@ -124,7 +125,7 @@ def dynamic_sparse_sam(
 
     Args:
         rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05. The authors': 0.1 on CIFAR-10, 0.2 on CIFAR-100.
+            optimizer's steps; default 0.05, that of the authors' code.
         sparsity: Share s in [0, 1] of the entries that are not perturbed; default 0.5. A number.
         drop_rate: Share d in [0, 1] of the perturbed entries that are exchanged, a number or a
             schedule; default 0.5. The authors' falls to 0:
