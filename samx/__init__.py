@@ -14,7 +14,16 @@ Every variant is an `optax.GradientTransformationExtraArgs` whose `update` takes
 closure, `value_fn=lambda params: ...`; most stand first in an `optax.chain`.
 """
 
-from samx import combinations, losses, mup, perturbations, policies, schedules, selection
+from samx import (
+    asynchronous,
+    combinations,
+    losses,
+    mup,
+    perturbations,
+    policies,
+    schedules,
+    selection,
+)
 from samx._base import check_closures, closure_transformation
 from samx._held import HeldBatch
 from samx._sharp import is_sharp_pass, value_and_grad_at
@@ -27,6 +36,7 @@ from samx.variants.adasam import adasam
 from samx.variants.ae_sam import ae_looksam, ae_sam
 from samx.variants.arsam import arsam
 from samx.variants.asam import asam
+from samx.variants.async_sam import async_sam
 from samx.variants.ausam import ausam
 from samx.variants.bisam import bisam
 from samx.variants.esam import esam
@@ -61,6 +71,7 @@ __all__ = [
     "ae_sam",
     "arsam",
     "asam",
+    "async_sam",
     "ausam",
     "bisam",
     "coupled_wsam",
@@ -90,6 +101,8 @@ __all__ = [
     "stable_sam",
     "vsam",
     "wsam",
+    # Asynchronous
+    "asynchronous",
     # Building blocks
     "closure_transformation",
     "combinations",

@@ -151,6 +151,12 @@ def own_value_and_grad(closure: Closure, params: optax.Params) -> tuple[Any, opt
     return value_and_grad(closure.devices.vary(params))
 
 
+def own_loss_and_grad(closure: Closure, params: optax.Params) -> tuple[jax.Array, optax.Updates]:
+    """The device's own loss and gradient; integers have gradients of zero."""
+    (loss, _), grads = own_value_and_grad(closure, params)
+    return loss, _tree.keep_floating(grads, params)
+
+
 def taken_anew(closure: Closure, params: optax.Params) -> tuple[dict[str, Any], Any]:
     """What `update` is told of the loss at `params`, and its aux, taken from it in one pass."""
     (own_value, own_aux), own_grad = own_value_and_grad(closure, params)

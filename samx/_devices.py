@@ -60,6 +60,10 @@ class Devices(NamedTuple):
         """The floating leaves as each device's own, so that gradients at them are its own too."""
         return _on_floating(partial(_vary, self.axes), tree)
 
+    def vary_all(self, tree: Any) -> Any:
+        """Every leaf as each device's own, integers too."""
+        return jax.tree.map(partial(_vary, self.axes), tree)
+
     def vary_left_out(self, tree: Any) -> Any:
         """The same along the axes that this mean leaves out."""
         left_out = tuple(axis for axis in self.own_axes if axis not in self.axes)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from samx import _tree
@@ -34,7 +35,46 @@ def with_pair_axis(devices: Devices, pair_sharding: Any) -> Devices:
     """The devices of both groups, where the axis of the groups is mapped."""
     if pair_sharding is None or not is_mapped(_spec(pair_sharding)[0]):
         return devices
-    return Devices((*devices.axes, _spec(pair_sharding)[0]))
+    return with_axis("sampa", "pair_sharding", devices, _spec(pair_sharding)[0])
+
+
+def with_axis(name: str, keyword: str, devices: Devices, axis: str) -> Devices:
+    """The devices of two groups along a mapped axis."""
+    if not is_mapped(axis):
+        raise ValueError(
+            f"{name}: `{keyword}` names the axis {axis!r}, which is not mapped here; call the step "
+            "inside jax.shard_map or jax.pmap with that axis"
+        )
+    _check_two(name, keyword, axis, jax.lax.axis_size(axis))
+    return Devices((*devices.axes, axis))
+
+
+def evaluate_roles(
+    first: Callable[[], Any],
+    second: Callable[[], Any],
+    shares: Sequence[Any],
+    *,
+    devices: Devices,
+    axis: str,
+) -> list[Any]:
+    """Two functions, one on each group along a mapped axis; means over all by their shares.
+
+    A branch has zeros in place of the other's results, of which it has no share.
+    """
+    role = jax.lax.axis_index(axis)
+    shapes = [jax.eval_shape(fn) for fn in (first, second)]
+
+    def only(i, fn):
+        def branch():
+            results = [optax.tree.zeros_like(shape) for shape in shapes]
+            results[i] = fn()
+            return devices.vary_all(results)
+
+        return branch
+
+    results = jax.lax.cond(role == 0, only(0, first), only(1, second))
+    shares = [jnp.where(role == i, share, 0.0) for i, share in enumerate(shares)]
+    return [devices.mean(r, share) for r, share in zip(results, shares, strict=True)]
 
 
 def evaluate_pair(
@@ -53,7 +93,6 @@ def evaluate_pair(
     elif axis not in devices.axes:
         results = _sharded(fn, pair, pair_sharding)
     else:
-        _check_two(axis, jax.lax.axis_size(axis))
         side = jax.lax.axis_index(axis)
         result = fn(*_tree.where(side == 0, *pair))
         results = [result, result]  # and the other group has no share in it
@@ -111,12 +150,10 @@ def _mesh(sharding: NamedSharding | PartitionSpec) -> Any:
             f"mesh has the axes {mesh.axis_names}. Call the step inside jax.shard_map or jax.pmap "
             "with that axis, under jax.set_mesh(mesh), or pass NamedSharding(mesh, P(axis))."
         )
-    _check_two(axis, mesh.shape[axis])
+    _check_two("sampa", "pair_sharding", axis, mesh.shape[axis])
     return mesh
 
 
-def _check_two(axis, size):
+def _check_two(name, keyword, axis, size):
     if size != 2:
-        raise ValueError(
-            f"sampa: the axis {axis!r} of `pair_sharding` must have size 2, got {size}"
-        )
+        raise ValueError(f"{name}: the axis {axis!r} of `{keyword}` must have size 2, got {size}")

@@ -1,0 +1,306 @@
+"""AsyncSAM on two devices: one takes descent gradients, the other ascent gradients meanwhile.
+
+One Python thread drives both: calls of compiled functions return before their results are there,
+and the devices wait for one another only where a result is needed. What the program of one device
+computes is `async_sam`, here as everywhere.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from samx._closures import batch_size
+from samx._hyper import check_count
+from samx.variants.async_sam import AsyncSAMState
+
+__all__ = ["AscentBatch", "PipelinedStep", "calibrate_ascent_batch", "pipelined"]
+
+
+class PipelinedStep(NamedTuple):
+    """Where a step of `pipelined` has come to; arrays, that may still be computed.
+
+    Attributes:
+        params: The parameters. The next step takes their memory, as it does that of `opt_state`:
+            copy what you keep.
+        opt_state: The state that the same step on one device leaves, ready for a checkpoint.
+        out: What `descend` returned besides.
+
+    Example:
+        >>> import jax.numpy as jnp, samx
+        >>> samx.asynchronous.PipelinedStep(jnp.ones(2), (), out=jnp.ones(())).out.shape
+        ()
+    """
+
+    params: Any
+    opt_state: Any
+    out: Any
+
+
+def pipelined(
+    descend: Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]],
+    ascend: Callable[[Any, Any], Any],
+    params: Any,
+    opt_state: Any,
+    batches: Iterable[tuple[Any, Any]],
+    *,
+    descent_device: jax.Device,
+    ascent_device: jax.Device,
+) -> Iterator[PipelinedStep]:
+    """Train with `async_sam` on two devices, such as a GPU and the CPU beside it.
+
+        for batch, ascent_batch in batches:
+            a = ascend(params, ascent_batch)                               on `ascent_device`
+            params, opt_state, out = descend(params, opt_state, batch, ·)  on `descent_device`
+            a goes into opt_state, to be climbed in the next step
+
+    The numbers are those of `async_sam` with the same ascent gradients on one device.
+
+    Args:
+        descend: `(params, opt_state, batch, ascent_grad) -> (params, opt_state, out)`: your step,
+            which hands `ascent_grad` to `tx.update` as the incoming gradient. It is compiled here;
+            `tx` has an `async_sam` in it, and no `ascent_fn` is passed.
+        ascend: `(params, ascent_batch) -> gradient`, `jax.grad` of your mean loss. It is compiled
+            here.
+        params: The parameters; they are copied.
+        opt_state: `tx.init(params)`, or of a checkpoint; it is copied.
+        batches: Pairs of a batch and its ascent batch, pytrees of host or device arrays. The next
+            pair is fetched and sent to both devices while a step is computed.
+        descent_device: The faster device.
+        ascent_device: The other one.
+
+    Returns:
+        An iterator of `PipelinedStep`s, one for each pair.
+
+    Raises:
+        ValueError: If `opt_state` holds no state of `async_sam`, several, or one inside another
+            transformation of samx, which would read the incoming gradient too.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, samx
+        >>> loss = lambda w, x: ((x @ w) ** 2).mean()
+        >>> tx = optax.chain(samx.async_sam(rho=0.1), optax.sgd(0.1))
+        >>> def descend(w, state, x, ascent_grad):
+        ...     updates, state = tx.update(ascent_grad, state, w, value_fn=lambda w: loss(w, x))
+        ...     return optax.apply_updates(w, updates), state, optax.tree.get(state, "sharp_loss")
+        >>> fast, slow = jax.devices()[0], jax.devices("cpu")[-1]
+        >>> w, x = jnp.ones(2), jnp.eye(4, 2)
+        >>> steps = samx.asynchronous.pipelined(
+        ...     descend, jax.grad(loss), w, tx.init(w), [(x, x[:2])] * 3,
+        ...     descent_device=fast, ascent_device=slow)
+        >>> [round(float(step.out), 3) for step in steps]
+        [0.5, 0.521, 0.47]
+
+    References:
+        Jo, Lim, Lee, "Asynchronous Sharpness-Aware Minimization For Fast and Accurate Deep
+        Learning", 2025, https://arxiv.org/abs/2503.11147
+
+    Notes:
+        Cost per step: one gradient on each device, and two copies of the parameters between them.
+        It takes the time of the slower of the two, see `calibrate_ascent_batch`. Reading a result
+        of a step (`float(step.out)`) waits for that step, which costs little; reading between the
+        halves of a step, or host callbacks inside them, would end the overlap. On one device both
+        run in turn. With a GPU, jax sees the CPU if JAX_PLATFORMS is `cuda,cpu` or not set.
+    """
+    descend = jax.jit(_with_held_ascent(descend), donate_argnums=(0, 1))
+    ascend = jax.jit(ascend)
+    # Whoever drives us must not lose what they hold to donation.
+    params, opt_state = jax.device_put((params, opt_state), descent_device, may_alias=False)
+    is_first = int(_held(opt_state).step) == 0
+
+    def steps(params, opt_state, is_first):
+        def sent():
+            for batch, ascent_batch in batches:
+                yield (
+                    jax.device_put(batch, descent_device),
+                    jax.device_put(ascent_batch, ascent_device),
+                )
+
+        pairs = sent()
+        pair = next(pairs, None)
+        while pair is not None:
+            batch, ascent_batch = pair
+            a = ascend(jax.device_put(params, ascent_device), ascent_batch)
+            a = jax.device_put(a, descent_device)
+            if is_first:  # the only step that may climb its own; and the only one that waits
+                opt_state, is_first = _hold(opt_state, jax.tree.map(_copy, a)), False
+            params, opt_state, out = descend(params, opt_state, batch)
+            opt_state = _hold(opt_state, a)
+            pair = next(pairs, None)
+            yield PipelinedStep(params, opt_state, out)
+
+    return steps(params, opt_state, is_first)
+
+
+class AscentBatch(NamedTuple):
+    """What `calibrate_ascent_batch` decided, and what it measured.
+
+    Attributes:
+        size: The ascent batch size b′ to use.
+        is_hidden: Whether an ascent gradient of that size takes no longer than a descent gradient;
+            False only if even the smallest takes longer.
+        descent_seconds: Of a descent gradient of the whole batch, median.
+        ascent_seconds: For each size that was tried, seconds of the ascent gradient with both
+            copies, median.
+        copy_seconds: Of the two copies alone, median.
+
+    Example:
+        >>> from samx.asynchronous import AscentBatch
+        >>> AscentBatch(8, True, 0.010, {8: 0.009, 16: 0.017}, copy_seconds=0.002).size
+        8
+    """
+
+    size: int
+    is_hidden: bool
+    descent_seconds: float
+    ascent_seconds: dict[int, float]
+    copy_seconds: float
+
+
+def calibrate_ascent_batch(
+    grad_fn: Callable[[Any, Any], Any],
+    params: Any,
+    batch: Any,
+    *,
+    descent_device: jax.Device,
+    ascent_device: jax.Device,
+    multiple: int = 8,
+    repeats: int = 5,
+) -> AscentBatch:
+    """The largest ascent batch whose gradient is ready when the descent gradient is.
+
+        b′ = max { k = multiple, 2·multiple, ..., b :  t_copy + t_ascent(k) ≤ t_descent(b) }
+
+    Times are measured once, each device on its own, after compilation. Shapes are fixed in a
+    compiled step: call it before training, not during it.
+
+    Args:
+        grad_fn: `(params, batch) -> gradient`, `jax.grad` of your mean loss.
+        params: The parameters.
+        batch: A batch of the size b that the descent takes, any pytree with leading axis b.
+        descent_device: The faster device.
+        ascent_device: The other one.
+        multiple: Sizes are multiples of it, or b itself; default 8.
+        repeats: Measurements of each size, of which the median counts; default 5.
+
+    Returns:
+        An `AscentBatch`, with the decision and the measurements.
+
+    Raises:
+        ValueError: If the leaves of `batch` differ in length, or a count is below 1.
+        TypeError: If `multiple` or `repeats` is not a Python int.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, samx
+        >>> grad_fn = jax.grad(lambda w, x: ((x @ w) ** 2).mean())
+        >>> device = jax.devices()[0]
+        >>> found = samx.asynchronous.calibrate_ascent_batch(
+        ...     grad_fn, jnp.ones(4), jnp.ones((24, 4)), descent_device=device, ascent_device=device)
+        >>> found.size in (8, 16, 24)
+        True
+
+    References:
+        Jo, Lim, Lee, 2025, https://arxiv.org/abs/2503.11147, whose ascent batch is "system-aware";
+        the procedure is ours.
+
+    Notes:
+        Sizes are halved in on: about log₂(b / multiple) of them are compiled, and each runs
+        `repeats` times. That a device slows down while the other works is not seen.
+    """
+    check_count("multiple", multiple)
+    check_count("repeats", repeats)
+    whole = batch_size("calibrate_ascent_batch", batch)
+    sizes = [*range(multiple, whole, multiple), whole]
+    gradient = jax.jit(grad_fn)
+    on_descent = jax.device_put(params, descent_device)
+
+    def there_and_back(fn):
+        there = jax.device_put(on_descent, ascent_device)
+        return jax.device_put(fn(there), descent_device)
+
+    def ascent(size):
+        part = jax.device_put(jax.tree.map(lambda x: x[:size], batch), ascent_device)
+        return _median_seconds(lambda: there_and_back(lambda p: gradient(p, part)), repeats)
+
+    batch_there = jax.device_put(batch, descent_device)
+    descent_seconds = _median_seconds(lambda: gradient(on_descent, batch_there), repeats)
+    copy_seconds = _median_seconds(lambda: there_and_back(lambda p: p), repeats)
+    ascent_seconds = {}
+    low, high = 0, len(sizes)  # sizes below `low` are hidden, those from `high` on are not
+    while low < high:
+        middle = (low + high) // 2
+        seconds = ascent_seconds[sizes[middle]] = ascent(sizes[middle])
+        low, high = (middle + 1, high) if seconds <= descent_seconds else (low, middle)
+    chosen = sizes[max(low - 1, 0)]
+    return AscentBatch(
+        chosen, low > 0, descent_seconds, dict(sorted(ascent_seconds.items())), copy_seconds
+    )
+
+
+def _median_seconds(fn, repeats):
+    jax.block_until_ready(fn())  # compiles
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(fn())
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
+
+
+def _copy(x):
+    return x + 0
+
+
+def _with_held_ascent(descend):
+    """The step, with the gradient in the state as the incoming one.
+
+    `async_sam` reads the incoming gradient in its first step only, where the state holds that of
+    the same step; in all others it would only go into the state, where `pipelined` replaces it.
+    """
+
+    def step(params, opt_state, batch):
+        return descend(params, opt_state, batch, _held(opt_state).ascent_grad)
+
+    return step
+
+
+def _is_held(node):
+    return isinstance(node, AsyncSAMState)
+
+
+def _held(opt_state: Any) -> AsyncSAMState:
+    """The one state of `async_sam` inside an optimizer's."""
+    nodes = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_held)[0]
+    found = [(path, node) for path, node in nodes if _is_held(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"pipelined: `opt_state` must hold one state of async_sam, found {len(found)}; build "
+            "the optimizer as optax.chain(samx.async_sam(...), base)"
+        )
+    path, node = found[0]
+    outer = opt_state
+    for key in path:
+        if type(outer).__module__.startswith("samx."):
+            raise ValueError(
+                f"pipelined: async_sam stands inside another transformation of samx "
+                f"({type(outer).__name__}), which would read a gradient that is a step old"
+            )
+        outer = _child(outer, key)
+    return node
+
+
+def _child(node, key):
+    if isinstance(key, jax.tree_util.GetAttrKey):
+        return getattr(node, key.name)
+    return node[getattr(key, "key", getattr(key, "idx", None))]
+
+
+def _hold(opt_state: Any, a: Any) -> Any:
+    """The same with another ascent gradient in the state of `async_sam`."""
+    return jax.tree.map(
+        lambda node: node._replace(ascent_grad=a) if _is_held(node) else node,
+        opt_state,
+        is_leaf=_is_held,
+    )

@@ -1,0 +1,199 @@
+"""AsyncSAM: climb the gradient of the step before, which another device computed meanwhile.
+
+Jo, Lim, Lee. "Asynchronous Sharpness-Aware Minimization For Fast and Accurate Deep Learning", 2025.
+https://arxiv.org/abs/2503.11147
+"""
+
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx import _tree
+from samx._base import closure_transformation
+from samx._climb import Default, ball_of, own_gradients
+from samx._closures import Closure, own_loss_and_grad, taken_anew
+from samx._held import first_aux, kept_aux
+from samx._hyper import check_share, next_step
+from samx._pairs import evaluate_roles, with_axis
+from samx._sharp import perturbed, value_and_grad_at
+from samx.readings import UNKNOWN, Readings, no_readings, take_readings
+
+
+class AsyncSAMState(NamedTuple):
+    """State of `async_sam`.
+
+    Attributes:
+        step: int32, optimizer steps so far.
+        ascent_grad: The ascent gradient of the last step, shaped like the parameters: the next step
+            climbs it.
+        perturbation: State of the perturbation.
+        aux: The aux of the descent pass, shaped like `aux_like`.
+        readings: What the last step saw.
+    """
+
+    step: jax.Array
+    ascent_grad: optax.Updates
+    perturbation: optax.OptState
+    aux: Any
+    readings: Readings
+
+
+def async_sam(
+    rho: optax.ScalarOrSchedule = Default(0.05),
+    *,
+    first: Literal["plain", "sam"] = "plain",
+    ascent_share: float = 1.0,
+    role_axis: str | None = None,
+    aux_like: Any = None,
+    perturbation: optax.GradientTransformation | None = None,
+    perturb_dtype: Any = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """Asynchronous SAM: both gradients of a step at known points, so that neither waits.
+
+        ε   = ρ a / ‖a‖                       (a: ascent gradient of the step before, at its w)
+        g_s = ∇L(w + ε)                       (descent, the whole batch)
+        a   = ∇L_ascent(w)                    (meanwhile, for the next step; a smaller batch)
+        return g_s
+
+    `a` starts at 0, so that the first step is the base's own; with `first="sam"` it climbs its own
+    ascent gradient, as SAM does. An `a` that is zero or not finite means no perturbation.
+
+    Args:
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
+            optimizer's steps; default 0.05, SAM's: the paper's was not readable.
+        first: "plain", the default, or "sam": what the first step is.
+        ascent_share: What a gradient of `ascent_fn` costs in gradients of `value_fn`, b′/b for a
+            batch of b′ of the b examples; default 1. For the reading `gradients_spent` alone.
+        role_axis: A mapped axis of size 2 of `jax.shard_map` or `jax.pmap`, in one program for
+            devices of a kind: those with index 0 take the descent gradient, those with index 1 the
+            ascent gradient. The batch is not spread over it, but may be over other axes, inside
+            `data_parallel`. Default: one device takes both.
+        aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `value_fn`. The state
+            then holds the aux of the descent pass (BatchNorm statistics, say), to be read with
+            `optax.tree.get(state, "aux")`, and before the first step these arrays, or zeros;
+            default none, aux is dropped.
+        perturbation: Another geometry in place of the ball; then leave `rho` out.
+        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
+        `value_fn` (or `losses_fn` and `batch`). The ascent gradient is that of `ascent_fn`, if
+        given; otherwise the incoming one (of `value_fn`, with a `role_axis`).
+
+    Raises:
+        ValueError: If `rho` is negative or given together with `perturbation`, `first` unknown, or
+            `ascent_share` outside (0, 1]; in `update`, if `role_axis` is not mapped or not of size
+            2, aux differs in shape from `aux_like`, and as `closure_transformation` says.
+        TypeError: If `rho` or `ascent_share` is no number, or `role_axis` no name.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx
+        >>> tx = optax.chain(samx.async_sam(rho=0.1, ascent_share=0.5), optax.sgd(0.5))
+        >>> x, w = jnp.eye(2), jnp.array([3.0, 4.0])
+        >>> loss = lambda w, x: ((x @ w) ** 2).sum() / 2
+        >>> state = tx.init(w)
+        >>> for _ in range(2):
+        ...     updates, state = tx.update(
+        ...         w, state, w, value_fn=lambda w: loss(w, x), ascent_fn=lambda w: loss(w, x[:1]))
+        ...     print([round(float(u), 3) for u in updates])
+        ...     w = optax.apply_updates(w, updates)
+        [-1.5, -2.0]
+        [-0.8, -1.0]
+
+    References:
+        Jo, Lim, Lee, "Asynchronous Sharpness-Aware Minimization For Fast and Accurate Deep
+        Learning", 2025, https://arxiv.org/abs/2503.11147
+
+    Notes:
+        `rho=0` is the base optimizer. Cost: 2 gradients per step (1 + b′/b) that do not wait for
+        each other, and one more copy of the parameters in the state. On one device that is SAM's
+        time: it is meant for two, see `samx.asynchronous.pipelined` and `role_axis`, where a step
+        takes the time of the descent alone. With a `role_axis` one all-reduce of 2P exchanges the
+        gradients. `ascent` of `data_parallel` means nothing here: what is climbed has been
+        averaged a step ago.
+        Readings: `grad_norm` is that of the gradient climbed, and `loss` the ascent loss at w: that
+        of `ascent_fn`, of its examples only; without one, the caller's.
+        Fidelity: **partly reconstructed**, there is no public code. A delay of one step, a fresh
+        descent gradient and a smaller ascent batch on the slower device are the paper's. The global
+        norm, the first step, that the ascent batch is a part of the descent batch, and ρ are
+        inferred. Matches an independent loop of that reading.
+        `static_args`: `first`, `ascent_share`, `role_axis`, `aux_like`, `perturbation`,
+        `perturb_dtype`; `rho` too where `perturbation` is given.
+    """
+    if first not in ("plain", "sam"):
+        raise ValueError(f"async_sam: `first` must be 'plain' or 'sam', got {first!r}")
+    check_share("ascent_share", ascent_share)
+    if role_axis is not None and not isinstance(role_axis, str):
+        raise TypeError(f"async_sam: `role_axis` must be the name of an axis, got {role_axis!r}")
+    ball = ball_of("async_sam", rho, perturbation)
+
+    def init_fn(params):
+        return AsyncSAMState(
+            step=jnp.zeros((), jnp.int32),
+            ascent_grad=optax.tree.zeros_like(params),
+            perturbation=ball.init(params),
+            aux=first_aux(aux_like),
+            readings=no_readings(params),
+        )
+
+    def update_fn(g, state, params, *, value_fn, ascent_fn=None, value=UNKNOWN, **extra):
+        is_first = state.step == 0
+        ascent = ascent_fn or value_fn
+
+        def descend(closure, params):
+            return value_and_grad_at(
+                closure, params, eps, has_aux=True, perturb_dtype=perturb_dtype
+            )
+
+        def ascend():
+            if ascent_fn is None and role_axis is None:
+                return value, g
+            taken, _ = taken_anew(ascent, params)
+            return taken["value"], taken["grad"]
+
+        loss, a = ascend() if role_axis is None else (None, None)
+        climbed = state.ascent_grad
+        if first == "sam":
+            now = ascend if role_axis else lambda: (loss, a)
+            climbed = jax.lax.cond(is_first, lambda: now()[1], lambda: state.ascent_grad)
+        is_known = jnp.isfinite(_tree.norm(climbed)) & (~is_first | (first == "sam"))
+        nothing = optax.tree.zeros_like(climbed)
+        climbed = _tree.where(is_known, climbed, nothing)
+        keywords = extra | {"value_fn": value_fn, "ascent_fn": ascent}
+        eps, ball_state = ball.update(climbed, state.perturbation, params, **keywords)
+        eps = _tree.where(is_known, eps, nothing)
+
+        if role_axis is None:
+            (sharp_loss, aux), g_s = descend(value_fn, params)
+        else:
+            everyone = with_axis("async_sam", "role_axis", value_fn.devices, role_axis)
+            ((sharp_loss, aux), g_s), (loss, a) = evaluate_roles(
+                lambda: descend(value_fn.own, everyone.vary(params)),
+                lambda: own_loss_and_grad(Closure(ascent.own, everyone), params),
+                [closure.devices.share(closure.weights) for closure in (value_fn, ascent)],
+                devices=everyone,
+                axis=role_axis,
+            )
+
+        readings = take_readings(
+            state.readings,
+            loss=loss,
+            sharp_loss=sharp_loss,
+            g=climbed,
+            g_s=g_s,
+            params=params,
+            point=perturbed(params, eps, perturb_dtype),
+            gradients=1 + ascent_share + own_gradients(ball_state),
+        )
+        return g_s, AsyncSAMState(
+            step=next_step(state.step),
+            ascent_grad=a,
+            perturbation=ball_state,
+            aux=kept_aux("async_sam", aux, aux_like, state.aux),
+            readings=readings,
+        )
+
+    return closure_transformation(init_fn, update_fn, name="async_sam")
