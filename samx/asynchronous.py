@@ -46,8 +46,8 @@ def pipelined(
     opt_state: Any,
     batches: Iterable[tuple[Any, Any]],
     *,
-    descent_device: jax.Device,
-    ascent_device: jax.Device,
+    descent_device: Any,
+    ascent_device: Any,
 ) -> Iterator[PipelinedStep]:
     """Train with `async_sam` on two devices, such as a GPU and the CPU beside it.
 
@@ -164,8 +164,8 @@ def calibrate_ascent_batch(
     params: Any,
     batch: Any,
     *,
-    descent_device: jax.Device,
-    ascent_device: jax.Device,
+    descent_device: Any,
+    ascent_device: Any,
     multiple: int = 8,
     repeats: int = 5,
 ) -> AscentBatch:
@@ -197,7 +197,8 @@ def calibrate_ascent_batch(
         >>> grad_fn = jax.grad(lambda w, x: ((x @ w) ** 2).mean())
         >>> device = jax.devices()[0]
         >>> found = samx.asynchronous.calibrate_ascent_batch(
-        ...     grad_fn, jnp.ones(4), jnp.ones((24, 4)), descent_device=device, ascent_device=device)
+        ...     grad_fn, jnp.ones(4), jnp.ones((24, 4)), descent_device=device,
+        ...     ascent_device=device)
         >>> found.size in (8, 16, 24)
         True
 

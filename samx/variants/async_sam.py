@@ -4,7 +4,6 @@ Jo, Lim, Lee. "Asynchronous Sharpness-Aware Minimization For Fast and Accurate D
 https://arxiv.org/abs/2503.11147
 """
 
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -143,22 +142,20 @@ def async_sam(
         is_first = state.step == 0
         ascent = ascent_fn or value_fn
 
-        def descend(closure, params):
-            return value_and_grad_at(
-                closure, params, eps, has_aux=True, perturb_dtype=perturb_dtype
-            )
-
         def ascend():
             if ascent_fn is None and role_axis is None:
                 return value, g
             taken, _ = taken_anew(ascent, params)
             return taken["value"], taken["grad"]
 
-        loss, a = ascend() if role_axis is None else (None, None)
+        def descend(closure, params):
+            return value_and_grad_at(
+                closure, params, eps, has_aux=True, perturb_dtype=perturb_dtype
+            )
+
         climbed = state.ascent_grad
         if first == "sam":
-            now = ascend if role_axis else lambda: (loss, a)
-            climbed = jax.lax.cond(is_first, lambda: now()[1], lambda: state.ascent_grad)
+            climbed = jax.lax.cond(is_first, lambda: ascend()[1], lambda: state.ascent_grad)
         is_known = jnp.isfinite(_tree.norm(climbed)) & (~is_first | (first == "sam"))
         nothing = optax.tree.zeros_like(climbed)
         climbed = _tree.where(is_known, climbed, nothing)
@@ -167,6 +164,7 @@ def async_sam(
         eps = _tree.where(is_known, eps, nothing)
 
         if role_axis is None:
+            loss, a = ascend()
             (sharp_loss, aux), g_s = descend(value_fn, params)
         else:
             everyone = with_axis("async_sam", "role_axis", value_fn.devices, role_axis)
