@@ -1,0 +1,33 @@
+"""Asynchronous elastic averaging: LSAM, with plain gradients EASGD.
+
+rule        `Rule`, `exchange`, `pulled`: how workers and center pull at each other
+worker      `Worker`: your step, with any variant and base, and a stream of batches
+simulation  `Simulation` moved by `timeline` or `in_order`: deterministic, the reference
+engines     `train` with `Threads` or `Ray`: real parallel resources
+checkpoint  `Checkpoint`, `Progress`, `Trained`
+"""
+
+from samx.elastic._center import CenterLost, WorkerRecord
+from samx.elastic._rule import Rule, exchange, pulled
+from samx.elastic._simulation import Event, Simulation, in_order, timeline
+from samx.elastic._training import Checkpoint, Engine, Progress, Threads, Trained, train
+from samx.elastic._worker import Worker
+
+__all__ = [
+    "CenterLost",
+    "Checkpoint",
+    "Engine",
+    "Event",
+    "Progress",
+    "Rule",
+    "Simulation",
+    "Threads",
+    "Trained",
+    "Worker",
+    "WorkerRecord",
+    "exchange",
+    "in_order",
+    "pulled",
+    "timeline",
+    "train",
+]

@@ -1,0 +1,166 @@
+"""The arithmetic of elastic averaging, for trees of arrays, without workers or time."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from samx import _tree
+from samx._hyper import check_count, check_number
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How workers and center pull at each other: Python numbers, fixed for a training.
+
+        α = beta / num_workers
+        "elastic"    d = α (w − z),   z += d,   w −= d          every `period` local steps
+        "gaussian"   z += α (w − x),  x = w = z + deviation · N(0, I)
+
+    z is the center, w a worker's parameters, x where it began after its last exchange.
+
+    Attributes:
+        beta: Share in [0, 1] of the distance to the mean of its workers that the center moves when
+            each has exchanged once; default 0.9, of the authors' launcher of EASGD.
+        period: Local steps τ ≥ 1 between two exchanges of a worker; default 4.
+        smoothing: "elastic", the default: the workers are samples around the center, whose variance
+            is η τ / α for a learning rate η. "gaussian": they begin at samples of a Gaussian around
+            it, and what their steps have added goes to the center.
+        deviation: Standard deviation ≥ 0 of that Gaussian; "gaussian" only, default 0.
+        leader: Share in [0, 1) of the distance to the leader, the worker whose losses since its
+            last exchange were smallest, that each worker moves on an exchange; "elastic" only,
+            default 0.
+
+    Example:
+        >>> from samx import elastic
+        >>> elastic.Rule(beta=0.9, period=16).weight(num_workers=4)
+        0.225
+    """
+
+    beta: float = 0.9
+    period: int = 4
+    smoothing: Literal["elastic", "gaussian"] = "elastic"
+    deviation: float = 0.0
+    leader: float = 0.0
+
+    def __post_init__(self):
+        for name, high in (("beta", 1.0), ("leader", 1.0), ("deviation", float("inf"))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"Rule: `{name}` must be a number, got {value!r}")
+            check_number(name, value, 0, high)
+        check_count("period", self.period)
+        if self.smoothing not in ("elastic", "gaussian"):
+            raise ValueError(
+                f"Rule: `smoothing` must be 'elastic' or 'gaussian', got {self.smoothing!r}"
+            )
+        if self.leader == 1:
+            raise ValueError("Rule: `leader` must be below 1, got 1")
+        if self.smoothing == "elastic" and self.deviation:
+            raise ValueError("Rule: `deviation` belongs to smoothing='gaussian'")
+        if self.smoothing == "gaussian" and self.leader:
+            raise ValueError("Rule: `leader` belongs to smoothing='elastic'")
+
+    def weight(self, num_workers: int) -> float:
+        """The share α of a distance that one exchange moves the center."""
+        return self.beta / num_workers
+
+
+@partial(jax.jit, static_argnames="weight")
+def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
+    """Center and worker move towards each other, as much the one as the other.
+
+        d = weight · (params − center)
+        return center + d, d                      (the worker's part: params − d, see `pulled`)
+
+    Args:
+        center: The center z, a pytree.
+        params: The worker's parameters w, shaped like it.
+        weight: The share α of the distance, a Python number; see `Rule.weight`.
+
+    Returns:
+        The new center, and the move d in the dtypes of `params`; integers stay.
+
+    Raises:
+        ValueError: If the trees differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx import elastic
+        >>> center, move = elastic.exchange(jnp.zeros(2), jnp.array([1.0, 2.0]), weight=0.5)
+        >>> center.tolist(), elastic.pulled(jnp.array([1.0, 2.0]), move).tolist()
+        ([0.5, 1.0], [0.5, 1.0])
+
+    References:
+        Zhang, Choromanska, LeCun, "Deep Learning with Elastic Averaging SGD", NeurIPS 2015,
+        https://arxiv.org/abs/1412.6651
+
+    Notes:
+        The sum of the center and all workers' parameters stays what it is. Cost: one pass over the
+        parameters.
+    """
+    move = jax.tree.map(
+        lambda w, z: (
+            (weight * (_tree.widen(w) - _tree.widen(z))).astype(w.dtype)
+            if _tree.is_inexact(w)
+            else jnp.zeros_like(w)
+        ),
+        params,
+        center,
+    )
+    return jax.tree.map(lambda z, d: (z + d).astype(z.dtype), center, move), move
+
+
+@jax.jit
+def pulled(params: Any, move: Any) -> Any:
+    """The worker's part of an exchange, `params − move`.
+
+        w = w − d
+
+    A worker may take local steps between `exchange` and this: then the center answers while it
+    computes.
+
+    Args:
+        params: The worker's parameters w.
+        move: The move d of `exchange`.
+
+    Returns:
+        The parameters in their dtypes.
+
+    Raises:
+        ValueError: If the trees differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx import elastic
+        >>> elastic.pulled(jnp.array([1.0, 2.0]), jnp.array([0.5, 1.0])).tolist()
+        [0.5, 1.0]
+
+    References:
+        Zhang, Choromanska, LeCun, NeurIPS 2015, https://arxiv.org/abs/1412.6651, whose code takes
+        one local step in between.
+
+    Notes:
+        Cost: one pass over the parameters.
+    """
+    return jax.tree.map(lambda w, d: (w - d).astype(w.dtype), params, move)
+
+
+@partial(jax.jit, static_argnames="deviation")
+def scattered(params: Any, key: jax.Array, deviation: float) -> Any:
+    """A sample of the Gaussian around `params`; integers stay."""
+    if not deviation:
+        return params
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+
+    def draw(w, key):
+        noise = deviation * jax.random.normal(key, w.shape, jnp.promote_types(w.dtype, jnp.float32))
+        return (w + noise).astype(w.dtype)
+
+    return jax.tree.unflatten(
+        treedef,
+        [draw(w, k) if _tree.is_inexact(w) else w for w, k in zip(leaves, keys, strict=True)],
+    )

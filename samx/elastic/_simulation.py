@@ -1,0 +1,313 @@
+"""Elastic averaging on a clock that is simulated: deterministic, the reference for every engine."""
+
+import heapq
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from samx._hyper import check_count, check_number
+from samx.elastic._center import check_staleness, may_exchange
+from samx.elastic._rule import Rule, exchange, pulled
+from samx.elastic._worker import Local, Worker, copied
+
+
+class Event(NamedTuple):
+    """Something that happens to a worker.
+
+    Attributes:
+        time: When, in seconds.
+        worker: To whom.
+        kind: "join" starts at the center; "begin" a local step, and sends the parameters if an
+            exchange is due; "exchange" reaches the center; "finish" ends the step, with the
+            exchange taken off; "die" ends the worker.
+        staleness: Of an exchange: how many of others there were since the worker's last.
+
+    Example:
+        >>> from samx import elastic
+        >>> [event.kind for event in elastic.in_order([0], period=4)]
+        ['begin', 'exchange', 'finish']
+    """
+
+    time: float
+    worker: int
+    kind: Literal["join", "begin", "exchange", "finish", "die"]
+    staleness: int = 0
+
+
+class Simulation:
+    """Workers and a center, moved by events.
+
+    Attributes:
+        center: The center z, a tree like the parameters.
+        workers: What each worker has come to: `params`, `opt_state` and `steps`.
+        exchanges: Exchanges so far.
+
+    Example:
+        Two workers, the second twice as fast:
+
+        >>> import itertools, jax, jax.numpy as jnp, optax, samx
+        >>> from samx import elastic
+        >>> tx = optax.chain(samx.sam(rho=0.05), optax.sgd(0.1))
+        >>> def step(w, state, x):
+        ...     value_fn = lambda w: ((w - x) ** 2).sum()
+        ...     value, grads = jax.value_and_grad(value_fn)(w)
+        ...     updates, state = tx.update(grads, state, w, value=value, value_fn=value_fn)
+        ...     return optax.apply_updates(w, updates), state, value
+        >>> batches = lambda n: itertools.repeat(jnp.ones(2))
+        >>> worker = elastic.Worker(jnp.zeros(2), tx.init, step, batches)
+        >>> simulation = elastic.Simulation([worker] * 2, jnp.zeros(2), elastic.Rule(period=2))
+        >>> for event in elastic.timeline([1.0, 0.5], period=2, num_exchanges=12):
+        ...     simulation.apply(event)
+        >>> [local.steps for local in simulation.workers], simulation.exchanges
+        ([8, 16], 12)
+    """
+
+    def __init__(self, workers: Sequence[Worker], center: Any, rule: Rule):
+        self.rule, self.center, self.exchanges = rule, center, 0
+        self.workers = [Local(worker, rule, i, center) for i, worker in enumerate(workers)]
+        self._weight = rule.weight(len(workers))
+        self._sent, self._moves = {}, {}  # of workers between two events
+        self._leader, self._losses = center, {}
+        self._counts = [0] * len(workers)
+
+    def apply(self, event: Event) -> None:
+        """Let it happen.
+
+        Args:
+            event: One of `timeline` or `in_order`, or your own.
+
+        Raises:
+            ValueError: If there is no such worker, or kind of event.
+        """
+        happen = {
+            "join": self._join,
+            "begin": self._begin,
+            "exchange": self._exchange,
+            "finish": self._finish,
+            "die": self._die,
+        }
+        if event.kind not in happen or not 0 <= event.worker < len(self.workers):
+            raise ValueError(
+                f"Simulation: `event` must be one of {list(happen)}, of one of "
+                f"{len(self.workers)} workers, got {event}"
+            )
+        happen[event.kind](event.worker)
+
+    def _join(self, i: int) -> None:
+        steps = self._counts[i] * self.rule.period
+        self.workers[i] = Local(self.workers[i].worker, self.rule, i, self.center, steps)
+
+    def _begin(self, i: int) -> None:
+        if self.workers[i].is_due:
+            self._sent[i] = copied(self.workers[i].params)
+
+    def _exchange(self, i: int) -> None:
+        local, sent = self.workers[i], self._sent.pop(i)
+        self.exchanges += 1
+        self._counts[i] += 1
+        if self.rule.smoothing == "gaussian":
+            added = pulled(sent, local.start)
+            self.center = pulled(self.center, jax.tree.map(lambda d: -self._weight * d, added))
+            local.begin_at(self.center)
+            return
+        self.center, move = exchange(self.center, sent, self._weight)
+        if self.rule.leader:
+            self._losses[i] = local.mean_loss()
+            if self._losses[i] <= min(self._losses.values()):
+                self._leader = sent
+            _, to_leader = exchange(self._leader, sent, self.rule.leader)
+            move = jax.tree.map(jnp.add, move, to_leader)
+        self._moves[i] = move
+
+    def _finish(self, i: int) -> None:
+        local = self.workers[i]
+        local.step()
+        if i in self._moves:
+            local.params = pulled(local.params, self._moves.pop(i))
+
+    def _die(self, i: int) -> None:
+        for of_workers in (self._sent, self._moves, self._losses):
+            of_workers.pop(i, None)
+
+
+def in_order(order: Iterable[int], period: int) -> Iterator[Event]:
+    """Events of local steps one after the other, each with its exchange if one is due.
+
+        for i in order:  begin, exchange (every `period` steps of i), finish
+
+    Args:
+        order: Whose turn it is, for each local step.
+        period: Local steps between two exchanges of a worker, as in `Rule`.
+
+    Returns:
+        An iterator of `Event`s, for `Simulation.apply`; times count the steps.
+
+    Raises:
+        ValueError: If `period` is below 1.
+        TypeError: If `period` is not a Python int.
+
+    Example:
+        >>> from samx import elastic
+        >>> [(event.worker, event.kind) for event in elastic.in_order([0, 1, 1], period=2)]
+        ... # doctest: +NORMALIZE_WHITESPACE
+        [(0, 'begin'), (0, 'exchange'), (0, 'finish'), (1, 'begin'), (1, 'exchange'),
+         (1, 'finish'), (1, 'begin'), (1, 'finish')]
+
+    References:
+        `sixin-zh/mpiT`, whose recorded runs go by rounds.
+
+    Notes:
+        Cost: none.
+    """
+    check_count("period", period)
+    steps, last, version = {}, {}, 0
+    for time, i in enumerate(order):
+        yield Event(time, i, "begin")
+        if steps.get(i, 0) % period == 0:
+            yield Event(time, i, "exchange", version - last.get(i, version))
+            version += 1
+            last[i] = version
+        yield Event(time, i, "finish")
+        steps[i] = steps.get(i, 0) + 1
+
+
+def timeline(
+    seconds_per_step: Sequence[float],
+    *,
+    period: int,
+    num_exchanges: int,
+    latency: float = 0.0,
+    max_staleness: int | None = None,
+    changes: Sequence[tuple[float, int, Literal["die", "join"]]] = (),
+    drops: Collection[tuple[int, int]] = (),
+    overlap: bool = True,
+) -> Iterator[Event]:
+    """What happens to workers of different speeds, in the order of time.
+
+        a local step takes seconds_per_step[i]
+        an exchange reaches the center after `latency`, its reply the worker after another
+        a step that begins with an exchange ends when both have ended
+
+    Args:
+        seconds_per_step: Of each worker; their number is that of the workers.
+        period: Local steps between two exchanges of a worker, as in `Rule`.
+        num_exchanges: Exchanges in all; a worker that would begin a further one ends.
+        latency: Seconds ≥ 0 from a worker to the center, and back; default 0.
+        max_staleness: Bound on the exchanges of others between two of a worker: those who are ahead
+            wait; at least the number of workers − 1. Default none.
+        changes: Workers that die, or join at the center, as (seconds, worker, "die" or "join"); a
+            worker whose first change is to join is not there before. Default none.
+        drops: Exchanges that are lost on the way, as (worker, number of its exchange from 0).
+        overlap: Whether the step goes on while the exchange is under way; False for "gaussian".
+
+    Returns:
+        An iterator of `Event`s, for `Simulation.apply`; at equal times by the number of the worker.
+
+    Raises:
+        ValueError: If a number is out of its range, or names no worker.
+        TypeError: If a count is not a Python int.
+
+    Example:
+        Gradients per second of four workers, one four times slower:
+
+        >>> from samx import elastic
+        >>> events = elastic.timeline([1, 1, 1, 4], period=4, num_exchanges=400, latency=0.1)
+        >>> times = [event.time for event in events if event.kind == "finish"]
+        >>> round(len(times) / times[-1], 2)
+        3.23
+
+    References:
+        Liu et al., "Asynchronous Local-SGD Training for Language Modeling", 2024,
+        https://arxiv.org/abs/2401.09135, whose simulator goes by seconds per step too.
+
+    Notes:
+        Cost: none; nothing is computed.
+    """
+    num_workers = len(seconds_per_step)
+    check_count("num_workers", num_workers)
+    check_count("period", period)
+    check_count("num_exchanges", num_exchanges)
+    check_number("latency", latency, 0)
+    check_staleness("timeline", max_staleness, num_workers)
+    for seconds in seconds_per_step:
+        if not 0 < seconds < float("inf"):
+            raise ValueError(f"timeline: `seconds_per_step` must be positive, got {seconds}")
+    for time, i, kind in changes:
+        if not (0 <= i < num_workers and kind in ("die", "join") and time >= 0):
+            raise ValueError(f"timeline: `changes` has {(time, i, kind)}, of {num_workers} workers")
+
+    queue, numbers = [], itertools.count()
+    lives = dict.fromkeys(range(num_workers), 0)  # what was planned in an earlier life is void
+    steps, sent = dict.fromkeys(lives, 0), dict.fromkeys(lives, 0)
+    began: dict[int, float] = {}
+    last: dict[int, int] = {}  # of the living, the version that each has seen
+    waiting: list[int] = []
+    version = 0
+
+    def plan(time, i, kind):
+        heapq.heappush(queue, (time, i, next(numbers), kind, lives[i]))
+
+    def plan_finish(i, time):
+        """When both the step and the reply to an exchange that came at `time` are there."""
+        if overlap:
+            plan(max(began[i] + seconds_per_step[i], time + latency), i, "finish")
+        else:
+            plan(time + latency + seconds_per_step[i], i, "finish")
+
+    first = {}
+    for time, i, kind in sorted(changes, key=lambda change: change[0]):
+        first.setdefault(i, kind)
+        heapq.heappush(queue, (time, i, next(numbers), kind, None))
+    for i in range(num_workers):
+        if first.get(i) != "join":
+            heapq.heappush(queue, (0.0, i, next(numbers), "join", None))
+
+    while queue:
+        time, i, _, kind, life = heapq.heappop(queue)
+        if life not in (None, lives[i]):
+            continue
+        if kind == "exchange" and version >= num_exchanges:
+            last.pop(i, None)  # the worker ends
+        elif kind == "exchange" and (i, sent[i]) in drops:
+            sent[i] += 1
+            plan_finish(i, time)
+        elif kind == "exchange":
+            if i not in waiting:
+                waiting.append(i)
+        else:
+            if kind == "join" and i in last:
+                continue  # it is there
+            yield Event(time, i, kind)
+            if kind in ("join", "die"):
+                lives[i] += 1
+                waiting = [other for other in waiting if other != i]
+                last.pop(i, None)
+            if kind == "join":
+                last[i] = version
+                steps[i] = sent[i] * period  # a new start begins with an exchange
+                plan(time, i, "begin")
+            if kind == "begin":
+                began[i] = time
+                is_due = steps[i] % period == 0
+                plan(
+                    time + (latency if is_due else seconds_per_step[i]),
+                    i,
+                    "exchange" if is_due else "finish",
+                )
+            if kind == "finish":
+                steps[i] += 1
+                plan(time, i, "begin")
+        while ready := [j for j in waiting if may_exchange(j, version, last, max_staleness)]:
+            j = ready[0]
+            waiting.remove(j)
+            if version >= num_exchanges:
+                last.pop(j, None)
+                continue
+            yield Event(time, j, "exchange", version - last[j])
+            version += 1
+            last[j] = version
+            sent[j] += 1
+            plan_finish(j, time)

@@ -1,0 +1,369 @@
+"""Asynchronous training: a center, workers that come and go, and somebody who watches."""
+
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from samx._hyper import check_count, check_number
+from samx.elastic._center import Center, CenterLost, Ledger, Shard, WorkerRecord, check_staleness
+from samx.elastic._rule import Rule
+from samx.elastic._worker import Wire, Worker, work
+
+POLL = 0.05  # seconds between two looks at the workers
+
+
+class Job(NamedTuple):
+    """What an engine is to run."""
+
+    make_worker: Callable[[int], Worker]
+    rule: Rule
+    values: np.ndarray  # of the center, flat
+    shard: tuple[Any, ...]  # further arguments of a `Shard`
+    ledger: tuple[Any, ...]  # arguments of the `Ledger`
+
+
+class Engine(Protocol):
+    """Where workers run, and where the center is: what `train` asks of it.
+
+    Example:
+        >>> from samx import elastic
+        >>> hasattr(elastic.Threads(), "start")
+        True
+    """
+
+    def start(self, job: Job) -> None:
+        """Set the center up."""
+
+    def launch(self, index: int) -> None:
+        """Start a worker, or start it again."""
+
+    def deaths(self) -> list[tuple[int, str]]:
+        """Workers that have died since the last call without saying so themselves, and of what."""
+        ...
+
+    def call(self, method: str, *args: Any) -> Any:
+        """A method of the ledger; `CenterLost` if there is no center any longer."""
+
+    def pull(self) -> np.ndarray:
+        """The values of the center."""
+        ...
+
+    def close(self) -> None:
+        """End everything that still runs, in bounded time."""
+
+
+class Threads:
+    """Workers are threads of this process, one for each device: an engine without dependencies.
+
+    Attributes:
+        devices: Devices for the workers, in turns; default all local ones.
+        grace: Seconds that a worker has to end its local steps when all others have; default 60.
+
+    Example:
+        >>> import jax
+        >>> from samx import elastic
+        >>> elastic.Threads(devices=jax.local_devices()[:1]).grace
+        60.0
+    """
+
+    def __init__(self, devices: Sequence[Any] | None = None, grace: float = 60.0):
+        check_number("grace", grace, 0)
+        self.devices, self.grace = devices, grace
+        self._threads: list[threading.Thread] = []
+
+    def start(self, job: Job) -> None:
+        """Set the center up, in the memory of this process."""
+        self._job, self._threads = job, []
+        self._center = Center(Ledger(*job.ledger), Shard(job.values, *job.shard))
+        # Such a setting is a thread's own.
+        self._is_x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+
+    def launch(self, index: int) -> None:
+        """Start a worker on its device."""
+        devices = self.devices or jax.local_devices()
+        device = devices[index % len(devices)]
+        thread = threading.Thread(
+            target=self._run, args=(index, device), name=f"worker {index}", daemon=True
+        )
+        self._threads.append(thread)
+        thread.start()
+
+    def _run(self, index, device):
+        error = ""
+        try:
+            with jax.enable_x64(self._is_x64), jax.default_device(device):
+                work(self._job.make_worker, self._job.rule, index, self._center, str(device))
+        except Exception:
+            error = traceback.format_exc()
+        self._center.leave(index, error)
+
+    def deaths(self) -> list[tuple[int, str]]:
+        """None: threads say so themselves."""
+        return []
+
+    def call(self, method: str, *args: Any) -> Any:
+        """A method of the ledger."""
+        return self._center.call(method, *args)
+
+    def pull(self) -> np.ndarray:
+        """The values of the center."""
+        return self._center.pull()
+
+    def close(self) -> None:
+        """Let all threads end; one that does not in time is left behind."""
+        self._center.call("stop")
+        deadline = time.monotonic() + self.grace
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        left = [thread.name for thread in self._threads if thread.is_alive()]
+        if left:
+            warnings.warn(
+                f"elastic: {', '.join(left)} did not end within {self.grace:g} s", RuntimeWarning, 3
+            )
+
+
+class Checkpoint(NamedTuple):
+    """What a training goes on from: a pytree, for orbax or whatever you save with.
+
+    Attributes:
+        params: The center.
+        exchanges: `int64[num_workers]`, exchanges of each worker: each goes on behind them in its
+            stream. Parameters and optimizer states of the workers are not kept.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np
+        >>> from samx import elastic
+        >>> int(elastic.Checkpoint(jnp.ones(2), np.array([3, 4])).exchanges.sum())
+        7
+    """
+
+    params: Any
+    exchanges: np.ndarray
+
+
+class Progress(NamedTuple):
+    """What `train` tells its monitor, and returns at the end.
+
+    Attributes:
+        seconds: Since all workers have compiled; 0 before.
+        exchanges: So far, of all workers; those before a resumption included.
+        workers: A `WorkerRecord` of each worker.
+        pull: Gives the center as a tree like the parameters.
+
+    Example:
+        >>> from samx import elastic
+        >>> elastic.Progress(0.0, 0, [elastic.WorkerRecord(0)], pull=lambda: None).exchanges
+        0
+    """
+
+    seconds: float
+    exchanges: int
+    workers: list[WorkerRecord]
+    pull: Callable[[], Any]
+
+
+class Trained(NamedTuple):
+    """What `train` returns.
+
+    Attributes:
+        params: The center at the end.
+        progress: The last `Progress`.
+
+    Example:
+        >>> from samx import elastic
+        >>> elastic.Trained._fields
+        ('params', 'progress')
+    """
+
+    params: Any
+    progress: Progress
+
+
+def train(
+    make_worker: Callable[[int], Worker],
+    params: Any,
+    *,
+    num_workers: int,
+    num_exchanges: int,
+    rule: Rule | None = None,
+    engine: Engine | None = None,
+    max_staleness: int | None = None,
+    max_restarts: int = 0,
+    start_timeout: float = 600.0,
+    monitor: Callable[[Progress], None] | None = None,
+    monitor_every: float = 1.0,
+    save: Callable[[Checkpoint], None] | None = None,
+    save_every: float = 600.0,
+    resume: Checkpoint | None = None,
+    center_dtype: Any = None,
+) -> Trained:
+    """Train with workers that do not wait for each other, and a center that they pull at.
+
+        each worker, every `rule.period` local steps, without a barrier:
+            d = α (w − z);  z += d  at once;  w −= d  after its next local step
+        until there were `num_exchanges` in all
+
+    With a sharpness-aware local step that is LSAM, with a plain one EASGD.
+
+    Args:
+        make_worker: `index -> Worker`, called where the worker runs.
+        params: The center at the start, a pytree of arrays.
+        num_workers: Workers, each with a stream of its own.
+        num_exchanges: Exchanges of all workers together, then everyone ends; about
+            `num_exchanges · rule.period` local steps. The steps of each worker behind its last
+            exchange are lost.
+        rule: How workers and center pull at each other; default `Rule()`.
+        engine: `Threads()`, the default, or `Ray()`.
+        max_staleness: Bound on the exchanges of others between two of a worker: those who are ahead
+            wait, at least `num_workers − 1`; default none.
+        max_restarts: How many times each worker is started again when it dies; default 0. It starts
+            at the center, with a new optimizer state.
+        start_timeout: Seconds after which nobody waits for workers that have not compiled yet;
+            default 600. Late ones start at the center, as it is then.
+        monitor: Called with a `Progress` in this thread, every `monitor_every` seconds and at the
+            end.
+        monitor_every: Seconds; default 1.
+        save: Called with a `Checkpoint` in this thread every `save_every` seconds, and whenever
+            training ends, whatever ends it: an error and Ctrl-C too.
+        save_every: Seconds; default 600.
+        resume: A `Checkpoint` to go on from; `params` then give structure and dtypes.
+        center_dtype: dtype of the center; default that of the parameters, float32 at least. With
+            float64 no sum of moves is rounded.
+
+    Returns:
+        A `Trained`: the center, and the last `Progress`.
+
+    Raises:
+        ValueError: If a number is out of its range, or `resume` is of other workers.
+        TypeError: If a count is not a Python int, or `params` have no real floating leaves.
+        RuntimeError: If every worker has died, with the traceback of the last.
+        CenterLost: If the center has died.
+
+    Example:
+        >>> import itertools, jax, jax.numpy as jnp, optax, samx
+        >>> from samx import elastic
+        >>> tx = optax.chain(samx.sam(rho=0.05), optax.sgd(0.1))
+        >>> @jax.jit
+        ... def step(w, state, x):
+        ...     value_fn = lambda w: ((w - x) ** 2).sum()
+        ...     value, grads = jax.value_and_grad(value_fn)(w)
+        ...     updates, state = tx.update(grads, state, w, value=value, value_fn=value_fn)
+        ...     return optax.apply_updates(w, updates), state, value
+        >>> batches = lambda n: itertools.repeat(jnp.ones(2))
+        >>> worker = elastic.Worker(jnp.zeros(2), tx.init, step, batches)
+        >>> trained = elastic.train(
+        ...     lambda index: worker, jnp.zeros(2), num_workers=2, num_exchanges=40)
+        >>> trained.progress.exchanges, bool(abs(trained.params - 1).max() < 0.1)
+        (40, True)
+
+    References:
+        Teng, Zhang, "LSAM: Asynchronous Distributed Training with Landscape-Smoothed
+        Sharpness-Aware Minimization", 2025, https://arxiv.org/abs/2509.03110; Zhang, Choromanska,
+        LeCun, "Deep Learning with Elastic Averaging SGD", NeurIPS 2015,
+        https://arxiv.org/abs/1412.6651
+
+    Notes:
+        Fidelity: **reconstructed**. LSAM's objective, a Gaussian-smoothed density of the SAM loss,
+        and its asynchrony are known second-hand, its update rule is not: that it is elastic
+        averaging with SAM's gradient is our derivation, from the objective and from both authors'
+        earlier systems. With plain gradients it is their EASGD, whose code it follows.
+        Not reproducible run by run: who comes when is a matter of the machine. `Simulation` is.
+        Cost per exchange: the parameters there and back. Memory: the center once (twice with a
+        leader), a flat copy of the parameters in each worker. A worker that dies, however it does,
+        is reported by a RuntimeWarning and in `Progress.workers`; the others do its share.
+    """
+    check_count("num_workers", num_workers)
+    check_count("num_exchanges", num_exchanges)
+    check_count("max_restarts", max_restarts, 0)
+    check_staleness("train", max_staleness, num_workers)
+    numbers = {"start_timeout": start_timeout, "monitor_every": monitor_every}
+    for name, seconds in (numbers | {"save_every": save_every}).items():
+        check_number(name, seconds, 0)
+    rule = Rule() if rule is None else rule
+    wire = Wire(params)
+    before = {}
+    if resume is not None:
+        if np.shape(resume.exchanges) != (num_workers,):
+            raise ValueError(
+                f"train: `resume` must be of num_workers={num_workers} workers, got exchanges of "
+                f"shape {np.shape(resume.exchanges)}"
+            )
+        before = {i: int(n) for i, n in enumerate(resume.exchanges)}
+    start = params if resume is None else resume.params
+    values = wire.flat(start).astype(center_dtype or wire.dtype)
+    engine = Threads() if engine is None else engine
+    shard = (rule.weight(num_workers), rule.leader, rule.smoothing == "elastic")
+    ledger = (num_workers, num_exchanges, max_staleness, before)
+
+    def pull():
+        return wire.put_in(params, engine.pull().astype(wire.dtype))
+
+    def progress():
+        seconds, records = engine.call("snapshot")
+        return Progress(seconds, sum(record.exchanges for record in records), records, pull)
+
+    def checkpoint():
+        if save is not None:
+            seen = progress()
+            save(Checkpoint(pull(), np.array([record.exchanges for record in seen.workers])))
+
+    begun = monitored = saved = time.monotonic()
+    try:
+        engine.start(Job(make_worker, rule, values, shard, ledger))
+        try:
+            for index in range(num_workers):
+                engine.launch(index)
+            while True:
+                for index, error in engine.deaths():
+                    engine.call("leave", index, error)
+                seen, now = progress(), time.monotonic()
+                for record in seen.workers:
+                    if record.status == "died" and not record.is_reported:
+                        is_again = record.restarts < max_restarts
+                        _report(record, is_again)
+                        engine.call("report", record.index, is_again)
+                        if is_again:
+                            engine.launch(record.index)
+                seen = progress()
+                if all(record.status in ("done", "died") for record in seen.workers):
+                    break
+                if now - begun > start_timeout:
+                    engine.call("open")
+                if monitor is not None and now - monitored >= monitor_every:
+                    monitored = now
+                    monitor(seen)
+                if now - saved >= save_every:
+                    saved = now
+                    checkpoint()
+                time.sleep(POLL)
+            errors = [record.error for record in seen.workers if record.status == "died"]
+            if len(errors) == num_workers:
+                raise RuntimeError(f"elastic: every worker has died, the last one of\n{errors[-1]}")
+            if monitor is not None:
+                monitor(seen)
+        except CenterLost:
+            raise
+        except BaseException:
+            engine.call("stop")
+            checkpoint()
+            raise
+        checkpoint()
+        return Trained(pull(), seen)
+    finally:
+        engine.close()
+
+
+def _report(record: WorkerRecord, is_again: bool) -> None:
+    last_line = record.error.strip().splitlines()[-1]
+    warnings.warn(
+        f"elastic: worker {record.index} ({record.place}) died after {record.exchanges} exchanges"
+        f"{' and is started again' if is_again else ''}: {last_line}",
+        RuntimeWarning,
+        3,
+    )
