@@ -17,6 +17,7 @@ closure, `value_fn=lambda params: ...`; most stand first in an `optax.chain`.
 from samx import (
     asynchronous,
     combinations,
+    elastic,
     losses,
     mup,
     perturbations,
@@ -48,6 +49,7 @@ from samx.variants.ksam import ksam
 from samx.variants.lets import lets
 from samx.variants.lightsam import lightsam_adagrad, lightsam_adam, lightsam_norm
 from samx.variants.looksam import look_layer_sam, looksam
+from samx.variants.lsam import lsam
 from samx.variants.momentum_sam import momentum_sam
 from samx.variants.monge_sam import monge_sam
 from samx.variants.msam import msam
@@ -90,6 +92,7 @@ __all__ = [
     "lightsam_norm",
     "look_layer_sam",
     "looksam",
+    "lsam",
     "momentum_sam",
     "monge_sam",
     "msam",
@@ -103,6 +106,7 @@ __all__ = [
     "wsam",
     # Asynchronous
     "asynchronous",
+    "elastic",
     # Building blocks
     "closure_transformation",
     "combinations",

@@ -7,6 +7,7 @@ engines     `train` with `Threads` or `Ray`: real parallel resources
 checkpoint  `Checkpoint`, `Progress`, `Trained`
 """
 
+from samx.elastic._averaging import AveragingState, averaging, look_ahead
 from samx.elastic._center import CenterLost, WorkerRecord
 from samx.elastic._rule import Rule, exchange, pulled
 from samx.elastic._simulation import Event, Simulation, in_order, timeline
@@ -14,6 +15,7 @@ from samx.elastic._training import Checkpoint, Engine, Progress, Threads, Traine
 from samx.elastic._worker import Worker
 
 __all__ = [
+    "AveragingState",
     "CenterLost",
     "Checkpoint",
     "Engine",
@@ -25,8 +27,10 @@ __all__ = [
     "Trained",
     "Worker",
     "WorkerRecord",
+    "averaging",
     "exchange",
     "in_order",
+    "look_ahead",
     "pulled",
     "timeline",
     "train",
