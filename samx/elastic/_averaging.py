@@ -9,7 +9,6 @@ import optax
 from samx import _tree
 from samx._base import as_transformation, closure_transformation
 from samx._closures import taken_anew
-from samx._devices import Devices
 from samx._hyper import at_step, check_count, check_number, next_step
 
 
@@ -92,8 +91,7 @@ def averaging(
 
     Notes:
         Cost: that of `tx`, one more copy of the parameters, and one all-reduce of them on every
-        `period`-th step, none on the others. Under `jax.vmap` a step that may exchange always does
-        the arithmetic. `beta=0` never exchanges anything.
+        `period`-th step, none on the others. `beta=0` is `tx` on each worker.
         Fidelity: "before" is the paper's synchronous rule; "after" matches what Leader SGD's code
         does by an independent loop. `static_args`: `tx`, `worker_axis`, `period`, `exchange`,
         `name`.
@@ -111,20 +109,26 @@ def averaging(
         return AveragingState(jnp.zeros((), jnp.int32), center, tx.init(params))
 
     def update_fn(g, state, params, **keywords):
-        workers = Devices(() if worker_axis is None else (worker_axis,))
-        weight = at_step(beta, state.step) / workers.count
+        num_workers = 1 if worker_axis is None else jax.lax.axis_size(worker_axis)
+        weight = at_step(beta, state.step) / num_workers
 
-        def meet(w):
-            moves = jax.tree.map(lambda d: weight * d, _tree.subtract(w, state.center))
-            moves = _tree.keep_floating(moves, params)
-            center = jax.tree.map(lambda z, d: z + workers.total(d), state.center, moves)
-            return center, moves
+        def total(moves):
+            return moves if worker_axis is None else jax.lax.psum(moves, worker_axis)
 
-        def pass_by(w):
-            return state.center, jax.tree.map(jnp.zeros_like, _tree.subtract(w, state.center))
+        def nothing(moves):
+            """Zeros that are nobody's own, as sums are, unless there is nobody else."""
+            make = jnp.zeros_like if worker_axis is None else lambda d: jnp.zeros(d.shape, d.dtype)
+            return jax.tree.map(make, moves)
 
         def exchanged(w, steps):
-            return jax.lax.cond(steps % period == 0, meet, pass_by, w)
+            """The center behind it, and what each worker takes off: nothing, where none is due."""
+            is_due = steps % period == 0
+            moves = jax.tree.map(
+                lambda d: jnp.where(is_due, weight * d, 0), _tree.subtract(w, state.center)
+            )
+            moves = _tree.keep_floating(moves, params)
+            added = jax.lax.cond(is_due, total, nothing, moves)
+            return optax.tree.add(state.center, added), moves
 
         if exchange == "before":
             center, moves = exchanged(params, state.step)

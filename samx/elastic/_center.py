@@ -134,7 +134,7 @@ class Ledger:
         self.changed.notify_all()
 
     def admit(self, index: int, loss: float) -> bool | None:
-        """Count an exchange, once the bound allows it: whether the worker leads; None at the end."""
+        """Count an exchange, once the bound allows it: whether it leads, or None at the end."""
         with self.changed:
             self.changed.wait_for(
                 lambda: (

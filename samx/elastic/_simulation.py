@@ -66,6 +66,7 @@ class Simulation:
     """
 
     def __init__(self, workers: Sequence[Worker], center: Any, rule: Rule):
+        check_count("number of workers", len(workers))
         self.rule, self.center, self.exchanges = rule, center, 0
         self.workers = [Local(worker, rule, i, center) for i, worker in enumerate(workers)]
         self._weight = rule.weight(len(workers))
@@ -227,7 +228,7 @@ def timeline(
         Cost: none; nothing is computed.
     """
     num_workers = len(seconds_per_step)
-    check_count("num_workers", num_workers)
+    check_count("number of workers", num_workers)
     check_count("period", period)
     check_count("num_exchanges", num_exchanges)
     check_number("latency", latency, 0)
