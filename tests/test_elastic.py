@@ -576,15 +576,19 @@ def test_threads_are_exact_in_number_and_learn():
     assert loss_of(trained.params) < 0.5 * loss_of(problem.make()[1])
 
 
-def slowed(make, seconds):
-    """Workers whose steps take so long."""
+def slowed(make, seconds, spent=None):
+    """Workers whose steps take so long; when they began and ended goes into `spent`."""
 
     def make_slow(i):
         worker = make(i)
 
         def step(*args):
+            start = time.perf_counter()
             time.sleep(seconds[i])
-            return jax.block_until_ready(worker.step(*args))
+            result = jax.block_until_ready(worker.step(*args))
+            if spent is not None:
+                spent[i].append((start, time.perf_counter()))
+            return result
 
         return worker._replace(step=step)
 
@@ -592,11 +596,18 @@ def slowed(make, seconds):
 
 
 def test_in_threads_a_slow_worker_holds_nobody_up():
-    tx, seconds = sharp(), [0.02, 0.02, 0.08]
-    make = slowed(make_worker(tx, jax.jit(make_step(tx)), 3), seconds)
-    trained = train(tx, elastic.Rule(period=2), 60, num_workers=3, make=make)
-    by_fast, _, by_slow = (worker.exchanges for worker in trained.progress.workers)
-    assert by_fast >= 2.5 * by_slow
+    """Workers spend their time on steps, not on waiting: 0.9 of the sum of their own speeds."""
+    tx, spent = sharp(), [[], [], []]
+    make = slowed(make_worker(tx, jax.jit(make_step(tx)), 3), [0.1, 0.1, 0.4], spent)
+    progress = train(tx, elastic.Rule(), 20, num_workers=3, make=make).progress
+    own_speeds, speeds = [], []
+    for times in (np.array(t[1:]) for t in spent):  # the first was to compile
+        own_speeds.append(1 / np.median(times[:, 1] - times[:, 0]))
+        speeds.append(len(times) / (times[-1, 1] - times[0, 0]))
+    assert sum(speeds) >= 0.9 * sum(own_speeds)
+    assert 3 * min(own_speeds) <= 0.55 * sum(own_speeds)  # all at the pace of the slowest
+    by_fast, _, by_slow = (worker.exchanges for worker in progress.workers)
+    assert by_fast >= 3 * by_slow
 
 
 def test_in_threads_staleness_is_bounded():

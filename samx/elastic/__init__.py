@@ -7,20 +7,20 @@ engines     `train` with `Threads` or `Ray`: real parallel resources
 checkpoint  `Checkpoint`, `Progress`, `Trained`
 """
 
-from samx.elastic._averaging import AveragingState, averaging, look_ahead
+from samx.elastic._averaging import averaging, look_ahead
 from samx.elastic._center import CenterLost, WorkerRecord
+from samx.elastic._ray import Ray
 from samx.elastic._rule import Rule, exchange, pulled
 from samx.elastic._simulation import Event, Simulation, in_order, timeline
-from samx.elastic._training import Checkpoint, Engine, Progress, Threads, Trained, train
+from samx.elastic._training import Checkpoint, Progress, Threads, Trained, train
 from samx.elastic._worker import Worker
 
 __all__ = [
-    "AveragingState",
     "CenterLost",
     "Checkpoint",
-    "Engine",
     "Event",
     "Progress",
+    "Ray",
     "Rule",
     "Simulation",
     "Threads",

@@ -42,7 +42,8 @@ class Simulation:
 
     Attributes:
         center: The center z, a tree like the parameters.
-        workers: What each worker has come to: `params`, `opt_state` and `steps`.
+        workers: Made of one `Worker` each: what it has come to, its `params`, `opt_state`, `steps`.
+        rule: How they pull at each other.
         exchanges: Exchanges so far.
 
     Example:
