@@ -123,6 +123,17 @@ def msam(rho: Any, setting: Setting) -> optax.GradientTransformation:
     return samx.msam(rho, num_microbatches, aux_like=setting.aux)
 
 
+def async_sam(rho: Any) -> optax.GradientTransformationExtraArgs:
+    """AsyncSAM up the gradient of its own loss: the `ascent_fn` of the examples is BiSAM's."""
+    tx = samx.async_sam(rho)
+
+    def update_fn(g, state, params, *, ascent_fn=None, **keywords):
+        del ascent_fn
+        return tx.update(g, state, params, **keywords)
+
+    return samx.closure_transformation(tx.init, update_fn, name="async_sam")
+
+
 RADII = (0.1, 0.2, 0.5, 1.0)
 SMALL = (0.02, 0.05, 0.1, 0.2)  # where sharpness weighs nine times as much
 FACTORS = (0.1, 0.3, 1.0, 3.0)  # of gradients, or of what falls with their length
@@ -215,6 +226,7 @@ VARIANTS = {
     "monge-sam": Variant(in_front(samx.monge_sam), FACTORS, 2, 0.05),
     "msam": Variant(by_setting(msam), RADII, 2, 0.05, keeps_aux=True, uses_gradient=False),
     "bisam": Variant(in_front(samx.bisam), RADII, 2, 0.05, uses_gradient=False),
+    "async-sam": Variant(in_front(async_sam), RADII, 2, 0.05),  # on one device: no time is saved
     "fisher-sparse-sam": Variant(
         by_setting(fisher_sparse_sam), RADII, 2 + 1 / PERIOD, 0.1, cycle=PERIOD, settling=1
     ),

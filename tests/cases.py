@@ -360,6 +360,23 @@ VARIANTS |= {
         uses_gradient=False,
         climbs=False,
     ),
+    "lsam": replace(
+        SAM,
+        factory=partial(samx.lsam, period=2),
+        shape="wraps",
+        hyper={"rho": 0.05, "beta": 0.9},
+        has_base_limit=False,  # but elastic averaging
+        static_args=("period", "worker_axis", "exchange"),
+        like="sam",
+    ),
+    "async_sam": replace(
+        SAM,
+        factory=samx.async_sam,
+        passes=(2, 2),
+        uses_gradient=False,  # `ascent_fn` is given
+        climbs=False,
+        static_args=("first", "ascent_share", "role_axis", "aux_like", "perturb_dtype"),
+    ),
     "focal_sam": FOCAL,
     "imbalanced_sam": replace(
         FOCAL,

@@ -377,6 +377,26 @@ def train_momentum_sam(base, perturb, steps, decay=0.0, losses_fn=problem.losses
     return _stack(trajectory)
 
 
+def train_async_sam(base, perturb, ascent_size, steps, first="plain"):
+    """AsyncSAM, whose ascent batch is the first examples of the batch.
+
+    `perturb` may be a list, one function for every step.
+    """
+    data, params = _start()
+    gradient, trajectory, stale = _gradient(problem.losses_fn), [], None
+    for t in range(steps):
+        batch = problem.batch_at(data, t)
+        a = gradient(params, rows_of(batch, range(ascent_size)))
+        if t == 0 and first == "sam":
+            stale = a
+        climb = perturb[t] if isinstance(perturb, list) else perturb
+        point = params if stale is None else moved(params, climb(params, stale))
+        params = base.step(params, gradient(point, batch))
+        stale = a
+        trajectory.append(params)
+    return _stack(trajectory)
+
+
 def train_wsam(base, lr, perturb, gamma, steps, losses_fn=problem.losses_fn):
     """WSAM past its base; `lr` may be a function of the step."""
     data, params = _start()

@@ -49,6 +49,8 @@ TAKERS = {
     "msam": in_front(samx.msam),
     "adasam": lambda ball: samx.adasam(0.01, perturbation=ball),
     "bisam": in_front(samx.bisam),
+    "async_sam": in_front(samx.async_sam),
+    "lsam": lambda ball: samx.lsam(BASE, perturbation=ball),
     "focal_sam": in_front(samx.focal_sam, class_counts=[28, 11, 25]),
     "imbalanced_sam": in_front(samx.imbalanced_sam, tail_classes=[1]),
     "fisher_sparse_sam": in_front(samx.fisher_sparse_sam, period=2),

@@ -335,6 +335,7 @@ def test_a_quarter_of_the_layers_costs_less_work_and_less_memory(monkeypatch):
 
 # What each holds above its base, in copies of the parameters.
 HELD = {name: 1 for name in ("looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam")}
+HELD |= {"async_sam": 1, "lsam": 1}
 HELD |= {"friendly_sam": 1, "fisher_sparse_sam": 1 / 4, "dynamic_sparse_sam": 1 / 4}  # a byte each
 # These have no base, whose momentum is one copy.
 HELD |= {"lightsam_norm": -1, "lightsam_adagrad": 1, "lightsam_adam": 3, "adasam": 2}

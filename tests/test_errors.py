@@ -241,6 +241,31 @@ FACTORIES = {
         ValueError,
         r"`end_value` must be in \[0, 0.1\], got 1.0",
     ),
+    "first step of async_sam": (
+        lambda: samx.async_sam(first="base"),
+        ValueError,
+        "async_sam: `first` must be 'plain' or 'sam', got 'base'",
+    ),
+    "no share of the ascent": (
+        lambda: samx.async_sam(ascent_share=0.0),
+        ValueError,
+        r"`ascent_share` must be in \(0, 1\], got 0.0",
+    ),
+    "more than the whole batch": (
+        lambda: samx.async_sam(ascent_share=2),
+        ValueError,
+        r"`ascent_share` must be in \[0, 1\], got 2",
+    ),
+    "two role axes": (
+        lambda: samx.async_sam(role_axis=("role", "data")),
+        TypeError,
+        r"async_sam: `role_axis` must be the name of an axis, got \('role', 'data'\)",
+    ),
+    "rho and perturbation of async_sam": (
+        lambda: samx.async_sam(0.05, perturbation=metric_ball(0.1)),
+        ValueError,
+        "async_sam: got `rho` together with `perturbation`",
+    ),
     "a class without examples": (
         lambda: samx.focal_sam([90, 0, 10]),
         ValueError,
@@ -572,6 +597,17 @@ def test_aux_unlike_aux_like():
     for result in (lambda p, b: losses_fn(p, b), lambda p, b: (losses_fn(p, b), jnp.ones(4))):
         with pytest.raises(ValueError, match=r"`aux`.*aux_like"):
             tx.update(params, tx.init(params), params, losses_fn=result, batch=batch())
+
+
+def test_aux_unlike_that_of_the_descent():
+    _, params = problem.make("float32")
+    tx = samx.async_sam(aux_like=jnp.ones(3))
+
+    def update(p):
+        return tx.update(p, tx.init(p), p, value_fn=lambda p: (p["b1"].sum(), jnp.ones(4)))
+
+    with pytest.raises(ValueError, match=r"async_sam: `aux`.*aux_like.*\(3,\).*got.*\(4,\)"):
+        jax.eval_shape(update, params)
 
 
 def test_scales_unlike_params():

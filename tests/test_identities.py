@@ -170,6 +170,50 @@ def test_bisam_that_climbs_its_own_loss_is_sam_exactly():
     assert_same(carry[0], {key: x[-1] for key, x in trained(sam).items()}, atol=0)
 
 
+@functools.cache
+def trained_async_sam(ascent_fn, first="plain", is_fresh=False):
+    """The parameters after every step; what is climbed may be replaced by the fresh gradient."""
+    tx = optax.chain(samx.async_sam(0.2, first=first), MOMENTUM)
+    data, params = problem.make()
+    state, trajectory = tx.init(params), []
+
+    @jax.jit
+    def step(params, state, batch):
+        def own(params):
+            return problem.losses_fn(params, batch).mean()
+
+        if is_fresh:
+            state = optax.tree.set(state, ascent_grad=jax.grad(own)(params))
+        ascent = {"none": None, "its own": own}[ascent_fn]
+        return problem.make_step(tx, ascent_fn=ascent)(params, state, batch)
+
+    for t in range(STEPS):
+        params, state = step(params, state, problem.batch_at(data, t))
+        trajectory.append(params)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trajectory)
+
+
+def test_async_sam_that_climbs_without_delay_is_sam_exactly():
+    """With the gradient of the same step in the state, of which the first step needs none."""
+    fresh = trained_async_sam("none", first="sam", is_fresh=True)
+    assert_same(fresh, trained(sam), atol=0)
+
+
+def test_only_the_first_step_of_async_sam_may_be_sam():
+    stale, sams = trained_async_sam("none", first="sam"), trained(sam)
+    plain, base = trained_async_sam("none"), problem.train(MOMENTUM, 1)
+    for key, steps in sams.items():
+        np.testing.assert_array_equal(stale[key][0], steps[0])
+        np.testing.assert_array_equal(plain[key][0], base[key][0])
+        assert (stale[key][1] != steps[1]).any()
+
+
+@pytest.mark.parametrize("first", ["plain", "sam"])
+def test_async_sam_climbs_the_incoming_gradient_or_the_same_of_a_closure(first):
+    given = trained_async_sam("its own", first=first)
+    assert_same(given, trained_async_sam("none", first=first), atol=0)
+
+
 def test_a_fisher_mask_of_all_entries_is_sam_exactly():
     """From its second step on: on the first there is no mask."""
     tx = optax.chain(samx.fisher_sparse_sam(sparsity=0.0, period=2, perturbation=BALL), MOMENTUM)

@@ -13,6 +13,7 @@ import optax
 import problem
 import pytest
 import reference
+import test_elastic
 
 import samx
 from samx import losses, policies, schedules
@@ -124,6 +125,8 @@ RECORDED = {
     ),
     "momentumsam__sgdm_rho0.3": lambda: samx.momentum_sam(MOMENTUM, 0.3),
     "momentumsam__adamw_rho0.3": lambda: samx.momentum_sam(optax.adam(0.01), 0.3),
+    "asyncsam_INFERRED__sgd_rho0.05_b16": lambda: optax.chain(samx.async_sam(0.05), SGD),
+    "asyncsam_INFERRED__sgdm_rho0.1_b8": lambda: optax.chain(samx.async_sam(0.1), MOMENTUM),
     "gsam__sgdm_alpha0.4_rho0.1": lambda: optax.chain(samx.gsam(0.1, 0.4), MOMENTUM),
     "gsam__sgdm_alpha0.4_linearlr": lambda: optax.chain(
         samx.gsam(
@@ -169,12 +172,6 @@ def index_at(t):
     return (t % 4) * problem.BATCH_SIZE + jnp.arange(problem.BATCH_SIZE)
 
 
-BOUNDS = {
-    "bisam_log__sgdm": losses.log_lower_bound,
-    "bisam_tanh__sgdm_mu10": losses.tanh_lower_bound,
-}
-
-
 def climbs(bound):
     """The other loss that BiSAM climbs."""
 
@@ -187,6 +184,24 @@ def climbs(bound):
         return {"ascent_fn": ascent_fn}
 
     return further
+
+
+def climbs_first(size):
+    """The loss of the first examples of the batch, AsyncSAM's."""
+
+    def further(batch):
+        part = jax.tree.map(lambda x: x[:size], batch)
+        return {"ascent_fn": lambda params: problem.losses_fn(params, part).mean()}
+
+    return further
+
+
+FURTHER = {
+    "bisam_log__sgdm": climbs(losses.log_lower_bound),
+    "bisam_tanh__sgdm_mu10": climbs(losses.tanh_lower_bound),
+    "asyncsam_INFERRED__sgd_rho0.05_b16": lambda batch: {"ascent_fn": None},
+    "asyncsam_INFERRED__sgdm_rho0.1_b8": climbs_first(8),
+}
 
 
 def watch(tx, steps, *names, make=problem.make, further=lambda batch: {}, **start):
@@ -226,12 +241,10 @@ def test_recorded_run_of_the_authors_code(name, monkeypatch):
     names = {"mask_is_sam": "is_sharp", "base_sr": "quota", "mu": "mean", "sigma2": "variance"}
     names |= {"score_count": "count", "score_sum": "total"}
     names = {theirs: ours for theirs, ours in names.items() if theirs in expected}
-    start, further = {}, lambda batch: {}
+    start, further = {}, FURTHER.get(name, lambda batch: {})
     masks = {key: expected.get(f"mask_{key}") for key in ("W1", "b1", "W2", "b2")}
     if "ssamd" in name:
         start = {"mask": {key: jnp.asarray(mask[0], bool) for key, mask in masks.items()}}
-    if "bisam" in name:
-        further = climbs(BOUNDS[name])
     made = {"samon": problem.make_layer_norm, "msam": contiguous_as_strided}
     make = made.get(name.split("__")[0], problem.make)
     tx, steps = RECORDED[name](), len(expected["W1"])
@@ -270,7 +283,8 @@ def replay_samples(drawn, monkeypatch):
 
 
 def test_every_recorded_run_is_used():
-    assert {file.stem for file in problem.TRAJECTORIES.glob("*.npz")} == set(RECORDED)
+    used = {*RECORDED, *test_elastic.RECORDED}
+    assert {file.stem for file in problem.TRAJECTORIES.glob("*.npz")} == used
 
 
 # Configurations that nobody recorded: optax base, its reference.
@@ -549,6 +563,38 @@ def test_momentum_sam_against_reference(base):
     balls = [reference.ball(rho) for rho in RHOS]
     expected = reference.train_momentum_sam(make_reference(), balls, STEPS)
     assert_same(problem.train(samx.momentum_sam(tx, RHO), STEPS), expected)
+
+
+COSINE_RHO = optax.cosine_decay_schedule(0.3, STEPS)
+ASYNC_SAM = {  # arguments, the reference's perturbation, b′, first, base
+    "adam": ({"rho": 0.2}, reference.ball(0.2), 4, "plain", "adam"),
+    "adamw": ({"rho": 0.3}, reference.ball(0.3), 4, "sam", "adamw"),
+    "cosine rho": (
+        {"rho": COSINE_RHO},
+        [reference.ball(0.15 * (1 + np.cos(np.pi * t / STEPS))) for t in range(STEPS)],
+        16,
+        "plain",
+        "nesterov",
+    ),
+    "the metric of ASAM": (
+        {"perturbation": metric_ball(1.0, magnitude(0.05))},
+        reference.adaptive_ball(1.0, 0.05, WEIGHTS),
+        8,
+        "sam",
+        "momentum and decay",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ASYNC_SAM)
+def test_async_sam_against_reference(name):
+    arguments, perturb, ascent_size, first, base = ASYNC_SAM[name]
+    tx, make_reference = BASES[base]
+    expected = reference.train_async_sam(make_reference(), perturb, ascent_size, STEPS, first)
+    async_sam = optax.chain(samx.async_sam(first=first, **arguments), tx)
+    further = climbs_first(ascent_size)
+    trajectory, _ = watch(async_sam, STEPS, "loss", further=further)
+    assert_same(trajectory, expected)
 
 
 def test_l2_inside_the_loss_is_the_decay_of_the_perturbed_weights():

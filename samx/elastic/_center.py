@@ -120,7 +120,8 @@ class Ledger:
             self.records[index].status = "running"
             self._open_if_all_are_there()
             self.changed.wait_for(lambda: self.opened is not None or self.is_stopped)
-            self.last[index] = self.exchanges
+            if self.records[index].status == "running":
+                self.last[index] = self.exchanges
 
     def open(self) -> None:
         """Wait for nobody any longer."""
@@ -136,15 +137,16 @@ class Ledger:
     def admit(self, index: int, loss: float) -> bool | None:
         """Count an exchange, once the bound allows it: whether it leads, or None at the end."""
         with self.changed:
+            record = self.records[index]
             self.changed.wait_for(
                 lambda: (
                     self.is_over
+                    or record.status == "died"  # while its last request waited here
                     or may_exchange(index, self.exchanges, self.last, self.max_staleness)
                 )
             )
-            if self.is_over:
+            if self.is_over or record.status == "died":
                 return None
-            record = self.records[index]
             record.staleness = self.exchanges - self.last.get(index, self.exchanges)
             record.largest_staleness = max(record.largest_staleness, record.staleness)
             record.loss = self.best[index] = loss

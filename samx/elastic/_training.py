@@ -99,8 +99,8 @@ class Threads:
         try:
             with jax.enable_x64(self._is_x64), jax.default_device(device):
                 work(self._job.make_worker, self._job.rule, index, self._center, str(device))
-        except Exception:
-            error = traceback.format_exc()
+        except Exception as exception:
+            error = described(exception)
         self._center.leave(index, error)
 
     def deaths(self) -> list[tuple[int, str]]:
@@ -344,7 +344,7 @@ def train(
                 time.sleep(POLL)
             errors = [record.error for record in seen.workers if record.status == "died"]
             if len(errors) == num_workers:
-                raise RuntimeError(f"elastic: every worker has died, the last one of\n{errors[-1]}")
+                raise RuntimeError(f"elastic: every worker has died, one of them of {errors[-1]}")
             if monitor is not None:
                 monitor(seen)
         except CenterLost:
@@ -354,16 +354,23 @@ def train(
             checkpoint()
             raise
         checkpoint()
-        return Trained(pull(), seen)
+        final = pull()
+        return Trained(final, seen._replace(pull=lambda: final))  # the center ends here
     finally:
         engine.close()
 
 
+def described(exception: BaseException) -> str:
+    """What has gone wrong in the first line, and below it where."""
+    first_line = f"{type(exception).__name__}: {exception}".splitlines()[0]
+    return first_line + "\n\n" + "".join(traceback.format_exception(exception))
+
+
 def _report(record: WorkerRecord, is_again: bool) -> None:
-    last_line = record.error.strip().splitlines()[-1]
+    first_line = record.error.splitlines()[0]
     warnings.warn(
         f"elastic: worker {record.index} ({record.place}) died after {record.exchanges} exchanges"
-        f"{' and is started again' if is_again else ''}: {last_line}",
+        f"{' and is started again' if is_again else ''}: {first_line}",
         RuntimeWarning,
         3,
     )

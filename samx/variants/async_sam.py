@@ -113,8 +113,12 @@ def async_sam(
         takes the time of the descent alone. With a `role_axis` one all-reduce of 2P exchanges the
         gradients. `ascent` of `data_parallel` means nothing here: what is climbed has been
         averaged a step ago.
+        With `first="sam"` and an `ascent_fn` (or a `role_axis`) the very first step takes that
+        gradient twice: to climb it at once, and for the next step.
         Readings: `grad_norm` is that of the gradient climbed, and `loss` the ascent loss at w: that
-        of `ascent_fn`, of its examples only; without one, the caller's.
+        of `ascent_fn`, of its examples only; without one, the caller's. `gradients_spent` grows by
+        1 + `ascent_share` on every step, whichever device takes them; what a first step takes twice
+        counts once.
         Fidelity: **partly reconstructed**, there is no public code. A delay of one step, a fresh
         descent gradient and a smaller ascent batch on the slower device are the paper's. The global
         norm, the first step, that the ascent batch is a part of the descent batch, and ρ are

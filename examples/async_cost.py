@@ -1,0 +1,278 @@
+"""What a step of AsyncSAM takes on two devices, beside SGD and SAM on one.
+
+    python examples/async_cost.py
+    python examples/async_cost.py --batch 128 --repeats 15
+    JAX_PLATFORMS=cuda,cpu python examples/async_cost.py --devices gpu
+
+Without a GPU there are two simulated CPU devices. A program of matrix products uses all cores of a
+CPU, so that a second device would have nothing left; hence the loss here is a loop of small
+elementwise operations, which occupies one core per program, and two of them can run at once
+(they share the memory and its bandwidth all the same). With a GPU it is a dense network of
+1.9M parameters; the GPU descends, the CPU climbs.
+
+AsyncSAM is driven by `samx.asynchronous.pipelined`, with ascent batches of all b examples, a half,
+a quarter, and the size that `calibrate_ascent_batch` finds, if that is another one. Once more with
+both of its programs on one device, where it has to cost what SAM costs.
+
+In each round every row takes some steps, in random order; times are divided by those of SGD in the
+same round. "handed out" is the time after which a call returns, its result still being computed:
+nobody waits between the two gradients. Prints a table; results.json and async_cost.png go to --out.
+Takes about a minute on two CPU cores.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from output import free_folder
+from step_cost import problem
+from tqdm import tqdm
+
+import samx
+
+RHO, LEARNING_RATE = 0.05, 1e-3
+WIDTH, DEPTH = 128, 4  # numbers of an example, and operations between two that are kept
+SHARES = {"b": 1.0, "b/2": 0.5, "b/4": 0.25}
+
+
+def elementwise(batch_size: int, length: int) -> tuple[Any, Any, Any]:
+    """`(params, batch) -> mean loss` of a long loop on one core, params, and a batch."""
+
+    @jax.checkpoint
+    def body(x, params):
+        for _ in range(DEPTH):
+            x = jnp.tanh(x * params["scale"] + params["shift"])
+        return x
+
+    def loss(params, batch):
+        x, _ = jax.lax.scan(lambda x, _: (body(x, params), None), batch["x"], length=length)
+        return jnp.mean(x**2)
+
+    params = {"scale": np.full((1, WIDTH), 1.5, np.float32), "shift": np.zeros((1, WIDTH))}
+    x = np.random.default_rng(0).normal(size=(batch_size, WIDTH))
+    return loss, jax.tree.map(np.float32, params), {"x": np.float32(x)}
+
+
+def dense(batch_size: int) -> tuple[Any, Any, Any]:
+    """The same of the dense network of step_cost.py."""
+    losses_fn, params, batch = problem("dense", batch_size)
+    return lambda params, batch: losses_fn(params, batch).mean(), params, batch
+
+
+def base() -> optax.GradientTransformationExtraArgs:
+    return optax.with_extra_args_support(optax.sgd(LEARNING_RATE, momentum=0.9))
+
+
+def on_one_device(tx: Any, loss: Any, params: Any, batch: Any, device: Any) -> Iterator[Any]:
+    """Steps without end, each handed out before it is done."""
+
+    def step(params, state, batch):
+        g = jax.grad(loss)(params, batch)
+        updates, state = tx.update(g, state, params, value_fn=lambda p: loss(p, batch))
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    carry = jax.device_put((params, tx.init(params)), device, may_alias=False)
+    while True:
+        carry = step(*carry, jax.device_put(batch, device))
+        yield carry
+
+
+def async_sam(loss: Any, params: Any, batch: Any, size: int, one: Any, other: Any) -> Iterator[Any]:
+    """Steps of AsyncSAM without end, with an ascent batch of the first `size` examples."""
+    tx = optax.chain(samx.async_sam(RHO), base())
+
+    def descend(params, state, batch, ascent_grad):
+        updates, state = tx.update(ascent_grad, state, params, value_fn=lambda p: loss(p, batch))
+        return optax.apply_updates(params, updates), state, None
+
+    return samx.asynchronous.pipelined(
+        descend,
+        jax.grad(loss),
+        params,
+        tx.init(params),
+        itertools.repeat((batch, jax.tree.map(lambda x: x[:size], batch))),
+        descent_device=one,
+        ascent_device=other,
+    )
+
+
+def make_rows(
+    loss: Any, params: Any, batch: Any, found: int, devices: tuple[Any, Any]
+) -> dict[str, Iterator[Any]]:
+    """What is timed; `found` is the ascent batch that fits."""
+    one, other = devices
+    whole = len(jax.tree.leaves(batch)[0])
+    sizes = {f"async-sam, {name}": round(share * whole) for name, share in SHARES.items()}
+    if found not in sizes.values():
+        sizes[f"async-sam, {found} examples"] = found
+    rows = {
+        "sgd": on_one_device(base(), loss, params, batch, one),
+        "sam": on_one_device(optax.chain(samx.sam(RHO), base()), loss, params, batch, one),
+    }
+    for name, size in sizes.items():
+        rows[name] = async_sam(loss, params, batch, size, one, other)
+    rows["async-sam, b, on one device"] = async_sam(loss, params, batch, whole, one, one)
+    return rows
+
+
+def timed(steps: Iterator[Any], count: int) -> tuple[float, float]:
+    """Seconds per step until it is handed out, and until it is done."""
+    start, handed_out = time.perf_counter(), []
+    for _ in range(count):
+        before = time.perf_counter()
+        result = next(steps)
+        handed_out.append(time.perf_counter() - before)
+    jax.block_until_ready(result)
+    return float(np.median(handed_out)), (time.perf_counter() - start) / count
+
+
+def measure(rows: dict[str, Iterator[Any]], repeats: int, count: int) -> list[dict]:
+    """Rounds of all rows, in random order."""
+    for steps in tqdm(rows.values(), desc="compile", unit="row"):
+        timed(steps, 2)
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
+    order = random.Random(0)
+    with tqdm(total=repeats * len(rows), desc="measure", unit="row") as bar:
+        for _ in range(repeats):
+            for name in order.sample(list(rows), len(rows)):
+                seconds[name].append(timed(rows[name], count))
+                bar.update()
+    plain = np.array([done for _, done in seconds["sgd"]])
+    results = []
+    for name, pairs in seconds.items():
+        handed_out, done = np.array(pairs).T
+        results.append(
+            {
+                "row": name,
+                "ms": 1e3 * float(np.median(done)),
+                "handed_out_ms": 1e3 * float(np.median(handed_out)),
+                "ratio": np.quantile(done / plain, [0.5, 0.25, 0.75]).tolist(),
+                "seconds": done.tolist(),
+            }
+        )
+    return results
+
+
+def table(results: list[dict]) -> str:
+    """One line per row."""
+    width = max(len(result["row"]) for result in results)
+    head = f"{'step':<{width}} {'ms':>8} {'/ SGD [quartiles]':>20} {'handed out, ms':>15}"
+    lines = [head, "-" * len(head)]
+    for result in results:
+        middle, low, high = result["ratio"]
+        ratio = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+        lines.append(
+            f"{result['row']:<{width}} {result['ms']:>8.2f} {ratio:>20}"
+            f" {result['handed_out_ms']:>15.2f}"
+        )
+    return "\n".join(lines)
+
+
+def describe_ascent_batch(found: samx.asynchronous.AscentBatch) -> str:
+    """What `calibrate_ascent_batch` decided, and what it measured."""
+    times = ", ".join(f"{k}: {1e3 * s:.2f}" for k, s in found.ascent_seconds.items())
+    hidden = "" if found.is_hidden else ", although its gradient takes longer than the descent's"
+    return (
+        f"ascent batch for these devices: {found.size} examples{hidden}\n"
+        f"    descent {1e3 * found.descent_seconds:.2f} ms; ascent with copies, of so many "
+        f"examples: {times} ms; copies {1e3 * found.copy_seconds:.2f} ms"
+    )
+
+
+def draw(results: list[dict], path: Path, title: str) -> None:
+    """Times of a step, relative to SGD."""
+    figure = Figure(figsize=(8, 1 + 0.5 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    middle, low, high = np.array([result["ratio"] for result in results]).T
+    colors = ["0.6" if result["row"] in ("sgd", "sam") else "C0" for result in results]
+    errors = [middle - low, high - middle]
+    bars = axes.barh(range(len(results)), middle, xerr=errors, color=colors, capsize=3)
+    axes.bar_label(bars, [f"{ratio:.2f}" for ratio in middle], padding=6)
+    axes.set_yticks(range(len(results)), [result["row"] for result in results])
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xlim(0, 1.15 * max(high))
+    axes.set_xlabel("time of a step / SGD (median and quartiles)")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--devices",
+        choices=["cpu", "gpu"],
+        help="two simulated CPU devices, or a GPU and the CPU; default gpu if there is one",
+    )
+    parser.add_argument("--batch", type=int, help="examples b; default 64 on cpu, 4096 on gpu")
+    parser.add_argument("--length", type=int, default=1000, help="of the loop on cpu")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a row in each round")
+    parser.add_argument("--repeats", type=int, default=13, help="rounds")
+    parser.add_argument("--out", help="new folder of the results; default runs/async-cost-NNN")
+    args = parser.parse_args(argv)
+    for name in ("length", "steps", "repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.batch is not None and (args.batch < 4 or args.batch % 4):
+        parser.error(f"--batch must be a multiple of 4, got {args.batch}")
+    with contextlib.suppress(RuntimeError):  # a backend that runs already stays as it is
+        jax.config.update("jax_num_cpu_devices", 2)
+    has_gpu = jax.default_backend() == "gpu"
+    if args.devices == "gpu" and not has_gpu:
+        parser.error(f"--devices gpu: jax sees none, only {jax.default_backend()}")
+    args.devices = args.devices or ("gpu" if has_gpu else "cpu")
+    args.batch = args.batch or {"cpu": 64, "gpu": 4096}[args.devices]
+    try:
+        args.folder = free_folder(args.out, "async-cost")
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    begin = time.perf_counter()
+    if args.devices == "gpu":
+        devices = jax.devices()[0], jax.devices("cpu")[0]
+        loss, params, batch = dense(args.batch)
+    else:
+        devices = tuple(jax.devices("cpu")[:2])
+        loss, params, batch = elementwise(args.batch, args.length)
+    kinds = " and ".join(device.device_kind for device in devices)
+    print(f"devices: {kinds} ({os.cpu_count()} CPU cores), jax {jax.__version__}, b = {args.batch}")
+    one, other = devices
+    found = samx.asynchronous.calibrate_ascent_batch(
+        jax.grad(loss), params, batch, descent_device=one, ascent_device=other
+    )
+    rows = make_rows(loss, params, batch, found.size, devices)
+    results = measure(rows, args.repeats, args.steps)
+    print(f"\n{table(results)}\n\n{describe_ascent_batch(found)}")
+
+    settings = {k: v for k, v in vars(args).items() if k not in ("folder", "out")}
+    measured = {"results": results, "ascent_batch": found._asdict()}
+    report = {"devices": kinds, "jax": jax.__version__, "samx": samx.__version__}
+    report |= {"settings": settings, **measured}
+    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    draw(results, args.folder / "async_cost.png", f"AsyncSAM on {kinds}, {args.batch} examples")
+    print(f"\n{time.perf_counter() - begin:.0f} s in all. Results: {args.folder / 'results.json'}")
+    print(f"Plot: {args.folder / 'async_cost.png'}")
+    return measured
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""AsyncSAM against SAM and its base optimizer, on handwritten digits with wrong labels.
+
+    python examples/async_digits.py
+    python examples/async_digits.py --seeds 20 --noise 0.5
+    python examples/async_digits.py --base adamw --rho 0.1 0.2
+
+What digits.py does for every variant, here for AsyncSAM with ascent batches of all, a half and a
+quarter of the examples: a small network, a share of the training labels flipped and clean labels,
+learning rate and rho of each method chosen on a validation split over seeds of their own, the test
+split looked at once. The question: how much accuracy is lost by climbing a gradient that is one
+step old, and of fewer examples? The answer is the difference to SAM, seed by seed.
+
+Accuracies are trained on one device, all seeds at once, vmapped. On two devices the numbers are the
+same: shown for one seed, whose training `samx.asynchronous.pipelined` repeats in float64 with
+descent and ascent on a device each. Which ascent batch would be hidden on these two devices is
+measured too; for a network as small as this one most of it is copies. What two devices save is the
+subject of async_cost.py.
+
+Prints a table and the differences; results.json and async_digits.png go to --out. Takes about two
+minutes on two CPU cores.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import time
+from functools import partial
+from typing import Any
+
+import digits
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from async_cost import describe_ascent_batch
+from flax import nnx
+from output import free_folder
+from registry import BASES, RADII, VARIANTS, Setting, Variant
+from tqdm import tqdm
+
+import samx
+
+SHARES = {"async-sam, b": 1.0, "async-sam, b/2": 0.5, "async-sam, b/4": 0.25}
+
+
+def with_share(share: float) -> Variant:
+    """AsyncSAM whose ascent batch is the first examples of the batch, so large a share of them."""
+
+    def make(rho: Any, base: optax.GradientTransformation, setting: Setting):
+        tx = samx.async_sam(rho, ascent_share=share)
+        size = ascent_size(share, setting.batch_size)
+
+        def update_fn(g, state, params, *, losses_fn, batch, **keywords):
+            part = first_of(batch, size)
+            keywords |= {"losses_fn": losses_fn, "batch": batch}
+            keywords["ascent_fn"] = lambda params: losses_fn(params, part).mean()
+            return tx.update(g, state, params, **keywords)
+
+        return optax.chain(samx.closure_transformation(tx.init, update_fn), base)
+
+    return Variant(make, RADII, 1 + share, 0.05)
+
+
+def ascent_size(share: float, batch_size: int = digits.BATCH) -> int:
+    """b′, as a number of examples."""
+    return round(share * batch_size)
+
+
+def first_of(batch: dict[str, jax.Array], size: int) -> dict[str, jax.Array]:
+    """The first examples of a batch."""
+    return {name: leaf[:size] for name, leaf in batch.items()}
+
+
+ROWS = {"base": VARIANTS["base"], "sam": VARIANTS["sam"]}
+ROWS |= {name: with_share(share) for name, share in SHARES.items()}
+
+
+def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float]]:
+    """The (learning rate, rho) to choose from; the base optimizer has no rho."""
+    radii = tuple(args.rho) if args.rho and row != "base" else ROWS[row].radii
+    return [(rate, rho) for rate in digits.LEARNING_RATES[args.base] for rho in radii]
+
+
+def work_of(row: str, runs: int) -> float:
+    """Gradients in one epoch of `runs` runs."""
+    return digits.STEPS_PER_EPOCH * runs * ROWS[row].gradients
+
+
+def measure(row: str, args: argparse.Namespace, noises: list[float], bar: tqdm) -> list[dict]:
+    """Choose and train one row of every table."""
+    trainer = digits.make_trainer(ROWS[row], args.base, args.width, args.epochs)
+    candidates, results = candidates_of(row, args), []
+    for noise in noises:
+        bar.set_description(f"{row}, {digits.describe(noise)}")
+        tuning = work_of(row, len(candidates) * len(digits.TUNING_SEEDS))
+        learning_rate, rho = digits.choose(
+            trainer, candidates, noise, args.width, args.epochs, partial(bar.update, tuning)
+        )
+        seeds = jnp.arange(args.seeds)
+        runs = digits.Runs(seeds, *(jnp.full(args.seeds, x) for x in (learning_rate, rho)))
+        data, params = digits.split(seeds, noise), digits.initialize(seeds, args.width)
+        advance = partial(bar.update, work_of(row, args.seeds))
+        trained = digits.train(trainer, params, runs, data, args.epochs, advance)
+        gradients = trained.gradients.mean(axis=1)
+        per_step = float(gradients[-1]) / (args.epochs * digits.STEPS_PER_EPOCH)
+        params = digits.initialize(seeds, args.width)  # training gives its own away
+        results.append(
+            {
+                "row": row,
+                "noise": noise,
+                "learning_rate": learning_rate,
+                "rho": rho,
+                "train_accuracy": trained.accuracies[-1, :, 0].tolist(),
+                "test_accuracy": trained.accuracies[-1, :, 2].tolist(),
+                "test_accuracy_by_epoch": trained.accuracies[:, :, 2].mean(axis=1).tolist(),
+                "loss_increase": trainer.loss_increase(trained.params, data).tolist(),
+                "gradients": float(gradients[-1]),
+                "gradients_by_epoch": gradients.tolist(),
+                "seconds_per_step": digits.seconds_per_step(trainer, params, runs, data, per_step),
+            }
+        )
+    return results
+
+
+def compare(results: list[dict], noise: float) -> list[dict]:
+    """AsyncSAM beside SAM and the base: paired differences of the accuracy, in points."""
+    rows = {r["row"]: 100 * np.array(r["test_accuracy"]) for r in results if r["noise"] == noise}
+    return [
+        {"noise": noise, "row": row, "other": other, "difference": difference, "error": error}
+        for row in SHARES
+        for other in ("sam", "base")
+        for difference, error in [digits.mean_and_error((rows[row] - rows[other]).tolist())]
+    ]
+
+
+def describe(comparison: dict) -> str:
+    """One comparison in words."""
+    difference, error = comparison["difference"], comparison["error"]
+    text = f"{comparison['row']} - {comparison['other']}: {difference:+.2f} ± {error:.2f} points"
+    if comparison["other"] != "sam" or not np.isfinite(error):
+        return text
+    verdict = "within" if abs(difference) <= error else "not within"
+    return f"{text}, {verdict} one standard error"
+
+
+def loss_of(width: int):
+    """`(params, batch) -> mean loss`, of the network of digits.py."""
+    graph = nnx.graphdef(digits.Network(width, rngs=nnx.Rngs(0)))
+
+    def loss(params, batch):
+        logits = nnx.merge(graph, params)(batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+    return loss
+
+
+def two_devices() -> tuple[Any, Any]:
+    """The fastest device, and the CPU beside it; or two simulated ones."""
+    with contextlib.suppress(RuntimeError):  # a backend that runs already stays as it is
+        jax.config.update("jax_num_cpu_devices", 2)
+    return jax.devices()[0], jax.devices("cpu")[-1]
+
+
+def on_two_devices(result: dict, args: argparse.Namespace) -> dict[str, Any]:
+    """Train the first seed of a row again, on one device and on two; the largest difference."""
+    loss, share = loss_of(args.width), SHARES[result["row"]]
+    size, (one, other) = ascent_size(share), two_devices()
+    tx = optax.chain(
+        samx.async_sam(result["rho"], ascent_share=share),
+        BASES[args.base](result["learning_rate"]),
+    )
+    seed = jnp.zeros(1, jnp.int32)
+    inputs = digits.split(seed, result["noise"])[0], digits.initialize(seed, args.width)
+    images, params = jax.tree.map(lambda leaf: np.asarray(leaf)[0], inputs)
+    order = [np.asarray(digits.shuffled(jnp.int32(0), epoch)) for epoch in range(args.epochs)]
+    batches = [digits.rows_of(images, rows) for epoch in order for rows in epoch]
+
+    def descend(params, state, batch, ascent_grad):
+        updates, state = tx.update(ascent_grad, state, params, value_fn=lambda p: loss(p, batch))
+        return optax.apply_updates(params, updates), state, optax.tree.get(state, "sharp_loss")
+
+    @jax.jit
+    def on_one(params, state, batch):
+        return descend(params, state, batch, jax.grad(loss)(params, first_of(batch, size)))
+
+    with jax.enable_x64(True):
+        params, batches = jax.tree.map(in_float64, (params, batches))
+        single, state = params, tx.init(params)
+        for batch in batches:
+            single, state, _ = on_one(single, state, batch)
+        steps = samx.asynchronous.pipelined(
+            descend,
+            jax.grad(loss),
+            params,
+            tx.init(params),
+            ((batch, first_of(batch, size)) for batch in batches),
+            descent_device=one,
+            ascent_device=other,
+        )
+        for step in steps:
+            piped = step.params
+        pairs = zip(*map(jax.tree.leaves, (single, piped, params)), strict=True)
+        found = [(abs(np.asarray(a) - b).max(), abs(np.asarray(a) - w).max()) for a, b, w in pairs]
+    difference, moved = (float(max(values)) for values in zip(*found, strict=True))
+    return {
+        **{"row": result["row"], "noise": result["noise"], "steps": len(batches)},
+        **{"devices": [str(one), str(other)], "difference": difference, "moved": moved},
+    }
+
+
+def in_float64(leaf: np.ndarray) -> np.ndarray:
+    return leaf.astype(np.float64) if np.issubdtype(leaf.dtype, np.floating) else leaf
+
+
+def calibrate(args: argparse.Namespace) -> samx.asynchronous.AscentBatch:
+    """The ascent batch that these two devices hide."""
+    one, other = two_devices()
+    seed = jnp.zeros(1, jnp.int32)
+    images, params = digits.split(seed, 0.0)[0], digits.initialize(seed, args.width)
+    batch, params = jax.tree.map(lambda leaf: leaf[0], (images, params))
+    return samx.asynchronous.calibrate_ascent_batch(
+        jax.grad(loss_of(args.width)),
+        params,
+        first_of(batch, digits.BATCH),
+        descent_device=one,
+        ascent_device=other,
+        repeats=21,
+    )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", choices=list(BASES), default="momentum")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
+    parser.add_argument("--rho", type=float, nargs="+", help="radii to choose from, for all")
+    parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
+    parser.add_argument("--out", help="new folder of the results; default runs/async-digits-NNN")
+    args = parser.parse_args(argv)
+    for name in ("seeds", "epochs", "width"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.noise < 1:
+        parser.error(f"--noise must be in [0, 1), got {args.noise}")
+    if args.rho and not all(0 <= rho < float("inf") for rho in args.rho):
+        parser.error(f"--rho must be finite and at least 0, got {args.rho}")
+    try:
+        args.folder = free_folder(args.out, "async-digits")
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    args = parse(argv)
+    one, other = two_devices()
+    device = f"{one.device_kind} ({os.cpu_count()} CPU cores)"
+    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
+    begin = time.perf_counter()
+    noises = list(dict.fromkeys([args.noise, 0.0]))
+    total = sum(
+        work_of(row, len(candidates_of(row, args)) * len(digits.TUNING_SEEDS) + args.seeds)
+        * args.epochs
+        * len(noises)
+        for row in ROWS
+    )
+    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
+        results = [r for row in ROWS for r in measure(row, args, noises, bar)]
+
+    comparisons = []
+    for noise in noises:
+        digits.print_table(results, noise, args.seeds)
+        comparisons += (compared := compare(results, noise))
+        print("\n".join(map(describe, compared)))
+    print("ms/step: of both gradients on one device, one run")
+
+    half = next(r for r in results if r["row"] == "async-sam, b/2" and r["noise"] == args.noise)
+    repeated, found = on_two_devices(half, args), calibrate(args)
+    print(
+        f"\nasync-sam, b/2, seed 0, {repeated['steps']} steps in float64 on {one} and {other}:\n"
+        f"    largest difference to one device {repeated['difference']:.1e}, of parameters that "
+        f"moved by up to {repeated['moved']:.2f}"
+    )
+    print(describe_ascent_batch(found))
+
+    settings = {k: v for k, v in vars(args).items() if k not in ("folder", "out")}
+    measured = {"results": results, "comparisons": comparisons, "two_devices": repeated}
+    measured |= {"ascent_batch": found._asdict()}
+    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
+    report |= {"settings": settings, **measured}
+    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    title = f"Digits: AsyncSAM, SAM and {args.base}, {args.seeds} seeds"
+    digits.draw(results, noises, args.folder / "async_digits.png", title)
+    print(f"\n{time.perf_counter() - begin:.0f} s in all. Results: {args.folder / 'results.json'}")
+    print(f"Plot: {args.folder / 'async_digits.png'}")
+    return measured
+
+
+if __name__ == "__main__":
+    main()
