@@ -14,7 +14,7 @@ from test_parallel import GLOBAL, VALID, assert_same, batches, build, mean_loss,
 import samx
 
 every_program = pytest.mark.parametrize(
-    "name", [n for n in APART if n not in ("gsam", "rst", "lightsam_adam")]
+    "name", [n for n in APART if n not in ("gsam", "rst", "lightsam_adam", "async_sam")]
 )
 pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
 

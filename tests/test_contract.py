@@ -20,7 +20,8 @@ MOST_STEPS_BETWEEN = 7  # from one sharp step to the next, in any row
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 every_program = pytest.mark.parametrize("name", APART)
 # One of each kind: in front of a base, around it, without one; with tables, keys, masks, examples.
-KINDS = [name for name in APART if name not in ("rst", "gsam", "bisam", "focal_sam", "esam")]
+SIMILAR = ("rst", "gsam", "bisam", "focal_sam", "esam", "async_sam")
+KINDS = [name for name in APART if name not in SIMILAR]
 every_kind = pytest.mark.parametrize("name", KINDS)
 
 
