@@ -706,7 +706,7 @@ def test_ctrl_c_saves_the_center_and_ends_the_workers():
             raise KeyboardInterrupt
 
     tx = sharp()
-    make = slowed(make_worker(tx, jax.jit(make_step(tx)), 2), [0.01, 0.01])
+    make = slowed(make_worker(tx, jax.jit(make_step(tx)), 2), [0.3, 0.3])
     with pytest.raises(KeyboardInterrupt):
         train(
             tx,

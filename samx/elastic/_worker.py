@@ -155,6 +155,7 @@ def work(make_worker: Callable[[int], Worker], rule: Rule, index: int, center: A
     if rule.smoothing == "elastic":  # others may have gone on meanwhile
         params = wire.put_in(params, center.pull())
     local = Local(worker, rule, index, params, exchanges * rule.period)
+    del params, values  # copies that would stay for the whole training
     while True:
         try:
             is_exchanged = (_elastic if rule.smoothing == "elastic" else _gaussian)(
