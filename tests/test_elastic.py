@@ -618,6 +618,26 @@ def test_in_threads_staleness_is_bounded():
     assert 2 <= max(worker.largest_staleness for worker in trained.progress.workers) <= 4
 
 
+def test_nobody_waits_for_the_dead():
+    ledger = Ledger(3, 20, 2)
+    starts = [threading.Thread(target=ledger.wait_for_start, args=(i,)) for i in range(3)]
+    for thread in starts:
+        thread.start()
+    for thread in starts:
+        thread.join(10)
+    ledger.leave(2, "lost")
+
+    def alternate():
+        for i in range(20):
+            ledger.admit(i % 2, 0.0)
+
+    others = threading.Thread(target=alternate, daemon=True)
+    others.start()
+    others.join(10)
+    assert not others.is_alive()
+    assert ledger.exchanges == 20
+
+
 def failing(make, index, after, times=1):
     """One worker raises in its local step number `after`, so many times."""
     left = itertools.count(times, -1)

@@ -1,0 +1,212 @@
+"""What an exchange with the center costs: time and memory, with threads and with Ray.
+
+    python examples/exchange_cost.py                     # 25 million parameters, about a minute
+    python examples/exchange_cost.py --millions 1 --engine threads --workers 1 4
+
+Workers do nothing but exchange: their step changes nothing, and there is an exchange at each. Time
+is what passes in a worker from one step to the next, the copies from jax's arrays to a flat one and
+back included. Memory is the largest seen of each process: its own (USS), and in brackets with what
+it shares with others (RSS), such as the messages in Ray's object store. With threads, all is this
+process. Prints a table; results.json and exchange_cost.png go to --out.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from matplotlib.figure import Figure
+from output import free_folder
+from tqdm import tqdm
+
+import samx
+from samx import elastic
+
+MILLION = 1_000_000
+SKIPPED = 2  # the first exchanges of a worker touch memory that they get for the first time
+ENGINES = ("threads", "ray")
+
+
+def exchanging(millions: int, folder: Path) -> Callable[[int], elastic.Worker]:
+    """`make_worker` of workers that write down when they step."""
+
+    def make_worker(index: int) -> elastic.Worker:
+        def batches(start: int):
+            times: list[float] = []
+            for number in itertools.count(start):
+                times.append(time.perf_counter())
+                if len(times) > 1:
+                    np.save(folder / f"{index}.npy", times)
+                yield number
+
+        params = zeros(millions)
+        return elastic.Worker(
+            params, lambda params: None, lambda w, state, _: (w, state, 0.0), batches
+        )
+
+    return make_worker
+
+
+def zeros(millions: int) -> dict[str, jax.Array]:
+    """A model of so many parameters."""
+    return {f"layer {i}": jnp.zeros((1000, 1000)) for i in range(millions)}
+
+
+class Memory:
+    """The largest memory of some processes, in bytes: own and with what is shared."""
+
+    def __init__(self):
+        self.largest: dict[str, list[int]] = {}
+
+    def look(self, name: str, pid: int) -> None:
+        """Look at a process, if it is there."""
+        try:
+            info = psutil.Process(pid).memory_full_info()
+        except psutil.Error:
+            return
+        seen = self.largest.get(name, [0, 0])
+        self.largest[name] = [max(seen[0], info.uss), max(seen[1], info.rss)]
+
+    def __call__(self, progress: elastic.Progress) -> None:
+        """Look at this process, at the first worker's and at the center's."""
+        self.look("driver", os.getpid())
+        if match := re.search(r" pid (\d+)", progress.workers[0].place):
+            self.look("worker", int(match[1]))
+            for process in psutil.process_iter(["name"]):
+                if process.info["name"].startswith("ray::Shard"):
+                    self.look("center", process.pid)
+
+
+def measure(
+    engine: str, workers: int, shards: int, args: argparse.Namespace, bar: tqdm
+) -> dict[str, Any]:
+    """One row of the table."""
+    folder = args.folder / f"{engine}-{workers}-{shards}"
+    folder.mkdir()
+    memory, seen = Memory(), 0
+
+    def monitor(progress: elastic.Progress) -> None:
+        nonlocal seen
+        memory(progress)
+        bar.update(progress.exchanges - seen)
+        seen = progress.exchanges
+
+    begin = time.perf_counter()
+    trained = elastic.train(
+        exchanging(args.millions, folder),
+        zeros(args.millions),
+        num_workers=workers,
+        num_exchanges=exchanges_of(workers, args),
+        rule=elastic.Rule(period=1),
+        engine=elastic.Threads() if engine == "threads" else elastic.Ray(num_shards=shards),
+        monitor=monitor,
+        monitor_every=0.2,
+    )
+    seconds = [np.diff(np.load(path))[SKIPPED:] for path in sorted(folder.glob("*.npy"))]
+    return {
+        **{"engine": engine, "workers": workers, "shards": shards},
+        "milliseconds": (1000 * np.concatenate(seconds)).tolist(),
+        "megabytes": {k: [x / MILLION for x in v] for k, v in memory.largest.items()},
+        "seconds_to_start": time.perf_counter() - begin - trained.progress.seconds,
+    }
+
+
+def exchanges_of(workers: int, args: argparse.Namespace) -> int:
+    return workers * (args.repeats + SKIPPED)
+
+
+HEADER = ("engine", "workers", "shards", "ms [quartiles]", "center MB", "worker MB", "driver MB")
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """One line of the table."""
+    low, middle, high = np.percentile(row["milliseconds"], [25, 50, 75])
+    sizes = [
+        "{:.0f} ({:.0f})".format(*row["megabytes"][name]) if name in row["megabytes"] else ""
+        for name in ("center", "worker", "driver")
+    ]
+    times = f"{middle:.0f} [{low:.0f}, {high:.0f}]"
+    return row["engine"], str(row["workers"]), str(row["shards"]), times, *sizes
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    grid = [HEADER, *map(cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in grid)
+
+
+def plot(rows: list[dict[str, Any]], millions: int, path: Path) -> None:
+    """A bar for each row, with quartiles."""
+    figure = Figure(figsize=(7, 1.2 + 0.45 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    names = [f"{r['engine']}, workers {r['workers']}, shards {r['shards']}" for r in rows]
+    quartiles = [np.percentile(row["milliseconds"], [25, 50, 75]) for row in rows]
+    low, middle, high = np.transpose(quartiles)
+    colors = [f"C{ENGINES.index(row['engine'])}" for row in rows]
+    axes.barh(names, middle, color=colors, xerr=[middle - low, high - middle], capsize=2)
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(f"ms for an exchange of {millions} million parameters, median and quartiles")
+    figure.savefig(path, dpi=150)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--millions", type=positive, default=25, help="parameters; default 25")
+    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--workers", type=positive, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--shards", type=positive, nargs="+", default=[1, 2], help="of Ray's center"
+    )
+    parser.add_argument("--repeats", type=positive, default=15, help="exchanges of each worker")
+    parser.add_argument("--out", help="new or empty folder; default runs/exchange-cost-NNN")
+    args = parser.parse_args(argv)
+    try:
+        args.folder = free_folder(args.out, "exchange-cost")
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    args = parse(argv)
+    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
+    print(f"{device}, jax {jax.__version__}, samx {samx.__version__}")
+    settings = [
+        (engine, workers, shards)
+        for engine in dict.fromkeys(args.engine)
+        for workers in dict.fromkeys(args.workers)
+        for shards in (dict.fromkeys(args.shards) if engine == "ray" else [1])
+    ]
+    total = sum(exchanges_of(workers, args) for _, workers, _ in settings)
+    with tqdm(total=total, unit=" exchanges") as bar:
+        rows = [measure(*setting, args, bar) for setting in settings]
+    print(f"\n{args.millions} million float32 parameters\n\n{table(rows)}\n")
+    about = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
+    about |= {"millions": args.millions, "rows": rows}
+    (args.folder / "results.json").write_text(json.dumps(about, indent=1))
+    plot(rows, args.millions, args.folder / "exchange_cost.png")
+    print(f"Wrote {args.folder / 'results.json'} and {args.folder / 'exchange_cost.png'}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,519 @@
+"""Ray: exact exchanges between processes, whoever dies on the way, and nothing left behind.
+
+Ray starts once, for all tests that can share it. Whatever they wait for, they wait in vain for some
+seconds only.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import psutil
+import pytest
+
+import samx
+from samx import elastic
+from samx.elastic import _actors, _center, _ray
+from samx.elastic._training import Job
+
+LONG = 60  # seconds, for a machine that does much else
+
+
+@contextlib.contextmanager
+def bounded():
+    """Nothing hangs forever, whatever is wrong."""
+
+    def give_up(number, frame):
+        raise TimeoutError("not in time")
+
+    handler = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(2 * LONG)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+@pytest.fixture(autouse=True)
+def bounded_test():
+    with bounded():
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster for all, and the engine that ends it."""
+    handler = signal.getsignal(signal.SIGTERM)
+    engine = elastic.Ray()
+    engine._connect()
+    assert signal.getsignal(signal.SIGTERM) is handler
+    yield engine
+    engine.close()
+
+
+def tree_of(engine):
+    """The processes of its cluster."""
+    helper = psutil.Process(engine._helper.pid)
+    return [helper, *helper.children(recursive=True)]
+
+
+def maker(delay=0.0, hurry=None):
+    """`make_worker` for the tiny problem in float32, SAM and SGD.
+
+    Worker 1 is slow until there is a file `hurry`, if one is named.
+    """
+    precision = jnp.result_type(float)
+
+    def make_worker(index):
+        assert jnp.result_type(float) == precision  # jax.enable_x64, as it is here
+        data, params = problem.make(np.float32)
+        tx = optax.chain(samx.sam(0.05), optax.sgd(0.1))
+
+        @jax.jit
+        def move(params, state, batch):
+            def value_fn(params):
+                return problem.losses_fn(params, batch).mean()
+
+            value, grads = jax.value_and_grad(value_fn)(params)
+            updates, state = tx.update(grads, state, params, value=value, value_fn=value_fn)
+            return optax.apply_updates(params, updates), state, value
+
+        def step(params, state, batch):
+            is_slow = hurry is not None and index == 1 and not hurry.exists()
+            time.sleep(0.2 if is_slow else delay)
+            return move(params, state, batch)
+
+        def batches(start):
+            return (problem.batch_at(data, n + index) for n in itertools.count(start))
+
+        return elastic.Worker(params, tx.init, step, batches)
+
+    return make_worker
+
+
+def loss_of(params):
+    data, _ = problem.make(np.float32)
+    return float(problem.losses_fn(params, data).mean())
+
+
+def pid_of(record):
+    return int(re.search(r" pid (\d+)$", record.place)[1])
+
+
+def is_alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(is_true, seconds=LONG):
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+
+
+def in_center(engine, function, shard=0):
+    """What a function says there."""
+    import ray
+
+    return ray.get(engine._shards[shard].__ray_call__.remote(function), timeout=LONG)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_no_exchange_is_lost(cluster, num_shards):
+    """Four processes at once; what the center moved is the sum of what they were told."""
+    import ray
+
+    num_workers, num_exchanges, size = 4, 1000, 20_000
+    start = np.random.default_rng(0).normal(size=size)
+
+    def hammer(index, shards):
+        rng, client = np.random.default_rng(index), _actors.Client(shards)
+        count, total = 0, np.zeros(size)
+        # Somebody who ignores the end is stopped, too.
+        while count < num_exchanges:
+            sent = rng.normal(size=size).astype(np.float32)
+            move = client.exchange(index, sent, 0.0)
+            if move is None:
+                break
+            assert move.dtype == np.float32
+            count, total = count + 1, total + move
+        return count, total
+
+    engine = elastic.Ray(num_shards=num_shards)
+    try:
+        ledger = (num_workers, num_exchanges, None, {})
+        engine.start(Job(maker(), elastic.Rule(), start, (0.225, 0.0, True), ledger))
+        with _ray._by_value(_actors, _center):
+            task = ray.remote(num_cpus=0)(hammer)
+            refs = [task.remote(index, engine._shards) for index in range(num_workers)]
+        counts, totals = zip(*ray.get(refs, timeout=LONG), strict=True)
+        records = engine.call("snapshot")[1]
+        assert sum(counts) == num_exchanges
+        assert [record.exchanges for record in records] == list(counts)
+        assert min(counts) > 0
+        moved = engine.pull() - start
+        assert np.abs(moved).max() > 0.1
+        np.testing.assert_allclose(moved, sum(totals), rtol=0, atol=1e-10)
+    finally:
+        engine.close()
+
+
+def test_parts_of_a_center_move_as_one(cluster):
+    """With a leader, too: that all parts be told who leads."""
+    rng, size = np.random.default_rng(0), 10
+    start, shard, ledger = rng.normal(size=size), (0.3, 0.2, True), (2, 6, None, {})
+    whole = _center.Center(_center.Ledger(*ledger), _center.Shard(start, *shard))
+    engine = elastic.Ray(num_shards=3)
+    try:
+        engine.start(Job(maker(), elastic.Rule(), start, shard, ledger))
+        client = _actors.Client(engine._shards)
+        assert client.join(0, "here")[0] == 0
+        for index, loss in [(0, 2.0), (1, 1.0), (0, 3.0), (0, 0.5), (1, 1.0), (0, 0.1)]:
+            sent = rng.normal(size=size)
+            np.testing.assert_array_equal(
+                client.exchange(index, sent, loss), whole.exchange(index, sent, loss)
+            )
+            np.testing.assert_array_equal(client.pull(), whole.pull())
+        before = engine.pull()
+        assert client.exchange(1, sent, 0.0) is None  # none is left
+        np.testing.assert_array_equal(engine.pull(), before)
+        mine, theirs = engine.call("snapshot")[1], whole.call("snapshot")[1]
+        assert [record.exchanges for record in mine] == [r.exchanges for r in theirs] == [4, 2]
+    finally:
+        engine.close()
+
+
+def test_a_request_of_the_dead_is_not_counted():
+    """It may wait in the center for the others while its worker is killed."""
+    ledger = _center.Ledger(2, 100, max_staleness=1)
+    ledger.last = {0: 0, 1: 0}
+    assert ledger.admit(0, 1.0) is not None
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(ledger.admit, 0, 1.0)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.2)
+        ledger.leave(0, "killed")
+        assert waiting.result(LONG) is None
+    assert ledger.exchanges == 1
+    assert ledger.last == {1: 0}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster):
+    """Two workers and a center in two parts; what is seen of them on the way."""
+    seen, engine = {}, elastic.Ray(num_shards=2)
+
+    def monitor(progress):
+        if progress.exchanges and not seen:
+            seen["places"] = [record.place for record in progress.workers]
+            processes = [psutil.Process(), *tree_of(cluster)]
+            seen["sockets"] = [
+                connection
+                for process in processes
+                for connection in process.net_connections(kind="inet")
+                if connection.status == psutil.CONN_LISTEN
+            ]
+            for shard in (0, 1):
+                name = f"modules {shard}"
+                seen[name] = in_center(engine, lambda _: set(sys.modules), shard)
+
+    with bounded(), jax.enable_x64(True):
+        trained = elastic.train(
+            maker(0.005),
+            problem.make(np.float32)[1],
+            num_workers=2,
+            num_exchanges=100,
+            max_staleness=3,
+            engine=engine,
+            monitor=monitor,
+            monitor_every=0.05,
+        )
+    return trained, seen
+
+
+def test_training(undisturbed):
+    trained, seen = undisturbed
+    workers = trained.progress.workers
+    assert trained.progress.exchanges == 100
+    assert sum(record.exchanges for record in workers) == 100
+    assert [record.status for record in workers] == ["done", "done"]
+    assert max(record.largest_staleness for record in workers) <= 3
+    assert len({pid_of(record) for record in workers} | {os.getpid()}) == 3
+    assert seen["places"] == [record.place for record in workers]
+    start = problem.make(np.float32)[1]
+    assert loss_of(trained.params) < 0.5 * loss_of(start)
+    # It can be asked for when the center is gone, too.
+    for one, other in zip(
+        *map(jax.tree.leaves, (trained.progress.pull(), trained.params)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_nothing_but_loopback_is_listened_at(undisturbed):
+    sockets = undisturbed[1]["sockets"]
+    assert len(sockets) > 5
+    assert {socket.laddr.ip.removeprefix("::ffff:") for socket in sockets} <= {"127.0.0.1", "::1"}
+
+
+def test_the_center_imports_no_jax(undisturbed):
+    for shard in (0, 1):
+        modules = undisturbed[1][f"modules {shard}"]
+        assert "numpy" in modules
+        assert not {"jax", "jaxlib", "optax", "samx"} & modules
+
+
+def test_killed_workers(cluster, undisturbed, tmp_path):
+    """The first death is made good, the second one not; the others go on."""
+    pids, hurry = [], tmp_path / "hurry"
+
+    def monitor(progress):
+        record = progress.workers[0]
+        is_new = record.status == "running" and record.place and pid_of(record) not in pids
+        if is_new and len(pids) < 2 and record.exchanges >= 5 * (1 + len(pids)):
+            pids.append(pid_of(record))
+            os.kill(pids[-1], signal.SIGKILL)
+        if len(pids) == 2:
+            hurry.touch()
+
+    with pytest.warns(RuntimeWarning, match="worker 0 .* pid .* died") as warned:
+        trained = elastic.train(
+            maker(0.01, hurry),
+            problem.make(np.float32)[1],
+            num_workers=2,
+            num_exchanges=100,
+            max_restarts=1,
+            engine=elastic.Ray(),
+            monitor=monitor,
+            monitor_every=0.05,
+        )
+    one, other = trained.progress.workers
+    first, second = (str(warning.message) for warning in warned)
+    assert re.search(r"is started again: its process has ended: killed, crashed or out", first)
+    assert re.search(r"exchanges: its process has ended: killed, crashed or out", second)
+    assert len(pids) == 2
+    assert (one.status, one.restarts, other.status, other.restarts) == ("died", 1, "done", 0)
+    assert one.exchanges + other.exchanges == trained.progress.exchanges == 100
+    assert abs(loss_of(trained.params) - loss_of(undisturbed[0].params)) < 0.2
+
+
+def test_a_killed_center(cluster):
+    """That of the part without the ledger, even: nobody hangs, no worker is left."""
+    engine, seen = elastic.Ray(num_shards=2), {}
+
+    def monitor(progress):
+        if progress.exchanges >= 3 and not seen:
+            seen["workers"] = [pid_of(record) for record in progress.workers]
+            seen["time"] = time.monotonic()
+            os.kill(in_center(engine, lambda _: os.getpid(), 1), signal.SIGKILL)
+
+    with pytest.raises(elastic.CenterLost, match="the center is lost, a process of it has ended"):
+        elastic.train(
+            maker(0.01),
+            problem.make(np.float32)[1],
+            num_workers=1,
+            num_exchanges=10**6,
+            engine=engine,
+            monitor=monitor,
+            monitor_every=0.05,
+        )
+    assert time.monotonic() - seen["time"] < 15
+    wait_until(lambda: not any(map(is_alive, seen["workers"])), 15)
+    engine.close()  # once more does no harm
+
+
+@pytest.mark.filterwarnings("ignore:elastic. worker 0:RuntimeWarning")
+def test_a_worker_that_raises(cluster):
+    def make_worker(index):
+        raise FileNotFoundError(f"no data for {index}")
+
+    params = problem.make(np.float32)[1]
+    with pytest.raises(RuntimeError, match="no data for 0"):
+        elastic.train(make_worker, params, num_workers=1, num_exchanges=1, engine=elastic.Ray())
+
+
+def test_a_worker_that_hangs_is_killed(cluster):
+    """It cannot be asked to end."""
+    params, saved, pids = problem.make(np.float32)[1], [], []
+
+    def make_worker(index):
+        return elastic.Worker(params, lambda _: None, lambda *_: time.sleep(1000), lambda n: [n])
+
+    def monitor(progress):
+        if progress.workers[0].place:
+            pids.append(pid_of(progress.workers[0]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        elastic.train(
+            make_worker,
+            params,
+            num_workers=1,
+            num_exchanges=1,
+            engine=elastic.Ray(grace=0.2),
+            monitor=monitor,
+            monitor_every=0.05,
+            save=saved.append,
+        )
+    wait_until(lambda: not is_alive(pids[0]), 15)
+    np.testing.assert_array_equal(saved[0].params["W1"], params["W1"])
+
+
+DRIVER = """
+import os, sys, time
+import numpy as np
+import problem, test_ray
+from samx import elastic
+
+if __name__ == "__main__":
+    engine = elastic.Ray()
+
+    def save(checkpoint):
+        np.savez("saved.npz", W1=checkpoint.params["W1"], n=checkpoint.exchanges)
+
+    def monitor(progress):
+        print(progress.exchanges, engine._helper.pid, progress.workers[0].place, flush=True)
+
+    if sys.argv[1] == "waiting":
+        engine._connect()
+        import ray
+        pid = ray.get(ray.remote(lambda: os.getpid()).remote())
+        print(10, engine._helper.pid, "no training, pid", pid, flush=True)
+        time.sleep(1000)
+
+    elastic.train(
+        test_ray.maker(0.01),
+        problem.make(np.float32)[1],
+        num_workers=1,
+        num_exchanges=10**6,
+        engine=engine,
+        save=save,
+        monitor=monitor,
+        monitor_every=0.1,
+    )
+"""
+
+
+class Driver:
+    """A training in a process of its own, with a cluster of its own."""
+
+    def __init__(self, folder):
+        folder.mkdir()
+        (folder / "driver.py").write_text(DRIVER)
+        self.folder, self.processes = folder, []
+        path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
+        with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "error", "driver.py", folder.name],
+                cwd=folder,
+                stdout=out,
+                stderr=err,
+                env=os.environ | {"PYTHONPATH": path},
+            )
+
+    def said(self):
+        return (self.folder / "out").read_text() + (self.folder / "err").read_text()
+
+    def wait_for_some_exchanges(self):
+        """Until there were ten or more; the folder of its cluster."""
+        line = re.compile(r"^[1-9]\d+ (\d+) .* pid (\d+)$", re.MULTILINE)
+        wait_until(lambda: line.search(self.said()) or self.process.poll() is not None)
+        assert self.process.poll() is None, self.said()
+        helper, worker = map(int, line.search(self.said()).groups())
+        self.processes = [psutil.Process(helper), *psutil.Process(helper).children(recursive=True)]
+        assert worker in {process.pid for process in self.processes}
+        words = itertools.chain.from_iterable(process.cmdline() for process in self.processes)
+        folder = Path(re.search(r"/tmp/samx-\w+", " ".join(words))[0])
+        assert folder.exists()
+        return folder
+
+    def stop(self, number):
+        """The exit code, when all its processes have ended."""
+        self.process.send_signal(number)
+        code = self.process.wait(LONG)
+        wait_until(lambda: not any(is_alive(process.pid) for process in self.processes))
+        return code
+
+    def clean_up(self):
+        for process in [self.process, *self.processes]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(LONG)
+
+
+def test_a_driver_that_is_stopped_leaves_nothing(tmp_path):
+    """No process and no file of Ray's, whatever stops it; after Ctrl-C, a checkpoint."""
+    drivers = [Driver(tmp_path / name) for name in ("training", "waiting")]
+    try:
+        folders = [driver.wait_for_some_exchanges() for driver in drivers]
+        training, waiting = drivers
+        assert waiting.stop(signal.SIGKILL) == -signal.SIGKILL
+        assert training.stop(signal.SIGINT) == -signal.SIGINT, training.said()
+        assert "KeyboardInterrupt" in training.said()
+        wait_until(lambda: not any(folder.exists() for folder in folders))
+        with np.load(training.folder / "saved.npz") as saved:
+            assert saved["n"].sum() >= 10
+            moved = np.abs(saved["W1"] - problem.make(np.float32)[1]["W1"])
+            assert 0.001 < moved.max() < 10
+        for driver in drivers:
+            assert "fork" not in driver.said()
+            assert "(raylet)" not in driver.said()
+    finally:
+        for driver in drivers:
+            driver.clean_up()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_shards": 0}, ValueError, "`num_shards` must be at least 1, got 0"),
+        ({"num_shards": 1.5}, TypeError, "`num_shards` must be a Python int, got float"),
+        ({"num_cpus_per_worker": -1}, ValueError, "`num_cpus_per_worker` must be at least 0"),
+        ({"num_gpus_per_worker": "all"}, TypeError, "`num_gpus_per_worker` must be a number"),
+        ({"grace": float("nan")}, ValueError, "`grace` must be at least 0, got nan"),
+        ({"grace": True}, TypeError, "`grace` must be a number, got True"),
+        ({"address": 6379}, TypeError, "`address` must be HOST:PORT, got 6379"),
+        ({"worker_options": ["cpu"]}, TypeError, "`worker_options` must be a mapping"),
+        ({"worker_options": {"num_cpus": 1}}, ValueError, "must not set num_cpus: .*per_worker"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        elastic.Ray(**options)
+
+
+def test_more_parts_than_parameters(cluster):
+    params = jnp.zeros(2)
+    with pytest.raises(ValueError, match=r"`num_shards` must be at most .* parameters, 2, got 3"):
+        elastic.train(
+            maker(), params, num_workers=1, num_exchanges=1, engine=elastic.Ray(num_shards=3)
+        )
+
+
+@pytest.mark.parametrize("name", ["CPU", "GPU"])
+def test_more_than_this_machine_has(cluster, monkeypatch, name):
+    option = f"num_{name.lower()}s_per_worker"
+    monkeypatch.setattr(cluster, option, 10_000)
+    with pytest.raises(ValueError, match=f"`{option}` must be at most .*/2, .* got 10000"):
+        cluster._check_resources(2)
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'samx\[ray\]'"):
+        elastic.Ray()
