@@ -1,0 +1,886 @@
+"""LSAM, elastic averaging of SAM workers that never wait, against data-parallel SAM.
+
+    python examples/lsam_digits.py
+    python examples/lsam_digits.py --workers 4 --slow 1 --gradients 1600
+    python examples/lsam_digits.py --engine threads
+    python examples/lsam_digits.py --engine ray --workers 4
+    python examples/lsam_digits.py --resume runs/lsam-digits-001
+
+A small network learns scikit-learn's digits (8x8 pixels) with 30% wrong training labels, on several
+workers of which the last is four times slower. Every row spends the same gradients, each a pass
+over the batch of one worker: data-parallel SAM on the batches of all workers together, at the pace
+of the slowest, LSAM on one batch per worker and step, EASGD (the same without sharpness) and SAM on
+a single worker, which is slow and sees the small batch on all of its many steps. "same time" is
+data-parallel SAM with as many steps as fit into the time of LSAM. Learning rates fall by a cosine
+over each worker's own steps.
+
+--engine simulate, the default, is deterministic: the clock is simulated, and a gradient of a fast
+worker is the unit of time. Learning rate and rho of each row are chosen on validation images over
+seeds of their own, the test images are looked at with the chosen values. All seeds and candidates
+train at once, vmapped. About two minutes on two CPU cores.
+
+--engine threads and ray train one seed with workers that really run at the same time: a thread per
+device, or a process per worker. Where there are too few accelerators the devices are simulated on
+the CPU, and a step is stretched by sleep to --step-seconds, as if each had a processor of its own.
+Data-parallel SAM runs afterwards on the devices of this process, a step as long as that of the
+slowest worker. Learning rates and radii are those that the simulation chooses by default, unless
+others are given. The center is evaluated on the way and saved every --save-every seconds, at the
+end, and on Ctrl-C; --resume goes on from there.
+
+Prints a table and the differences; results.json and lsam_digits.png go to --out.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import digits
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from digits import Runs
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
+from output import free_folder
+from tqdm import tqdm
+
+import samx
+from samx import elastic
+
+TUNING_SEEDS = range(1000, 1004)  # none of them is a reported seed
+LEARNING_RATES = (0.03, 0.1, 0.3)  # no row does better with 0.01 or 1
+RADII = (0.1, 0.2, 0.5)
+MOMENTUM = 0.9
+EVALUATIONS = 20
+EVALUATE_EVERY = 0.25  # seconds, of an engine
+TIMED_STEPS = 30
+LSAM, DATA_PARALLEL, SAME_TIME = "lsam", "dp-sam", "dp-sam, same time"
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    kind: str  # "elastic", "together": all workers in step, or "alone": one worker
+    front: Callable[[Any, int], Any]  # rho, number of workers -> what stands before the base
+    gradients: int = 2  # of a local step
+    radii: tuple[float, ...] = RADII
+    rounds: int = 2  # all-reduces of a step of all together
+
+
+ROWS = {
+    DATA_PARALLEL: Row("together", lambda rho, n: samx.sam(rho)),
+    SAME_TIME: Row("together", lambda rho, n: samx.sam(rho)),
+    # Each worker climbs the gradient of its own batch.
+    "dp-sam, own ascent": Row("together", lambda rho, n: samx.msam(rho, n), rounds=1),
+    LSAM: Row("elastic", lambda rho, n: samx.sam(rho)),
+    "easgd": Row("elastic", lambda rho, n: optax.identity(), 1, (0.0,)),
+    "sam, one worker": Row("alone", lambda rho, n: samx.sam(rho)),
+}
+# Learning rate and rho that the simulation chooses by default, for the engines.
+CHOSEN = {LSAM: (0.3, 0.2), DATA_PARALLEL: (0.1, 0.2), SAME_TIME: (0.3, 0.1)}
+
+
+class Functions(NamedTuple):
+    """Compiled functions over a vector of runs, the leading axis of all arrays."""
+
+    init: Callable[..., Any]  # params -> state
+    step: Callable[..., Any]  # params, state, batch -> params, state, losses
+    accuracy: Callable[..., Any]  # params, one part of the data -> [runs]
+
+
+class Curve(NamedTuple):
+    """What was seen on the way, and at the end."""
+
+    time: list[float]
+    gradients: list[int]
+    validation: list[np.ndarray]  # accuracies [runs]
+    test: list[np.ndarray]
+    facts: dict[str, Any]  # what else is to be told
+
+
+def make_functions(name: str, args: argparse.Namespace) -> Functions:
+    """Those of a row. Learning rate and rho come with the batch: runs differ in them."""
+    graph = nnx.graphdef(digits.Network(args.width, rngs=nnx.Rngs(0)))
+
+    def logits(params, x):
+        return nnx.merge(graph, params)(x)
+
+    def losses_fn(params, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, batch["x"]), batch["y"]
+        )
+
+    def accuracy(params, data):
+        return jnp.mean(logits(params, data["x"]).argmax(-1) == data["y"])
+
+    def optimizer(rho):
+        tx = optax.chain(ROWS[name].front(rho, args.workers), optax.trace(MOMENTUM))
+        return optax.with_extra_args_support(tx)
+
+    def init(params):
+        return optimizer(RADII[0]).init(params)
+
+    def step(params, state, batch):
+        images = {"x": batch["x"], "y": batch["y"]}
+        value, grads = jax.value_and_grad(lambda p: losses_fn(p, images).mean())(params)
+        updates, state = optimizer(batch["rho"]).update(
+            grads, state, params, value=value, grad=grads, losses_fn=losses_fn, batch=images
+        )
+        updates = jax.tree.map(lambda u: -batch["learning_rate"] * u, updates)
+        return optax.apply_updates(params, updates), state, value
+
+    return Functions(*(jax.jit(jax.vmap(function)) for function in (init, step, accuracy)))
+
+
+@partial(jax.jit, static_argnames="batch")
+def epoch_of(images: Any, seeds: jax.Array, worker: int, epoch: int, batch: int) -> list[Any]:
+    """The batches of one worker in one of its epochs: a shuffle of its own for each seed."""
+    steps = digits.TRAIN // batch
+
+    def of_seed(images, seed):
+        key = jax.random.key(2)
+        for number in (seed, worker, epoch):
+            key = jax.random.fold_in(key, number)
+        rows = jax.random.permutation(key, digits.TRAIN)[: steps * batch].reshape(steps, batch)
+        return digits.rows_of({name: images[name] for name in ("x", "y")}, rows)
+
+    stacked = jax.vmap(of_seed)(images, seeds)
+    return [jax.tree.map(lambda leaf, k=k: leaf[:, k], stacked) for k in range(steps)]
+
+
+def stream(images: Any, runs: Runs, args: argparse.Namespace, worker: int, step: int = 0):
+    """The batches of a worker from a local step on, without end."""
+    steps = digits.TRAIN // args.batch
+    for epoch in itertools.count(step // steps):
+        yield from epoch_of(images, runs.seed, worker, epoch, args.batch)[step % steps :]
+        step = 0
+
+
+def with_rates(batches: Iterator[Any], runs: Runs, horizon: float, step: int = 0):
+    """Learning rates, which fall by a cosine until the horizon, and radii beside the images."""
+    for at, batch in enumerate(batches, step):
+        fallen = 0.5 + 0.5 * math.cos(math.pi * min(at / horizon, 1.0))
+        learning_rate = (fallen * runs.learning_rate).astype(np.float32)
+        yield batch | {"learning_rate": learning_rate, "rho": runs.rho}
+
+
+def batches_together(images: Any, runs: Runs, args: argparse.Namespace, num_workers: int):
+    """The batches of several workers as one, [runs, examples, ...].
+
+    Their examples alternate: the strided micro-batches of mSAM are the batches of the workers.
+    """
+    streams = [stream(images, runs, args, worker) for worker in range(num_workers)]
+    return map(joined, zip(*streams, strict=True))
+
+
+@jax.jit
+def joined(batches: tuple[Any, ...]) -> Any:
+    """Batches [runs, examples, ...] as one."""
+    return jax.tree.map(
+        lambda *x: jnp.stack(x, 2).reshape(len(x[0]), -1, *x[0].shape[2:]), *batches
+    )
+
+
+def load(runs: Runs, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Training, validation and test images of the runs, and their initial parameters."""
+    seeds = jnp.asarray(runs.seed)
+    return digits.split(seeds, args.noise), digits.initialize(seeds, args.width)
+
+
+def make_worker(
+    functions: Functions, runs: Runs, args: argparse.Namespace, seconds: list[float], index: int
+) -> elastic.Worker:
+    """A worker of LSAM in an engine, whose steps take `seconds[index]` at least."""
+    functions = functions._replace(step=paced(functions.step, seconds[index]))
+    return worker_of(LSAM, functions, *load(runs, args), runs, args, index)
+
+
+def worker_of(
+    name: str,
+    functions: Functions,
+    data: Any,
+    params: Any,
+    runs: Runs,
+    args: argparse.Namespace,
+    index: int,
+) -> elastic.Worker:
+    """A worker of a row, with its own stream, and its share of all steps to go."""
+    speeds = 1 / slowness(args)
+    horizon = args.gradients / ROWS[name].gradients * speeds[index] / speeds.sum()
+
+    def batches(step):
+        return with_rates(stream(data[0], runs, args, index, step), runs, horizon, step)
+
+    return elastic.Worker(params, functions.init, functions.step, batches)
+
+
+def paced(step: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    """The step, which ends no sooner than `seconds` after it began."""
+
+    def paced_step(*args):
+        begin = time.perf_counter()
+        result = jax.block_until_ready(step(*args))
+        time.sleep(max(0.0, begin + seconds - time.perf_counter()))
+        return result
+
+    return paced_step
+
+
+def slowness(args: argparse.Namespace) -> np.ndarray:
+    """How much longer than a fast worker each of them takes."""
+    return np.array([1.0] * (args.workers - 1) + [args.slow])
+
+
+def events_of(name: str, args: argparse.Namespace) -> Iterator[elastic.Event]:
+    """What happens until the gradients of an elastic row are spent."""
+    row = ROWS[name]
+    steps = args.gradients // row.gradients
+    events = elastic.timeline(
+        (row.gradients * slowness(args)).tolist(),
+        period=args.period,
+        num_exchanges=steps,  # more than there will be
+        latency=args.latency,
+    )
+    for event in events:
+        yield event
+        steps -= event.kind == "finish"
+        if not steps:
+            return
+
+
+def seconds_together(name: str, args: argparse.Namespace) -> float:
+    """Of a step, simulated: the slowest worker's, and all-reduces, there and back."""
+    row = ROWS[name]
+    if row.kind == "alone":
+        return row.gradients
+    return row.gradients * args.slow + row.rounds * 2 * args.latency
+
+
+def num_steps(name: str, args: argparse.Namespace) -> int:
+    """Steps of a row whose workers go in step, or of its only one, simulated."""
+    if name == SAME_TIME:
+        *_, last = events_of(LSAM, args)
+        return max(1, int(last.time / seconds_together(name, args)))
+    workers = args.workers if ROWS[name].kind == "together" else 1
+    return args.gradients // (ROWS[name].gradients * workers)
+
+
+def gradients_of(name: str, args: argparse.Namespace) -> int:
+    """What a row spends."""
+    if name == SAME_TIME:
+        return num_steps(name, args) * ROWS[name].gradients * args.workers
+    return args.gradients
+
+
+def simulate(
+    name: str,
+    runs: Runs,
+    args: argparse.Namespace,
+    evaluations: int,
+    advance: Callable[[float], Any],
+) -> Curve:
+    """Train the runs of a row on the simulated clock."""
+    row, curve = ROWS[name], Curve([], [], [], [], {})
+    data, params = load(runs, args)
+    functions = make_functions(name, args)
+
+    def evaluate(params, time, gradients):
+        curve.time.append(float(time))
+        curve.gradients.append(gradients)
+        for accuracies, part in ((curve.validation, data[1]), (curve.test, data[2])):
+            accuracies.append(np.asarray(functions.accuracy(params, part)))
+
+    if row.kind == "elastic":
+        rule = elastic.Rule(beta=args.beta, period=args.period)
+        workers = [
+            worker_of(name, functions, data, params, runs, args, index)
+            for index in range(args.workers)
+        ]
+        simulation = elastic.Simulation(workers, params, rule)
+        marks, done = marks_of(args.gradients // row.gradients, evaluations), 0
+        staleness: list[list[int]] = [[] for _ in workers]
+        for event in events_of(name, args):
+            simulation.apply(event)
+            if event.kind == "exchange":
+                staleness[event.worker].append(event.staleness)
+            if event.kind == "finish":
+                done += 1
+                advance(row.gradients * len(runs.seed))
+                if done in marks:
+                    evaluate(simulation.center, event.time, done * row.gradients)
+        curve.facts["steps"] = [local.steps for local in simulation.workers]
+        curve.facts["exchanges"] = simulation.exchanges
+        curve.facts["mean_staleness"] = [float(np.mean(seen or [0])) for seen in staleness]
+        curve.facts["largest_staleness"] = max(max(seen, default=0) for seen in staleness)
+        return curve
+
+    num_workers = args.workers if row.kind == "together" else 1
+    steps, seconds = num_steps(name, args), seconds_together(name, args)
+    marks, state = marks_of(steps, evaluations), functions.init(params)
+    batches = with_rates(batches_together(data[0], runs, args, num_workers), runs, steps)
+    for done, batch in enumerate(itertools.islice(batches, steps), 1):
+        params, state, _ = functions.step(params, state, batch)
+        advance(row.gradients * num_workers * len(runs.seed))
+        if done in marks:
+            evaluate(params, done * seconds, done * row.gradients * num_workers)
+    return curve
+
+
+def marks_of(steps: int, evaluations: int) -> set[int]:
+    """The steps after which there is an evaluation; the last one always."""
+    return {math.ceil(steps * (k + 1) / evaluations) for k in range(evaluations)}
+
+
+def runs_of(seeds: Any, candidates: list[tuple[float, float]]) -> Runs:
+    """All seeds with each (learning rate, rho)."""
+    runs = [(seed, *candidate) for candidate in candidates for seed in seeds]
+    seed, *numbers = (np.array(column) for column in zip(*runs, strict=True))
+    vectors: Any = seed.astype(np.int32), *(column.astype(np.float32) for column in numbers)
+    return Runs(*vectors)
+
+
+def candidates_of(name: str, args: argparse.Namespace) -> list[tuple[float, float]]:
+    """The (learning rate, rho) to choose from; EASGD has no rho."""
+    radii = ROWS[name].radii if 0.0 in ROWS[name].radii else args.rho or ROWS[name].radii
+    return [(rate, rho) for rate in args.learning_rate or LEARNING_RATES for rho in radii]
+
+
+def measure(name: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
+    """Choose and train a row on the simulated clock."""
+    bar.set_description(name)
+    candidates, validation = candidates_of(name, args), None
+    chosen = candidates[0]
+    if len(candidates) > 1:
+        tuned = simulate(name, runs_of(TUNING_SEEDS, candidates), args, 1, bar.update)
+        accuracies = tuned.validation[-1].reshape(len(candidates), -1).mean(axis=1)
+        chosen, validation = candidates[accuracies.argmax()], float(accuracies.max())
+    curve = simulate(name, runs_of(range(args.seeds), [chosen]), args, EVALUATIONS, bar.update)
+    speeds = 1 / slowness(args)
+    return result_of(name, chosen, curve, speeds.sum()) | {"validation_accuracy": validation}
+
+
+def result_of(name: str, chosen: tuple[float, float], curve: Curve, speed: float) -> dict[str, Any]:
+    """What results.json says of a row; `speed` is that of all workers, in gradients per time."""
+    return {
+        "row": name,
+        "learning_rate": chosen[0],
+        "rho": chosen[1],
+        "test_accuracy": curve.test[-1].tolist(),
+        "gradients": curve.gradients[-1],
+        "time": curve.time[-1],
+        "share_of_speed": curve.gradients[-1] / curve.time[-1] / speed,
+        "curve": {
+            "time": curve.time,
+            "gradients": curve.gradients,
+            "test_accuracy": np.asarray(curve.test).tolist(),  # [evaluations, seeds]
+        },
+        **curve.facts,
+    }
+
+
+def run_simulation(args: argparse.Namespace) -> list[dict]:
+    """All rows, on the simulated clock."""
+    total = sum(
+        gradients_of(name, args) * (args.seeds + tuning * (tuning > len(TUNING_SEEDS)))
+        for name in ROWS
+        for tuning in [len(candidates_of(name, args)) * len(TUNING_SEEDS)]
+    )
+    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
+        return [measure(name, args, bar) for name in ROWS]
+
+
+class Bars:
+    """A line for the exchanges of all, and one for each worker."""
+
+    def __init__(self, args: argparse.Namespace, exchanges: int):
+        self.period, self.is_started = args.period, False
+        total = num_exchanges(args)
+        self.all = tqdm(total=total, initial=exchanges, unit="", desc="workers start")
+        self.workers = [
+            tqdm(desc=f"worker {i}", unit=" steps", position=i + 1) for i in range(args.workers)
+        ]
+
+    def show(self, progress: elastic.Progress, accuracy: float) -> None:
+        """The newest numbers."""
+        counts = [progress.exchanges, *(r.exchanges * self.period for r in progress.workers)]
+        texts = [f"center: test accuracy {100 * accuracy:.1f} %"] + [
+            f"staleness {record.staleness}, loss {record.loss:.3f}, {record.status}"
+            for record in progress.workers
+        ]
+        bars = [self.all, *self.workers]
+        if progress.seconds > 0 and not self.is_started:  # rates and time left count from now on
+            self.is_started = True
+            self.all.set_description("exchanges", refresh=False)
+            for bar, count in zip(bars, counts, strict=True):
+                bar.initial = bar.n = bar.last_print_n = count
+                bar.start_t = bar.last_print_t = time.time()
+        for bar, count, text in zip(bars, counts, texts, strict=True):
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(count - bar.n)
+            bar.refresh()
+
+    def close(self) -> None:
+        """Leave the lines as they are."""
+        for bar in (self.all, *self.workers):
+            bar.close()
+
+
+class Saved:
+    """The checkpoints of the center, and of the seconds that it took so far."""
+
+    def __init__(self, folder: Path):
+        import orbax.checkpoint as ocp  # not needed for a simulation
+
+        self.ocp, self.seconds = ocp, 0.0
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        self.manager = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options)
+
+    def save(self, checkpoint: elastic.Checkpoint) -> None:
+        """Start to write it, under the number of exchanges."""
+        step = int(checkpoint.exchanges.sum())
+        if step not in self.manager.all_steps():
+            item = {**checkpoint._asdict(), "seconds": np.float64(self.seconds)}
+            self.manager.save(step, args=self.ocp.args.StandardSave(item), force=True)
+
+    def restore(self, params: Any, num_workers: int) -> elastic.Checkpoint | None:
+        """The newest one, if there is one."""
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        like = {"params": params, "exchanges": np.zeros(num_workers, np.int64)}
+        like |= {"seconds": np.float64(0)}
+        item: Any = self.manager.restore(step, args=self.ocp.args.StandardRestore(like))
+        self.seconds = float(item["seconds"])
+        return elastic.Checkpoint(item["params"], np.asarray(item["exchanges"]))
+
+    def close(self) -> None:
+        """Wait for the last one."""
+        self.manager.close()
+
+
+def num_exchanges(args: argparse.Namespace) -> int:
+    """Of LSAM in all, in an engine."""
+    return args.gradients // (ROWS[LSAM].gradients * args.period)
+
+
+def choose_devices(args: argparse.Namespace) -> list[Any]:
+    """One for each worker: accelerators if there are enough, else simulated ones."""
+    with contextlib.suppress(RuntimeError):  # a backend that runs already stays as it is
+        jax.config.update("jax_num_cpu_devices", args.workers)
+    devices = jax.local_devices()
+    if len(devices) < args.workers:
+        devices = jax.local_devices(backend="cpu")
+    return devices[: args.workers]
+
+
+def seconds_alone(functions: Functions, runs: Runs, args: argparse.Namespace) -> float:
+    """Mean seconds of a step of a fast worker that has this machine for itself."""
+    worker = make_worker(functions, runs, args, [args.step_seconds] * args.workers, 0)
+    params, state, batches = worker.params, worker.init(worker.params), iter(worker.batches(0))
+    worker.step(params, state, next(batches))  # compiled
+    begin = time.perf_counter()
+    for batch in itertools.islice(batches, TIMED_STEPS):
+        params, state, _ = worker.step(params, state, batch)
+    return (time.perf_counter() - begin) / TIMED_STEPS
+
+
+def train_elastic(
+    functions: Functions,
+    runs: Runs,
+    args: argparse.Namespace,
+    devices: list[Any],
+    seconds: list[float],
+    saved: Saved,
+) -> Curve:
+    """LSAM with the workers of an engine."""
+    curve = Curve([], [], [], [], {})
+    data, params = load(runs, args)
+    resumed = saved.restore(params, args.workers) if args.resume else None
+    before = 0 if resumed is None else int(resumed.exchanges.sum())
+    if resumed is not None:
+        print(f"goes on behind exchange {before} of {num_exchanges(args)}")
+    seconds_before, bars = saved.seconds, Bars(args, before)
+
+    def monitor(progress):
+        saved.seconds = seconds_before + progress.seconds
+        center = progress.pull()
+        curve.time.append(saved.seconds)
+        curve.gradients.append(progress.exchanges * args.period * ROWS[LSAM].gradients)
+        curve.validation.append(np.asarray(functions.accuracy(center, data[1])))
+        curve.test.append(np.asarray(functions.accuracy(center, data[2])))
+        bars.show(progress, float(curve.test[-1][0]))
+
+    engine = elastic.Threads(devices) if args.engine == "threads" else elastic.Ray()
+    try:
+        trained = elastic.train(
+            partial(make_worker, functions, runs, args, seconds),
+            params,
+            num_workers=args.workers,
+            num_exchanges=num_exchanges(args),
+            rule=elastic.Rule(beta=args.beta, period=args.period),
+            engine=engine,
+            monitor=monitor,
+            monitor_every=EVALUATE_EVERY,
+            save=saved.save,
+            save_every=args.save_every,
+            resume=resumed,
+        )
+    finally:
+        bars.close()
+    records = trained.progress.workers
+    curve.facts["steps"] = [record.exchanges * args.period for record in records]
+    curve.facts["exchanges"] = trained.progress.exchanges
+    # Between two exchanges of a worker there were so many of the others, on average.
+    curve.facts["mean_staleness"] = [
+        (trained.progress.exchanges - r.exchanges) / max(1, r.exchanges) for r in records
+    ]
+    curve.facts["largest_staleness"] = max(record.largest_staleness for record in records)
+    curve.facts["died"] = {r.index: r.error.strip() for r in records if r.status == "died"}
+    return curve
+
+
+def train_together(
+    name: str,
+    functions: Functions,
+    runs: Runs,
+    args: argparse.Namespace,
+    devices: list[Any],
+    seconds: float,
+    steps: int,
+) -> Curve:
+    """Data-parallel SAM, the examples spread over the devices; a step takes `seconds` at least."""
+    curve, per_step = Curve([], [], [], [], {}), ROWS[name].gradients * args.workers
+    data, params = load(runs, args)
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
+
+    def place(batch):
+        return {
+            key: jax.device_put(leaf, spread if key in ("x", "y") else everywhere)
+            for key, leaf in batch.items()
+        }
+
+    params, state = jax.device_put((params, functions.init(params)), everywhere)
+    batches = with_rates(batches_together(data[0], runs, args, args.workers), runs, steps)
+    step = paced(lambda batch: functions.step(params, state, place(batch)), seconds)
+    first = batches_together(data[0], runs, args, args.workers)
+    step(next(with_rates(first, runs, steps)))  # compiled before the clock starts
+    marks, spent = marks_of(steps, EVALUATIONS), 0.0
+    for done, batch in enumerate(tqdm(itertools.islice(batches, steps), name, steps), 1):
+        begin = time.perf_counter()
+        params, state, _ = step(batch)
+        spent += time.perf_counter() - begin
+        if done in marks:
+            curve.time.append(spent)
+            curve.gradients.append(done * per_step)
+            for accuracies, part in ((curve.validation, data[1]), (curve.test, data[2])):
+                accuracies.append(np.asarray(functions.accuracy(jax.device_get(params), part)))
+    return curve
+
+
+def run_engine(args: argparse.Namespace) -> list[dict]:
+    """LSAM in an engine, and data-parallel SAM beside it."""
+    devices = choose_devices(args)
+    print(
+        f"workers: {args.workers}, "
+        + (
+            "a process each"
+            if args.engine == "ray"
+            else f"a thread each on {len(devices)} devices ({devices[0].device_kind})"
+        )
+    )
+    chosen = {
+        name: ((args.learning_rate or [rate])[0], (args.rho or [rho])[0])
+        for name, (rate, rho) in CHOSEN.items()
+    }
+    runs = {name: runs_of([args.seed], [numbers]) for name, numbers in chosen.items()}
+    functions = make_functions(LSAM, args)  # for all: they take the same step
+    fast = seconds_alone(functions, runs[LSAM], args)
+    seconds = (fast * slowness(args)).tolist()
+    speed = ROWS[LSAM].gradients * sum(1 / s for s in seconds)
+    pace = [args.step_seconds] * args.workers
+    if args.slow > 1:
+        pace[-1] = seconds[-1]
+    print(
+        f"a step alone: {1e3 * fast:.1f} ms, of the last worker {1e3 * seconds[-1]:.1f} ms; all "
+        f"together {speed:.0f} gradients/s"
+    )
+    saved = Saved(args.folder)
+    try:
+        curves = {LSAM: train_elastic(functions, runs[LSAM], args, devices, pace, saved)}
+    finally:
+        saved.close()
+    steps = num_steps(DATA_PARALLEL, args)
+    curves[DATA_PARALLEL] = curve = train_together(
+        DATA_PARALLEL, functions, runs[DATA_PARALLEL], args, devices, seconds[-1], steps
+    )
+    steps = max(1, int(steps * curves[LSAM].time[-1] / curve.time[-1]))
+    curves[SAME_TIME] = train_together(
+        SAME_TIME, functions, runs[SAME_TIME], args, devices, seconds[-1], steps
+    )
+    return [result_of(name, chosen[name], curves[name], speed) for name in CHOSEN]
+
+
+def differences_of(results: list[dict]) -> list[dict]:
+    """LSAM minus each of the others, in points, paired by the seed."""
+    accuracies = {result["row"]: 100 * np.array(result["test_accuracy"]) for result in results}
+    return [
+        {"row": name, "difference": difference, "error": error}
+        for name in accuracies
+        if name != LSAM
+        for paired in [accuracies[LSAM] - accuracies[name]]
+        for difference, error in [digits.mean_and_error(paired.tolist())]
+    ]
+
+
+def table(results: list[dict], unit: str) -> str:
+    """One line per row."""
+    width = max(len(result["row"]) for result in results)
+    head = f"{'row':<{width}} {'test acc. %':>14} {'gradients':>10} {f'time, {unit}':>10}"
+    head += f" {'gradients/time':>15} {'of all speeds':>14} {'lr':>6} {'rho':>5}"
+    lines = [head, "-" * len(head)]
+    for result in results:
+        accuracy = with_error(*digits.mean_and_error([100 * a for a in result["test_accuracy"]]))
+        rate = result["gradients"] / result["time"]
+        lines.append(
+            f"{result['row']:<{width}} {accuracy:>14} {result['gradients']:>10}"
+            f" {result['time']:>10.1f} {rate:>15.2f}"
+            f" {result['share_of_speed']:>13.0%} {result['learning_rate']:>7g} {result['rho']:>5g}"
+        )
+    return "\n".join(lines)
+
+
+def with_error(mean: float, error: float, form: str = ".2f") -> str:
+    """A mean with its standard error, if there is one."""
+    return f"{mean:{form}}" + (f" ± {error:.2f}" if math.isfinite(error) else "")
+
+
+def verdict(results: list[dict], args: argparse.Namespace) -> str:
+    """What the workers did, and LSAM beside the others."""
+    lsam = next(result for result in results if result["row"] == LSAM)
+    *fast, slow = lsam["mean_staleness"]
+    lines = [
+        f"lsam: {lsam['exchanges']} exchanges; between two of a worker {np.mean(fast):.1f} of "
+        f"others, of the last worker {slow:.1f}, at most {lsam['largest_staleness']}"
+    ]
+    for found in differences_of(results):
+        at = {DATA_PARALLEL: ", equal gradients", SAME_TIME: ", equal time"}.get(found["row"], "")
+        error = found["error"]
+        sigma = f" ({found['difference'] / error:+.1f} standard errors)" if error > 0 else ""
+        points = with_error(found["difference"], error, "+.2f")
+        lines.append(f"lsam - {found['row']}{at}: {points} points{sigma}")
+    for index, error in lsam.get("died", {}).items():
+        lines.append(f"worker {index} died: {error.splitlines()[-1]}")
+    if args.engine != "simulate":
+        lines.append(
+            "dp-sam: on the devices of this process, each step as long as one of the slowest worker"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: list[dict], path: Path, title: str, unit: str, is_marked: bool) -> None:
+    """Accuracy against time on the left, against gradients on the right."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, by, label in zip(
+        panels,
+        ("time", "gradients"),
+        (f"time, {unit}", "gradients of all workers, each of one worker's batch"),
+        strict=True,
+    ):
+        for result in results:
+            curve = result["curve"]
+            accuracy = 100 * np.asarray(curve["test_accuracy"])
+            mean, seeds = accuracy.mean(axis=1), accuracy.shape[1]
+            error = accuracy.std(axis=1, ddof=1) / np.sqrt(seeds) if seeds > 1 else 0 * mean
+            [line] = axes.plot(
+                curve[by], mean, marker="o" if is_marked else None, ms=3, label=result["row"]
+            )
+            axes.fill_between(
+                curve[by], mean - error, mean + error, alpha=0.2, color=line.get_color()
+            )
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    best = max(100 * np.mean(a) for r in results for a in r["curve"]["test_accuracy"])
+    panels[0].set(ylabel="test accuracy of the center, %", ylim=(max(0.0, best - 20), best + 1))
+    panels[1].legend(loc="lower right")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--engine", choices=["simulate", "threads", "ray"], default="simulate")
+    add("--workers", type=int, default=8)
+    add("--slow", type=float, default=4.0, help="how many times slower the last worker is")
+    add("--batch", type=int, default=100, help="images of one worker")
+    add("--gradients", type=int, default=3200, help="of each row, of one worker's batch each")
+    add("--period", type=int, default=4, help="local steps between two exchanges of a worker")
+    add("--beta", type=float, default=0.9, help="how far the workers move the center")
+    add("--learning-rate", type=float, nargs="+", help="to choose from; one for an engine")
+    add("--rho", type=float, nargs="+", help="to choose from; one for an engine")
+    add("--noise", type=float, default=0.3, help="share of flipped labels")
+    add("--width", type=int, default=64, help="units of each hidden layer")
+    add("--out", help="new folder of the run; default runs/lsam-digits-NNN")
+    group = parser.add_argument_group("--engine simulate")
+    group.add_argument("--seeds", type=int, default=10)
+    group.add_argument("--latency", type=float, default=0.1, help="in gradients, one way")
+    group = parser.add_argument_group("--engine threads and ray")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--step-seconds",
+        type=float,
+        default=0.02,
+        help="that a step of a fast worker takes at least; 0 for as fast as it goes",
+    )
+    group.add_argument("--save-every", type=float, default=60.0, metavar="SECONDS")
+    group.add_argument("--resume", metavar="FOLDER", help="go on with this run")
+    return parser
+
+
+CHANGEABLE = ("out", "resume", "engine", "gradients", "slow", "step_seconds", "save_every")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Arguments that are right; those of a run for --resume."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume is not None:
+        args = resumed_arguments(parser, args.resume, argv)
+    for name, low, high in (
+        ("workers", 2, math.inf),
+        ("slow", 1, 1e6),
+        ("batch", 1, digits.TRAIN),
+        ("period", 1, math.inf),
+        ("beta", 0, 1),
+        ("width", 1, math.inf),
+        ("seeds", 1, math.inf),
+        ("seed", 0, 999),
+        ("latency", 0, 1e6),
+        ("step_seconds", 0, 1e6),
+        ("save_every", 0, 1e9),
+        ("noise", 0, 0.999),
+    ):
+        value = getattr(args, name)
+        if not low <= value <= high:
+            wanted = f"at least {low}" if high == math.inf else f"{low} to {high:g}"
+            parser.error(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+    for name in ("learning_rate", "rho"):
+        option, values = f"--{name.replace('_', '-')}", getattr(args, name)
+        if values and not all(0 <= value < math.inf for value in values):
+            parser.error(f"{option} must be finite and at least 0, got {values}")
+        if values and len(values) > 1 and args.engine != "simulate":
+            parser.error(f"{option} must be one number for --engine {args.engine}, got {values}")
+    unit = 2 * args.workers * args.period  # whole steps of all, and whole exchanges
+    if args.gradients < unit:
+        parser.error(
+            f"--gradients must be at least {unit} (2 x workers x period), got {args.gradients}"
+        )
+    args.gradients -= args.gradients % unit
+    if args.resume is not None and saved_exchanges(args.resume) >= num_exchanges(args):
+        parser.error(f"--resume {args.resume}: it is at its end; more --gradients would go on")
+    if args.engine == "ray":
+        try:
+            elastic.Ray()  # only looks whether it is there
+        except ImportError as error:
+            parser.error(f"--engine ray: {error}")
+    try:
+        args.folder = Path(args.resume) if args.resume else free_folder(args.out, "lsam-digits")
+    except (OSError, ValueError) as error:
+        parser.error(f"--out: {error}")
+    return args
+
+
+def saved_exchanges(folder: str) -> Any:
+    """Of the newest checkpoint of a run; None if there is none."""
+    names = [path.name for path in (Path(folder) / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
+def resumed_arguments(
+    parser: argparse.ArgumentParser, folder: str, argv: list[str] | None
+) -> argparse.Namespace:
+    """The settings of a run, and what may be others."""
+    try:
+        settings = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        parser.error(f"--resume {folder}: there is no run that could go on ({error})")
+    if saved_exchanges(folder) is None:
+        parser.error(f"--resume {folder}: there is no checkpoint")
+    parser.set_defaults(**settings)
+    args = parser.parse_args(argv)
+    for name, value in settings.items():
+        if name not in CHANGEABLE and getattr(args, name) != value:
+            parser.error(
+                f"--{name.replace('_', '-')}: the run in {folder} has {value}, got "
+                f"{getattr(args, name)}; start a new one for others"
+            )
+    if args.engine == "simulate":
+        parser.error("--resume is for --engine threads and ray, got simulate")
+    if args.out is not None:
+        parser.error("--out and --resume exclude each other: a resumed run has its folder")
+    return args
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    args = parse(argv)
+    is_simulated = args.engine == "simulate"
+    settings = {k: v for k, v in vars(args).items() if k not in ("folder", "out", "resume")}
+    if not is_simulated:
+        (args.folder / "config.json").write_text(json.dumps(settings, indent=1))
+    begin = time.perf_counter()
+    try:
+        results = run_simulation(args) if is_simulated else run_engine(args)
+    except KeyboardInterrupt:
+        after = "" if is_simulated else f"; go on with --resume {args.folder}"
+        print(f"\ninterrupted{after}", file=sys.stderr)
+        sys.exit(130)
+    except elastic.CenterLost as error:
+        sys.exit(f"lsam_digits.py: {error}\ngo on with --resume {args.folder}")
+    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
+    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
+    unit = "g" if is_simulated else "s"
+    what = f"{args.seeds} seeds" if is_simulated else f"seed {args.seed}, {args.engine}"
+    subject = f"{digits.describe(args.noise)}, {args.workers} workers, {what}"
+    print(f"\n{subject}\n{table(results, unit)}")
+    if is_simulated:
+        print("time in g: gradients of a fast worker")
+    print(f"\n{verdict(results, args)}")
+    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
+    report |= {"settings": settings, "results": results, "differences": differences_of(results)}
+    text = json.dumps(without_nans(report), indent=1)
+    (args.folder / "results.json").write_text(text)
+    long_unit = "gradients of a fast worker" if is_simulated else "seconds"
+    title = f"LSAM on digits, {subject}, the last {args.slow:g} times slower"
+    draw(results, args.folder / "lsam_digits.png", title, long_unit, not is_simulated)
+    print(f"\n{time.perf_counter() - begin:.0f} s in all. Results: {args.folder / 'results.json'}")
+    print(f"Plot: {args.folder / 'lsam_digits.png'}")
+    return results
+
+
+def without_nans(tree: Any) -> Any:
+    """None in place of what is not finite, which JSON cannot hold."""
+    if isinstance(tree, dict):
+        return {name: without_nans(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [without_nans(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+if __name__ == "__main__":
+    main()
