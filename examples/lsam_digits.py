@@ -543,9 +543,7 @@ def train_elastic(
     curve.facts["steps"] = [record.exchanges * args.period for record in records]
     curve.facts["exchanges"] = trained.progress.exchanges
     # Between two exchanges of a worker there were so many of the others, on average.
-    curve.facts["mean_staleness"] = [
-        (trained.progress.exchanges - r.exchanges) / max(1, r.exchanges) for r in records
-    ]
+    curve.facts["mean_staleness"] = [record.mean_staleness for record in records]
     curve.facts["largest_staleness"] = max(record.largest_staleness for record in records)
     curve.facts["died"] = {r.index: r.error.strip() for r in records if r.status == "died"}
     return curve

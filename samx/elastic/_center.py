@@ -24,6 +24,7 @@ class WorkerRecord:
         status: "starting", "running", "done" or "died".
         exchanges: With the center so far, those before a restart included.
         staleness: Exchanges of others between the last two of this worker.
+        mean_staleness: The mean over its exchanges; of equal workers, their number − 1.
         largest_staleness: The largest so far.
         loss: Mean of its losses between the last two exchanges; NaN before.
         restarts: How many times it was started again.
@@ -41,6 +42,7 @@ class WorkerRecord:
     status: str = "starting"
     exchanges: int = 0
     staleness: int = 0
+    mean_staleness: float = 0.0
     largest_staleness: int = 0
     loss: float = float("nan")
     restarts: int = 0
@@ -85,6 +87,11 @@ def check_staleness(name: str, max_staleness: Any, num_workers: int) -> None:
             f"{name}: `max_staleness` must be at least num_workers − 1 = {num_workers - 1}, what "
             f"workers that take turns see, got {max_staleness}"
         )
+
+
+def rank(loss: float) -> float:
+    """A loss for comparisons: one that is not known, or not finite, is behind all others."""
+    return loss if np.isfinite(loss) else float("inf")
 
 
 class Ledger:
@@ -149,13 +156,14 @@ class Ledger:
                 return None
             record.staleness = self.exchanges - self.last.get(index, self.exchanges)
             record.largest_staleness = max(record.largest_staleness, record.staleness)
-            record.loss = self.best[index] = loss
+            record.loss, self.best[index] = loss, rank(loss)
             record.exchanges += 1
+            record.mean_staleness += (record.staleness - record.mean_staleness) / record.exchanges
             self.exchanges += 1
             self.last[index] = self.exchanges
             self.latest = time.monotonic()
             self.changed.notify_all()
-            return loss <= min(self.best.values())
+            return self.best[index] <= min(self.best.values())
 
     @property
     def is_over(self) -> bool:

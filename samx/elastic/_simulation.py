@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from samx._hyper import check_count, check_number
-from samx.elastic._center import check_staleness, may_exchange
+from samx.elastic._center import check_staleness, may_exchange, rank
 from samx.elastic._rule import Rule, exchange, pulled
-from samx.elastic._worker import Local, Worker, copied
+from samx.elastic._worker import Local, Worker, copied, mean_of
 
 
 class Event(NamedTuple):
@@ -108,6 +108,7 @@ class Simulation:
 
     def _exchange(self, i: int) -> None:
         local, sent = self.workers[i], self._sent.pop(i)
+        losses, local.losses = local.losses, []
         self.exchanges += 1
         self._counts[i] += 1
         if self.rule.smoothing == "gaussian":
@@ -117,7 +118,7 @@ class Simulation:
             return
         self.center, move = exchange(self.center, sent, self._weight)
         if self.rule.leader:
-            self._losses[i] = local.mean_loss()
+            self._losses[i] = rank(mean_of(losses))
             if self._losses[i] <= min(self._losses.values()):
                 self._leader = sent
             _, to_leader = exchange(self._leader, sent, self.rule.leader)

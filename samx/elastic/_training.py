@@ -216,8 +216,8 @@ def train(
         params: The center at the start, a pytree of arrays.
         num_workers: Workers, each with a stream of its own.
         num_exchanges: Exchanges of all workers together, then everyone ends; about
-            `num_exchanges · rule.period` local steps. The steps of each worker behind its last
-            exchange are lost.
+            `num_exchanges · rule.period` local steps. A worker's first exchange finds it at the
+            center and moves nothing; its steps behind its last one are lost.
         rule: How workers and center pull at each other; default `Rule()`.
         engine: `Threads()`, the default, or `Ray()`.
         max_staleness: Bound on the exchanges of others between two of a worker: those who are ahead

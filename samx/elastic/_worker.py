@@ -17,8 +17,11 @@ class Worker(NamedTuple):
     Attributes:
         params: Parameters of the right structure, shapes and dtypes; their values are not used,
             every worker starts at the center.
-        init: `params -> opt_state`, `tx.init` usually. Called whenever the worker starts.
-        step: `(params, opt_state, batch) -> (params, opt_state, loss)`: compile it yourself.
+        init: `params -> opt_state`, `tx.init` usually. Called whenever the worker starts, also when
+            it starts again: a schedule inside would begin anew. Send the learning rate with the
+            batches then, which know n, for `optax.inject_hyperparams` or a scale of your own.
+        step: `(params, opt_state, batch) -> (params, opt_state, loss)`: compile it yourself, once
+            for all workers of a process.
         batches: `n -> iterable of batches`: the worker's own stream from its n-th local step on.
 
     Example:
@@ -135,13 +138,18 @@ class Local:
     def mean_loss(self) -> float:
         """The mean of the losses since it was last asked for."""
         losses, self.losses = self.losses, []
-        return float(np.mean([np.mean(loss) for loss in losses])) if losses else float("nan")
+        return mean_of(losses)
 
     def begin_at(self, center: Any) -> None:
         """Begin at a sample around the center."""
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), self.index), self.steps)
         self.start = scattered(center, key, self.rule.deviation)
         self.params = copied(self.start)
+
+
+def mean_of(losses: list[Any]) -> float:
+    """Their mean, NaN of none; waits for them."""
+    return float(np.mean([np.mean(loss) for loss in losses])) if losses else float("nan")
 
 
 def work(make_worker: Callable[[int], Worker], rule: Rule, index: int, center: Any, place: str):
