@@ -233,21 +233,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", choices=list(BASES), default="momentum")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
-    parser.add_argument("--rho", type=float, nargs="+", help="radii to choose from, for all")
-    parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
-    parser.add_argument("--out", help="new folder of the results; default runs/async-digits-NNN")
+    digits.add_settings(parser, seeds=10, name="async-digits")
     args = parser.parse_args(argv)
-    for name in ("seeds", "epochs", "width"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not 0 <= args.noise < 1:
-        parser.error(f"--noise must be in [0, 1), got {args.noise}")
-    if args.rho and not all(0 <= rho < float("inf") for rho in args.rho):
-        parser.error(f"--rho must be finite and at least 0, got {args.rho}")
+    digits.check_settings(parser, args)
     try:
         args.folder = free_folder(args.out, "async-digits")
     except (OSError, ValueError) as error:

@@ -415,6 +415,28 @@ def can_have(variant: str, base: str) -> bool:
     return True
 
 
+def add_settings(parser: argparse.ArgumentParser, seeds: int, name: str) -> None:
+    """What any training on the digits can be told, with so many seeds by default."""
+    parser.add_argument("--base", choices=list(BASES), default="momentum")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
+    parser.add_argument("--rho", type=float, nargs="+", help="radii to choose from, for all")
+    parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
+    parser.add_argument("--out", help=f"new folder of the results; default runs/{name}-NNN")
+
+
+def check_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse numbers that mean nothing."""
+    for name in ("seeds", "epochs", "width"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if not 0 <= args.noise < 1:
+        parser.error(f"--noise must be in [0, 1), got {args.noise}")
+    if args.rho and not all(0 <= rho < float("inf") for rho in args.rho):
+        parser.error(f"--rho must be finite and at least 0, got {args.rho}")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -425,23 +447,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=list(ROWS),
         help=f"default: of {', '.join(DEFAULT)} those that can have the base",
     )
-    parser.add_argument("--base", choices=list(BASES), default="momentum")
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
-    parser.add_argument("--rho", type=float, nargs="+", help="radii to choose from, for all")
-    parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
-    parser.add_argument("--out", help="new folder of the results; default runs/digits-NNN")
+    add_settings(parser, seeds=20, name="digits")
     args = parser.parse_args(argv)
     default = (row for row in DEFAULT if can_have(ROWS[row][0], args.base))
     args.variants = list(dict.fromkeys(args.variants or default))
-    for name in ("seeds", "epochs", "width"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not 0 <= args.noise < 1:
-        parser.error(f"--noise must be in [0, 1), got {args.noise}")
-    if args.rho and not all(0 <= rho < float("inf") for rho in args.rho):
-        parser.error(f"--rho must be finite and at least 0, got {args.rho}")
+    check_settings(parser, args)
     try:
         for row in args.variants:
             check_base(ROWS[row][0], args.base)
