@@ -376,6 +376,7 @@ VARIANTS |= {
         uses_gradient=False,  # `ascent_fn` is given
         climbs=False,
         static_args=("first", "ascent_share", "role_axis", "aux_like", "perturb_dtype"),
+        like="bisam",  # but that it climbs a step later
     ),
     "focal_sam": FOCAL,
     "imbalanced_sam": replace(

@@ -1,8 +1,11 @@
 """Settings of every test: 8 simulated devices; float64 only where a test asks for it."""
 
+import gc
+
 import jax
 import pytest
 
+gc.set_threshold(100_000, 50, 100)  # tracing makes very many objects that stay for a while
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "warn")  # every warning is an error
 

@@ -8,13 +8,13 @@ import optax
 import problem
 import pytest
 import regimes
-from cases import APART
 from test_parallel import GLOBAL, VALID, assert_same, batches, build, mean_loss, on_one_device
 
 import samx
 
 every_program = pytest.mark.parametrize(
-    "name", [n for n in APART if n not in ("gsam", "rst", "lightsam_adam", "async_sam")]
+    "name",
+    ["sam", "sampa", "looksam", "momentum_sam", "sl_sam", "msam", "bisam", "fisher_sparse_sam"],
 )
 pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
 

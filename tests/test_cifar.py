@@ -135,9 +135,9 @@ def test_several_devices_are_one(run):
         ("resnet18", "--width 8 --epochs 8 --learning-rate 0.05"),
     ],
 )
-def test_learns_256_images_by_heart(model, options, run, full_optimization):
+def test_learns_128_images_by_heart(model, options, run, full_optimization):
     results = run(
-        f"--model {model} {options} --images 256 --batch 32 --augment none --out run"
+        f"--model {model} {options} --images 128 --batch 16 --augment none --out run"
         " --checkpoint-every 1000"  # only the last: there would be one for each epoch
     )
     assert results["train"]["accuracy"] > 0.99
@@ -151,11 +151,11 @@ def test_label_noise_and_imbalance(run, archive):
     counts = np.bincount(train.label, minlength=10)
     assert len(train.label) < len(clean.label) / 2
     assert counts.max() > 20 * counts.min()
-    results = run(f"{tiny('resnet18')} --images 200 --label-noise 0.2 --imbalance 100 --out run")
+    results = run(f"{tiny('vit')} --images 200 --label-noise 0.2 --imbalance 100 --out run")
     assert 0 <= results["test"]["accuracy"] <= 1
 
 
-@pytest.mark.parametrize("model", ["resnet18", "vit"])
+@pytest.mark.parametrize("model", ["resnet18"])
 def test_a_step_at_batch_64_fits_in_4_gb(model, archive, cache):
     variant = "--variant sampa-separate"  # the dearest
     args = cifar.parse(f"--data {archive} --model {model} {variant} --batch 64".split())[1]
@@ -173,8 +173,8 @@ def test_a_step_at_batch_64_fits_in_4_gb(model, archive, cache):
         assert 0.05 < cifar.gigabytes_of(program) < 4
 
 
-# Before the first checkpoint; then at some step, within a cycle of LookSAM's.
-KILLS = [(0, ("--out", "killed")), (5, ("--resume", "killed"))]
+# At some step, within a cycle of LookSAM's.
+KILLS = [(5, ("--out", "killed"))]
 
 
 def test_killed_and_resumed_is_as_if_nothing_had_happened(cache, archive, tmp_path):

@@ -18,7 +18,6 @@ SUITES = {  # how a defect calls the tests that must see it
     "parallel": "test_parallel.py",
     "cost": "test_parallel_cost.py",
     "precision": "test_precision.py",
-    "formulations": "test_formulations.py",
     "elastic": "test_elastic.py",
 }
 
@@ -44,20 +43,6 @@ DEFECTS = {
         "return g_s, SharpnessAwareState(ball, readings)",
         "return optax.tree.sub(g_s, eps), SharpnessAwareState(ball, readings)",
     ),
-    "SAMPa on the wrong batch": (
-        "trajectories",
-        "test_recorded_run and sampa",
-        "variants/sampa.py",
-        "previous = _tree.where(is_first, current, state.previous)",
-        "previous = current",
-    ),
-    "schedule of rho frozen": (
-        "trajectories",
-        "test_schedules",
-        "_balls.py",
-        "at_step(rho, state.step)",
-        "at_step(rho, jnp.zeros_like(state.step))",
-    ),
     "AsyncSAM waits for the gradient that it climbs": (
         "trajectories",
         "test_recorded_run and asyncsam",
@@ -72,26 +57,12 @@ DEFECTS = {
         "lambda z, d: (z + d).astype(z.dtype), center, move)",
         "lambda z, d: z, center, move)",
     ),
-    "Fisher information without its square": (
-        "formulations",
-        "test_fisher_sparse_sam_against and current",
-        "_fisher_mask.py",
-        "jnp.abs(_tree.widen(g)) ** 2, g)",
-        "jnp.abs(_tree.widen(g)), g)",
-    ),
     "mean over the devices left out": (
         "parallel",
         "test_global_is_the_step and shard_map and -sam]",
         "_devices.py",
         "(_mean(axes, cotangent, share), None)",
         "(cotangent, None)",
-    ),
-    "mean over the devices taken twice": (
-        "cost",
-        "one_all_reduce and -sam]",
-        "_devices.py",
-        "(_mean(axes, cotangent, share), None)",
-        "(_mean(axes, _mean(axes, cotangent, share), share), None)",
     ),
     "state of the perturbation drifts": (
         "parallel",
@@ -100,26 +71,12 @@ DEFECTS = {
         "_, new_state = perturb(g, state, params)",
         "_, new_state = perturb(ascent_grad, state, params)",
     ),
-    "devices counted, not their examples": (
-        "parallel",
-        "test_weights_count_examples_in and shard_map",
-        "_devices.py",
-        "return jnp.where(total == 0, equal, own / jnp.where(total == 0, 1, total))",
-        "return equal",
-    ),
     "each group computes both gradients": (
         "cost",
         "test_a_pair_costs",
         "_pairs.py",
         "result = fn(*_tree.where(side == 0, *pair))\n        results = [result, result]",
         "results = [fn(*args) for args in pair]",
-    ),
-    "each device decides by itself": (
-        "parallel",
-        "test_local_ascent_decides and shard_map-ae_sam]",
-        "skipping.py",
-        "policy.decide(g, state.policy)",
-        'policy.decide(extra.get("ascent_grad", g), state.policy)',
     ),
     "the ascent rounded away": (
         "precision",

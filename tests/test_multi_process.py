@@ -197,7 +197,7 @@ def test_two_processes_end_where_one_does(in_empty_folder):
             np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0])
 def test_a_killed_process_stops_the_others(victim, in_empty_folder):
     with launch(in_empty_folder, *LONG) as launched:
         pids = launched.pids()
