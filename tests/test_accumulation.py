@@ -38,6 +38,7 @@ def test_weights_and_any_number_of_microbatches(name, num_microbatches):
     assert_same(history, regimes.single(build(name), params, data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "regime"),
     [*(("sam", regime) for regime in GLOBAL), ("sampa", "jit, explicit"), ("sampa", "shard_map")],
@@ -48,6 +49,7 @@ def test_on_several_devices(name, regime):
     assert_same(history, regimes.single(build(name), params, data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", ["sam", "two ascent steps"])
 def test_with_local_ascent(name, check_vma):

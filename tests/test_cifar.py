@@ -119,6 +119,7 @@ def test_options(model, options, run):
         np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.001], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_several_devices_are_one(run):
     losses = []
     for devices in (1, 2):
@@ -129,6 +130,7 @@ def test_several_devices_are_one(run):
     np.testing.assert_allclose(two[:2], one[:2], rtol=1e-5)  # float32 drifts later
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -177,6 +179,7 @@ def test_a_step_at_batch_64_fits_in_4_gb(model, archive, cache):
 KILLS = [(5, ("--out", "killed"))]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_as_if_nothing_had_happened(cache, archive, tmp_path):
     """SIGKILL, whatever the process is doing."""
     command = [sys.executable, str(EXAMPLE), "--data", str(archive), "--checkpoint-every", "1"]

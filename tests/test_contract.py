@@ -354,6 +354,7 @@ def test_skip_nonfinite_skips_a_broken_batch_and_recovers(name):
     assert (int(again[1].skipped_steps), int(again[1].skipped_in_a_row)) == (1, 0)
 
 
+@pytest.mark.slow
 @every_kind
 def test_skip_nonfinite_sees_the_sharp_pass_alone(name):
     tx, (batch, params) = samx.skip_nonfinite(VARIANTS[name].build()), fresh()
@@ -381,6 +382,7 @@ def test_skip_nonfinite_sees_the_sharp_pass_alone(name):
     assert np.abs(recovered[0]["W1"] - carry[0]["W1"]).max() > 0
 
 
+@pytest.mark.slow
 @every_kind
 def test_apply_if_finite(name):
     tx, (batch, params) = optax.apply_if_finite(VARIANTS[name].build(), 5), fresh()
@@ -487,6 +489,7 @@ def test_radius_schedule_runs_on_the_optimizers_step(name):
     assert constant.max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sam", "sampa", "looksam", "momentum_sam", "lets"])
 def test_a_step_is_differentiable_in_the_radius(name):
     case = VARIANTS[name]

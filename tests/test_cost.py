@@ -244,6 +244,7 @@ def test_ausam_takes_half_of_both_gradients_behind_its_warm_up(monkeypatch):
         assert flops(program) == pytest.approx(gradients * flops(compiled("gradient")), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_costs_nothing_but_where_it_is_made(name, monkeypatch):
     """Nor does it save anything: both passes need all parameters."""

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SUITES = {  # how a defect calls the tests that must see it
     "trajectories": "test_trajectories.py",
@@ -105,7 +107,15 @@ def run_tests(suite, selection, folder, cache):
     """The exit code of some tests on the package in `folder`, and what they printed."""
     file = SUITES[suite]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-    command += ["-k", selection, "-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / file)]
+    command += [
+        "-m",
+        "",
+        "-k",
+        selection,
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        str(ROOT / "tests" / file),
+    ]
     environment = os.environ | {"PYTHONPATH": str(folder)}
     if suite != "cost":  # which looks at what the optimizations leave
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"

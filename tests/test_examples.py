@@ -107,6 +107,7 @@ def test_digits_by_default_leaves_out_what_cannot_have_the_base():
     assert digits.parse(["--base", "sgd"]).variants == [*digits.DEFAULT[:-1]]
 
 
+@pytest.mark.slow
 def test_digits_learns():
     (result,) = digits.main(
         ["--variants", "base", "--seeds", "2", "--epochs", "10", "--width", "32", "--noise", "0"]
@@ -185,6 +186,7 @@ def test_bad_arguments(script, arguments, message, in_empty_folder, capsys):
     assert not (in_empty_folder / "runs").exists()
 
 
+@pytest.mark.slow
 def test_step_cost_over_batch_sizes(in_empty_folder, capsys, monkeypatch, fast_compilation):
     tiny = step_cost.Model(lambda rngs: nnx.Linear(4, 10, rngs=rngs), (4,), 8)
     monkeypatch.setattr(step_cost, "MODELS", {"one": tiny, "two": tiny})
@@ -209,6 +211,7 @@ def test_step_cost_over_batch_sizes(in_empty_folder, capsys, monkeypatch, fast_c
     assert printed.count("Largest batch at which sampa") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", step_cost.MODELS)
 def test_step_cost_trains_every_model(model, fast_compilation):
     losses_fn, params, batch = step_cost.problem(model, 3)
@@ -248,6 +251,7 @@ def test_free_folder_never_overwrites(in_empty_folder):
         free_folder("file", "digits")
 
 
+@pytest.mark.slow
 def test_parallel_cost_counts_what_the_formulas_say(in_empty_folder, capsys):
     results = parallel_cost.main(
         ["--batch", "256", "--devices", "2", "4", "--repeats", "1", "--out", "cost"]

@@ -73,6 +73,7 @@ def at_the_end(params, data, rows, held_out_rows):
     )
 
 
+@pytest.mark.slow
 def test_an_epoch_of_lets():
     """Rate 0 is SAM; otherwise rho moves, and the gap is that of the right batches."""
     _, sam_params, _, sam_seen = run_epoch("sam", 0.0, 0.0)

@@ -197,6 +197,7 @@ def test_two_processes_end_where_one_does(in_empty_folder):
             np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0])
 def test_a_killed_process_stops_the_others(victim, in_empty_folder):
     with launch(in_empty_folder, *LONG) as launched:
@@ -209,6 +210,7 @@ def test_a_killed_process_stops_the_others(victim, in_empty_folder):
     assert not any(map(is_alive, pids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "when"),
     [(signal.SIGINT, 130, "training"), (signal.SIGTERM, 143, "starting")],

@@ -175,6 +175,7 @@ def test_local_ascent_decides_and_takes_apart_by_the_mean_gradient(name, regime)
             np.testing.assert_allclose(history[step][0][key], value[step], rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two ascent steps", "sampa"])
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("ascent", ["global", "groups"])
@@ -268,6 +269,7 @@ def sampa(**keywords):
 PAIRED = sampa(pair_sharding=P("pair"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("regime", "shape", "weights"),
     [
@@ -640,6 +642,7 @@ def test_mapped_over_data_and_sharded_by_the_compiler(ascent):
     assert_close(found, expected[0][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "regime", "ascent"),
     [

@@ -214,6 +214,7 @@ def roundings(name, state):
     return 2 + VARIANTS[name].hyper["alpha"] / float(optax.tree.get(state, "part_ratio"))
 
 
+@pytest.mark.slow
 @every_program
 @pytest.mark.parametrize("dtype", [jnp.bfloat16])
 def test_half_precision_compute_stays_close(name, dtype):
@@ -661,6 +662,7 @@ def mapped(regime, name, is_scaled, examples, **keywords):
     return jax.tree.map(np.asarray, history)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("name", "regime", "keywords"),

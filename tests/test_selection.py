@@ -204,6 +204,7 @@ def assert_same_steps(found, expected):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "axis_type", "weights"),
     [
@@ -225,6 +226,7 @@ def test_one_group_over_all_devices(name, axis_type, weights, float64):
     assert_same_steps(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_weights_on_devices(name, float64):
     """Some devices have no example at all; one group on each."""

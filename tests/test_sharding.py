@@ -190,6 +190,7 @@ def test_state_specs_that_do_not_match(argument):
         samx.state_specs(tx, params, **{argument: {"other": P()}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["sam", "sampa", "looksam", "esam", "ausam", "sl_sam", "fisher_sparse_sam"]
 )

@@ -198,6 +198,7 @@ def tiny_models(monkeypatch, tmp_path):
     monkeypatch.setattr(step_cost, "VARIANTS", some | {"half": half})
 
 
+@pytest.mark.slow
 def test_step_cost_measures_every_variant_by_default(
     fast_compilation, tiny_models, tmp_path, capsys
 ):
