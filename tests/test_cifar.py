@@ -96,6 +96,7 @@ def test_variants_by_name(variant, run, tmp_path, capsys):
     assert "images/s" in printed.err  # the progress line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -157,6 +158,7 @@ def test_label_noise_and_imbalance(run, archive):
     assert 0 <= results["test"]["accuracy"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["resnet18"])
 def test_a_step_at_batch_64_fits_in_4_gb(model, archive, cache):
     variant = "--variant sampa-separate"  # the dearest

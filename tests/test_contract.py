@@ -105,6 +105,7 @@ def test_scan(name):
     assert_close(carry, loop, rtol=1e-4)
 
 
+@pytest.mark.slow
 @every_kind
 def test_vmap_over_hyperparameters_and_seeds(name):
     case, (batch, params) = VARIANTS[name], fresh()

@@ -12,7 +12,7 @@ import pytest
 
 import samx
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_compilation")]
 
 LIGHT = ("lightsam_norm", "lightsam_adagrad", "lightsam_adam")
 

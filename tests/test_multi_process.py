@@ -29,6 +29,7 @@ def train(arguments):
     return data_parallel.main([*arguments.split(), "--float64", "--epochs", "2"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "strategies"),
     [

@@ -8,14 +8,13 @@ import mup_transfer
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_compilation")]
 
 
 def no_constant(name):
     raise AssertionError(f"{name} is no JSON")
 
 
-@pytest.mark.slow
 def test_exponents_of_mup_are_zero_and_those_of_sam_are_not(tmp_path):
     arguments = "--widths 256 512 1024 --seeds 2 --steps 1 10 --out"
     args = mup_transfer.parse([*arguments.split(), str(tmp_path)])

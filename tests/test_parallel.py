@@ -590,6 +590,7 @@ def test_aux_in_the_state_is_common_to_all_devices(regime):
         assert_close(found, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["asam", "two ascent steps", "sampa"])
 @pytest.mark.parametrize("ascent", ["global", "local"])
 def test_in_a_scan_with_donated_arguments(name, ascent):

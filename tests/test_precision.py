@@ -234,6 +234,7 @@ VANISHING = 2.0**-22  # of a loss: cotangents of single examples are below the h
 FLOAT16_EPS = float(jnp.finfo(jnp.float16).eps)
 
 
+@pytest.mark.slow
 @every_arithmetic
 def test_a_scale_changes_nothing_in_float32(name):
     history, expected = (four_steps(name, wrapper, jnp.float32) for wrapper in ("scale", "none"))

@@ -90,6 +90,7 @@ def test_passes_of_whole_steps(fast_compilation, tiny_models, monkeypatch):
     assert counts["sam"]["branch_shares"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_registry_says_who_reads_the_gradient(name, fast_compilation):
     """Without reading it nobody notices that it is not a number; AsyncSAM would not climb it."""

@@ -1,5 +1,6 @@
 """Asynchronous training: a center, workers that come and go, and somebody who watches."""
 
+import signal
 import threading
 import time
 import traceback
@@ -314,12 +315,16 @@ def train(
             save(Checkpoint(pull(), np.array([record.exchanges for record in seen.workers])))
 
     begun = monitored = saved = time.monotonic()
+    interrupted = threading.Event()
+    undo = _take_note_of_ctrl_c(interrupted)
     try:
         engine.start(Job(make_worker, rule, values, shard, ledger))
         try:
             for index in range(num_workers):
                 engine.launch(index)
             while True:
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
                 for index, error in engine.deaths():
                     engine.call("leave", index, error)
                 seen, now = progress(), time.monotonic()
@@ -357,7 +362,26 @@ def train(
         final = pull()
         return Trained(final, seen._replace(pull=lambda: final))  # the center ends here
     finally:
+        undo()
         engine.close()
+
+
+def _take_note_of_ctrl_c(interrupted: threading.Event) -> Callable[[], Any]:
+    """Let the first Ctrl-C set the event only; a function that undoes this.
+
+    An exception anywhere could be lost, in a destructor of Ray's say, and the training go on.
+    """
+    handler = signal.default_int_handler
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not handler:
+        return lambda: None
+
+    def note(*_: Any) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, handler)  # the second one is an exception
+
+    signal.signal(signal.SIGINT, note)
+    return lambda: signal.signal(signal.SIGINT, handler)
 
 
 def described(exception: BaseException) -> str:
