@@ -620,6 +620,18 @@ def test_in_threads_staleness_is_bounded():
     assert 2 <= max(worker.largest_staleness for worker in trained.progress.workers) <= 4
 
 
+def test_staleness_is_that_since_a_resumption():
+    ledger = Ledger(2, 100, None, {0: 10, 1: 20})
+    ledger.open()
+    for i in (0, 1):
+        ledger.wait_for_start(i)
+    for i in (0, 1, 1, 0, 1, 0):
+        ledger.admit(i, 0.0)
+    one, other = ledger.snapshot()[1]
+    assert (one.exchanges, one.mean_staleness) == (13, pytest.approx((0 + 2 + 1) / 3))
+    assert (other.exchanges, other.mean_staleness) == (23, pytest.approx((1 + 0 + 1) / 3))
+
+
 def test_nobody_waits_for_the_dead():
     ledger = Ledger(3, 20, 2)
     starts = [threading.Thread(target=ledger.wait_for_start, args=(i,)) for i in range(3)]

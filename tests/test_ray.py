@@ -26,7 +26,7 @@ import pytest
 import samx
 from samx import elastic
 from samx.elastic import _actors, _center, _ray
-from samx.elastic._training import Job
+from samx.elastic._engine import Job
 
 LONG = 60  # seconds, for a machine that does much else
 
@@ -438,7 +438,7 @@ class Driver:
         self.processes = [psutil.Process(helper), *psutil.Process(helper).children(recursive=True)]
         assert worker in {process.pid for process in self.processes}
         words = itertools.chain.from_iterable(process.cmdline() for process in self.processes)
-        folder = Path(re.search(r"/tmp/samx-\w+", " ".join(words))[0])
+        folder = Path(re.search(r"(/\w+)+/samx-\w+", " ".join(words))[0])
         assert folder.exists()
         return folder
 

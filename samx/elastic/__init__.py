@@ -9,10 +9,11 @@ checkpoint  `Checkpoint`, `Progress`, `Trained`
 
 from samx.elastic._averaging import averaging, look_ahead
 from samx.elastic._center import CenterLost, WorkerRecord
+from samx.elastic._engine import Threads
 from samx.elastic._ray import Ray
 from samx.elastic._rule import Rule, exchange, pulled
 from samx.elastic._simulation import Event, Simulation, in_order, timeline
-from samx.elastic._training import Checkpoint, Progress, Threads, Trained, train
+from samx.elastic._training import Checkpoint, Progress, Trained, train
 from samx.elastic._worker import Worker
 
 __all__ = [

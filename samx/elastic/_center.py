@@ -24,7 +24,8 @@ class WorkerRecord:
         status: "starting", "running", "done" or "died".
         exchanges: With the center so far, those before a restart included.
         staleness: Exchanges of others between the last two of this worker.
-        mean_staleness: The mean over its exchanges; of equal workers, their number − 1.
+        mean_staleness: The mean since the training began or was resumed; of equal workers, their
+            number − 1.
         largest_staleness: The largest so far.
         loss: Mean of its losses between the last two exchanges; NaN before.
         restarts: How many times it was started again.
@@ -104,8 +105,8 @@ class Ledger:
         max_staleness: int | None = None,
         exchanges_before: Mapping[int, int] | None = None,
     ):
-        before = exchanges_before or {}
-        self.records = {i: WorkerRecord(i, exchanges=before.get(i, 0)) for i in range(num_workers)}
+        self.before = before = {i: (exchanges_before or {}).get(i, 0) for i in range(num_workers)}
+        self.records = {i: WorkerRecord(i, exchanges=before[i]) for i in range(num_workers)}
         self.num_exchanges, self.max_staleness = num_exchanges, max_staleness
         self.exchanges = sum(before.values())
         self.last: dict[int, int] = {}  # of the living, the version that each has seen
@@ -158,7 +159,8 @@ class Ledger:
             record.largest_staleness = max(record.largest_staleness, record.staleness)
             record.loss, self.best[index] = loss, rank(loss)
             record.exchanges += 1
-            record.mean_staleness += (record.staleness - record.mean_staleness) / record.exchanges
+            count = record.exchanges - self.before[index]
+            record.mean_staleness += (record.staleness - record.mean_staleness) / count
             self.exchanges += 1
             self.last[index] = self.exchanges
             self.latest = time.monotonic()

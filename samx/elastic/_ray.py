@@ -25,8 +25,8 @@ from samx._hyper import check_count, check_number
 from samx.elastic import _actors, _center
 from samx.elastic._actors import Client, get, joined
 from samx.elastic._center import CenterLost, WorkerRecord
+from samx.elastic._engine import Job, described
 from samx.elastic._rule import Rule
-from samx.elastic._training import Job, described
 from samx.elastic._worker import Worker, work
 
 PATIENCE = 120.0  # seconds for what takes a moment, on a machine that does much else
