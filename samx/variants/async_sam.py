@@ -119,8 +119,9 @@ def async_sam(
         of `ascent_fn`, of its examples only; without one, the caller's. `gradients_spent` grows by
         1 + `ascent_share` on every step, whichever device takes them; what a first step takes twice
         counts once.
-        Fidelity: **partly reconstructed**, there is no public code. A delay of one step, a fresh
-        descent gradient and a smaller ascent batch on the slower device are the paper's. The global
+        Fidelity: **partly reconstructed**, there is no public code, and the text was not read. A
+        smaller ascent batch on the slower device is in the abstract; a delay of one step and a
+        fresh descent gradient are what two secondary summaries agree on. The global
         norm, the first step, that the ascent batch is a part of the descent batch, and ρ are
         inferred. Matches an independent loop of that reading.
         `static_args`: `first`, `ascent_share`, `role_axis`, `aux_like`, `perturbation`,
