@@ -27,8 +27,8 @@ class Rule:
         period: Local steps τ ≥ 1 between two exchanges of a worker; default 4.
         smoothing: "elastic", the default: the workers are samples around the center, whose variance
             is η τ / α for a learning rate η. "gaussian": they begin at samples of a Gaussian around
-            it, and what their steps have added goes to the center. Both are reconstructions of LSAM:
-            the first our derivation, which is EASGD's rule, the second a less likely reading.
+            it, and what their steps have added goes to the center. Both are reconstructions of
+            LSAM: the first our derivation, EASGD's rule, the second a less likely reading.
         deviation: Standard deviation ≥ 0 of that Gaussian; "gaussian" only, default 0.
         leader: Share in [0, 1) of the distance to the leader, the worker whose losses since its
             last exchange were smallest, that each worker moves on an exchange; "elastic" only,
