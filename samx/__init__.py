@@ -25,13 +25,13 @@ from samx import (
     schedules,
     selection,
 )
-from samx._base import check_closures, closure_transformation
-from samx._held import HeldBatch
-from samx._sharp import is_sharp_pass, value_and_grad_at
 from samx.accumulation import accumulate
+from samx.core.readings import Readings
+from samx.core.sharp import is_sharp_pass, value_and_grad_at
+from samx.core.state import HeldBatch
+from samx.core.transformation import check_closures, closure_transformation
 from samx.parallel import axis_mean, data_parallel, state_specs, value_and_grad
 from samx.precision import scale_loss
-from samx.readings import Readings
 from samx.skipping import perturb_if
 from samx.variants.adasam import adasam
 from samx.variants.ae_sam import ae_looksam, ae_sam

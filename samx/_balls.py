@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._hyper import at_step, check_number, next_step
 from samx._metrics import Metric, identity
+from samx.core import tree
+from samx.core.hyperparams import at_step, check_number, next_step
 
 
 class BallState(NamedTuple):
@@ -66,8 +66,8 @@ def metric_ball(
 
     def climb(g, params, radius):
         scales = metric(params)
-        scaled = jax.tree.map(lambda g, t: jnp.conj(_tree.widen(g)) * t, g, scales)
-        factor = radius / (_tree.norm(scaled) + norm_eps)
+        scaled = jax.tree.map(lambda g, t: jnp.conj(tree.widen(g)) * t, g, scales)
+        factor = radius / (tree.norm(scaled) + norm_eps)
         return jax.tree.map(lambda s, t: s * t * jnp.asarray(factor, s.real.dtype), scaled, scales)
 
     return with_radius(rho, climb)
@@ -112,7 +112,7 @@ def linf_ball(
 
     def climb(g, params, radius):
         def corner(g, t):
-            scaled = jnp.conj(_tree.widen(g)) * t
+            scaled = jnp.conj(tree.widen(g)) * t
             sign = jnp.sign(scaled) + 0 * scaled  # an overflow is no direction: inf gives NaN
             return sign * t * jnp.asarray(radius, sign.real.dtype)
 
@@ -163,7 +163,7 @@ def gradient_step(
 
     def climb(g, params, radius):
         def step(g, t):
-            scaled = jnp.conj(_tree.widen(g)) * t * t
+            scaled = jnp.conj(tree.widen(g)) * t * t
             return scaled * jnp.asarray(radius, scaled.real.dtype)
 
         return jax.tree.map(step, g, metric(params))
@@ -213,11 +213,11 @@ def monge_ball(
 
     def climb(g, params, radius):
         del params
-        length = _tree.norm(g)
+        length = tree.norm(g)
         factor = radius / ((length + norm_eps) * jnp.sqrt(1 + length**2))
 
         def step(g):
-            g = jnp.conj(_tree.widen(g))
+            g = jnp.conj(tree.widen(g))
             return g * jnp.asarray(factor, g.real.dtype)
 
         return jax.tree.map(step, g)

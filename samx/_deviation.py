@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._hyper import at_step, check_number, next_step
+from samx.core import tree
+from samx.core.hyperparams import at_step, check_number, next_step
 
 
 class DeviationState(NamedTuple):
@@ -70,16 +70,16 @@ def deviation(
     check_number("decay", decay, 0, 1)
 
     def init_fn(params):
-        wide = jax.tree.map(_tree.widen, params)
+        wide = jax.tree.map(tree.widen, params)
         return DeviationState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(wide))
 
     def update_fn(updates, state, params=None, **extra):
         del params, extra
         sigma_t, decay_t = at_step(sigma, state.step), at_step(decay, state.step)
-        g = jax.tree.map(_tree.widen, updates)
-        d = _tree.add_scaled(g, -1 * sigma_t, state.average)
+        g = jax.tree.map(tree.widen, updates)
+        d = tree.add_scaled(g, -1 * sigma_t, state.average)
         decay_t = jnp.where(state.step == 0, 0, decay_t)
-        average = _tree.on_line(state.average, g, 1 - decay_t)
-        return d, DeviationState(next_step(state.step), _tree.cast_like(average, state.average))
+        average = tree.on_line(state.average, g, 1 - decay_t)
+        return d, DeviationState(next_step(state.step), tree.cast_like(average, state.average))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

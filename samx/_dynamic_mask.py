@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import as_transformation
-from samx._hyper import as_key, at_step, check_count, check_number, next_step
 from samx._order import check_mask, largest, num_entries, rounded_down
+from samx.core import tree
+from samx.core.hyperparams import as_key, at_step, check_count, check_number, next_step
+from samx.core.transformation import as_transformation
 
 Score: TypeAlias = Literal["gradient", "weight", "random"]
 SCORES = ("gradient", "weight", "random")
@@ -124,7 +124,7 @@ def dynamic_mask(
     def update_fn(updates, state, params=None, **extra):
         check_mask(name, state.mask, params)
         eps, inner = perturbation.update(updates, state.perturbation, params, **extra)
-        eps = _tree.masked(eps, state.mask)
+        eps = tree.masked(eps, state.mask)
         size, rate = num_entries(name, params), at_step(drop_rate, state.step)
         wanted = size * (1 - sparsity)
 
@@ -132,7 +132,7 @@ def dynamic_mask(
             if kind == "gradient":
                 return updates
             if kind == "weight":
-                return jax.tree.map(lambda w, e: _tree.widen(w) + e, params, eps)
+                return jax.tree.map(lambda w, e: tree.widen(w) + e, params, eps)
             return _draws(jax.random.split(state.key, 3)[purpose], state.step, params)
 
         def exchange():
@@ -155,7 +155,7 @@ def _draws(key: jax.Array, step: Any, like: Any) -> Any:
     draws = [
         jax.random.uniform(jax.random.fold_in(key, i), leaf.shape)
         + jnp.zeros_like(leaf, jnp.float32)
-        if _tree.is_inexact(leaf)
+        if tree.is_inexact(leaf)
         else jnp.zeros_like(leaf)
         for i, leaf in enumerate(leaves)
     ]

@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, PartitionSpec
 
-from samx import _tree
-from samx._base import as_transformation, closure_transformation
-from samx._climb import Default
-from samx._closures import LossesClosure, batch_size, unit_weights
-from samx._hyper import at_step, check_count, check_number, next_step
-from samx._microbatches import strided
 from samx._order import check_mask, num_entries, rounded_down
 from samx._patterns import Pattern, check_pattern, chosen
+from samx.core import tree
+from samx.core.closures import LossesClosure, batch_size, unit_weights
+from samx.core.hyperparams import Default, at_step, check_count, check_number, next_step
+from samx.core.microbatches import strided
+from samx.core.transformation import as_transformation, closure_transformation
 
 
 class FisherMaskState(NamedTuple):
@@ -157,7 +156,7 @@ def fisher_mask(
         keywords = extra | {"losses_fn": losses_fn, "batch": batch}
         eps, inner = perturbation.update(updates, state.perturbation, params, **keywords)
         spent = jnp.where(is_due, size / batch_size(name, batch), 0).astype(jnp.float32)
-        return _tree.masked(eps, mask), FisherMaskState(
+        return tree.masked(eps, mask), FisherMaskState(
             step=next_step(state.step),
             next_look=jnp.where(is_due, in_time, state.next_look),
             mask=mask,
@@ -178,17 +177,17 @@ def _fisher(
     def squares(example, weight):
         def loss(params):
             batch = jax.tree.map(lambda x: x[None], example)
-            return _tree.widen(losses_fn(params, batch))[0]
+            return tree.widen(losses_fn(params, batch))[0]
 
-        g = _tree.keep_floating(jax.grad(loss, allow_int=True)(own_params), params)
-        return jax.tree.map(lambda g: weight * jnp.abs(_tree.widen(g)) ** 2, g)
+        g = tree.keep_floating(jax.grad(loss, allow_int=True)(own_params), params)
+        return jax.tree.map(lambda g: weight * jnp.abs(tree.widen(g)) ** 2, g)
 
     def add(total, part):
         several = jax.vmap(squares)(*part)
         return jax.tree.map(lambda t, x: t + jnp.sum(x, 0).astype(t.dtype), total, several), None
 
     zeros = jax.tree.map(
-        lambda w: jnp.zeros_like(w, _tree.real_dtype(w)) if _tree.is_inexact(w) else w, own_params
+        lambda w: jnp.zeros_like(w, tree.real_dtype(w)) if tree.is_inexact(w) else w, own_params
     )
     total, _ = jax.lax.scan(
         add, devices.vary(zeros), strided(num_microbatches, (examples, weights))

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
 from samx._balls import with_radius
+from samx.core import tree
 
 LayerScaling: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], Any]
 
@@ -87,13 +87,13 @@ def layer_steps(
         raise TypeError(f"layer_steps: `scaling` must be a function, got {scaling!r}")
 
     def climb(g, params, radius):
-        total = _tree.norm(g) + norm_eps
+        total = tree.norm(g) + norm_eps
 
         def step(g, w):
-            if not _tree.is_inexact(w):
+            if not tree.is_inexact(w):
                 return g
-            factor = radius * scaling(_tree.norm(w), _tree.norm(g) + norm_eps, total)
-            g = jnp.conj(_tree.widen(g))
+            factor = radius * scaling(tree.norm(w), tree.norm(g) + norm_eps, total)
+            g = jnp.conj(tree.widen(g))
             return g * jnp.asarray(factor, g.real.dtype)
 
         return jax.tree.map(step, g, params)

@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from samx import _tree
-from samx._hyper import check_count
+from samx.core import tree
+from samx.core.hyperparams import check_count
 
 LayerGroups: TypeAlias = int | Callable[[Any, Any], Hashable]
 
@@ -29,7 +29,7 @@ def groups_of(groups: LayerGroups, params: Any) -> list[Any]:
     leaves = [
         (path, leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if _tree.is_inexact(leaf)
+        if tree.is_inexact(leaf)
     ]
     if callable(groups):
         label_of = {path: groups(path, leaf) for path, leaf in leaves}

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import as_transformation
-from samx._hyper import as_key, at_step, check_share, next_step
 from samx._metrics import LeafPredicate
+from samx.core import tree
+from samx.core.hyperparams import as_key, at_step, check_share, next_step
+from samx.core.transformation import as_transformation
 
 
 def on_leaves(
@@ -71,9 +71,9 @@ def on_leaves(
             names = [jax.tree_util.keystr(path) for path, _ in paths]
             raise ValueError(f"on_leaves: `is_perturbed` selects none of the leaves {names}")
         if norm == "selected":
-            return perturbation.update(_tree.keep(updates, chosen), state, params, **extra)
+            return perturbation.update(tree.keep(updates, chosen), state, params, **extra)
         eps, state = perturbation.update(updates, state, params, **extra)
-        return _tree.keep(eps, chosen), state
+        return tree.keep(eps, chosen), state
 
     return optax.GradientTransformationExtraArgs(perturbation.init, update_fn)
 
@@ -156,7 +156,7 @@ def random_leaves(
         left = [jnp.where(drawn, leaf, 0) for drawn, leaf in zip(is_drawn, leaves, strict=True)]
         g = jax.tree.unflatten(structure, left)
         eps, inner = perturbation.update(g, state.perturbation, params, **extra)
-        eps = jax.tree.map(lambda e: (e / beta).astype(e.dtype) if _tree.is_inexact(e) else e, eps)
+        eps = jax.tree.map(lambda e: (e / beta).astype(e.dtype) if tree.is_inexact(e) else e, eps)
         return eps, RandomLeavesState(next_step(state.step), state.key, inner)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from samx import _tree
-from samx._hyper import check_number
+from samx.core import tree
+from samx.core.hyperparams import check_number
 
 Metric: TypeAlias = Callable[[Any], Any]
 LeafPredicate: TypeAlias = Callable[[Any, Any], bool]
@@ -153,7 +153,7 @@ def magnitude(eta: float = 0.01, *, is_scaled: LeafPredicate = is_not_bias) -> M
         Cost: elementwise work. `eta` may be a traced array.
     """
     check_number("eta", eta, 0)
-    return _scaled(lambda w: jnp.abs(_tree.widen(w)) + eta, is_scaled)
+    return _scaled(lambda w: jnp.abs(tree.widen(w)) + eta, is_scaled)
 
 
 def layerwise(eta: float = 0.0, *, is_scaled: LeafPredicate = is_not_bias) -> Metric:
@@ -187,7 +187,7 @@ def layerwise(eta: float = 0.0, *, is_scaled: LeafPredicate = is_not_bias) -> Me
         `rho`: use `eta=0` and the radius `(1 + η)·rho` to follow it where every leaf is scaled.
     """
     check_number("eta", eta, 0)
-    return _scaled(lambda w: _tree.norm(w) + eta, is_scaled)
+    return _scaled(lambda w: tree.norm(w) + eta, is_scaled)
 
 
 def constants(scales: Any) -> Metric:
@@ -239,7 +239,7 @@ def _scaled(scale: Callable[[Any], Any], is_scaled: LeafPredicate) -> Metric:
 
     def metric(params):
         return jax.tree_util.tree_map_with_path(
-            lambda path, w: scale(w) if _tree.is_inexact(w) and is_scaled(path, w) else 1.0, params
+            lambda path, w: scale(w) if tree.is_inexact(w) and is_scaled(path, w) else 1.0, params
         )
 
     return metric

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._hyper import check_number
+from samx.core import tree
+from samx.core.hyperparams import check_number
 
 
 def adagrad_norm(eps: Any) -> optax.GradientTransformation:
@@ -20,12 +20,12 @@ def adagrad_norm(eps: Any) -> optax.GradientTransformation:
     _check_eps(eps)
 
     def init_fn(params):
-        return jnp.full((), eps**2, _tree.real_dtype(*jax.tree.leaves(params)))
+        return jnp.full((), eps**2, tree.real_dtype(*jax.tree.leaves(params)))
 
     def update_fn(updates, state, params=None):
         del params
-        g = jax.tree.map(_tree.widen, updates)
-        u = state + _tree.dot(g, g)
+        g = jax.tree.map(tree.widen, updates)
+        u = state + tree.dot(g, g)
         return _over_root(g, jax.tree.map(lambda _: u, g)), u
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -40,7 +40,7 @@ def adagrad(eps: Any) -> optax.GradientTransformation:
 
     def update_fn(updates, state, params=None):
         del params
-        g = jax.tree.map(_tree.widen, updates)
+        g = jax.tree.map(tree.widen, updates)
         u = optax.tree.add(state, _squares(g))
         return _over_root(g, u), u
 
@@ -118,7 +118,7 @@ def optimizer(
     """
     check_number("learning_rate", learning_rate, 0)
     base = optax.chain(
-        moments, optax.scale_by_learning_rate(learning_rate), optax.stateless(_tree.cast_like)
+        moments, optax.scale_by_learning_rate(learning_rate), optax.stateless(tree.cast_like)
     )
 
     def init_fn(params):
@@ -144,7 +144,7 @@ def _check_decays(b1: Any, b2: Any) -> None:
 
 
 def _zeros(params: Any) -> Any:
-    return optax.tree.zeros_like(jax.tree.map(_tree.widen, params))
+    return optax.tree.zeros_like(jax.tree.map(tree.widen, params))
 
 
 def _filled(params: Any, eps: Any) -> Any:
@@ -159,7 +159,7 @@ def _averaged(old: Moments, g: Any, b1: Any, b2: Any) -> Moments:
     def average(decay, old, new):
         return jax.tree.map(lambda m, x: (decay * m + (1 - decay) * x).astype(m.dtype), old, new)
 
-    g = jax.tree.map(_tree.widen, g)
+    g = jax.tree.map(tree.widen, g)
     return Moments(average(b1, old.mean, g), average(b2, old.square, _squares(g)))
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
 from samx._balls import with_radius
+from samx.core import tree
 
 
 def mup_ball(
@@ -79,8 +79,8 @@ def mup_ball(
 
     def climb(g, params, radius):
         s = matched("mup_ball", "scales", scales, "params", params)
-        g = jax.tree.map(lambda g: jnp.conj(_tree.widen(g)), g)
-        length = _tree.norm(jax.tree.map(lambda g, s: g * weight(s), g, s))
+        g = jax.tree.map(lambda g: jnp.conj(tree.widen(g)), g)
+        length = tree.norm(jax.tree.map(lambda g, s: g * weight(s), g, s))
         factor = radius / (length + norm_eps)
         return jax.tree.map(lambda g, s: g * s * jnp.asarray(factor, g.real.dtype), g, s)
 

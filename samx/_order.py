@@ -11,14 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from samx import _tree
+from samx.core import tree
 
 MOST_ENTRIES = 2**31 - 1  # that an int32 counts
 
 
 def num_entries(name: str, params: Any) -> int:
     """The floating parameters, or a `ValueError` where an int32 cannot count them."""
-    leaves = [leaf for leaf in jax.tree.leaves(params) if _tree.is_inexact(leaf)]
+    leaves = [leaf for leaf in jax.tree.leaves(params) if tree.is_inexact(leaf)]
     count = sum(jnp.size(leaf) for leaf in leaves)
     if count > MOST_ENTRIES:
         raise ValueError(
@@ -53,7 +53,7 @@ def largest(scores: Any, count: Any, among: Any = None) -> Any:
     entries out; if too few are left, all of them are chosen. Of equal scores the first is chosen,
     in the order of the leaves and of the entries in them. Integer leaves are never chosen.
     """
-    dtype = _tree.real_dtype(*jax.tree.leaves(scores))
+    dtype = tree.real_dtype(*jax.tree.leaves(scores))
     word = jnp.uint64 if dtype == jnp.float64 else jnp.uint32
     keys = jax.tree.map(lambda x: _key(x, dtype, word), scores)
     if among is not None:
@@ -94,9 +94,9 @@ def _count(holds: Callable[..., jax.Array], *trees: Any) -> jax.Array:
 
 def _key(x: Any, dtype: Any, word: Any) -> jax.Array:
     """An integer from 1 on that is larger for larger magnitudes; 0 for an integer leaf."""
-    if not _tree.is_inexact(x):
+    if not tree.is_inexact(x):
         return jnp.zeros_like(x, word)
-    return jax.lax.bitcast_convert_type(jnp.abs(_tree.widen(x)).astype(dtype), word) + 1
+    return jax.lax.bitcast_convert_type(jnp.abs(tree.widen(x)).astype(dtype), word) + 1
 
 
 def _places(tree: Any) -> Any:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from samx import _tree
-from samx._devices import Devices, is_mapped
+from samx.core import tree
+from samx.core.devices import Devices, is_mapped
 
 
 def check_pair_sharding(name: str, sharding: Any) -> None:
@@ -94,7 +94,7 @@ def evaluate_pair(
         results = _sharded(fn, pair, pair_sharding)
     else:
         side = jax.lax.axis_index(axis)
-        result = fn(*_tree.where(side == 0, *pair))
+        result = fn(*tree.where(side == 0, *pair))
         results = [result, result]  # and the other group has no share in it
         shares = [jnp.where(side == i, share, 0.0) for i, share in enumerate(shares)]
     return [devices.mean(r, share) for r, share in zip(results, shares, strict=True)]
@@ -129,7 +129,7 @@ def _sharded(fn, pair, sharding):
         return jnp.where(side(a) == 0, a, b)
 
     def collect(x, i):
-        if not _tree.is_inexact(x):
+        if not tree.is_inexact(x):
             return x[i]
         return jnp.sum(jnp.where(side(x) == i, x, jnp.zeros_like(x)), axis=0)
 

@@ -6,9 +6,9 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from samx import _tree
-from samx._climb import Default
 from samx._order import largest
+from samx.core import tree
+from samx.core.hyperparams import Default
 
 Pattern: TypeAlias = Literal["unstructured", "structured"] | tuple[int, int]
 
@@ -43,7 +43,7 @@ def chosen(name: str, pattern: Pattern, scores: Any, num_kept: Any) -> Any:
 def _whole_leaves(scores: Any, num_kept: Any) -> Any:
     """Leaves in the order of their means, until `num_kept` entries are reached."""
     leaves, structure = jax.tree.flatten(scores)
-    floating = [_tree.is_inexact(leaf) for leaf in leaves]
+    floating = [tree.is_inexact(leaf) for leaf in leaves]
     means = jnp.stack(
         [jnp.mean(x) if ok else jnp.float32(-1) for x, ok in zip(leaves, floating, strict=True)]
     )
@@ -60,7 +60,7 @@ def _whole_leaves(scores: Any, num_kept: Any) -> Any:
 
 def _n_of_m(name: str, n: int, m: int, path: Any, scores: jax.Array) -> jax.Array:
     """The n largest of each m consecutive entries; all entries of a vector."""
-    if not _tree.is_inexact(scores):
+    if not tree.is_inexact(scores):
         return jnp.zeros_like(scores, bool)
     if scores.ndim < 2:
         return jnp.ones_like(scores, bool)

@@ -5,10 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from samx import _policy, _tree
-from samx._hyper import as_key, check_count, check_number, next_step
+from samx import _policy
 from samx._metrics import LeafPredicate
 from samx._policy import Policy
+from samx.core import tree
+from samx.core.hyperparams import as_key, check_count, check_number, next_step
 
 
 class QuotaState(NamedTuple):
@@ -106,7 +107,7 @@ def quota(
     largest = int(window * max_fraction)
 
     def init(params):
-        dtype = _tree.real_dtype(*jax.tree.leaves(params))
+        dtype = tree.real_dtype(*jax.tree.leaves(params))
         return QuotaState(
             step=jnp.zeros((), jnp.int32),
             key=as_key("quota", key),
@@ -141,8 +142,8 @@ def quota(
             chosen = jax.tree_util.tree_map_with_path(is_measured, g)
             if not any(jax.tree.leaves(chosen)):
                 raise ValueError("quota: `is_measured` chooses none of the leaves")
-            g, g_s = (_tree.keep(tree, chosen) for tree in (g, g_s))
-        length, g_norm = _tree.norm(_tree.subtract(g_s, g)), _tree.norm(g)
+            g, g_s = (tree.keep(gradient, chosen) for gradient in (g, g_s))
+        length, g_norm = tree.norm(tree.subtract(g_s, g)), tree.norm(g)
         norms = _push(state.norms, length)
         blocks = jnp.sort(norms).reshape(num_blocks, -1)
         return state._replace(

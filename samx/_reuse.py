@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import closure_transformation
-from samx._climb import ascend
-from samx._hyper import next_step
 from samx._policy import Policy, check_policy
-from samx._sharp import perturbed, value_and_grad_at
-from samx.readings import UNKNOWN, Readings, no_readings, skip_readings, take_readings
+from samx.core import tree
+from samx.core.hyperparams import next_step
+from samx.core.readings import UNKNOWN, Readings, no_readings, skip_readings, take_readings
+from samx.core.sharp import ascend, perturbed, value_and_grad_at
+from samx.core.transformation import closure_transformation
 
 
 class ReuseState(NamedTuple):
@@ -80,7 +79,7 @@ def reuse(
         is_sharp, policy_state = policy.decide(g, state.policy)
         _, ball = climb()  # on every step, but for its state only: the compiler drops the rest
         age = next_step(state.age)
-        g_norm = _tree.norm(g)
+        g_norm = tree.norm(g)
 
         def look():
             eps, _ = climb()
@@ -97,11 +96,11 @@ def reuse(
                 gradients=2,
                 mean_of_ascents=value_fn.mean_of_ascents,
             )
-            length = _tree.norm(part)
+            length = tree.norm(part)
             taken = {
                 "age": jnp.zeros_like(age),
                 "policy": policy.observe(g, g_s, policy_state),
-                "part": _tree.cast_like(part, params),
+                "part": tree.cast_like(part, params),
                 "part_norm": length,
                 "part_ratio": length / jnp.where(g_norm == 0, 1, g_norm),
                 "readings": readings,
@@ -110,7 +109,7 @@ def reuse(
 
         def skip():
             last = state._replace(age=age, policy=policy_state)
-            updates = _tree.cast_like(add(g, g_norm, last), params)
+            updates = tree.cast_like(add(g, g_norm, last), params)
             return updates, last._replace(readings=skip_readings(state.readings, value, g))
 
         updates, state = jax.lax.cond(is_sharp, look, skip)

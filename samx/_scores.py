@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from samx._hyper import at_step
+from samx.core.hyperparams import at_step
 
 
 def weight_range(low: Any, high: Any, step: jax.Array, ramp_steps: int) -> tuple[Any, Any]:

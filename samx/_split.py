@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import closure_transformation
-from samx._climb import ascend
-from samx._closures import (
+from samx.core import tree
+from samx.core.closures import (
     Closure,
     LossesClosure,
     batch_size,
@@ -20,9 +18,10 @@ from samx._closures import (
     taken_anew,
     weighted_mean,
 )
-from samx._hyper import next_step
-from samx._sharp import perturbed, value_and_grad_at
-from samx.readings import Readings, no_readings, take_readings
+from samx.core.hyperparams import next_step
+from samx.core.readings import Readings, no_readings, take_readings
+from samx.core.sharp import ascend, perturbed, value_and_grad_at
+from samx.core.transformation import closure_transformation
 
 GRADIENTS = 2 + 2 / 3  # two forward and three backward passes
 
@@ -100,7 +99,7 @@ def _both(
     """What is to be known of both parts, in one forward and two backward passes."""
 
     def own(params):
-        losses = _tree.widen(losses_fn(params, batch))
+        losses = tree.widen(losses_fn(params, batch))
         return [
             weighted_mean(factor * losses, fn.weights)
             for fn, factor in zip(fns, factors, strict=True)

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from samx._climb import ascend
-from samx._closures import LossesClosure, mean_loss, taken_anew, weighted_mean
-from samx._devices import Devices
-from samx._hyper import check_count
-from samx._sharp import perturbed, value_and_grad_at
-from samx.readings import Readings, take_readings
+from samx.core.closures import LossesClosure, mean_loss, taken_anew, weighted_mean
+from samx.core.devices import Devices
+from samx.core.hyperparams import check_count
+from samx.core.readings import Readings, take_readings
+from samx.core.sharp import ascend, perturbed, value_and_grad_at
 from samx.selection import group_size
 
 FORWARD = 1 / 3  # of a gradient: a forward pass without its backward pass, by the usual convention

@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import optax
 
-from samx._base import closure_transformation
-from samx._closures import batch_size, mean_loss, taken_anew
-from samx._held import first_aux, kept_aux
-from samx._hyper import check_count
+from samx.core.closures import batch_size, mean_loss, taken_anew
+from samx.core.hyperparams import check_count
+from samx.core.state import first_aux, kept_aux
+from samx.core.transformation import closure_transformation
 
 
 class AccumulateState(NamedTuple):

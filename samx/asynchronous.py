@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from samx._closures import batch_size
-from samx._hyper import check_count
+from samx.core.closures import batch_size
+from samx.core.hyperparams import check_count
 from samx.variants.async_sam import AsyncSAMState
 
 __all__ = ["AscentBatch", "PipelinedStep", "calibrate_ascent_batch", "pipelined"]

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import as_transformation, check_in_front, closure_transformation
-from samx._hyper import at_step, check_count, check_number, next_step
+from samx.core import tree
+from samx.core.hyperparams import at_step, check_count, check_number, next_step
+from samx.core.transformation import as_transformation, check_in_front, closure_transformation
 
 __all__ = ["decaying", "mix", "renormalized", "surrogate_gap"]
 
@@ -70,7 +70,7 @@ def mix(
     check_number("weight", weight, 0)
 
     def combine(g, g_s, step):
-        return _tree.on_line(g, g_s, at_step(weight, step))
+        return tree.on_line(g, g_s, at_step(weight, step))
 
     return _combination(name, inner, combine)
 
@@ -126,8 +126,8 @@ def surrogate_gap(
 
     def combine(g, g_s, step):
         if descend == "clean":
-            return _tree.add_scaled(g, at_step(alpha, step), _tree.reject(g_s, g))
-        return _tree.add_scaled(g_s, -1 * at_step(alpha, step), _tree.reject(g, g_s))
+            return tree.add_scaled(g, at_step(alpha, step), tree.reject(g_s, g))
+        return tree.add_scaled(g_s, -1 * at_step(alpha, step), tree.reject(g, g_s))
 
     return _combination(name, inner, combine)
 
@@ -168,8 +168,8 @@ def renormalized(
 
     def combine(g, g_s, step):
         del step
-        ratio = _tree.norm(g) / (_tree.norm(g_s) + 1e-12)
-        return jax.tree.map(lambda x: _tree.widen(x) * jnp.asarray(ratio, _tree.real_dtype(x)), g_s)
+        ratio = tree.norm(g) / (tree.norm(g_s) + 1e-12)
+        return jax.tree.map(lambda x: tree.widen(x) * jnp.asarray(ratio, tree.real_dtype(x)), g_s)
 
     return _combination(name, inner, combine)
 
@@ -187,7 +187,7 @@ def _combination(
 
     def update_fn(g, state, params, *, value_fn, **extra):
         g_s, inner_state = inner.update(g, state.inner, params, value_fn=value_fn, **extra)
-        updates = _tree.cast_like(combine(g, g_s, state.step), params)
+        updates = tree.cast_like(combine(g, g_s, state.step), params)
         return updates, CombinationState(next_step(state.step), inner_state)
 
     return closure_transformation(init_fn, update_fn, name=name)

@@ -22,11 +22,11 @@ import optax
 from flax import core, nnx
 from flax.training import train_state
 
-from samx._base import OWN_KEYWORDS
-from samx._closures import loss_and_aux
-from samx._sharp import is_sharp_pass
 from samx.accumulation import AccumulateState
-from samx.readings import Readings
+from samx.core.closures import loss_and_aux
+from samx.core.readings import Readings
+from samx.core.sharp import is_sharp_pass
+from samx.core.transformation import OWN_KEYWORDS
 
 __all__ = ["TrainState", "closure", "keep_aux", "statistics"]
 

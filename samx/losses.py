@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from samx import _tree
-from samx._hyper import check_number
+from samx.core import tree
+from samx.core.hyperparams import check_number
 
 __all__ = ["log_lower_bound", "tanh_lower_bound"]
 
@@ -93,7 +93,7 @@ def log_lower_bound(logits: Any, labels: Any, mu: Any = 1.0) -> jax.Array:
 
 
 def _margins(name: str, logits: Any, labels: Any) -> jax.Array:
-    logits, labels = _tree.widen(logits), jnp.asarray(labels)
+    logits, labels = tree.widen(logits), jnp.asarray(labels)
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"{name}: `labels` must have the shape of `logits` without its last axis, "

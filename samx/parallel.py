@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from samx._base import SCALAR_CLOSURES, closure_transformation
-from samx._closures import Closure, own_value_and_grad, scalar_closure, taken_anew
-from samx._devices import Devices, is_mapped
-from samx._held import HeldBatch
+from samx.core.closures import Closure, own_value_and_grad, scalar_closure, taken_anew
+from samx.core.devices import Devices, is_mapped
+from samx.core.state import HeldBatch
+from samx.core.transformation import SCALAR_CLOSURES, closure_transformation
 
 REPLICATED = PartitionSpec()
 

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _policy, _tree
-from samx._hyper import as_key, at_step, check_count, check_number, next_step
+from samx import _policy
 from samx._policy import Policy, check_policy
 from samx._quota import quota
+from samx.core import tree
+from samx.core.hyperparams import as_key, at_step, check_count, check_number, next_step
 
 __all__ = ["Policy", "between", "every", "quota", "random", "squared_norm"]
 
@@ -249,13 +250,13 @@ def squared_norm(
     check_number("decay", decay, 0, 1)
 
     def init(params):
-        dtype = _tree.real_dtype(*jax.tree.leaves(params))
+        dtype = tree.real_dtype(*jax.tree.leaves(params))
         return SquaredNormState(
             jnp.zeros((), jnp.int32), jnp.zeros((), dtype), jnp.exp(jnp.asarray(-10, dtype))
         )
 
     def decide(g, state):
-        s, kept = _tree.dot(g, g).astype(state.mean.dtype), at_step(decay, state.step)
+        s, kept = tree.dot(g, g).astype(state.mean.dtype), at_step(decay, state.step)
         mean = kept * state.mean + (1 - kept) * s
         variance = kept * state.variance + (1 - kept) * (s - mean) ** 2
         # Never 0: an infinite threshold times 0 would be no number.

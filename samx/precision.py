@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import SCALAR_CLOSURES, closure_transformation
-from samx._closures import Closure, taken_anew
-from samx._hyper import check_count, check_number
+from samx.core import tree
+from samx.core.closures import Closure, taken_anew
+from samx.core.hyperparams import check_count, check_number
+from samx.core.transformation import SCALAR_CLOSURES, closure_transformation
 from samx.wrappers import SkipNonfiniteState, skip_nonfinite
 
 SMALLEST, LARGEST = 2.0**-126, 2.0**126  # whose inverses are normal float32 numbers too
@@ -156,9 +156,9 @@ def _scale_cotangent(tree: Any, factor: jax.Array) -> Any:
 
 
 def _scaled_or_nan(factor, c):
-    if not _tree.is_inexact(c):
+    if not tree.is_inexact(c):
         return c
-    scaled = (_tree.widen(c) * factor).astype(c.dtype)
+    scaled = (tree.widen(c) * factor).astype(c.dtype)
     return jnp.where(jnp.isfinite(scaled), scaled, jnp.nan)  # sign(inf) or clip(inf) would hide it
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._hyper import check_number
+from samx.core.hyperparams import check_number
 
 __all__ = ["following"]
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from samx._closures import batch_size
-from samx._hyper import check_count
+from samx.core.closures import batch_size
+from samx.core.hyperparams import check_count
 
 __all__ = ["largest", "put", "sampled", "take"]
 

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import (
+from samx._policy import Policy, check_policy
+from samx.core import tree
+from samx.core.closures import Closure, LossesClosure, batch_size
+from samx.core.readings import UNKNOWN, Readings, skip_readings
+from samx.core.transformation import (
     SCALAR_CLOSURES,
     as_transformation,
     check_in_front,
     closure_transformation,
 )
-from samx._closures import Closure, LossesClosure, batch_size
-from samx._policy import Policy, check_policy
-from samx.readings import UNKNOWN, Readings, skip_readings
 
 
 class PerturbIfState(NamedTuple):
@@ -111,7 +111,7 @@ def perturb_if(
                 *(inner_state, state.inner),
                 is_leaf=is_readings,
             )
-            return _tree.cast_like(g, params), inner_state, policy_state
+            return tree.cast_like(g, params), inner_state, policy_state
 
         g_s, inner_state, policy_state = jax.lax.cond(is_sharp, look, skip)
         return g_s, PerturbIfState(policy_state, inner_state)
@@ -124,9 +124,9 @@ def _linear(g: Any, params: Any, value: Any, extra: dict[str, Any]) -> dict[str,
 
     def own(point):
         moved = jax.tree.map(
-            lambda v, w: _tree.widen(v) - w if _tree.is_inexact(w) else w, point, params
+            lambda v, w: tree.widen(v) - w if tree.is_inexact(w) else w, point, params
         )
-        return value + _tree.dot(optax.tree.conj(g), moved), None
+        return value + tree.dot(optax.tree.conj(g), moved), None
 
     def with_aux(point, batch):
         return jnp.full(batch_size("perturb_if", batch), own(point)[0]), None

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import base_keywords
-from samx._held import HeldBatch
-from samx.readings import Readings
+from samx.core import tree
+from samx.core.readings import Readings
+from samx.core.state import HeldBatch
+from samx.core.transformation import base_keywords
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -79,14 +79,14 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransforma
         checks += [
             jnp.all(jnp.isfinite(new) | ~jnp.isfinite(old))
             for new, old in pairs
-            if _tree.is_inexact(new)
+            if tree.is_inexact(new)
         ]
         is_finite = jnp.all(jnp.asarray(checks))
         skipped = (~is_finite).astype(jnp.int32)
         return (
-            _tree.where(is_finite, updates, optax.tree.zeros_like(updates)),
+            tree.where(is_finite, updates, optax.tree.zeros_like(updates)),
             SkipNonfiniteState(
-                inner=_tree.where(is_finite, inner_state, state.inner),
+                inner=tree.where(is_finite, inner_state, state.inner),
                 skipped_steps=state.skipped_steps + skipped,
                 skipped_in_a_row=skipped * (state.skipped_in_a_row + 1),
             ),

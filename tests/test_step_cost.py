@@ -168,7 +168,7 @@ def half_batch():
     """A gradient of its own, over half of the examples, that wants to know which they are."""
 
     def init(params):
-        return samx.readings.no_readings(params)
+        return samx.core.readings.no_readings(params)
 
     def update(updates, state, params, *, losses_fn, batch, index, **_):
         assert (index.shape, index.dtype) == ((len(batch["label"]),), jnp.int32)

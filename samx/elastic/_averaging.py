@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import as_transformation, closure_transformation
-from samx._closures import taken_anew
-from samx._hyper import at_step, check_count, check_number, next_step
+from samx.core import tree
+from samx.core.closures import taken_anew
+from samx.core.hyperparams import at_step, check_count, check_number, next_step
+from samx.core.transformation import as_transformation, closure_transformation
 
 
 class AveragingState(NamedTuple):
@@ -105,7 +105,7 @@ def averaging(
     tx = as_transformation(name, "tx", tx)
 
     def init_fn(params):
-        center = jax.tree.map(lambda w: jnp.array(_tree.widen(w), copy=True), params)
+        center = jax.tree.map(lambda w: jnp.array(tree.widen(w), copy=True), params)
         return AveragingState(jnp.zeros((), jnp.int32), center, tx.init(params))
 
     def update_fn(g, state, params, **keywords):
@@ -124,9 +124,9 @@ def averaging(
             """The center behind it, and what each worker takes off: nothing, where none is due."""
             is_due = steps % period == 0
             moves = jax.tree.map(
-                lambda d: jnp.where(is_due, weight * d, 0), _tree.subtract(w, state.center)
+                lambda d: jnp.where(is_due, weight * d, 0), tree.subtract(w, state.center)
             )
-            moves = _tree.keep_floating(moves, params)
+            moves = tree.keep_floating(moves, params)
             added = jax.lax.cond(is_due, total, nothing, moves)
             return optax.tree.add(state.center, added), moves
 
@@ -205,7 +205,7 @@ def look_ahead(
 
     def update_fn(g, state, params, *, value_fn, **keywords):
         del g
-        carried = _tree.scaled(momentum, state.velocity)
+        carried = tree.scaled(momentum, state.velocity)
         ahead = optax.apply_updates(params, carried)
         keywords |= taken_anew(value_fn, ahead)[0]
         step, base = tx.update(keywords["grad"], state.base, ahead, **keywords)

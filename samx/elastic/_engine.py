@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from samx._hyper import check_number
+from samx.core.hyperparams import check_number
 from samx.elastic._center import Center, Ledger, Shard
 from samx.elastic._rule import Rule
 from samx.elastic._worker import Worker, work

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from samx._hyper import check_count, check_number
+from samx.core.hyperparams import check_count, check_number
 from samx.elastic import _actors, _center
 from samx.elastic._actors import Client, get, joined
 from samx.elastic._center import CenterLost, WorkerRecord

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from samx import _tree
-from samx._hyper import check_count, check_number
+from samx.core import tree
+from samx.core.hyperparams import check_count, check_number
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
     """
     move = jax.tree.map(
         lambda w, z: (
-            (weight * (_tree.widen(w) - _tree.widen(z))).astype(w.dtype)
-            if _tree.is_inexact(w)
+            (weight * (tree.widen(w) - tree.widen(z))).astype(w.dtype)
+            if tree.is_inexact(w)
             else jnp.zeros_like(w)
         ),
         params,
@@ -163,5 +163,5 @@ def scattered(params: Any, key: jax.Array, deviation: float) -> Any:
 
     return jax.tree.unflatten(
         treedef,
-        [draw(w, k) if _tree.is_inexact(w) else w for w, k in zip(leaves, keys, strict=True)],
+        [draw(w, k) if tree.is_inexact(w) else w for w, k in zip(leaves, keys, strict=True)],
     )

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from samx._hyper import check_count, check_number
+from samx.core.hyperparams import check_count, check_number
 from samx.elastic._center import check_staleness, may_exchange, rank
 from samx.elastic._rule import Rule, exchange, pulled
 from samx.elastic._worker import Local, Worker, copied, mean_of

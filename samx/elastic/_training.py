@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from samx._hyper import check_count, check_number
+from samx.core.hyperparams import check_count, check_number
 from samx.elastic._center import CenterLost, WorkerRecord, check_staleness
 from samx.elastic._engine import Engine, Job, Threads
 from samx.elastic._rule import Rule

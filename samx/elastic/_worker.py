@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from samx import _tree
+from samx.core import tree
 from samx.elastic._rule import Rule, scattered
 
 
@@ -58,13 +58,13 @@ class Wire:
         leaves, treedef = jax.tree.flatten(params)
         shapes = [jnp.shape(leaf) for leaf in leaves]
         dtypes = [jnp.result_type(leaf) for leaf in leaves]
-        floating = [i for i, leaf in enumerate(leaves) if _tree.is_inexact(leaf)]
+        floating = [i for i, leaf in enumerate(leaves) if tree.is_inexact(leaf)]
         if not floating or any(jnp.issubdtype(dtypes[i], jnp.complexfloating) for i in floating):
             raise TypeError(
                 "elastic: `params` must have real floating leaves, and no complex ones, got "
                 f"{sorted({str(dtype) for dtype in dtypes})}"
             )
-        self.dtype = _tree.real_dtype(*leaves)
+        self.dtype = tree.real_dtype(*leaves)
         sizes = np.cumsum([0] + [int(np.prod(shapes[i], dtype=int)) for i in floating])
         self.size = int(sizes[-1])
 
@@ -87,7 +87,7 @@ class Wire:
             return jax.tree.unflatten(
                 treedef,
                 [
-                    (_tree.widen(leaf) - moves[i]).astype(dtypes[i]) if i in moves else leaf
+                    (tree.widen(leaf) - moves[i]).astype(dtypes[i]) if i in moves else leaf
                     for i, leaf in enumerate(leaves)
                 ],
             )

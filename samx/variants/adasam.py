@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from samx import _moments
-from samx._climb import Default, ball_of
+from samx.core.hyperparams import Default
+from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 
 

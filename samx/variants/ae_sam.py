@@ -9,9 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx._climb import Default, ball_of
+from samx.core.hyperparams import Default
 from samx.policies import squared_norm
 from samx.skipping import perturb_if
+from samx.variants._ball import ball_of
 from samx.variants.looksam import reuse_across
 from samx.variants.sam import sharpness_aware
 

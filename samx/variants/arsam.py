@@ -9,9 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx._climb import Default, ball_of
 from samx.combinations import Mixing, decaying
+from samx.core.hyperparams import Default
 from samx.policies import Policy, quota
+from samx.variants._ball import ball_of
 from samx.variants.vsam import reuse_second_order
 
 

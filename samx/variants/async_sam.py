@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import closure_transformation
-from samx._climb import Default, ball_of, own_gradients
-from samx._closures import Closure, own_loss_and_grad, taken_anew
-from samx._held import first_aux, kept_aux
-from samx._hyper import check_share, next_step
 from samx._pairs import evaluate_roles, with_axis
-from samx._sharp import perturbed, value_and_grad_at
-from samx.readings import UNKNOWN, Readings, no_readings, take_readings
+from samx.core import tree
+from samx.core.closures import Closure, own_loss_and_grad, taken_anew
+from samx.core.hyperparams import Default, check_share, next_step
+from samx.core.readings import UNKNOWN, Readings, no_readings, own_gradients, take_readings
+from samx.core.sharp import perturbed, value_and_grad_at
+from samx.core.state import first_aux, kept_aux
+from samx.core.transformation import closure_transformation
+from samx.variants._ball import ball_of
 
 
 class AsyncSAMState(NamedTuple):
@@ -161,12 +161,12 @@ def async_sam(
         climbed = state.ascent_grad
         if first == "sam":
             climbed = jax.lax.cond(is_first, lambda: ascend()[1], lambda: state.ascent_grad)
-        is_known = jnp.isfinite(_tree.norm(climbed)) & (~is_first | (first == "sam"))
+        is_known = jnp.isfinite(tree.norm(climbed)) & (~is_first | (first == "sam"))
         nothing = optax.tree.zeros_like(climbed)
-        climbed = _tree.where(is_known, climbed, nothing)
+        climbed = tree.where(is_known, climbed, nothing)
         keywords = extra | {"value_fn": value_fn, "ascent_fn": ascent}
         eps, ball_state = ball.update(climbed, state.perturbation, params, **keywords)
-        eps = _tree.where(is_known, eps, nothing)
+        eps = tree.where(is_known, eps, nothing)
 
         if role_axis is None:
             loss, a = ascend()

@@ -10,11 +10,12 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx._base import closure_transformation
-from samx._climb import Default, ascend, ball_of
-from samx._closures import taken_anew
-from samx._sharp import perturbed, value_and_grad_at
-from samx.readings import UNKNOWN, no_readings, take_readings
+from samx.core.closures import taken_anew
+from samx.core.hyperparams import Default
+from samx.core.readings import UNKNOWN, no_readings, take_readings
+from samx.core.sharp import ascend, perturbed, value_and_grad_at
+from samx.core.transformation import closure_transformation
+from samx.variants._ball import ball_of
 from samx.variants.sam import SharpnessAwareState
 
 

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import closure_transformation
-from samx._climb import Default, ascend, ball_of
-from samx._closures import Closure, LossesClosure, mean_loss, taken_anew
-from samx._devices import Own
-from samx._hyper import check_count, check_share
 from samx._leaves import random_leaves
-from samx._sharp import perturbed, scores_at, value_and_grad_at
 from samx._subset import FORWARD, check_fraction, count_of, groups_here, mean_over_batch
-from samx.readings import Readings, no_readings, take_readings
+from samx.core import tree
+from samx.core.closures import Closure, LossesClosure, mean_loss, taken_anew
+from samx.core.devices import Own
+from samx.core.hyperparams import Default, check_count, check_share
+from samx.core.readings import Readings, no_readings, take_readings
+from samx.core.sharp import ascend, perturbed, scores_at, value_and_grad_at
+from samx.core.transformation import closure_transformation
 from samx.selection import above_the_smallest, largest, put, take, weights_of
+from samx.variants._ball import ball_of
 
 
 class ESAMState(NamedTuple):
@@ -189,7 +189,7 @@ def _mean_of_chosen(losses_fn: LossesClosure, batch: Any, chosen: Any) -> Closur
     devices = losses_fn.devices
 
     def own(params):
-        losses = _tree.widen(losses_fn(params, batch))
+        losses = tree.widen(losses_fn(params, batch))
         position, weights = chosen(jax.lax.stop_gradient(losses))
         ones = jnp.ones(position.size, losses.dtype) if weights is None else weights
         kept = put(ones, position, losses.size)

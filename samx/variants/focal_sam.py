@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from samx._climb import Default, ball_of
-from samx._hyper import at_step, check_number
 from samx._split import of_class, split_sam
+from samx.core.hyperparams import Default, at_step, check_number
+from samx.variants._ball import ball_of
 
 
 def focal_sam(

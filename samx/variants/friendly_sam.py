@@ -9,8 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx._climb import Default, ball_of
+from samx.core.hyperparams import Default
 from samx.perturbations import deviation
+from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 
 

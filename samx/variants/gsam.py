@@ -9,8 +9,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
-from samx._climb import Default, ball_of
 from samx.combinations import surrogate_gap
+from samx.core.hyperparams import Default
+from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 
 

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._base import closure_transformation
-from samx._climb import Default, ball_of
 from samx._subset import (
     FORWARD,
     check_groups,
@@ -19,8 +17,11 @@ from samx._subset import (
     mean_over_batch,
     sam_step,
 )
-from samx.readings import Readings, no_readings
+from samx.core.hyperparams import Default
+from samx.core.readings import Readings, no_readings
+from samx.core.transformation import closure_transformation
 from samx.selection import largest, take, weights_of
+from samx.variants._ball import ball_of
 
 
 class KSAMState(NamedTuple):

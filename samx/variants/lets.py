@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from samx import _tree
 from samx._balls import metric_ball
-from samx._base import as_transformation, base_keywords, closure_transformation
-from samx._climb import ascend
-from samx._closures import taken_anew
-from samx._hyper import at_step, check_number, next_step
-from samx._sharp import perturbed, value_and_grad_at
-from samx.readings import UNKNOWN, Readings, no_readings, take_readings
+from samx.core import tree
+from samx.core.closures import taken_anew
+from samx.core.hyperparams import at_step, check_number, next_step
+from samx.core.readings import UNKNOWN, Readings, no_readings, take_readings
+from samx.core.sharp import ascend, perturbed, value_and_grad_at
+from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 
 
 class LETSState(NamedTuple):
@@ -163,7 +162,7 @@ def lets(
         v, ball = ascend(perturb, updates, ascent_grad, state.perturbation, params)
 
         def sharp(rho):
-            eps = _tree.scaled(rho, v)
+            eps = tree.scaled(rho, v)
             return value_and_grad_at(value_fn, params, eps, perturb_dtype=perturb_dtype)
 
         if hessian == "exact":
@@ -185,8 +184,8 @@ def lets(
         held_out, _ = taken_anew(validation_fn, after)
 
         gap = held_out["value"] - train["value"]
-        slope = _tree.subtract(held_out["grad"], train["grad"])
-        hypergradient = gap * _tree.dot(optax.tree.conj(slope), _without_nans(moved, slope))
+        slope = tree.subtract(held_out["grad"], train["grad"])
+        hypergradient = gap * tree.dot(optax.tree.conj(slope), _without_nans(moved, slope))
         moves = at_step(rate, state.step) * state.rho * hypergradient
         moves = jnp.where(jnp.isfinite(moves), moves, 0)
 
@@ -197,7 +196,7 @@ def lets(
             g=ascent_grad,
             g_s=g_s,
             params=params,
-            point=perturbed(params, _tree.scaled(state.rho, v), perturb_dtype),
+            point=perturbed(params, tree.scaled(state.rho, v), perturb_dtype),
             gradients=gradients,
             mean_of_ascents=value_fn.mean_of_ascents,
         )
@@ -220,16 +219,16 @@ def lets(
 
 def _square_along(g_s: jax.Array, v: jax.Array) -> Any:
     """`g_s² v` as a tangent of `g_s`."""
-    if not _tree.is_inexact(g_s):
+    if not tree.is_inexact(g_s):
         return np.zeros(g_s.shape, jax.dtypes.float0)
-    square = jnp.abs(_tree.widen(g_s)) ** 2
-    return (square * jnp.conj(_tree.widen(v))).astype(g_s.dtype)
+    square = jnp.abs(tree.widen(g_s)) ** 2
+    return (square * jnp.conj(tree.widen(v))).astype(g_s.dtype)
 
 
 def _without_nans(moved: Any, like: Any) -> Any:
     """Zeros where a base has no derivative, and at integers."""
     return jax.tree.map(
-        lambda m, x: jnp.where(jnp.isnan(m), 0, m) if _tree.is_inexact(x) else jnp.zeros_like(x),
+        lambda m, x: jnp.where(jnp.isnan(m), 0, m) if tree.is_inexact(x) else jnp.zeros_like(x),
         moved,
         like,
     )

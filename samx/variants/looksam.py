@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._climb import Default, ball_of
-from samx._hyper import at_step, check_number
 from samx._layer_steps import LayerScaling, layer_steps, trust_ratio
 from samx._reuse import reuse
+from samx.core import tree
+from samx.core.hyperparams import Default, at_step, check_number
 from samx.policies import Policy, every
+from samx.variants._ball import ball_of
 
 
 def looksam(
@@ -166,14 +166,14 @@ def reuse_across(
 
     def add(g, g_norm, state):
         length = jnp.where(state.part_norm == 0, 1, state.part_norm)
-        return _tree.add_scaled(g, at_step(alpha, state.step) * g_norm / length, state.part)
+        return tree.add_scaled(g, at_step(alpha, state.step) * g_norm / length, state.part)
 
     return reuse(name, policy, perturbation, take=take, add=add, perturb_dtype=perturb_dtype)
 
 
 def _across(g: Any, g_s: Any) -> Any:
     """The part of `g_s` across `g`; none where it is rounding, which reuse would make as long."""
-    g_v, length = _tree.reject(g_s, g), _tree.norm(g_s)
-    rounding = max(_tree.coarsest_eps(g_v), 4 * jnp.finfo(length.dtype).eps)  # of leaves, of sums
-    is_rounding = _tree.norm(g_v) <= rounding * length
+    g_v, length = tree.reject(g_s, g), tree.norm(g_s)
+    rounding = max(tree.coarsest_eps(g_v), 4 * jnp.finfo(length.dtype).eps)  # of leaves, of sums
+    is_rounding = tree.norm(g_v) <= rounding * length
     return jax.tree.map(lambda x: jnp.where(is_rounding, jnp.zeros_like(x), x), g_v)

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
-from samx._base import as_transformation
-from samx._climb import Default, ball_of
+from samx.core.hyperparams import Default
+from samx.core.transformation import as_transformation
 from samx.elastic._averaging import averaging
+from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 
 

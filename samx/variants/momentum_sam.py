@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._base import as_transformation, base_keywords, closure_transformation
-from samx._climb import Default, ball_of
-from samx._held import first_aux, kept_aux
-from samx._sharp import perturbed, value_and_grad_at
-from samx.readings import Readings, no_readings, take_readings
+from samx.core.hyperparams import Default
+from samx.core.readings import Readings, no_readings, take_readings
+from samx.core.sharp import perturbed, value_and_grad_at
+from samx.core.state import first_aux, kept_aux
+from samx.core.transformation import as_transformation, base_keywords, closure_transformation
+from samx.variants._ball import ball_of
 
 MOMENTUM_NAMES = ("trace", "mu")  # of optax: sgd and the like, Adam and the like
 

@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import closure_transformation
-from samx._climb import Default, ball_of
-from samx._closures import batch_size
-from samx._held import first_aux, kept_aux
-from samx._hyper import check_count
-from samx._microbatches import Means, means_over
 from samx._subset import sam_step
-from samx.readings import Readings, no_readings
+from samx.core import tree
+from samx.core.closures import batch_size
+from samx.core.hyperparams import Default, check_count
+from samx.core.microbatches import Means, means_over
+from samx.core.readings import Readings, no_readings
+from samx.core.state import first_aux, kept_aux
+from samx.core.transformation import closure_transformation
+from samx.variants._ball import ball_of
 
 
 class MSAMState(NamedTuple):
@@ -138,11 +138,11 @@ def msam(
             )
             return Means((step.updates, step.gradient), step.readings, step.aux)
 
-        wide = optax.tree.zeros_like(jax.tree.map(_tree.widen, params))
+        wide = optax.tree.zeros_like(jax.tree.map(tree.widen, params))
         both, readings, aux = means_over(
             climb, num_microbatches, how, batch, weights, losses_fn.devices, zeros=(wide, wide)
         )
-        g_s, g = (_tree.cast_like(gradient, params) for gradient in both)
+        g_s, g = (tree.cast_like(gradient, params) for gradient in both)
         _, ball_state = ball.update(g, state.perturbation, params, **extra)
         spent = state.readings.gradients_spent + 2
         readings = readings._replace(is_sharp=jnp.ones((), bool), gradients_spent=spent)

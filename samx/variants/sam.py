@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._base import as_transformation, closure_transformation
-from samx._climb import Default, ascend, ball_of, own_gradients
-from samx._hyper import check_count
-from samx._sharp import perturbed, value_and_grad_at
-from samx.readings import UNKNOWN, Readings, no_readings, take_readings
+from samx.core.hyperparams import Default, check_count
+from samx.core.readings import UNKNOWN, Readings, no_readings, own_gradients, take_readings
+from samx.core.sharp import ascend, perturbed, value_and_grad_at
+from samx.core.transformation import as_transformation, closure_transformation
+from samx.variants._ball import ball_of
 
 
 class SharpnessAwareState(NamedTuple):

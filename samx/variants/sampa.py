@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from samx import _tree
-from samx._base import as_transformation, base_keywords, closure_transformation
-from samx._climb import Default, ball_of
-from samx._closures import batch_size, mean_loss, unit_weights
-from samx._held import HeldBatch, check_like, first_aux, kept_aux
-from samx._hyper import at_step, check_number, next_step
 from samx._pairs import check_pair_sharding, evaluate_pair, with_pair_axis
-from samx._sharp import perturbed, value_and_grad_at
-from samx.readings import Readings, no_readings, take_readings
+from samx.core import tree
+from samx.core.closures import batch_size, mean_loss, unit_weights
+from samx.core.hyperparams import Default, at_step, check_number, next_step
+from samx.core.readings import Readings, no_readings, take_readings
+from samx.core.sharp import perturbed, value_and_grad_at
+from samx.core.state import HeldBatch, check_like, first_aux, kept_aux
+from samx.core.transformation import as_transformation, base_keywords, closure_transformation
+from samx.variants._ball import ball_of
 
 
 class SAMPaState(NamedTuple):
@@ -178,8 +178,8 @@ def sampa(
 
         eps, ball_state = ball.update(state.g_y, state.perturbation, params)
         trial, _ = base.update(state.g_y, state.base, params, **keywords)
-        trial = _tree.where(is_first, optax.tree.zeros_like(trial), trial)
-        previous = _tree.where(is_first, current, state.previous)
+        trial = tree.where(is_first, optax.tree.zeros_like(trial), trial)
+        previous = tree.where(is_first, current, state.previous)
 
         pair = (eps, previous), (trial, current)
         shares = [losses_fn.devices.share(held.weights) for _, held in pair]

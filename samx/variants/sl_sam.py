@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import as_transformation, base_keywords, closure_transformation
-from samx._climb import Default, ascend, ball_of
-from samx._closures import Closure, taken_anew
-from samx._held import first_aux, kept_aux
-from samx._hyper import as_key, at_step, check_number, next_step
 from samx._layers import LayerGroups, check_groups, filled, groups_of, only
-from samx._sharp import perturbed, value_and_grad_at
 from samx._subset import FORWARD
-from samx.readings import Readings, no_readings, take_readings
+from samx.core import tree
+from samx.core.closures import Closure, taken_anew
+from samx.core.hyperparams import Default, as_key, at_step, check_number, next_step
+from samx.core.readings import Readings, no_readings, take_readings
+from samx.core.sharp import ascend, perturbed, value_and_grad_at
+from samx.core.state import first_aux, kept_aux
+from samx.core.transformation import as_transformation, base_keywords, closure_transformation
+from samx.variants._ball import ball_of
 
 
 class SLSAMState(NamedTuple):
@@ -195,12 +195,12 @@ def sl_sam(
             )
             state_of_active = _restored(base_state, state.base, active)
             return (
-                _tree.keep(updates, active),
+                tree.keep(updates, active),
                 state_of_active,
                 ball_state,
                 aux,
                 readings,
-                _tree.norm(g),
+                tree.norm(g),
             )
 
         branches = [partial(train, active) for active in groups_of(groups, params)]

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from samx._balls import metric_ball
-from samx._climb import Default, ball_of
 from samx._dynamic_mask import Score, dynamic_mask
 from samx._fisher_mask import fisher_mask
 from samx._patterns import Pattern
+from samx.core.hyperparams import Default
+from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 
 NORM_EPS = 1e-7  # of the authors

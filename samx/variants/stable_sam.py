@@ -9,9 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx._climb import Default, ball_of
 from samx.combinations import renormalized
+from samx.core.hyperparams import Default
 from samx.perturbations import gradient_step, metric_ball
+from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._climb import Default, ball_of
-from samx._hyper import check_count
 from samx._policy import Policy
 from samx._quota import quota
 from samx._reuse import reuse
 from samx.combinations import Mixing, decaying
+from samx.core import tree
+from samx.core.hyperparams import Default, check_count
+from samx.variants._ball import ball_of
 
 
 def vsam(
@@ -96,11 +96,11 @@ def reuse_second_order(
     """The decomposition that vSAM and ARSAM share: `u = g + mixing(age, step) h`, `h = g_s − g`."""
 
     def take(g, g_s, step):
-        updates = _tree.on_line(g, g_s, mixing(jnp.zeros_like(step), step))
-        return updates, _tree.subtract(g_s, g)
+        updates = tree.on_line(g, g_s, mixing(jnp.zeros_like(step), step))
+        return updates, tree.subtract(g_s, g)
 
     def add(g, g_norm, state):
         del g_norm
-        return _tree.add_scaled(g, mixing(state.age, state.step), state.part)
+        return tree.add_scaled(g, mixing(state.age, state.step), state.part)
 
     return reuse(name, policy, perturbation, take=take, add=add, perturb_dtype=perturb_dtype)

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._base import as_transformation, base_keywords, closure_transformation
-from samx._climb import Default, ball_of
-from samx._hyper import at_step, check_number, made_of, next_step
 from samx.combinations import mix
+from samx.core import tree
+from samx.core.hyperparams import Default, at_step, check_number, made_of, next_step
+from samx.core.transformation import as_transformation, base_keywords, closure_transformation
+from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 
 
@@ -107,7 +107,7 @@ def wsam(
         keywords = base_keywords("wsam", {"value_fn": value_fn, **extra})
         updates, base_state = base.update(g, state.base, params, **keywords)
         eta_alpha = at_step(learning_rate, state.step) * at_step(alpha, state.step)
-        updates = _tree.add_scaled(updates, -1 * eta_alpha, _tree.subtract(g_s, g))
+        updates = tree.add_scaled(updates, -1 * eta_alpha, tree.subtract(g_s, g))
         return updates, WSAMState(next_step(state.step), base_state, sharp_state)
 
     return closure_transformation(init_fn, update_fn, name="wsam")

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from samx import _tree
-from samx._devices import Devices, Own
+from samx.core import tree
+from samx.core.devices import Devices, Own
 
 
 def _strided(size: int, x: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ def joined_aux(auxes: Any) -> Any:
     def join(x):
         if is_own(x):
             return jax.tree.map(_joined, x)
-        return x.mean(0) if _tree.is_inexact(x) else x[-1]
+        return x.mean(0) if tree.is_inexact(x) else x[-1]
 
     def is_own(node):
         return isinstance(node, Own)
@@ -82,7 +82,7 @@ def accumulated(
     def part(params, microbatch):
         batch, weights = microbatch
         losses, aux = losses_and_aux(params, batch)
-        return jnp.sum(_tree.widen(losses) * weights), aux
+        return jnp.sum(tree.widen(losses) * weights), aux
 
     def whole(parts):
         losses, auxes = parts
@@ -95,10 +95,10 @@ def accumulated(
     def forward(params, microbatches):
         def add(total, microbatch):
             result, g = jax.value_and_grad(part, has_aux=True, allow_int=True)(params, microbatch)
-            g = _tree.keep_floating(g, params)
+            g = tree.keep_floating(g, params)
             return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, g), result
 
-        zeros = jax.tree.map(lambda w: jnp.zeros_like(_tree.widen(w)), params)
+        zeros = jax.tree.map(lambda w: jnp.zeros_like(tree.widen(w)), params)
         g, parts = jax.lax.scan(add, zeros, microbatches)
         return whole(parts), jax.tree.map(lambda x, w: x.astype(w.dtype), g, params)
 
@@ -106,7 +106,7 @@ def accumulated(
         return jax.tree.map(
             lambda x: (
                 (cotangents[0] * x).astype(x.dtype)
-                if _tree.is_inexact(x)
+                if tree.is_inexact(x)
                 else np.zeros(x.shape, jax.dtypes.float0)
             ),
             g,
@@ -145,7 +145,7 @@ def means_over(
         *examples, share = part
         means = fn(*examples)
         return means._replace(
-            gradients=jax.tree.map(lambda g: share * _tree.widen(g), means.gradients)
+            gradients=jax.tree.map(lambda g: share * tree.widen(g), means.gradients)
         )
 
     def add(total, part):

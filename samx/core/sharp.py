@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._closures import LossesClosure, scalar_closure
+from samx.core import tree
+from samx.core.closures import LossesClosure, scalar_closure
 
 _IS_SHARP_PASS = ContextVar("is_sharp_pass", default=False)
 
@@ -84,7 +84,7 @@ def value_and_grad_at(
             "away. Make the closure accept that dtype (float32 parameters with half-precision "
             "compute do), or opt out with perturb_dtype=None."
         ) from error
-    grads = _tree.keep_floating(grads, params)  # float0 at the integers
+    grads = tree.keep_floating(grads, params)  # float0 at the integers
     grads = jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
     return value if has_aux else value[0], grads
 
@@ -148,7 +148,7 @@ def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> o
 
     def move(w, e):
         w = _widened(w, perturb_dtype)
-        if not _tree.is_inexact(w):
+        if not tree.is_inexact(w):
             return w
         return (w.astype(jnp.promote_types(w.dtype, jnp.result_type(e))) + e).astype(w.dtype)
 
@@ -157,6 +157,20 @@ def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> o
 
 def _widened(w: Any, dtype: Any) -> jax.Array:
     w = jnp.asarray(w)
-    if dtype is None or not _tree.is_inexact(w):
+    if dtype is None or not tree.is_inexact(w):
         return w
     return w.astype(jnp.promote_types(w.dtype, dtype))
+
+
+def ascend(
+    perturb: Callable[..., Any], g: Any, ascent_grad: Any, state: Any, params: Any
+) -> tuple[Any, Any]:
+    """The step up `ascent_grad`, and the new state of the perturbation, which `g` determines.
+
+    The two gradients differ where devices climb on their own: each along its own gradient, but with
+    a state that all of them share.
+    """
+    eps, new_state = perturb(ascent_grad, state, params)
+    if ascent_grad is not g:
+        _, new_state = perturb(g, state, params)
+    return eps, new_state

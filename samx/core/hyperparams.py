@@ -8,6 +8,10 @@ import jax.numpy as jnp
 import optax
 
 
+class Default(float):
+    """A number that nobody chose: tells a default apart from the same number passed."""
+
+
 def next_step(step: jax.Array) -> jax.Array:
     """The step count after this step; it stays at its largest value instead of overflowing."""
     return jnp.asarray(optax.safe_increment(step))

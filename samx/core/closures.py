@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._devices import ONE_DEVICE, Devices, Own
-from samx._microbatches import accumulated, each
+from samx.core import tree
+from samx.core.devices import ONE_DEVICE, Devices, Own
+from samx.core.microbatches import accumulated, each
 
 
 class Closure:
@@ -72,8 +72,8 @@ class LossesClosure(NamedTuple):
     def scores(self, params: Any, batch: Any) -> jax.Array:
         """The losses `[B]` in float32 or wider, without a gradient and a microbatch at a time."""
         if self.num_microbatches == 1:
-            return _tree.widen(self(params, batch))
-        return _tree.widen(each(partial(self, params), self.num_microbatches, batch))
+            return tree.widen(self(params, batch))
+        return tree.widen(each(partial(self, params), self.num_microbatches, batch))
 
 
 def loss_and_aux(result: Any) -> tuple[Any, Any]:
@@ -154,7 +154,7 @@ def own_value_and_grad(closure: Closure, params: optax.Params) -> tuple[Any, opt
 def own_loss_and_grad(closure: Closure, params: optax.Params) -> tuple[jax.Array, optax.Updates]:
     """The device's own loss and gradient; integers have gradients of zero."""
     (loss, _), grads = own_value_and_grad(closure, params)
-    return loss, _tree.keep_floating(grads, params)
+    return loss, tree.keep_floating(grads, params)
 
 
 def taken_anew(closure: Closure, params: optax.Params) -> tuple[dict[str, Any], Any]:
@@ -170,10 +170,10 @@ def over_devices(
     """What `update` is told of the loss at `params`, of each device's own value and gradient."""
     devices, weights = closure.devices, closure.weights
     value, g = devices.mean((own_value, own_grad), devices.share(weights))
-    keywords = {"value": value, "grad": _tree.keep_floating(g, params), "value_fn": closure}
+    keywords = {"value": value, "grad": tree.keep_floating(g, params), "value_fn": closure}
     if devices.own_axes:
         ascent_grad = devices.ascent.mean(own_grad, devices.ascent.share(weights))
-        keywords["ascent_grad"] = _tree.keep_floating(ascent_grad, params)
+        keywords["ascent_grad"] = tree.keep_floating(ascent_grad, params)
     return keywords
 
 
@@ -199,7 +199,7 @@ def mean_loss(
 
     def losses_and_aux(params, batch):
         losses, aux = losses_fn.with_aux(params, batch)
-        losses = _tree.widen(losses)
+        losses = tree.widen(losses)
         return losses, (aux, Own(losses)) if keeps_losses else aux
 
     def own(params):

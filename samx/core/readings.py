@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
+from samx.core import tree
 
 UNKNOWN = float("inf")  # a loss that nobody measured; NaN would trip jax_debug_nans
 
@@ -62,7 +62,7 @@ class Readings(NamedTuple):
 
 def no_readings(params: Any) -> Readings:
     """The readings before the first step: losses unknown, everything else zero."""
-    dtype = _tree.real_dtype(*jax.tree.leaves(params))
+    dtype = tree.real_dtype(*jax.tree.leaves(params))
     return Readings(
         jnp.full((), UNKNOWN, dtype),
         jnp.full((), UNKNOWN, dtype),
@@ -90,14 +90,14 @@ def take_readings(
     which XLA takes before the sharp pass, to the product behind it; of opposite sign, it is two.
     """
     moved = jax.tree.map(jnp.subtract, point, params)
-    moved_norm = _tree.norm(jax.tree.map(jnp.subtract, params, point))
-    sharp_grad_norm = _tree.norm(g_s)
+    moved_norm = tree.norm(jax.tree.map(jnp.subtract, params, point))
+    sharp_grad_norm = tree.norm(g_s)
     product = moved_norm * sharp_grad_norm
-    cosine = _tree.dot(optax.tree.conj(moved), g_s) / jnp.where(product == 0, 1, product)
+    cosine = tree.dot(optax.tree.conj(moved), g_s) / jnp.where(product == 0, 1, product)
     taken = Readings(
         loss=loss,
         sharp_loss=sharp_loss,
-        grad_norm=mean_of_ascents(_tree.norm(g)),
+        grad_norm=mean_of_ascents(tree.norm(g)),
         sharp_grad_norm=sharp_grad_norm,
         perturbation_norm=mean_of_ascents(moved_norm),
         cosine=mean_of_ascents(cosine),
@@ -113,7 +113,7 @@ def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
     taken = Readings(
         loss=loss,
         sharp_loss=jnp.asarray(UNKNOWN),
-        grad_norm=_tree.norm(g),
+        grad_norm=tree.norm(g),
         sharp_grad_norm=zero,
         perturbation_norm=zero,
         cosine=zero,
@@ -121,3 +121,8 @@ def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
         gradients_spent=last.gradients_spent + 1,
     )
     return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), taken, last)
+
+
+def own_gradients(state: Any) -> Any:
+    """Gradients that a perturbation took in its last step, in passes over one batch."""
+    return sum(spent for _, spent in optax.tree.get_all_with_path(state, "own_gradients"))

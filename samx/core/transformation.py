@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _tree
-from samx._closures import batch_size, losses_closure, mean_loss, scalar_closure
+from samx.core import tree
+from samx.core.closures import batch_size, losses_closure, mean_loss, scalar_closure
 
 # The keywords of `update` that are samx's own. optax knows `value`, `grad` and `value_fn` too.
 OWN_KEYWORDS = frozenset(
@@ -123,7 +123,7 @@ def closure_transformation(
                 raise ValueError(_missing(name, keyword, extra))
         if not takes_all:
             extra = {k: v for k, v in extra.items() if k in declared}
-        g = _tree.keep_floating(updates, params)
+        g = tree.keep_floating(updates, params)
         if "ascent_grad" in declared:
             extra.setdefault("ascent_grad", g)
         return update_fn(g, state, params, **extra)
@@ -201,7 +201,7 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
     if "batch" in extra:
         size = batch_size(name, extra["batch"])
         if "weights" in extra:
-            extra["weights"] = _tree.widen(extra["weights"])
+            extra["weights"] = tree.widen(extra["weights"])
             if extra["weights"].shape != (size,):
                 raise ValueError(
                     f"{name}: `weights` must have one number per example, shape ({size},), "

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from samx import _tree
+from samx.core import tree
 
 
 class Own(NamedTuple):
@@ -128,8 +128,8 @@ def is_mapped(axis: str) -> bool:
     return True
 
 
-def _on_floating(fn, tree):
-    return jax.tree.map(lambda x: fn(x) if _tree.is_inexact(x) else x, tree)
+def _on_floating(fn, x):
+    return jax.tree.map(lambda leaf: fn(leaf) if tree.is_inexact(leaf) else leaf, x)
 
 
 def _vary(axes, x):
@@ -144,8 +144,8 @@ def _vary(axes, x):
 
 
 def _mean(axes, x, share):
-    if _tree.is_inexact(x):
-        part = (share * _tree.widen(x)).astype(x.dtype)  # a share in half precision is inexact
+    if tree.is_inexact(x):
+        part = (share * tree.widen(x)).astype(x.dtype)  # a share in half precision is inexact
         return jax.lax.psum(_vary(axes, jnp.where(share == 0, jnp.zeros_like(x), part)), axes)
     if jnp.issubdtype(x.dtype, jnp.integer):
         return jax.lax.pmax(_vary(axes, jnp.where(share == 0, jnp.iinfo(x.dtype).min, x)), axes)

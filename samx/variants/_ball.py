@@ -1,0 +1,25 @@
+"""Helpers shared by variants: build the perturbation from `rho` or `perturbation=`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from samx._balls import metric_ball
+from samx.core.hyperparams import Default
+from samx.core.transformation import as_transformation
+
+
+def ball_of(
+    name: str, rho: Any, perturbation: Any, ball: Callable[[Any], Any] = metric_ball
+) -> optax.GradientTransformationExtraArgs:
+    """The perturbation that a factory was given, or the ball of radius `rho`: never both."""
+    if perturbation is None:
+        return ball(rho)
+    if not isinstance(rho, Default):
+        raise ValueError(
+            f"{name}: got `rho` together with `perturbation`, but the radius has one home; leave "
+            "`rho` out and give the radius to the perturbation (under optax.inject_hyperparams, "
+            "which fills in defaults, also pass static_args=('rho',))"
+        )
+    return as_transformation(name, "perturbation", perturbation)
