@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from samx import _policy
-from samx._metrics import LeafPredicate
 from samx._policy import Policy
 from samx.core import tree
 from samx.core.hyperparams import as_key, check_count, check_number, next_step
+from samx.perturbations.metrics import LeafPredicate
 
 
 class QuotaState(NamedTuple):

@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from samx._metrics import names_of
-from samx._mup import matched
+from samx.perturbations.metrics import names_of
+from samx.perturbations.mup_ball import matched
 
 __all__ = ["flax_fans", "layer_scales", "learning_rates"]
 

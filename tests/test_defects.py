@@ -27,14 +27,14 @@ DEFECTS = {
     "sign of the perturbation flipped": (
         "trajectories",
         "test_recorded_run and sam__",
-        "_balls.py",
+        "perturbations/balls.py",
         "s * t * jnp.asarray(factor, s.real.dtype)",
         "-s * t * jnp.asarray(factor, s.real.dtype)",
     ),
     "normalization dropped": (
         "trajectories",
         "test_recorded_run and sam__",
-        "_balls.py",
+        "perturbations/balls.py",
         "factor = radius / (tree.norm(scaled) + norm_eps)",
         "factor = radius",
     ),

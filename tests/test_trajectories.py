@@ -234,7 +234,9 @@ def test_recorded_run_of_the_authors_code(name, monkeypatch):
         monkeypatch.setattr(samx._policy, "uniform_at", lambda key, step: draws[step])
     if "draws_for_next_step" in expected:  # one for each tensor, in the order W1, b1, W2, b2
         after = jnp.asarray(expected["draws_for_next_step"])[:, jnp.array([0, 2, 1, 3])]
-        monkeypatch.setattr(samx._leaves, "_draws", lambda key, step, count: after[step - 1])
+        monkeypatch.setattr(
+            samx.perturbations.leaves, "_draws", lambda key, step, count: after[step - 1]
+        )
     if "idx_sampled" in expected:
         asked = replay_samples(jnp.asarray(expected["idx_sampled"]), monkeypatch)
         expected["score_sum"] = expected["score_mean"] * expected["score_count"]

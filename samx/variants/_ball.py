@@ -5,9 +5,9 @@ from typing import Any
 
 import optax
 
-from samx._balls import metric_ball
 from samx.core.hyperparams import Default
 from samx.core.transformation import as_transformation
+from samx.perturbations.balls import metric_ball
 
 
 def ball_of(

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx._metrics import LeafPredicate, is_not_bias, magnitude
 from samx.perturbations import metric_ball
+from samx.perturbations.metrics import LeafPredicate, is_not_bias, magnitude
 from samx.variants.sam import sharpness_aware
 
 

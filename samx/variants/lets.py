@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from samx._balls import metric_ball
 from samx.core import tree
 from samx.core.closures import taken_anew
 from samx.core.hyperparams import at_step, check_number, next_step
 from samx.core.readings import UNKNOWN, Readings, no_readings, take_readings
 from samx.core.sharp import ascend, perturbed, value_and_grad_at
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
+from samx.perturbations.balls import metric_ball
 
 
 class LETSState(NamedTuple):

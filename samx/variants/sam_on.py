@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx._leaves import on_leaves
-from samx._metrics import LeafPredicate, is_normalization
 from samx.core.hyperparams import Default
+from samx.perturbations.leaves import on_leaves
+from samx.perturbations.metrics import LeafPredicate, is_normalization
 from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 

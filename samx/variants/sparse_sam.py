@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._balls import metric_ball
-from samx._dynamic_mask import Score, dynamic_mask
-from samx._fisher_mask import fisher_mask
-from samx._patterns import Pattern
 from samx.core.hyperparams import Default
+from samx.perturbations.balls import metric_ball
+from samx.perturbations.dynamic_mask import Score, dynamic_mask
+from samx.perturbations.fisher_mask import fisher_mask
+from samx.perturbations.patterns import Pattern
 from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 

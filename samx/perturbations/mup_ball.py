@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._balls import with_radius
 from samx.core import tree
+from samx.perturbations.balls import with_radius
 
 
 def mup_ball(

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._order import check_mask, largest, num_entries, rounded_down
 from samx.core import tree
 from samx.core.hyperparams import as_key, at_step, check_count, check_number, next_step
 from samx.core.transformation import as_transformation
+from samx.perturbations.top_entries import check_mask, largest, num_entries, rounded_down
 
 Score: TypeAlias = Literal["gradient", "weight", "random"]
 SCORES = ("gradient", "weight", "random")

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, PartitionSpec
 
-from samx._order import check_mask, num_entries, rounded_down
-from samx._patterns import Pattern, check_pattern, chosen
 from samx.core import tree
 from samx.core.closures import LossesClosure, batch_size, unit_weights
 from samx.core.hyperparams import Default, at_step, check_count, check_number, next_step
 from samx.core.microbatches import strided
 from samx.core.transformation import as_transformation, closure_transformation
+from samx.perturbations.patterns import Pattern, check_pattern, chosen
+from samx.perturbations.top_entries import check_mask, num_entries, rounded_down
 
 
 class FisherMaskState(NamedTuple):

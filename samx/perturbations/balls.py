@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._metrics import Metric, identity
 from samx.core import tree
 from samx.core.hyperparams import at_step, check_number, next_step
+from samx.perturbations.metrics import Metric, identity
 
 
 class BallState(NamedTuple):

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._metrics import LeafPredicate
 from samx.core import tree
 from samx.core.hyperparams import as_key, at_step, check_share, next_step
 from samx.core.transformation import as_transformation
+from samx.perturbations.metrics import LeafPredicate
 
 
 def on_leaves(

@@ -6,9 +6,9 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from samx._order import largest
 from samx.core import tree
 from samx.core.hyperparams import Default
+from samx.perturbations.top_entries import largest
 
 Pattern: TypeAlias = Literal["unstructured", "structured"] | tuple[int, int]
 

@@ -4,13 +4,12 @@ A ball has a radius `rho` and a metric. A metric is a function `params -> T`, a 
 of elementwise scales (a leaf may be a scalar): parameters with a large `T` may move further.
 """
 
-from samx._balls import gradient_step, linf_ball, metric_ball, monge_ball
-from samx._deviation import deviation
-from samx._dynamic_mask import dynamic_mask
-from samx._fisher_mask import fisher_mask
-from samx._layer_steps import layer_steps, trust_ratio
-from samx._leaves import on_leaves, random_leaves
-from samx._metrics import (
+from samx.perturbations.balls import gradient_step, linf_ball, metric_ball, monge_ball
+from samx.perturbations.dynamic_mask import dynamic_mask
+from samx.perturbations.fisher_mask import fisher_mask
+from samx.perturbations.layer_steps import layer_steps, trust_ratio
+from samx.perturbations.leaves import on_leaves, random_leaves
+from samx.perturbations.metrics import (
     constants,
     identity,
     is_normalization,
@@ -18,7 +17,8 @@ from samx._metrics import (
     layerwise,
     magnitude,
 )
-from samx._mup import mup_ball
+from samx.perturbations.moving_average import deviation
+from samx.perturbations.mup_ball import mup_ball
 
 __all__ = [
     "constants",
