@@ -458,7 +458,7 @@ def test_defaults_are_epochs():
         spent = state.readings.gradients_spent
         _, state = step(state, params, INDEX)
         assert state.readings.gradients_spent - spent == (2 if t < 3 else 1)
-    low, high = samx._scores.weight_range(0.1, 0.5, jnp.asarray(45), 90)
+    low, high = samx.selection.score_table.weight_range(0.1, 0.5, jnp.asarray(45), 90)
     np.testing.assert_allclose((low, high), (0.1, 0.3))
 
 

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._scores import places_of, probabilities, recorded, weight_range
-from samx._subset import check_fraction, count_of, groups_here, sam_step
 from samx.core.hyperparams import Default, as_key, check_count, check_number, next_step
 from samx.core.readings import Readings, no_readings
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
 from samx.core.tree import is_inexact
-from samx.selection import put, sampled, take, weights_of
+from samx.selection.examples import put, sampled, take, weights_of
+from samx.selection.sam_step import check_fraction, count_of, groups_here, sam_step
+from samx.selection.score_table import places_of, probabilities, recorded, weight_range
 from samx.variants._ball import ball_of
 
 RAMP_EPOCHS = 30  # of the authors' code

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._subset import FORWARD, check_fraction, count_of, groups_here, mean_over_batch
 from samx.core import tree
 from samx.core.closures import Closure, LossesClosure, mean_loss, taken_anew
 from samx.core.devices import Own
@@ -20,7 +19,8 @@ from samx.core.readings import Readings, no_readings, take_readings
 from samx.core.sharp import ascend, perturbed, scores_at, value_and_grad_at
 from samx.core.transformation import closure_transformation
 from samx.perturbations.leaves import random_leaves
-from samx.selection import above_the_smallest, largest, put, take, weights_of
+from samx.selection.examples import above_the_smallest, largest, put, take, weights_of
+from samx.selection.sam_step import FORWARD, check_fraction, count_of, groups_here, mean_over_batch
 from samx.variants._ball import ball_of
 
 

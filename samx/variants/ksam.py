@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._subset import (
+from samx.core.hyperparams import Default
+from samx.core.readings import Readings, no_readings
+from samx.core.transformation import closure_transformation
+from samx.selection.examples import largest, take, weights_of
+from samx.selection.sam_step import (
     FORWARD,
     check_groups,
     groups_here,
     mean_over_batch,
     sam_step,
 )
-from samx.core.hyperparams import Default
-from samx.core.readings import Readings, no_readings
-from samx.core.transformation import closure_transformation
-from samx.selection import largest, take, weights_of
 from samx.variants._ball import ball_of
 
 

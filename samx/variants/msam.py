@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._subset import sam_step
 from samx.core import tree
 from samx.core.closures import batch_size
 from samx.core.hyperparams import Default, check_count
@@ -18,6 +17,7 @@ from samx.core.microbatches import Means, means_over
 from samx.core.readings import Readings, no_readings
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
+from samx.selection.sam_step import sam_step
 from samx.variants._ball import ball_of
 
 

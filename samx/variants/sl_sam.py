@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 
 from samx._layers import LayerGroups, check_groups, filled, groups_of, only
-from samx._subset import FORWARD
 from samx.core import tree
 from samx.core.closures import Closure, taken_anew
 from samx.core.hyperparams import Default, as_key, at_step, check_number, next_step
@@ -19,6 +18,7 @@ from samx.core.readings import Readings, no_readings, take_readings
 from samx.core.sharp import ascend, perturbed, value_and_grad_at
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
+from samx.selection.sam_step import FORWARD
 from samx.variants._ball import ball_of
 
 

@@ -11,7 +11,7 @@ from samx.core.devices import Devices
 from samx.core.hyperparams import check_count
 from samx.core.readings import Readings, take_readings
 from samx.core.sharp import ascend, perturbed, value_and_grad_at
-from samx.selection import group_size
+from samx.selection.examples import group_size
 
 FORWARD = 1 / 3  # of a gradient: a forward pass without its backward pass, by the usual convention
 

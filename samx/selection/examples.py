@@ -1,9 +1,4 @@
-"""Selection: which examples of a batch are used, with sizes that are fixed when tracing.
-
-A selection is an array of positions, `int32[num_groups, n]`: row j holds where in the j-th
-contiguous group of the batch its n chosen examples stand. Groups keep the choice local: with as
-many groups as devices no example leaves its own.
-"""
+"""Choose, take and put back examples of a batch. Public as `samx.selection.<name>`."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +10,6 @@ from jax.sharding import PartitionSpec
 
 from samx.core.closures import batch_size
 from samx.core.hyperparams import check_count
-
-__all__ = ["largest", "put", "sampled", "take"]
 
 
 def largest(
