@@ -31,8 +31,8 @@ from samx.core.sharp import is_sharp_pass, value_and_grad_at
 from samx.core.state import HeldBatch
 from samx.core.transformation import check_closures, closure_transformation
 from samx.parallel import axis_mean, data_parallel, state_specs, value_and_grad
+from samx.policies.perturb_if import perturb_if
 from samx.precision import scale_loss
-from samx.skipping import perturb_if
 from samx.variants.adasam import adasam
 from samx.variants.ae_sam import ae_looksam, ae_sam
 from samx.variants.arsam import arsam

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._policy import Policy, check_policy
 from samx.core import tree
 from samx.core.hyperparams import next_step
 from samx.core.readings import UNKNOWN, Readings, no_readings, skip_readings, take_readings
 from samx.core.sharp import ascend, perturbed, value_and_grad_at
 from samx.core.transformation import closure_transformation
+from samx.policies.policy import Policy, check_policy
 
 
 class ReuseState(NamedTuple):

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import samx
-from samx import _policy, policies
+from samx import policies
 
 STEPS = 20
 GLOBAL = {

@@ -183,7 +183,7 @@ def test_every_window_has_exactly_its_quota(num_blocks):
 
 @pytest.mark.parametrize(("draw", "where"), [(0.0, slice(-3, None)), (0.999, slice(0, 3))])
 def test_a_quota_is_used_at_once_or_forced_at_the_end(draw, where, monkeypatch):
-    monkeypatch.setattr(samx._policy, "uniform_at", lambda key, step: jnp.asarray(draw))
+    monkeypatch.setattr(samx.policies.draws, "uniform_at", lambda key, step: jnp.asarray(draw))
     policy = policies.quota(8, num_blocks=2, ratio_gain=0.0, variance_gain=0.0, warmup_steps=3)
     start = policy.init(jnp.ones(2))._replace(quota=jnp.asarray(3.9))
     decisions, _ = decide(policy, np.ones((43, 2)), state=start)

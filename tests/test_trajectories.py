@@ -231,7 +231,7 @@ def test_recorded_run_of_the_authors_code(name, monkeypatch):
     expected, _ = problem.load(name)
     if "draw" in expected:  # not a number on steps that drew none
         draws = jnp.nan_to_num(jnp.asarray(expected["draw"]))
-        monkeypatch.setattr(samx._policy, "uniform_at", lambda key, step: draws[step])
+        monkeypatch.setattr(samx.policies.draws, "uniform_at", lambda key, step: draws[step])
     if "draws_for_next_step" in expected:  # one for each tensor, in the order W1, b1, W2, b2
         after = jnp.asarray(expected["draws_for_next_step"])[:, jnp.array([0, 2, 1, 3])]
         monkeypatch.setattr(
@@ -522,7 +522,7 @@ def test_vsam_against_reference_past_several_windows(base):
     )
     vsam = samx.vsam(0.1, policy=controller)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samx._policy, "uniform_at", lambda key, step: jnp.asarray(draws)[step])
+        patch.setattr(samx.policies.draws, "uniform_at", lambda key, step: jnp.asarray(draws)[step])
         trajectory, sharp, fractions, quotas, ages = watch(
             optax.chain(vsam, tx), steps, "is_sharp", "sharp_fraction", "quota", "age"
         )

@@ -11,7 +11,7 @@ import optax
 
 from samx.core.hyperparams import Default
 from samx.policies import squared_norm
-from samx.skipping import perturb_if
+from samx.policies.perturb_if import perturb_if
 from samx.variants._ball import ball_of
 from samx.variants.looksam import reuse_across
 from samx.variants.sam import sharpness_aware

@@ -1,4 +1,4 @@
-"""Policies: on which steps the sharp gradient is computed."""
+"""Policies that look at the step count only, or draw at random. Public as `samx.policies.<name>`."""
 
 from typing import Any, NamedTuple
 
@@ -6,13 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx import _policy
-from samx._policy import Policy, check_policy
-from samx._quota import quota
-from samx.core import tree
 from samx.core.hyperparams import as_key, at_step, check_count, check_number, next_step
-
-__all__ = ["Policy", "between", "every", "quota", "random", "squared_norm"]
+from samx.policies import draws
+from samx.policies.policy import Policy, check_policy
 
 
 class StepState(NamedTuple):
@@ -47,20 +43,6 @@ class RandomState(NamedTuple):
 
     step: jax.Array
     key: jax.Array
-
-
-class SquaredNormState(NamedTuple):
-    """State of `squared_norm`.
-
-    Attributes:
-        step: int32, optimizer steps so far.
-        mean: Moving average μ of ‖g‖².
-        variance: Moving average σ² of (‖g‖² − μ)².
-    """
-
-    step: jax.Array
-    mean: jax.Array
-    variance: jax.Array
 
 
 def every(period: int, first: int = 0) -> Policy:
@@ -204,65 +186,7 @@ def random(probability: optax.ScalarOrSchedule, key: int | jax.Array = 0) -> Pol
 
     def decide(g, state):
         del g
-        is_sharp = _policy.uniform_at(state.key, state.step) < at_step(probability, state.step)
+        is_sharp = draws.uniform_at(state.key, state.step) < at_step(probability, state.step)
         return is_sharp, state._replace(step=next_step(state.step))
-
-    return Policy(init, decide)
-
-
-def squared_norm(
-    threshold: optax.ScalarOrSchedule = 0.0, decay: optax.ScalarOrSchedule = 0.9
-) -> Policy:
-    """Where the gradient is long compared with what it has been: AE-SAM's policy.
-
-        s = ‖g‖²
-        μ  = decay μ + (1 − decay) s                   (from 0)
-        σ² = decay σ² + (1 − decay) (s − μ)²           (from e⁻¹⁰)
-        is_sharp = s ≥ μ + threshold σ
-
-    Args:
-        threshold: c, in standard deviations, a number or a schedule over the optimizer's steps;
-            default 0. The paper lets it fall linearly from λ₂ to λ₁:
-            `optax.linear_schedule(1.0, -1.0, total_steps)`. Minus infinity is every step.
-        decay: δ in [0, 1], a number or a schedule; default 0.9.
-
-    Returns:
-        A `Policy`.
-
-    Raises:
-        ValueError: If `decay` is outside [0, 1].
-        TypeError: If one of them is neither number nor schedule.
-
-    Example:
-        >>> import optax, samx
-        >>> policy = samx.policies.squared_norm(optax.linear_schedule(1.0, -1.0, 1000))
-
-    References:
-        Jiang, Yang, Zhang, Kwok, "An Adaptive Policy to Employ Sharpness-Aware Minimization",
-        ICLR 2023, https://arxiv.org/abs/2304.14647
-
-    Notes:
-        Cost: one norm. As μ starts at 0, the first steps are sharp. The rule follows two secondary
-        transcriptions that agree; `decay`, λ and the starting values are recalled, not read.
-        `static_args`: none.
-    """
-    check_number("threshold", threshold, float("-inf"))
-    check_number("decay", decay, 0, 1)
-
-    def init(params):
-        dtype = tree.real_dtype(*jax.tree.leaves(params))
-        return SquaredNormState(
-            jnp.zeros((), jnp.int32), jnp.zeros((), dtype), jnp.exp(jnp.asarray(-10, dtype))
-        )
-
-    def decide(g, state):
-        s, kept = tree.dot(g, g).astype(state.mean.dtype), at_step(decay, state.step)
-        mean = kept * state.mean + (1 - kept) * s
-        variance = kept * state.variance + (1 - kept) * (s - mean) ** 2
-        # Never 0: an infinite threshold times 0 would be no number.
-        deviation = jnp.sqrt(jnp.maximum(variance, jnp.finfo(variance.dtype).tiny))
-        is_sharp = s >= mean + at_step(threshold, state.step) * deviation
-        moments = (x.astype(state.mean.dtype) for x in (mean, variance))
-        return is_sharp, SquaredNormState(next_step(state.step), *moments)
 
     return Policy(init, decide)

@@ -5,11 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from samx import _policy
-from samx._policy import Policy
 from samx.core import tree
 from samx.core.hyperparams import as_key, check_count, check_number, next_step
 from samx.perturbations.metrics import LeafPredicate
+from samx.policies import draws
+from samx.policies.policy import Policy
 
 
 class QuotaState(NamedTuple):
@@ -128,7 +128,7 @@ def quota(
         taken = jnp.where(is_start, 0, state.taken)
 
         lacking = quota.astype(jnp.int32) - taken
-        is_drawn = _policy.uniform_at(state.key, state.step) >= 1 - quota / window
+        is_drawn = draws.uniform_at(state.key, state.step) >= 1 - quota / window
         is_sharp = is_warmup | ((lacking > 0) & is_drawn) | (window - position <= lacking)
         taken = jnp.where(is_warmup, 1, taken + is_sharp)
         return is_sharp, state._replace(

@@ -1,4 +1,4 @@
-"""What a policy is, and the draws of those that are random."""
+"""What a policy is."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,8 +47,3 @@ def check_policy(name: str, policy: Any) -> None:
             f"{name}: `policy` must be a samx.policies.Policy, for example policies.every(2), "
             f"got {kind}"
         )
-
-
-def uniform_at(key: jax.Array, step: jax.Array) -> jax.Array:
-    """The draw of a step from [0, 1), made of nothing else: a resumed run draws the same."""
-    return jax.random.uniform(jax.random.fold_in(key, step))

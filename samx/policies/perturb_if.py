@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._policy import Policy, check_policy
 from samx.core import tree
 from samx.core.closures import Closure, LossesClosure, batch_size
 from samx.core.readings import UNKNOWN, Readings, skip_readings
@@ -16,6 +15,7 @@ from samx.core.transformation import (
     check_in_front,
     closure_transformation,
 )
+from samx.policies.policy import Policy, check_policy
 
 
 class PerturbIfState(NamedTuple):

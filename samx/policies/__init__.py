@@ -1,0 +1,8 @@
+"""Policies: on which steps the sharp gradient is computed."""
+
+from samx.policies.clock import between, every, random
+from samx.policies.norms import squared_norm
+from samx.policies.policy import Policy
+from samx.policies.quota import quota
+
+__all__ = ["Policy", "between", "every", "quota", "random", "squared_norm"]

@@ -1,0 +1,83 @@
+"""Policies that look at the gradient norm. Public as `samx.policies.<name>`."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from samx.core import tree
+from samx.core.hyperparams import at_step, check_number, next_step
+from samx.policies.policy import Policy
+
+
+class SquaredNormState(NamedTuple):
+    """State of `squared_norm`.
+
+    Attributes:
+        step: int32, optimizer steps so far.
+        mean: Moving average μ of ‖g‖².
+        variance: Moving average σ² of (‖g‖² − μ)².
+    """
+
+    step: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+
+
+def squared_norm(
+    threshold: optax.ScalarOrSchedule = 0.0, decay: optax.ScalarOrSchedule = 0.9
+) -> Policy:
+    """Where the gradient is long compared with what it has been: AE-SAM's policy.
+
+        s = ‖g‖²
+        μ  = decay μ + (1 − decay) s                   (from 0)
+        σ² = decay σ² + (1 − decay) (s − μ)²           (from e⁻¹⁰)
+        is_sharp = s ≥ μ + threshold σ
+
+    Args:
+        threshold: c, in standard deviations, a number or a schedule over the optimizer's steps;
+            default 0. The paper lets it fall linearly from λ₂ to λ₁:
+            `optax.linear_schedule(1.0, -1.0, total_steps)`. Minus infinity is every step.
+        decay: δ in [0, 1], a number or a schedule; default 0.9.
+
+    Returns:
+        A `Policy`.
+
+    Raises:
+        ValueError: If `decay` is outside [0, 1].
+        TypeError: If one of them is neither number nor schedule.
+
+    Example:
+        >>> import optax, samx
+        >>> policy = samx.policies.squared_norm(optax.linear_schedule(1.0, -1.0, 1000))
+
+    References:
+        Jiang, Yang, Zhang, Kwok, "An Adaptive Policy to Employ Sharpness-Aware Minimization",
+        ICLR 2023, https://arxiv.org/abs/2304.14647
+
+    Notes:
+        Cost: one norm. As μ starts at 0, the first steps are sharp. The rule follows two secondary
+        transcriptions that agree; `decay`, λ and the starting values are recalled, not read.
+        `static_args`: none.
+    """
+    check_number("threshold", threshold, float("-inf"))
+    check_number("decay", decay, 0, 1)
+
+    def init(params):
+        dtype = tree.real_dtype(*jax.tree.leaves(params))
+        return SquaredNormState(
+            jnp.zeros((), jnp.int32), jnp.zeros((), dtype), jnp.exp(jnp.asarray(-10, dtype))
+        )
+
+    def decide(g, state):
+        s, kept = tree.dot(g, g).astype(state.mean.dtype), at_step(decay, state.step)
+        mean = kept * state.mean + (1 - kept) * s
+        variance = kept * state.variance + (1 - kept) * (s - mean) ** 2
+        # Never 0: an infinite threshold times 0 would be no number.
+        deviation = jnp.sqrt(jnp.maximum(variance, jnp.finfo(variance.dtype).tiny))
+        is_sharp = s >= mean + at_step(threshold, state.step) * deviation
+        moments = (x.astype(state.mean.dtype) for x in (mean, variance))
+        return is_sharp, SquaredNormState(next_step(state.step), *moments)
+
+    return Policy(init, decide)
