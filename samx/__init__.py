@@ -30,7 +30,7 @@ from samx.core.readings import Readings
 from samx.core.sharp import is_sharp_pass, value_and_grad_at
 from samx.core.state import HeldBatch
 from samx.core.transformation import check_closures, closure_transformation
-from samx.parallel import axis_mean, data_parallel, state_specs, value_and_grad
+from samx.parallel.data_parallel import axis_mean, data_parallel, state_specs, value_and_grad
 from samx.policies.perturb_if import perturb_if
 from samx.precision import scale_loss
 from samx.variants.adasam import adasam

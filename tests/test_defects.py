@@ -76,7 +76,7 @@ DEFECTS = {
     "each group computes both gradients": (
         "cost",
         "test_a_pair_costs",
-        "_pairs.py",
+        "parallel/pairs.py",
         "result = fn(*tree.where(side == 0, *pair))\n        results = [result, result]",
         "results = [fn(*args) for args in pair]",
     ),

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._pairs import evaluate_roles, with_axis
 from samx.core import tree
 from samx.core.closures import Closure, own_loss_and_grad, taken_anew
 from samx.core.hyperparams import Default, check_share, next_step
@@ -18,6 +17,7 @@ from samx.core.readings import UNKNOWN, Readings, no_readings, own_gradients, ta
 from samx.core.sharp import perturbed, value_and_grad_at
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
+from samx.parallel.pairs import evaluate_roles, with_axis
 from samx.variants._ball import ball_of
 
 

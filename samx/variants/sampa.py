@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from samx._pairs import check_pair_sharding, evaluate_pair, with_pair_axis
 from samx.core import tree
 from samx.core.closures import batch_size, mean_loss, unit_weights
 from samx.core.hyperparams import Default, at_step, check_number, next_step
@@ -19,6 +18,7 @@ from samx.core.readings import Readings, no_readings, take_readings
 from samx.core.sharp import perturbed, value_and_grad_at
 from samx.core.state import HeldBatch, check_like, first_aux, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
+from samx.parallel.pairs import check_pair_sharding, evaluate_pair, with_pair_axis
 from samx.variants._ball import ball_of
 
 
