@@ -25,14 +25,16 @@ from samx import (
     schedules,
     selection,
 )
-from samx.accumulation import accumulate
 from samx.core.readings import Readings
 from samx.core.sharp import is_sharp_pass, value_and_grad_at
 from samx.core.state import HeldBatch
 from samx.core.transformation import check_closures, closure_transformation
 from samx.parallel.data_parallel import axis_mean, data_parallel, state_specs, value_and_grad
 from samx.policies.perturb_if import perturb_if
-from samx.precision import scale_loss
+from samx.training.accumulate import accumulate
+from samx.training.scale_loss import scale_loss
+from samx.training.skip_nonfinite import skip_nonfinite
+from samx.training.with_base import with_base
 from samx.variants.adasam import adasam
 from samx.variants.ae_sam import ae_looksam, ae_sam
 from samx.variants.arsam import arsam
@@ -62,7 +64,6 @@ from samx.variants.sparse_sam import dynamic_sparse_sam, fisher_sparse_sam
 from samx.variants.stable_sam import stable_sam
 from samx.variants.vsam import vsam
 from samx.variants.wsam import coupled_wsam, wsam
-from samx.wrappers import skip_nonfinite, with_base
 
 __version__ = "0.1.0"
 

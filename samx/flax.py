@@ -22,11 +22,11 @@ import optax
 from flax import core, nnx
 from flax.training import train_state
 
-from samx.accumulation import AccumulateState
 from samx.core.closures import loss_and_aux
 from samx.core.readings import Readings
 from samx.core.sharp import is_sharp_pass
 from samx.core.transformation import OWN_KEYWORDS
+from samx.training.accumulate import AccumulateState
 
 __all__ = ["TrainState", "closure", "keep_aux", "statistics"]
 

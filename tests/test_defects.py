@@ -90,7 +90,7 @@ DEFECTS = {
     "a skipped step leaves its state": (
         "precision",
         "as_if_its_batch and -sam]",
-        "wrappers.py",
+        "training/skip_nonfinite.py",
         "inner=tree.where(is_finite, inner_state, state.inner)",
         "inner=inner_state",
     ),

@@ -140,7 +140,7 @@ def combination(name):
     if name == "ae_sam":
         return reference.sometimes(reference.SquaredNorm(threshold, 0.9))
     if name == "vsam":
-        draws = [float(_policy.uniform_at(jax.random.key(0), t)) for t in range(STEPS)]
+        draws = [float(samx.policies.draws.uniform_at(jax.random.key(0), t)) for t in range(STEPS)]
         return reference.VSAM(draws, (4, 2), 0.8, (0.13, 0.13), 0.7, 4, ["W1", "b1", "W2", "b2"])
     every_second = reference.listed([t % 2 == 0 for t in range(STEPS)])
     return reference.LookSAM(every_second, hyper["alpha"])

@@ -1,4 +1,4 @@
-"""Policies that look at the step count only, or draw at random. Public as `samx.policies.<name>`."""
+"""Policies of the step count and of chance. Public as `samx.policies.<name>`."""
 
 from typing import Any, NamedTuple
 

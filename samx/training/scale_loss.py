@@ -12,7 +12,7 @@ from samx.core import tree
 from samx.core.closures import Closure, taken_anew
 from samx.core.hyperparams import check_count, check_number
 from samx.core.transformation import SCALAR_CLOSURES, closure_transformation
-from samx.wrappers import SkipNonfiniteState, skip_nonfinite
+from samx.training.skip_nonfinite import SkipNonfiniteState, skip_nonfinite
 
 SMALLEST, LARGEST = 2.0**-126, 2.0**126  # whose inverses are normal float32 numbers too
 

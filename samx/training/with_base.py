@@ -1,0 +1,57 @@
+"""Chain with a base that is strict about its keywords."""
+
+from typing import Any
+
+import optax
+
+from samx.core.transformation import base_keywords
+
+
+def with_base(
+    tx: optax.GradientTransformation, base: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Chain a sharpness-aware transformation with a base that is strict about its keywords.
+
+        g_s     = tx(g; all keywords)
+        updates = base(g_s; value, grad, value_fn and whatever is not samx's own)
+
+    optax's line searches reject keywords that they do not know, such as `losses_fn` and `batch`,
+    and want a `value_fn` that returns a scalar; inside an ordinary `optax.chain` they would get
+    everything. Other bases do not need this.
+
+    Args:
+        tx: The sharpness-aware transformation.
+        base: The base optimizer.
+
+    Returns:
+        An `optax.GradientTransformationExtraArgs`; its state is that of `optax.chain(tx, base)`.
+
+    Raises:
+        Nothing of its own; what `tx` and `base` raise.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, samx
+        >>> search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=10)
+        >>> tx = samx.with_base(samx.sam(0.01), optax.chain(optax.sgd(1.0), search))
+        >>> w, batch = jnp.ones(2), jnp.eye(2)
+        >>> losses_fn = lambda w, b: (b @ w) ** 2
+        >>> value, g = jax.value_and_grad(lambda w: losses_fn(w, batch).mean())(w)
+        >>> updates, state = tx.update(
+        ...     g, tx.init(w), w, value=value, grad=g, losses_fn=losses_fn, batch=batch)
+        >>> bool(losses_fn(w + updates, batch).mean() < value)
+        True
+
+    References:
+        The keywords of `optax.scale_by_backtracking_linesearch`.
+
+    Notes:
+        samx's own keywords are `losses_fn`, `batch`, `weights`, `ascent_fn`, `labels`, `index` and
+        `validation_fn`. Where only `losses_fn` and `batch` are given, the base gets a `value_fn`
+        made of them. Cost: none.
+    """
+    base = optax.with_extra_args_support(base)
+
+    def update_fn(updates, state, params=None, **extra: Any):
+        return base.update(updates, state, params, **base_keywords("with_base", extra))
+
+    return optax.chain(tx, optax.GradientTransformationExtraArgs(base.init, update_fn))
