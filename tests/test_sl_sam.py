@@ -10,7 +10,7 @@ import pytest
 
 import samx
 from samx import policies
-from samx._layers import groups_of
+from samx.variants._layer_groups import groups_of
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 MOMENTUM = optax.sgd(0.1, momentum=0.9)

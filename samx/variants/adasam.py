@@ -10,8 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx import _moments
 from samx.core.hyperparams import Default
+from samx.variants import _moments
 from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx import _moments
 from samx.perturbations import gradient_step
+from samx.variants import _moments
 from samx.variants.sam import sharpness_aware
 
 

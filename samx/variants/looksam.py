@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._reuse import reuse
 from samx.core import tree
 from samx.core.hyperparams import Default, at_step, check_number
 from samx.perturbations.layer_steps import LayerScaling, layer_steps, trust_ratio
 from samx.policies import Policy, every
 from samx.variants._ball import ball_of
+from samx.variants._reuse import reuse
 
 
 def looksam(

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx._layers import LayerGroups, check_groups, filled, groups_of, only
 from samx.core import tree
 from samx.core.closures import Closure, taken_anew
 from samx.core.hyperparams import Default, as_key, at_step, check_number, next_step
@@ -20,6 +19,7 @@ from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.selection.sam_step import FORWARD
 from samx.variants._ball import ball_of
+from samx.variants._layer_groups import LayerGroups, check_groups, filled, groups_of, only
 
 
 class SLSAMState(NamedTuple):

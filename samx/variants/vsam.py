@@ -9,13 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from samx._reuse import reuse
 from samx.combinations import Mixing, decaying
 from samx.core import tree
 from samx.core.hyperparams import Default, check_count
 from samx.policies.policy import Policy
 from samx.policies.quota import quota
 from samx.variants._ball import ball_of
+from samx.variants._reuse import reuse
 
 
 def vsam(
