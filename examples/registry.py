@@ -221,7 +221,7 @@ VARIANTS = {
     ),
     "coupled-wsam": Variant(in_front(samx.coupled_wsam), SMALL, 2, 0.05),
     "stable-sam": Variant(in_front(samx.stable_sam), FACTORS, 2, 0.05),
-    "usam": Variant(in_front(partial(samx.stable_sam, renormalize=False)), FACTORS, 2, 0.05),
+    "usam": Variant(in_front(samx.usam), FACTORS, 2, 0.05),
     "friendly-sam": Variant(in_front(samx.friendly_sam), RADII, 2, 0.1),
     "monge-sam": Variant(in_front(samx.monge_sam), FACTORS, 2, 0.05),
     "msam": Variant(by_setting(msam), RADII, 2, 0.05, keeps_aux=True, uses_gradient=False),

@@ -62,6 +62,7 @@ from samx.variants.sampa import sampa
 from samx.variants.sl_sam import sl_sam
 from samx.variants.sparse_sam import dynamic_sparse_sam, fisher_sparse_sam
 from samx.variants.stable_sam import stable_sam
+from samx.variants.usam import usam
 from samx.variants.vsam import vsam
 from samx.variants.wsam import coupled_wsam, wsam
 
@@ -103,6 +104,7 @@ __all__ = [
     "sharpness_aware",
     "sl_sam",
     "stable_sam",
+    "usam",
     "vsam",
     "wsam",
     # Asynchronous

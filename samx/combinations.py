@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
+from samx.core.aliases import ScalarOrSchedule, Transformation
 from samx.core.hyperparams import at_step, check_count, check_number, next_step
 from samx.core.transformation import as_transformation, check_in_front, closure_transformation
 
@@ -29,8 +30,8 @@ class CombinationState(NamedTuple):
 
 
 def mix(
-    inner: optax.GradientTransformation, weight: optax.ScalarOrSchedule, *, name: str = "mix"
-) -> optax.GradientTransformationExtraArgs:
+    inner: optax.GradientTransformation, weight: ScalarOrSchedule, *, name: str = "mix"
+) -> Transformation:
     """More or less of the sharp gradient: a straight line through both gradients.
 
         return g + weight (inner(g) − g)
@@ -77,11 +78,11 @@ def mix(
 
 def surrogate_gap(
     inner: optax.GradientTransformation,
-    alpha: optax.ScalarOrSchedule,
+    alpha: ScalarOrSchedule,
     descend: Literal["sharp", "clean"] = "sharp",
     *,
     name: str = "surrogate_gap",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Descend one of both losses, and, across its gradient, also the gap between them: GSAM's.
 
         g_s = inner(g)
@@ -134,7 +135,7 @@ def surrogate_gap(
 
 def renormalized(
     inner: optax.GradientTransformation, *, name: str = "renormalized"
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """The direction of the sharp gradient, as long as the gradient: Stable SAM's.
 
         g_s = inner(g)
@@ -176,7 +177,7 @@ def renormalized(
 
 def _combination(
     name: str, inner: Any, combine: Callable[[Any, Any, jax.Array], Any]
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """`combine(g, inner(g), step)`, in the dtypes of the parameters."""
     inner = as_transformation(name, "inner", inner)
 
@@ -193,7 +194,7 @@ def _combination(
     return closure_transformation(init_fn, update_fn, name=name)
 
 
-def decaying(decay: optax.ScalarOrSchedule = 0.7, last: int | None = None) -> Mixing:
+def decaying(decay: ScalarOrSchedule = 0.7, last: int | None = None) -> Mixing:
     """How much of a reused part a step takes: less from step to step, for `samx.arsam`.
 
         weight(age, step) = decay ^ age  if  age ≤ last  else  0

@@ -239,7 +239,7 @@ VARIANTS |= {
         SAM,
         factory=partial(samx.sl_sam, groups=2),
         shape="wraps",
-        hyper={"rho": 0.05, "rate": 0.5, "exploration": 0.2},
+        hyper={"rho": 0.05, "bandit_learning_rate": 0.5, "exploration": 0.2},
         passes=(2, 2),  # in part
         spent=lambda t, state: (4 + 2 * SL_SHARES[int(optax.tree.get(state, "group"))]) / 3,
         uses_gradient=False,
@@ -277,13 +277,12 @@ VARIANTS |= {
         SAM,
         factory=samx.stable_sam,
         has_base_limit=False,  # to the last bit
-        static_args=("normalize", "renormalize"),
+        static_args=("normalize",),
         like="gsam",
     ),
     "usam": replace(
         SAM,
-        factory=partial(samx.stable_sam, renormalize=False),
-        static_args=("normalize", "renormalize"),
+        factory=samx.usam,
         like="sam",
     ),
     "friendly_sam": replace(
@@ -407,7 +406,7 @@ VARIANTS |= {
         SAM,
         factory=partial(samx.lets, rho=0.05),
         shape="wraps",
-        hyper={"rate": 1.0},
+        hyper={"rho_learning_rate": 1.0},
         passes=(3, 3),
         needs=("value_fn", "validation_fn"),
         has_base_limit=False,

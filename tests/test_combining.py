@@ -21,15 +21,17 @@ PERTURBATIONS = {
     "metric_ball": geometry.metric_ball(0.3, geometry.magnitude()),
     "layerwise": geometry.metric_ball(0.3, geometry.layerwise()),
     "linf_ball": geometry.linf_ball(0.01),
-    "gradient_step": geometry.gradient_step(0.3),
+    "gradient_step": geometry.unnormalized_step(0.3),
     "monge_ball": geometry.monge_ball(0.3),
     "mup_ball": geometry.mup_ball(0.3, ONES | {"W1": 2.0}),
     "layer_steps": geometry.layer_steps(0.3),
     "on_leaves": geometry.on_leaves(BALL, lambda path, leaf: leaf.ndim == 2),
     "random_leaves": geometry.random_leaves(BALL, 0.5),
     "dynamic_mask": geometry.dynamic_mask(BALL, period=2),
-    "deviation": optax.chain(geometry.deviation(), BALL),
-    "a chain of optax's": optax.chain(optax.clip_by_global_norm(0.1), geometry.gradient_step(0.3)),
+    "deviation": optax.chain(geometry.subtract_ema(), BALL),
+    "a chain of optax's": optax.chain(
+        optax.clip_by_global_norm(0.1), geometry.unnormalized_step(0.3)
+    ),
 }
 BASE = optax.sgd(0.1, momentum=0.9)
 LIKE = jax.eval_shape(lambda: problem.batch_at(problem.make("float32")[0], 0))
@@ -104,7 +106,7 @@ WHOLE = [
 def test_it_is_the_one_that_was_given(taker):
     data, params = problem.make(np.float32)
     batch = problem.batch_at(data, 0)
-    mark = optax.chain(optax.clip_by_global_norm(0.1), geometry.gradient_step(0.7))
+    mark = optax.chain(optax.clip_by_global_norm(0.1), geometry.unnormalized_step(0.7))
     _, state = jax.jit(problem.make_step(TAKERS[taker](mark)))(
         params, TAKERS[taker](mark).init(params), batch
     )

@@ -118,4 +118,8 @@ def test_the_core_needs_jax_and_optax_only():
         "print({m.split('.')[0] for m in set(sys.modules) - before})"
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    assert output.stdout.decode().strip() == "{'samx'}"
+    assert output.stdout.decode().strip() in (
+        "{'samx'}",
+        "{'samx', 'typing_extensions'}",
+        "{'typing_extensions', 'samx'}",
+    )

@@ -153,7 +153,7 @@ def test_unseen_runs_equal_an_independent_loop(name):
     lr, momentum = local.get("lr", 0.1), local.get("momentum", 0.0)
     tx = optax.chain(optax.add_decayed_weights(local.get("decay", 0.0)), optax.sgd(lr))
     tx = optax.chain(samx.sam(shared["rho"]), tx) if "rho" in shared else tx
-    tx = elastic.look_ahead(tx, momentum) if momentum else tx
+    tx = elastic.nesterov(tx, momentum) if momentum else tx
     rule = elastic.Rule(beta=shared["weight"] * num_workers, period=shared["period"])
     loop = Eamsgd(num_workers, **shared, **local)
     for center, locals_ in simulated(tx, rule, order):
@@ -211,7 +211,7 @@ def test_radius_zero_is_easgd():
 def test_an_exchange_keeps_the_sum():
     center, params = jnp.array([1.0, -2.0]), jnp.array([3.0, 5.0])
     new, move = elastic.exchange(center, params, 0.3)
-    np.testing.assert_allclose(new + elastic.pulled(params, move), center + params, rtol=1e-15)
+    np.testing.assert_allclose(new + elastic.apply_move(params, move), center + params, rtol=1e-15)
     np.testing.assert_allclose(move, 0.3 * (params - center), rtol=1e-15)
 
 
@@ -220,7 +220,7 @@ def test_integers_stay_with_the_worker():
     params = {"w": jnp.ones(2, jnp.bfloat16), "n": jnp.array(7)}
     new, move = elastic.exchange(center, params, 0.5)
     assert new["w"].dtype == move["w"].dtype == jnp.bfloat16
-    assert (int(new["n"]), int(elastic.pulled(params, move)["n"])) == (3, 7)
+    assert (int(new["n"]), int(elastic.apply_move(params, move)["n"])) == (3, 7)
 
 
 def test_gaussian_smoothing_begins_around_the_center():
@@ -386,7 +386,7 @@ def test_one_worker_with_a_center():
 def test_look_ahead_is_nesterovs_momentum():
     """With the parameters that optax keeps: those ahead."""
     ahead = problem.train(optax.sgd(0.1, momentum=0.9, nesterov=True), 6)
-    tx = elastic.look_ahead(optax.sgd(0.1), 0.9)
+    tx = elastic.nesterov(optax.sgd(0.1), 0.9)
     data, params = problem.make()
     state, step = tx.init(params), jax.jit(make_step(tx))
     for t in range(6):
@@ -831,7 +831,7 @@ BAD = {
         "lsam: `exchange` must be 'before' or 'after'",
     ),
     "momentum": (
-        lambda: elastic.look_ahead(optax.sgd(0.1), 1.5),
+        lambda: elastic.nesterov(optax.sgd(0.1), 1.5),
         ValueError,
         "`momentum` must be in",
     ),

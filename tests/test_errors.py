@@ -11,8 +11,6 @@ import samx
 from samx import combinations, losses, schedules
 from samx.perturbations import (
     constants,
-    deviation,
-    gradient_step,
     layerwise,
     linf_ball,
     magnitude,
@@ -20,6 +18,8 @@ from samx.perturbations import (
     monge_ball,
     mup_ball,
     on_leaves,
+    subtract_ema,
+    unnormalized_step,
 )
 
 BATCH = jax.eval_shape(lambda: problem.batch_at(problem.make("float32")[0], 0))
@@ -125,9 +125,9 @@ FACTORIES = {
         ValueError,
         "`high` must be at least 0.5, got 0.1",
     ),
-    "negative rho of gradient_step": (lambda: gradient_step(-1), ValueError, "`rho`.*-1"),
+    "negative rho of unnormalized_step": (lambda: unnormalized_step(-1), ValueError, "`rho`.*-1"),
     "negative rho of monge_ball": (lambda: monge_ball(-1), ValueError, "`rho`.*-1"),
-    "negative sigma": (lambda: deviation(-1), ValueError, "`sigma` must be at least 0, got -1"),
+    "negative sigma": (lambda: subtract_ema(-1), ValueError, "`sigma` must be at least 0, got -1"),
     "decay of friendly_sam": (
         lambda: samx.friendly_sam(decay=1.5),
         ValueError,
@@ -363,7 +363,11 @@ FACTORIES = {
         TypeError,
         "`rho` must be a number, the radius to begin with, got a schedule",
     ),
-    "negative rate of lets": (lambda: samx.lets(SGD, rate=-1), ValueError, "`rate`.*-1"),
+    "negative rate of lets": (
+        lambda: samx.lets(SGD, rho_learning_rate=-1),
+        ValueError,
+        "`rho_learning_rate`.*-1",
+    ),
     "hessian": (
         lambda: samx.lets(SGD, hessian="diagonal"),
         ValueError,

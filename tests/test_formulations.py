@@ -528,7 +528,7 @@ def test_the_hypergradient_is_the_slope_of_the_objective(base):
     """Through any base, past its first step: central differences."""
     params, value_fn, validation_fn = first_batches()
     closures = {"value_fn": value_fn, "validation_fn": validation_fn}
-    tx, g = samx.lets(base, 0.2, rate=0.0), jax.grad(value_fn)
+    tx, g = samx.lets(base, 0.2, rho_learning_rate=0.0), jax.grad(value_fn)
     state = tx.init(params)
     for _ in range(2):
         updates, state = tx.update(g(params), state, params, **closures)

@@ -100,7 +100,7 @@ def has(state, key):
 
 # What belongs to the whole batch of 8 devices, for one of them; and what decides by the mean.
 SHARD = {"ksam": {"num_selected": 1, "num_groups": 1}, "esam": {"num_groups": 1}}
-LINEAR = {"sl_sam": {"rate": 0.0}}
+LINEAR = {"sl_sam": {"bandit_learning_rate": 0.0}}
 
 
 @functools.cache

@@ -60,7 +60,11 @@ def test_groups_by_name():
 REFUSED = {
     "no group": (lambda: samx.sl_sam(MOMENTUM, groups=0), ValueError, "`groups` must be at least"),
     "groups": (lambda: samx.sl_sam(MOMENTUM, groups="four"), TypeError, "`groups` must be a Py"),
-    "rate": (lambda: samx.sl_sam(MOMENTUM, rate=-1.0), ValueError, "`rate` must be at least 0"),
+    "bandit_learning_rate": (
+        lambda: samx.sl_sam(MOMENTUM, bandit_learning_rate=-1.0),
+        ValueError,
+        "`bandit_learning_rate` must be at least 0",
+    ),
     "exploration": (lambda: samx.sl_sam(MOMENTUM, exploration=2.0), ValueError, "`exploration`"),
     "base": (lambda: samx.sl_sam(0.1), TypeError, "`base` must be an optax transformation"),
     "key": (lambda: samx.sl_sam(MOMENTUM, key=0.5).init(jnp.ones(1)), TypeError, "`key`"),
@@ -115,7 +119,7 @@ def of_layer(state, digit):
 @pytest.mark.parametrize("name", BASES)
 def test_nothing_moves_outside_of_the_active_group(name):
     data, params = problem.make("float32")
-    tx = samx.sl_sam(BASES[name], 0.1, first_layer, rate=0.0)
+    tx = samx.sl_sam(BASES[name], 0.1, first_layer, bandit_learning_rate=0.0)
     step, state, drawn = jax.jit(problem.make_step(tx)), tx.init(params), set()
     digits = {0: "1", 1: "2"}  # of the group: the layer that a label of True is
     for t in range(6):
@@ -184,13 +188,17 @@ def shares(steps=2000, slopes=(1.0, 4.0, 1.0), **hyper):
 
 
 def test_a_bandit_that_learns_nothing_draws_alike():
-    np.testing.assert_allclose(shares(rate=0.0), 1 / 3, atol=0.06)
-    np.testing.assert_allclose(shares(rate=10.0, exploration=1.0), 1 / 3, atol=0.06)
+    np.testing.assert_allclose(shares(bandit_learning_rate=0.0), 1 / 3, atol=0.06)
+    np.testing.assert_allclose(shares(bandit_learning_rate=10.0, exploration=1.0), 1 / 3, atol=0.06)
 
 
 def test_the_bandit_prefers_the_longest_gradient_down_to_its_floor():
-    np.testing.assert_allclose(shares(rate=0.1, exploration=0.3), [0.1, 0.8, 0.1], atol=0.05)
+    np.testing.assert_allclose(
+        shares(bandit_learning_rate=0.1, exploration=0.3), [0.1, 0.8, 0.1], atol=0.05
+    )
 
 
 def test_zero_gradients_teach_nothing():
-    np.testing.assert_allclose(shares(slopes=(0.0, 0.0, 0.0), rate=1.0), 1 / 3, atol=0.06)
+    np.testing.assert_allclose(
+        shares(slopes=(0.0, 0.0, 0.0), bandit_learning_rate=1.0), 1 / 3, atol=0.06
+    )

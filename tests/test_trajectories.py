@@ -19,12 +19,12 @@ import samx
 from samx import losses, policies, schedules
 from samx.combinations import mix
 from samx.perturbations import (
-    deviation,
-    gradient_step,
     layerwise,
     linf_ball,
     magnitude,
     metric_ball,
+    subtract_ema,
+    unnormalized_step,
 )
 
 pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
@@ -138,7 +138,7 @@ RECORDED = {
     "wsam__sgdm_rho0.05_gamma0.9_coupled": lambda: optax.chain(samx.coupled_wsam(), MOMENTUM),
     "stableusam__sgdm": lambda: optax.chain(samx.stable_sam(), MOMENTUM),
     "stablesam__sgdm": lambda: optax.chain(samx.stable_sam(normalize=True), MOMENTUM),
-    "usam__sgdm": lambda: optax.chain(samx.stable_sam(renormalize=False), MOMENTUM),
+    "usam__sgdm": lambda: optax.chain(samx.usam(), MOMENTUM),
     "fsam__sgdm": lambda: optax.chain(samx.friendly_sam(), MOMENTUM),
     "fsam__sgdm_rho0.1_sigma0.5_lmbda0.95": lambda: optax.chain(
         samx.friendly_sam(0.1, 0.5, 0.95), MOMENTUM
@@ -625,7 +625,7 @@ WITH_MEMORY = {
 @pytest.mark.parametrize("name", WITH_MEMORY)
 def test_schedules_and_memories_go_on_where_no_sharp_gradient_is_taken(name):
     make, combine = WITH_MEMORY[name]
-    ball = optax.chain(deviation(0.9, 0.8), metric_ball(RADIUS))
+    ball = optax.chain(subtract_ema(0.9, 0.8), metric_ball(RADIUS))
     climb = reference.Friendly(map(reference.ball, RADII), 0.9, 0.8)
     expected, is_sharp = reference.train_gated(reference.SGD(0.1, 0.9), climb, combine(), 15)
     trajectory, sharp = watch(optax.chain(make(ball), MOMENTUM), 15, "is_sharp")
@@ -701,7 +701,7 @@ FORMULATIONS = {  # samx, the reference's perturbation and combination, base
         "nesterov",
     ),
     "un-normalized, adaptive": (
-        lambda: samx.stable_sam(renormalize=False, perturbation=gradient_step(2.0, EVERYWHERE)),
+        lambda: samx.usam(perturbation=unnormalized_step(2.0, EVERYWHERE)),
         lambda: reference.adaptive_step(2.0),
         always,
         "momentum and decay",
@@ -866,7 +866,7 @@ ON_EXAMPLES = {  # samx, the reference, base
     ),
     "msam, with a memory": (
         lambda: samx.msam(
-            num_microbatches=4, perturbation=optax.chain(deviation(0.9, 0.8), metric_ball(0.2))
+            num_microbatches=4, perturbation=optax.chain(subtract_ema(0.9, 0.8), metric_ball(0.2))
         ),
         lambda: reference.msam(reference.Friendly([reference.ball(0.2)], 0.9, 0.8, calls=4), 4),
         "nesterov",
@@ -945,7 +945,7 @@ def test_sl_sam_against_reference(name, base):
     expected, drawn = reference.train_sl_sam(
         make_reference(), reference.ball(0.1), names, draw, 0.3, 0.4, STEPS
     )
-    sl_sam = samx.sl_sam(tx, 0.1, groups, rate=0.3, exploration=0.4, key=2)
+    sl_sam = samx.sl_sam(tx, 0.1, groups, bandit_learning_rate=0.3, exploration=0.4, key=2)
     trajectory, found = watch(sl_sam, STEPS, "group")
     assert set(drawn) == set(range(len(names)))
     np.testing.assert_array_equal(found, drawn)

@@ -1,6 +1,7 @@
-"""Loss closures in one form."""
+"""Loss closures in one form, and how they are evaluated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,113 +10,162 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
-from samx.core.devices import ONE_DEVICE, Devices, Own
+from samx.core.devices import ONE_DEVICE, Devices, PerExample
 from samx.core.microbatches import accumulated, each
 
 
+class Evaluation(NamedTuple):
+    """How the losses of a step are evaluated; the wrappers around a variant fill it in.
+
+    Every closure carries one, so that a variant never has to know where it runs.
+
+    Attributes:
+        devices: The devices over which means are taken.
+        num_microbatches: The number of pieces of the batch that a gradient is accumulated over.
+        is_skipped_step: Whether a policy skips the sharp gradient in this step. The losses are then
+            linear, and the same for every example.
+    """
+
+    devices: Devices = ONE_DEVICE
+    num_microbatches: int = 1
+    is_skipped_step: bool = False
+
+
+_PLAIN = Evaluation()
+
+
+@dataclass(frozen=True, eq=False)
 class Closure:
     """A scalar loss closure: calling it gives the loss, `with_aux` gives `(loss, aux)`.
 
-    The caller's closure may return either; an aux that is missing is `None`. Over several devices
-    the loss, its gradient with respect to `params` and the aux are means over them by their
-    `weights`; `own` is the device's own.
+    The loss, its gradient with respect to `params` and the aux are means over the devices.
+
+    Attributes:
+        fn: `params -> loss` or `params -> (loss, aux)`: the loss on this device.
+        name: What error messages call the transformation.
+        keyword: What error messages call the closure.
+        evaluation: How the loss is evaluated.
+        weights: `[B]`, by which devices are weighted; `None` weights them equally.
+        ascent_grad: The gradient that this device climbs, where devices climb separately;
+            elsewhere `None`, and the mean gradient is climbed.
     """
 
-    def __init__(
-        self,
-        own: Callable[[Any], tuple[jax.Array, Any]],
-        devices: Devices = ONE_DEVICE,
-        weights: jax.Array | None = None,
-    ):
-        self.own, self.devices, self.weights = own, devices, weights
+    fn: Callable[[Any], Any]
+    name: str = "update"
+    keyword: str = "value_fn"
+    evaluation: Evaluation = _PLAIN
+    weights: jax.Array | None = None
+    ascent_grad: Any = None
 
     def __call__(self, params: Any) -> jax.Array:
-        """The loss, aux dropped."""
+        """Return the loss without its aux."""
         return self.with_aux(params)[0]
 
     def with_aux(
         self, params: Any, move: Callable[[Any], Any] = lambda params: params
     ) -> tuple[jax.Array, Any]:
-        """`(loss, aux)` at `move(params)`, a point that each device may have of its own."""
-        share = self.devices.share(self.weights)
-        loss, aux = self.own(move(self.devices.spread(params, share)))
-        return self.devices.gather(loss, share), self.devices.mean(aux, share)
+        """Return `(loss, aux)` at `move(params)`, a point that may differ between devices."""
+        devices = self.evaluation.devices
+        share = devices.share(self.weights)
+        loss, aux = self._checked(self.fn(move(devices.spread(params, share))))
+        return devices.mean_loss(loss, share), devices.mean(aux, share)
+
+    def local(self, params: Any) -> tuple[jax.Array, Any]:
+        """Return this device's `(loss, aux)`."""
+        return self._checked(self.fn(params))
+
+    def on(self, devices: Devices, weights: jax.Array | None = None) -> "Closure":
+        """Return the closure with means over these devices."""
+        evaluation = self.evaluation._replace(devices=devices)
+        return replace(self, evaluation=evaluation, weights=weights)
+
+    def compose(self, fn: Callable[[Any], Any]) -> "Closure":
+        """Return the closure of `fn(params)`."""
+        return replace(self, fn=lambda params: self.fn(fn(params)), ascent_grad=None)
 
     @property
     def ascent(self) -> "Closure":
-        """The same, as a loss to climb: a mean over the devices that climb together."""
-        return Closure(self.own, self.devices.ascent, self.weights)
+        """The loss to climb: a mean over the devices that climb together."""
+        return self.on(self.evaluation.devices.ascent, self.weights)
 
     def mean_of_ascents(self, x: jax.Array) -> jax.Array:
-        """The mean of a number that differs between devices only because their ascents do."""
-        if not self.devices.own_axes:
-            return x
-        return self.devices.mean(x, self.devices.share(self.weights))
+        """Average a number that differs between devices only because they climb separately."""
+        devices = self.evaluation.devices
+        return devices.mean(x, devices.share(self.weights)) if devices.local_axes else x
+
+    def _checked(self, result: Any) -> tuple[jax.Array, Any]:
+        loss, aux = loss_and_aux(result)
+        if jnp.shape(loss) != ():
+            raise ValueError(
+                f"{self.name}: `{self.keyword}` must return a scalar (or (scalar, aux)), got shape "
+                f"{jnp.shape(loss)}; return the mean, and pass per-example losses as `losses_fn`"
+            )
+        _check_floating(self.name, self.keyword, loss)
+        return loss, aux
 
 
-class LossesClosure(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class LossesClosure:
     """Per-example losses: calling it gives them, `with_aux` gives `(losses, aux)`.
 
-    Over several devices these are the device's own, on its own examples; `mean_loss` of them is the
-    mean over all.
+    On several devices these are the losses of the device's own examples; `mean_loss` makes of them
+    the mean over all devices.
+
+    Attributes:
+        fn: `(params, batch) -> losses` or `(params, batch) -> (losses, aux)`.
+        name: What error messages call the transformation.
+        evaluation: How the losses are evaluated.
     """
 
-    with_aux: Callable[[Any, Any], tuple[jax.Array, Any]]
-    devices: Devices = ONE_DEVICE
-    num_microbatches: int = 1  # that `mean_loss` takes its gradient over
-    is_linear: bool = False  # that of a step without a sharp gradient: the same for every example
+    fn: Callable[[Any, Any], Any]
+    name: str = "update"
+    evaluation: Evaluation = _PLAIN
 
     def __call__(self, params: Any, batch: Any) -> jax.Array:
-        """The losses `[B]`, aux dropped."""
+        """Return the losses `[B]` without their aux."""
         return self.with_aux(params, batch)[0]
 
+    def with_aux(self, params: Any, batch: Any) -> tuple[jax.Array, Any]:
+        """Return `(losses, aux)`, checked."""
+        losses, aux = loss_and_aux(self.fn(params, batch))
+        size = batch_size(self.name, batch)
+        if jnp.shape(losses) != (size,):
+            raise ValueError(
+                f"{self.name}: `losses_fn` must return one loss per example, shape ({size},), "
+                f"got {jnp.shape(losses)}"
+            )
+        _check_floating(self.name, "losses_fn", losses)
+        return losses, aux
+
     def scores(self, params: Any, batch: Any) -> jax.Array:
-        """The losses `[B]` in float32 or wider, without a gradient and a microbatch at a time."""
-        if self.num_microbatches == 1:
+        """Return the losses `[B]` in float32 or wider, one microbatch at a time; no gradient."""
+        if not self.is_accumulated:
             return tree.widen(self(params, batch))
-        return tree.widen(each(partial(self, params), self.num_microbatches, batch))
+        return tree.widen(each(partial(self, params), self.evaluation.num_microbatches, batch))
+
+    @property
+    def is_accumulated(self) -> bool:
+        """Whether gradients are accumulated over microbatches, in several passes."""
+        return self.evaluation.num_microbatches > 1
+
+    def evaluated(self, **changes: Any) -> "LossesClosure":
+        """Return the closure with changes to its evaluation record."""
+        return replace(self, evaluation=self.evaluation._replace(**changes))
 
 
 def loss_and_aux(result: Any) -> tuple[Any, Any]:
-    """What a caller's closure returned, with an aux of `None` where there is none."""
+    """Split what a caller's closure returned; a missing aux is `None`."""
     return result if isinstance(result, tuple) and len(result) == 2 else (result, None)
 
 
 def scalar_closure(name: str, keyword: str, fn: Callable[..., Any]) -> Closure:
-    """`params -> scalar`, checked whenever it is called."""
-    if isinstance(fn, Closure):  # an outer wrapper's
-        return fn
-
-    def own(params):
-        loss, aux = loss_and_aux(fn(params))
-        if jnp.shape(loss) != ():
-            raise ValueError(
-                f"{name}: `{keyword}` must return a scalar (or (scalar, aux)), got shape "
-                f"{jnp.shape(loss)}; return the mean, and pass per-example losses as `losses_fn`"
-            )
-        _check_floating(name, keyword, loss)
-        return loss, aux
-
-    return Closure(own)
+    """Make a `Closure` of a caller's function; a closure from an outer wrapper stays as it is."""
+    return fn if isinstance(fn, Closure) else Closure(fn, name, keyword)
 
 
 def losses_closure(name: str, fn: Callable[..., Any]) -> LossesClosure:
-    """`(params, batch) -> [B]`, checked whenever it is called."""
-    if isinstance(fn, LossesClosure):
-        return fn
-
-    def with_aux(params, batch):
-        losses, aux = loss_and_aux(fn(params, batch))
-        size = batch_size(name, batch)
-        if jnp.shape(losses) != (size,):
-            raise ValueError(
-                f"{name}: `losses_fn` must return one loss per example, shape ({size},), "
-                f"got {jnp.shape(losses)}"
-            )
-        _check_floating(name, "losses_fn", losses)
-        return losses, aux
-
-    return LossesClosure(with_aux)
+    """Make a `LossesClosure` of a caller's function; one from an outer wrapper stays as it is."""
+    return fn if isinstance(fn, LossesClosure) else LossesClosure(fn, name)
 
 
 def _check_floating(name: str, keyword: str, loss: Any) -> None:
@@ -125,7 +175,7 @@ def _check_floating(name: str, keyword: str, loss: Any) -> None:
 
 
 def batch_size(name: str, batch: Any) -> int:
-    """The common leading axis `B` of a batch's leaves, or a `ValueError` that shows the shapes."""
+    """Return the common leading axis `B` of a batch; raise a `ValueError` that shows the shapes."""
     shapes = {
         jax.tree_util.keystr(path) or "batch": jnp.shape(leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]
@@ -138,51 +188,62 @@ def batch_size(name: str, batch: Any) -> int:
 
 
 def unit_weights(batch: Any, dtype: Any) -> jax.Array:
-    """Ones `[B]`, laid out over the devices like the examples of the batch."""
+    """Return ones `[B]`, sharded like the examples of the batch."""
     leaf = jax.tree.leaves(batch)[0]
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     return 1 + jnp.zeros_like(leaf, dtype).sum(axis=tuple(range(1, leaf.ndim)))
 
 
-def own_value_and_grad(closure: Closure, params: optax.Params) -> tuple[Any, optax.Updates]:
-    """The device's own `(loss, aux)` and gradient; integers have gradients of float0."""
-    value_and_grad = jax.value_and_grad(closure.own, has_aux=True, allow_int=True)
-    return value_and_grad(closure.devices.vary(params))
+def local_value_and_grad(closure: Closure, params: optax.Params) -> tuple[Any, optax.Updates]:
+    """Return this device's `(loss, aux)` and gradient; gradients of integers are float0."""
+    value_and_grad = jax.value_and_grad(closure.local, has_aux=True, allow_int=True)
+    return value_and_grad(closure.evaluation.devices.pcast(params))
 
 
-def own_loss_and_grad(closure: Closure, params: optax.Params) -> tuple[jax.Array, optax.Updates]:
-    """The device's own loss and gradient; integers have gradients of zero."""
-    (loss, _), grads = own_value_and_grad(closure, params)
+def local_loss_and_grad(closure: Closure, params: optax.Params) -> tuple[jax.Array, optax.Updates]:
+    """Return this device's loss and gradient; gradients of integers are zero."""
+    (loss, _), grads = local_value_and_grad(closure, params)
     return loss, tree.keep_floating(grads, params)
 
 
-def taken_anew(closure: Closure, params: optax.Params) -> tuple[dict[str, Any], Any]:
-    """What `update` is told of the loss at `params`, and its aux, taken from it in one pass."""
-    (own_value, own_aux), own_grad = own_value_and_grad(closure, params)
-    aux = closure.devices.mean(own_aux, closure.devices.share(closure.weights))
-    return over_devices(closure, own_value, own_grad, params), aux
+def evaluate(closure: Closure, params: optax.Params) -> tuple[dict[str, Any], Any]:
+    """Evaluate the loss and its gradient at `params` once.
+
+    Returns the keywords `value`, `grad` and `value_fn` for `update`, and the aux.
+    """
+    (local_value, local_aux), local_grad = local_value_and_grad(closure, params)
+    devices = closure.evaluation.devices
+    aux = devices.mean(local_aux, devices.share(closure.weights))
+    return as_update_keywords(closure, local_value, local_grad, params), aux
 
 
-def over_devices(
-    closure: Closure, own_value: jax.Array, own_grad: optax.Updates, params: optax.Params
+def as_update_keywords(
+    closure: Closure, local_value: jax.Array, local_grad: optax.Updates, params: optax.Params
 ) -> dict[str, Any]:
-    """What `update` is told of the loss at `params`, of each device's own value and gradient."""
-    devices, weights = closure.devices, closure.weights
-    value, g = devices.mean((own_value, own_grad), devices.share(weights))
-    keywords = {"value": value, "grad": tree.keep_floating(g, params), "value_fn": closure}
-    if devices.own_axes:
-        ascent_grad = devices.ascent.mean(own_grad, devices.ascent.share(weights))
-        keywords["ascent_grad"] = tree.keep_floating(ascent_grad, params)
-    return keywords
+    """Make the keywords for `update` from each device's value and gradient at `params`."""
+    devices, weights = closure.evaluation.devices, closure.weights
+    value, g = devices.mean((local_value, local_grad), devices.share(weights))
+    if devices.local_axes:
+        ascent_grad = devices.ascent.mean(local_grad, devices.ascent.share(weights))
+        closure = replace(closure, ascent_grad=tree.keep_floating(ascent_grad, params))
+    return {"value": value, "grad": tree.keep_floating(g, params), "value_fn": closure}
 
 
 def weighted_mean(losses: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """The mean of losses; `weights` 0 is padding, and nothing but padding has the mean 0."""
+    """Return the mean of losses; weight 0 marks padding, and a batch of padding has the mean 0."""
     if weights is None:
         return jnp.mean(losses)
     total = jnp.sum(weights)
     return jnp.sum(losses * weights) / jnp.where(total == 0, 1, total)
+
+
+def mean_over_batch(
+    losses_fn: LossesClosure, losses: jax.Array, weights: jax.Array | None
+) -> jax.Array:
+    """Return the mean loss over the examples of all devices."""
+    devices = losses_fn.evaluation.devices
+    return devices.mean(weighted_mean(losses, weights), devices.share(weights))
 
 
 def mean_loss(
@@ -192,21 +253,54 @@ def mean_loss(
     *,
     keeps_losses: bool = False,
 ) -> Closure:
-    """The mean of per-example losses as a closure of the parameters; `weights` 0 is padding.
+    """Make of per-example losses the closure of their mean; weight 0 marks padding.
 
-    With `keeps_losses` its aux is `(aux, Own(losses))`.
+    With `keeps_losses` its aux is `(aux, PerExample(losses))`.
     """
 
-    def losses_and_aux(params, batch):
-        losses, aux = losses_fn.with_aux(params, batch)
+    def kept(losses, aux):
         losses = tree.widen(losses)
-        return losses, (aux, Own(losses)) if keeps_losses else aux
+        return losses, (aux, PerExample(losses)) if keeps_losses else aux
 
-    def own(params):
-        losses, aux = losses_and_aux(params, batch)
+    def whole(params):
+        losses, aux = kept(*losses_fn.with_aux(params, batch))
         return weighted_mean(losses, weights), aux
 
-    if losses_fn.num_microbatches > 1:
+    def piece(params, batch):
+        return kept(*losses_fn.with_aux(params, batch))
+
+    num_microbatches, fn = losses_fn.evaluation.num_microbatches, whole
+    if num_microbatches > 1:
         given = unit_weights(batch, jnp.float32) if weights is None else weights
-        own = partial(accumulated, losses_and_aux, losses_fn.num_microbatches, batch, given)
-    return Closure(own, losses_fn.devices, weights)
+        fn = partial(accumulated, piece, num_microbatches, batch, given)
+    return Closure(fn, losses_fn.name, "losses_fn", losses_fn.evaluation, weights)
+
+
+def evaluate_factors(
+    losses_fn: LossesClosure, batch: Any, factors: Sequence[jax.Array], weights: Any, params: Any
+) -> list[dict[str, Any]]:
+    """Evaluate the mean of `factor * losses` for each factor `[B]`, as `evaluate` does.
+
+    One forward pass serves all of them; each takes a backward pass.
+    """
+
+    def scaled(params, data):
+        return data["factor"] * losses_fn(params, data["batch"])
+
+    scaled_fn = replace(losses_fn, fn=scaled)
+    fns = [mean_loss(scaled_fn, {"batch": batch, "factor": f}, weights) for f in factors]
+    if losses_fn.is_accumulated:
+        return [evaluate(fn, params)[0] for fn in fns]
+
+    def local(params):
+        losses = tree.widen(losses_fn(params, batch))
+        return [weighted_mean(factor * losses, weights) for factor in factors]
+
+    values, pull = jax.vjp(local, losses_fn.evaluation.devices.pcast(params))
+    zeros = jax.tree.map(jnp.zeros_like, values)
+    seen = []
+    for i, fn in enumerate(fns):
+        cotangents = [*zeros[:i], jnp.ones_like(values[i]), *zeros[i + 1 :]]
+        (local_grad,) = pull(cotangents)
+        seen.append(as_update_keywords(fn, values[i], local_grad, params))
+    return seen

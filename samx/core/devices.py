@@ -1,11 +1,11 @@
-"""The devices that a step is mapped over: how to average over them; on a single one, nothing to do.
+"""The devices that a step is mapped over, and how to average over them; one device needs nothing.
 
 Inside `jax.pmap` and `jax.shard_map` each device sees its own examples. Gradients come out right in
 both, with `check_vma` on and off, along one path only: cast the parameters to varying, take the
-device's own gradient, average it. Two conjugate operators hide that path inside a loss closure:
+local gradient, average it. Two conjugate operators hide that path inside a loss closure:
 
-    spread   parameters → devices     forward: cast       backward: mean of the cotangents
-    gather   devices → one number     forward: mean       backward: cast
+    spread      parameters → devices     forward: pcast     backward: mean of the cotangents
+    mean_loss   devices → one number     forward: mean      backward: pcast
 """
 
 from functools import partial
@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec
 from samx.core import tree
 
 
-class Own(NamedTuple):
-    """In an aux: what belongs to the device's own examples, so that no mean is taken of it."""
+class PerExample(NamedTuple):
+    """Marks values per example in an aux: they stay on their device, and no mean is taken."""
 
     examples: Any
 
@@ -29,90 +29,92 @@ class Devices(NamedTuple):
 
     Attributes:
         axes: The axes over which means are taken.
-        own_axes: The axes along which devices, or groups of them, climb on their own.
+        local_axes: The axes along which devices, or groups of devices, climb separately.
     """
 
     axes: tuple[str, ...] = ()
-    own_axes: tuple[str, ...] = ()
+    local_axes: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of devices."""
         return jax.lax.axis_size(self.axes) if self.axes else 1
 
     @property
     def ascent(self) -> "Devices":
         """The devices that climb together."""
-        return self._replace(axes=tuple(axis for axis in self.axes if axis not in self.own_axes))
+        return self._replace(axes=tuple(axis for axis in self.axes if axis not in self.local_axes))
 
     def share(self, weights: jax.Array | None) -> Any:
-        """This device's share of the examples, by weight; the shares of all sum to 1."""
+        """Return this device's share of the examples, by weight; the shares sum to 1."""
         if not self.axes:
             return 1.0
         equal = 1 / self.count
         if weights is None:
             return equal
-        own = _vary(self.axes, jnp.sum(weights, dtype=float))
-        total = jax.lax.psum(own, self.axes)
-        return jnp.where(total == 0, equal, own / jnp.where(total == 0, 1, total))
+        local = _pcast(self.axes, jnp.sum(weights, dtype=float))
+        total = jax.lax.psum(local, self.axes)
+        return jnp.where(total == 0, equal, local / jnp.where(total == 0, 1, total))
 
-    def vary(self, tree: Any) -> Any:
-        """The floating leaves as each device's own, so that gradients at them are its own too."""
-        return _on_floating(partial(_vary, self.axes), tree)
+    def pcast(self, tree: Any) -> Any:
+        """Cast the floating leaves to varying, so that gradients at them stay local."""
+        return _on_floating(partial(_pcast, self.axes), tree)
 
-    def vary_all(self, tree: Any) -> Any:
-        """Every leaf as each device's own, integers too."""
-        return jax.tree.map(partial(_vary, self.axes), tree)
+    def pcast_all(self, tree: Any) -> Any:
+        """Cast every leaf to varying, integers too."""
+        return jax.tree.map(partial(_pcast, self.axes), tree)
 
-    def vary_left_out(self, tree: Any) -> Any:
-        """The same along the axes that this mean leaves out."""
-        left_out = tuple(axis for axis in self.own_axes if axis not in self.axes)
-        return _on_floating(partial(_vary, left_out), tree)
+    def pcast_left_out(self, tree: Any) -> Any:
+        """Cast the floating leaves to varying along the axes that this mean leaves out."""
+        left_out = tuple(axis for axis in self.local_axes if axis not in self.axes)
+        return _on_floating(partial(_pcast, left_out), tree)
 
     def spread(self, params: Any, share: Any) -> Any:
-        """Parameters on their way into the device's own loss."""
+        """Hand parameters to the local loss."""
         if not self.axes:
             return params
         return _on_floating(lambda x: _spread(self.axes, x, share), params)
 
-    def gather(self, loss: jax.Array, share: Any) -> jax.Array:
-        """The mean loss, from the device's own."""
-        return _gather(self.axes, loss, share) if self.axes else loss
+    def mean_loss(self, loss: jax.Array, share: Any) -> jax.Array:
+        """Return the mean of the local losses."""
+        return _mean_loss(self.axes, loss, share) if self.axes else loss
 
     def mean(self, tree: Any, share: Any) -> Any:
-        """The mean over the devices by their shares; what has a share of 0 is not looked at.
+        """Return the mean over the devices by their shares; a device with share 0 is ignored.
 
-        Integers must agree between the devices that have a share; what is no number, or the
-        device's `Own`, passes as is.
+        Integers must agree between the devices whose share is not 0. `PerExample` values and
+        leaves that are not numbers stay as they are.
         """
         if not self.axes:
             return tree
 
-        def is_own(node):
-            return isinstance(node, Own)
+        def is_per_example(node):
+            return isinstance(node, PerExample)
 
         return jax.tree.map(
-            lambda x: x if is_own(x) else _mean(self.axes, x, share), tree, is_leaf=is_own
+            lambda x: x if is_per_example(x) else _mean(self.axes, x, share),
+            tree,
+            is_leaf=is_per_example,
         )
 
-    def total(self, x: jax.Array) -> jax.Array:
-        """The sum over the devices."""
-        return jax.lax.psum(_vary(self.axes, x), self.axes) if self.axes else x
+    def psum(self, x: jax.Array) -> jax.Array:
+        """Return the sum over the devices."""
+        return jax.lax.psum(_pcast(self.axes, x), self.axes) if self.axes else x
 
-    def gathered(self, x: jax.Array) -> jax.Array:
-        """`[b, ...]` of each device as `[B, ...]` of all, the same everywhere."""
+    def all_gather(self, x: jax.Array) -> jax.Array:
+        """Join the `[b, ...]` of each device to `[B, ...]`, the same on all of them."""
         if not self.axes:
             is_spread = any(jax.typeof(x).sharding.spec)  # on an Explicit mesh
             return jax.sharding.reshard(x, PartitionSpec()) if is_spread else x
-        whole = _vary(self.axes, jnp.zeros((self.count, *x.shape), x.dtype))
+        whole = _pcast(self.axes, jnp.zeros((self.count, *x.shape), x.dtype))
         whole = jax.lax.dynamic_update_index_in_dim(whole, x, jax.lax.axis_index(self.axes), 0)
         return jax.lax.psum(whole, self.axes).reshape(-1, *x.shape[1:])
 
-    def part(self, x: jax.Array) -> jax.Array:
-        """The device's own `[b, ...]` of `[B, ...]`."""
+    def local_slice(self, x: jax.Array) -> jax.Array:
+        """Return this device's `[b, ...]` of `[B, ...]`."""
         if not self.axes:
             return x
-        parts = _vary(self.axes, x.reshape(self.count, -1, *x.shape[1:]))
+        parts = _pcast(self.axes, x.reshape(self.count, -1, *x.shape[1:]))
         return jax.lax.dynamic_index_in_dim(parts, jax.lax.axis_index(self.axes), keepdims=False)
 
 
@@ -120,7 +122,7 @@ ONE_DEVICE = Devices()
 
 
 def is_mapped(axis: str) -> bool:
-    """Whether we are inside a `jax.pmap` or `jax.shard_map` over this axis."""
+    """Return whether this code runs inside a `jax.pmap` or `jax.shard_map` over the axis."""
     try:
         jax.lax.axis_size(axis)
     except NameError:
@@ -132,7 +134,7 @@ def _on_floating(fn, x):
     return jax.tree.map(lambda leaf: fn(leaf) if tree.is_inexact(leaf) else leaf, x)
 
 
-def _vary(axes, x):
+def _pcast(axes, x):
     """Cast to varying, one axis at a time; an axis that varies already refuses the cast."""
     for axis in axes:
         try:
@@ -146,9 +148,9 @@ def _vary(axes, x):
 def _mean(axes, x, share):
     if tree.is_inexact(x):
         part = (share * tree.widen(x)).astype(x.dtype)  # a share in half precision is inexact
-        return jax.lax.psum(_vary(axes, jnp.where(share == 0, jnp.zeros_like(x), part)), axes)
+        return jax.lax.psum(_pcast(axes, jnp.where(share == 0, jnp.zeros_like(x), part)), axes)
     if jnp.issubdtype(x.dtype, jnp.integer):
-        return jax.lax.pmax(_vary(axes, jnp.where(share == 0, jnp.iinfo(x.dtype).min, x)), axes)
+        return jax.lax.pmax(_pcast(axes, jnp.where(share == 0, jnp.iinfo(x.dtype).min, x)), axes)
     if x.dtype == bool:
         return _mean(axes, x.astype(jnp.int32), share).astype(bool)
     return x
@@ -157,21 +159,21 @@ def _mean(axes, x, share):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _spread(axes, x, share):
     del share
-    return _vary(axes, x)
+    return _pcast(axes, x)
 
 
 _spread.defvjp(
-    lambda axes, x, share: (_vary(axes, x), share),
+    lambda axes, x, share: (_pcast(axes, x), share),
     lambda axes, share, cotangent: (_mean(axes, cotangent, share), None),
 )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather(axes, x, share):
+def _mean_loss(axes, x, share):
     return _mean(axes, x, share)
 
 
-_gather.defvjp(
+_mean_loss.defvjp(
     lambda axes, x, share: (_mean(axes, x, share), None),
-    lambda axes, _, cotangent: (_vary(axes, cotangent), None),
+    lambda axes, _, cotangent: (_pcast(axes, cotangent), None),
 )

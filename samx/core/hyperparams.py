@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from samx.core.aliases import ScalarOrSchedule
+
 
 class Default(float):
     """A number that nobody chose: tells a default apart from the same number passed."""
@@ -17,7 +19,7 @@ def next_step(step: jax.Array) -> jax.Array:
     return jnp.asarray(optax.safe_increment(step))
 
 
-def at_step(value: optax.ScalarOrSchedule, step: jax.Array) -> Any:
+def at_step(value: ScalarOrSchedule, step: jax.Array) -> Any:
     """A hyperparameter at the optimizer's step: the number itself, or its schedule there.
 
     In 64-bit mode the schedule gets an int64: a division of int32 would round it to float32.
@@ -25,7 +27,7 @@ def at_step(value: optax.ScalarOrSchedule, step: jax.Array) -> Any:
     return value(step.astype(int)) if callable(value) else value
 
 
-def made_of(value: optax.ScalarOrSchedule, fn: Callable[[Any], Any]) -> Any:
+def map_schedule(value: ScalarOrSchedule, fn: Callable[[Any], Any]) -> Any:
     """A hyperparameter that is a function of another one, of a number or of its schedule."""
     return (lambda step: fn(value(step))) if callable(value) else fn(value)
 

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from samx.core import tree
-from samx.core.devices import Devices, Own
+from samx.core.devices import Devices, PerExample
 
 
 def _strided(size: int, x: jax.Array) -> jax.Array:
@@ -46,20 +46,21 @@ def strided(num_microbatches: int, tree: Any) -> Any:
 
 
 def joined_aux(auxes: Any) -> Any:
-    """The aux of a batch of those of its microbatches, `[K, ...]`.
+    """Join the aux of all microbatches, `[K, ...]`, to one.
 
-    Means of floating leaves, the last one of others; `Own` back in the order of the examples.
+    Floating leaves are averaged, other leaves come from the last microbatch, and `PerExample`
+    values return to the order of the examples.
     """
 
     def join(x):
-        if is_own(x):
+        if is_per_example(x):
             return jax.tree.map(_joined, x)
         return x.mean(0) if tree.is_inexact(x) else x[-1]
 
-    def is_own(node):
-        return isinstance(node, Own)
+    def is_per_example(node):
+        return isinstance(node, PerExample)
 
-    return jax.tree.map(join, auxes, is_leaf=is_own)
+    return jax.tree.map(join, auxes, is_leaf=is_per_example)
 
 
 def accumulated(
@@ -128,18 +129,18 @@ def means_over(
     fn: Callable[[Any, Any], Means],
     num_microbatches: int,
     how: Literal["scan", "vmap"],
+    losses_fn: Any,
     batch: Any,
     weights: Any,
-    devices: Devices,
     zeros: Any,
 ) -> Means:
-    """The means of `fn(batch, weights)` over the microbatches, by the examples in each.
+    """Average `fn(batch, weights)` over the microbatches, weighted by the examples in each.
 
-    "scan" holds one sum of the gradients, which begins with `zeros`; "vmap" those of all
-    microbatches.
+    "scan" holds one sum of the gradients, which starts at `zeros`; "vmap" holds the gradients of
+    all microbatches. `losses_fn` is what `fn` evaluates.
     """
     parts = strided(num_microbatches, (batch, weights))
-    shares = _shares(num_microbatches, parts[1], devices)
+    shares = _shares(num_microbatches, parts[1], losses_fn.evaluation.devices)
 
     def of_part(part):
         *examples, share = part
@@ -168,6 +169,6 @@ def _shares(count: int, weights: Any, devices: Devices) -> jax.Array:
     """
     if weights is None:
         return jnp.full(count, 1 / count)
-    sums = devices.total(jnp.sum(weights, axis=1))
+    sums = devices.psum(jnp.sum(weights, axis=1))
     total = jnp.sum(sums)
     return sums / jnp.where(total == 0, 1, total)

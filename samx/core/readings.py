@@ -13,6 +13,7 @@ import optax
 
 from samx.core import tree
 
+FORWARD = 1 / 3  # of a gradient: a forward pass without its backward pass, by convention
 UNKNOWN = float("inf")  # a loss that nobody measured; NaN would trip jax_debug_nans
 
 
@@ -123,6 +124,6 @@ def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
     return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), taken, last)
 
 
-def own_gradients(state: Any) -> Any:
-    """Gradients that a perturbation took in its last step, in passes over one batch."""
-    return sum(spent for _, spent in optax.tree.get_all_with_path(state, "own_gradients"))
+def extra_gradients(state: Any) -> Any:
+    """Return the gradients that a perturbation took in its last step, in passes over one batch."""
+    return sum(spent for _, spent in optax.tree.get_all_with_path(state, "extra_gradients"))

@@ -1,8 +1,9 @@
-"""The gradient at a perturbed point."""
+"""The two lines that every paper shares: climb, and take the gradient at the perturbed point."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
-from samx.core.closures import LossesClosure, scalar_closure
+from samx.core.aliases import DType
+from samx.core.closures import Closure, LossesClosure, scalar_closure
+from samx.core.readings import Readings, take_readings
 
 _IS_SHARP_PASS = ContextVar("is_sharp_pass", default=False)
 
@@ -21,7 +24,7 @@ def value_and_grad_at(
     eps: optax.Updates,
     *,
     has_aux: bool = False,
-    perturb_dtype: Any = jnp.float32,
+    perturb_dtype: DType = "float32",
 ) -> tuple[Any, optax.Updates]:
     """Loss and gradient at the perturbed point, `params` untouched.
 
@@ -61,7 +64,7 @@ def value_and_grad_at(
         Cost: one forward and one backward pass, one transient copy of the parameters.
     """
     closure = scalar_closure("value_and_grad_at", "value_fn", value_fn)
-    start = closure.devices.vary_left_out(
+    start = closure.evaluation.devices.pcast_left_out(
         jax.tree.map(lambda w: _widened(w, perturb_dtype), params)
     )
     is_widened = any(
@@ -69,12 +72,10 @@ def value_and_grad_at(
         for x, w in zip(*map(jax.tree.leaves, (start, params)), strict=True)
     )
 
-    def at_point(start):
-        with _sharp_pass():
-            return closure.with_aux(start, lambda w: perturbed(w, eps, None))
-
+    at_point = partial(closure.with_aux, move=lambda w: perturbed(w, eps, None))
     try:
-        value, grads = jax.value_and_grad(at_point, has_aux=True, allow_int=True)(start)
+        with _sharp_pass():
+            value, grads = jax.value_and_grad(at_point, has_aux=True, allow_int=True)(start)
     except TypeError as error:
         if not is_widened:
             raise
@@ -163,14 +164,68 @@ def _widened(w: Any, dtype: Any) -> jax.Array:
 
 
 def ascend(
-    perturb: Callable[..., Any], g: Any, ascent_grad: Any, state: Any, params: Any
-) -> tuple[Any, Any]:
-    """The step up `ascent_grad`, and the new state of the perturbation, which `g` determines.
+    value_fn: Closure,
+    perturbation: optax.GradientTransformationExtraArgs,
+    g: Any,
+    state: Any,
+    params: Any,
+    /,
+    **keywords: Any,
+) -> tuple[Any, Any, Any]:
+    """Climb `value_fn`, whose gradient is `g`.
 
-    The two gradients differ where devices climb on their own: each along its own gradient, but with
-    a state that all of them share.
+    Returns the perturbation ε, the ascent gradient g_a, and the new state of the perturbation.
+    Where devices climb separately, each climbs its own gradient; the state follows the mean
+    gradient `g`, so that it stays the same on all of them.
     """
+    perturb = partial(perturbation.update, **keywords | {"value_fn": value_fn})
+    ascent_grad = g if value_fn.ascent_grad is None else value_fn.ascent_grad
     eps, new_state = perturb(ascent_grad, state, params)
     if ascent_grad is not g:
         _, new_state = perturb(g, state, params)
-    return eps, new_state
+    return eps, ascent_grad, new_state
+
+
+def sharp_gradient(
+    value_fn: Closure,
+    params: Any,
+    eps: Any,
+    last_readings: Readings,
+    *,
+    loss: Any,
+    g: Any,
+    gradients: Any = 2,
+    perturb_dtype: Any,
+    has_aux: bool = False,
+) -> Any:
+    """Take the gradient at `params + eps`, and the readings of the step.
+
+    Args:
+        value_fn: The loss.
+        params: The parameters w.
+        eps: The perturbation ε.
+        last_readings: The readings of the step before.
+        loss: The loss at w.
+        g: The gradient that was climbed.
+        gradients: What the step costs, in gradients.
+        perturb_dtype: As in `value_and_grad_at`.
+        has_aux: Whether the aux of the pass at w + ε is returned too.
+
+    Returns:
+        `(g_s, readings)`, with `has_aux` `(g_s, readings, aux)`.
+    """
+    (sharp_loss, aux), g_s = value_and_grad_at(
+        value_fn, params, eps, has_aux=True, perturb_dtype=perturb_dtype
+    )
+    readings = take_readings(
+        last_readings,
+        loss=loss,
+        sharp_loss=sharp_loss,
+        g=g,
+        g_s=g_s,
+        params=params,
+        point=perturbed(params, eps, perturb_dtype),
+        gradients=gradients,
+        mean_of_ascents=value_fn.mean_of_ascents,
+    )
+    return (g_s, readings, aux) if has_aux else (g_s, readings)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
+from samx.core.aliases import Transformation
 from samx.core.closures import batch_size, losses_closure, mean_loss, scalar_closure
 
 # The keywords of `update` that are samx's own. optax knows `value`, `grad` and `value_fn` too.
 OWN_KEYWORDS = frozenset(
     {
         "ascent_fn",
-        "ascent_grad",
         "batch",
         "fisher_batch",
         "index",
@@ -43,7 +43,7 @@ def closure_transformation(
     update_fn: Callable[..., tuple[Any, Any]],
     *,
     name: str | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Turn a variant's `init_fn` and `update_fn` into a checked optax transformation.
 
         update_fn(updates, state, params, *, value_fn, value=inf, ...)
@@ -108,7 +108,6 @@ def closure_transformation(
     keywords = inspect.signature(update_fn).parameters.values()
     declared = {p.name for p in keywords if p.kind is p.KEYWORD_ONLY}
     required = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    required = [keyword for keyword in required if keyword != "ascent_grad"]  # never missing
     takes_all = any(p.kind is p.VAR_KEYWORD for p in keywords)
 
     def checked_init(params):
@@ -123,10 +122,7 @@ def closure_transformation(
                 raise ValueError(_missing(name, keyword, extra))
         if not takes_all:
             extra = {k: v for k, v in extra.items() if k in declared}
-        g = tree.keep_floating(updates, params)
-        if "ascent_grad" in declared:
-            extra.setdefault("ascent_grad", g)
-        return update_fn(g, state, params, **extra)
+        return update_fn(tree.keep_floating(updates, params), state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(checked_init, checked_update)
 
@@ -212,7 +208,7 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
     return extra
 
 
-def as_transformation(name: str, keyword: str, tx: Any) -> optax.GradientTransformationExtraArgs:
+def as_transformation(name: str, keyword: str, tx: Any) -> Transformation:
     """A transformation that takes every keyword, or a `TypeError` for what is none."""
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         kind = type(tx).__name__

@@ -1,17 +1,17 @@
 """Asynchronous elastic averaging: LSAM, with plain gradients EASGD.
 
-rule        `Rule`, `exchange`, `pulled`: how workers and center pull at each other
+rule        `Rule`, `exchange`, `apply_move`: how workers and center pull at each other
 worker      `Worker`: your step, with any variant and base, and a stream of batches
 simulation  `Simulation` moved by `timeline` or `in_order`: deterministic, the reference
 engines     `train` with `Threads` or `Ray`: real parallel resources
 checkpoint  `Checkpoint`, `Progress`, `Trained`
 """
 
-from samx.elastic._averaging import averaging, look_ahead
+from samx.elastic._averaging import averaging, nesterov
 from samx.elastic._center import CenterLost, WorkerRecord
 from samx.elastic._engine import Threads
 from samx.elastic._ray import Ray
-from samx.elastic._rule import Rule, exchange, pulled
+from samx.elastic._rule import Rule, apply_move, exchange
 from samx.elastic._simulation import Event, Simulation, in_order, timeline
 from samx.elastic._training import Checkpoint, Progress, Trained, train
 from samx.elastic._worker import Worker
@@ -31,8 +31,8 @@ __all__ = [
     "averaging",
     "exchange",
     "in_order",
-    "look_ahead",
-    "pulled",
+    "nesterov",
+    "apply_move",
     "timeline",
     "train",
 ]

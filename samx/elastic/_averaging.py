@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
-from samx.core.closures import taken_anew
+from samx.core.aliases import ScalarOrSchedule, Transformation
+from samx.core.closures import evaluate
 from samx.core.hyperparams import at_step, check_count, check_number, next_step
 from samx.core.transformation import as_transformation, closure_transformation
 
@@ -31,11 +32,11 @@ def averaging(
     tx: optax.GradientTransformation,
     worker_axis: str | None = None,
     *,
-    beta: optax.ScalarOrSchedule = 0.9,
+    beta: ScalarOrSchedule = 0.9,
     period: int = 4,
     exchange: Literal["before", "after"] = "before",
     name: str = "averaging",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Synchronous elastic averaging around any optimizer: EASGD, and with SAM in it LSAM.
 
         α = beta / P                                      (P workers along `worker_axis`)
@@ -141,8 +142,8 @@ def averaging(
     return closure_transformation(init_fn, update_fn, name=name)
 
 
-class LookAheadState(NamedTuple):
-    """State of `look_ahead`.
+class NesterovState(NamedTuple):
+    """State of `nesterov`.
 
     Attributes:
         velocity: The velocity v, shaped like the parameters.
@@ -153,9 +154,7 @@ class LookAheadState(NamedTuple):
     base: optax.OptState
 
 
-def look_ahead(
-    tx: optax.GradientTransformation, momentum: optax.ScalarOrSchedule = 0.9
-) -> optax.GradientTransformationExtraArgs:
+def nesterov(tx: optax.GradientTransformation, momentum: ScalarOrSchedule = 0.9) -> Transformation:
     """Nesterov's momentum where the gradient really is taken ahead: the local rule of EAMSGD.
 
         u = w + momentum v
@@ -179,7 +178,7 @@ def look_ahead(
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
-        >>> tx = samx.elastic.look_ahead(optax.sgd(0.1), momentum=0.5)
+        >>> tx = samx.elastic.nesterov(optax.sgd(0.1), momentum=0.5)
         >>> w, loss = jnp.array(1.0), lambda w: 0.5 * w**2
         >>> state = tx.init(w)
         >>> for _ in range(3):
@@ -198,18 +197,18 @@ def look_ahead(
         perturbation are taken at u too. `static_args`: `tx`.
     """
     check_number("momentum", momentum, 0, 1)
-    tx = as_transformation("look_ahead", "tx", tx)
+    tx = as_transformation("nesterov", "tx", tx)
 
     def init_fn(params):
-        return LookAheadState(optax.tree.zeros_like(params), tx.init(params))
+        return NesterovState(optax.tree.zeros_like(params), tx.init(params))
 
     def update_fn(g, state, params, *, value_fn, **keywords):
         del g
         carried = tree.scaled(momentum, state.velocity)
         ahead = optax.apply_updates(params, carried)
-        keywords |= taken_anew(value_fn, ahead)[0]
+        keywords |= evaluate(value_fn, ahead)[0]
         step, base = tx.update(keywords["grad"], state.base, ahead, **keywords)
         velocity = jax.tree.map(jnp.add, carried, step)
-        return velocity, LookAheadState(velocity, base)
+        return velocity, NesterovState(velocity, base)
 
-    return closure_transformation(init_fn, update_fn, name="look_ahead")
+    return closure_transformation(init_fn, update_fn, name="nesterov")

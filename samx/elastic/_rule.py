@@ -74,7 +74,7 @@ def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
     """Center and worker move towards each other, as much the one as the other.
 
         d = weight · (params − center)
-        return center + d, d                      (the worker's part: params − d, see `pulled`)
+        return center + d, d                      (the worker's part: params − d, see `apply_move`)
 
     Args:
         center: The center z, a pytree.
@@ -91,7 +91,7 @@ def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
         >>> import jax.numpy as jnp
         >>> from samx import elastic
         >>> center, move = elastic.exchange(jnp.zeros(2), jnp.array([1.0, 2.0]), weight=0.5)
-        >>> center.tolist(), elastic.pulled(jnp.array([1.0, 2.0]), move).tolist()
+        >>> center.tolist(), elastic.apply_move(jnp.array([1.0, 2.0]), move).tolist()
         ([0.5, 1.0], [0.5, 1.0])
 
     References:
@@ -115,7 +115,7 @@ def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
 
 
 @jax.jit
-def pulled(params: Any, move: Any) -> Any:
+def apply_move(params: Any, move: Any) -> Any:
     """The worker's part of an exchange, `params − move`.
 
         w = w − d
@@ -136,7 +136,7 @@ def pulled(params: Any, move: Any) -> Any:
     Example:
         >>> import jax.numpy as jnp
         >>> from samx import elastic
-        >>> elastic.pulled(jnp.array([1.0, 2.0]), jnp.array([0.5, 1.0])).tolist()
+        >>> elastic.apply_move(jnp.array([1.0, 2.0]), jnp.array([0.5, 1.0])).tolist()
         [0.5, 1.0]
 
     References:

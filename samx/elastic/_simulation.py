@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from samx.core.hyperparams import check_count, check_number
 from samx.elastic._center import check_staleness, may_exchange, rank
-from samx.elastic._rule import Rule, exchange, pulled
+from samx.elastic._rule import Rule, apply_move, exchange
 from samx.elastic._worker import Local, Worker, copied, mean_of
 
 
@@ -112,8 +112,8 @@ class Simulation:
         self.exchanges += 1
         self._counts[i] += 1
         if self.rule.smoothing == "gaussian":
-            added = pulled(sent, local.start)
-            self.center = pulled(self.center, jax.tree.map(lambda d: -self._weight * d, added))
+            added = apply_move(sent, local.start)
+            self.center = apply_move(self.center, jax.tree.map(lambda d: -self._weight * d, added))
             local.begin_at(self.center)
             return
         self.center, move = exchange(self.center, sent, self._weight)
@@ -129,7 +129,7 @@ class Simulation:
         local = self.workers[i]
         local.step()
         if i in self._moves:
-            local.params = pulled(local.params, self._moves.pop(i))
+            local.params = apply_move(local.params, self._moves.pop(i))
 
     def _die(self, i: int) -> None:
         for of_workers in (self._sent, self._moves, self._losses):

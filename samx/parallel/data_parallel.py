@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from samx.core.closures import Closure, own_value_and_grad, scalar_closure, taken_anew
+from samx.core.aliases import Transformation
+from samx.core.closures import evaluate, local_value_and_grad, scalar_closure
 from samx.core.devices import Devices, is_mapped
 from samx.core.state import HeldBatch
 from samx.core.transformation import SCALAR_CLOSURES, closure_transformation
@@ -20,7 +21,7 @@ def data_parallel(
     tx: optax.GradientTransformation,
     axis_name: str | Sequence[str],
     ascent: Literal["global", "local"] | Sequence[str] = "global",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Run any optimizer over the devices of `jax.shard_map` or `jax.pmap`, each with its examples.
 
         L  = Σ_d share_d L_d                     (share_d = 1/D, or by `weights`)
@@ -81,28 +82,29 @@ def data_parallel(
         `static_args`: all.
     """
     axes = _axes("data_parallel", "axis_name", axis_name)
-    devices = Devices(axes, _own_axes(ascent, axes))
+    devices = Devices(axes, _local_axes(ascent, axes))
     inner = optax.with_extra_args_support(tx)
 
     def update_fn(updates, state, params, *, value_fn, weights=None, **extra):
         del updates
-        if value_fn.devices.axes:
+        if value_fn.evaluation.devices.axes:
             raise ValueError(
                 "data_parallel: stands inside another data_parallel; wrap once and name all axes"
             )
-        if "losses_fn" in extra and extra["losses_fn"].num_microbatches > 1:
+        if "losses_fn" in extra and extra["losses_fn"].evaluation.num_microbatches > 1:
             raise ValueError(
                 "data_parallel: stands inside accumulate; put it around: "
                 "samx.data_parallel(samx.accumulate(tx, num_microbatches), axis_name)"
             )
         _check_mapped("data_parallel", axes)
-        extra |= taken_anew(Closure(value_fn.own, devices, weights), params)[0]
         for keyword in SCALAR_CLOSURES:
-            if keyword in extra:
-                examples = None if keyword == "validation_fn" else weights  # those of the batch
-                extra[keyword] = Closure(extra[keyword].own, devices, examples)
+            if keyword in extra:  # `weights` belong to the batch, not to held-out examples
+                extra[keyword] = extra[keyword].on(
+                    devices, None if keyword == "validation_fn" else weights
+                )
         if "losses_fn" in extra:
-            extra["losses_fn"] = extra["losses_fn"]._replace(devices=devices)
+            extra["losses_fn"] = extra["losses_fn"].evaluated(devices=devices)
+        extra |= evaluate(value_fn.on(devices, weights), params)[0]
         return inner.update(extra["grad"], state, params, weights=weights, **extra)
 
     return closure_transformation(inner.init, update_fn, name="data_parallel")
@@ -155,8 +157,8 @@ def value_and_grad(
 
     def mean_value_and_grad(params, *args):
         _check_mapped("value_and_grad", devices.axes)
-        own = scalar_closure("value_and_grad", "value_fn", lambda p: value_fn(p, *args)).own
-        (loss, aux), grads = own_value_and_grad(Closure(own, devices), params)
+        closure = scalar_closure("value_and_grad", "value_fn", lambda p: value_fn(p, *args))
+        (loss, aux), grads = local_value_and_grad(closure.on(devices), params)
         loss, grads = devices.mean((loss, grads), devices.share(weights))
         return (loss, aux) if has_aux else loss, grads
 
@@ -293,7 +295,7 @@ def _axes(name: str, keyword: str, axes: Any) -> tuple[str, ...]:
     return tuple(axes)
 
 
-def _own_axes(ascent: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
+def _local_axes(ascent: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
     """The axes along which devices climb on their own."""
     if ascent == "global":
         return ()

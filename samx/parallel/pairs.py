@@ -68,7 +68,7 @@ def evaluate_roles(
         def branch():
             results = [optax.tree.zeros_like(shape) for shape in shapes]
             results[i] = fn()
-            return devices.vary_all(results)
+            return devices.pcast_all(results)
 
         return branch
 
@@ -89,7 +89,11 @@ def evaluate_pair(
     """`fn` of two argument tuples, each a mean over the devices of both groups by its shares."""
     axis = None if pair_sharding is None else _spec(pair_sharding)[0]
     if pair_sharding is None:
-        results = _vectorized(fn, pair) if how == "vmap" else [fn(*args) for args in pair]
+        if how == "vmap":
+            both = jax.vmap(fn)(*jax.tree.map(lambda a, b: jnp.stack([a, b]), *pair))
+            results = [jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1)]
+        else:
+            results = [fn(*args) for args in pair]
     elif axis not in devices.axes:
         results = _sharded(fn, pair, pair_sharding)
     else:
@@ -98,11 +102,6 @@ def evaluate_pair(
         results = [result, result]  # and the other group has no share in it
         shares = [jnp.where(side == i, share, 0.0) for i, share in enumerate(shares)]
     return [devices.mean(r, share) for r, share in zip(results, shares, strict=True)]
-
-
-def _vectorized(fn, pair):
-    both = jax.vmap(fn)(*jax.tree.map(lambda a, b: jnp.stack([a, b]), *pair))
-    return [jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1)]
 
 
 def _sharded(fn, pair, sharding):

@@ -4,7 +4,7 @@ A ball has a radius `rho` and a metric. A metric is a function `params -> T`, a 
 of elementwise scales (a leaf may be a scalar): parameters with a large `T` may move further.
 """
 
-from samx.perturbations.balls import gradient_step, linf_ball, metric_ball, monge_ball
+from samx.perturbations.balls import linf_ball, metric_ball, monge_ball, unnormalized_step
 from samx.perturbations.dynamic_mask import dynamic_mask
 from samx.perturbations.fisher_mask import fisher_mask
 from samx.perturbations.layer_steps import layer_steps, trust_ratio
@@ -17,15 +17,15 @@ from samx.perturbations.metrics import (
     layerwise,
     magnitude,
 )
-from samx.perturbations.moving_average import deviation
+from samx.perturbations.moving_average import subtract_ema
 from samx.perturbations.mup_ball import mup_ball
 
 __all__ = [
     "constants",
-    "deviation",
+    "subtract_ema",
     "dynamic_mask",
     "fisher_mask",
-    "gradient_step",
+    "unnormalized_step",
     "identity",
     "is_normalization",
     "is_not_bias",

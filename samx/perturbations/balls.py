@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
+from samx.core.aliases import Radius, Transformation
 from samx.core.hyperparams import at_step, check_number, next_step
 from samx.perturbations.metrics import Metric, identity
 
@@ -23,8 +24,8 @@ class BallState(NamedTuple):
 
 
 def metric_ball(
-    rho: optax.ScalarOrSchedule, metric: Metric | None = None, *, norm_eps: float = 1e-12
-) -> optax.GradientTransformationExtraArgs:
+    rho: Radius, metric: Metric | None = None, *, norm_eps: float = 1e-12
+) -> Transformation:
     """The step to the edge of an L2 ball, in the geometry of a metric.
 
         T = metric(w)
@@ -73,9 +74,7 @@ def metric_ball(
     return with_radius(rho, climb)
 
 
-def linf_ball(
-    rho: optax.ScalarOrSchedule, metric: Metric | None = None
-) -> optax.GradientTransformationExtraArgs:
+def linf_ball(rho: Radius, metric: Metric | None = None) -> Transformation:
     """The step to the corner of an L∞ ball: every parameter moves by the same radius.
 
         T = metric(w)
@@ -121,9 +120,7 @@ def linf_ball(
     return with_radius(rho, climb)
 
 
-def gradient_step(
-    rho: optax.ScalarOrSchedule, metric: Metric | None = None
-) -> optax.GradientTransformationExtraArgs:
+def unnormalized_step(rho: Radius, metric: Metric | None = None) -> Transformation:
     """A step along the gradient that is not normalized: the longer the gradient, the longer it is.
 
         T = metric(w)
@@ -143,8 +140,8 @@ def gradient_step(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from samx.perturbations import gradient_step
-        >>> step = gradient_step(rho=0.5)
+        >>> from samx.perturbations import unnormalized_step
+        >>> step = unnormalized_step(rho=0.5)
         >>> g = jnp.array([3.0, 4.0])
         >>> step.update(g, step.init(g), g)[0].tolist()
         [1.5, 2.0]
@@ -171,9 +168,7 @@ def gradient_step(
     return with_radius(rho, climb)
 
 
-def monge_ball(
-    rho: optax.ScalarOrSchedule, *, norm_eps: float = 1e-12
-) -> optax.GradientTransformationExtraArgs:
+def monge_ball(rho: Radius, *, norm_eps: float = 1e-12) -> Transformation:
     """The step to the edge of a ball on the graph of the loss: short where the loss is steep.
 
         ε = ρ g / ((‖g‖ + norm_eps) √(1 + ‖g‖²))       so that  ε·(I + g gᵀ) ε = ρ²
@@ -225,7 +220,7 @@ def monge_ball(
     return with_radius(rho, climb)
 
 
-def with_radius(rho: Any, climb: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+def with_radius(rho: Any, climb: Callable[..., Any]) -> Transformation:
     """`ε = climb(g, params, ρ)`, with ρ on its schedule: what every ball shares."""
     check_number("rho", rho, 0)
 

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
+from samx.core.aliases import ScalarOrSchedule, Transformation
 from samx.core.hyperparams import as_key, at_step, check_count, check_number, next_step
 from samx.core.transformation import as_transformation
-from samx.perturbations.top_entries import check_mask, largest, num_entries, rounded_down
+from samx.perturbations.top_entries import check_mask, num_entries, rounded_down, top_entries
 
 Score: TypeAlias = Literal["gradient", "weight", "random"]
 SCORES = ("gradient", "weight", "random")
@@ -34,13 +35,13 @@ class DynamicMaskState(NamedTuple):
 def dynamic_mask(
     perturbation: optax.GradientTransformation,
     sparsity: float = 0.5,
-    drop_rate: optax.ScalarOrSchedule = 0.5,
+    drop_rate: ScalarOrSchedule = 0.5,
     *,
     period: int,
     drop: Score = "gradient",
     grow: Score = "random",
     key: int | jax.Array = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Perturb some entries, and exchange a part of them from time to time: dynamic sparse training.
 
         ε = M · perturbation(g)                        (M: at first drawn)
@@ -118,7 +119,7 @@ def dynamic_mask(
         size = num_entries(name, params)
         drawn = _draws(jax.random.split(first)[0], 0, params)
         num_left_out = rounded_down(-(-size * sparsity // 1))  # which is rounded up
-        mask = largest(drawn, size - num_left_out)
+        mask = top_entries(drawn, size - num_left_out)
         return DynamicMaskState(jnp.zeros((), jnp.int32), first, mask, perturbation.init(params))
 
     def update_fn(updates, state, params=None, **extra):
@@ -138,8 +139,8 @@ def dynamic_mask(
         def exchange():
             others = jax.tree.map(jnp.logical_not, state.mask)
             num_grown = rounded_down(jnp.minimum(wanted * rate, size * sparsity))
-            kept = largest(score(drop, 1), rounded_down(wanted * (1 - rate)), among=state.mask)
-            grown = largest(score(grow, 2), num_grown, among=others)
+            kept = top_entries(score(drop, 1), rounded_down(wanted * (1 - rate)), among=state.mask)
+            grown = top_entries(score(grow, 2), num_grown, among=others)
             return jax.tree.map(jnp.logical_or, kept, grown)
 
         mask = jax.lax.cond(state.step % period == 0, exchange, lambda: state.mask)

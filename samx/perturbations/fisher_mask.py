@@ -9,6 +9,7 @@ import optax
 from jax.sharding import AxisType, PartitionSpec
 
 from samx.core import tree
+from samx.core.aliases import ScalarOrSchedule, Transformation
 from samx.core.closures import LossesClosure, batch_size, unit_weights
 from samx.core.hyperparams import Default, at_step, check_count, check_number, next_step
 from samx.core.microbatches import strided
@@ -24,7 +25,7 @@ class FisherMaskState(NamedTuple):
         step: int32, optimizer steps so far; schedules run on it.
         next_look: int32, the step that is to look at the Fisher information again.
         mask: Booleans shaped like the parameters: which entries are perturbed.
-        own_gradients: float32, gradients that the last step took for the mask, in passes over one
+        extra_gradients: float32, gradients that the last step took for the mask, in passes over one
             batch; 0 on all steps but those that look again.
         perturbation: State of the perturbation.
     """
@@ -32,18 +33,18 @@ class FisherMaskState(NamedTuple):
     step: jax.Array
     next_look: jax.Array
     mask: Any
-    own_gradients: jax.Array
+    extra_gradients: jax.Array
     perturbation: optax.OptState
 
 
 def fisher_mask(
     perturbation: optax.GradientTransformation,
-    sparsity: optax.ScalarOrSchedule = Default(0.5),
+    sparsity: ScalarOrSchedule = Default(0.5),
     *,
     period: int,
     pattern: Pattern = "unstructured",
     num_microbatches: int | None = None,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Perturb the entries that the loss is most sensitive to: of the largest Fisher information.
 
         on the steps 1, 1 + period, 1 + 2 period, ...:
@@ -124,7 +125,7 @@ def fisher_mask(
             step=jnp.zeros((), jnp.int32),
             next_look=jnp.ones((), jnp.int32),
             mask=mask,
-            own_gradients=jnp.zeros((), jnp.float32),
+            extra_gradients=jnp.zeros((), jnp.float32),
             perturbation=perturbation.init(params),
         )
 
@@ -145,7 +146,7 @@ def fisher_mask(
             fisher = _fisher(losses_fn, params, examples, weights, num_microbatches or size)
             return chosen(name, pattern, fisher, num_kept)
 
-        is_due = (state.step >= state.next_look) & (not losses_fn.is_linear)
+        is_due = (state.step >= state.next_look) & (not losses_fn.evaluation.is_skipped_step)
         in_time = state.step + period - (state.step - 1) % period
         weights = unit_weights(examples, jnp.float32) if weights is None else weights
         mask = jax.lax.cond(
@@ -160,7 +161,7 @@ def fisher_mask(
             step=next_step(state.step),
             next_look=jnp.where(is_due, in_time, state.next_look),
             mask=mask,
-            own_gradients=spent,
+            extra_gradients=spent,
             perturbation=inner,
         )
 
@@ -171,8 +172,8 @@ def _fisher(
     losses_fn: LossesClosure, params: Any, examples: Any, weights: Any, num_microbatches: int
 ) -> Any:
     """`Σ_j weight_j (∇ℓ_j(w))²` over the examples of all devices."""
-    devices = losses_fn.devices
-    own_params = devices.vary(params)
+    devices = losses_fn.evaluation.devices
+    own_params = devices.pcast(params)
 
     def squares(example, weight):
         def loss(params):
@@ -190,9 +191,9 @@ def _fisher(
         lambda w: jnp.zeros_like(w, tree.real_dtype(w)) if tree.is_inexact(w) else w, own_params
     )
     total, _ = jax.lax.scan(
-        add, devices.vary(zeros), strided(num_microbatches, (examples, weights))
+        add, devices.pcast(zeros), strided(num_microbatches, (examples, weights))
     )
-    return jax.tree.map(devices.total, total)
+    return jax.tree.map(devices.psum, total)
 
 
 def _where_the_compiler_shards(look: Callable[..., Any], params: Any) -> Callable[..., Any]:

@@ -5,9 +5,9 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from samx.core import tree
+from samx.core.aliases import Radius, Transformation
 from samx.perturbations.balls import with_radius
 
 LayerScaling: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], Any]
@@ -45,8 +45,8 @@ def trust_ratio(w_norm: jax.Array, g_norm: jax.Array, total: jax.Array) -> jax.A
 
 
 def layer_steps(
-    rho: optax.ScalarOrSchedule, scaling: LayerScaling = trust_ratio, *, norm_eps: float = 1e-12
-) -> optax.GradientTransformationExtraArgs:
+    rho: Radius, scaling: LayerScaling = trust_ratio, *, norm_eps: float = 1e-12
+) -> Transformation:
     """A step whose length is chosen tensor by tensor; no ball holds them together.
 
         ε_l = ρ · scaling(‖w_l‖, ‖g_l‖ + norm_eps, ‖g‖ + norm_eps) · g_l     for each tensor l

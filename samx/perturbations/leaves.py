@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
+from samx.core.aliases import ScalarOrSchedule, Transformation
 from samx.core.hyperparams import as_key, at_step, check_share, next_step
 from samx.core.transformation import as_transformation
 from samx.perturbations.metrics import LeafPredicate
@@ -17,7 +18,7 @@ def on_leaves(
     is_perturbed: LeafPredicate,
     *,
     norm: Literal["selected", "all"] = "selected",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Perturb some of the leaves; the others stay exactly where they are.
 
         norm = "selected":  ε = perturbation(mask · g)      the whole radius goes to the selected
@@ -94,10 +95,10 @@ class RandomLeavesState(NamedTuple):
 
 def random_leaves(
     perturbation: optax.GradientTransformation,
-    fraction: optax.ScalarOrSchedule,
+    fraction: ScalarOrSchedule,
     *,
     key: int | jax.Array = 0,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Perturb other leaves on every step, drawn at random: ESAM's stochastic weight perturbation.
 
         a_l ~ Bernoulli(fraction) for each leaf l      (all of them on the first step)

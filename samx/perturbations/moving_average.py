@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
+from samx.core.aliases import ScalarOrSchedule, Transformation
 from samx.core.hyperparams import at_step, check_number, next_step
 
 
-class DeviationState(NamedTuple):
-    """State of `deviation`.
+class SubtractEMAState(NamedTuple):
+    """State of `subtract_ema`.
 
     Attributes:
         step: int32, optimizer steps so far; the schedules run on it.
@@ -22,9 +23,7 @@ class DeviationState(NamedTuple):
     average: Any
 
 
-def deviation(
-    sigma: optax.ScalarOrSchedule = 1.0, decay: optax.ScalarOrSchedule = 0.9
-) -> optax.GradientTransformationExtraArgs:
+def subtract_ema(sigma: ScalarOrSchedule = 1.0, decay: ScalarOrSchedule = 0.9) -> Transformation:
     """What a gradient has of its own: the gradient without the moving average of earlier ones.
 
         d = g − σ m                 (m = 0 on the first step)
@@ -32,7 +31,7 @@ def deviation(
         return d
 
     A direction to climb, to be chained with what gives it a length:
-    `optax.chain(deviation(), metric_ball(0.05))`.
+    `optax.chain(subtract_ema(), metric_ball(0.05))`.
 
     Args:
         sigma: Share σ ≥ 0 of the average that is taken away, a number or a schedule over the
@@ -48,8 +47,8 @@ def deviation(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from samx.perturbations import deviation
-        >>> direction = deviation(sigma=1.0, decay=0.5)
+        >>> from samx.perturbations import subtract_ema
+        >>> direction = subtract_ema(sigma=1.0, decay=0.5)
         >>> state = direction.init(jnp.zeros(()))
         >>> for g in (1.0, 3.0, 2.0):
         ...     d, state = direction.update(jnp.asarray(g), state)
@@ -71,7 +70,7 @@ def deviation(
 
     def init_fn(params):
         wide = jax.tree.map(tree.widen, params)
-        return DeviationState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(wide))
+        return SubtractEMAState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(wide))
 
     def update_fn(updates, state, params=None, **extra):
         del params, extra
@@ -80,6 +79,6 @@ def deviation(
         d = tree.add_scaled(g, -1 * sigma_t, state.average)
         decay_t = jnp.where(state.step == 0, 0, decay_t)
         average = tree.on_line(state.average, g, 1 - decay_t)
-        return d, DeviationState(next_step(state.step), tree.cast_like(average, state.average))
+        return d, SubtractEMAState(next_step(state.step), tree.cast_like(average, state.average))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

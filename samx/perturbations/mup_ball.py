@@ -6,20 +6,20 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from samx.core import tree
+from samx.core.aliases import Radius, Transformation
 from samx.perturbations.balls import with_radius
 
 
 def mup_ball(
-    rho: optax.ScalarOrSchedule,
+    rho: Radius,
     scales: Any,
     *,
     normalization: Literal["decoupled", "layerwise"] = "decoupled",
     width: float | None = None,
     norm_eps: float = 1e-12,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """The step whose effect on the features of every layer does not depend on the width.
 
         s = scales                                     (one number for each leaf, 1 at base width)

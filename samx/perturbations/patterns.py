@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from samx.core import tree
 from samx.core.hyperparams import Default
-from samx.perturbations.top_entries import largest
+from samx.perturbations.top_entries import top_entries
 
 Pattern: TypeAlias = Literal["unstructured", "structured"] | tuple[int, int]
 
@@ -34,7 +34,7 @@ def check_pattern(name: str, pattern: Any, sparsity: Any) -> None:
 def chosen(name: str, pattern: Pattern, scores: Any, num_kept: Any) -> Any:
     """The mask that a pattern makes of scores: `num_kept` of the largest, or its own share."""
     if pattern == "unstructured":
-        return largest(scores, num_kept)
+        return top_entries(scores, num_kept)
     if pattern == "structured":
         return _whole_leaves(scores, num_kept)
     return jax.tree_util.tree_map_with_path(partial(_n_of_m, name, *pattern), scores)

@@ -46,7 +46,7 @@ def rounded_down(count: Any) -> Any:
     return int(count) if is_python else jnp.floor(count).astype(jnp.int32)
 
 
-def largest(scores: Any, count: Any, among: Any = None) -> Any:
+def top_entries(scores: Any, count: Any, among: Any = None) -> Any:
     """Where the `count` largest scores of all leaves are: a tree of booleans.
 
     `scores` are magnitudes: of a complex or negative one its absolute value counts. `among` leaves

@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from samx.core.aliases import ScalarOrSchedule
 from samx.core.hyperparams import as_key, at_step, check_count, check_number, next_step
 from samx.policies import draws
 from samx.policies.policy import Policy, check_policy
@@ -148,7 +148,7 @@ def between(start: int = 0, stop: int | None = None, policy: Policy | None = Non
     return Policy(init, decide, observe)
 
 
-def random(probability: optax.ScalarOrSchedule, key: int | jax.Array = 0) -> Policy:
+def random(probability: ScalarOrSchedule, key: int | jax.Array = 0) -> Policy:
     """Independent draws: randomized sharpness-aware training.
 
         is_sharp ~ Bernoulli(probability)

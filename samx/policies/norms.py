@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from samx.core import tree
+from samx.core.aliases import ScalarOrSchedule
 from samx.core.hyperparams import at_step, check_number, next_step
 from samx.policies.policy import Policy
 
@@ -25,9 +25,7 @@ class SquaredNormState(NamedTuple):
     variance: jax.Array
 
 
-def squared_norm(
-    threshold: optax.ScalarOrSchedule = 0.0, decay: optax.ScalarOrSchedule = 0.9
-) -> Policy:
+def squared_norm(threshold: ScalarOrSchedule = 0.0, decay: ScalarOrSchedule = 0.9) -> Policy:
     """Where the gradient is long compared with what it has been: AE-SAM's policy.
 
         s = ‖g‖²

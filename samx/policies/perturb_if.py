@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
-from samx.core.closures import Closure, LossesClosure, batch_size
+from samx.core.aliases import Transformation
+from samx.core.closures import Closure, Evaluation, LossesClosure, batch_size
 from samx.core.readings import UNKNOWN, Readings, skip_readings
 from samx.core.transformation import (
     SCALAR_CLOSURES,
@@ -15,7 +16,7 @@ from samx.core.transformation import (
     check_in_front,
     closure_transformation,
 )
-from samx.policies.policy import Policy, check_policy
+from samx.policies.policy import Policy, branch, check_policy
 
 
 class PerturbIfState(NamedTuple):
@@ -30,9 +31,7 @@ class PerturbIfState(NamedTuple):
     inner: optax.OptState
 
 
-def perturb_if(
-    policy: Policy, inner: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
+def perturb_if(policy: Policy, inner: optax.GradientTransformation) -> Transformation:
     """Compute the sharp gradient on some steps only; the others take the gradient as it is.
 
         if policy(g):  return inner(g)                 (SAM, or what else `inner` is)
@@ -96,12 +95,10 @@ def perturb_if(
         return PerturbIfState(policy.init(params), inner_state)
 
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
-        is_sharp, policy_state = policy.decide(g, state.policy)
-
         def look():
             closures = extra | {"value_fn": value_fn, "value": value}
             g_s, inner_state = inner.update(g, state.inner, params, **closures)
-            return g_s, inner_state, policy.observe(g, g_s, policy_state)
+            return g_s, (g_s, inner_state)
 
         def skip():
             closures = extra | _linear(g, params, value, extra)
@@ -111,9 +108,9 @@ def perturb_if(
                 *(inner_state, state.inner),
                 is_leaf=is_readings,
             )
-            return tree.cast_like(g, params), inner_state, policy_state
+            return tree.cast_like(g, params), inner_state
 
-        g_s, inner_state, policy_state = jax.lax.cond(is_sharp, look, skip)
+        _, (g_s, inner_state), policy_state = branch(policy, g, state.policy, look, skip)
         return g_s, PerturbIfState(policy_state, inner_state)
 
     return closure_transformation(init_fn, update_fn, name="perturb_if")
@@ -122,18 +119,20 @@ def perturb_if(
 def _linear(g: Any, params: Any, value: Any, extra: dict[str, Any]) -> dict[str, Any]:
     """Closures of the linear loss L(w) + ⟨g, v − w⟩, which every example has."""
 
-    def own(point):
+    def loss_at(point):
         moved = jax.tree.map(
             lambda v, w: tree.widen(v) - w if tree.is_inexact(w) else w, point, params
         )
-        return value + tree.dot(optax.tree.conj(g), moved), None
+        return value + tree.dot(optax.tree.conj(g), moved)
 
-    def with_aux(point, batch):
-        return jnp.full(batch_size("perturb_if", batch), own(point)[0]), None
+    def losses_at(point, batch):
+        return jnp.full(batch_size("perturb_if", batch), loss_at(point))
 
     given = {"value_fn", *extra}
     closures: dict[str, Any] = {"value": value}
-    closures |= {keyword: Closure(own) for keyword in SCALAR_CLOSURES if keyword in given}
+    closures |= {keyword: Closure(loss_at) for keyword in SCALAR_CLOSURES if keyword in given}
     if "losses_fn" in given:
-        closures["losses_fn"] = LossesClosure(with_aux, is_linear=True)
+        closures["losses_fn"] = LossesClosure(
+            losses_at, evaluation=Evaluation(is_skipped_step=True)
+        )
     return closures

@@ -47,3 +47,28 @@ def check_policy(name: str, policy: Any) -> None:
             f"{name}: `policy` must be a samx.policies.Policy, for example policies.every(2), "
             f"got {kind}"
         )
+
+
+def branch(
+    policy: Policy,
+    g: Any,
+    state: Any,
+    look: Callable[[], tuple[Any, Any]],
+    skip: Callable[[], Any],
+) -> tuple[jax.Array, Any, Any]:
+    """Compute one of two results, as the policy decides: a real branch, `jax.lax.cond`.
+
+    `look()` returns `(g_s, result)` and `skip()` returns `result`. The return value is `is_sharp`,
+    the result, and the new state of the policy, which has observed `g_s` if there is one.
+    """
+    is_sharp, decided = policy.decide(g, state)
+
+    def sharp():
+        g_s, result = look()
+        return result, policy.observe(g, g_s, decided)
+
+    def plain():
+        return skip(), decided
+
+    result, new_state = jax.lax.cond(is_sharp, sharp, plain)
+    return is_sharp, result, new_state

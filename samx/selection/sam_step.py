@@ -1,19 +1,19 @@
 """SAM on some examples of a batch, chosen by their losses."""
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from samx.core.closures import LossesClosure, mean_loss, taken_anew, weighted_mean
-from samx.core.devices import Devices
+from samx.core import tree
+from samx.core.closures import Closure, LossesClosure, evaluate, mean_loss
+from samx.core.devices import PerExample
 from samx.core.hyperparams import check_count
-from samx.core.readings import Readings, take_readings
-from samx.core.sharp import ascend, perturbed, value_and_grad_at
-from samx.selection.examples import group_size
-
-FORWARD = 1 / 3  # of a gradient: a forward pass without its backward pass, by the usual convention
+from samx.core.readings import Readings
+from samx.core.sharp import ascend, sharp_gradient
+from samx.selection.examples import group_size, put
 
 
 class SamStep(NamedTuple):
@@ -43,45 +43,58 @@ def sam_step(
     batch: Any,
     weights: Any,
     params: optax.Params,
-    perturbation: optax.GradientTransformationExtraArgs,
     state: Any,
+    extra: dict[str, Any],
     *,
     gradients: float,
+    perturbation: optax.GradientTransformationExtraArgs,
     perturb_dtype: Any,
-    extra: dict[str, Any],
 ) -> SamStep:
-    """Both gradients of SAM on these examples, at the cost of `gradients`.
+    """Take both gradients of SAM on these examples, at the cost of `gradients`.
 
-    `state` has the fields `perturbation` and `readings`.
+    `state` has the fields `perturbation` and `readings`; `extra` are further keywords for the
+    perturbation.
     """
     value_fn = mean_loss(losses_fn, batch, weights, keeps_losses=True)
-    seen, (aux, losses) = taken_anew(value_fn, params)
-    g = seen["grad"]
-    perturb = partial(perturbation.update, **extra | seen)
-    ascent_grad = seen.get("ascent_grad", g)
-    eps, ball = ascend(perturb, g, ascent_grad, state.perturbation, params)
-    (sharp_loss, (_, sharp_losses)), g_s = value_and_grad_at(
-        value_fn, params, eps, has_aux=True, perturb_dtype=perturb_dtype
-    )
-    readings = take_readings(
-        state.readings,
+    seen, (aux, losses) = evaluate(value_fn, params)
+    value_fn, g, keywords = seen["value_fn"], seen["grad"], extra | seen
+    eps, g_a, ball = ascend(value_fn, perturbation, g, state.perturbation, params, **keywords)
+    g_s, readings, (_, sharp_losses) = sharp_gradient(
+        *(value_fn, params, eps, state.readings),
         loss=seen["value"],
-        sharp_loss=sharp_loss,
-        g=ascent_grad,
-        g_s=g_s,
-        params=params,
-        point=perturbed(params, eps, perturb_dtype),
+        g=g_a,
         gradients=gradients,
-        mean_of_ascents=value_fn.mean_of_ascents,
+        perturb_dtype=perturb_dtype,
+        has_aux=True,
     )
     return SamStep(g_s, g, ball, readings, losses.examples, sharp_losses.examples, aux)
+
+
+def selected_loss(losses_fn: LossesClosure, batch: Any, choose: Callable[..., Any]) -> Closure:
+    """Make the mean loss of examples that are chosen by their losses in the same pass.
+
+    `choose(losses)` returns positions and weights. Its aux is `(None, PerExample(losses))` of the
+    whole batch.
+    """
+    devices = losses_fn.evaluation.devices
+
+    def local(params):
+        losses = tree.widen(losses_fn(params, batch))
+        position, weights = choose(jax.lax.stop_gradient(losses))
+        ones = jnp.ones(position.size, losses.dtype) if weights is None else weights
+        kept = put(ones, position, losses.size)
+        mean_total = devices.psum(jnp.sum(kept)) / devices.count
+        mean = jnp.sum(losses * kept) / jnp.where(mean_total == 0, 1, mean_total)
+        return mean, (None, PerExample(losses))
+
+    return Closure(local, losses_fn.name, "losses_fn").on(devices)
 
 
 def groups_here(
     name: str, batch: Any, num_groups: int, losses_fn: LossesClosure
 ) -> tuple[int, int]:
     """How many of the groups of the whole batch are on this device, and their size."""
-    num_devices = losses_fn.devices.count
+    num_devices = losses_fn.evaluation.devices.count
     if num_groups % num_devices:
         raise ValueError(
             f"{name}: `num_groups` must be a multiple of the {num_devices} devices, which choose "
@@ -115,8 +128,3 @@ def check_fraction(keyword: str, fraction: Any) -> None:
 def count_of(fraction: float, size: int) -> int:
     """So many of `size` examples are a fraction of them: rounded down, but at least one."""
     return max(1, int(fraction * size + 1e-9))  # 0.29 * 100 is 28.999999999999996
-
-
-def mean_over_batch(losses: jax.Array, weights: jax.Array | None, devices: Devices) -> jax.Array:
-    """The mean of the devices' own losses."""
-    return devices.mean(weighted_mean(losses, weights), devices.share(weights))

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from samx.core import tree
+from samx.core.closures import LossesClosure
 from samx.core.hyperparams import at_step
+
+
+def steps_per_epoch(losses_fn: LossesClosure, num_examples: int, size: int) -> int:
+    """Return the steps of one epoch, if each device takes `size` examples per step."""
+    return -(-num_examples // (size * losses_fn.evaluation.devices.count))
 
 
 def weight_range(low: Any, high: Any, step: jax.Array, ramp_steps: int) -> tuple[Any, Any]:
@@ -29,8 +36,13 @@ def probabilities(
     return (weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-30)).reshape(-1)
 
 
-def places_of(index: Any, size: int, num_examples: int, weights: Any) -> jax.Array:
-    """Places in the table; `num_examples` for padding, one more for what lies outside of it."""
+def places_of(
+    losses_fn: LossesClosure, index: Any, size: int, num_examples: int, weights: Any
+) -> jax.Array:
+    """Return the places in the table of the examples on all devices.
+
+    Padding has the place `num_examples`, an index outside of the table one more.
+    """
     index = jnp.asarray(index)
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f"ausam: `index` must be of integers, got {index.dtype}")
@@ -46,17 +58,52 @@ def places_of(index: Any, size: int, num_examples: int, weights: Any) -> jax.Arr
             f"examples, got {index[is_outside][0]}"
         )
     place = jnp.where(is_padding, num_examples, index)
-    return jnp.where(is_outside, num_examples + 1, place).astype(jnp.int32)
+    place = jnp.where(is_outside, num_examples + 1, place).astype(jnp.int32)
+    return losses_fn.evaluation.devices.all_gather(place)
+
+
+def odds(
+    losses_fn: LossesClosure, state: Any, place: jax.Array, num_groups: int, low: Any, high: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Return the probabilities and the Gumbel noise, `[B]` each, of this device's examples.
+
+    `state` has the fields `step`, `key`, and the table: `total` and `count`.
+    """
+    devices = losses_fn.evaluation.devices
+    noise = jax.random.gumbel(jax.random.fold_in(state.key, state.step), place.shape)
+    total, count = (x.at[place].get(mode="clip") for x in (state.total, state.count))
+    is_there = devices.local_slice(place) < len(state.total)
+    p = probabilities(devices.local_slice(total / count), is_there, num_groups, low, high)
+    return p, devices.local_slice(noise)
 
 
 def recorded(
-    tables: tuple[jax.Array, jax.Array], place: jax.Array, rise: jax.Array, starts_anew: jax.Array
+    losses_fn: LossesClosure,
+    state: Any,
+    place: jax.Array,
+    rise: jax.Array,
+    is_drawn: jax.Array,
+    restarts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum and count of each example with another rise; one that comes twice counts twice."""
+    """Add the rises of the drawn examples on all devices to the table's sums and counts.
+
+    An example that comes twice counts twice. Where `restarts`, the sums begin at 0.
+    """
+    devices = losses_fn.evaluation.devices
+    rise, is_drawn = devices.all_gather(rise), devices.all_gather(is_drawn)
+    place = jnp.where(is_drawn != 0, place, len(state.total))
 
     def grown(table, more):
-        old = jnp.where(starts_anew, 0, table.at[place].get(mode="clip"))
+        old = jnp.where(restarts, 0, table.at[place].get(mode="clip"))
         return table.at[place].set(old, mode="drop").at[place].add(more, mode="drop")
 
-    total, count = tables
-    return grown(total, rise), grown(count, 1)
+    return grown(state.total, rise), grown(state.count, 1)
+
+
+def nan_if_outside(updates: Any, place: jax.Array, num_examples: int) -> Any:
+    """Return the updates, all NaN if an index lies outside of the table."""
+    is_outside = jnp.any(place > num_examples)
+    return jax.tree.map(
+        lambda u: jnp.where(is_outside, jnp.nan, u).astype(u.dtype) if tree.is_inexact(u) else u,
+        updates,
+    )

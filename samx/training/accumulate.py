@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 import optax
 
-from samx.core.closures import batch_size, mean_loss, taken_anew
+from samx.core.aliases import Transformation
+from samx.core.closures import batch_size, evaluate, mean_loss
 from samx.core.hyperparams import check_count
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
@@ -24,7 +25,7 @@ class AccumulateState(NamedTuple):
 
 def accumulate(
     tx: optax.GradientTransformation, num_microbatches: int, *, aux_like: Any = None
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Take every gradient of an optimizer over microbatches, one after the other.
 
         ∇L(w) = Σ_j ∇L_j(w)       L_j: the share of microbatch j in the mean loss of the batch
@@ -97,8 +98,8 @@ def accumulate(
                 f"accumulate: `num_microbatches` must divide the batch of {size} examples, got "
                 f"{num_microbatches}; pad the batch and pass `weights`"
             )
-        losses_fn = losses_fn._replace(num_microbatches=num_microbatches)
-        keywords, aux = taken_anew(mean_loss(losses_fn, batch, weights), params)
+        losses_fn = losses_fn.evaluated(num_microbatches=num_microbatches)
+        keywords, aux = evaluate(mean_loss(losses_fn, batch, weights), params)
         extra |= {"losses_fn": losses_fn, "batch": batch, "weights": weights} | keywords
         if aux_like is None:
             return inner.update(extra["grad"], state, params, **extra)

@@ -1,6 +1,7 @@
 """Loss scaling: gradients of half-precision losses without underflow, steps without overflow."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
-from samx.core.closures import Closure, taken_anew
+from samx.core.aliases import Transformation
+from samx.core.closures import evaluate
 from samx.core.hyperparams import check_count, check_number
 from samx.core.transformation import SCALAR_CLOSURES, closure_transformation
 from samx.training.skip_nonfinite import SkipNonfiniteState, skip_nonfinite
@@ -38,7 +40,7 @@ def scale_loss(
     growth_factor: float = 2.0,
     backoff_factor: float = 0.5,
     growth_interval: int = 2000,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Train with float16 compute: dynamic loss scaling around any optimizer.
 
         every gradient:  ∇L = ∇(scale · L) / scale      (the backward pass runs scaled)
@@ -111,18 +113,18 @@ def scale_loss(
         scaled = partial(_scaled, scale=state.loss_scale)
         if "losses_fn" in extra:
             losses_fn = extra["losses_fn"]
-            if losses_fn.num_microbatches > 1:
+            if losses_fn.evaluation.num_microbatches > 1:
                 raise ValueError(
                     "scale_loss: stands inside accumulate; put it around: "
                     "samx.scale_loss(samx.accumulate(tx, num_microbatches))"
                 )
-            extra["losses_fn"] = losses_fn._replace(with_aux=scaled(losses_fn.with_aux))
+            extra["losses_fn"] = replace(losses_fn, fn=scaled(losses_fn.with_aux))
         extra["value_fn"] = value_fn
         for keyword in SCALAR_CLOSURES:
             if keyword in extra:
                 closure = extra[keyword]
-                extra[keyword] = Closure(scaled(closure.own), closure.devices, closure.weights)
-        extra |= taken_anew(extra["value_fn"], params)[0]
+                extra[keyword] = replace(closure, fn=scaled(closure.local), ascent_grad=None)
+        extra |= evaluate(extra["value_fn"], params)[0]
         updates, inner_state = inner.update(extra["grad"], state.inner, params, **extra)
 
         is_skipped = inner_state.skipped_in_a_row > 0

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
+from samx.core.aliases import Transformation
 from samx.core.readings import Readings
 from samx.core.state import HeldBatch
 
@@ -25,7 +26,7 @@ class SkipNonfiniteState(NamedTuple):
     skipped_in_a_row: jax.Array
 
 
-def skip_nonfinite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def skip_nonfinite(tx: optax.GradientTransformation) -> Transformation:
     """Skip the steps whose updates are not finite, as if their batch had never come.
 
         updates, state′ = tx(g, state, w)

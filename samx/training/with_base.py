@@ -4,12 +4,13 @@ from typing import Any
 
 import optax
 
+from samx.core.aliases import Transformation
 from samx.core.transformation import base_keywords
 
 
 def with_base(
     tx: optax.GradientTransformation, base: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Chain a sharpness-aware transformation with a base that is strict about its keywords.
 
         g_s     = tx(g; all keywords)

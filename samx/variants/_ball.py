@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-import optax
-
+from samx.core.aliases import Transformation
 from samx.core.hyperparams import Default
 from samx.core.transformation import as_transformation
 from samx.perturbations.balls import metric_ball
@@ -12,7 +11,7 @@ from samx.perturbations.balls import metric_ball
 
 def ball_of(
     name: str, rho: Any, perturbation: Any, ball: Callable[[Any], Any] = metric_ball
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """The perturbation that a factory was given, or the ball of radius `rho`: never both."""
     if perturbation is None:
         return ball(rho)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
+from samx.core.aliases import Transformation
 from samx.core.hyperparams import check_number
 
 
@@ -111,7 +112,7 @@ def optimizer(
     sharp: optax.GradientTransformationExtraArgs,
     moments: optax.GradientTransformation,
     learning_rate: Any,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """`w − η moments(sharp(g))`, in the dtypes of the parameters.
 
     A chain, but its state tells that there is a base in it.

@@ -5,11 +5,7 @@ Adaptive Learning Rate and Momentum for Training Deep Neural Networks", Neural N
 https://arxiv.org/abs/2303.00565
 """
 
-from typing import Any
-
-import jax.numpy as jnp
-import optax
-
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default
 from samx.variants import _moments
 from samx.variants._ball import ball_of
@@ -17,15 +13,15 @@ from samx.variants.sam import sharpness_aware
 
 
 def adasam(
-    learning_rate: optax.ScalarOrSchedule,
-    rho: optax.ScalarOrSchedule = Default(0.05),
+    learning_rate: ScalarOrSchedule,
+    rho: Radius = Default(0.05),
     b1: float = 0.9,
     b2: float = 0.999,
     *,
     eps: float = 1e-8,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """AdaSAM: SAM whose base is AMSGrad without bias correction.
 
         g   = ∇L(w)

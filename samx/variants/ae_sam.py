@@ -4,27 +4,23 @@ Jiang, Yang, Zhang, Kwok. "An Adaptive Policy to Employ Sharpness-Aware Minimiza
 https://arxiv.org/abs/2304.14647
 """
 
-from typing import Any
-
-import jax.numpy as jnp
-import optax
-
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default
 from samx.policies import squared_norm
 from samx.policies.perturb_if import perturb_if
 from samx.variants._ball import ball_of
-from samx.variants.looksam import reuse_across
+from samx.variants.looksam import reuse_orthogonal
 from samx.variants.sam import sharpness_aware
 
 
 def ae_sam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
-    threshold: optax.ScalarOrSchedule = 0.0,
-    decay: optax.ScalarOrSchedule = 0.9,
+    rho: Radius = Default(0.05),
+    threshold: ScalarOrSchedule = 0.0,
+    decay: ScalarOrSchedule = 0.9,
     *,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """AE-SAM: a sharp gradient only where the gradient is long compared with what it has been.
 
         s  = ‖g‖²
@@ -76,14 +72,14 @@ def ae_sam(
 
 
 def ae_looksam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
-    threshold: optax.ScalarOrSchedule = 0.0,
-    alpha: optax.ScalarOrSchedule = 0.7,
-    decay: optax.ScalarOrSchedule = 0.9,
+    rho: Radius = Default(0.05),
+    threshold: ScalarOrSchedule = 0.0,
+    alpha: ScalarOrSchedule = 0.7,
+    decay: ScalarOrSchedule = 0.9,
     *,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """AE-LookSAM: AE-SAM's policy, and LookSAM's reuse on the steps in between.
 
         if s ≥ μ + threshold σ:  g_s = ∇L(w + ρ g / ‖g‖)
@@ -130,4 +126,5 @@ def ae_looksam(
         too where `perturbation` is given.
     """
     ball = ball_of("ae_looksam", rho, perturbation)
-    return reuse_across("ae_looksam", squared_norm(threshold, decay), ball, alpha, perturb_dtype)
+    policy = squared_norm(threshold, decay)
+    return reuse_orthogonal("ae_looksam", policy, ball, alpha, perturb_dtype)

@@ -4,12 +4,8 @@ Deng, Pang. "Adaptively Sampling-Reusing-Mixing Decomposed Gradients to Speed Up
 Minimization", 2025. https://arxiv.org/abs/2510.03763
 """
 
-from typing import Any
-
-import jax.numpy as jnp
-import optax
-
 from samx.combinations import Mixing, decaying
+from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.hyperparams import Default
 from samx.policies import Policy, quota
 from samx.variants._ball import ball_of
@@ -17,13 +13,13 @@ from samx.variants.vsam import reuse_second_order
 
 
 def arsam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
+    rho: Radius = Default(0.05),
     *,
     policy: Policy | None = None,
     mixing: Mixing | None = None,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """ARSAM: vSAM's decomposition, with the sampling and the mixing in your hands.
 
         if policy(g):  g_s = ∇L(w + ρ g / ‖g‖)

@@ -4,23 +4,19 @@ Kwon, Kim, Park, Choi. "ASAM: Adaptive Sharpness-Aware Minimization for Scale-In
 of Deep Neural Networks", ICML 2021. https://arxiv.org/abs/2102.11600
 """
 
-from typing import Any
-
-import jax.numpy as jnp
-import optax
-
+from samx.core.aliases import DType, Radius, Transformation
 from samx.perturbations import metric_ball
 from samx.perturbations.metrics import LeafPredicate, is_not_bias, magnitude
 from samx.variants.sam import sharpness_aware
 
 
 def asam(
-    rho: optax.ScalarOrSchedule = 0.5,
+    rho: Radius = 0.5,
     eta: float = 0.01,
     *,
     is_scaled: LeafPredicate = is_not_bias,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Adaptive SAM: large weights may move further than small ones.
 
         g   = ∇L(w)                    (the incoming updates)

@@ -4,6 +4,7 @@ Jo, Lim, Lee. "Asynchronous Sharpness-Aware Minimization For Fast and Accurate D
 https://arxiv.org/abs/2503.11147
 """
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
-from samx.core.closures import Closure, own_loss_and_grad, taken_anew
+from samx.core.aliases import DType, Perturbation, Radius, Transformation
+from samx.core.closures import Closure, evaluate, local_loss_and_grad
+from samx.core.devices import ONE_DEVICE
 from samx.core.hyperparams import Default, check_share, next_step
-from samx.core.readings import UNKNOWN, Readings, no_readings, own_gradients, take_readings
+from samx.core.readings import UNKNOWN, Readings, extra_gradients, no_readings, take_readings
 from samx.core.sharp import perturbed, value_and_grad_at
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
@@ -41,15 +44,15 @@ class AsyncSAMState(NamedTuple):
 
 
 def async_sam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
+    rho: Radius = Default(0.05),
     *,
     first: Literal["plain", "sam"] = "plain",
     ascent_share: float = 1.0,
     role_axis: str | None = None,
     aux_like: Any = None,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Asynchronous SAM: both gradients of a step at known points, so that neither waits.
 
         ε   = ρ a / ‖a‖                       (a: ascent gradient of the step before, at its w)
@@ -144,59 +147,52 @@ def async_sam(
         )
 
     def update_fn(g, state, params, *, value_fn, ascent_fn=None, value=UNKNOWN, **extra):
-        is_first = state.step == 0
-        ascent = ascent_fn or value_fn
+        is_given, ascent_fn = ascent_fn is None and role_axis is None, ascent_fn or value_fn
 
-        def ascend():
-            if ascent_fn is None and role_axis is None:
-                return value, g
-            taken, _ = taken_anew(ascent, params)
-            return taken["value"], taken["grad"]
+        def fresh():
+            return (value, g) if is_given else _loss_and_grad(ascent_fn, params)
 
-        def descend(closure, params):
-            return value_and_grad_at(
-                closure, params, eps, has_aux=True, perturb_dtype=perturb_dtype
-            )
-
-        climbed = state.ascent_grad
-        if first == "sam":
-            climbed = jax.lax.cond(is_first, lambda: ascend()[1], lambda: state.ascent_grad)
-        is_known = jnp.isfinite(tree.norm(climbed)) & (~is_first | (first == "sam"))
-        nothing = optax.tree.zeros_like(climbed)
-        climbed = tree.where(is_known, climbed, nothing)
-        keywords = extra | {"value_fn": value_fn, "ascent_fn": ascent}
-        eps, ball_state = ball.update(climbed, state.perturbation, params, **keywords)
-        eps = tree.where(is_known, eps, nothing)
-
+        stale, is_known = _ascent_gradient(state, first, fresh)
+        keywords = extra | {"value_fn": value_fn, "ascent_fn": ascent_fn}
+        eps, ball_state = ball.update(stale, state.perturbation, params, **keywords)
+        eps = tree.where(is_known, eps, optax.tree.zeros_like(stale))
+        sharp = partial(value_and_grad_at, eps=eps, has_aux=True, perturb_dtype=perturb_dtype)
         if role_axis is None:
-            loss, a = ascend()
-            (sharp_loss, aux), g_s = descend(value_fn, params)
+            (loss, a), ((sharp_loss, aux), g_s) = fresh(), sharp(value_fn, params)
         else:
-            everyone = with_axis("async_sam", "role_axis", value_fn.devices, role_axis)
-            ((sharp_loss, aux), g_s), (loss, a) = evaluate_roles(
-                lambda: descend(value_fn.own, everyone.vary(params)),
-                lambda: own_loss_and_grad(Closure(ascent.own, everyone), params),
-                [closure.devices.share(closure.weights) for closure in (value_fn, ascent)],
-                devices=everyone,
-                axis=role_axis,
-            )
-
-        readings = take_readings(
-            state.readings,
-            loss=loss,
-            sharp_loss=sharp_loss,
-            g=climbed,
-            g_s=g_s,
-            params=params,
-            point=perturbed(params, eps, perturb_dtype),
-            gradients=1 + ascent_share + own_gradients(ball_state),
-        )
-        return g_s, AsyncSAMState(
-            step=next_step(state.step),
-            ascent_grad=a,
-            perturbation=ball_state,
-            aux=kept_aux("async_sam", aux, aux_like, state.aux),
-            readings=readings,
-        )
+            roles = _by_role(role_axis, ascent_fn, value_fn, sharp, params)
+            (loss, a), ((sharp_loss, aux), g_s) = roles
+        cost = 1 + ascent_share + extra_gradients(ball_state)
+        point, last = perturbed(params, eps, perturb_dtype), state.readings
+        readings = take_readings(last, loss, sharp_loss, stale, g_s, params, point, cost)
+        aux = kept_aux("async_sam", aux, aux_like, state.aux)
+        return g_s, AsyncSAMState(next_step(state.step), a, ball_state, aux, readings)
 
     return closure_transformation(init_fn, update_fn, name="async_sam")
+
+
+def _loss_and_grad(ascent_fn: Closure, params: Any) -> tuple[Any, Any]:
+    seen, _ = evaluate(ascent_fn, params)
+    return seen["value"], seen["grad"]
+
+
+def _ascent_gradient(state: AsyncSAMState, first: str, fresh: Any) -> tuple[Any, jax.Array]:
+    """Return the gradient that the last step left, and whether it can be climbed."""
+    is_first, stale = state.step == 0, state.ascent_grad
+    if first == "sam":
+        stale = jax.lax.cond(is_first, lambda: fresh()[1], lambda: state.ascent_grad)
+    is_known = jnp.isfinite(tree.norm(stale)) & (~is_first | (first == "sam"))
+    return tree.where(is_known, stale, optax.tree.zeros_like(stale)), is_known
+
+
+def _by_role(axis: str, ascent_fn: Closure, value_fn: Closure, sharp: Any, params: Any) -> Any:
+    """Take the ascent gradient on one half of the devices, the sharp gradient on the other."""
+    devices = with_axis("async_sam", "role_axis", value_fn.evaluation.devices, axis)
+    descent, ascent = evaluate_roles(
+        lambda: sharp(value_fn.on(ONE_DEVICE), devices.pcast(params)),
+        lambda: local_loss_and_grad(ascent_fn.on(devices), params),
+        [fn.evaluation.devices.share(fn.weights) for fn in (value_fn, ascent_fn)],
+        devices=devices,
+        axis=axis,
+    )
+    return ascent, descent

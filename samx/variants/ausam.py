@@ -4,20 +4,28 @@ Deng, Pang, Zhang, Guo. "Asymptotic Unbiased Sample Sampling to Speed Up Sharpne
 Minimization", AAAI 2025. https://arxiv.org/abs/2406.08001
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default, as_key, check_count, check_number, next_step
 from samx.core.readings import Readings, no_readings
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
-from samx.core.tree import is_inexact
 from samx.selection.examples import put, sampled, take, weights_of
 from samx.selection.sam_step import check_fraction, count_of, groups_here, sam_step
-from samx.selection.score_table import places_of, probabilities, recorded, weight_range
+from samx.selection.score_table import (
+    nan_if_outside,
+    odds,
+    places_of,
+    recorded,
+    steps_per_epoch,
+    weight_range,
+)
 from samx.variants._ball import ball_of
 
 RAMP_EPOCHS = 30  # of the authors' code
@@ -46,20 +54,20 @@ class AUSAMState(NamedTuple):
 
 
 def ausam(
-    rho: optax.ScalarOrSchedule = Default(0.1),
+    rho: Radius = Default(0.1),
     fraction: float = 0.5,
     num_examples: int = 50_000,
     *,
     warmup_steps: int | None = None,
     ramp_steps: int | None = None,
-    low: optax.ScalarOrSchedule = 0.1,
-    high: optax.ScalarOrSchedule = 0.5,
+    low: ScalarOrSchedule = 0.1,
+    high: ScalarOrSchedule = 0.5,
     num_groups: int = 1,
     key: int | jax.Array = 0,
     aux_like: Any = None,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """AUSAM: both gradients of SAM on examples drawn by how much their losses rose before.
 
         step < warmup_steps:  S = the whole batch
@@ -152,6 +160,7 @@ def ausam(
     check_number("low", low, 0)
     check_number("high", high, low if isinstance(low, int | float) else 0)
     ball = ball_of("ausam", rho, perturbation)
+    sam_on = partial(sam_step, perturbation=ball, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
         return AUSAMState(
@@ -164,75 +173,45 @@ def ausam(
             readings=no_readings(params),
         )
 
-    def update_fn(updates, state, params, *, losses_fn, batch, index, weights=None, **extra):
-        del updates
-        devices = losses_fn.devices
-        groups, size = groups_here("ausam", batch, num_groups, losses_fn)
-        own, count = groups * size, count_of(fraction, size)
-        epoch = -(-num_examples // (own * devices.count))
-        warmup = epoch if warmup_steps is None else warmup_steps
-        ramp = RAMP_EPOCHS * epoch if ramp_steps is None else ramp_steps
-        place = devices.gathered(places_of(index, own, num_examples, weights))
+    def train_on(state, params, losses_fn, extra, size, batch, weights, cost, position=None) -> Any:
+        step = sam_on(losses_fn, batch, weights, params, state, extra, gradients=cost)
+        aux = kept_aux("ausam", step.aux, aux_like, state.aux, "losses_fn")
+        rise = jnp.abs(step.sharp_losses - step.losses).astype(state.total.dtype)
+        is_drawn = jnp.ones_like(rise)
+        if position is not None:
+            is_drawn = is_drawn if weights is None else weights.astype(rise.dtype)
+            rise, is_drawn = put(rise, position, size), put(is_drawn, position, size)
+        return step.updates, step.perturbation, aux, step.readings, rise, is_drawn
 
-        def step_on(batch, weights, share):
-            step = sam_step(
-                losses_fn,
-                batch,
-                weights,
-                params,
-                ball,
-                state,
-                gradients=2 * share,
-                perturb_dtype=perturb_dtype,
-                extra=extra,
-            )
-            aux = kept_aux("ausam", step.aux, aux_like, state.aux, "losses_fn")
-            rise = jnp.abs(step.sharp_losses - step.losses).astype(state.total.dtype)
-            return (step.updates, step.perturbation, step.readings, aux), rise
+    def update_fn(_, state, params, *, losses_fn, batch, index, weights=None, **extra):
+        groups, group_size = groups_here("ausam", batch, num_groups, losses_fn)
+        count, size = count_of(fraction, group_size), groups * group_size
+        epoch = steps_per_epoch(losses_fn, num_examples, size)
+        is_warmup = state.step < (epoch if warmup_steps is None else warmup_steps)
+        ramp = RAMP_EPOCHS * epoch if ramp_steps is None else ramp_steps
+        span = weight_range(low, high, state.step, ramp)
+        place = places_of(losses_fn, index, size, num_examples, weights)
+        train = partial(train_on, state, params, losses_fn, extra, size)
 
         def on_everything():
-            step, rise = step_on(batch, weights, 1)
-            return step, rise, jnp.ones_like(rise)
+            return train(batch, weights, 2)
 
         def on_a_draw():
-            noise = jax.random.gumbel(jax.random.fold_in(state.key, state.step), place.shape)
-            total, counts = (x.at[place].get(mode="clip") for x in (state.total, state.count))
-            scores, is_there = devices.part(total / counts), devices.part(place) < num_examples
-            position = sampled(
-                probabilities(scores, is_there, groups, *weight_range(low, high, state.step, ramp)),
-                devices.part(noise),
-                groups * count,
-                num_groups=groups,
-                weights=weights,
-            )
-            of_drawn = weights_of(position, weights, fraction)
-            step, rise = step_on(take(batch, position), of_drawn, count / size)
-            is_drawn = jnp.ones_like(rise) if of_drawn is None else of_drawn
-            return step, *(put(x, position, own) for x in (rise, is_drawn.astype(rise.dtype)))
+            position = _draw(losses_fn, state, place, groups, groups * count, span, weights)
+            drawn = weights_of(position, weights, fraction)
+            return train(take(batch, position), drawn, 2 * count / group_size, position)
 
-        is_warmup = state.step < warmup
-        step, rise, is_drawn = (
-            on_everything() if count == size else jax.lax.cond(is_warmup, on_everything, on_a_draw)
-        )
-        updates, ball_state, readings, aux = step
-
-        rise, is_drawn = devices.gathered(rise), devices.gathered(is_drawn)
-        drawn = jnp.where(is_drawn != 0, place, num_examples)
-        total, counts = recorded((state.total, state.count), drawn, rise, is_warmup)
-
-        is_outside = jnp.any(place > num_examples)
-        updates = jax.tree.map(
-            lambda u: jnp.where(is_outside, jnp.nan, u).astype(u.dtype) if is_inexact(u) else u,
-            updates,
-        )
-        return updates, AUSAMState(
-            step=next_step(state.step),
-            key=state.key,
-            total=total,
-            count=counts,
-            perturbation=ball_state,
-            aux=aux,
-            readings=readings,
-        )
+        is_all = count == group_size
+        step = on_everything() if is_all else jax.lax.cond(is_warmup, on_everything, on_a_draw)
+        updates, *kept, rise, is_drawn = step
+        table = recorded(losses_fn, state, place, rise, is_drawn, is_warmup)
+        updates = nan_if_outside(updates, place, num_examples)
+        return updates, AUSAMState(next_step(state.step), state.key, *table, *kept)
 
     return closure_transformation(init_fn, update_fn, name="ausam")
+
+
+def _draw(losses_fn, state, place, num_groups, num_drawn, span, weights):
+    """Draw examples of each group without replacement; a higher score is drawn more often."""
+    p, noise = odds(losses_fn, state, place, num_groups, *span)
+    return sampled(p, noise, num_drawn, num_groups=num_groups, weights=weights)

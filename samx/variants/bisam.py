@@ -4,27 +4,22 @@ Xie, Latorre, Antonakopoulos, Pethick, Cevher. "Improving SAM Requires Rethinkin
 Formulation", ICML 2024. https://arxiv.org/abs/2407.12993
 """
 
-from functools import partial
-from typing import Any
-
-import jax.numpy as jnp
-import optax
-
-from samx.core.closures import taken_anew
+from samx.core.aliases import DType, Perturbation, Radius, Transformation
+from samx.core.closures import evaluate
 from samx.core.hyperparams import Default
-from samx.core.readings import UNKNOWN, no_readings, take_readings
-from samx.core.sharp import ascend, perturbed, value_and_grad_at
+from samx.core.readings import UNKNOWN, no_readings
+from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import closure_transformation
 from samx.variants._ball import ball_of
 from samx.variants.sam import SharpnessAwareState
 
 
 def bisam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
+    rho: Radius = Default(0.05),
     *,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Bilevel SAM.
 
         q   = ∇Q(w)                    (Q is `ascent_fn`)
@@ -81,24 +76,12 @@ def bisam(
     def init_fn(params):
         return SharpnessAwareState(ball.init(params), no_readings(params))
 
-    def update_fn(updates, state, params, *, value_fn, ascent_fn, value=UNKNOWN, **extra):
-        del updates
-        climbed, _ = taken_anew(ascent_fn, params)
-        q = climbed["grad"]
-        ascent_grad = climbed.get("ascent_grad", q)
-        perturb = partial(ball.update, **extra | {"value_fn": value_fn, "ascent_fn": ascent_fn})
-        eps, ball_state = ascend(perturb, q, ascent_grad, state.perturbation, params)
-        sharp_loss, g_s = value_and_grad_at(value_fn, params, eps, perturb_dtype=perturb_dtype)
-        readings = take_readings(
-            state.readings,
-            loss=value,
-            sharp_loss=sharp_loss,
-            g=ascent_grad,
-            g_s=g_s,
-            params=params,
-            point=perturbed(params, eps, perturb_dtype),
-            gradients=2,
-            mean_of_ascents=value_fn.mean_of_ascents,
+    def update_fn(_, state, params, *, value_fn, ascent_fn, value=UNKNOWN, **extra):
+        seen, _ = evaluate(ascent_fn, params)
+        ascent_fn, q = seen["value_fn"], seen["grad"]
+        eps, q_a, ball_state = ascend(ascent_fn, ball, q, state.perturbation, params, **extra)
+        g_s, readings = sharp_gradient(
+            value_fn, params, eps, state.readings, loss=value, g=q_a, perturb_dtype=perturb_dtype
         )
         return g_s, SharpnessAwareState(ball_state, readings)
 

@@ -8,19 +8,17 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from samx.core import tree
-from samx.core.closures import Closure, LossesClosure, mean_loss, taken_anew
-from samx.core.devices import Own
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
+from samx.core.closures import Closure, LossesClosure, evaluate, mean_loss, mean_over_batch
 from samx.core.hyperparams import Default, check_count, check_share
-from samx.core.readings import Readings, no_readings, take_readings
-from samx.core.sharp import ascend, perturbed, scores_at, value_and_grad_at
+from samx.core.readings import FORWARD, Readings, no_readings
+from samx.core.sharp import ascend, scores_at, sharp_gradient
 from samx.core.transformation import closure_transformation
 from samx.perturbations.leaves import random_leaves
-from samx.selection.examples import above_the_smallest, largest, put, take, weights_of
-from samx.selection.sam_step import FORWARD, check_fraction, count_of, groups_here, mean_over_batch
+from samx.selection.examples import above_the_smallest, largest, take, weights_of
+from samx.selection.sam_step import check_fraction, count_of, groups_here, selected_loss
 from samx.variants._ball import ball_of
 
 
@@ -37,17 +35,17 @@ class ESAMState(NamedTuple):
 
 
 def esam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
-    perturbed_fraction: optax.ScalarOrSchedule = 0.6,
+    rho: Radius = Default(0.05),
+    perturbed_fraction: ScalarOrSchedule = 0.6,
     selected_fraction: float = 0.5,
     *,
     select: Literal["exact", "strict"] = "exact",
     sharp_pass: Literal["subset", "whole"] = "subset",
     num_groups: int = 1,
     key: int | jax.Array = 0,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """ESAM: perturb random tensors, and descend on the examples whose losses rose the most.
 
         l_i = losses at w;  g = ∇ mean l(w)            (all examples)
@@ -130,71 +128,53 @@ def esam(
                 f"esam: `{keyword}` must be {allowed[0]!r} or {allowed[1]!r}, got {value!r}"
             )
     ball = random_leaves(ball_of("esam", rho, perturbation), perturbed_fraction, key=key)
+    is_all = select == "strict" and selected_fraction >= 0.99
+    choose_sharpest = partial(_choose_sharpest, selected_fraction, select)
+    sharp = partial(sharp_gradient, perturb_dtype=perturb_dtype, has_aux=True)
 
     def init_fn(params):
         return ESAMState(ball.init(params), no_readings(params))
 
-    def update_fn(updates, state, params, *, losses_fn, batch, weights=None, **extra):
-        del updates
+    def update_fn(_, state, params, *, losses_fn, batch, weights=None, **extra):
         groups, size = groups_here("esam", batch, num_groups, losses_fn)
-        count = count_of(selected_fraction, size)
-        if select == "strict" and selected_fraction >= 0.99:
-            count = size
+        count = size if is_all else count_of(selected_fraction, size)
         value_fn = mean_loss(losses_fn, batch, weights, keeps_losses=True)
-        seen, (_, before) = taken_anew(value_fn, params)
-        g = seen["grad"]
-        ascent_grad = seen.get("ascent_grad", g)
-        perturb = partial(ball.update, **extra | seen)
-        eps, ball_state = ascend(perturb, g, ascent_grad, state.perturbation, params)
+        seen, (_, before) = evaluate(value_fn, params)
+        value_fn, g, keywords = seen["value_fn"], seen["grad"], extra | seen
+        eps, g_a, ball_state = ascend(value_fn, ball, g, state.perturbation, params, **keywords)
 
-        def chosen(after):
-            """Where the sharpest examples stand, and what weight they have."""
-            increase = after - before.examples
-            position = largest(increase, groups * count, num_groups=groups, weights=weights)
-            of_chosen = weights_of(position, weights, selected_fraction)
-            if select == "strict":
-                of_chosen = above_the_smallest(take(increase, position), of_chosen, groups)
-            return position, of_chosen
-
-        grad_at = partial(value_and_grad_at, has_aux=True, perturb_dtype=perturb_dtype)
-        is_whole = sharp_pass == "whole" and losses_fn.num_microbatches == 1
-        if count == size or is_whole:
-            sharp_fn = value_fn if count == size else _mean_of_chosen(losses_fn, batch, chosen)
-            (_, (_, own)), g_s = grad_at(sharp_fn, params, eps)
-            after, gradients = own.examples, 2.0
-        else:
-            after = scores_at(losses_fn, params, eps, batch, perturb_dtype)
-            position, of_chosen = chosen(after)
-            _, g_s = grad_at(mean_loss(losses_fn, take(batch, position), of_chosen), params, eps)
-            gradients = 1 + FORWARD + count / size
-
-        readings = take_readings(
-            state.readings,
-            loss=seen["value"],
-            sharp_loss=mean_over_batch(after, weights, losses_fn.devices),
-            g=ascent_grad,
-            g_s=g_s,
-            params=params,
-            point=perturbed(params, eps, perturb_dtype),
-            gradients=gradients,
-            mean_of_ascents=value_fn.mean_of_ascents,
+        choose = partial(choose_sharpest, before.examples, weights, groups, count)
+        score = partial(scores_at, losses_fn, params, eps, batch, perturb_dtype)
+        sharp_fn, after = value_fn, None
+        if count < size:
+            sharp_fn, after = _loss_of_sharpest(losses_fn, batch, choose, score, sharp_pass)
+        cost = 2.0 if after is None else 1 + FORWARD + count / size
+        g_s, readings, aux = sharp(
+            sharp_fn, params, eps, state.readings, loss=seen["value"], g=g_a, gradients=cost
         )
-        return g_s, ESAMState(ball_state, readings)
+        after = aux[1].examples if after is None else after
+        sharp_loss = mean_over_batch(losses_fn, after, weights).astype(readings.loss.dtype)
+        return g_s, ESAMState(ball_state, readings._replace(sharp_loss=sharp_loss))
 
     return closure_transformation(init_fn, update_fn, name="esam")
 
 
-def _mean_of_chosen(losses_fn: LossesClosure, batch: Any, chosen: Any) -> Closure:
-    """The mean loss of examples that are chosen by the very pass that differentiates it."""
-    devices = losses_fn.devices
+def _choose_sharpest(fraction, select, before, weights, num_groups, count, after):
+    """Choose the examples whose losses the perturbation raises most: positions and weights."""
+    increase = after - before
+    position = largest(increase, num_groups * count, num_groups=num_groups, weights=weights)
+    chosen = weights_of(position, weights, fraction)
+    if select == "strict":
+        chosen = above_the_smallest(take(increase, position), chosen, num_groups)
+    return position, chosen
 
-    def own(params):
-        losses = tree.widen(losses_fn(params, batch))
-        position, weights = chosen(jax.lax.stop_gradient(losses))
-        ones = jnp.ones(position.size, losses.dtype) if weights is None else weights
-        kept = put(ones, position, losses.size)
-        mean_total = devices.total(jnp.sum(kept)) / devices.count
-        mean = jnp.sum(losses * kept) / jnp.where(mean_total == 0, 1, mean_total)
-        return mean, (None, Own(losses))
 
-    return Closure(own, devices)
+def _loss_of_sharpest(
+    losses_fn: LossesClosure, batch: Any, choose: Any, score: Any, sharp_pass: str
+) -> tuple[Closure, Any]:
+    """Return the loss of the sharp pass, and the losses at w + ε if it does not give them."""
+    if sharp_pass == "whole" and not losses_fn.is_accumulated:
+        return selected_loss(losses_fn, batch, choose), None
+    after = score()
+    position, weights = choose(after)
+    return mean_loss(losses_fn, take(batch, position), weights), after

@@ -5,12 +5,11 @@ Long-Tailed Classification", ICML 2025. https://arxiv.org/abs/2505.01660
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default, at_step, check_number
 from samx.variants._ball import ball_of
 from samx.variants._split import of_class, split_sam
@@ -18,13 +17,13 @@ from samx.variants._split import of_class, split_sam
 
 def focal_sam(
     class_counts: Sequence[int] | np.ndarray,
-    rho: optax.ScalarOrSchedule = Default(0.1),
-    gamma: optax.ScalarOrSchedule = 2.0,
-    sharpness: optax.ScalarOrSchedule = 0.8,
+    rho: Radius = Default(0.1),
+    gamma: ScalarOrSchedule = 2.0,
+    sharpness: ScalarOrSchedule = 0.8,
     *,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Focal Sharpness-Aware Minimization.
 
         c_k = λ (1 − π_k)^γ                            (π: shares of the classes)

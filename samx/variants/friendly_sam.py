@@ -4,25 +4,23 @@ Li, Zhou, He, Cheng, Huang. "Friendly Sharpness-Aware Minimization", CVPR 2024.
 https://arxiv.org/abs/2403.12350
 """
 
-from typing import Any
-
-import jax.numpy as jnp
 import optax
 
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default
-from samx.perturbations import deviation
+from samx.perturbations import subtract_ema
 from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 
 
 def friendly_sam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
-    sigma: optax.ScalarOrSchedule = 1.0,
-    decay: optax.ScalarOrSchedule = 0.9,
+    rho: Radius = Default(0.05),
+    sigma: ScalarOrSchedule = 1.0,
+    decay: ScalarOrSchedule = 0.9,
     *,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Friendly SAM (F-SAM).
 
         g   = ∇L(w)                    (the incoming updates)
@@ -66,7 +64,8 @@ def friendly_sam(
 
     Notes:
         `sigma=0` is SAM. Cost: 2 gradients per step, one after the other; one more copy of the
-        parameters in the state. The direction is `perturbations.deviation`, for any other variant.
+        parameters in the state. The direction is
+        `perturbations.subtract_ema`, which other variants take too.
         With a gradient that hardly changes, of a whole data set say, d is rounding.
         The code is followed. By a transcription of it, the paper has m = 0 at first and updates it
         before d is taken: d = g − σ (λ m + (1 − λ) g), the same direction as here with
@@ -75,5 +74,5 @@ def friendly_sam(
         need not rise. Fidelity: matches nblt/F-SAM. `static_args`: `perturbation`,
         `perturb_dtype`; `rho` too where `perturbation` is given.
     """
-    ball = optax.chain(deviation(sigma, decay), ball_of("friendly_sam", rho, perturbation))
+    ball = optax.chain(subtract_ema(sigma, decay), ball_of("friendly_sam", rho, perturbation))
     return sharpness_aware(ball, perturb_dtype=perturb_dtype, name="friendly_sam")

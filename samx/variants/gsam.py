@@ -4,25 +4,23 @@ Zhuang, Gong, Yuan, Cui, Adam, Dvornek, Tatikonda, Duncan, Liu. "Surrogate Gap M
 Sharpness-Aware Training", ICLR 2022. https://arxiv.org/abs/2203.08065
 """
 
-from typing import Any, Literal
-
-import jax.numpy as jnp
-import optax
+from typing import Literal
 
 from samx.combinations import surrogate_gap
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default
 from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 
 
 def gsam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
-    alpha: optax.ScalarOrSchedule = 0.4,
+    rho: Radius = Default(0.05),
+    alpha: ScalarOrSchedule = 0.4,
     *,
     descend: Literal["sharp", "clean"] = "sharp",
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Surrogate Gap guided SAM.
 
         g    = ∇L(w)                                  (the incoming updates)

@@ -5,12 +5,11 @@ Recognition", ICCV 2023. https://arxiv.org/abs/2308.07815
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default, at_step, check_number
 from samx.variants._ball import ball_of
 from samx.variants._split import split_sam
@@ -18,12 +17,12 @@ from samx.variants._split import split_sam
 
 def imbalanced_sam(
     tail_classes: Sequence[int] | np.ndarray,
-    rho: optax.ScalarOrSchedule = Default(0.05),
-    tail_weight: optax.ScalarOrSchedule = 1.0,
+    rho: Radius = Default(0.05),
+    tail_weight: ScalarOrSchedule = 1.0,
     *,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Imbalanced SAM (ImbSAM).
 
         g   = ∇ mean(ℓ over the other classes)(w)

@@ -4,23 +4,20 @@ Ni, Chiang, Geiping, Goldblum, Wilson, Goldstein. "K-SAM: Sharpness-Aware Minimi
 of SGD", 2022. https://arxiv.org/abs/2210.12864
 """
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from samx.core.aliases import DType, Perturbation, Radius, Transformation
+from samx.core.closures import mean_over_batch
 from samx.core.hyperparams import Default
-from samx.core.readings import Readings, no_readings
+from samx.core.readings import FORWARD, Readings, no_readings
 from samx.core.transformation import closure_transformation
 from samx.selection.examples import largest, take, weights_of
-from samx.selection.sam_step import (
-    FORWARD,
-    check_groups,
-    groups_here,
-    mean_over_batch,
-    sam_step,
-)
+from samx.selection.sam_step import check_groups, groups_here, sam_step
 from samx.variants._ball import ball_of
 
 
@@ -40,13 +37,13 @@ class KSAMState(NamedTuple):
 
 
 def ksam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
+    rho: Radius = Default(0.05),
     num_selected: int = 64,
     *,
     num_groups: int = 1,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """K-SAM: both gradients of SAM on the examples of the batch with the largest losses.
 
         l_i = losses at w                              (all examples, no gradient)
@@ -109,37 +106,32 @@ def ksam(
     """
     check_groups("num_selected", num_selected, num_groups)
     ball = ball_of("ksam", rho, perturbation)
+    sam_on = partial(sam_step, perturbation=ball, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
         readings = no_readings(params)
         return KSAMState(ball.init(params), jnp.zeros_like(readings.loss), readings)
 
-    def update_fn(updates, state, params, *, losses_fn, batch, weights=None, **extra):
-        del updates
+    def update_fn(_, state, params, *, losses_fn, batch, weights=None, **extra):
         groups, size = groups_here("ksam", batch, num_groups, losses_fn)
-        count = num_selected // num_groups
-        if count > size:
-            raise ValueError(
-                f"ksam: `num_selected` must be at most the {num_groups * size} examples of the "
-                f"batch, got {num_selected}"
-            )
+        count = _count_in_group(num_selected, num_groups, size)
         losses = losses_fn.scores(params, batch)
-        chosen = batch, weights
+        loss = mean_over_batch(losses_fn, losses, weights)
         if count < size:
             position = largest(losses, groups * count, num_groups=groups, weights=weights)
-            chosen = take(batch, position), weights_of(position, weights)
-        step = sam_step(
-            losses_fn,
-            *chosen,
-            params,
-            ball,
-            state,
-            gradients=FORWARD + 2 * count / size,
-            perturb_dtype=perturb_dtype,
-            extra=extra,
-        )
-        loss = mean_over_batch(losses, weights, losses_fn.devices)
+            batch, weights = take(batch, position), weights_of(position, weights)
+        cost = FORWARD + 2 * count / size
+        step = sam_on(losses_fn, batch, weights, params, state, extra, gradients=cost)
         readings = step.readings._replace(loss=loss.astype(step.readings.loss.dtype))
         return step.updates, KSAMState(step.perturbation, step.readings.loss, readings)
 
     return closure_transformation(init_fn, update_fn, name="ksam")
+
+
+def _count_in_group(num_selected: int, num_groups: int, size: int) -> int:
+    if num_selected > num_groups * size:
+        raise ValueError(
+            f"ksam: `num_selected` must be at most the {num_groups * size} examples of the batch, "
+            f"got {num_selected}"
+        )
+    return num_selected // num_groups

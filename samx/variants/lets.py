@@ -13,10 +13,11 @@ import numpy as np
 import optax
 
 from samx.core import tree
-from samx.core.closures import taken_anew
+from samx.core.aliases import DType, Perturbation, ScalarOrSchedule, Transformation
+from samx.core.closures import Closure, evaluate
 from samx.core.hyperparams import at_step, check_number, next_step
-from samx.core.readings import UNKNOWN, Readings, no_readings, take_readings
-from samx.core.sharp import ascend, perturbed, value_and_grad_at
+from samx.core.readings import UNKNOWN, Readings, no_readings
+from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.perturbations.balls import metric_ball
 
@@ -25,7 +26,7 @@ class LETSState(NamedTuple):
     """State of `lets`.
 
     Attributes:
-        step: int32, optimizer steps so far; the schedule of `rate` runs on it.
+        step: int32, optimizer steps so far; the schedule of `rho_learning_rate` runs on it.
         rho: The radius of the next step, float32 or wider.
         gap: L_V − L behind the last step.
         hypergradient: dF/dρ of the last step.
@@ -46,13 +47,13 @@ class LETSState(NamedTuple):
 def lets(
     base: optax.GradientTransformation,
     rho: float = 0.05,
-    rate: optax.ScalarOrSchedule = 1.0,
+    rho_learning_rate: ScalarOrSchedule = 1.0,
     *,
     hessian: Literal["exact", "diag_sq"] = "exact",
     bounds: tuple[float, float] = (1e-4, 100.0),
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """SAM with a learned radius (LETS).
 
         g   = ∇L(w)                                    (the incoming updates)
@@ -68,9 +69,9 @@ def lets(
     Args:
         base: The optimizer that takes the step, weight decay and clipping included.
         rho: The radius ρ > 0 to begin with; default 0.05.
-        rate: Learning rate β ≥ 0 of log ρ, a number or a schedule over the optimizer's steps;
-            default 1, for "exact"; "diag_sq" wants a thousand times as much. It depends on the
-            scale of the loss; 0 leaves ρ alone.
+        rho_learning_rate: Learning rate β ≥ 0 of log ρ, a number or a schedule over the
+            optimizer's steps; default 1, for "exact"; "diag_sq" wants a thousand times as much. It
+            depends on the scale of the loss; 0 leaves ρ alone.
         hessian: "exact", the default: the derivative along `v` of the gradient, forward over
             reverse. "diag_sq": the squares of `g_s` stand for the Hessian, without a further pass:
             mostly of the same sign (on 40 of 40 steps of a small problem, on 9 of 10 on the
@@ -88,13 +89,14 @@ def lets(
 
     Raises:
         ValueError: If `rho` is a number outside of `bounds`, or these are not 0 < least ≤ largest,
-            `rate` is negative or `hessian` unknown; in `update`, see `closure_transformation`.
-        TypeError: If `rho` is a schedule, `rate` neither number nor schedule, or `base` or
-            `perturbation` no transformation.
+            `rho_learning_rate` is negative, or `hessian` unknown; in `update`, see
+            `closure_transformation`.
+        TypeError: If `rho` is a schedule, `rho_learning_rate` neither a number nor a schedule, or
+            `base` or `perturbation` not a transformation.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
-        >>> tx = samx.lets(optax.sgd(0.1), rho=0.5, rate=0.1)
+        >>> tx = samx.lets(optax.sgd(0.1), rho=0.5, rho_learning_rate=0.1)
         >>> w, loss = jnp.array([1.0, 2.0]), lambda w, x: jnp.mean((x @ w - 1) ** 2)
         >>> train, held_out, state = jnp.eye(2), jnp.ones((1, 2)), tx.init(w)
         >>> for _ in range(3):
@@ -112,9 +114,10 @@ def lets(
         Radius", ECML-PKDD 2024, https://arxiv.org/abs/2408.08222
 
     Notes:
-        `rate=0` is SAM in front of `base`. F is the upper problem of the paper, the exact dF/dρ its
-        derivative by the chain rule. The update of log ρ, the form of "diag_sq", `rate` and
-        `bounds` are inferred: no code was published, and of the text only the head was read.
+        `rho_learning_rate=0` is SAM in front of `base`. F is the upper problem of the paper, and
+        the exact dF/dρ its derivative by the chain rule. The update of log ρ, the form of
+        "diag_sq", `rho_learning_rate` and `bounds` are inferred: no code was published, and of the
+        text only the head was read.
         L is taken on the batch that was just stepped on. Mostly a larger ρ lowers it further in
         that one step, so that the radius shrinks, even where over a whole training the gap falls as
         the radius grows (README, "A learned radius"). To compare with another batch of the training
@@ -135,13 +138,14 @@ def lets(
     if callable(rho):
         raise TypeError("lets: `rho` must be a number, the radius to begin with, got a schedule")
     check_number("rho", rho, least, largest)
-    check_number("rate", rate, 0)
+    check_number("rho_learning_rate", rho_learning_rate, 0)
     if hessian not in ("exact", "diag_sq"):
         raise ValueError(f"lets: `hessian` must be 'exact' or 'diag_sq', got {hessian!r}")
     base = as_transformation("lets", "base", base)
     perturbation = metric_ball(1.0) if perturbation is None else perturbation
     perturbation = as_transformation("lets", "perturbation", perturbation)
-    gradients = 6 if hessian == "exact" else 4
+    cost, differentiate = (6, _exact) if hessian == "exact" else (4, _diagonal)
+    sharp = partial(sharp_gradient, gradients=cost, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
         readings = no_readings(params)
@@ -155,66 +159,55 @@ def lets(
             readings=readings,
         )
 
-    def update_fn(
-        updates, state, params, *, value_fn, validation_fn, ascent_grad, value=UNKNOWN, **extra
-    ):
-        perturb = partial(perturbation.update, value_fn=value_fn, **extra)
-        v, ball = ascend(perturb, updates, ascent_grad, state.perturbation, params)
-
-        def sharp(rho):
-            eps = tree.scaled(rho, v)
-            return value_and_grad_at(value_fn, params, eps, perturb_dtype=perturb_dtype)
-
-        if hessian == "exact":
-            one = jnp.ones_like(state.rho)
-            (sharp_loss, g_s), (_, g_s_along) = jax.jvp(sharp, (state.rho,), (one,))
-        else:
-            sharp_loss, g_s = sharp(state.rho)
-            g_s_along = jax.tree.map(_square_along, g_s, v)
-
+    def update_fn(g, state, params, *, value_fn, validation_fn, value=UNKNOWN, **extra):
+        v, g_a, ball = ascend(value_fn, perturbation, g, state.perturbation, params, **extra)
         given = {} if value is UNKNOWN else {"value": value}
         keywords = base_keywords("lets", {"value_fn": value_fn, **given, **extra})
 
-        def step(g_s):
+        def sharp_at(rho):
+            return sharp(value_fn, params, tree.scaled(rho, v), state.readings, loss=value, g=g_a)
+
+        def base_step(g_s):
             return base.update(g_s, state.base, params, **keywords)
 
-        updates, moved, base_state = jax.jvp(step, (g_s,), (g_s_along,), has_aux=True)
+        g_s, g_s_along_v, readings = differentiate(sharp_at, state.rho, v)
+        updates, moved, base_state = jax.jvp(base_step, (g_s,), (g_s_along_v,), has_aux=True)
         after = optax.apply_updates(params, updates)
-        train, _ = taken_anew(value_fn, after)
-        held_out, _ = taken_anew(validation_fn, after)
-
-        gap = held_out["value"] - train["value"]
-        slope = tree.subtract(held_out["grad"], train["grad"])
-        hypergradient = gap * tree.dot(optax.tree.conj(slope), _without_nans(moved, slope))
-        moves = at_step(rate, state.step) * state.rho * hypergradient
-        moves = jnp.where(jnp.isfinite(moves), moves, 0)
-
-        readings = take_readings(
-            state.readings,
-            loss=value,
-            sharp_loss=sharp_loss,
-            g=ascent_grad,
-            g_s=g_s,
-            params=params,
-            point=perturbed(params, tree.scaled(state.rho, v), perturb_dtype),
-            gradients=gradients,
-            mean_of_ascents=value_fn.mean_of_ascents,
-        )
-        numbers = {
-            "rho": jnp.clip(state.rho * jnp.exp(-moves), least, largest),
-            "gap": gap,
-            "hypergradient": hypergradient,
-        }
-        numbers = {name: x.astype(state.rho.dtype) for name, x in numbers.items()}
-        return updates, LETSState(
-            step=next_step(state.step),
-            **numbers,
-            base=base_state,
-            perturbation=ball,
-            readings=readings,
-        )
+        gap, hypergradient = _hypergradient(value_fn, validation_fn, after, moved)
+        moves = at_step(rho_learning_rate, state.step) * state.rho * hypergradient
+        rho = jnp.clip(state.rho * jnp.exp(-_finite_or_zero(moves)), least, largest)
+        step, dtype = next_step(state.step), state.rho.dtype
+        rho, gap, hypergradient = (x.astype(dtype) for x in (rho, gap, hypergradient))
+        return updates, LETSState(step, rho, gap, hypergradient, base_state, ball, readings)
 
     return closure_transformation(init_fn, update_fn, name="lets")
+
+
+def _exact(sharp_at: Any, rho: jax.Array, v: Any) -> tuple[Any, Any, Readings]:
+    """Differentiate the sharp gradient with respect to the radius: forward over reverse."""
+    del v
+    return jax.jvp(sharp_at, (rho,), (jnp.ones_like(rho),), has_aux=True)
+
+
+def _diagonal(sharp_at: Any, rho: jax.Array, v: Any) -> tuple[Any, Any, Readings]:
+    """Approximate the same derivative with the squares of the gradient as the Hessian."""
+    g_s, readings = sharp_at(rho)
+    return g_s, jax.tree.map(_square_along, g_s, v), readings
+
+
+def _hypergradient(
+    value_fn: Closure, validation_fn: Closure, after: Any, moved: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Compute the gap L_V - L at the new parameters, and dF/dρ if they move like `moved` with ρ."""
+    train, _ = evaluate(value_fn, after)
+    held_out, _ = evaluate(validation_fn, after)
+    gap = held_out["value"] - train["value"]
+    slope = tree.subtract(held_out["grad"], train["grad"])
+    return gap, gap * tree.dot(optax.tree.conj(slope), _without_nans(moved, slope))
+
+
+def _finite_or_zero(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def _square_along(g_s: jax.Array, v: jax.Array) -> Any:

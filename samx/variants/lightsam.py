@@ -6,21 +6,21 @@ https://arxiv.org/abs/2505.24399
 
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
-from samx.perturbations import gradient_step
+from samx.core.aliases import DType, Radius, ScalarOrSchedule, Transformation
+from samx.perturbations import unnormalized_step
 from samx.variants import _moments
 from samx.variants.sam import sharpness_aware
 
 
 def lightsam_norm(
-    learning_rate: optax.ScalarOrSchedule,
-    rho: optax.ScalarOrSchedule = 0.05,
+    learning_rate: ScalarOrSchedule,
+    rho: Radius = 0.05,
     *,
     eps: float = 1e-8,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """LightSAM-I: AdaGrad-Norm up and AdaGrad-Norm down.
 
         g   = ∇L(w)
@@ -70,12 +70,12 @@ def lightsam_norm(
 
 
 def lightsam_adagrad(
-    learning_rate: optax.ScalarOrSchedule,
-    rho: optax.ScalarOrSchedule = 0.001,
+    learning_rate: ScalarOrSchedule,
+    rho: Radius = 0.001,
     *,
     eps: float = 1e-8,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """LightSAM-II: AdaGrad up and AdaGrad down.
 
         g   = ∇L(w)
@@ -119,14 +119,14 @@ def lightsam_adagrad(
 
 
 def lightsam_adam(
-    learning_rate: optax.ScalarOrSchedule,
-    rho: optax.ScalarOrSchedule = 0.001,
+    learning_rate: ScalarOrSchedule,
+    rho: Radius = 0.001,
     b1: float = 0.9,
     b2: float = 0.999,
     *,
     eps: float = 1e-8,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """LightSAM-III: Adam up and Adam down, without bias correction.
 
         g   = ∇L(w)
@@ -179,8 +179,8 @@ def _lightsam(
     learning_rate: Any,
     rho: Any,
     perturb_dtype: Any,
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """The same scaling on the way up and on the way down, each with what it remembers."""
-    up = optax.chain(scaled, gradient_step(rho))
+    up = optax.chain(scaled, unnormalized_step(rho))
     sharp = sharpness_aware(up, perturb_dtype=perturb_dtype, name=name)
     return _moments.optimizer(sharp, scaled, learning_rate)

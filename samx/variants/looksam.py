@@ -4,6 +4,7 @@ Liu, Mai, Chen, Hsieh, You. "Towards Efficient and Scalable Sharpness-Aware Mini
 CVPR 2022. https://arxiv.org/abs/2203.02714
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,22 +12,27 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default, at_step, check_number
+from samx.core.readings import UNKNOWN
+from samx.core.sharp import ascend, sharp_gradient
+from samx.core.transformation import closure_transformation
 from samx.perturbations.layer_steps import LayerScaling, layer_steps, trust_ratio
-from samx.policies import Policy, every
+from samx.policies import every
+from samx.policies.policy import Policy, branch, check_policy
 from samx.variants._ball import ball_of
-from samx.variants._reuse import reuse
+from samx.variants._reuse import finish_step, init_reuse, reuse_part, take_part
 
 
 def looksam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
+    rho: Radius = Default(0.05),
     period: int = 5,
-    alpha: optax.ScalarOrSchedule = 0.7,
+    alpha: ScalarOrSchedule = 0.7,
     *,
     first: int = 0,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """LookSAM: SAM every few steps; in between, its turn of the gradient is used again.
 
         every period steps:
@@ -91,18 +97,18 @@ def looksam(
         `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
     """
     ball = ball_of("looksam", rho, perturbation)
-    return reuse_across("looksam", every(period, first), ball, alpha, perturb_dtype)
+    return reuse_orthogonal("looksam", every(period, first), ball, alpha, perturb_dtype)
 
 
 def look_layer_sam(
-    rho: optax.ScalarOrSchedule = 0.05,
+    rho: Radius = 0.05,
     period: int = 5,
-    alpha: optax.ScalarOrSchedule = 0.7,
+    alpha: ScalarOrSchedule = 0.7,
     *,
     first: int = 0,
     scaling: LayerScaling = trust_ratio,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Look-LayerSAM: LookSAM with a perturbation that is scaled layer by layer.
 
         ε_l = ρ · scaling(‖w_l‖, ‖g_l‖, ‖g‖) · g_l     for each tensor l
@@ -147,32 +153,46 @@ def look_layer_sam(
         `scaling`, `perturb_dtype`.
     """
     steps = layer_steps(rho, scaling)
-    return reuse_across("look_layer_sam", every(period, first), steps, alpha, perturb_dtype)
+    return reuse_orthogonal("look_layer_sam", every(period, first), steps, alpha, perturb_dtype)
 
 
-def reuse_across(
+def reuse_orthogonal(
     name: str,
     policy: Policy,
     perturbation: optax.GradientTransformationExtraArgs,
-    alpha: optax.ScalarOrSchedule,
+    alpha: ScalarOrSchedule,
     perturb_dtype: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """LookSAM's reuse, whatever the policy: the part of the sharp gradient across `g`."""
+) -> Transformation:
+    """LookSAM with any policy: reuse the component of the sharp gradient orthogonal to `g`."""
+    check_policy(name, policy)
     check_number("alpha", alpha, 0)
+    sharp = partial(sharp_gradient, perturb_dtype=perturb_dtype)
 
-    def take(g, g_s, step):
-        del step
-        return g_s, _across(g, g_s)
+    def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
+        climb = partial(ascend, value_fn, perturbation, g, state.perturbation, params, **extra)
+        *_, ball_state = climb()  # only its state is used here; the compiler drops the rest
+        g_norm = tree.norm(g)
 
-    def add(g, g_norm, state):
-        length = jnp.where(state.part_norm == 0, 1, state.part_norm)
-        return tree.add_scaled(g, at_step(alpha, state.step) * g_norm / length, state.part)
+        def look():
+            eps, g_a, _ = climb()
+            g_s, readings = sharp(value_fn, params, eps, state.readings, loss=value, g=g_a)
+            g_v = _orthogonal(g_s, g)
+            return g_s, (g_s, take_part(state, g_v, g_norm, params, readings))
 
-    return reuse(name, policy, perturbation, take=take, add=add, perturb_dtype=perturb_dtype)
+        def skip():
+            g_v_norm = jnp.where(state.part_norm == 0, 1, state.part_norm)
+            updates = tree.add_scaled(g, at_step(alpha, state.step) * g_norm / g_v_norm, state.part)
+            return tree.cast_like(updates, params), reuse_part(state, value, g)
+
+        is_sharp, step, policy_state = branch(policy, g, state.policy, look, skip)
+        updates, new_state = step
+        return updates, finish_step(new_state, is_sharp, policy_state, ball_state)
+
+    return closure_transformation(partial(init_reuse, policy, perturbation), update_fn, name=name)
 
 
-def _across(g: Any, g_s: Any) -> Any:
-    """The part of `g_s` across `g`; none where it is rounding, which reuse would make as long."""
+def _orthogonal(g_s: Any, g: Any) -> Any:
+    """Return the component of `g_s` orthogonal to `g`; zero where it is only rounding error."""
     g_v, length = tree.reject(g_s, g), tree.norm(g_s)
     rounding = max(tree.coarsest_eps(g_v), 4 * jnp.finfo(length.dtype).eps)  # of leaves, of sums
     is_rounding = tree.norm(g_v) <= rounding * length

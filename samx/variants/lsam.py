@@ -4,11 +4,11 @@ Teng, Zhang. "LSAM: Asynchronous Distributed Training with Landscape-Smoothed Sh
 Minimization", 2025. https://arxiv.org/abs/2509.03110
 """
 
-from typing import Any, Literal
+from typing import Literal
 
-import jax.numpy as jnp
 import optax
 
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default
 from samx.core.transformation import as_transformation
 from samx.elastic._averaging import averaging
@@ -18,15 +18,15 @@ from samx.variants.sam import sharpness_aware
 
 def lsam(
     base: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = Default(0.05),
+    rho: Radius = Default(0.05),
     *,
-    beta: optax.ScalarOrSchedule = 0.9,
+    beta: ScalarOrSchedule = 0.9,
     period: int = 4,
     worker_axis: str | None = None,
     exchange: Literal["before", "after"] = "before",
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Landscape-smoothed SAM, the synchronous form: each worker's SAM, tied to a common center.
 
         α = beta / P

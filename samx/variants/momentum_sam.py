@@ -5,15 +5,17 @@ Overhead", NeurIPS 2025. https://arxiv.org/abs/2401.12033
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.hyperparams import Default
-from samx.core.readings import Readings, no_readings, take_readings
-from samx.core.sharp import perturbed, value_and_grad_at
+from samx.core.readings import UNKNOWN, Readings, no_readings
+from samx.core.sharp import sharp_gradient
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.variants._ball import ball_of
@@ -39,13 +41,13 @@ class MomentumSAMState(NamedTuple):
 
 def momentum_sam(
     base: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = Default(3.0),
+    rho: Radius = Default(3.0),
     *,
     momentum: Callable[[optax.OptState], Any] | None = None,
     aux_like: Any = None,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Momentum-SAM: the only gradient of a step is taken where the momentum is about to lead.
 
         v  = momentum(base state)                      (0 at first)
@@ -110,25 +112,21 @@ def momentum_sam(
     ball = ball_of("momentum_sam", rho, perturbation)
     base = as_transformation("momentum_sam", "base", base)
     momentum_of = find_momentum if momentum is None else momentum
+    sharp = partial(sharp_gradient, gradients=1, perturb_dtype=perturb_dtype, has_aux=True)
 
     def init_fn(params):
         state = base.init(params)
         _check_momentum(momentum_of(state), params)
         return MomentumSAMState(state, ball.init(params), first_aux(aux_like), no_readings(params))
 
-    def update_fn(updates, state, params, *, value_fn, **keywords):
-        del updates
+    def update_fn(_, state, params, *, value_fn, **keywords):
         v = momentum_of(state.base)
         eps, ball_state = ball.update(optax.tree.scale(-1, v), state.perturbation, params)
-        (loss, aux), g_s = value_and_grad_at(
-            value_fn, params, eps, has_aux=True, perturb_dtype=perturb_dtype
-        )
+        g_s, readings, aux = sharp(value_fn, params, eps, state.readings, loss=UNKNOWN, g=v)
+        readings = readings._replace(loss=readings.sharp_loss)
         aux = kept_aux("momentum_sam", aux, aux_like, state.aux)
         keywords = base_keywords("momentum_sam", {"value_fn": value_fn, **keywords})
         updates, base_state = base.update(g_s, state.base, params, **keywords)
-
-        point = perturbed(params, eps, perturb_dtype)
-        readings = take_readings(state.readings, loss, loss, v, g_s, params, point, gradients=1)
         return updates, MomentumSAMState(base_state, ball_state, aux, readings)
 
     return closure_transformation(init_fn, update_fn, name="momentum_sam")

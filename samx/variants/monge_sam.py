@@ -4,18 +4,12 @@ Jacobsen, Arvanitidis. "Monge SAM: Robust Reparameterization-Invariant Sharpness
 Based on Loss Geometry", 2025. https://arxiv.org/abs/2502.08448
 """
 
-from typing import Any
-
-import jax.numpy as jnp
-import optax
-
+from samx.core.aliases import DType, Radius, Transformation
 from samx.perturbations import monge_ball
 from samx.variants.sam import sharpness_aware
 
 
-def monge_sam(
-    rho: optax.ScalarOrSchedule = 0.05, *, perturb_dtype: Any = jnp.float32
-) -> optax.GradientTransformationExtraArgs:
+def monge_sam(rho: Radius = 0.05, *, perturb_dtype: DType = "float32") -> Transformation:
     """Monge SAM (M-SAM): like SAM where the loss is flat, like its base where it is steep.
 
         g   = ∇L(w)                    (the incoming updates)

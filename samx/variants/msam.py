@@ -4,6 +4,7 @@ Behdin, Song, Gupta, Durfee, Acharya, Keerthi, Mazumder. "Improved Deep Neural N
 Generalization Using m-Sharpness-Aware Minimization", 2022. https://arxiv.org/abs/2212.04343
 """
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
+from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import batch_size
 from samx.core.hyperparams import Default, check_count
 from samx.core.microbatches import Means, means_over
@@ -36,14 +38,14 @@ class MSAMState(NamedTuple):
 
 
 def msam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
+    rho: Radius = Default(0.05),
     num_microbatches: int = 4,
     *,
     how: Literal["scan", "vmap"] = "scan",
     aux_like: Any = None,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Micro-batch SAM (mSAM).
 
         for each microbatch j:                         (each with a share of the examples)
@@ -116,31 +118,21 @@ def msam(
     if how not in ("scan", "vmap"):
         raise ValueError(f"msam: `how` must be 'scan' or 'vmap', got {how!r}")
     ball = ball_of("msam", rho, perturbation)
+    sam_on = partial(sam_step, gradients=2, perturbation=ball, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
         return MSAMState(ball.init(params), first_aux(aux_like), no_readings(params))
 
-    def update_fn(updates, state, params, *, losses_fn, batch, weights=None, **extra):
-        del updates
-        size = batch_size("msam", batch)
-        if size % num_microbatches:
-            raise ValueError(
-                f"msam: `num_microbatches` must divide the {size} examples of the batch, got "
-                f"{num_microbatches}; pad the batch and pass `weights`"
-            )
+    def update_fn(_, state, params, *, losses_fn, batch, weights=None, **extra):
+        _check_divides(num_microbatches, batch_size("msam", batch))
 
-        def climb(batch, weights):
-            step = sam_step(
-                *(losses_fn, batch, weights, params, ball, state),
-                gradients=2,
-                perturb_dtype=perturb_dtype,
-                extra=extra,
-            )
+        def step_on(batch, weights):
+            step = sam_on(losses_fn, batch, weights, params, state, extra)
             return Means((step.updates, step.gradient), step.readings, step.aux)
 
-        wide = optax.tree.zeros_like(jax.tree.map(tree.widen, params))
+        zeros = optax.tree.zeros_like(jax.tree.map(tree.widen, params))
         both, readings, aux = means_over(
-            climb, num_microbatches, how, batch, weights, losses_fn.devices, zeros=(wide, wide)
+            *(step_on, num_microbatches, how, losses_fn, batch, weights), zeros=(zeros, zeros)
         )
         g_s, g = (tree.cast_like(gradient, params) for gradient in both)
         _, ball_state = ball.update(g, state.perturbation, params, **extra)
@@ -150,3 +142,11 @@ def msam(
         return g_s, MSAMState(ball_state, aux, readings)
 
     return closure_transformation(init_fn, update_fn, name="msam")
+
+
+def _check_divides(num_microbatches: int, size: int) -> None:
+    if size % num_microbatches:
+        raise ValueError(
+            f"msam: `num_microbatches` must divide the {size} examples of the batch, got "
+            f"{num_microbatches}; pad the batch and pass `weights`"
+        )

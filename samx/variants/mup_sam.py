@@ -6,21 +6,19 @@ Perturbation Scaling", NeurIPS 2024. https://arxiv.org/abs/2411.00075
 
 from typing import Any, Literal
 
-import jax.numpy as jnp
-import optax
-
+from samx.core.aliases import DType, Radius, Transformation
 from samx.perturbations import mup_ball
 from samx.variants.sam import sharpness_aware
 
 
 def mup_sam(
-    rho: optax.ScalarOrSchedule,
+    rho: Radius,
     scales: Any,
     *,
     normalization: Literal["decoupled", "layerwise"] = "decoupled",
     width: float | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """SAM in the maximal update parametrization with perturbation scaling (µP²).
 
         s   = scales                   (one number for each leaf, 1 at base width)

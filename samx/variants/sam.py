@@ -5,15 +5,15 @@ Generalization", ICLR 2021. https://arxiv.org/abs/2010.01412
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
+from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.hyperparams import Default, check_count
-from samx.core.readings import UNKNOWN, Readings, no_readings, own_gradients, take_readings
-from samx.core.sharp import ascend, perturbed, value_and_grad_at
+from samx.core.readings import UNKNOWN, Readings, extra_gradients, no_readings
+from samx.core.sharp import ascend, sharp_gradient, value_and_grad_at
 from samx.core.transformation import as_transformation, closure_transformation
 from samx.variants._ball import ball_of
 
@@ -34,9 +34,9 @@ def sharpness_aware(
     perturbation: optax.GradientTransformation,
     ascent_steps: int = 1,
     *,
-    perturb_dtype: Any = jnp.float32,
+    perturb_dtype: DType = "float32",
     name: str = "sharpness_aware",
-) -> optax.GradientTransformationExtraArgs:
+) -> Transformation:
     """Replace the gradient by the gradient at a perturbed point: SAM in any geometry.
 
         g = ∇L(w)                                      (the incoming updates)
@@ -82,47 +82,43 @@ def sharpness_aware(
     """
     check_count("ascent_steps", ascent_steps)
     perturbation = as_transformation(name, "perturbation", perturbation)
+    sharp = partial(sharp_gradient, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
         return SharpnessAwareState(perturbation.init(params), no_readings(params))
 
-    def update_fn(g, state, params, *, value_fn, ascent_grad, value=UNKNOWN, **extra):
-        perturb = partial(perturbation.update, value_fn=value_fn, **extra)
-        loss_and_grad = partial(value_and_grad_at, perturb_dtype=perturb_dtype)
-
-        def climb(_, eps):
-            point = optax.apply_updates(params, eps)
-            _, g_i = loss_and_grad(value_fn.ascent, params, eps)
-            step, _ = perturb(g_i, state.perturbation, point)
-            return optax.tree.add(eps, step)
-
-        eps, ball = ascend(perturb, g, ascent_grad, state.perturbation, params)
+    def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
+        eps, g_a, ball = ascend(value_fn, perturbation, g, state.perturbation, params, **extra)
         if ascent_steps > 1:
-            eps = jax.lax.fori_loop(1, ascent_steps, climb, eps)
-        sharp_loss, g_s = loss_and_grad(value_fn, params, eps)
-
-        readings = take_readings(
-            state.readings,
-            loss=value,
-            sharp_loss=sharp_loss,
-            g=ascent_grad,
-            g_s=g_s,
-            params=params,
-            point=perturbed(params, eps, perturb_dtype),
-            gradients=1 + ascent_steps + own_gradients(ball),
-            mean_of_ascents=value_fn.mean_of_ascents,
+            climb = partial(_climb_further, value_fn, perturbation, state.perturbation, extra)
+            eps = climb(params, eps, ascent_steps - 1, perturb_dtype)
+        cost = 1 + ascent_steps + extra_gradients(ball)
+        g_s, readings = sharp(
+            value_fn, params, eps, state.readings, loss=value, g=g_a, gradients=cost
         )
         return g_s, SharpnessAwareState(ball, readings)
 
     return closure_transformation(init_fn, update_fn, name=name)
 
 
+def _climb_further(value_fn, perturbation, state, extra, params, eps, num_steps, perturb_dtype):
+    """Take further ascent steps, each along the gradient at the point reached so far."""
+
+    def climb(_, eps):
+        _, g_i = value_and_grad_at(value_fn.ascent, params, eps, perturb_dtype=perturb_dtype)
+        point = optax.apply_updates(params, eps)
+        step, _ = perturbation.update(g_i, state, point, value_fn=value_fn, **extra)
+        return optax.tree.add(eps, step)
+
+    return jax.lax.fori_loop(0, num_steps, climb, eps)
+
+
 def sam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
+    rho: Radius = Default(0.05),
     *,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Sharpness-Aware Minimization.
 
         g   = ∇L(w)                    (the incoming updates)

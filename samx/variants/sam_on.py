@@ -4,11 +4,7 @@ Müller, Vlaar, Rolnick, Hein. "Normalization Layers Are All That Sharpness-Awar
 Needs", NeurIPS 2023. https://arxiv.org/abs/2306.04226
 """
 
-from typing import Any
-
-import jax.numpy as jnp
-import optax
-
+from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.hyperparams import Default
 from samx.perturbations.leaves import on_leaves
 from samx.perturbations.metrics import LeafPredicate, is_normalization
@@ -17,12 +13,12 @@ from samx.variants.sam import sharpness_aware
 
 
 def sam_on(
-    rho: optax.ScalarOrSchedule = Default(0.5),
+    rho: Radius = Default(0.5),
     *,
     is_perturbed: LeafPredicate = is_normalization,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """SAM on the normalization layers only (SAM-ON).
 
         g   = ∇L(w)                    (the incoming updates)

@@ -12,7 +12,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from samx.core import tree
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.closures import batch_size, mean_loss, unit_weights
+from samx.core.devices import ONE_DEVICE
 from samx.core.hyperparams import Default, at_step, check_number, next_step
 from samx.core.readings import Readings, no_readings, take_readings
 from samx.core.sharp import perturbed, value_and_grad_at
@@ -46,16 +48,16 @@ class SAMPaState(NamedTuple):
 
 def sampa(
     base: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = Default(0.1),
-    lam: optax.ScalarOrSchedule = 0.2,
+    rho: Radius = Default(0.1),
+    lam: ScalarOrSchedule = 0.2,
     *,
     batch_like: Any,
     aux_like: Any = None,
     gradients: Literal["vmap", "separate"] = "vmap",
     pair_sharding: NamedSharding | PartitionSpec | None = None,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """SAM Parallelized: both gradients of a step depend on known points only.
 
         x̃   = x + ρ g_y / ‖g_y‖
@@ -157,54 +159,46 @@ def sampa(
             readings=readings,
         )
 
-    def update_fn(updates, state, params, *, losses_fn, batch, weights=None, **keywords):
-        del updates
-        fix = "pad ragged batches and pass `weights`"
-        check_like("sampa", "batch", batch, state.previous.batch, fix)
-        dtype = state.previous.weights.dtype
-        weights = unit_weights(batch, dtype) if weights is None else jnp.asarray(weights, dtype)
-        current = HeldBatch(batch, weights)
-        keywords = base_keywords("sampa", keywords)
-        is_first = state.step == 0
-        lam_t = at_step(lam, state.step)
-        everyone = with_pair_axis(losses_fn.devices, pair_sharding)
+    def both_gradients(losses_fn, params, pair):
+        devices = with_pair_axis(losses_fn.evaluation.devices, pair_sharding)
 
         def gradient(delta, held):
-            value_fn = mean_loss(losses_fn, *held).own
+            value_fn = mean_loss(losses_fn.evaluated(devices=ONE_DEVICE), *held)
             (loss, aux), grads = value_and_grad_at(
-                value_fn, everyone.vary(params), delta, has_aux=True, perturb_dtype=perturb_dtype
+                value_fn, devices.pcast(params), delta, has_aux=True, perturb_dtype=perturb_dtype
             )
             return loss, None if aux_like is None else aux, grads
 
+        shares = [losses_fn.evaluation.devices.share(held.weights) for _, held in pair]
+        return evaluate_pair(
+            gradient, pair, shares, devices=devices, how=gradients, pair_sharding=pair_sharding
+        )
+
+    def update_fn(_, state, params, *, losses_fn, batch, weights=None, **keywords):
+        current = _held(batch, weights, like=state.previous)
+        keywords = base_keywords("sampa", keywords)
+        is_first, lam_t = state.step == 0, at_step(lam, state.step)
         eps, ball_state = ball.update(state.g_y, state.perturbation, params)
         trial, _ = base.update(state.g_y, state.base, params, **keywords)
         trial = tree.where(is_first, optax.tree.zeros_like(trial), trial)
         previous = tree.where(is_first, current, state.previous)
 
         pair = (eps, previous), (trial, current)
-        shares = [losses_fn.devices.share(held.weights) for _, held in pair]
-        at_x, at_y = evaluate_pair(
-            gradient, pair, shares, devices=everyone, how=gradients, pair_sharding=pair_sharding
-        )
-        sharp_loss, _, g_s = at_x
-        loss, aux, g_y = at_y
-        aux = kept_aux("sampa", aux, aux_like, state.aux, "losses_fn")
-
+        (sharp_loss, _, g_s), (loss, aux, g_y) = both_gradients(losses_fn, params, pair)
         mixed = jax.tree.map(lambda s, y: ((1 - lam_t) * s + lam_t * y).astype(s.dtype), g_s, g_y)
         updates, base_state = base.update(mixed, state.base, params, **keywords)
 
-        point = perturbed(params, eps, perturb_dtype)
-        readings = take_readings(
-            state.readings, loss, sharp_loss, state.g_y, g_s, params, point, gradients=2
-        )
-        return updates, SAMPaState(
-            step=next_step(state.step),
-            base=base_state,
-            perturbation=ball_state,
-            g_y=g_y,
-            previous=current,
-            aux=aux,
-            readings=readings,
-        )
+        point, last = perturbed(params, eps, perturb_dtype), state.readings
+        readings = take_readings(last, loss, sharp_loss, state.g_y, g_s, params, point, gradients=2)
+        aux, step = kept_aux("sampa", aux, aux_like, state.aux, "losses_fn"), next_step(state.step)
+        return updates, SAMPaState(step, base_state, ball_state, g_y, current, aux, readings)
 
     return closure_transformation(init_fn, update_fn, name="sampa")
+
+
+def _held(batch: Any, weights: Any, like: HeldBatch) -> HeldBatch:
+    """Hold a batch for the next step; its weights are ones if there are none."""
+    check_like("sampa", "batch", batch, like.batch, "pad ragged batches and pass `weights`")
+    dtype = like.weights.dtype
+    weights = unit_weights(batch, dtype) if weights is None else jnp.asarray(weights, dtype)
+    return HeldBatch(batch, weights)

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
-from samx.core.closures import Closure, taken_anew
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
+from samx.core.closures import Closure, evaluate
 from samx.core.hyperparams import Default, as_key, at_step, check_number, next_step
-from samx.core.readings import Readings, no_readings, take_readings
-from samx.core.sharp import ascend, perturbed, value_and_grad_at
+from samx.core.readings import FORWARD, Readings, no_readings
+from samx.core.sharp import ascend, sharp_gradient
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
-from samx.selection.sam_step import FORWARD
 from samx.variants._ball import ball_of
 from samx.variants._layer_groups import LayerGroups, check_groups, filled, groups_of, only
 
@@ -50,16 +50,16 @@ class SLSAMState(NamedTuple):
 
 def sl_sam(
     base: optax.GradientTransformation,
-    rho: optax.ScalarOrSchedule = Default(0.05),
+    rho: Radius = Default(0.05),
     groups: LayerGroups = 4,
     *,
-    rate: optax.ScalarOrSchedule = 0.01,
-    exploration: optax.ScalarOrSchedule = 0.2,
+    bandit_learning_rate: ScalarOrSchedule = 0.01,
+    exploration: ScalarOrSchedule = 0.2,
     key: int | jax.Array = 0,
     aux_like: Any = None,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """SL-SAM: SAM on one group of layers per step, which a bandit chooses by their gradients.
 
         p   = (1 − exploration) softmax(s) + exploration / num_groups
@@ -137,7 +137,7 @@ def sl_sam(
         The paper reports 21% to 47% of active parameters. `static_args`: `base`, `groups`, `key`,
         `aux_like`, `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
     """
-    check_number("rate", rate, 0)
+    check_number("bandit_learning_rate", bandit_learning_rate, 0)
     check_number("exploration", exploration, 0, 1)
     ball = ball_of("sl_sam", rho, perturbation)
     base = as_transformation("sl_sam", "base", base)
@@ -157,70 +157,62 @@ def sl_sam(
             readings=readings,
         )
 
-    def update_fn(updates, state, params, *, value_fn, **extra):
-        del updates
-        floor = at_step(exploration, state.step)
-        p = (1 - floor) * jax.nn.softmax(state.log_weights) + floor / len(state.log_weights)
-        draw = jax.random.fold_in(state.key, state.step)
-        group = jax.random.categorical(draw, jnp.log(p)).astype(jnp.int32)
-
-        perturb = partial(ball.update, value_fn=value_fn, **extra)
-        keywords = base_keywords("sl_sam", {"value_fn": value_fn, **extra})
-
-        def train(active):
-            """SAM and its base on the active leaves; what they are is known to the compiler."""
-            part, zeros = only(params, active), optax.tree.zeros_like(params)
-            part_fn = Closure(
-                lambda part: value_fn.own(filled(part, params)), value_fn.devices, value_fn.weights
-            )
-            seen, aux = taken_anew(part_fn, part)
-            aux = kept_aux("sl_sam", aux, aux_like, state.aux)
-            g, ascent_grad = seen["grad"], seen.get("ascent_grad", seen["grad"])
-            g_whole = filled(g, zeros)
-            climbed = g_whole if ascent_grad is g else filled(ascent_grad, zeros)
-            eps, ball_state = ascend(perturb, g_whole, climbed, state.perturbation, params)
-            eps = only(eps, active)
-            sharp_loss, g_s = value_and_grad_at(part_fn, part, eps, perturb_dtype=perturb_dtype)
-            updates, base_state = base.update(filled(g_s, zeros), state.base, params, **keywords)
-            readings = take_readings(
-                state.readings,
-                loss=seen["value"],
-                sharp_loss=sharp_loss,
-                g=ascent_grad,
-                g_s=g_s,
-                params=part,
-                point=perturbed(part, eps, perturb_dtype),
-                gradients=2 * (2 * FORWARD + FORWARD * _share(part, params)),
-                mean_of_ascents=value_fn.mean_of_ascents,
-            )
-            state_of_active = _restored(base_state, state.base, active)
-            return (
-                tree.keep(updates, active),
-                state_of_active,
-                ball_state,
-                aux,
-                readings,
-                tree.norm(g),
-            )
-
-        branches = [partial(train, active) for active in groups_of(groups, params)]
-        updates, base_state, ball_state, aux, readings, g_norm = jax.lax.switch(group, branches)
-        largest = jnp.maximum(state.largest_norm, g_norm)
-        reward = at_step(rate, state.step) * g_norm / jnp.where(largest == 0, 1, largest) / p[group]
-        log_weights = state.log_weights.at[group].add(reward.astype(jnp.float32))
-        return updates, SLSAMState(
-            step=next_step(state.step),
-            key=state.key,
-            log_weights=log_weights - jnp.max(log_weights),
-            largest_norm=largest,
-            group=group,
-            base=base_state,
-            perturbation=ball_state,
-            aux=aux,
-            readings=readings,
+    def train_group(value_fn, state, params, extra, active):
+        part, zeros = only(params, active), optax.tree.zeros_like(params)
+        seen, aux = evaluate(value_fn.compose(lambda part: filled(part, params)), part)
+        part_fn, g = seen["value_fn"], seen["grad"]
+        on_part = _seen_by_part(ball, active, params, value_fn)
+        eps, g_a, ball_state = ascend(part_fn, on_part, g, state.perturbation, part, **extra)
+        cost = 2 * (2 * FORWARD + FORWARD * _share(part, params))
+        g_s, readings = sharp_gradient(
+            *(part_fn, part, eps, state.readings),
+            loss=seen["value"],
+            g=g_a,
+            gradients=cost,
+            perturb_dtype=perturb_dtype,
         )
+        keywords = base_keywords("sl_sam", {"value_fn": value_fn, **extra})
+        updates, base_state = base.update(filled(g_s, zeros), state.base, params, **keywords)
+        base_state = _restored(base_state, state.base, active)
+        aux = kept_aux("sl_sam", aux, aux_like, state.aux)
+        return tree.keep(updates, active), (base_state, ball_state, aux, readings), tree.norm(g)
+
+    def update_fn(_, state, params, *, value_fn, **extra):
+        p = _probabilities(state.log_weights, at_step(exploration, state.step))
+        key = jax.random.fold_in(state.key, state.step)
+        group = jax.random.categorical(key, jnp.log(p)).astype(jnp.int32)
+        train = partial(train_group, value_fn, state, params, extra)
+        branches = [partial(train, active) for active in groups_of(groups, params)]
+        updates, kept, g_norm = jax.lax.switch(group, branches)
+        rate = at_step(bandit_learning_rate, state.step)
+        largest = jnp.maximum(state.largest_norm, g_norm)
+        gain = rate * g_norm / jnp.where(largest == 0, 1, largest) / p[group]
+        log_weights = state.log_weights.at[group].add(gain.astype(jnp.float32))
+        log_weights -= jnp.max(log_weights)
+        step = next_step(state.step)
+        return updates, SLSAMState(step, state.key, log_weights, largest, group, *kept)
 
     return closure_transformation(init_fn, update_fn, name="sl_sam")
+
+
+def _probabilities(log_weights: jax.Array, exploration: Any) -> jax.Array:
+    """Mix the bandit's distribution with the uniform one."""
+    return (1 - exploration) * jax.nn.softmax(log_weights) + exploration / len(log_weights)
+
+
+def _seen_by_part(
+    ball: optax.GradientTransformationExtraArgs, active: Any, whole: Any, value_fn: Closure
+) -> Transformation:
+    """Let the active leaves see a perturbation of all parameters; other gradients are zero."""
+    zeros = optax.tree.zeros_like(whole)
+
+    def update_fn(updates, state, params=None, **keywords):
+        del params
+        keywords |= {"value_fn": value_fn}
+        eps, state = ball.update(filled(updates, zeros), state, whole, **keywords)
+        return only(eps, active), state
+
+    return optax.GradientTransformationExtraArgs(ball.init, update_fn)
 
 
 def _share(part: Any, params: Any) -> float:

@@ -7,9 +7,8 @@ Perturbation Approach", NeurIPS 2022. https://arxiv.org/abs/2210.05177
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default
 from samx.perturbations.balls import metric_ball
 from samx.perturbations.dynamic_mask import Score, dynamic_mask
@@ -22,15 +21,15 @@ NORM_EPS = 1e-7  # of the authors
 
 
 def fisher_sparse_sam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
-    sparsity: optax.ScalarOrSchedule = Default(0.5),
+    rho: Radius = Default(0.05),
+    sparsity: ScalarOrSchedule = Default(0.5),
     *,
     period: int,
     pattern: Pattern = "unstructured",
     num_microbatches: int | None = None,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Sparse SAM with a mask of the Fisher information (SSAM-F).
 
         g   = ∇L(w)                                    (the incoming updates)
@@ -105,17 +104,17 @@ def fisher_sparse_sam(
 
 
 def dynamic_sparse_sam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
+    rho: Radius = Default(0.05),
     sparsity: float = 0.5,
-    drop_rate: optax.ScalarOrSchedule = 0.5,
+    drop_rate: ScalarOrSchedule = 0.5,
     *,
     period: int,
     drop: Score = "gradient",
     grow: Score = "random",
     key: int | jax.Array = 0,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Sparse SAM with a mask that is trained along, by dropping and growing entries (SSAM-D).
 
         g   = ∇L(w)                                    (the incoming updates)
@@ -174,5 +173,5 @@ def dynamic_sparse_sam(
     return sharpness_aware(masked, perturb_dtype=perturb_dtype, name="dynamic_sparse_sam")
 
 
-def _ball(rho: Any) -> optax.GradientTransformationExtraArgs:
+def _ball(rho: Any) -> Transformation:
     return metric_ball(rho, norm_eps=NORM_EPS)

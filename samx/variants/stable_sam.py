@@ -4,39 +4,33 @@ Tan, Zhang, Liu, Wang, Hao. "Stabilizing Sharpness-aware Minimization Through A 
 Renormalization Strategy", JMLR 26, 2025. https://arxiv.org/abs/2401.07250
 """
 
-from typing import Any
-
-import jax.numpy as jnp
-import optax
-
 from samx.combinations import renormalized
+from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.hyperparams import Default
-from samx.perturbations import gradient_step, metric_ball
+from samx.perturbations import metric_ball, unnormalized_step
 from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 
 
 def stable_sam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
+    rho: Radius = Default(0.05),
     *,
     normalize: bool = False,
-    renormalize: bool = True,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
-    """Stable SAM; without its last line, un-normalized SAM (USAM).
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
+    """Stable SAM: a sharp gradient with the length of the gradient.
 
         g   = ∇L(w)                    (the incoming updates)
         ε   = ρ g                      with `normalize`: ρ g / ‖g‖
         g_s = ∇L(w + ε)
-        return (‖g‖ / ‖g_s‖) g_s       without `renormalize`: g_s
+        return (‖g‖ / ‖g_s‖) g_s
 
     Args:
         rho: Factor ρ ≥ 0 of the gradient, a number or a schedule over the optimizer's steps;
             default 0.05. Not comparable with SAM's: with `normalize`, a radius like SAM's.
         normalize: Whether the perturbation has a fixed length; default False, as in the paper's
             experiments. True is the authors' first version of the code.
-        renormalize: Whether the sharp gradient gets the length of the gradient; default True.
         perturbation: Another geometry in place of the step; then leave `rho` and `normalize` out.
         perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
 
@@ -58,8 +52,7 @@ def stable_sam(
         [-1.756, -4.682]
 
     References:
-        Tan, Zhang, Liu, Wang, Hao, JMLR 2025, https://arxiv.org/abs/2401.07250; un-normalized SAM:
-        Andriushchenko, Flammarion, ICML 2022, https://arxiv.org/abs/2206.06232
+        Tan, Zhang, Liu, Wang, Hao, JMLR 2025, https://arxiv.org/abs/2401.07250
 
     Notes:
         `rho=0` is the base optimizer. Cost: 2 gradients per step, one after the other, one norm,
@@ -68,14 +61,15 @@ def stable_sam(
         plain L2 norms in any geometry; with its adaptive perturbation the authors' code compares
         norms weighted by the weights, those of g_s by the perturbed ones. A line that is commented
         out there, which only ever shortens g_s, is not offered.
-        Fidelity: matches cltan023/stablesam2024, usam.py and, with `normalize`, sam.py; the paper's
-        text was not read. `static_args`: `normalize`, `renormalize`, `perturbation`,
-        `perturb_dtype`; `rho` too where `perturbation` is given.
+        Without the last line it is `samx.usam`. Fidelity: matches cltan023/stablesam2024, usam.py
+        and, with `normalize`, sam.py: the paper's own two forms; its text was not read.
+        `static_args`: `normalize`, `perturbation`, `perturb_dtype`; `rho` too where `perturbation`
+        is given.
     """
     if normalize and perturbation is not None:
         raise ValueError(
             "stable_sam: got `normalize` together with `perturbation`, which is its own length"
         )
-    ball = ball_of("stable_sam", rho, perturbation, metric_ball if normalize else gradient_step)
+    ball = ball_of("stable_sam", rho, perturbation, metric_ball if normalize else unnormalized_step)
     sharp = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="stable_sam")
-    return renormalized(sharp, name="stable_sam") if renormalize else sharp
+    return renormalized(sharp, name="stable_sam")

@@ -4,6 +4,7 @@ Deng, Pang, Zhang, Wang. "Effective Gradient Sample Size via Variation Estimatio
 Sharpness aware Minimization", 2024. https://arxiv.org/abs/2403.08821
 """
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,22 +12,26 @@ import optax
 
 from samx.combinations import Mixing, decaying
 from samx.core import tree
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default, check_count
-from samx.policies.policy import Policy
-from samx.policies.quota import quota
+from samx.core.readings import UNKNOWN
+from samx.core.sharp import ascend, sharp_gradient
+from samx.core.transformation import closure_transformation
+from samx.policies import quota
+from samx.policies.policy import Policy, branch, check_policy
 from samx.variants._ball import ball_of
-from samx.variants._reuse import reuse
+from samx.variants._reuse import finish_step, init_reuse, reuse_part, take_part
 
 
 def vsam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
-    decay: optax.ScalarOrSchedule = 0.7,
+    rho: Radius = Default(0.05),
+    decay: ScalarOrSchedule = 0.7,
     *,
     reuse_steps: int = 6,
     policy: Policy | None = None,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """vSAM: SAM's gradient is g + h; h is sampled on some steps and reused on the next ones.
 
         if policy(g):  g_s = ∇L(w + ρ g / ‖g‖)
@@ -92,15 +97,30 @@ def reuse_second_order(
     perturbation: optax.GradientTransformationExtraArgs,
     mixing: Mixing,
     perturb_dtype: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """The decomposition that vSAM and ARSAM share: `u = g + mixing(age, step) h`, `h = g_s − g`."""
+) -> Transformation:
+    """VSAM with any policy and mixing: `u = g + mixing(age, step) h`, `h = g_s − g`."""
+    check_policy(name, policy)
+    sharp = partial(sharp_gradient, perturb_dtype=perturb_dtype)
 
-    def take(g, g_s, step):
-        updates = tree.on_line(g, g_s, mixing(jnp.zeros_like(step), step))
-        return updates, tree.subtract(g_s, g)
+    def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
+        climb = partial(ascend, value_fn, perturbation, g, state.perturbation, params, **extra)
+        *_, ball_state = climb()  # only its state is used here; the compiler drops the rest
+        g_norm = tree.norm(g)
 
-    def add(g, g_norm, state):
-        del g_norm
-        return tree.add_scaled(g, mixing(state.age, state.step), state.part)
+        def look():
+            eps, g_a, _ = climb()
+            g_s, readings = sharp(value_fn, params, eps, state.readings, loss=value, g=g_a)
+            updates = tree.on_line(g, g_s, mixing(jnp.zeros_like(state.step), state.step))
+            h = tree.subtract(g_s, g)
+            return g_s, (updates, take_part(state, h, g_norm, params, readings))
 
-    return reuse(name, policy, perturbation, take=take, add=add, perturb_dtype=perturb_dtype)
+        def skip():
+            kept = reuse_part(state, value, g)
+            updates = tree.add_scaled(g, mixing(kept.age, state.step), state.part)
+            return tree.cast_like(updates, params), kept
+
+        is_sharp, step, policy_state = branch(policy, g, state.policy, look, skip)
+        updates, new_state = step
+        return updates, finish_step(new_state, is_sharp, policy_state, ball_state)
+
+    return closure_transformation(partial(init_reuse, policy, perturbation), update_fn, name=name)

@@ -12,7 +12,8 @@ import optax
 
 from samx.combinations import mix
 from samx.core import tree
-from samx.core.hyperparams import Default, at_step, check_number, made_of, next_step
+from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
+from samx.core.hyperparams import Default, at_step, check_number, map_schedule, next_step
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
@@ -34,13 +35,13 @@ class WSAMState(NamedTuple):
 
 def wsam(
     base: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
-    rho: optax.ScalarOrSchedule = Default(0.05),
-    gamma: optax.ScalarOrSchedule = 0.9,
+    learning_rate: ScalarOrSchedule,
+    rho: Radius = Default(0.05),
+    gamma: ScalarOrSchedule = 0.9,
     *,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Weighted SAM: the base descends the loss, and a plain gradient step its sharpness.
 
         g   = ∇L(w)                                   (the incoming updates)
@@ -114,12 +115,12 @@ def wsam(
 
 
 def coupled_wsam(
-    rho: optax.ScalarOrSchedule = Default(0.05),
-    gamma: optax.ScalarOrSchedule = 0.9,
+    rho: Radius = Default(0.05),
+    gamma: ScalarOrSchedule = 0.9,
     *,
-    perturbation: optax.GradientTransformation | None = None,
-    perturb_dtype: Any = jnp.float32,
-) -> optax.GradientTransformationExtraArgs:
+    perturbation: Perturbation = None,
+    perturb_dtype: DType = "float32",
+) -> Transformation:
     """Weighted SAM through the base: more, or less, of the sharp gradient.
 
         g   = ∇L(w)                                   (the incoming updates)
@@ -166,9 +167,9 @@ def coupled_wsam(
     return mix(sharp, _weight(gamma), name="coupled_wsam")
 
 
-def _weight(gamma: optax.ScalarOrSchedule) -> Any:
+def _weight(gamma: ScalarOrSchedule) -> Any:
     """The weight of the sharpness beside a loss of weight 1."""
     check_number("gamma", gamma, 0, 1)
     if isinstance(gamma, int | float) and gamma == 1:
         raise ValueError("`gamma` must be in [0, 1): 1 leaves nothing of the loss")
-    return made_of(gamma, lambda gamma: gamma / (1 - gamma))
+    return map_schedule(gamma, lambda gamma: gamma / (1 - gamma))
