@@ -44,33 +44,46 @@ def closure_transformation(
     *,
     name: str | None = None,
 ) -> Transformation:
-    """Turn a variant's `init_fn` and `update_fn` into a checked optax transformation.
+    """Make a checked optax transformation of a variant's `init_fn` and `update_fn`.
 
-        update_fn(updates, state, params, *, value_fn, value=inf, ...)
-            required closures are keyword-only arguments without a default;
-            keywords that it does not declare are dropped (kept if it has **keywords)
+        update_fn(g, state, params, *, value_fn, value=inf, ...) -> (updates, state)
 
-    Every rule of the contract that does not depend on the variant lives here. Closures arrive in
-    `update_fn` checked and in one form, whether or not the caller's return an aux:
-    `value_fn(params)` is the scalar loss, `value_fn.with_aux(params)` is `(loss, aux)`, and
-    `losses_fn(params, batch)` likewise the losses [B]. `value_fn` is derived as the (weighted) mean
-    of `losses_fn` over `batch` when the caller gave none. Inside `data_parallel` the loss and the
-    gradient of `value_fn` are means over the devices, while `losses_fn` gives the device's own.
+    Every rule of the contract that does not depend on the variant lives here:
 
-    `updates` is the gradient at `params`. An `update_fn` that declares `ascent_grad` also gets the
-    gradient to climb: the same one, unless devices climb on their own. Then only the direction may
-    come from it, all state and every decision from `updates`. `value_fn.ascent` is the loss for
-    further steps of the same climb; its gradient comes from `value_and_grad_at`.
+    - Keyword-only arguments of `update_fn` without a default are required from the caller. Keywords
+      that it does not declare are dropped, unless it has `**keywords`.
+    - Closures arrive checked and in one form, whether or not the caller's return an aux:
+      `value_fn(params)` is the scalar loss, `value_fn.with_aux(params)` is `(loss, aux)`;
+      `losses_fn(params, batch)` and `losses_fn.with_aux(params, batch)` give the losses `[B]`.
+    - `value_fn` may be left out where `losses_fn` and `batch` are given: it is then their mean, by
+      `weights` if there are any.
+    - `value` is the loss at `params`, for the readings. If the caller does not pass it, the reading
+      `loss` is infinite.
+    - `g` is the gradient at `params`. Inside `data_parallel` it is the mean over the devices, and
+      so are the loss and the gradient of `value_fn`, while `losses_fn` gives the losses of the
+      device's own examples. Where devices climb separately, `value_fn.ascent_grad` is the gradient
+      that this device climbs: only the direction of the perturbation may come from it.
+
+    What holds for all variants, and is not repeated in their docstrings:
+
+    - A variant of shape (i) stands first in an `optax.chain`: clipping, weight decay and the base
+      optimizer come after it. A variant of shape (ii) takes the base as an argument, and forwards
+      to it the keywords that are not samx's own. A variant of shape (iii) is the optimizer.
+    - `rho` and other numbers may be schedules over the optimizer's steps.
+    - `perturbation` replaces the default ball. The radius then belongs to the perturbation, and
+      `rho` must be left out.
+    - Under `optax.inject_hyperparams` these are `static_args`: `perturbation` (and `rho` beside
+      it), `perturb_dtype`, `name`, `key`, `aux_like`, `batch_like`, and what a docstring adds.
 
     Args:
         init_fn: `params -> state`.
-        update_fn: As above; returns `(updates, state)`.
+        update_fn: As above.
         name: What error messages call the transformation; default the name of the function that
             defines `update_fn`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`. Integer parameters are left alone: their
-        incoming gradient is replaced by zeros of their own dtype, whatever it was.
+        A transformation. Integer parameters do not change: their incoming gradient is replaced by
+        zeros of their own dtype.
 
     Raises:
         ValueError: In `init` and `update`, if `params` is missing or holds `optax.MaskedNode`s; in
@@ -101,8 +114,7 @@ def closure_transformation(
         The keywords follow optax's line searches: `value`, `grad`, `value_fn`.
 
     Notes:
-        Cost: none; all checks run while tracing. `static_args` under `optax.inject_hyperparams`
-        are a matter of the factory that calls this.
+        Cost: none; all checks run while tracing.
     """
     name = name or update_fn.__qualname__.split(".")[0]
     keywords = inspect.signature(update_fn).parameters.values()
