@@ -4,7 +4,7 @@ A ball has a radius `rho` and a metric. A metric is a function `params -> T`, a 
 of elementwise scales (a leaf may be a scalar): parameters with a large `T` may move further.
 """
 
-from samx.perturbations.balls import linf_ball, metric_ball, monge_ball, unnormalized_step
+from samx.perturbations.balls import ball, linf_ball, metric_ball, monge_ball, unnormalized_step
 from samx.perturbations.dynamic_mask import dynamic_mask
 from samx.perturbations.fisher_mask import fisher_mask
 from samx.perturbations.layer_steps import layer_steps, trust_ratio
@@ -21,6 +21,7 @@ from samx.perturbations.moving_average import subtract_ema
 from samx.perturbations.mup_ball import mup_ball
 
 __all__ = [
+    "ball",
     "constants",
     "subtract_ema",
     "dynamic_mask",

@@ -1,4 +1,4 @@
-"""Balls: steps up the loss of a given radius. Public as `samx.perturbations.<name>`."""
+"""Balls: from a gradient to a step of radius ρ. Public as `samx.perturbations.<name>`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,16 +17,74 @@ class BallState(NamedTuple):
     """State of a ball.
 
     Attributes:
-        step: int32, optimizer steps so far; the schedule of `rho` runs on it.
+        step: int32, optimizer steps so far; schedules of the radius run on it.
     """
 
     step: jax.Array
 
 
+def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
+    """Any geometry: a perturbation that depends on the gradient, the parameters and the radius.
+
+        ε = climb(conj(g), w, ρ)
+
+    Args:
+        rho: Radius ρ ≥ 0, a number or a schedule over the optimizer's steps.
+        climb: `(g, params, radius) -> ε`, trees like `params`. `g` is at least float32, and
+            conjugated if it is complex, so that `w + t g` climbs. Add a small number to a norm
+            before you divide by it: a zero gradient must give a zero step.
+
+    Returns:
+        An optax transformation `g -> ε`. Half-precision gradients give a float32 step.
+
+    Raises:
+        ValueError: If `rho` is a negative number.
+        TypeError: If `rho` is neither a number nor a schedule, or `climb` is not a function.
+
+    Example:
+        Fisher SAM's ball, whose metric sees the gradient:
+
+        >>> import jax, jax.numpy as jnp, optax, samx
+        >>> def climb(g, params, rho, eta=1.0):
+        ...     f = jax.tree.map(lambda g: g / (1 + eta * jnp.abs(g) ** 2), g)
+        ...     length = jnp.sqrt(optax.tree.vdot(g, f).real) + 1e-12
+        ...     return jax.tree.map(lambda f: rho * f / length, f)
+        >>> tx = samx.sharpness_aware(samx.perturbations.ball(0.1, climb))
+        >>> w = jnp.array([0.6, 0.8])
+        >>> g_s, _ = tx.update(w, tx.init(w), w, value_fn=lambda w: 0.5 * w @ w)
+        >>> [round(float(x), 3) for x in g_s]
+        [0.656, 0.862]
+
+    References:
+        Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412, equation 2, is one climb; Kim et
+        al., ICML 2022, https://arxiv.org/abs/2206.04920 another.
+
+    Notes:
+        Cost: that of `climb`. A geometry of the parameters alone is a metric, see `metric_ball`.
+        A perturbation with a state of its own is an optax transformation, see `subtract_ema`.
+        `static_args`: `climb`.
+    """
+    check_number("rho", rho, 0)
+    if not callable(climb):
+        raise TypeError(f"ball: `climb` must be a function, got {climb!r}")
+
+    def init_fn(params):
+        del params
+        return BallState(jnp.zeros((), jnp.int32))
+
+    def update_fn(updates, state, params=None, **extra):
+        del extra
+        g = jax.tree.map(lambda x: jnp.conj(tree.widen(x)), updates)
+        eps = climb(g, params, at_step(rho, state.step))
+        return tree.cast_like(eps, g), BallState(next_step(state.step))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
 def metric_ball(
     rho: Radius, metric: Metric | None = None, *, norm_eps: float = 1e-12
 ) -> Transformation:
-    """The step to the edge of an L2 ball, in the geometry of a metric.
+    """Climb to the edge of an L2 ball, in the geometry of a metric.
 
         T = metric(w)
         ε = ρ T² g / (‖T g‖ + norm_eps)          so that  ‖ε / T‖ = ρ
@@ -44,7 +102,7 @@ def metric_ball(
 
     Raises:
         ValueError: If `rho` is a negative number.
-        TypeError: If `rho` is not a number, array or schedule.
+        TypeError: If `rho` is neither a number nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp
@@ -61,27 +119,27 @@ def metric_ball(
 
     Notes:
         One norm over all leaves, accumulated in float32 or wider. A complex leaf climbs along the
-        conjugate of JAX's gradient. `static_args`: `metric`. Cost: one norm, elementwise work.
+        conjugate of JAX's gradient. Cost: one norm, elementwise work. `static_args`: `metric`.
     """
     metric = identity() if metric is None else metric
 
     def climb(g, params, radius):
         scales = metric(params)
-        scaled = jax.tree.map(lambda g, t: jnp.conj(tree.widen(g)) * t, g, scales)
+        scaled = jax.tree.map(lambda g, t: g * t, g, scales)
         factor = radius / (tree.norm(scaled) + norm_eps)
-        return jax.tree.map(lambda s, t: s * t * jnp.asarray(factor, s.real.dtype), scaled, scales)
+        return jax.tree.map(lambda s, t: s * t * _as_real(factor, s), scaled, scales)
 
-    return with_radius(rho, climb)
+    return ball(rho, climb)
 
 
 def linf_ball(rho: Radius, metric: Metric | None = None) -> Transformation:
-    """The step to the corner of an L∞ ball: every parameter moves by the same radius.
+    """Climb to the corner of a cube: every element moves by the radius (the L-infinity ball).
 
         T = metric(w)
-        ε = ρ T sign(T g)                        so that  max |ε / T| = ρ
+        ε = ρ T sign(T g)                      so that  max |ε / T| = ρ
 
     Args:
-        rho: Radius ρ ≥ 0 of one element, a number or a schedule over the optimizer's steps.
+        rho: Radius ρ ≥ 0 of each element, a number or a schedule over the optimizer's steps.
         metric: `params -> T`; default `identity()`.
 
     Returns:
@@ -89,13 +147,13 @@ def linf_ball(rho: Radius, metric: Metric | None = None) -> Transformation:
 
     Raises:
         ValueError: If `rho` is a negative number.
-        TypeError: If `rho` is not a number, array or schedule.
+        TypeError: If `rho` is neither a number nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from samx.perturbations import linf_ball
         >>> ball = linf_ball(rho=0.5)
-        >>> g = jnp.array([3.0, -0.1, 0.0])
+        >>> g = jnp.array([3.0, -4.0, 0.0])
         >>> ball.update(g, ball.init(g), g)[0].tolist()
         [0.5, -0.5, 0.0]
 
@@ -104,31 +162,31 @@ def linf_ball(rho: Radius, metric: Metric | None = None) -> Transformation:
         Müller et al., NeurIPS 2023, https://arxiv.org/abs/2306.04226
 
     Notes:
-        Radii are per element: far smaller than for an L2 ball, by √(number of parameters).
-        `static_args`: `metric`. Cost: elementwise work.
+        Radii are per element: smaller than those of an L2 ball by a factor of about √(number of
+        parameters). Cost: elementwise work. `static_args`: `metric`.
     """
     metric = identity() if metric is None else metric
 
     def climb(g, params, radius):
         def corner(g, t):
-            scaled = jnp.conj(tree.widen(g)) * t
-            sign = jnp.sign(scaled) + 0 * scaled  # an overflow is no direction: inf gives NaN
-            return sign * t * jnp.asarray(radius, sign.real.dtype)
+            scaled = g * t
+            sign = jnp.sign(scaled) + 0 * scaled  # an overflow has no direction: inf gives NaN
+            return sign * t * _as_real(radius, sign)
 
         return jax.tree.map(corner, g, metric(params))
 
-    return with_radius(rho, climb)
+    return ball(rho, climb)
 
 
 def unnormalized_step(rho: Radius, metric: Metric | None = None) -> Transformation:
-    """A step along the gradient that is not normalized: the longer the gradient, the longer it is.
+    """Step along the gradient without normalization: a longer gradient gives a longer step.
 
         T = metric(w)
         ε = ρ T² g
 
     Args:
         rho: Factor ρ ≥ 0, a number or a schedule over the optimizer's steps: a learning rate of the
-            ascent, no radius.
+            ascent, not a radius.
         metric: `params -> T`; default `identity()`.
 
     Returns:
@@ -136,7 +194,7 @@ def unnormalized_step(rho: Radius, metric: Metric | None = None) -> Transformati
 
     Raises:
         ValueError: If `rho` is a negative number.
-        TypeError: If `rho` is not a number, array or schedule.
+        TypeError: If `rho` is neither a number nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp
@@ -152,24 +210,20 @@ def unnormalized_step(rho: Radius, metric: Metric | None = None) -> Transformati
         Tan et al., JMLR 2025, https://arxiv.org/abs/2401.07250 (cltan023/stablesam2024, usam.py).
 
     Notes:
-        It depends on the scale of the loss: mean or sum, weights of further terms. The gradient is
-        taken as it comes, so anything that scales gradients may stand in front of it in a chain.
-        `static_args`: `metric`. Cost: elementwise work.
+        The step depends on the scale of the loss: mean or sum, weights of further terms. The
+        gradient is used as it comes, so anything that scales gradients may stand before it in a
+        chain. Cost: elementwise work. `static_args`: `metric`.
     """
     metric = identity() if metric is None else metric
 
     def climb(g, params, radius):
-        def step(g, t):
-            scaled = jnp.conj(tree.widen(g)) * t * t
-            return scaled * jnp.asarray(radius, scaled.real.dtype)
+        return jax.tree.map(lambda g, t: g * t * t * _as_real(radius, g), g, metric(params))
 
-        return jax.tree.map(step, g, metric(params))
-
-    return with_radius(rho, climb)
+    return ball(rho, climb)
 
 
 def monge_ball(rho: Radius, *, norm_eps: float = 1e-12) -> Transformation:
-    """The step to the edge of a ball on the graph of the loss: short where the loss is steep.
+    """Climb to the edge of a ball on the graph of the loss: a short step where the loss is steep.
 
         ε = ρ g / ((‖g‖ + norm_eps) √(1 + ‖g‖²))       so that  ε·(I + g gᵀ) ε = ρ²
 
@@ -183,7 +237,7 @@ def monge_ball(rho: Radius, *, norm_eps: float = 1e-12) -> Transformation:
 
     Raises:
         ValueError: If `rho` is a negative number.
-        TypeError: If `rho` is not a number, array or schedule.
+        TypeError: If `rho` is neither a number nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp
@@ -201,8 +255,8 @@ def monge_ball(rho: Radius, *, norm_eps: float = 1e-12) -> Transformation:
         Minimization Based on Loss Geometry", 2025, https://arxiv.org/abs/2502.08448
 
     Notes:
-        Between SAM's ball (short gradients) and a step that falls with the length of the gradient
-        (long ones): it depends on the scale of the loss, mean or sum. Cost: one norm, elementwise
+        For short gradients it is SAM's ball; for long ones the step shrinks with the length of the
+        gradient. So it depends on the scale of the loss, mean or sum. Cost: one norm, elementwise
         work.
     """
 
@@ -210,27 +264,11 @@ def monge_ball(rho: Radius, *, norm_eps: float = 1e-12) -> Transformation:
         del params
         length = tree.norm(g)
         factor = radius / ((length + norm_eps) * jnp.sqrt(1 + length**2))
+        return jax.tree.map(lambda g: g * _as_real(factor, g), g)
 
-        def step(g):
-            g = jnp.conj(tree.widen(g))
-            return g * jnp.asarray(factor, g.real.dtype)
-
-        return jax.tree.map(step, g)
-
-    return with_radius(rho, climb)
+    return ball(rho, climb)
 
 
-def with_radius(rho: Any, climb: Callable[..., Any]) -> Transformation:
-    """`ε = climb(g, params, ρ)`, with ρ on its schedule: what every ball shares."""
-    check_number("rho", rho, 0)
-
-    def init_fn(params):
-        del params
-        return BallState(jnp.zeros((), jnp.int32))
-
-    def update_fn(updates, state, params=None, **extra):
-        del extra
-        eps = climb(updates, params, at_step(rho, state.step))
-        return eps, BallState(next_step(state.step))
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+def _as_real(x: Any, like: jax.Array) -> jax.Array:
+    """Return a number in the precision of a leaf, which may be complex."""
+    return jnp.asarray(x, like.real.dtype)

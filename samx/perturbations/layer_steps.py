@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from samx.core import tree
 from samx.core.aliases import Radius, Transformation
-from samx.perturbations.balls import with_radius
+from samx.perturbations.balls import ball
 
 LayerScaling: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], Any]
 
@@ -93,9 +93,8 @@ def layer_steps(
             if not tree.is_inexact(w):
                 return g
             factor = radius * scaling(tree.norm(w), tree.norm(g) + norm_eps, total)
-            g = jnp.conj(tree.widen(g))
             return g * jnp.asarray(factor, g.real.dtype)
 
         return jax.tree.map(step, g, params)
 
-    return with_radius(rho, climb)
+    return ball(rho, climb)

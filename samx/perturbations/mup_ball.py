@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from samx.core import tree
 from samx.core.aliases import Radius, Transformation
-from samx.perturbations.balls import with_radius
+from samx.perturbations.balls import ball
 
 
 def mup_ball(
@@ -79,12 +79,11 @@ def mup_ball(
 
     def climb(g, params, radius):
         s = matched("mup_ball", "scales", scales, "params", params)
-        g = jax.tree.map(lambda g: jnp.conj(tree.widen(g)), g)
         length = tree.norm(jax.tree.map(lambda g, s: g * weight(s), g, s))
         factor = radius / (length + norm_eps)
         return jax.tree.map(lambda g, s: g * s * jnp.asarray(factor, g.real.dtype), g, s)
 
-    return with_radius(rho, climb)
+    return ball(rho, climb)
 
 
 def matched(name: str, keyword: str, tree: Any, other: str, like: Any) -> Any:
