@@ -1,5 +1,6 @@
 """Every variant by name, for the examples: how to build it, and which radii to choose from."""
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -67,14 +68,23 @@ class Variant(NamedTuple):
     learning_rates: tuple[float, ...] | None = None
 
 
+def of(name: str, **fixed: Any) -> Make:
+    """How to build a row of `samx.catalog`, with some arguments of its factory fixed.
+
+    A variant that is the optimizer takes the learning rate; the weight decay of the base is lost.
+    """
+    (entry,) = samx.catalog(name)
+    factory = partial(entry.factory, **fixed)
+    if entry.shape == "optimizer":
+        return lambda rho, base, setting: factory(setting.learning_rate, rho)
+    if entry.shape == "wraps":
+        return lambda rho, base, setting: factory(base, rho)
+    return lambda rho, base, setting: optax.chain(factory(rho), base)
+
+
 def in_front(variant: Callable[[Any], optax.GradientTransformation]) -> Make:
-    """How to build a variant that stands in front of its base in a chain."""
+    """How to build a combination that stands in front of its base in a chain."""
     return lambda rho, base, setting: optax.chain(variant(rho), base)
-
-
-def without_base(variant: Callable[[Any, Any], optax.GradientTransformation]) -> Make:
-    """How to build a variant that is the optimizer: weight decay of the base is lost as well."""
-    return lambda rho, base, setting: variant(setting.learning_rate, rho)
 
 
 def g_rst(rho: Any) -> optax.GradientTransformation:
@@ -146,8 +156,8 @@ WINDOW, WARMUP = 50, 50  # of `policies.quota`, whose first window is one step s
 
 VARIANTS = {
     "base": Variant(lambda rho, base, setting: base, (0.0,), 1, 0.0),
-    "sam": Variant(in_front(samx.sam), RADII, 2, 0.05),
-    "asam": Variant(in_front(samx.asam), (0.5, 1.0, 2.0, 4.0), 2, 0.5),
+    "sam": Variant(of("sam"), RADII, 2, 0.05),
+    "asam": Variant(of("asam"), (0.5, 1.0, 2.0, 4.0), 2, 0.5),
     "sampa": Variant(
         lambda rho, base, setting: samx.sampa(
             base, rho, batch_like=setting.batch, aux_like=setting.aux
@@ -183,24 +193,18 @@ VARIANTS = {
         cycle=20,
     ),
     "g-rst": Variant(in_front(g_rst), RADII, 1.5, 0.05, cycle=20),
-    "looksam": Variant(in_front(partial(samx.looksam, alpha=ALPHA)), RADII, 1.2, 0.05, cycle=5),
+    "looksam": Variant(of("looksam", alpha=ALPHA), RADII, 1.2, 0.05, cycle=5),
     "look-layer-sam": Variant(
-        in_front(partial(samx.look_layer_sam, alpha=ALPHA)),
+        of("look_layer_sam", alpha=ALPHA),
         (0.001, 0.003, 0.01, 0.03),
         1.2,
         0.05,
         cycle=5,
     ),
-    "ae-sam": Variant(in_front(samx.ae_sam), RADII, 1.5, 0.05, cycle=10, settling=50),
-    "ae-looksam": Variant(
-        in_front(partial(samx.ae_looksam, alpha=ALPHA)), RADII, 1.5, 0.05, cycle=10, settling=50
-    ),
-    "vsam": Variant(
-        in_front(samx.vsam), RADII, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1
-    ),
-    "arsam": Variant(
-        in_front(samx.arsam), RADII, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1
-    ),
+    "ae-sam": Variant(of("ae_sam"), RADII, 1.5, 0.05, cycle=10, settling=50),
+    "ae-looksam": Variant(of("ae_looksam", alpha=ALPHA), RADII, 1.5, 0.05, cycle=10, settling=50),
+    "vsam": Variant(of("vsam"), RADII, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1),
+    "arsam": Variant(of("arsam"), RADII, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1),
     "ksam": Variant(by_setting(ksam), RADII, 1 + 1 / 3, 0.05, uses_gradient=False),
     "esam": Variant(by_setting(esam), RADII, 1 + 1 / 3 + 0.5, 0.05, uses_gradient=False),
     "ausam": Variant(
@@ -215,34 +219,30 @@ VARIANTS = {
         cycle=20,
         uses_gradient=False,
     ),
-    "gsam": Variant(in_front(partial(samx.gsam, alpha=GSAM_ALPHA)), RADII, 2, 0.05),
+    "gsam": Variant(of("gsam", alpha=GSAM_ALPHA), RADII, 2, 0.05),
     "wsam": Variant(
         lambda rho, base, setting: samx.wsam(base, setting.learning_rate, rho), RADII, 2, 0.05
     ),
-    "coupled-wsam": Variant(in_front(samx.coupled_wsam), SMALL, 2, 0.05),
-    "stable-sam": Variant(in_front(samx.stable_sam), FACTORS, 2, 0.05),
-    "usam": Variant(in_front(samx.usam), FACTORS, 2, 0.05),
-    "friendly-sam": Variant(in_front(samx.friendly_sam), RADII, 2, 0.1),
-    "monge-sam": Variant(in_front(samx.monge_sam), FACTORS, 2, 0.05),
+    "coupled-wsam": Variant(of("coupled_wsam"), SMALL, 2, 0.05),
+    "stable-sam": Variant(of("stable_sam"), FACTORS, 2, 0.05),
+    "usam": Variant(of("usam"), FACTORS, 2, 0.05),
+    "friendly-sam": Variant(of("friendly_sam"), RADII, 2, 0.1),
+    "monge-sam": Variant(of("monge_sam"), FACTORS, 2, 0.05),
     "msam": Variant(by_setting(msam), RADII, 2, 0.05, keeps_aux=True, uses_gradient=False),
-    "bisam": Variant(in_front(samx.bisam), RADII, 2, 0.05, uses_gradient=False),
+    "bisam": Variant(of("bisam"), RADII, 2, 0.05, uses_gradient=False),
     "async-sam": Variant(in_front(async_sam), RADII, 2, 0.05),  # on one device: no time is saved
     "fisher-sparse-sam": Variant(
         by_setting(fisher_sparse_sam), RADII, 2 + 1 / PERIOD, 0.1, cycle=PERIOD, settling=1
     ),
-    "dynamic-sparse-sam": Variant(
-        in_front(partial(samx.dynamic_sparse_sam, period=PERIOD)), RADII, 2, 0.1
-    ),
+    "dynamic-sparse-sam": Variant(of("dynamic_sparse_sam", period=PERIOD), RADII, 2, 0.1),
     "lightsam-norm": Variant(
-        without_base(samx.lightsam_norm), FACTORS, 2, 0.05, learning_rates=(1.0, 3.0, 10.0, 30.0)
+        of("lightsam_norm"), FACTORS, 2, 0.05, learning_rates=(1.0, 3.0, 10.0, 30.0)
     ),
     "lightsam-adagrad": Variant(
-        without_base(samx.lightsam_adagrad), STEPS, 2, 1e-3, learning_rates=(0.01, 0.03, 0.1, 0.3)
+        of("lightsam_adagrad"), STEPS, 2, 1e-3, learning_rates=(0.01, 0.03, 0.1, 0.3)
     ),
-    "lightsam-adam": Variant(
-        without_base(samx.lightsam_adam), STEPS, 2, 1e-3, learning_rates=ADAM_RATES
-    ),
-    "adasam": Variant(without_base(samx.adasam), RADII, 2, 0.05, learning_rates=ADAM_RATES),
+    "lightsam-adam": Variant(of("lightsam_adam"), STEPS, 2, 1e-3, learning_rates=ADAM_RATES),
+    "adasam": Variant(of("adasam"), RADII, 2, 0.05, learning_rates=ADAM_RATES),
     "momentum-sam": Variant(
         lambda rho, base, setting: samx.momentum_sam(base, rho, aux_like=setting.aux),
         (0.1, 0.3, 1.0, 3.0),
@@ -251,6 +251,30 @@ VARIANTS = {
         keeps_aux=True,
         uses_gradient=False,
     ),
+}
+
+ELSEWHERE = {  # why a row of the catalog is not here
+    "sharpness_aware": "the other rows are made of it",
+    "mup_sam": "needs scales: mup_transfer.py",
+    "sam_on": "needs normalization layers",
+    "lets": "needs held-out examples: lets.py",
+    "focal_sam": "needs classes of different sizes: long_tail.py",
+    "imbalanced_sam": "needs classes of different sizes: long_tail.py",
+    "lsam": "with one worker it is SAM: lsam_digits.py",
+}
+
+
+def plain(entry: Any) -> Variant:
+    """The row of a variant that has none above: SAM's radii, two gradients."""
+    return Variant(
+        of(entry.name), RADII, 2, inspect.signature(entry.factory).parameters["rho"].default
+    )
+
+
+VARIANTS |= {
+    name: plain(entry)
+    for entry in samx.catalog()
+    if (name := entry.name.replace("_", "-")) not in VARIANTS and entry.name not in ELSEWHERE
 }
 
 BASES = {

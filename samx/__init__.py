@@ -25,6 +25,7 @@ from samx import (
     schedules,
     selection,
 )
+from samx.catalog import catalog
 from samx.core.readings import Readings
 from samx.core.sharp import is_sharp_pass, value_and_grad_at
 from samx.core.state import HeldBatch
@@ -43,6 +44,7 @@ from samx.variants.async_sam import async_sam
 from samx.variants.ausam import ausam
 from samx.variants.bisam import bisam
 from samx.variants.esam import esam
+from samx.variants.fisher_sam import fisher_sam
 from samx.variants.focal_sam import focal_sam
 from samx.variants.friendly_sam import friendly_sam
 from samx.variants.gsam import gsam
@@ -69,6 +71,7 @@ from samx.variants.wsam import coupled_wsam, wsam
 __version__ = "0.1.0"
 
 __all__ = [
+    "catalog",
     # Variants
     "adasam",
     "ae_looksam",
@@ -80,6 +83,7 @@ __all__ = [
     "bisam",
     "coupled_wsam",
     "dynamic_sparse_sam",
+    "fisher_sam",
     "fisher_sparse_sam",
     "sam_on",
     "lets",

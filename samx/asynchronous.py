@@ -1,8 +1,8 @@
-"""AsyncSAM on two devices: one takes descent gradients, the other ascent gradients meanwhile.
+"""AsyncSAM on two devices: one computes descent gradients, the other one ascent gradients.
 
-One Python thread drives both: calls of compiled functions return before their results are there,
-and the devices wait for one another only where a result is needed. What the program of one device
-computes is `async_sam`, here as everywhere.
+One Python thread drives both devices. Calls of compiled functions return before their results are
+computed, and a device waits for the other one only where it needs a result. The result is that of
+`async_sam` on one device.
 """
 
 import time
@@ -20,13 +20,14 @@ __all__ = ["AscentBatch", "PipelinedStep", "calibrate_ascent_batch", "pipelined"
 
 
 class PipelinedStep(NamedTuple):
-    """Where a step of `pipelined` has come to; arrays, that may still be computed.
+    """Result of a step of `pipelined`: arrays that may not be computed yet.
 
     Attributes:
-        params: The parameters. The next step takes their memory, as it does that of `opt_state`:
-            copy what you keep.
-        opt_state: The state that the same step on one device leaves, ready for a checkpoint.
-        out: What `descend` returned besides.
+        params: The parameters. The next step takes their memory and that of `opt_state`: copy what
+            you want to keep.
+        opt_state: The same optimizer state as after this step on one device, ready for a
+            checkpoint.
+        out: The third result of `descend`.
 
     Example:
         >>> import jax.numpy as jnp, samx
@@ -49,34 +50,34 @@ def pipelined(
     descent_device: Any,
     ascent_device: Any,
 ) -> Iterator[PipelinedStep]:
-    """Train with `async_sam` on two devices, such as a GPU and the CPU beside it.
+    """Train with `async_sam` on two devices, for example a GPU and the CPU of its host.
 
         for batch, ascent_batch in batches:
             a = ascend(params, ascent_batch)                               on `ascent_device`
             params, opt_state, out = descend(params, opt_state, batch, ·)  on `descent_device`
-            a goes into opt_state, to be climbed in the next step
+            a goes into opt_state; the next step climbs it
 
-    The numbers are those of `async_sam` with the same ascent gradients on one device.
+    The results are those of `async_sam` on one device with the same ascent gradients.
 
     Args:
-        descend: `(params, opt_state, batch, ascent_grad) -> (params, opt_state, out)`: your step,
-            which hands `ascent_grad` to `tx.update` as the incoming gradient. It is compiled here;
-            `tx` has an `async_sam` in it, and no `ascent_fn` is passed.
-        ascend: `(params, ascent_batch) -> gradient`, `jax.grad` of your mean loss. It is compiled
-            here.
+        descend: `(params, opt_state, batch, ascent_grad) -> (params, opt_state, out)`: your step.
+            It passes `ascent_grad` to `tx.update` as the incoming gradient, and passes no
+            `ascent_fn`. `tx` contains an `async_sam`. `pipelined` compiles `descend`.
+        ascend: `(params, ascent_batch) -> gradient`, `jax.grad` of your mean loss. `pipelined`
+            compiles `ascend`.
         params: The parameters; they are copied.
-        opt_state: `tx.init(params)`, or of a checkpoint; it is copied.
+        opt_state: `tx.init(params)`, or a state from a checkpoint; it is copied.
         batches: Pairs of a batch and its ascent batch, pytrees of host or device arrays. The next
-            pair is fetched and sent to both devices while a step is computed.
+            pair is fetched and sent to both devices while a step is being computed.
         descent_device: The faster device.
-        ascent_device: The other one.
+        ascent_device: The other device.
 
     Returns:
         An iterator of `PipelinedStep`s, one for each pair.
 
     Raises:
-        ValueError: If `opt_state` holds no state of `async_sam`, several, or one inside another
-            transformation of samx, which would read the incoming gradient too.
+        ValueError: If `opt_state` holds no state of `async_sam` or several, or if `async_sam` is
+            inside another transformation of samx, which would read the incoming gradient too.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -99,14 +100,15 @@ def pipelined(
 
     Notes:
         Cost per step: one gradient on each device, and two copies of the parameters between them.
-        It takes the time of the slower of the two, see `calibrate_ascent_batch`. Reading a result
-        of a step (`float(step.out)`) waits for that step, which costs little; reading between the
-        halves of a step, or host callbacks inside them, would end the overlap. On one device both
-        run in turn. With a GPU, jax sees the CPU if JAX_PLATFORMS is `cuda,cpu` or not set.
+        A step takes the time of the slower device, see `calibrate_ascent_batch`. Reading a result
+        of a step (`float(step.out)`) waits for that step, which costs little. Reading between the
+        two halves of a step, or host callbacks inside them, would end the overlap. On one device
+        the two halves run one after the other. With a GPU, jax sees the CPU if JAX_PLATFORMS is
+        `cuda,cpu` or not set.
     """
     descend = jax.jit(_with_held_ascent(descend), donate_argnums=(0, 1))
     ascend = jax.jit(ascend)
-    # Whoever drives us must not lose what they hold to donation.
+    # A step donates these arrays; the caller must not lose its own.
     params, opt_state = jax.device_put((params, opt_state), descent_device, may_alias=False)
     is_first = int(_held(opt_state).step) == 0
 
@@ -124,7 +126,7 @@ def pipelined(
             batch, ascent_batch = pair
             a = ascend(jax.device_put(params, ascent_device), ascent_batch)
             a = jax.device_put(a, descent_device)
-            if is_first:  # the only step that may climb its own; and the only one that waits
+            if is_first:  # only the first step may climb its own, and only it waits
                 opt_state, is_first = _hold(opt_state, jax.tree.map(_copy, a)), False
             params, opt_state, out = descend(params, opt_state, batch)
             opt_state = _hold(opt_state, a)
@@ -135,16 +137,16 @@ def pipelined(
 
 
 class AscentBatch(NamedTuple):
-    """What `calibrate_ascent_batch` decided, and what it measured.
+    """Result of `calibrate_ascent_batch`: its decision and its measurements.
 
     Attributes:
         size: The ascent batch size b′ to use.
-        is_hidden: Whether an ascent gradient of that size takes no longer than a descent gradient;
-            False only if even the smallest takes longer.
-        descent_seconds: Of a descent gradient of the whole batch, median.
-        ascent_seconds: For each size that was tried, seconds of the ascent gradient with both
-            copies, median.
-        copy_seconds: Of the two copies alone, median.
+        is_hidden: Whether an ascent gradient of that size takes no longer than a descent gradient.
+            False only if even the smallest size takes longer.
+        descent_seconds: Median seconds of a descent gradient of the whole batch.
+        ascent_seconds: For each size that was tried, median seconds of the ascent gradient with
+            both copies.
+        copy_seconds: Median seconds of the two copies alone.
 
     Example:
         >>> from samx.asynchronous import AscentBatch
@@ -169,21 +171,21 @@ def calibrate_ascent_batch(
     multiple: int = 8,
     repeats: int = 5,
 ) -> AscentBatch:
-    """The largest ascent batch whose gradient is ready when the descent gradient is.
+    """Find the largest ascent batch whose gradient takes no longer than the descent gradient.
 
         b′ = max { k = multiple, 2·multiple, ..., b :  t_copy + t_ascent(k) ≤ t_descent(b) }
 
-    Times are measured once, each device on its own, after compilation. Shapes are fixed in a
-    compiled step: call it before training, not during it.
+    Times are measured once, on each device separately, after compilation. A compiled step has fixed
+    shapes, so call this before training, not during it.
 
     Args:
         grad_fn: `(params, batch) -> gradient`, `jax.grad` of your mean loss.
         params: The parameters.
-        batch: A batch of the size b that the descent takes, any pytree with leading axis b.
+        batch: A batch of the size b of a descent step, any pytree with leading axis b.
         descent_device: The faster device.
-        ascent_device: The other one.
-        multiple: Sizes are multiples of it, or b itself; default 8.
-        repeats: Measurements of each size, of which the median counts; default 5.
+        ascent_device: The other device.
+        multiple: The sizes to try are multiples of this number, and b itself; default 8.
+        repeats: Measurements of each size; their median counts; default 5.
 
     Returns:
         An `AscentBatch`, with the decision and the measurements.
@@ -207,8 +209,8 @@ def calibrate_ascent_batch(
         the procedure is ours.
 
     Notes:
-        Sizes are halved in on: about log₂(b / multiple) of them are compiled, and each runs
-        `repeats` times. That a device slows down while the other works is not seen.
+        The size is found by bisection: about log₂(b / multiple) sizes are compiled, and each runs
+        `repeats` times. If a device slows down while the other one works, this is not measured.
     """
     check_count("multiple", multiple)
     check_count("repeats", repeats)
@@ -255,10 +257,11 @@ def _copy(x):
 
 
 def _with_held_ascent(descend):
-    """The step, with the gradient in the state as the incoming one.
+    """Return the step with the ascent gradient in the state as the incoming gradient.
 
-    `async_sam` reads the incoming gradient in its first step only, where the state holds that of
-    the same step; in all others it would only go into the state, where `pipelined` replaces it.
+    `async_sam` climbs the incoming gradient at most in its first step; there the state holds the
+    ascent gradient of the same step. In all other steps the incoming gradient would only go into
+    the state, where `pipelined` replaces it.
     """
 
     def step(params, opt_state, batch):
@@ -272,7 +275,7 @@ def _is_held(node):
 
 
 def _held(opt_state: Any) -> AsyncSAMState:
-    """The one state of `async_sam` inside an optimizer's."""
+    """Return the only state of `async_sam` inside an optimizer state."""
     nodes = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_held)[0]
     found = [(path, node) for path, node in nodes if _is_held(node)]
     if len(found) != 1:
@@ -285,8 +288,8 @@ def _held(opt_state: Any) -> AsyncSAMState:
     for key in path:
         if type(outer).__module__.startswith("samx."):
             raise ValueError(
-                f"pipelined: async_sam stands inside another transformation of samx "
-                f"({type(outer).__name__}), which would read a gradient that is a step old"
+                f"pipelined: async_sam is inside another transformation of samx "
+                f"({type(outer).__name__}), which would read a gradient that is one step old"
             )
         outer = _child(outer, key)
     return node
@@ -299,7 +302,7 @@ def _child(node, key):
 
 
 def _hold(opt_state: Any, a: Any) -> Any:
-    """The same with another ascent gradient in the state of `async_sam`."""
+    """Return the optimizer state with `a` as the ascent gradient of `async_sam`."""
     return jax.tree.map(
         lambda node: node._replace(ascent_grad=a) if _is_held(node) else node,
         opt_state,

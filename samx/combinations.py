@@ -1,4 +1,4 @@
-"""Combinations: what the base optimizer gets of the gradient and the sharp gradient."""
+"""Combinations of the gradient and the sharp gradient, for the base optimizer."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -21,8 +21,8 @@ class CombinationState(NamedTuple):
     """State of a combination.
 
     Attributes:
-        step: int32, optimizer steps so far; schedules run on it.
-        inner: State of the transformation.
+        step: int32, optimizer steps so far, the argument of schedules.
+        inner: State of the inner transformation.
     """
 
     step: jax.Array
@@ -32,26 +32,25 @@ class CombinationState(NamedTuple):
 def mix(
     inner: optax.GradientTransformation, weight: ScalarOrSchedule, *, name: str = "mix"
 ) -> Transformation:
-    """More or less of the sharp gradient: a straight line through both gradients.
+    """Mix the gradient and the sharp gradient: a point on the line through both.
 
         return g + weight (inner(g) − g)
 
     Args:
         inner: A sharpness-aware transformation that stands first in a chain, such as `samx.sam`.
-        weight: γ ≥ 0, a number or a schedule over the optimizer's steps: 0 is the gradient, 1 the
-            sharp gradient, more than 1 goes beyond it.
-        name: What error messages call it.
+        weight: γ ≥ 0. 0 gives the gradient, 1 the sharp gradient, and more than 1 goes beyond it.
+        name: Name of the transformation in error messages.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs what
-        `inner` needs.
+        A transformation that stands first in a chain. `update` needs what `inner` needs.
 
     Raises:
-        ValueError: If `weight` is a negative number; in `init`, if `inner` wraps a base.
-        TypeError: If `weight` is neither number nor schedule, or `inner` no transformation.
+        ValueError: If `weight` is negative; in `init`, if `inner` wraps a base.
+        TypeError: If a hyperparameter is neither a number nor a schedule, or `inner` is not a
+            transformation.
 
     Example:
-        G-RST, randomized training with the expected gradient of SAM:
+        G-RST, randomized training whose expected gradient is that of SAM:
 
         >>> import samx
         >>> p = 0.5
@@ -62,11 +61,11 @@ def mix(
         Zhao, Zhang, Hu, "Randomized Sharpness-Aware Training for Boosting Computational Efficiency
         in Deep Learning", AAAI 2023, https://arxiv.org/abs/2203.09962 (G-RST); Zhao, Zhang, Hu,
         "Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning", ICML
-        2022, https://arxiv.org/abs/2202.03599 (the same line, as a penalty of the gradient norm).
+        2022, https://arxiv.org/abs/2202.03599 (the same line, as a penalty on the gradient norm).
 
     Notes:
         Cost: that of `inner`, and elementwise work. G-RST's line is inferred from its abstract.
-        `static_args`: `inner`, `name`.
+        `static_args`: `inner`.
     """
     check_number("weight", weight, 0)
 
@@ -83,27 +82,29 @@ def surrogate_gap(
     *,
     name: str = "surrogate_gap",
 ) -> Transformation:
-    """Descend one of both losses, and, across its gradient, also the gap between them: GSAM's.
+    """Descend one of the two losses, and also the surrogate gap between them, as GSAM does.
 
         g_s = inner(g)
         "sharp":  return g_s − α (g − (⟨g, g_s⟩ / ‖g_s‖²) g_s)
         "clean":  return g + α (g_s − (⟨g_s, g⟩ / ‖g‖²) g)
 
+    The first term descends one loss. The second term is the orthogonal component of the other
+    gradient, and descends the gap.
+
     Args:
         inner: A sharpness-aware transformation that stands first in a chain, such as `samx.sam`.
-        alpha: α ≥ 0, a number or a schedule over the optimizer's steps; 0 is `inner`, with "clean"
-            the base optimizer.
-        descend: Which loss is descended along its own gradient; default "sharp".
-        name: What error messages call it.
+        alpha: α ≥ 0. 0 is `inner`, or with "clean" the base optimizer.
+        descend: Which loss is descended along its own gradient: "sharp", the default, or "clean".
+        name: Name of the transformation in error messages.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs what
-        `inner` needs.
+        A transformation that stands first in a chain. `update` needs what `inner` needs.
 
     Raises:
-        ValueError: If `alpha` is a negative number, or `descend` unknown; in `init`, if `inner`
-            wraps a base.
-        TypeError: If `alpha` is neither number nor schedule, or `inner` no transformation.
+        ValueError: If `alpha` is negative, or `descend` is unknown; in `init`, if `inner` wraps a
+            base.
+        TypeError: If a hyperparameter is neither a number nor a schedule, or `inner` is not a
+            transformation.
 
     Example:
         The gap of ASAM, on every second step:
@@ -117,9 +118,8 @@ def surrogate_gap(
         https://arxiv.org/abs/2203.08065 (google-research/big_vision)
 
     Notes:
-        The gap falls without a first-order change of the loss that is descended. Cost:
-        that of `inner`, and two inner products.
-        `static_args`: `inner`, `descend`, `name`.
+        The second term decreases the gap without a first-order change of the loss that is
+        descended. Cost: that of `inner`, and two inner products. `static_args`: `inner`, `descend`.
     """
     check_number("alpha", alpha, 0)
     if descend not in ("sharp", "clean"):
@@ -136,22 +136,21 @@ def surrogate_gap(
 def renormalized(
     inner: optax.GradientTransformation, *, name: str = "renormalized"
 ) -> Transformation:
-    """The direction of the sharp gradient, as long as the gradient: Stable SAM's.
+    """Rescale the sharp gradient to the norm of the gradient, as Stable SAM does.
 
         g_s = inner(g)
         return (‖g‖ / ‖g_s‖) g_s
 
     Args:
         inner: A sharpness-aware transformation that stands first in a chain, such as `samx.sam`.
-        name: What error messages call it.
+        name: Name of the transformation in error messages.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs what
-        `inner` needs.
+        A transformation that stands first in a chain. `update` needs what `inner` needs.
 
     Raises:
         ValueError: In `init`, if `inner` wraps a base.
-        TypeError: If `inner` is no transformation.
+        TypeError: If `inner` is not a transformation.
 
     Example:
         >>> import samx
@@ -163,8 +162,8 @@ def renormalized(
 
     Notes:
         1e-12 is added to the norm of the sharp gradient. Optimizers that divide by the size of
-        gradients, such as Adam, undo most of it. Cost: that of `inner`, and two norms.
-        `static_args`: `inner`, `name`.
+        gradients, such as Adam, undo most of the rescaling. Cost: that of `inner`, and two norms.
+        `static_args`: `inner`.
     """
 
     def combine(g, g_s, step):
@@ -178,7 +177,7 @@ def renormalized(
 def _combination(
     name: str, inner: Any, combine: Callable[[Any, Any, jax.Array], Any]
 ) -> Transformation:
-    """`combine(g, inner(g), step)`, in the dtypes of the parameters."""
+    """Return the transformation `combine(g, inner(g), step)`, in the dtypes of the parameters."""
     inner = as_transformation(name, "inner", inner)
 
     def init_fn(params):
@@ -195,22 +194,22 @@ def _combination(
 
 
 def decaying(decay: ScalarOrSchedule = 0.7, last: int | None = None) -> Mixing:
-    """How much of a reused part a step takes: less from step to step, for `samx.arsam`.
+    """Return the weight of a reused component for `samx.arsam`: it decays from step to step.
 
         weight(age, step) = decay ^ age  if  age ≤ last  else  0
 
     Args:
-        decay: β in [0, 1]; default 0.7, vSAM's.
-        last: The last age at which the part is used, a number of steps ≥ 0; default no last one.
+        decay: β in [0, 1]; default 0.7, as in vSAM.
+        last: The last age at which the component is used, a number of steps ≥ 0; default none.
             vSAM: 6.
 
     Returns:
-        A function `(age, step) -> weight` of the int32 steps since the part was taken (0 where it
-        is taken) and since the beginning.
+        A function `(age, step) -> weight`. `age` is int32, the steps since the component was taken
+        (0 in the step that takes it). `step` is int32, the steps since the beginning.
 
     Raises:
-        ValueError: If `decay` is outside [0, 1] or `last` below 0.
-        TypeError: If `decay` is no number, or `last` no Python int.
+        ValueError: If `decay` is outside [0, 1] or `last` is below 0.
+        TypeError: If `decay` is neither a number nor a schedule, or `last` is not a Python int.
 
     Example:
         >>> from samx.combinations import decaying

@@ -1,13 +1,13 @@
-"""Flax training loops: a linen `TrainState` and closures of an nnx model.
+"""Flax training loops: a linen `TrainState`, and loss closures of an nnx model.
 
     linen    state.apply_gradients(grads=grads, value_fn=value_fn, batch_stats=batch_stats)
     nnx      optimizer.update(model, grads, value_fn=samx.flax.closure(model, loss))
 
-A model's state moves once per step: BatchNorm statistics and dropout counters are those of the
-caller's clean pass, or of the pass whose aux the optimizer keeps (`aux_like`). Every pass of a step
-draws the same dropout masks, or with `masks="fresh"` the passes at perturbed points draw their own.
+The state of a model changes once per step: BatchNorm statistics and dropout counters come from your
+own forward pass, or from the pass whose aux the optimizer keeps (`aux_like`). All passes of a step
+draw the same dropout masks. With `masks="fresh"` the passes at perturbed points draw other masks.
 
-Imported on its own, `import samx.flax`: the rest of samx does not need Flax.
+Import it separately, `import samx.flax`: the rest of samx does not need Flax.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,26 +32,27 @@ __all__ = ["TrainState", "closure", "keep_aux", "statistics"]
 
 Masks = Literal["same", "fresh"]
 _UPDATE_KEYWORDS = OWN_KEYWORDS - {"ascent_grad"} | {"value", "grad", "value_fn"}
-_SHARP = crc32(b"sharp pass")  # folded into keys: no counter, no index of a split gets there
+_SHARP = crc32(b"sharp pass")  # folded into keys; no counter and no split index reaches it
 
 
 class TrainState(train_state.TrainState):
-    """Flax's `TrainState` whose `apply_gradients` passes the closures on.
+    """Flax's `TrainState`, with an `apply_gradients` that passes loss closures to the optimizer.
 
         params, opt_state = tx(grads; closures)
         step              = step + 1
 
-    `create(apply_fn=..., params=..., tx=..., batch_stats=..., key=...)` makes one; the last two may
-    be left out.
+    `create(apply_fn=..., params=..., tx=..., batch_stats=..., key=...)` makes a state. The last two
+    arguments may be left out.
 
     Attributes:
         step: int32, optimizer steps so far.
         apply_fn: Usually `model.apply`.
         params: The parameters.
         tx: The whole optimizer, sharpness-aware transformation and base together.
-        opt_state: Its state.
-        batch_stats: The collection of that name, BatchNorm's running statistics; default none.
-        key: The random key of the run, from which `rngs` derives those of each step; default none.
+        opt_state: The state of `tx`.
+        batch_stats: The collection "batch_stats", BatchNorm's running statistics; default none.
+        key: The random key of the training run; `rngs` derives the keys of each step from it;
+            default none.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, samx.flax
@@ -88,28 +89,28 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, *, apply_fn, params, tx, **kwargs):
-        """A new state at step 0, its optimizer initialized; `kwargs` are the other fields."""
+        """Return a new state at step 0, with `tx` initialized; `kwargs` are the other fields."""
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
-        return state.replace(step=jnp.zeros((), jnp.int32))  # Flax's Python int compiles twice
+        return state.replace(step=jnp.zeros((), jnp.int32))  # a Python int compiles twice
 
     def apply_gradients(self, *, grads, extra_args: Mapping[str, Any] | None = None, **kwargs):
-        """One optimizer step.
+        """Take one optimizer step.
 
         Args:
             grads: Gradient at `params`.
             extra_args: Keywords that only the base optimizer knows.
             **kwargs: The keywords of the contract (`value_fn`, `losses_fn`, `batch`, `weights`,
-                `value`, ...), which go to the optimizer, and fields of this state, which replace
-                its own (`batch_stats` of the clean pass, say).
+                `value`, ...), which go to the optimizer. And fields of this state, which replace
+                the old ones, for example the `batch_stats` of your own forward pass.
 
         Returns:
-            The state after the step. Where the optimizer keeps the aux of a pass (`aux_like`),
-            that is the new `batch_stats`, whatever was passed.
+            The state after the step. If the optimizer keeps the aux of a pass (`aux_like`), this
+            aux is the new `batch_stats`, whatever you passed.
 
         Raises:
-            TypeError: If a keyword is neither.
-            ValueError: What `tx` raises, or if the aux that the optimizer keeps is not shaped like
-                `batch_stats`.
+            TypeError: If a keyword is neither of the two.
+            ValueError: If `tx` raises it, or if the aux that the optimizer keeps does not have the
+                structure of `batch_stats`.
         """
         changes = {f.name: kwargs.pop(f.name) for f in fields(self) if f.name in kwargs}
         unknown = kwargs.keys() - _UPDATE_KEYWORDS
@@ -127,22 +128,23 @@ class TrainState(train_state.TrainState):
         return state.replace(tx=self.tx, **({} if aux is None else {"batch_stats": aux}))
 
     def rngs(self, *names: str, masks: Masks = "same") -> dict[str, jax.Array]:
-        """The random keys of this step, for `apply_fn(..., rngs=...)`.
+        """Return the random keys of this step, for `apply_fn(..., rngs=...)`.
 
         Args:
-            *names: What the model calls them: "dropout", ...
-            masks: "same" gives every pass of the step the same keys; "fresh" gives other ones to
-                the passes at perturbed points. Call it inside the loss closure then.
+            *names: Names of the keys in the model, for example "dropout".
+            masks: "same", the default, gives every pass of the step the same keys. "fresh" gives
+                other keys to the passes at perturbed points; then call `rngs` inside the loss
+                closure.
 
         Returns:
-            One key per name, other ones on every step.
+            One key per name. The keys of two steps differ.
 
         Raises:
-            ValueError: If the state has no `key`, or `masks` is neither of the two.
+            ValueError: If the state has no `key`, or `masks` is neither "same" nor "fresh".
 
         Notes:
-            The same keys on all devices of `jax.shard_map` and `jax.pmap`, unless `key` differs
-            between them, and for all microbatches of `accumulate`.
+            The keys are the same on all devices of `jax.shard_map` and `jax.pmap`, unless `key`
+            differs between them. They are the same for all microbatches of `accumulate`.
         """
         _check_masks("TrainState.rngs", masks)
         if self.key is None:
@@ -160,28 +162,30 @@ def closure(
     wrt: nnx.filterlib.Filter = nnx.Param,
     masks: Masks = "same",
 ) -> Callable[..., tuple[Any, Any]]:
-    """A loss of an nnx model as a pure closure of its parameters, for `Optimizer.update`.
+    """Return a loss of an nnx model as a pure function of its parameters, for `Optimizer.update`.
 
         graph, params, rest = split(copy of model)      (now)
         closure(w, ...)     = fn(copy of merge(graph, w, rest), ...)
 
-    Make it before the clean pass moves the model's statistics and dropout counters: then every pass
-    of the step starts from the same ones and draws the same masks, and none touches the model.
+    Make the closure before your own forward pass changes the model's statistics and dropout
+    counters. Then all passes of the step start from the same values and draw the same masks, and
+    no pass changes the model.
 
     Args:
         model: The model.
         fn: `(model, ...) -> loss` or `(loss, aux)`: a scalar for `value_fn`, `ascent_fn` and
             `validation_fn`, `[B]` for `losses_fn`, where `...` is the batch.
         wrt: Which variables are the parameters, as in `nnx.Optimizer`; default `nnx.Param`.
-        masks: "same", or "fresh": dropout masks of their own for the passes at perturbed points.
+        masks: "same", the default, or "fresh": other dropout masks for the passes at perturbed
+            points.
 
     Returns:
-        `(params, ...) -> (loss, statistics)`, the second as `statistics` has it, after the pass.
-        The aux of `fn` is dropped.
+        `(params, ...) -> (loss, statistics)`, where `statistics` are those of the model after the
+        pass, as the function `statistics` returns them. The aux of `fn` is dropped.
 
     Raises:
-        ValueError: If `masks` is neither of the two; when called, if `wrt` does not choose the
-            parameters that arrive.
+        ValueError: If `masks` is neither "same" nor "fresh"; when called, if `wrt` does not choose
+            the parameters that arrive.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx.flax
@@ -205,10 +209,10 @@ def closure(
         https://github.com/google/flax/issues/4545, which asks for this.
 
     Notes:
-        Cost: none; the copies are of references, `nnx.split` alone would see the clean pass move
-        them. In `jax.shard_map` and `jax.pmap` the closure is that of the device; masks are then
-        the same on all devices unless the model's keys differ. So are those of all microbatches of
-        `accumulate`.
+        Cost: none. Only references are copied; without a copy, `nnx.split` would see your own
+        forward pass change them. In `jax.shard_map` and `jax.pmap` the closure is that of the
+        device; masks are then the same on all devices, unless the model's keys differ. Masks are
+        the same for all microbatches of `accumulate`.
     """
     _check_masks("closure", masks)
     graph, own_params, keys, rest = nnx.split(nnx.clone(model), wrt, nnx.RngKey, ...)
@@ -230,7 +234,7 @@ def closure(
 
 
 def statistics(model: nnx.Module, *, wrt: nnx.filterlib.Filter = nnx.Param) -> Any:
-    """What a pass moves in an nnx model: BatchNorm statistics and dropout counters.
+    """Return what a pass changes in an nnx model: BatchNorm statistics and dropout counters.
 
         statistics = variables − parameters (trained or not) − random keys − intermediates
 
@@ -239,7 +243,8 @@ def statistics(model: nnx.Module, *, wrt: nnx.filterlib.Filter = nnx.Param) -> A
         wrt: Which variables are trained, as in `nnx.Optimizer`; default `nnx.Param`.
 
     Returns:
-        A dict of arrays: `aux_like` for variants without a clean pass, what `nnx.update` takes.
+        A dict of arrays. Pass it as `aux_like` to variants that ignore your own forward pass, or to
+        `nnx.update`.
 
     Raises:
         Nothing.
@@ -261,22 +266,22 @@ def statistics(model: nnx.Module, *, wrt: nnx.filterlib.Filter = nnx.Param) -> A
 
 
 def keep_aux(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
-    """Give an nnx model the statistics of the pass that the optimizer kept, if it kept one.
+    """Update an nnx model with the statistics that the optimizer kept from a pass, if any.
 
         statistics(model) = aux                         (variants with `aux_like`)
 
-    Behind `optimizer.update(...)`, one training step then serves every variant: those with a clean
-    pass of the caller's, which has moved the statistics already, and those without.
+    Call it after `optimizer.update(...)`. Then the same training step serves every variant: those
+    that use your own forward pass, which has already changed the statistics, and those that do not.
 
     Args:
-        model: The model, whose statistics are replaced.
-        optimizer: Its optimizer, whose state is searched for an `aux`.
+        model: The model; its statistics are replaced.
+        optimizer: The optimizer of the model; its state is searched for an `aux`.
 
     Returns:
         Nothing.
 
     Raises:
-        ValueError: If the aux is not shaped like `statistics(model)`.
+        ValueError: If the aux does not have the structure of `statistics(model)`.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx.flax
@@ -297,8 +302,8 @@ def keep_aux(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
         README, "The contract", rule 3.
 
     Notes:
-        Where the optimizer keeps an aux, the compiler drops the caller's clean pass, if nothing
-        else of it is returned. Cost: none.
+        If the optimizer keeps an aux, XLA drops your own forward pass, unless you return something
+        else from it. Cost: none.
     """
     aux = _kept_aux(nnx.as_pure(optimizer.opt_state), statistics(model, wrt=optimizer.wrt))
     if aux is not None:
@@ -306,7 +311,7 @@ def keep_aux(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
 
 
 def _fold(key: jax.Array) -> jax.Array:
-    """Other keys, one for each, whatever the shape (`nnx.split_rngs` makes several)."""
+    """Return another key for each key of an array (`nnx.split_rngs` makes arrays of keys)."""
     folded = jax.vmap(lambda k: jax.random.fold_in(k, _SHARP))(key.reshape(-1))
     return folded.reshape(key.shape)
 
@@ -317,7 +322,7 @@ def _check_masks(name: str, masks: str) -> None:
 
 
 def _kept_aux(opt_state: Any, statistics: Any) -> Any:
-    """The aux of samx's own states; a parameter may be called "aux" as well."""
+    """Return the aux of a samx state, if any; a parameter called "aux" is not meant."""
 
     def keeps(node):
         has_readings = isinstance(getattr(node, "readings", None), Readings)
@@ -334,4 +339,4 @@ def _kept_aux(opt_state: Any, statistics: Any) -> Any:
             f"structure as `aux_like`, {jax.tree.structure(expected)}, and let the closures "
             f"return them as aux; got {', '.join(str(jax.tree.structure(aux)) for aux in auxes)}"
         )
-    return jax.tree.map(jnp.copy, aux)  # in two places of a state that may be donated
+    return jax.tree.map(jnp.copy, aux)  # it stands twice in a state that may be donated

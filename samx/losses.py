@@ -1,4 +1,4 @@
-"""Losses to climb, per example: what BiSAM climbs in place of the loss that it descends."""
+"""Per-example losses to climb: BiSAM climbs one of these, and descends the usual loss."""
 
 import math
 from typing import Any
@@ -13,25 +13,25 @@ __all__ = ["log_lower_bound", "tanh_lower_bound"]
 
 
 def tanh_lower_bound(logits: Any, labels: Any, mu: Any = 10.0, alpha: Any = 0.1) -> jax.Array:
-    """BiSAM's lower bound of the misclassification error, made of tanh.
+    """Return BiSAM's lower bound of the misclassification error, built from tanh.
 
         F_j = logits_j − logits_label                     (0 for the label itself)
         Q   = (1/μ) log Σ_j exp(μ φ(F_j)),   φ(x) = tanh(α x)
 
     Args:
         logits: `float[..., classes]`.
-        labels: `int[...]`, the right classes.
-        mu: Sharpness μ > 0 of the maximum over the classes; default 10, that of the function in the
-            authors' code. Their script passes 1.
-        alpha: Slope α > 0 of tanh; default 0.1, theirs.
+        labels: `int[...]`, the correct classes.
+        mu: Sharpness μ > 0 of the maximum over the classes; default 10, as in the function in the
+            authors' code. The authors' script passes 1.
+        alpha: Slope α > 0 of tanh; default 0.1, as in the authors' code.
 
     Returns:
         `float[...]`, one number per example, in float32 or wider.
 
     Raises:
-        ValueError: If `mu` or `alpha` is negative, or `labels` has not the shape of `logits`
-            without its last axis.
-        TypeError: If `labels` are no integers.
+        ValueError: If `mu` or `alpha` is negative, or the shape of `labels` is not that of `logits`
+            without the last axis.
+        TypeError: If `labels` are not integers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,7 +46,8 @@ def tanh_lower_bound(logits: Any, labels: Any, mu: Any = 10.0, alpha: Any = 0.1)
         Optimization Formulation", ICML 2024, https://arxiv.org/abs/2407.12993 (LIONS-EPFL/BiSAM)
 
     Notes:
-        The authors' code leaves out the factor 1/μ, which a ball does not see. Cost: as a softmax.
+        The authors' code leaves out the factor 1/μ, which does not change the perturbation of a
+        ball. Cost: that of a softmax.
     """
     check_number("mu", mu, 0)
     check_number("alpha", alpha, 0)
@@ -54,23 +55,23 @@ def tanh_lower_bound(logits: Any, labels: Any, mu: Any = 10.0, alpha: Any = 0.1)
 
 
 def log_lower_bound(logits: Any, labels: Any, mu: Any = 1.0) -> jax.Array:
-    """BiSAM's lower bound of the misclassification error, made of a logarithm.
+    """Return BiSAM's lower bound of the misclassification error, built from a logarithm.
 
         F_j = logits_j − logits_label                     (0 for the label itself)
         Q   = (1/μ) log Σ_j exp(μ φ(F_j)),   φ(x) = 1 − log(1 + exp(γ − x)),  γ = log(e − 1)
 
     Args:
         logits: `float[..., classes]`.
-        labels: `int[...]`, the right classes.
-        mu: Sharpness μ > 0 of the maximum over the classes; default 1, the authors'.
+        labels: `int[...]`, the correct classes.
+        mu: Sharpness μ > 0 of the maximum over the classes; default 1, as in the authors' code.
 
     Returns:
         `float[...]`, one number per example, in float32 or wider.
 
     Raises:
-        ValueError: If `mu` is negative, or `labels` has not the shape of `logits` without its last
-            axis.
-        TypeError: If `labels` are no integers.
+        ValueError: If `mu` is negative, or the shape of `labels` is not that of `logits` without
+            the last axis.
+        TypeError: If `labels` are not integers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,8 +85,8 @@ def log_lower_bound(logits: Any, labels: Any, mu: Any = 1.0) -> jax.Array:
         Xie et al., ICML 2024, https://arxiv.org/abs/2407.12993 (LIONS-EPFL/BiSAM)
 
     Notes:
-        φ(0) = 0. The authors' code leaves out the factor 1/μ, which a ball does not see. Cost: as a
-        softmax.
+        φ(0) = 0. The authors' code leaves out the factor 1/μ, which does not change the
+        perturbation of a ball. Cost: that of a softmax.
     """
     check_number("mu", mu, 0)
     margins = _margins("log_lower_bound", logits, labels)

@@ -1,13 +1,13 @@
-"""Widths: how far each layer may move when a network is wider than the one that was tuned.
+"""Scales of each layer, for a network that is wider than the one that was tuned.
 
-The maximal update parametrization (µP) multiplies learning rates and, as µP², perturbations of each
-layer by powers of the width, so that features change as much at any width and the best learning
-rate and radius of a narrow network remain the best of a wide one.
+The maximal update parametrization (µP) multiplies the learning rate of each layer by a power of the
+width, and µP² its perturbation too. Then features change by the same amount at any width, and the
+best learning rate and radius of a narrow network remain the best ones of a wide network.
 
     s = (fan_out / base fan_out) / (fan_in / base fan_in)      of each leaf
 
-Both networks are given by their parameters, or by the shapes of them: `jax.eval_shape(model.init,
-...)`. A network of base width has `s = 1` everywhere.
+Both networks are given by their parameters, or by the shapes of their parameters:
+`jax.eval_shape(model.init, ...)`. A network of base width has `s = 1` everywhere.
 """
 
 import math
@@ -26,7 +26,7 @@ Fans: TypeAlias = Callable[[Any, tuple[int, ...]], tuple[int, int]]
 
 
 def flax_fans(path: Any, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The fan-in and fan-out of a parameter of a Flax layer, by its name and shape.
+    """Return the fan-in and fan-out of a parameter of a Flax layer, from its name and shape.
 
         kernel of Dense, Conv              [..., in, out]          all axes but the last, the last
         kernel of query, key, value        [in, heads, head_dim]   the first, all others
@@ -36,17 +36,17 @@ def flax_fans(path: Any, shape: tuple[int, ...]) -> tuple[int, int]:
 
     Args:
         path: Key path of the leaf, as `jax.tree_util.tree_map_with_path` passes it.
-        shape: Its shape.
+        shape: Shape of the leaf.
 
     Returns:
-        `(fan_in, fan_out)`. Only their growth with the width matters, so that the spatial axes of a
+        `(fan_in, fan_out)`. Only their growth with the width matters, so the spatial axes of a
         convolution may be counted as inputs.
 
     Raises:
         Nothing.
 
     Example:
-        For a layer that these rules get wrong, write your own in front of them:
+        If these rules are wrong for a layer, write a function that treats this layer first:
 
         >>> import jax, samx
         >>> def fans(path, shape):  # a table of classes, [features, classes, prototypes]
@@ -76,11 +76,12 @@ def flax_fans(path: Any, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def layer_scales(params: Any, base_params: Any, *, fans: Fans = flax_fans) -> Any:
-    """How much further each layer may move than in the network of base width.
+    """Return how much further each layer may move than in the network of base width.
 
         s = (fan_out / base fan_out) / (fan_in / base fan_in)
 
-    For `samx.mup_sam`; also the learning rates of SGD. With all widths r times the base's:
+    Pass it to `samx.mup_sam`. It also gives the learning rates of SGD. If all widths are r times
+    those of the base network:
 
         embeddings, input layers, biases, norm scales    r
         hidden layers                                    1
@@ -89,14 +90,14 @@ def layer_scales(params: Any, base_params: Any, *, fans: Fans = flax_fans) -> An
 
     Args:
         params: Parameters of the network, or their `jax.ShapeDtypeStruct`s.
-        base_params: Those of the network of base width: the same tree, other shapes.
+        base_params: The same for the network of base width: the same tree, other shapes.
         fans: `(path, shape) -> (fan_in, fan_out)`; default `flax_fans`.
 
     Returns:
         A tree like `params` of Python numbers.
 
     Raises:
-        ValueError: If the trees differ in their leaves, or a leaf in its number of axes.
+        ValueError: If the two trees have different leaves, or a leaf has different numbers of axes.
 
     Example:
         >>> import jax, jax.numpy as jnp, flax.linen as nn, samx
@@ -113,10 +114,10 @@ def layer_scales(params: Any, base_params: Any, *, fans: Fans = flax_fans) -> An
         https://arxiv.org/abs/2310.17813 (steps of spectral norm √(fan_out / fan_in)).
 
     Notes:
-        The compact rule is derived from the exponents in the first author's code, all of which it
-        gives back, but that of the output bias: there its perturbation grows with the width under
-        layer-wise normalization, here it does not. For `flax.nnx` give both as optimizers see them,
-        `nnx.as_pure(nnx.state(model, nnx.Param))`. Cost: none.
+        The compact rule is derived from the exponents in the first author's code. It reproduces all
+        of them except that of the output bias: there the perturbation of the output bias grows with
+        the width under layer-wise normalization, here it does not. For `flax.nnx` pass both trees
+        as optimizers see them, `nnx.as_pure(nnx.state(model, nnx.Param))`. Cost: none.
     """
 
     def scale(growth_in, growth_out):
@@ -132,7 +133,7 @@ def learning_rates(
     *,
     fans: Fans = flax_fans,
 ) -> Any:
-    """The learning rate of each layer, in units of that of the network of base width.
+    """Return the learning rate of each layer, relative to the network of base width.
 
         "sgd":   (fan_out / base fan_out) / (fan_in / base fan_in)
         "adam":  1 / (fan_in / base fan_in)
@@ -140,18 +141,18 @@ def learning_rates(
     Args:
         params: As for `layer_scales`.
         base_params: As for `layer_scales`.
-        optimizer: "sgd" for updates that are as long as the gradient, with or without momentum;
-            "adam" for those whose entries are of size one, Adam and its kin.
+        optimizer: "sgd", the default, for updates of the size of the gradient, with or without
+            momentum; "adam" for updates with entries of size one (Adam and similar optimizers).
         fans: As for `layer_scales`.
 
     Returns:
         A tree like `params` of Python numbers.
 
     Raises:
-        ValueError: As `layer_scales`; if `optimizer` is neither.
+        ValueError: As for `layer_scales`; or if `optimizer` is neither "sgd" nor "adam".
 
     Example:
-        Multiply the steps, in front of the weight decay, which is not to be multiplied:
+        Multiply the steps before the weight decay, which must not be multiplied:
 
         >>> import jax, jax.numpy as jnp, optax, samx
         >>> wide, base = {"kernel": jnp.ones((8, 8))}, {"kernel": jnp.ones((2, 2))}
@@ -171,8 +172,8 @@ def learning_rates(
         Transfer", 2022, https://arxiv.org/abs/2203.03466; https://arxiv.org/abs/2411.00075
 
     Notes:
-        They go with the initialization of µP: variances of 1 / fan_in as in `lecun_normal`, but the
-        output layer's 1 / r of that, or zero. Cost: none.
+        Use these rates with the initialization of µP: variance 1 / fan_in, as in `lecun_normal`,
+        except for the output layer, whose variance is 1 / r of that, or zero. Cost: none.
     """
     if optimizer not in ("sgd", "adam"):
         raise ValueError(f"learning_rates: `optimizer` must be 'sgd' or 'adam', got {optimizer!r}")
@@ -186,14 +187,14 @@ def learning_rates(
 def _from_growth(
     name: str, params: Any, base_params: Any, fans: Fans, rule: Callable[[float, float], float]
 ) -> Any:
-    """`rule(growth of fan_in, growth of fan_out)` for every leaf."""
+    """Return `rule(growth of fan_in, growth of fan_out)` for every leaf."""
     base_params = matched(name, "base_params", base_params, "params", params)
 
     def number(path, leaf, base_leaf):
         shapes = jnp.shape(leaf), jnp.shape(base_leaf)
         if len(shapes[0]) != len(shapes[1]) or 0 in (*shapes[0], *shapes[1]):
             raise ValueError(
-                f"{name}: `base_params`{jax.tree_util.keystr(path)} must have the axes of "
+                f"{name}: `base_params`{jax.tree_util.keystr(path)} must have as many axes as "
                 f"`params`, none of length 0, got shapes {shapes[1]} and {shapes[0]}"
             )
         (fan_in, fan_out), (base_in, base_out) = (fans(path, shape) for shape in shapes)

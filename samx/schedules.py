@@ -1,4 +1,4 @@
-"""Schedules of the radius. Any optax schedule is one; here is what optax does not have."""
+"""Schedules of the radius that optax does not have. Any optax schedule may be a radius too."""
 
 import jax
 import jax.numpy as jnp
@@ -17,25 +17,25 @@ def following(
     peak_value: float,
     end_value: float = 0.0,
 ) -> optax.Schedule:
-    """A radius that follows the learning rate: large while steps are large. GSAM's.
+    """Return a radius that follows the learning rate, large while steps are large, as in GSAM.
 
         ρ_t = max(0, ρ_min + (ρ_max − ρ_min) (η_t − η_min) / (η_max − η_min))
 
     Args:
-        learning_rate: The schedule η of the base optimizer, in absolute values: not a factor of a
-            peak.
-        rho_max: ρ_max ≥ 0 where the learning rate is at its peak.
-        rho_min: ρ_min in [0, rho_max], where the learning rate has its end value; default 0.
-        peak_value: η_max, as in optax's schedules.
-        end_value: η_min in [0, peak_value); default 0. With `end_value=peak_value`, a learning rate
-            that stays the same, the radius is `rho_max`.
+        learning_rate: The schedule η of the base optimizer, in absolute values, not as a factor of
+            its peak.
+        rho_max: Radius ρ_max ≥ 0 at the peak of the learning rate.
+        rho_min: Radius ρ_min in [0, rho_max] at the end value of the learning rate; default 0.
+        peak_value: Peak η_max of the learning rate, as in optax's schedules.
+        end_value: End value η_min of the learning rate, in [0, peak_value]; default 0. With
+            `end_value=peak_value` (a constant learning rate) the radius is `rho_max`.
 
     Returns:
-        A schedule of the optimizer's steps, for the `rho` of any variant.
+        A schedule over the optimizer's steps, for the `rho` of any variant.
 
     Raises:
-        ValueError: If a number is out of its range.
-        TypeError: If `learning_rate` is no schedule, or one of the others no number.
+        ValueError: If a number is out of range.
+        TypeError: If `learning_rate` is not a schedule, or another argument is not a number.
 
     Example:
         >>> import optax, samx
@@ -51,13 +51,13 @@ def following(
         https://arxiv.org/abs/2203.08065, section 4.2 (google-research/big_vision)
 
     Notes:
-        In a warm-up from below `end_value` the line goes below `rho_min`. The authors' code goes on
-        below zero, which is a descent; here the radius ends at 0. Cost: none.
+        In a warm-up from below `end_value` the line goes below `rho_min`. The authors' code lets
+        the radius become negative, which is a descent; here it stops at 0. Cost: none.
     """
     if not callable(learning_rate):
         raise TypeError(
             f"following: `learning_rate` must be a schedule, step -> number, got {learning_rate!r};"
-            " a constant one needs no schedule of the radius"
+            " with a constant learning rate, pass a number as `rho`"
         )
     check_number("rho_max", rho_max, 0)
     check_number("rho_min", rho_min, 0, rho_max)

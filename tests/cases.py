@@ -1,5 +1,10 @@
-"""The table of variants: one row each, from which every suite is generated."""
+"""The table of variants, from which every suite is generated.
 
+Every row of `samx.catalog` is here. A variant that needs nothing special has a row without being
+named: see `plain`.
+"""
+
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +27,7 @@ class Case:
     """What the suites need to know of a variant.
 
     Attributes:
+        entry: The name of its row in the catalog, which gives factory, shape and closures.
         factory: Takes the hyperparameters by keyword (and the base first, where it wraps one).
         shape: "chain" stands in front of its base, "wraps" takes it as an argument, "optimizer"
             has none.
@@ -44,11 +50,12 @@ class Case:
             six there are some of both kinds.
     """
 
+    entry: str
     factory: Callable[..., optax.GradientTransformation]
     shape: Literal["chain", "wraps", "optimizer"]
     hyper: Hyper
     passes: tuple[float, float]
-    needs: tuple[str, ...] = ("value_fn",)
+    needs: tuple[str, ...]
     uses_gradient: bool = True
     has_base_limit: bool = True
     needs_batch_like: bool = False
@@ -107,109 +114,130 @@ def _random(rho: Any, probability: Any, weight: Any = None) -> optax.GradientTra
     return samx.perturb_if(policies.random(probability, KEY), sam)
 
 
+def of(entry: str, **fixed: Any) -> dict[str, Any]:
+    """What a row takes from the catalog, with some arguments of its factory fixed."""
+    (found,) = samx.catalog(entry)
+    factory = partial(found.factory, **fixed) if fixed else found.factory
+    return {
+        "entry": entry,
+        "factory": factory,
+        "shape": found.shape,
+        "needs": found.closures,
+    }
+
+
 KEY = 7  # whose draw makes the second step sharp with a probability of 0.8, but not of 0.4
 SAMPA = Case(
-    samx.sampa,
-    "wraps",
-    {"rho": 0.1, "lam": 0.2},
-    (2, 2),
-    needs=("losses_fn", "batch"),
+    **of("sampa"),
+    hyper={"rho": 0.1, "lam": 0.2},
+    passes=(2, 2),
     uses_gradient=False,
     has_base_limit=False,
     needs_batch_like=True,
     static_args=("batch_like",),
     climbs=False,
 )
-SAM = Case(samx.sam, "chain", {"rho": 0.05}, (1, 1))
+SAM = Case(**of("sam"), hyper={"rho": 0.05}, passes=(1, 1))
 GATED = replace(SAM, is_gated=True)
 VARIANTS = {
     "sam": SAM,
     "asam": replace(
         SAM,
-        factory=samx.asam,
+        **of("asam"),
         hyper={"rho": 0.5, "eta": 0.01},
         static_args=("is_scaled",),
         like="sam",
     ),
     "sampa": SAMPA,
     # The same, computed or measured differently: every row must keep the whole contract.
-    "sampa, separate": replace(
-        SAMPA, factory=partial(samx.sampa, gradients="separate"), like="sampa"
-    ),
+    "sampa, separate": replace(SAMPA, **of("sampa", gradients="separate"), like="sampa"),
     "two ascent steps": replace(
-        SAM, factory=_ball(metric_ball, ascent_steps=2), passes=(2, 2), like="sam"
+        SAM,
+        entry="sharpness_aware",
+        factory=_ball(metric_ball, ascent_steps=2),
+        passes=(2, 2),
+        like="sam",
     ),
     "layerwise": replace(
         SAM,
+        entry="sharpness_aware",
         factory=_ball(lambda rho: metric_ball(rho, layerwise())),
         hyper={"rho": 0.1},
         like="sam",
     ),
-    "l-infinity": replace(SAM, factory=_ball(linf_ball), hyper={"rho": 0.005}, like="sam"),
+    "l-infinity": replace(
+        SAM, entry="sharpness_aware", factory=_ball(linf_ball), hyper={"rho": 0.005}, like="sam"
+    ),
     "sam_on": replace(  # there is no normalization: here of the weights only
         SAM,
-        factory=partial(samx.sam_on, is_perturbed=_is_weight),
+        **of("sam_on", is_perturbed=_is_weight),
         static_args=("is_perturbed",),
         like="sam",
     ),
     "periodic": replace(
-        GATED, factory=lambda rho: samx.perturb_if(policies.every(2), samx.sam(rho)), like="rst"
+        GATED,
+        entry="periodic",
+        factory=lambda rho: samx.perturb_if(policies.every(2), samx.sam(rho)),
+        like="rst",
     ),
-    "rst": replace(GATED, factory=lambda rho, p: _random(rho, p), hyper={"rho": 0.05, "p": 0.8}),
+    "rst": replace(
+        GATED, entry="rst", factory=lambda rho, p: _random(rho, p), hyper={"rho": 0.05, "p": 0.8}
+    ),
     "g-rst": replace(
-        GATED, factory=_random, hyper={"rho": 0.05, "probability": 0.8, "weight": 2.0}, like="rst"
+        GATED,
+        entry="g_rst",
+        factory=_random,
+        hyper={"rho": 0.05, "probability": 0.8, "weight": 2.0},
+        like="rst",
     ),
     "ae_sam": replace(
         GATED,
-        factory=samx.ae_sam,
+        **of("ae_sam"),
         hyper={"rho": 0.05, "threshold": -0.2, "decay": 0.9},
         like="rst",
     ),
     "looksam": replace(
         GATED,
-        factory=partial(samx.looksam, period=2),
+        **of("looksam", period=2),
         hyper={"rho": 0.05, "alpha": 0.7},
         static_args=("period", "first"),
     ),
     "look_layer_sam": replace(
         GATED,
-        factory=partial(samx.look_layer_sam, period=2),
+        **of("look_layer_sam", period=2),
         hyper={"rho": 0.05, "alpha": 0.7},
         static_args=("period", "first", "scaling"),
         like="looksam",
     ),
     "ae_looksam": replace(
         GATED,
-        factory=samx.ae_looksam,
+        **of("ae_looksam"),
         hyper={"rho": 0.05, "threshold": -0.2, "alpha": 0.7, "decay": 0.9},
         like="looksam",
     ),
     "vsam": replace(
         GATED,
-        factory=partial(samx.vsam, policy=policies.quota(window=4, num_blocks=2, warmup_steps=1)),
+        **of("vsam", policy=policies.quota(window=4, num_blocks=2, warmup_steps=1)),
         hyper={"rho": 0.05, "decay": 0.7},
         static_args=("reuse_steps", "policy"),
         like="looksam",
     ),
-    "arsam": replace(
-        GATED, factory=lambda rho: samx.arsam(rho, policy=policies.every(2)), like="looksam"
-    ),
+    "arsam": replace(GATED, **of("arsam", policy=policies.every(2)), like="looksam"),
     "momentum_sam": replace(
         SAM,
-        factory=samx.momentum_sam,
-        shape="wraps",
+        **of("momentum_sam"),
         hyper={"rho": 0.3},
         uses_gradient=False,
         climbs=False,
     ),
 }
 SL_SHARES = (160 / 227, 67 / 227)  # of the parameters: W1, and the others
-SELECTING = replace(SAM, needs=("losses_fn", "batch"), uses_gradient=False, has_base_limit=False)
+SELECTING = replace(SAM, uses_gradient=False, has_base_limit=False)
 VARIANTS |= {
     # In so many groups as there are devices, of two examples each.
     "ksam": replace(
         SELECTING,
-        factory=partial(samx.ksam, num_selected=8, num_groups=8),
+        **of("ksam", num_selected=8, num_groups=8),
         passes=(2, 1),
         climbs=False,
         like="ausam",
@@ -217,19 +245,18 @@ VARIANTS |= {
     ),
     "esam": replace(
         SELECTING,
-        factory=partial(samx.esam, selected_fraction=0.5, num_groups=8),
+        **of("esam", selected_fraction=0.5, num_groups=8),
         hyper={"rho": 0.05, "perturbed_fraction": 0.6},
         passes=(2.5, 1.5),
         static_args=("selected_fraction", "select", "sharp_pass", "num_groups", "key"),
     ),
     "ausam": replace(
         SELECTING,
-        factory=partial(samx.ausam, fraction=0.5, num_examples=64, warmup_steps=1, num_groups=8),
+        **of("ausam", fraction=0.5, num_examples=64, warmup_steps=1, num_groups=8),
         hyper={"rho": 0.05, "low": 0.1, "high": 0.5},
         passes=(1, 1),  # behind the first step, which takes twice as many
         spent=lambda t, state: 2.0 if t == 0 else 1.0,
         climbs=False,
-        needs=("losses_fn", "batch", "index"),
         static_args=(
             *("fraction", "num_examples", "warmup_steps", "ramp_steps"),
             *("num_groups", "key", "aux_like"),
@@ -237,8 +264,7 @@ VARIANTS |= {
     ),
     "sl_sam": replace(
         SAM,
-        factory=partial(samx.sl_sam, groups=2),
-        shape="wraps",
+        **of("sl_sam", groups=2),
         hyper={"rho": 0.05, "bandit_learning_rate": 0.5, "exploration": 0.2},
         passes=(2, 2),  # in part
         spent=lambda t, state: (4 + 2 * SL_SHARES[int(optax.tree.get(state, "group"))]) / 3,
@@ -252,57 +278,55 @@ WIDER = {"W1": 4.0, "b1": 4.0, "W2": 0.25, "b2": 1.0}
 VARIANTS |= {
     "gsam": replace(
         SAM,
-        factory=samx.gsam,
+        **of("gsam"),
         hyper={"rho": 0.05, "alpha": 0.4},
         static_args=("descend",),
     ),
     "gsam, clean": replace(
         SAM,
-        factory=partial(samx.gsam, descend="clean"),
+        **of("gsam", descend="clean"),
         hyper={"rho": 0.05, "alpha": 0.4},
         static_args=("descend",),
         like="gsam",
     ),
     "coupled_wsam": replace(
-        SAM, factory=samx.coupled_wsam, hyper={"rho": 0.05, "gamma": 0.9}, like="gsam"
+        SAM, **of("coupled_wsam"), hyper={"rho": 0.05, "gamma": 0.9}, like="gsam"
     ),
     "wsam": replace(
         SAM,
-        factory=samx.wsam,
-        shape="wraps",
+        **of("wsam"),
         hyper={"learning_rate": 0.1, "rho": 0.05, "gamma": 0.9},
         like="gsam",
     ),
     "stable_sam": replace(
         SAM,
-        factory=samx.stable_sam,
+        **of("stable_sam"),
         has_base_limit=False,  # to the last bit
         static_args=("normalize",),
         like="gsam",
     ),
     "usam": replace(
         SAM,
-        factory=samx.usam,
+        **of("usam"),
         like="sam",
     ),
     "friendly_sam": replace(
         SAM,
-        factory=samx.friendly_sam,
+        **of("friendly_sam"),
         hyper={"rho": 0.05, "sigma": 0.8, "decay": 0.9},
         like="lightsam_adam",
     ),
-    "monge_sam": replace(SAM, factory=samx.monge_sam, like="sam"),
+    "monge_sam": replace(SAM, **of("monge_sam"), like="sam"),
     "mup_sam": replace(
         SAM,
-        factory=partial(samx.mup_sam, scales=WIDER),
+        **of("mup_sam", scales=WIDER),
         static_args=("scales", "normalization", "width"),
         like="sam",
     ),
     "msam": replace(
         SAM,
-        factory=partial(samx.msam, num_microbatches=2),
+        **of("msam", num_microbatches=2),
         passes=(2, 2),
-        needs=("losses_fn", "batch"),
         uses_gradient=False,
         has_base_limit=False,
         climbs=False,
@@ -310,31 +334,27 @@ VARIANTS |= {
     ),
     "lightsam_norm": replace(
         SAM,
-        factory=partial(samx.lightsam_norm, eps=0.1),
-        shape="optimizer",
+        **of("lightsam_norm", eps=0.1),
         hyper={"learning_rate": 0.1, "rho": 0.05},
         has_base_limit=False,
         like="lightsam_adam",
     ),
     "lightsam_adagrad": replace(
         SAM,
-        factory=partial(samx.lightsam_adagrad, eps=0.1),
-        shape="optimizer",
+        **of("lightsam_adagrad", eps=0.1),
         hyper={"learning_rate": 0.1, "rho": 0.01},
         has_base_limit=False,
         like="lightsam_adam",
     ),
     "lightsam_adam": replace(
         SAM,
-        factory=partial(samx.lightsam_adam, eps=0.1),
-        shape="optimizer",
+        **of("lightsam_adam", eps=0.1),
         hyper={"learning_rate": 0.01, "rho": 0.01, "b1": 0.9, "b2": 0.99},
         has_base_limit=False,
     ),
     "adasam": replace(
         SAM,
-        factory=partial(samx.adasam, eps=0.1),
-        shape="optimizer",
+        **of("adasam", eps=0.1),
         hyper={"learning_rate": 0.01, "rho": 0.05, "b1": 0.9, "b2": 0.99},
         has_base_limit=False,
         like="lightsam_adam",
@@ -342,10 +362,9 @@ VARIANTS |= {
 }
 FOCAL = replace(
     SAM,
-    factory=partial(samx.focal_sam, class_counts=[28, 11, 25]),
+    **of("focal_sam", class_counts=[28, 11, 25]),
     hyper={"rho": 0.05, "gamma": 2.0, "sharpness": 0.8},
     passes=(2, 3),
-    needs=("losses_fn", "batch", "labels"),
     uses_gradient=False,
     has_base_limit=False,
     static_args=("class_counts",),
@@ -353,16 +372,14 @@ FOCAL = replace(
 VARIANTS |= {
     "bisam": replace(
         SAM,
-        factory=samx.bisam,
+        **of("bisam"),
         passes=(2, 2),
-        needs=("value_fn", "ascent_fn"),
         uses_gradient=False,
         climbs=False,
     ),
     "lsam": replace(
         SAM,
-        factory=partial(samx.lsam, period=2),
-        shape="wraps",
+        **of("lsam", period=2),
         hyper={"rho": 0.05, "beta": 0.9},
         has_base_limit=False,  # but elastic averaging
         static_args=("period", "worker_axis", "exchange"),
@@ -370,7 +387,7 @@ VARIANTS |= {
     ),
     "async_sam": replace(
         SAM,
-        factory=samx.async_sam,
+        **of("async_sam"),
         passes=(2, 2),
         uses_gradient=False,  # `ascent_fn` is given
         climbs=False,
@@ -380,7 +397,7 @@ VARIANTS |= {
     "focal_sam": FOCAL,
     "imbalanced_sam": replace(
         FOCAL,
-        factory=partial(samx.imbalanced_sam, tail_classes=[1]),
+        **of("imbalanced_sam", tail_classes=[1]),
         hyper={"rho": 0.05, "tail_weight": 2.0},
         static_args=("tail_classes",),
         climbs=False,
@@ -388,30 +405,38 @@ VARIANTS |= {
     ),
     "fisher_sparse_sam": replace(
         SAM,
-        factory=partial(samx.fisher_sparse_sam, period=3, num_microbatches=2),
+        **of("fisher_sparse_sam", period=3, num_microbatches=2),
         hyper={"rho": 0.05, "sparsity": 0.6},
-        needs=("losses_fn", "batch"),
         static_args=("period", "pattern", "num_microbatches"),
         spent=lambda t, state: 3.0 if t % 3 == 1 else 2.0,
         climbs=False,  # but on its first step
     ),
     "dynamic_sparse_sam": replace(
         SAM,
-        factory=partial(samx.dynamic_sparse_sam, period=3),
+        **of("dynamic_sparse_sam", period=3),
         hyper={"rho": 0.05, "sparsity": 0.6, "drop_rate": 0.4},
         static_args=("period", "drop", "grow", "key"),
         like="fisher_sparse_sam",
     ),
     "lets": replace(
         SAM,
-        factory=partial(samx.lets, rho=0.05),
-        shape="wraps",
+        **of("lets", rho=0.05),
         hyper={"rho_learning_rate": 1.0},
         passes=(3, 3),
-        needs=("value_fn", "validation_fn"),
         has_base_limit=False,
         curvature=2 - 1 / 3,
         spent=lambda t, state: 6.0,  # with the derivative of the sharp gradient, of two
     ),
 }
+
+
+def plain(entry: Any) -> Case:
+    """The row of a variant that has none above: its numbers are the factory's defaults."""
+    parameters = inspect.signature(entry.factory).parameters.values()
+    hyper = {p.name: float(p.default) for p in parameters if isinstance(p.default, float)}
+    return replace(SAM, **of(entry.name), hyper=hyper, like="sam")
+
+
+ROWS = {case.entry for case in VARIANTS.values()}
+VARIANTS |= {entry.name: plain(entry) for entry in samx.catalog() if entry.name not in ROWS}
 APART = [name for name, case in VARIANTS.items() if case.like is None]

@@ -93,6 +93,15 @@ def adaptive_step(rho):
     return lambda params, g: {k: rho * params[k] ** 2 * g[k] for k in g}
 
 
+def fisher_ball(rho, eta):
+    def perturb(params, g):
+        inverse = {k: 1 / (1 + eta * g[k] ** 2) for k in g}
+        length = np.sqrt(sum(np.sum(g[k] * inverse[k] * g[k]) for k in g))
+        return {k: rho * inverse[k] * g[k] / length for k in g}
+
+    return perturb
+
+
 def monge_ball(rho):
     def perturb(params, g):
         n = global_norm(g)

@@ -514,7 +514,7 @@ def test_the_role_axis_must_be_mapped_and_have_size_2():
         (optax.chain(samx.async_sam(), samx.async_sam()), "one state of async_sam, found 2"),
         (
             samx.perturb_if(samx.policies.every(2), samx.async_sam()),
-            "async_sam stands inside another transformation of samx.*a step old",
+            "async_sam is inside another transformation of samx.*one step old",
         ),
     ],
 )

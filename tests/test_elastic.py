@@ -383,7 +383,7 @@ def test_one_worker_with_a_center():
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[-1], state), params, rtol=0, atol=1e-12)
 
 
-def test_look_ahead_is_nesterovs_momentum():
+def test_nesterov_takes_the_gradient_ahead():
     """With the parameters that optax keeps: those ahead."""
     ahead = problem.train(optax.sgd(0.1, momentum=0.9, nesterov=True), 6)
     tx = elastic.nesterov(optax.sgd(0.1), 0.9)
@@ -803,7 +803,7 @@ BAD = {
             [make_worker(optax.sgd(0.1), None, 1)(0)], problem.make()[1], elastic.Rule()
         ).apply(elastic.Event(0.0, 1, "begin")),
         ValueError,
-        "of one of 1 workers",
+        "a worker index below 1",
     ),
     "workers": (
         lambda: elastic.Simulation([], None, elastic.Rule()),

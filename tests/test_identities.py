@@ -89,6 +89,7 @@ EXACTLY_SAM = {
     "coupled_wsam, a schedule of gamma 0.5": lambda: samx.coupled_wsam(
         0.2, optax.constant_schedule(0.5)
     ),
+    "fisher_sam, eta 0": lambda: samx.fisher_sam(0.2, 0.0),
     "friendly_sam, sigma 0": lambda: samx.friendly_sam(0.2, 0.0),
     "mup_sam, scales of 1": lambda: samx.mup_sam(0.2, scales(1.0)),
     "mup_sam, layerwise, of base width": lambda: samx.mup_sam(

@@ -158,7 +158,7 @@ BAD_BASES = {
     "has one more": (lambda tree: tree | {"tail": tree["temperature"]}, r"has .*tail.* not there"),
     "other axes": (
         lambda tree: tree | {"temperature": tree["position"]},
-        r"`base_params`\['temperature'\] must have the axes of `params`.*\(1, 4, 8\) and \(\)",
+        r"`base_params`\['temperature'\] must have as many axes as `params`.*\(1, 4, 8\) and \(\)",
     ),
     "an empty layer": (
         lambda tree: tree | {"position": jax.ShapeDtypeStruct((1, 4, 0), jnp.float32)},

@@ -143,6 +143,9 @@ RECORDED = {
     "fsam__sgdm_rho0.1_sigma0.5_lmbda0.95": lambda: optax.chain(
         samx.friendly_sam(0.1, 0.5, 0.95), MOMENTUM
     ),
+    "fishersam_thirdparty__sgd_gamma0.1_eta1.0": lambda: optax.chain(
+        samx.fisher_sam(0.1, 1.0), SGD
+    ),
     "mongesam__sgdm": lambda: optax.chain(samx.monge_sam(), MOMENTUM),
     "mup2__dp_n2_sgdm_lr0.1_nolrscale": lambda: optax.chain(
         samx.mup_sam(0.05, TWICE_AS_WIDE), MOMENTUM
@@ -705,6 +708,12 @@ FORMULATIONS = {  # samx, the reference's perturbation and combination, base
         lambda: reference.adaptive_step(2.0),
         always,
         "momentum and decay",
+    ),
+    "fisher_sam": (
+        lambda: samx.fisher_sam(0.3, 5.0),
+        lambda: reference.fisher_ball(0.3, 5.0),
+        always,
+        "adam",
     ),
     "friendly_sam": (
         lambda: samx.friendly_sam(0.2, 0.7, 0.6),

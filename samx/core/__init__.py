@@ -1,4 +1,4 @@
-"""What every other room builds on: the contract's boundary, closures, devices, the sharp step.
+"""What all other packages of samx use: checked transformations, closures, devices, the sharp step.
 
-Nothing here imports another room of samx.
+This package imports no other package of samx.
 """

@@ -1,4 +1,4 @@
-"""Loss closures in one form, and how they are evaluated."""
+"""Loss closures in one form, and the functions that evaluate them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +15,15 @@ from samx.core.microbatches import accumulated, each
 
 
 class Evaluation(NamedTuple):
-    """How the losses of a step are evaluated; the wrappers around a variant fill it in.
+    """Settings for the evaluation of the losses in a step; wrappers around a variant set them.
 
-    Every closure carries one, so that a variant never has to know where it runs.
+    Every closure holds one `Evaluation`. A variant therefore does not need to know where it runs.
 
     Attributes:
         devices: The devices over which means are taken.
-        num_microbatches: The number of pieces of the batch that a gradient is accumulated over.
+        num_microbatches: The number of microbatches over which a gradient is accumulated.
         is_skipped_step: Whether a policy skips the sharp gradient in this step. The losses are then
-            linear, and the same for every example.
+            linear in the parameters, and the same for every example.
     """
 
     devices: Devices = ONE_DEVICE
@@ -42,12 +42,13 @@ class Closure:
 
     Attributes:
         fn: `params -> loss` or `params -> (loss, aux)`: the loss on this device.
-        name: What error messages call the transformation.
-        keyword: What error messages call the closure.
-        evaluation: How the loss is evaluated.
-        weights: `[B]`, by which devices are weighted; `None` weights them equally.
-        ascent_grad: The gradient that this device climbs, where devices climb separately;
-            elsewhere `None`, and the mean gradient is climbed.
+        name: Name of the transformation in error messages.
+        keyword: Name of the closure in error messages.
+        evaluation: Settings for the evaluation of the loss.
+        weights: `[B]`; a device is weighted by the sum of its weights. `None` weights all devices
+            equally.
+        ascent_grad: The ascent gradient of this device, if devices climb separately. Otherwise
+            `None`: all devices climb the mean gradient.
     """
 
     fn: Callable[[Any], Any]
@@ -80,12 +81,12 @@ class Closure:
         return replace(self, evaluation=evaluation, weights=weights)
 
     def compose(self, fn: Callable[[Any], Any]) -> "Closure":
-        """Return the closure of `fn(params)`."""
+        """Return the closure that evaluates the loss at `fn(params)`."""
         return replace(self, fn=lambda params: self.fn(fn(params)), ascent_grad=None)
 
     @property
     def ascent(self) -> "Closure":
-        """The loss to climb: a mean over the devices that climb together."""
+        """The closure of the loss to climb: a mean over the devices that climb together."""
         return self.on(self.evaluation.devices.ascent, self.weights)
 
     def mean_of_ascents(self, x: jax.Array) -> jax.Array:
@@ -106,15 +107,15 @@ class Closure:
 
 @dataclass(frozen=True, eq=False)
 class LossesClosure:
-    """Per-example losses: calling it gives them, `with_aux` gives `(losses, aux)`.
+    """A closure of per-example losses: calling it gives the losses, `with_aux` `(losses, aux)`.
 
-    On several devices these are the losses of the device's own examples; `mean_loss` makes of them
-    the mean over all devices.
+    On several devices, these are the losses of the device's own examples. `mean_loss` takes the
+    mean over all devices.
 
     Attributes:
         fn: `(params, batch) -> losses` or `(params, batch) -> (losses, aux)`.
-        name: What error messages call the transformation.
-        evaluation: How the losses are evaluated.
+        name: Name of the transformation in error messages.
+        evaluation: Settings for the evaluation of the losses.
     """
 
     fn: Callable[[Any, Any], Any]
@@ -149,22 +150,22 @@ class LossesClosure:
         return self.evaluation.num_microbatches > 1
 
     def evaluated(self, **changes: Any) -> "LossesClosure":
-        """Return the closure with changes to its evaluation record."""
+        """Return the closure with these fields of `evaluation` changed."""
         return replace(self, evaluation=self.evaluation._replace(**changes))
 
 
 def loss_and_aux(result: Any) -> tuple[Any, Any]:
-    """Split what a caller's closure returned; a missing aux is `None`."""
+    """Split the result of a caller's closure into `(loss, aux)`; a missing aux is `None`."""
     return result if isinstance(result, tuple) and len(result) == 2 else (result, None)
 
 
 def scalar_closure(name: str, keyword: str, fn: Callable[..., Any]) -> Closure:
-    """Make a `Closure` of a caller's function; a closure from an outer wrapper stays as it is."""
+    """Return a caller's function as a `Closure`; one from an outer wrapper is kept."""
     return fn if isinstance(fn, Closure) else Closure(fn, name, keyword)
 
 
 def losses_closure(name: str, fn: Callable[..., Any]) -> LossesClosure:
-    """Make a `LossesClosure` of a caller's function; one from an outer wrapper stays as it is."""
+    """Return a caller's function as a `LossesClosure`; one from an outer wrapper is kept."""
     return fn if isinstance(fn, LossesClosure) else LossesClosure(fn, name)
 
 
@@ -221,7 +222,7 @@ def evaluate(closure: Closure, params: optax.Params) -> tuple[dict[str, Any], An
 def as_update_keywords(
     closure: Closure, local_value: jax.Array, local_grad: optax.Updates, params: optax.Params
 ) -> dict[str, Any]:
-    """Make the keywords for `update` from each device's value and gradient at `params`."""
+    """Return the keywords for `update`, given each device's loss and gradient at `params`."""
     devices, weights = closure.evaluation.devices, closure.weights
     value, g = devices.mean((local_value, local_grad), devices.share(weights))
     if devices.local_axes:
@@ -231,7 +232,7 @@ def as_update_keywords(
 
 
 def weighted_mean(losses: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Return the mean of losses; weight 0 marks padding, and a batch of padding has the mean 0."""
+    """Return the mean of losses; weight 0 marks padding, and a batch of only padding has mean 0."""
     if weights is None:
         return jnp.mean(losses)
     total = jnp.sum(weights)
@@ -253,9 +254,9 @@ def mean_loss(
     *,
     keeps_losses: bool = False,
 ) -> Closure:
-    """Make of per-example losses the closure of their mean; weight 0 marks padding.
+    """Return the closure of the mean of per-example losses; weight 0 marks padding.
 
-    With `keeps_losses` its aux is `(aux, PerExample(losses))`.
+    With `keeps_losses`, the aux of the closure is `(aux, PerExample(losses))`.
     """
 
     def kept(losses, aux):
@@ -281,7 +282,8 @@ def evaluate_factors(
 ) -> list[dict[str, Any]]:
     """Evaluate the mean of `factor * losses` for each factor `[B]`, as `evaluate` does.
 
-    One forward pass serves all of them; each takes a backward pass.
+    All factors share one forward pass, and each takes its own backward pass. Where gradients are
+    accumulated over microbatches, each factor takes both passes.
     """
 
     def scaled(params, data):

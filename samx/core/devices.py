@@ -1,8 +1,8 @@
-"""The devices that a step is mapped over, and how to average over them; one device needs nothing.
+"""The devices that a step is mapped over, and means over them; one device needs no means.
 
-Inside `jax.pmap` and `jax.shard_map` each device sees its own examples. Gradients come out right in
-both, with `check_vma` on and off, along one path only: cast the parameters to varying, take the
-local gradient, average it. Two conjugate operators hide that path inside a loss closure:
+Inside `jax.pmap` and `jax.shard_map`, each device sees its own examples. Only one way gives right
+gradients in both, with `check_vma` on and off: cast the parameters to varying, take the local
+gradient, average it. Two conjugate operators do this inside a loss closure:
 
     spread      parameters → devices     forward: pcast     backward: mean of the cotangents
     mean_loss   devices → one number     forward: mean      backward: pcast
@@ -19,7 +19,7 @@ from samx.core import tree
 
 
 class PerExample(NamedTuple):
-    """Marks values per example in an aux: they stay on their device, and no mean is taken."""
+    """Marks per-example values in an aux: they stay on their device and are not averaged."""
 
     examples: Any
 
@@ -65,12 +65,12 @@ class Devices(NamedTuple):
         return jax.tree.map(partial(_pcast, self.axes), tree)
 
     def pcast_left_out(self, tree: Any) -> Any:
-        """Cast the floating leaves to varying along the axes that this mean leaves out."""
+        """Cast the floating leaves to varying along the `local_axes` that are not in `axes`."""
         left_out = tuple(axis for axis in self.local_axes if axis not in self.axes)
         return _on_floating(partial(_pcast, left_out), tree)
 
     def spread(self, params: Any, share: Any) -> Any:
-        """Hand parameters to the local loss."""
+        """Pass parameters to the local loss; the backward pass averages the gradient."""
         if not self.axes:
             return params
         return _on_floating(lambda x: _spread(self.axes, x, share), params)
@@ -82,8 +82,8 @@ class Devices(NamedTuple):
     def mean(self, tree: Any, share: Any) -> Any:
         """Return the mean over the devices by their shares; a device with share 0 is ignored.
 
-        Integers must agree between the devices whose share is not 0. `PerExample` values and
-        leaves that are not numbers stay as they are.
+        Integers must be equal on all devices whose share is not 0. `PerExample` values and leaves
+        that are not numbers do not change.
         """
         if not self.axes:
             return tree
@@ -102,7 +102,7 @@ class Devices(NamedTuple):
         return jax.lax.psum(_pcast(self.axes, x), self.axes) if self.axes else x
 
     def all_gather(self, x: jax.Array) -> jax.Array:
-        """Join the `[b, ...]` of each device to `[B, ...]`, the same on all of them."""
+        """Concatenate the `[b, ...]` of all devices to `[B, ...]`, equal on every device."""
         if not self.axes:
             is_spread = any(jax.typeof(x).sharding.spec)  # on an Explicit mesh
             return jax.sharding.reshard(x, PartitionSpec()) if is_spread else x
@@ -111,7 +111,7 @@ class Devices(NamedTuple):
         return jax.lax.psum(whole, self.axes).reshape(-1, *x.shape[1:])
 
     def local_slice(self, x: jax.Array) -> jax.Array:
-        """Return this device's `[b, ...]` of `[B, ...]`."""
+        """Return this device's part `[b, ...]` of `[B, ...]`."""
         if not self.axes:
             return x
         parts = _pcast(self.axes, x.reshape(self.count, -1, *x.shape[1:]))
@@ -135,7 +135,7 @@ def _on_floating(fn, x):
 
 
 def _pcast(axes, x):
-    """Cast to varying, one axis at a time; an axis that varies already refuses the cast."""
+    """Cast to varying, one axis at a time: JAX rejects the cast if an axis already varies."""
     for axis in axes:
         try:
             x = jax.lax.pcast(x, axis, to="varying")
@@ -147,7 +147,7 @@ def _pcast(axes, x):
 
 def _mean(axes, x, share):
     if tree.is_inexact(x):
-        part = (share * tree.widen(x)).astype(x.dtype)  # a share in half precision is inexact
+        part = (share * tree.widen(x)).astype(x.dtype)  # half precision would round the share
         return jax.lax.psum(_pcast(axes, jnp.where(share == 0, jnp.zeros_like(x), part)), axes)
     if jnp.issubdtype(x.dtype, jnp.integer):
         return jax.lax.pmax(_pcast(axes, jnp.where(share == 0, jnp.iinfo(x.dtype).min, x)), axes)

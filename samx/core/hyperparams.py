@@ -1,4 +1,4 @@
-"""Hyperparameters: numbers or schedules, checked while they are Python numbers."""
+"""Hyperparameters: numbers or schedules; Python numbers are checked."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,29 +11,29 @@ from samx.core.aliases import ScalarOrSchedule
 
 
 class Default(float):
-    """A number that nobody chose: tells a default apart from the same number passed."""
+    """A default value; its type distinguishes it from the same number passed by the caller."""
 
 
 def next_step(step: jax.Array) -> jax.Array:
-    """The step count after this step; it stays at its largest value instead of overflowing."""
+    """Return the step count after this step; at its largest value it no longer grows."""
     return jnp.asarray(optax.safe_increment(step))
 
 
 def at_step(value: ScalarOrSchedule, step: jax.Array) -> Any:
-    """A hyperparameter at the optimizer's step: the number itself, or its schedule there.
+    """Return a hyperparameter at the optimizer's step: the number, or the value of the schedule.
 
-    In 64-bit mode the schedule gets an int64: a division of int32 would round it to float32.
+    In 64-bit mode the schedule gets the step as int64: division of an int32 rounds to float32.
     """
     return value(step.astype(int)) if callable(value) else value
 
 
 def map_schedule(value: ScalarOrSchedule, fn: Callable[[Any], Any]) -> Any:
-    """A hyperparameter that is a function of another one, of a number or of its schedule."""
+    """Apply `fn` to a hyperparameter: to the number, or to each value of the schedule."""
     return (lambda step: fn(value(step))) if callable(value) else fn(value)
 
 
 def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Refuse a Python number outside `[low, high]`; schedules and arrays pass unread."""
+    """Require a Python number to be in `[low, high]`; schedules and arrays are not checked."""
     if isinstance(value, str) or value is None:
         raise TypeError(f"`{name}` must be a number or a schedule, got {value!r}")
     if isinstance(value, int | float) and not low <= value <= high:
@@ -42,14 +42,14 @@ def check_number(name: str, value: Any, low: float, high: float = float("inf")) 
 
 
 def check_share(name: str, value: Any) -> None:
-    """Refuse a Python number outside `(0, 1]`; schedules and arrays pass unread."""
+    """Require a Python number to be in `(0, 1]`; schedules and arrays are not checked."""
     check_number(name, value, 0, 1)
     if isinstance(value, int | float) and value == 0:
         raise ValueError(f"`{name}` must be in (0, 1], got {value!r}")
 
 
 def as_key(name: str, key: Any) -> jax.Array:
-    """A random key of a seed, or a copy of the key itself, for a state to hold."""
+    """Return a random key for a state: made from a seed, or a copy of a given key."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         return jnp.array(key, copy=True)
     is_seed = isinstance(key, int) or (isinstance(key, jax.Array) and key.ndim == 0)
@@ -59,7 +59,7 @@ def as_key(name: str, key: Any) -> jax.Array:
 
 
 def check_count(name: str, value: Any, low: int = 1) -> None:
-    """Refuse anything but a Python integer of at least `low`: a count that fixes the program."""
+    """Require a Python integer of at least `low`; it fixes the compiled program."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"`{name}` must be a Python int, got {type(value).__name__}; under "

@@ -1,4 +1,4 @@
-"""Microbatches: a gradient that is taken over them, and the means of what each of them gives."""
+"""Microbatches: gradients accumulated over them, and means of the results of each microbatch."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,17 +15,20 @@ from samx.core.devices import Devices, PerExample
 
 
 def _strided(size: int, x: jax.Array) -> jax.Array:
-    """`[B, ...]` as `[K, size, ...]`, row j holds j, j + K, ...: what is sharded stays in place."""
+    """Reshape `[B, ...]` to `[K, size, ...]`; row j holds the examples j, j + K, j + 2K, ...
+
+    With these strides, sharded examples stay on their devices.
+    """
     x = jnp.asarray(x)
     sharding, shape = jax.typeof(x).sharding, (size, -1, *x.shape[1:])
-    if any(sharding.spec):  # on an Explicit mesh; elsewhere the compiler knows
+    if any(sharding.spec):  # on an Explicit mesh; otherwise XLA infers it
         spec = PartitionSpec(sharding.spec[0], None, *sharding.spec[1:])
         x = jnp.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, spec))
     return jnp.moveaxis(x.reshape(shape), 1, 0)
 
 
 def _joined(x: jax.Array) -> jax.Array:
-    """`[K, size, ...]` as the `[B, ...]` that it was."""
+    """Undo `_strided`: reshape `[K, size, ...]` to `[B, ...]`."""
     x = jnp.moveaxis(x, 0, 1)
     sharding, shape = jax.typeof(x).sharding, (x.shape[0] * x.shape[1], *x.shape[2:])
     if any(sharding.spec):
@@ -35,21 +38,21 @@ def _joined(x: jax.Array) -> jax.Array:
 
 
 def each(fn: Callable[[Any], jax.Array], num_microbatches: int, batch: Any) -> jax.Array:
-    """One number per example, `fn(batch)`, one microbatch at a time."""
+    """Return one number per example, `fn(batch)`, computed one microbatch at a time."""
     return _joined(jax.lax.map(fn, strided(num_microbatches, batch)))
 
 
 def strided(num_microbatches: int, tree: Any) -> Any:
-    """`[B, ...]` as `[K, B / K, ...]`: microbatch j holds the examples j, j + K, j + 2K, ..."""
+    """Split `[B, ...]` into `[K, B / K, ...]`; microbatch j holds examples j, j + K, j + 2K, ..."""
     size = jnp.shape(jax.tree.leaves(tree)[0])[0] // num_microbatches
     return jax.tree.map(partial(_strided, size), tree)
 
 
 def joined_aux(auxes: Any) -> Any:
-    """Join the aux of all microbatches, `[K, ...]`, to one.
+    """Combine the aux of all microbatches, `[K, ...]`, into one.
 
-    Floating leaves are averaged, other leaves come from the last microbatch, and `PerExample`
-    values return to the order of the examples.
+    Floating leaves are averaged. Other leaves come from the last microbatch. `PerExample` values
+    are put back into the order of the examples.
     """
 
     def join(x):
@@ -70,7 +73,7 @@ def accumulated(
     weights: jax.Array,
     params: Any,
 ) -> tuple[jax.Array, Any]:
-    """The mean loss and aux, their gradient taken one microbatch at a time."""
+    """Return the mean loss and aux; the gradient is computed one microbatch at a time."""
     total = jnp.sum(weights)
     weights = weights / jnp.where(total == 0, 1, total)
     if weights.shape[0] % num_microbatches:
@@ -118,7 +121,7 @@ def accumulated(
 
 
 class Means(NamedTuple):
-    """What a microbatch gives, or all of them: gradients in float32 or wider, numbers, an aux."""
+    """Results of one microbatch, or of all: gradients in float32 or wider, numbers, an aux."""
 
     gradients: Any
     numbers: Any
@@ -136,8 +139,8 @@ def means_over(
 ) -> Means:
     """Average `fn(batch, weights)` over the microbatches, weighted by the examples in each.
 
-    "scan" holds one sum of the gradients, which starts at `zeros`; "vmap" holds the gradients of
-    all microbatches. `losses_fn` is what `fn` evaluates.
+    "scan" keeps one sum of the gradients, which starts at `zeros`. "vmap" keeps the gradients of
+    all microbatches. `losses_fn` is the closure that `fn` evaluates.
     """
     parts = strided(num_microbatches, (batch, weights))
     shares = _shares(num_microbatches, parts[1], losses_fn.evaluation.devices)
@@ -163,9 +166,9 @@ def means_over(
 
 
 def _shares(count: int, weights: Any, devices: Devices) -> jax.Array:
-    """The share of each microbatch in the whole batch, by the weights `[K, B / K]` of all devices.
+    """Return the share of each microbatch in the batch, by the weights `[K, B / K]` of all devices.
 
-    Within a microbatch the devices are weighted where their mean is taken.
+    The devices within one microbatch are weighted elsewhere, in the mean over the devices.
     """
     if weights is None:
         return jnp.full(count, 1 / count)

@@ -1,7 +1,7 @@
-"""Readings: what a sharpness-aware step saw, kept in every variant's state.
+"""Readings: metrics of the last sharpness-aware step, kept in every variant's state.
 
-A SAM that silently does nothing looks exactly like its base optimizer. The readings make it
-visible: a perturbation norm of zero, a sharp loss that is not above the loss.
+A SAM that silently does nothing behaves exactly like its base optimizer. The readings show this:
+the perturbation norm is zero, or the sharp loss is not above the loss.
 """
 
 from collections.abc import Callable
@@ -13,31 +13,31 @@ import optax
 
 from samx.core import tree
 
-FORWARD = 1 / 3  # of a gradient: a forward pass without its backward pass, by convention
-UNKNOWN = float("inf")  # a loss that nobody measured; NaN would trip jax_debug_nans
+FORWARD = 1 / 3  # cost of a forward pass alone, in gradients, by convention
+UNKNOWN = float("inf")  # a loss that was not computed; NaN would trigger jax_debug_nans
 
 
 class Readings(NamedTuple):
-    """What the last step saw, and what all steps cost: scalars, found by `optax.tree.get`.
+    """Metrics of the last step, and the cost of all steps: scalars, read with `optax.tree.get`.
 
-    Losses and norms are float32, or float64 where a parameter is. Inside `data_parallel` losses are
-    means over the devices and norms those of the mean gradients; where devices climb on their own,
-    `grad_norm`, `perturbation_norm` and `cosine` are means of what the devices saw.
+    Losses and norms are float32, or float64 if a parameter is float64. Inside `data_parallel`,
+    losses are means over the devices, and norms are those of the mean gradients. If devices climb
+    separately, `grad_norm`, `perturbation_norm` and `cosine` are means of the devices' values.
 
     Attributes:
-        loss: Loss at the parameters, `value` of the caller; infinity if it was not passed.
-        sharp_loss: Loss at the perturbed point, the same examples (`ksam`: the chosen ones, whose
-            loss at the parameters is `selected_loss` of its state).
+        loss: Loss at the parameters: the caller's `value`, or infinity if it was not passed.
+        sharp_loss: Loss at the perturbed point, on the same examples. For `ksam`, on the chosen
+            examples; their loss at the parameters is `selected_loss` in its state.
         grad_norm: L2 norm of the gradient at the parameters, ‖g‖.
         sharp_grad_norm: L2 norm of the sharp gradient, ‖g_s‖.
-        perturbation_norm: L2 norm of the perturbation that the closure really saw, ‖(w + ε) − w‖:
-            0 where half precision rounds it away.
-        cosine: Cosine of the angle between that perturbation and `g_s`, which for an L2 ball is
-            the one between `g` and `g_s`; 0 if one of them is zero.
+        perturbation_norm: L2 norm of the perturbation that the closure saw, ‖(w + ε) − w‖; 0 if
+            half precision rounds the perturbation away.
+        cosine: Cosine of the angle between that perturbation and `g_s`. For an L2 ball it is the
+            cosine between `g` and `g_s`. It is 0 if one of the two is zero.
         is_sharp: Whether the last step computed a sharp gradient.
-        gradients_spent: Gradients since `init`, in passes over one batch (the caller's included,
-            if the variant uses it); of half of the examples half a one, and a forward pass alone is
-            a third; float32, so exact up to 2²⁴.
+        gradients_spent: Gradients computed since `init`, in passes over one batch. The caller's
+            gradient counts if the variant uses it. A gradient over half of the examples counts one
+            half, a forward pass alone one third. float32, so exact up to 2²⁴.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -62,7 +62,7 @@ class Readings(NamedTuple):
 
 
 def no_readings(params: Any) -> Readings:
-    """The readings before the first step: losses unknown, everything else zero."""
+    """Return the readings before the first step: losses are infinite, everything else is zero."""
     dtype = tree.real_dtype(*jax.tree.leaves(params))
     return Readings(
         jnp.full((), UNKNOWN, dtype),
@@ -84,11 +84,12 @@ def take_readings(
     gradients: float,
     mean_of_ascents: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Readings:
-    """The readings of a step that took `g_s` at `point`, at the cost of `gradients`.
+    """Return the readings of a step that took `g_s` at `point`, at the cost of `gradients`.
 
-    The perturbation is measured from `point`, which the backward pass needs anyway: to keep `g`
-    for it would cost a copy of the parameters. So would one shared difference, held from the norm,
-    which XLA takes before the sharp pass, to the product behind it; of opposite sign, it is two.
+    The perturbation is measured as a difference from `point`, which the backward pass needs anyway.
+    Keeping `g` for this purpose would cost a copy of the parameters. One shared difference would
+    cost a copy too: XLA computes the norm before the sharp pass, and would keep the difference
+    until the dot product after it. So the code takes two differences, of opposite sign.
     """
     moved = jax.tree.map(jnp.subtract, point, params)
     moved_norm = tree.norm(jax.tree.map(jnp.subtract, params, point))
@@ -109,7 +110,7 @@ def take_readings(
 
 
 def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
-    """The readings of a step that took the gradient `g` and no sharp one."""
+    """Return the readings of a step that used the gradient `g` and no sharp gradient."""
     zero = jnp.zeros(())
     taken = Readings(
         loss=loss,

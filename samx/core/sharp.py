@@ -1,4 +1,4 @@
-"""The two lines that every paper shares: climb, and take the gradient at the perturbed point."""
+"""The two parts of a sharpness-aware step: the ascent and the gradient at the perturbed point."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -26,25 +26,25 @@ def value_and_grad_at(
     has_aux: bool = False,
     perturb_dtype: DType = "float32",
 ) -> tuple[Any, optax.Updates]:
-    """Loss and gradient at the perturbed point, `params` untouched.
+    """Compute the loss and the gradient at the perturbed point; `params` do not change.
 
         L(w + ε), ∇L(w + ε)
 
-    The gradient has the dtypes of `params`. Half-precision leaves are handed to the closure as
-    `perturb_dtype(w) + ε`: a step of radius 0.05 spread over many weights is below half a unit in
-    the last place of bfloat16, and would round to nothing. Integer leaves are handed over as they
-    are and get a zero gradient.
+    The gradient has the dtypes of `params`. The closure gets half-precision leaves as
+    `perturb_dtype(w) + ε`. A step of radius 0.05 spread over many weights is below half a unit in
+    the last place of bfloat16, so in bfloat16 it would round to zero. The closure gets integer
+    leaves unchanged; their gradient is zero.
 
     Args:
         value_fn: `params -> scalar`, or `params -> (scalar, aux)` with `has_aux`.
         params: The parameters `w`.
         eps: The perturbation, shaped like `params`.
         has_aux: As in `jax.value_and_grad`; default False.
-        perturb_dtype: Lowest precision of the point that the closure sees; `None` keeps the
-            parameters' dtypes.
+        perturb_dtype: Lowest precision of the point that the closure gets; default float32. `None`
+            keeps the dtypes of the parameters.
 
     Returns:
-        `(loss, gradient)`, with `has_aux` `((loss, aux), gradient)`.
+        `(loss, gradient)`; with `has_aux`, `((loss, aux), gradient)`.
 
     Raises:
         TypeError: If the closure fails on the widened parameters; the message names
@@ -61,7 +61,7 @@ def value_and_grad_at(
         ICLR 2021, https://arxiv.org/abs/2010.01412 (line 4 of the algorithm).
 
     Notes:
-        Cost: one forward and one backward pass, one transient copy of the parameters.
+        Cost: one forward and one backward pass, and one transient copy of the parameters.
     """
     closure = scalar_closure("value_and_grad_at", "value_fn", value_fn)
     start = closure.evaluation.devices.pcast_left_out(
@@ -93,18 +93,18 @@ def value_and_grad_at(
 def scores_at(
     losses_fn: LossesClosure, params: optax.Params, eps: optax.Updates, batch: Any, dtype: Any
 ) -> jax.Array:
-    """Per-example losses `[B]` at `w + ε`, without a gradient; `dtype` is `perturb_dtype`."""
+    """Return per-example losses `[B]` at `w + ε`, with no gradient; `dtype` is `perturb_dtype`."""
     with _sharp_pass():
         return losses_fn.scores(perturbed(params, eps, dtype), batch)
 
 
 def is_sharp_pass() -> bool:
-    """Whether a loss closure is being called at a perturbed point: for randomness of its own there.
+    """Return whether a loss closure is being called at a perturbed point.
 
         key = fold_in(key, 1)  if  is_sharp_pass()      fresh dropout masks in the sharp pass
 
-    A closure that does not ask draws the same masks in every pass of a step, from the key that it
-    closes over: then the perturbation alone tells the passes apart.
+    A closure that does not call this function draws the same masks in every pass of a step, from
+    the key that it closes over. The passes then differ only in the perturbation.
 
     Returns:
         A Python bool: True while `value_and_grad_at` calls the closure, otherwise False.
@@ -127,10 +127,10 @@ def is_sharp_pass() -> bool:
         google-research/sam draws the same masks in both passes, davda54/sam fresh ones.
 
     Notes:
-        An answer at trace time. A function that keeps its trace, such as one of your own under
-        `jax.jit` or `jax.checkpoint`, would keep the answer too: ask outside of it, and pass it a
-        key. SAMPa has no clean pass: both of its gradients are taken at perturbed points. Cost:
-        none.
+        The value is known at trace time. A function whose trace is cached, for example your own
+        function under `jax.jit` or `jax.checkpoint`, would keep the first value. Call
+        `is_sharp_pass` outside that function, and pass the function a key. SAMPa has no clean pass:
+        both of its gradients are taken at perturbed points. Cost: none.
     """
     return _IS_SHARP_PASS.get()
 
@@ -145,7 +145,7 @@ def _sharp_pass():
 
 
 def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> optax.Params:
-    """The point `w + ε` as the closure sees it, in `perturb_dtype` or wider."""
+    """Return the point `w + ε` as the closure sees it, in `perturb_dtype` or wider."""
 
     def move(w, e):
         w = _widened(w, perturb_dtype)
@@ -172,11 +172,11 @@ def ascend(
     /,
     **keywords: Any,
 ) -> tuple[Any, Any, Any]:
-    """Climb `value_fn`, whose gradient is `g`.
+    """Compute the perturbation that climbs `value_fn`, whose gradient is `g`.
 
     Returns the perturbation ε, the ascent gradient g_a, and the new state of the perturbation.
-    Where devices climb separately, each climbs its own gradient; the state follows the mean
-    gradient `g`, so that it stays the same on all of them.
+    If devices climb separately, each device climbs its own gradient. The state is updated with the
+    mean gradient `g`, so that it stays equal on all devices.
     """
     perturb = partial(perturbation.update, **keywords | {"value_fn": value_fn})
     ascent_grad = g if value_fn.ascent_grad is None else value_fn.ascent_grad
@@ -198,21 +198,21 @@ def sharp_gradient(
     perturb_dtype: Any,
     has_aux: bool = False,
 ) -> Any:
-    """Take the gradient at `params + eps`, and the readings of the step.
+    """Compute the gradient at `params + eps`, and the readings of the step.
 
     Args:
         value_fn: The loss.
         params: The parameters w.
         eps: The perturbation ε.
-        last_readings: The readings of the step before.
+        last_readings: The readings of the previous step.
         loss: The loss at w.
-        g: The gradient that was climbed.
-        gradients: What the step costs, in gradients.
+        g: The ascent gradient.
+        gradients: Cost of the step, in gradients; default 2.
         perturb_dtype: As in `value_and_grad_at`.
-        has_aux: Whether the aux of the pass at w + ε is returned too.
+        has_aux: Whether to return the aux of the pass at w + ε too.
 
     Returns:
-        `(g_s, readings)`, with `has_aux` `(g_s, readings, aux)`.
+        `(g_s, readings)`; with `has_aux`, `(g_s, readings, aux)`.
     """
     (sharp_loss, aux), g_s = value_and_grad_at(
         value_fn, params, eps, has_aux=True, perturb_dtype=perturb_dtype

@@ -1,4 +1,4 @@
-"""What a state holds of one step for the next: examples, and what a pass left behind."""
+"""Data that a state holds from one step for the next: examples, and the aux of a pass."""
 
 from typing import Any, NamedTuple
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 
 class HeldBatch(NamedTuple):
-    """Examples that a state holds for a later step; `state_specs` spreads them like a batch.
+    """Examples that a state holds for a later step; `state_specs` shards them like a batch.
 
     Attributes:
         batch: Pytree of arrays with leading axis `B`.
-        weights: `float[B]`, ones if the caller gave none.
+        weights: `float[B]`; ones if the caller passed no weights.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -25,7 +25,7 @@ class HeldBatch(NamedTuple):
 
 
 def first_aux(aux_like: Any) -> Any:
-    """The aux that a state holds before its first pass: `aux_like` itself, zeros for a shape."""
+    """Return the aux of a state before the first pass: `aux_like`, with zeros for the shapes."""
 
     def first(x):
         is_shape = isinstance(x, jax.ShapeDtypeStruct)
@@ -35,7 +35,7 @@ def first_aux(aux_like: Any) -> Any:
 
 
 def check_like(name: str, keyword: str, value: Any, like: Any, fix: str) -> None:
-    """Refuse what differs from the shapes and dtypes that a state holds."""
+    """Require the shapes and dtypes of `like`, which a state holds."""
 
     def describe(tree):
         return jax.tree.map(lambda x: (jnp.shape(x), str(jnp.result_type(x))), tree)
@@ -48,7 +48,7 @@ def check_like(name: str, keyword: str, value: Any, like: Any, fix: str) -> None
 
 
 def kept_aux(name: str, aux: Any, aux_like: Any, held: Any, closure: str = "value_fn") -> Any:
-    """The aux of a pass for a state that has held `held`; nothing if none was asked for."""
+    """Return the aux for a state, checked against `held`; `None` if `aux_like` is `None`."""
     aux = None if aux_like is None else aux
     check_like(name, "aux", aux, held, f"it is the aux of `{closure}`")
     return aux

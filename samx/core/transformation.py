@@ -1,4 +1,4 @@
-"""The one boundary of the contract: checks arguments, unifies closures, hides loose types."""
+"""Build checked transformations: check the arguments of `update`, give loss closures one form."""
 
 import inspect
 from collections.abc import Callable
@@ -44,56 +44,59 @@ def closure_transformation(
     *,
     name: str | None = None,
 ) -> Transformation:
-    """Make a checked optax transformation of a variant's `init_fn` and `update_fn`.
+    """Make a checked optax transformation from a variant's `init_fn` and `update_fn`.
 
         update_fn(g, state, params, *, value_fn, value=inf, ...) -> (updates, state)
 
-    Every rule of the contract that does not depend on the variant lives here:
+    Every rule of the contract that does not depend on the variant is implemented here:
 
-    - Keyword-only arguments of `update_fn` without a default are required from the caller. Keywords
-      that it does not declare are dropped, unless it has `**keywords`.
-    - Closures arrive checked and in one form, whether or not the caller's return an aux:
+    - Keyword-only arguments of `update_fn` without a default must be passed by the caller.
+      Keywords that `update_fn` does not declare are dropped, unless it has `**keywords`.
+    - Closures arrive checked and in one form, whether or not the caller's closures return an aux:
       `value_fn(params)` is the scalar loss, `value_fn.with_aux(params)` is `(loss, aux)`;
       `losses_fn(params, batch)` and `losses_fn.with_aux(params, batch)` give the losses `[B]`.
-    - `value_fn` may be left out where `losses_fn` and `batch` are given: it is then their mean, by
-      `weights` if there are any.
+    - `value_fn` may be left out if `losses_fn` and `batch` are given. It is then the mean of the
+      losses, weighted by `weights` if given.
     - `value` is the loss at `params`, for the readings. If the caller does not pass it, the reading
       `loss` is infinite.
-    - `g` is the gradient at `params`. Inside `data_parallel` it is the mean over the devices, and
-      so are the loss and the gradient of `value_fn`, while `losses_fn` gives the losses of the
-      device's own examples. Where devices climb separately, `value_fn.ascent_grad` is the gradient
-      that this device climbs: only the direction of the perturbation may come from it.
+    - `g` is the gradient at `params`. Inside `data_parallel`, `g` and the loss and gradient of
+      `value_fn` are means over the devices. `losses_fn` gives the losses of the device's own
+      examples. If devices climb separately, `value_fn.ascent_grad` is the ascent gradient of this
+      device. Use it only for the direction of the perturbation.
 
-    What holds for all variants, and is not repeated in their docstrings:
+    These rules hold for all variants and are not repeated in their docstrings:
 
     - A variant of shape (i) stands first in an `optax.chain`: clipping, weight decay and the base
-      optimizer come after it. A variant of shape (ii) takes the base as an argument, and forwards
-      to it the keywords that are not samx's own. A variant of shape (iii) is the optimizer.
+      optimizer come after it. A variant of shape (ii) takes the base optimizer as an
+      argument. It forwards the keywords that are not samx's own to the base. A variant of shape
+      (iii) is the optimizer.
     - `rho` and other numbers may be schedules over the optimizer's steps.
     - `perturbation` replaces the default ball. The radius then belongs to the perturbation, and
       `rho` must be left out.
-    - Under `optax.inject_hyperparams` these are `static_args`: `perturbation` (and `rho` beside
-      it), `perturb_dtype`, `name`, `key`, `aux_like`, `batch_like`, and what a docstring adds.
+    - Under `optax.inject_hyperparams` these are `static_args`: `perturbation` (and `rho` if
+      `perturbation` is given), `perturb_dtype`, `name`, `key`, `aux_like`, `batch_like`, and the
+      arguments that a docstring adds.
 
     Args:
         init_fn: `params -> state`.
         update_fn: As above.
-        name: What error messages call the transformation; default the name of the function that
+        name: Name of the transformation in error messages; default: the name of the function that
             defines `update_fn`.
 
     Returns:
         A transformation. Integer parameters do not change: their incoming gradient is replaced by
-        zeros of their own dtype.
+        zeros of the parameter's dtype.
 
     Raises:
         ValueError: In `init` and `update`, if `params` is missing or holds `optax.MaskedNode`s; in
             `update`, if a required closure is missing, `value_fn` does not return a scalar,
             `losses_fn` does not return `[B]`, batch leaves differ in length, or `weights` is not
             `[B]`. The message names the transformation, the argument and the fix.
-        TypeError: If a closure is not callable or its loss is not a real floating number.
+        TypeError: In `update`, if a closure is not callable, or its loss is not a real floating
+            number.
 
     Example:
-        The gradient at a point drawn from a ball, in six lines:
+        The gradient at a point drawn from a sphere, in seven lines:
 
         >>> import jax, jax.numpy as jnp, optax, samx
         >>> def noisy_gradient(radius):
@@ -114,7 +117,7 @@ def closure_transformation(
         The keywords follow optax's line searches: `value`, `grad`, `value_fn`.
 
     Notes:
-        Cost: none; all checks run while tracing.
+        Cost: none; all checks run at trace time.
     """
     name = name or update_fn.__qualname__.split(".")[0]
     keywords = inspect.signature(update_fn).parameters.values()
@@ -152,9 +155,9 @@ def check_closures(
 
         | value_fn(w) − Σ weights·losses_fn(w, batch) / Σ weights |  ≤  rtol · |value_fn(w)|
 
-    A step function that passes both lets you swap any variant for any other: some read one, some
-    the other. If the two differ, say by a regularizer or by label smoothing, changing the variant
-    silently changes the loss.
+    Some variants read `value_fn`, others read `losses_fn`. A step function that passes both works
+    with every variant. If the two differ, for example by a regularizer or by label smoothing, a
+    change of the variant silently changes the loss.
 
     Args:
         params: The parameters `w` at which both are evaluated.
@@ -168,7 +171,8 @@ def check_closures(
         Nothing.
 
     Raises:
-        ValueError: If they differ, with both numbers; or for arguments that `update` would refuse.
+        ValueError: If they differ (the message shows both numbers), or if an argument is one that
+            `update` rejects.
 
     Example:
         >>> import jax.numpy as jnp, samx
@@ -195,7 +199,7 @@ def check_closures(
 
 
 def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """Check the contract's keywords, and make every loss a `Closure`."""
+    """Check the keywords of `update`, and turn every loss function into a closure object."""
     extra = {k: v for k, v in extra.items() if v is not None}
     for keyword in (*SCALAR_CLOSURES, "losses_fn"):
         if keyword in extra and not callable(extra[keyword]):
@@ -221,7 +225,10 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_transformation(name: str, keyword: str, tx: Any) -> Transformation:
-    """A transformation that takes every keyword, or a `TypeError` for what is none."""
+    """Return `tx` as a transformation that takes every keyword.
+
+    Raises a `TypeError` if `tx` is not an optax transformation.
+    """
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         kind = type(tx).__name__
         raise TypeError(f"{name}: `{keyword}` must be an optax transformation, got {kind}")
@@ -229,16 +236,16 @@ def as_transformation(name: str, keyword: str, tx: Any) -> Transformation:
 
 
 def check_in_front(name: str, state: Any) -> None:
-    """Refuse the state of a variant that wraps a base: its `inner` would be two optimizers."""
+    """Raise a `ValueError` if the state is that of a variant that wraps a base optimizer."""
     if "base" in getattr(state, "_fields", ()):
         raise ValueError(
             f"{name}: `inner` must stand in front of a base, but it wraps one "
-            f"({type(state).__name__}); its steps are no gradients to choose from"
+            f"({type(state).__name__}); its updates are optimizer steps, not gradients"
         )
 
 
 def base_keywords(name: str, keywords: dict[str, Any]) -> dict[str, Any]:
-    """What a base optimizer gets to see: nothing of samx's own, and `value_fn` as a scalar."""
+    """Return the keywords for a base optimizer: without samx's own, and `value_fn` as a scalar."""
     return {k: v for k, v in unify(name, keywords).items() if k not in OWN_KEYWORDS}
 
 
@@ -251,7 +258,7 @@ def _check_params(name: str, params: Any) -> None:
     if any(isinstance(node, optax.MaskedNode) for node in nodes):
         raise ValueError(
             f"{name}: `params` holds optax.MaskedNode leaves, so optax.masked or optax.partition "
-            "stands around it, and the loss closure cannot run on a part of the parameters. "
+            "wraps this transformation. The loss closure cannot run on a part of the parameters. "
             "Choose leaves inside the perturbation instead: "
             "samx.perturbations.on_leaves(perturbation, is_perturbed)."
         )

@@ -1,9 +1,10 @@
-"""Asynchronous elastic averaging: LSAM, with plain gradients EASGD.
+"""Asynchronous elastic averaging: LSAM, and EASGD with plain gradients.
 
-rule        `Rule`, `exchange`, `apply_move`: how workers and center pull at each other
+rule        `Rule`, `exchange`, `apply_move`: how workers and center move towards each other
 worker      `Worker`: your step, with any variant and base, and a stream of batches
-simulation  `Simulation` moved by `timeline` or `in_order`: deterministic, the reference
+simulation  `Simulation`, driven by `timeline` or `in_order`: deterministic, the reference
 engines     `train` with `Threads` or `Ray`: real parallel resources
+in step     `averaging`, `nesterov`: the synchronous form, and the local rule of EAMSGD
 checkpoint  `Checkpoint`, `Progress`, `Trained`
 """
 
@@ -28,11 +29,11 @@ __all__ = [
     "Trained",
     "Worker",
     "WorkerRecord",
+    "apply_move",
     "averaging",
     "exchange",
     "in_order",
     "nesterov",
-    "apply_move",
     "timeline",
     "train",
 ]

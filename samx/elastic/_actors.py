@@ -1,4 +1,7 @@
-"""What Ray's processes run: sent to them by value, so that the center's imports numpy only."""
+"""The code that Ray's processes run.
+
+It is sent to them by value, so that the center's process imports numpy only.
+"""
 
 import pickle
 import sys
@@ -13,27 +16,27 @@ from samx.elastic._center import CenterLost, Ledger, Shard
 
 
 class ShardActor:
-    """A shard in a process of its own; the first one holds the ledger, too. Safe for threads."""
+    """A shard in its own process. The first shard also holds the ledger. Safe for threads."""
 
     def __init__(self, values: np.ndarray, shard: tuple[Any, ...], ledger: tuple[Any, ...] | None):
         self.shard = Shard(values, *shard)
         self.ledger = Ledger(*ledger) if ledger else None
 
     def exchange(self, sent: np.ndarray, is_leader: bool) -> np.ndarray:
-        """Take this shard's part of what an admitted worker sent; return the reply."""
+        """Apply this shard's part of what an admitted worker sent, and return the reply."""
         return self.shard.exchange(sent, is_leader)
 
     def admit_and_exchange(self, index: int, sent: np.ndarray, loss: float) -> np.ndarray | None:
-        """Both at once, for a center of one shard; None when there is nothing left to do."""
+        """Do both in one call, for a center with one shard; return None at the end."""
         is_leader = self.call("admit", index, loss)
         return None if is_leader is None else self.shard.exchange(sent, is_leader)
 
     def pull(self) -> np.ndarray:
-        """The values, a copy."""
+        """Return a copy of the values."""
         return self.shard.pull()
 
     def call(self, method: str, *args: Any) -> Any:
-        """A method of the ledger; records as what every process knows."""
+        """Call a method of the ledger; return records as dicts, which every process can read."""
         result = getattr(self.ledger, method)(*args)
         if method == "snapshot":
             seconds, records = result
@@ -41,29 +44,29 @@ class ShardActor:
         return result
 
     def live(self) -> None:
-        """Return never: who waits for it is told when the process ends."""
+        """Never return: a caller that waits for this call learns when the process ends."""
         threading.Event().wait()
 
 
 class WorkerActor:
-    """A process for a worker, which finds the modules that the driver finds."""
+    """A process for one worker. It finds the same modules as the driver."""
 
     def __init__(self, path: Sequence[str]):
         sys.path.extend(folder for folder in path if folder not in sys.path)
 
     def run(self, pickled: bytes, index: int, shards: Sequence[Any]) -> None:
-        """The life of a worker."""
+        """Run a worker from start to end."""
         pickle.loads(pickled)(index, shards)
 
 
 class Client:
-    """The center as a worker sees it, through its actors: what `Center` offers in one process."""
+    """The center as a worker sees it: the methods of `Center`, called through Ray's actors."""
 
     def __init__(self, shards: Sequence[Any]):
         self.shards = shards
 
     def join(self, index: int, place: str) -> tuple[int, np.ndarray]:
-        """How many exchanges the worker's number has had, and the values to begin at."""
+        """Return the number of exchanges of this worker so far, and the values to start from."""
         return get(self.shards[0].call.remote("join", index, place)), self.pull()
 
     def wait_for_start(self, index: int) -> None:
@@ -71,11 +74,11 @@ class Client:
         get(self.shards[0].call.remote("wait_for_start", index))
 
     def exchange(self, index: int, sent: np.ndarray, loss: float) -> np.ndarray | None:
-        """The reply to what a worker sends, None when there is nothing left to do."""
+        """Return the reply to what a worker sends, or None when no work is left."""
         first = self.shards[0]
         if len(self.shards) == 1:
             return get(first.admit_and_exchange.remote(index, sent, loss))
-        # Only who is admitted may move anything, in any shard.
+        # Ask the ledger first: only an admitted worker may change a shard.
         is_leader = get(first.call.remote("admit", index, loss))
         if is_leader is None:
             return None
@@ -84,27 +87,27 @@ class Client:
         return joined(get([shard.exchange.remote(w, is_leader) for shard, w in pairs]))
 
     def leave(self, index: int, error: str = "") -> None:
-        """The worker has ended."""
+        """Record that the worker has ended."""
         get(self.shards[0].call.remote("leave", index, error))
 
     def pull(self) -> np.ndarray:
-        """The values, a copy."""
+        """Return a copy of the values."""
         return joined(get([shard.pull.remote() for shard in self.shards]))
 
 
 def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """One array of all parts, without a copy if it is the only one."""
+    """Return all parts as one array; a single part is not copied."""
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def get(refs: Any, timeout: float | None = None) -> Any:
-    """What actors of the center answer."""
+    """Return the answers of the center's actors, or raise `CenterLost`."""
     import ray
     from ray import exceptions
 
     try:
         return ray.get(refs, timeout=timeout)
     except exceptions.RayActorError as error:
-        raise CenterLost("elastic: the center is lost, a process of it has ended") from error
+        raise CenterLost("elastic: the center is lost, one of its processes has ended") from error
     except exceptions.GetTimeoutError as error:
         raise CenterLost(f"elastic: the center has not answered for {timeout:g} s") from error

@@ -1,4 +1,4 @@
-"""Elastic averaging inside a compiled step: workers along a mapped axis, all at the same pace."""
+"""Synchronous elastic averaging inside a compiled step, with workers along a mapped axis."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -18,9 +18,9 @@ class AveragingState(NamedTuple):
 
     Attributes:
         step: int32, local steps so far.
-        center: The center z, shaped like the parameters, float32 or wider; the same for all
+        center: The center z, shaped like the parameters, float32 or wider, the same for all
             workers. This is the model to evaluate.
-        base: State of the local optimizer, the worker's own.
+        base: State of the worker's own local optimizer.
     """
 
     step: jax.Array
@@ -37,37 +37,37 @@ def averaging(
     exchange: Literal["before", "after"] = "before",
     name: str = "averaging",
 ) -> Transformation:
-    """Synchronous elastic averaging around any optimizer: EASGD, and with SAM in it LSAM.
+    """Wrap any optimizer in synchronous elastic averaging: EASGD, or LSAM if it contains SAM.
 
         α = beta / P                                      (P workers along `worker_axis`)
         on every `period`-th local step, all workers at once:
             d_i = α (w_i − z),   z += Σ_i d_i,   w_i −= d_i
         w_i += tx(∇L_i(w_i))
 
-    Each worker has parameters, a state and examples of its own; only the center is common.
+    Each worker has its own parameters, state and examples. Only the center is shared.
 
     Args:
         tx: The worker's whole optimizer, any variant and base.
         worker_axis: The mapped axis of `jax.shard_map`, `jax.pmap` or `jax.vmap` along which the
-            workers are; default none, a single worker with a center.
-        beta: Share in [0, 1] of the distance to the mean of the workers that the center moves in an
-            exchange, a number or a schedule over the local steps; default 0.9.
+            workers lie; default none: a single worker with a center.
+        beta: Share in [0, 1]: in an exchange the center moves by this share of its distance to the
+            mean of the workers. Schedules run over the local steps; default 0.9.
         period: Local steps τ ≥ 1 between exchanges; default 4.
-        exchange: "before", the default: d is that of w before the step and taken off behind it, as
-            in the asynchronous form; the first step begins with one. "after": that of w behind
-            every τ-th step, as in Leader SGD's EASGD.
-        name: What error messages call it.
+        exchange: "before", the default: d is computed from w before the step and subtracted after
+            the step, as in the asynchronous form. The first step begins with an exchange. "after":
+            d is computed from w after every τ-th step, as in Leader SGD's EASGD.
+        name: Name of the transformation in error messages.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` around `tx`, to be called inside the mapped
-        function with the worker's own parameters and state: spread both over the axis, with a
-        leading axis of P in `jax.shard_map`. `update` takes what `tx` takes.
+        A transformation that wraps `tx`. Call it inside the mapped function, with the worker's own
+        parameters and state. Shard both over the axis; in `jax.shard_map` they have a leading axis
+        of size P. `update` needs what `tx` needs.
 
     Raises:
-        ValueError: If `beta` is outside [0, 1], `period` below 1, `exchange` unknown; in `update`,
-            as `tx` does.
-        TypeError: If `tx` is no transformation, `worker_axis` no name, `period` no Python int, or
-            `beta` neither number nor schedule.
+        ValueError: If a number is out of range, or `exchange` is unknown; in `update`, what `tx`
+            raises.
+        TypeError: If `tx` is not a transformation, `worker_axis` is not a name, `period` is not a
+            Python int, or `beta` is neither a number nor a schedule.
 
     Example:
         Four workers on one device:
@@ -91,11 +91,11 @@ def averaging(
         https://arxiv.org/abs/1412.6651
 
     Notes:
-        Cost: that of `tx`, one more copy of the parameters, and one all-reduce of them on every
-        `period`-th step, none on the others. `beta=0` is `tx` on each worker.
-        Fidelity: "before" is the paper's synchronous rule; "after" matches what Leader SGD's code
-        does by an independent loop. `static_args`: `tx`, `worker_axis`, `period`, `exchange`,
-        `name`.
+        Cost: that of `tx`, one more copy of the parameters, and one all-reduce of the parameters on
+        every `period`-th step, none on the others. `beta=0` is `tx` on each worker.
+        Fidelity: "before" is the paper's synchronous rule. "after" matches an independent loop that
+        does what Leader SGD's code does.
+        `static_args`: `tx`, `worker_axis`, `period`, `exchange`.
     """
     check_number("beta", beta, 0, 1)
     check_count("period", period)
@@ -117,12 +117,12 @@ def averaging(
             return moves if worker_axis is None else jax.lax.psum(moves, worker_axis)
 
         def nothing(moves):
-            """Zeros that are nobody's own, as sums are, unless there is nobody else."""
+            """Return zeros that are replicated over the axis, if there is one, as sums are."""
             make = jnp.zeros_like if worker_axis is None else lambda d: jnp.zeros(d.shape, d.dtype)
             return jax.tree.map(make, moves)
 
         def exchanged(w, steps):
-            """The center behind it, and what each worker takes off: nothing, where none is due."""
+            """Return the center after the exchange, and the worker's move; 0 if none is due."""
             is_due = steps % period == 0
             moves = jax.tree.map(
                 lambda d: jnp.where(is_due, weight * d, 0), tree.subtract(w, state.center)
@@ -147,7 +147,7 @@ class NesterovState(NamedTuple):
 
     Attributes:
         velocity: The velocity v, shaped like the parameters.
-        base: State of the optimizer inside.
+        base: State of the inner optimizer.
     """
 
     velocity: optax.Updates
@@ -155,26 +155,26 @@ class NesterovState(NamedTuple):
 
 
 def nesterov(tx: optax.GradientTransformation, momentum: ScalarOrSchedule = 0.9) -> Transformation:
-    """Nesterov's momentum where the gradient really is taken ahead: the local rule of EAMSGD.
+    """Nesterov momentum with the gradient taken at the look-ahead point: EAMSGD's local rule.
 
         u = w + momentum v
         v = momentum v + tx(∇L(u))                       (all of tx at u: weight decay, SAM)
         w = w + v
 
-    `optax.sgd(nesterov=True)` keeps u instead of w. Alone that is the same; beside a center, which
-    pulls at w and not at v, it is not.
+    `optax.sgd(nesterov=True)` stores u instead of w. Without a center both are the same. With a
+    center they differ, because the center pulls w and not v.
 
     Args:
-        tx: The optimizer that takes the step, without a momentum of its own: any variant and base.
+        tx: The optimizer that takes the step: any variant and base, without its own momentum.
         momentum: Share in [0, 1] of the velocity that is kept, a number; default 0.9.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` around `tx`. `update` needs `value_fn` (or
-        `losses_fn` and `batch`) and ignores the incoming gradient.
+        A transformation that wraps `tx`. `update` needs `value_fn` and ignores the incoming
+        gradient.
 
     Raises:
-        ValueError: If `momentum` is outside [0, 1]; in `update`, as `closure_transformation` says.
-        TypeError: If `tx` is no transformation, or `momentum` no number.
+        ValueError: If `momentum` is outside [0, 1].
+        TypeError: If `tx` is not a transformation, or `momentum` is not a number.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -192,9 +192,9 @@ def nesterov(tx: optax.GradientTransformation, momentum: ScalarOrSchedule = 0.9)
         https://arxiv.org/abs/1412.6651, algorithm 2
 
     Notes:
-        `momentum=0` is `tx`. Cost: one gradient of its own in place of the incoming one, and two
-        copies of the parameters. Fidelity: follows `sixin-zh/mpiT`, whose weight decay and SAM's
-        perturbation are taken at u too. `static_args`: `tx`.
+        `momentum=0` is `tx`. Cost: one gradient, in place of the incoming one, and two copies of
+        the parameters. Fidelity: follows `sixin-zh/mpiT`; weight decay and SAM's perturbation are
+        taken at u too. `static_args`: `tx`.
     """
     check_number("momentum", momentum, 0, 1)
     tx = as_transformation("nesterov", "tx", tx)

@@ -1,7 +1,6 @@
-"""The center of elastic averaging in the memory of the host: numpy and locks, no jax.
+"""The center of elastic averaging in host memory: numpy and locks, no jax.
 
-A process that holds nothing but the center imports this file alone, so that it never touches an
-accelerator.
+A process that holds only the center imports only this file, so it never touches an accelerator.
 """
 
 import threading
@@ -12,26 +11,26 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 1 << 16  # numbers that stay in the cache while they are worked on
+BLOCK = 1 << 16  # elements that stay in the cache while they are processed
 
 
 @dataclass
 class WorkerRecord:
-    """What the center knows of a worker.
+    """What the center knows about a worker.
 
     Attributes:
-        index: Its number, from 0.
+        index: Index of the worker, from 0.
         status: "starting", "running", "done" or "died".
-        exchanges: With the center so far, those before a restart included.
-        staleness: Exchanges of others between the last two of this worker.
-        mean_staleness: The mean since the training began or was resumed; of equal workers, their
-            number − 1.
-        largest_staleness: The largest so far.
-        loss: Mean of its losses between the last two exchanges; NaN before.
-        restarts: How many times it was started again.
-        place: Where it runs.
-        error: Why it died, if it did.
-        is_reported: Whether the death has been told.
+        exchanges: Exchanges with the center so far, including those before a restart.
+        staleness: Exchanges of other workers between the last two exchanges of this worker.
+        mean_staleness: Mean staleness since the training run began or was resumed. With equally
+            fast workers it is the number of workers − 1.
+        largest_staleness: Largest staleness so far.
+        loss: Mean of the worker's losses between its last two exchanges; NaN before.
+        restarts: How many times the worker was started again.
+        place: Where the worker runs.
+        error: Why the worker died, if it did.
+        is_reported: Whether the death has been reported.
 
     Example:
         >>> from samx import elastic
@@ -53,7 +52,7 @@ class WorkerRecord:
 
 
 class CenterLost(RuntimeError):
-    """The center is gone, and with it what it held since the last checkpoint.
+    """The center is lost, with everything since the last checkpoint.
 
     Example:
         >>> from samx import elastic
@@ -65,11 +64,11 @@ class CenterLost(RuntimeError):
 def may_exchange(
     worker: int, version: int, last: Mapping[int, int], max_staleness: int | None
 ) -> bool:
-    """Whether an exchange of this worker leaves everyone able to keep the bound.
+    """Return whether all workers can still keep the bound after this worker exchanges.
 
-    `last` holds the version at which each living worker exchanged last. If the others come next,
-    the stalest first, then the k-th of them (from 0) is `version + 1 + k − last` versions behind.
-    The stalest of all may always.
+    `last` holds the version at which each living worker exchanged last. Suppose that the others
+    exchange next, the stalest first. Then the k-th of them (from 0) is `version + 1 + k − last`
+    versions behind. The stalest worker of all may always exchange.
     """
     if max_staleness is None:
         return True
@@ -78,25 +77,25 @@ def may_exchange(
 
 
 def check_staleness(name: str, max_staleness: Any, num_workers: int) -> None:
-    """Refuse a bound that not even workers in turns could keep."""
+    """Require None or a Python int that workers in turns can keep: at least num_workers − 1."""
     if max_staleness is None:
         return
     if isinstance(max_staleness, bool) or not isinstance(max_staleness, int):
         raise TypeError(f"{name}: `max_staleness` must be a Python int, got {max_staleness!r}")
     if max_staleness < num_workers - 1:
         raise ValueError(
-            f"{name}: `max_staleness` must be at least num_workers − 1 = {num_workers - 1}, what "
-            f"workers that take turns see, got {max_staleness}"
+            f"{name}: `max_staleness` must be at least num_workers − 1 = {num_workers - 1}, the "
+            f"staleness of workers that take turns, got {max_staleness}"
         )
 
 
 def rank(loss: float) -> float:
-    """A loss for comparisons: one that is not known, or not finite, is behind all others."""
+    """Return the loss for comparisons; an unknown or non-finite loss ranks last."""
     return loss if np.isfinite(loss) else float("inf")
 
 
 class Ledger:
-    """Who takes part, whose turn it is, and how much is left to do. Safe for threads."""
+    """Which workers take part, which may exchange, and what is left to do. Safe for threads."""
 
     def __init__(
         self,
@@ -109,21 +108,21 @@ class Ledger:
         self.records = {i: WorkerRecord(i, exchanges=before[i]) for i in range(num_workers)}
         self.num_exchanges, self.max_staleness = num_exchanges, max_staleness
         self.exchanges = sum(before.values())
-        self.last: dict[int, int] = {}  # of the living, the version that each has seen
-        self.best: dict[int, float] = {}  # of the living, their losses
-        self.opened: float | None = None  # when, on the clock of this process
+        self.last: dict[int, int] = {}  # the version that each living worker has seen
+        self.best: dict[int, float] = {}  # the loss of each living worker
+        self.opened: float | None = None  # time of the start, on the clock of this process
         self.latest = time.monotonic()
         self.is_stopped = False
         self.changed = threading.Condition()
 
     def join(self, index: int, place: str) -> int:
-        """A worker begins; the exchanges that its number has had."""
+        """Record where a worker runs; return the number of its exchanges so far."""
         with self.changed:
             self.records[index].place = place
             return self.records[index].exchanges
 
     def wait_for_start(self, index: int) -> None:
-        """Ready; returns when every expected worker is, or has died."""
+        """Record that a worker is ready; return when every expected worker is ready or died."""
         with self.changed:
             self.records[index].status = "running"
             self._open_if_all_are_there()
@@ -132,7 +131,7 @@ class Ledger:
                 self.last[index] = self.exchanges
 
     def open(self) -> None:
-        """Wait for nobody any longer."""
+        """Start now, without the workers that are not ready."""
         with self.changed:
             self.opened = self.opened or time.monotonic()
             self.changed.notify_all()
@@ -143,13 +142,16 @@ class Ledger:
         self.changed.notify_all()
 
     def admit(self, index: int, loss: float) -> bool | None:
-        """Count an exchange, once the bound allows it: whether it leads, or None at the end."""
+        """Count an exchange once the bound allows it.
+
+        Returns whether the worker is the leader, or None when no work is left.
+        """
         with self.changed:
             record = self.records[index]
             self.changed.wait_for(
                 lambda: (
                     self.is_over
-                    or record.status == "died"  # while its last request waited here
+                    or record.status == "died"  # it died while its last request waited here
                     or may_exchange(index, self.exchanges, self.last, self.max_staleness)
                 )
             )
@@ -169,11 +171,11 @@ class Ledger:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether no work is left."""
         return self.is_stopped or self.exchanges >= self.num_exchanges
 
     def leave(self, index: int, error: str = "") -> None:
-        """A worker has ended, well or not; nobody waits for it any longer."""
+        """Record that a worker has ended or died; the others no longer wait for it."""
         with self.changed:
             self.last.pop(index, None)
             self.best.pop(index, None)
@@ -183,7 +185,7 @@ class Ledger:
             self._open_if_all_are_there()
 
     def report(self, index: int, is_again: bool) -> None:
-        """A death has been told; with `is_again` a new worker of that number is on its way."""
+        """Record that a death was reported; with `is_again` the worker is being restarted."""
         with self.changed:
             record = self.records[index]
             record.is_reported = not is_again
@@ -198,7 +200,10 @@ class Ledger:
             self.changed.notify_all()
 
     def snapshot(self) -> tuple[float, list[WorkerRecord]]:
-        """Seconds from the start to now, or to the last exchange of all, and all records."""
+        """Return the seconds since the start and a copy of all records.
+
+        When no work is left, the seconds count up to the last exchange.
+        """
         with self.changed:
             records = [replace(record) for record in self.records.values()]
             if self.opened is None:
@@ -207,7 +212,7 @@ class Ledger:
 
 
 class Shard:
-    """A contiguous part of the center, or all of it: one flat array, moved in place."""
+    """A contiguous part of the center, or all of it: one flat array, updated in place."""
 
     def __init__(self, values: np.ndarray, weight: float, leader: float, is_elastic: bool):
         self.values = np.array(values)
@@ -216,10 +221,10 @@ class Shard:
         self.lock = threading.Lock()
 
     def exchange(self, sent: np.ndarray, is_leader: bool = False) -> np.ndarray:
-        """Take what a worker sent; return what it is to take off, or where to begin.
+        """Apply what a worker sent; return the move to subtract, or the values to start from.
 
-        Moves are rounded to the dtype of what was sent before they are added, so that both sides
-        move by the same.
+        Moves are rounded to the dtype of what was sent before they are added. So both sides move
+        by the same amount.
         """
         reply = np.empty_like(sent)
         with self.lock:
@@ -241,19 +246,19 @@ class Shard:
         return reply
 
     def pull(self) -> np.ndarray:
-        """The values, a copy."""
+        """Return a copy of the values."""
         with self.lock:
             return self.values.copy()
 
 
 class Center:
-    """The center in this process: `join`, `pull`, `exchange` and `leave` for its workers."""
+    """The center in this process. Its workers call `join`, `pull`, `exchange` and `leave`."""
 
     def __init__(self, ledger: Ledger, shard: Shard):
         self.ledger, self.shard = ledger, shard
 
     def join(self, index: int, place: str) -> tuple[int, np.ndarray]:
-        """How many exchanges the worker's number has had, and the values to begin at."""
+        """Return the number of exchanges of this worker so far, and the values to start from."""
         return self.ledger.join(index, place), self.shard.pull()
 
     def wait_for_start(self, index: int) -> None:
@@ -261,18 +266,18 @@ class Center:
         self.ledger.wait_for_start(index)
 
     def exchange(self, index: int, sent: np.ndarray, loss: float) -> np.ndarray | None:
-        """The reply to what a worker sends, None when there is nothing left to do."""
+        """Return the reply to what a worker sends, or None when no work is left."""
         is_leader = self.ledger.admit(index, loss)
         return None if is_leader is None else self.shard.exchange(sent, is_leader)
 
     def leave(self, index: int, error: str = "") -> None:
-        """The worker has ended."""
+        """Record that the worker has ended."""
         self.ledger.leave(index, error)
 
     def pull(self) -> np.ndarray:
-        """The values, a copy."""
+        """Return a copy of the values."""
         return self.shard.pull()
 
     def call(self, method: str, *args: Any) -> Any:
-        """A method of the ledger."""
+        """Call a method of the ledger."""
         return getattr(self.ledger, method)(*args)

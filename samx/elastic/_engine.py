@@ -1,4 +1,4 @@
-"""Where workers run, and where their center is: what an engine offers, and the one of threads."""
+"""Engines run the workers and hold their center: the interface, and an engine with threads."""
 
 import threading
 import time
@@ -17,17 +17,17 @@ from samx.elastic._worker import Worker, work
 
 
 class Job(NamedTuple):
-    """What an engine is to run."""
+    """What an engine has to run."""
 
     make_worker: Callable[[int], Worker]
     rule: Rule
-    values: np.ndarray  # of the center, flat
+    values: np.ndarray  # values of the center, flat
     shard: tuple[Any, ...]  # further arguments of a `Shard`
     ledger: tuple[Any, ...]  # arguments of the `Ledger`
 
 
 class Engine(Protocol):
-    """Where workers run, and where the center is: what `train` asks of it.
+    """What `train` needs from an engine, which runs the workers and holds the center.
 
     Example:
         >>> from samx import elastic
@@ -36,20 +36,20 @@ class Engine(Protocol):
     """
 
     def start(self, job: Job) -> None:
-        """Set the center up."""
+        """Set up the center."""
 
     def launch(self, index: int) -> None:
-        """Start a worker, or start it again."""
+        """Start a worker, or restart it."""
 
     def deaths(self) -> list[tuple[int, str]]:
-        """Workers that have died since the last call without saying so themselves, and of what."""
+        """Return workers that died since the last call without reporting it, and their errors."""
         ...
 
     def call(self, method: str, *args: Any) -> Any:
-        """A method of the ledger; `CenterLost` if there is no center any longer."""
+        """Call a method of the ledger; raise `CenterLost` if the center is gone."""
 
     def pull(self) -> np.ndarray:
-        """The values of the center."""
+        """Return the values of the center."""
         ...
 
     def close(self) -> None:
@@ -57,11 +57,11 @@ class Engine(Protocol):
 
 
 class Threads:
-    """Workers are threads of this process, one for each device: an engine without dependencies.
+    """An engine without dependencies: workers are threads of this process, one for each device.
 
     Attributes:
-        devices: Devices for the workers, in turns; default all local ones.
-        grace: Seconds that a worker has to end its local steps when all others have; default 60.
+        devices: Devices for the workers, assigned in turn; default all local devices.
+        grace: Seconds that workers have to finish their local steps when training ends; default 60.
 
     Example:
         >>> import jax
@@ -76,10 +76,10 @@ class Threads:
         self._threads: list[threading.Thread] = []
 
     def start(self, job: Job) -> None:
-        """Set the center up, in the memory of this process."""
+        """Set up the center in the memory of this process."""
         self._job, self._threads = job, []
         self._center = Center(Ledger(*job.ledger), Shard(job.values, *job.shard))
-        # Such a setting is a thread's own.
+        # Each thread has its own setting, so the workers' threads must be given this one.
         self._is_x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
     def launch(self, index: int) -> None:
@@ -102,19 +102,19 @@ class Threads:
         self._center.leave(index, error)
 
     def deaths(self) -> list[tuple[int, str]]:
-        """None: threads say so themselves."""
+        """Return no workers: threads report their own deaths."""
         return []
 
     def call(self, method: str, *args: Any) -> Any:
-        """A method of the ledger."""
+        """Call a method of the ledger."""
         return self._center.call(method, *args)
 
     def pull(self) -> np.ndarray:
-        """The values of the center."""
+        """Return the values of the center."""
         return self._center.pull()
 
     def close(self) -> None:
-        """Let all threads end; one that does not in time is left behind."""
+        """Let all threads end; one that does not end in time is left behind, with a warning."""
         self._center.call("stop")
         deadline = time.monotonic() + self.grace
         for thread in self._threads:
@@ -127,6 +127,6 @@ class Threads:
 
 
 def described(exception: BaseException) -> str:
-    """What has gone wrong in the first line, and below it where."""
+    """Return a text: the error in the first line, the traceback below it."""
     first_line = f"{type(exception).__name__}: {exception}".splitlines()[0]
     return first_line + "\n\n" + "".join(traceback.format_exception(exception))

@@ -1,4 +1,4 @@
-"""Workers and center in processes of their own, on one machine or on many: an engine with Ray."""
+"""An engine with Ray: workers and center in separate processes, on one machine or on many."""
 
 import contextlib
 import importlib
@@ -29,39 +29,40 @@ from samx.elastic._engine import Job, described
 from samx.elastic._rule import Rule
 from samx.elastic._worker import Worker, work
 
-PATIENCE = 120.0  # seconds for what takes a moment, on a machine that does much else
+PATIENCE = 120.0  # timeout in seconds of calls that are short unless the machine is very busy
 CLUSTER = Path(__file__).with_name("_ray_cluster.py")
-# Of this process, as its Ray remembers the first one.
+# One token for the whole process, because Ray in this process remembers the first one.
 TOKEN = secrets.token_hex(32)
 SETTINGS = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on the loopback interface only
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",  # `train` says so, in one line
-    "RAY_AUTH_MODE": "token",  # other users of this machine stay outside
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",  # `train` reports it in one line
+    "RAY_AUTH_MODE": "token",  # keeps out other users of this machine
     "RAY_AUTH_TOKEN": TOKEN,
 }
 
 
 class Ray:
-    """Center and workers are processes, of this machine or of a cluster: an engine with Ray.
+    """An engine with Ray: center and workers are processes, on this machine or in a cluster.
 
-    A worker that dies takes nothing else with it, and processes do not share an interpreter.
+    A worker that dies does not affect other processes. Processes do not share an interpreter.
 
     Attributes:
-        num_shards: Processes that the center is spread over, each with a contiguous part of the
-            parameters; default 1. More than one when the center is what all wait for.
-        num_cpus_per_worker: CPUs that Ray reserves for a worker, a float; default 0: none, so that
-            any number of workers fits on this machine.
-        num_gpus_per_worker: GPUs that it reserves and shows to a worker, a float; default 0. Give
-            each worker 1 if there are any. With a fraction set XLA_PYTHON_CLIENT_PREALLOCATE=false
-            in the environment before you start: else the first worker takes the memory.
+        num_shards: Number of processes that hold the center, each with a contiguous part of the
+            parameters; default 1. Use more if the workers wait for the center.
+        num_cpus_per_worker: CPUs that Ray reserves for each worker, a float; default 0. With 0 any
+            number of workers fits on this machine.
+        num_gpus_per_worker: GPUs that Ray reserves for each worker and shows to it, a float;
+            default 0. If there are GPUs, give each worker 1. With a fraction, set
+            XLA_PYTHON_CLIENT_PREALLOCATE=false in the environment before you start. Otherwise the
+            first worker takes the memory.
         worker_options: Further options of Ray's actors for the workers: `resources`, `runtime_env`,
             `scheduling_strategy` and so on; default none.
-        address: HOST:PORT of a cluster that is there; default None: one of this machine alone that
-            is started, and ended at the end. If `ray.init` has been called, its cluster is used in
-            any case, and goes on.
-        grace: Seconds that a worker has to end its local steps when the others have, before it is
-            killed; default 10.
+        address: HOST:PORT of an existing cluster; default None: a cluster on this machine alone,
+            which is started, and ended at the end. If `ray.init` has been called, its cluster is
+            used in any case, and keeps running.
+        grace: Seconds that workers have to finish their local steps when training ends, before
+            they are killed; default 10.
 
     Example:
         >>> from samx import elastic
@@ -70,22 +71,24 @@ class Ray:
 
     Raises:
         ImportError: If Ray is not installed: `pip install 'samx[ray]'`.
-        ValueError: If a number is out of its range, or `worker_options` sets what has an argument.
-        TypeError: If `num_shards` is not a Python int, or an option is of another type.
+        ValueError: If a number is out of range, or `worker_options` sets an option that has its
+            own argument.
+        TypeError: If `num_shards` is not a Python int, or another option has the wrong type.
 
     Notes:
-        `make_worker` travels by cloudpickle: functions of `__main__` and closures do. Workers find
-        modules where this process does, by `sys.path`. They follow its `jax.enable_x64`, otherwise
-        jax is configured by the environment. What they print goes to Ray's logs.
-        A data set inside of it would travel, too: load it where it runs.
-        Cost, measured on two shared cores: 6 s to start, 2 s more for each worker's jax. An
-        exchange of 25 million float32 parameters takes 50 ms when nothing else runs, 70 to 130 ms
-        beside other work; 1.5 ms of it whatever the size. Memory beside Ray's 350 MB: the center
-        and one reply in its process, and messages, up to four copies of the parameters for each
-        worker.
-        The cluster that is started listens on the loopback interface only, and asks for a token
-        that this process alone knows. Who may reach a cluster at `address` is its owner's affair:
-        whoever can runs code there.
+        `make_worker` is sent by cloudpickle, so functions of `__main__` and closures work. A data
+        set inside `make_worker` would be sent too: load the data where the worker runs. Workers
+        find modules through the `sys.path` of this process. They use its `jax.enable_x64`
+        setting; everything else in jax is configured by the environment. What workers print goes
+        to Ray's logs.
+        Cost, measured on two shared cores: 6 s to start, and 2 s more for each worker's jax. An
+        exchange of 25 million float32 parameters takes 50 ms when nothing else runs, and 70 to
+        130 ms beside other work; 1.5 ms of this do not depend on the size. Memory, in addition to
+        Ray's 350 MB: the center and one reply in the center's process, and messages, up to four
+        copies of the parameters for each worker.
+        A cluster that this engine starts listens on the loopback interface only, and asks for a
+        token that only this process knows. The owner of a cluster at `address` must control who
+        can reach it: everyone who can reach it can run code there.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class Ray:
         taken = {"num_cpus", "num_gpus", "max_restarts"} & set(worker_options or {})
         if taken:
             raise ValueError(
-                f"Ray: `worker_options` must not set {', '.join(sorted(taken))}: that is "
+                f"Ray: `worker_options` must not set {', '.join(sorted(taken))}: use "
                 "`num_cpus_per_worker`, `num_gpus_per_worker` and `max_restarts` of `train`"
             )
         if importlib.util.find_spec("ray") is None:
@@ -125,7 +128,7 @@ class Ray:
         self._shards, self._workers, self._lives, self._helper = [], {}, [], None
 
     def start(self, job: Job) -> None:
-        """Connect, and set the center up."""
+        """Connect to Ray, and set up the center."""
         num_workers = job.ledger[0]
         if self.num_shards > job.values.size:
             raise ValueError(
@@ -133,7 +136,8 @@ class Ray:
                 f"got {self.num_shards}"
             )
         self._shards, self._workers, self._lives, self._helper = [], {}, [], None
-        # What each worker sends and gets, twice, as Ray frees a little late; and for this process.
+        # Room for what each worker sends and gets, twice, because Ray frees memory a little late;
+        # and room for this process.
         self._connect((4 * num_workers + 2) * job.values.nbytes)
         self._check_resources(num_workers)
         import ray
@@ -144,7 +148,8 @@ class Ray:
         self._life = ray.put(cloudpickle.dumps(life))
         with _by_value(_actors, _center):
             actor = ray.remote(_actors.ShardActor).options(
-                # Every worker may wait in one thread, and have died waiting in another.
+                # Each worker may wait in one thread; before a restart it may have died waiting in
+                # another.
                 num_cpus=0,
                 max_concurrency=2 * num_workers + 8,
             )
@@ -164,16 +169,16 @@ class Ray:
         if "ray" in sys.modules and sys.modules["ray"].is_initialized():
             return
         address = self.address or self._start_cluster(num_bytes)
-        import ray  # it reads some settings now
+        import ray  # Ray reads some settings when it is imported
 
         handler = signal.getsignal(signal.SIGTERM)
         self._undo.callback(ray.shutdown)
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has put one of its own there
+            signal.signal(signal.SIGTERM, handler)  # Ray has installed its own handler
 
     def _start_cluster(self, num_bytes: int) -> str:
-        """Start a cluster in a process that ends with this one; its address."""
+        """Start a cluster in a process that ends with this one; return its address."""
         self._undo.enter_context(_settings())
         with tempfile.TemporaryFile() as errors:
             self._helper = helper = subprocess.Popen(
@@ -181,7 +186,7 @@ class Ray:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                start_new_session=True,  # Ctrl-C is for this process alone
+                start_new_session=True,  # Ctrl-C must reach this process only
             )
             self._undo.callback(_end, helper)
             assert helper.stdout is not None
@@ -196,7 +201,11 @@ class Ray:
             return words[1]
 
     def _check_resources(self, num_workers):
-        """Refuse, of one's own machine, what it does not have: workers would wait forever."""
+        """Require enough CPUs and GPUs: otherwise workers would wait for them.
+
+        This raises an error if the cluster was started here, because workers would wait forever. On
+        another cluster it is a warning.
+        """
         import ray
 
         there = ray.cluster_resources()
@@ -204,12 +213,12 @@ class Ray:
             if num_workers * each > there.get(name, 0):
                 text = (
                     f"Ray: `num_{name.lower()}s_per_worker` must be at most "
-                    f"{there.get(name, 0):g}/{num_workers}, what there is for each worker, "
+                    f"{there.get(name, 0):g}/{num_workers}, the number available for each worker, "
                     f"got {each}"
                 )
                 if self._helper is not None:
                     raise ValueError(text)
-                warnings.warn(f"{text}: workers wait for more", RuntimeWarning, 4)
+                warnings.warn(f"{text}: workers wait until there are more", RuntimeWarning, 4)
 
     def launch(self, index: int) -> None:
         """Start a worker in a new process."""
@@ -218,7 +227,7 @@ class Ray:
         self._workers[index] = actor, actor.run.remote(self._life, index, self._shards)
 
     def deaths(self) -> list[tuple[int, str]]:
-        """Workers that have ended since the last call, and of what."""
+        """Return the workers that died since the last call, and their errors."""
         import ray
         from ray import exceptions
 
@@ -239,7 +248,7 @@ class Ray:
         return found
 
     def call(self, method: str, *args: Any) -> Any:
-        """A method of the ledger."""
+        """Call a method of the ledger."""
         self._check_center()
         result = get(self._shards[0].call.remote(method, *args), PATIENCE)
         if method == "snapshot":
@@ -248,7 +257,7 @@ class Ray:
         return result
 
     def pull(self) -> np.ndarray:
-        """The values of the center."""
+        """Return the values of the center."""
         self._check_center()
         return joined(get([shard.pull.remote() for shard in self._shards], PATIENCE))
 
@@ -256,13 +265,13 @@ class Ray:
         import ray
 
         if self._helper is not None and self._helper.poll() is not None:
-            raise CenterLost("elastic: the center is lost, as Ray has ended on this machine")
+            raise CenterLost("elastic: the center is lost, because Ray has ended on this machine")
         ended, _ = ray.wait(self._lives, num_returns=len(self._lives), timeout=0)
         if ended:
             get(ended[0], PATIENCE)
 
     def close(self) -> None:
-        """Let workers end, kill the others, and end what was started."""
+        """Let the workers end, kill those that do not end, and end a cluster started here."""
         with self._undo:
             self._undo.callback(self._kill)
         self._undo = contextlib.ExitStack()
@@ -289,7 +298,7 @@ def _live(
     index: int,
     shards: Sequence[Any],
 ) -> None:
-    """The life of a worker, in its process."""
+    """Run a worker from start to end, in its process."""
     client, error = Client(shards), ""
     try:
         with jax.enable_x64(is_x64):
@@ -301,7 +310,7 @@ def _live(
 
 @contextlib.contextmanager
 def _by_value(*modules: Any) -> Iterator[None]:
-    """Let what these modules define travel whole, not as a name to import."""
+    """Send what these modules define by value, not as a name to import."""
     cloudpickle: Any = importlib.import_module("ray.cloudpickle")
     for module in modules:
         cloudpickle.register_pickle_by_value(module)
@@ -314,7 +323,7 @@ def _by_value(*modules: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
-    """Let Ray in this process, and in those that it starts, keep to the loopback interface."""
+    """Restrict Ray, in this process and in those that it starts, to the loopback interface."""
     before = {name: os.environ.get(name) for name in SETTINGS}
     os.environ.update(SETTINGS)
     is_allowed = _reread(False)
@@ -329,11 +338,11 @@ def _settings() -> Iterator[None]:
 
 
 def _reread(is_cluster: bool | None) -> bool | None:
-    """Let a Ray that may have been imported before see the environment as it is now.
+    """Make Ray read the environment again, in case it was imported before.
 
-    Returns whether it was to listen on other interfaces, too.
+    Returns whether Ray was set to listen on other interfaces too.
     """
-    with contextlib.suppress(ImportError, AttributeError):  # other versions keep it elsewhere
+    with contextlib.suppress(ImportError, AttributeError):  # other versions store it elsewhere
         from ray._private import ray_constants
 
         raylet: Any = importlib.import_module("ray._raylet")

@@ -1,7 +1,7 @@
-"""A Ray cluster that ends when its standard input does; a process without jax runs this file.
+"""A Ray cluster that ends when its standard input ends; a process without jax runs this file.
 
-Ray forks, which a process with jax's threads should not. And whatever ends the process at the other
-end of the pipe, no other is left behind.
+Ray forks, which a process with jax's threads should not do. And no process is left behind, however
+the process at the other end of the pipe ends.
 """
 
 import logging
@@ -13,17 +13,20 @@ LEAST_BYTES, LARGEST_SHARE = 200_000_000, 0.3
 
 
 def main() -> None:
-    """Start with room for so many bytes of messages, tell the address, wait, end."""
+    """Start the cluster, print its address, wait for the end of standard input, and end.
+
+    The first argument of the command line is the number of bytes of messages to make room for.
+    """
     import ray
 
-    # Ray's default is a part of all memory, and each page of it costs time when it is first used.
+    # Ray's default store is a share of all memory, and each page costs time when it is first used.
     # A small store uses the same pages again.
     num_bytes = max(LEAST_BYTES, int(sys.argv[1]))
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        num_bytes = min(num_bytes, int(LARGEST_SHARE * memory))  # what is beyond goes to the disk
-    # A folder of its own, so that nobody else's `ray.init()` finds this cluster. Ray's sockets need
-    # short paths, which the temporary folders of some systems are not.
+        num_bytes = min(num_bytes, int(LARGEST_SHARE * memory))  # the rest goes to the disk
+    # A separate folder, so that no other program's `ray.init()` finds this cluster. Ray's sockets
+    # need short paths, and the temporary folders of some systems have long ones.
     parent = None if sys.platform == "win32" else "/tmp"
     with tempfile.TemporaryDirectory("", "samx-", parent, ignore_cleanup_errors=True) as folder:
         ray.init(

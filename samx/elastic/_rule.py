@@ -1,4 +1,4 @@
-"""The arithmetic of elastic averaging, for trees of arrays, without workers or time."""
+"""The arithmetic of elastic averaging on trees of arrays, without workers or time."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,26 +13,29 @@ from samx.core.hyperparams import check_count, check_number
 
 @dataclass(frozen=True)
 class Rule:
-    """How workers and center pull at each other: Python numbers, fixed for a training.
+    """How workers and center move towards each other: Python numbers, fixed for a training run.
 
         α = beta / num_workers
         "elastic"    d = α (w − z),   z += d,   w −= d          every `period` local steps
         "gaussian"   z += α (w − x),  x = w = z + deviation · N(0, I)
 
-    z is the center, w a worker's parameters, x where it began after its last exchange.
+    z is the center, w are a worker's parameters, and x is where the worker started after its last
+    exchange.
 
     Attributes:
-        beta: Share in [0, 1] of the distance to the mean of its workers that the center moves when
-            each has exchanged once; default 0.9, of the authors' launcher of EASGD.
+        beta: Share in [0, 1]: when each worker has exchanged once, the center has moved by this
+            share of its distance to the mean of the workers; default 0.9, from the authors'
+            launcher of EASGD.
         period: Local steps τ ≥ 1 between two exchanges of a worker; default 4.
-        smoothing: "elastic", the default: the workers are samples around the center, whose variance
-            is η τ / α for a learning rate η. "gaussian": they begin at samples of a Gaussian around
-            it, and what their steps have added goes to the center. Both are reconstructions of
-            LSAM: the first our derivation, EASGD's rule, the second a less likely reading.
+        smoothing: Two readings of one paper, LSAM; both are reconstructions. "elastic", the
+            default, is our derivation, and is EASGD's rule: the workers are samples around the
+            center, with variance η τ / α for a learning rate η. "gaussian" is a less likely
+            reading: workers start at samples of a Gaussian around the center, and what their steps
+            have added goes to the center.
         deviation: Standard deviation ≥ 0 of that Gaussian; "gaussian" only, default 0.
-        leader: Share in [0, 1) of the distance to the leader, the worker whose losses since its
-            last exchange were smallest, that each worker moves on an exchange; "elastic" only,
-            default 0.
+        leader: Share in [0, 1): on an exchange each worker moves by this share of its distance to
+            the leader, the worker with the smallest losses since its last exchange; "elastic"
+            only, default 0.
 
     Example:
         >>> from samx import elastic
@@ -65,13 +68,13 @@ class Rule:
             raise ValueError("Rule: `leader` belongs to smoothing='elastic'")
 
     def weight(self, num_workers: int) -> float:
-        """The share α of a distance that one exchange moves the center."""
+        """Return the share α of the distance by which one exchange moves the center."""
         return self.beta / num_workers
 
 
 @partial(jax.jit, static_argnames="weight")
 def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
-    """Center and worker move towards each other, as much the one as the other.
+    """Move center and worker towards each other, both by the same amount.
 
         d = weight · (params − center)
         return center + d, d                      (the worker's part: params − d, see `apply_move`)
@@ -82,10 +85,10 @@ def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
         weight: The share α of the distance, a Python number; see `Rule.weight`.
 
     Returns:
-        The new center, and the move d in the dtypes of `params`; integers stay.
+        The new center, and the move d in the dtypes of `params`; integers do not change.
 
     Raises:
-        ValueError: If the trees differ.
+        ValueError: If the structures of the trees differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,7 +102,7 @@ def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
         https://arxiv.org/abs/1412.6651
 
     Notes:
-        The sum of the center and all workers' parameters stays what it is. Cost: one pass over the
+        The sum of the center and all workers' parameters does not change. Cost: one pass over the
         parameters.
     """
     move = jax.tree.map(
@@ -116,12 +119,12 @@ def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
 
 @jax.jit
 def apply_move(params: Any, move: Any) -> Any:
-    """The worker's part of an exchange, `params − move`.
+    """Apply the worker's part of an exchange, `params − move`.
 
         w = w − d
 
-    A worker may take local steps between `exchange` and this: then the center answers while it
-    computes.
+    A worker may take local steps between `exchange` and `apply_move`. Then the worker computes
+    while the center answers.
 
     Args:
         params: The worker's parameters w.
@@ -131,7 +134,7 @@ def apply_move(params: Any, move: Any) -> Any:
         The parameters in their dtypes.
 
     Raises:
-        ValueError: If the trees differ.
+        ValueError: If the structures of the trees differ.
 
     Example:
         >>> import jax.numpy as jnp
@@ -151,7 +154,7 @@ def apply_move(params: Any, move: Any) -> Any:
 
 @partial(jax.jit, static_argnames="deviation")
 def scattered(params: Any, key: jax.Array, deviation: float) -> Any:
-    """A sample of the Gaussian around `params`; integers stay."""
+    """Draw a sample of the Gaussian around `params`; integers do not change."""
     if not deviation:
         return params
     leaves, treedef = jax.tree.flatten(params)

@@ -1,4 +1,4 @@
-"""Elastic averaging on a clock that is simulated: deterministic, the reference for every engine."""
+"""Elastic averaging on a simulated clock: deterministic, the reference for every engine."""
 
 import heapq
 import itertools
@@ -18,12 +18,13 @@ class Event(NamedTuple):
     """Something that happens to a worker.
 
     Attributes:
-        time: When, in seconds.
-        worker: To whom.
-        kind: "join" starts at the center; "begin" a local step, and sends the parameters if an
-            exchange is due; "exchange" reaches the center; "finish" ends the step, with the
-            exchange taken off; "die" ends the worker.
-        staleness: Of an exchange: how many of others there were since the worker's last.
+        time: Time of the event in seconds.
+        worker: Index of the worker.
+        kind: "join": the worker starts at the center. "begin": a local step begins; if an exchange
+            is due, the worker sends its parameters. "exchange": the parameters reach the center.
+            "finish": the step ends, and the move of the exchange is subtracted. "die": the worker
+            ends.
+        staleness: For "exchange": exchanges of other workers since the last one of this worker.
 
     Example:
         >>> from samx import elastic
@@ -38,12 +39,12 @@ class Event(NamedTuple):
 
 
 class Simulation:
-    """Workers and a center, moved by events.
+    """Workers and a center, driven by events.
 
     Attributes:
         center: The center z, a tree like the parameters.
-        workers: Made of one `Worker` each: what it has come to, its `params`, `opt_state`, `steps`.
-        rule: How they pull at each other.
+        workers: Made from one `Worker` each: the worker's current `params`, `opt_state`, `steps`.
+        rule: How workers and center move towards each other.
         exchanges: Exchanges so far.
 
     Example:
@@ -71,18 +72,18 @@ class Simulation:
         self.rule, self.center, self.exchanges = rule, center, 0
         self.workers = [Local(worker, rule, i, center) for i, worker in enumerate(workers)]
         self._weight = rule.weight(len(workers))
-        self._sent, self._moves = {}, {}  # of workers between two events
+        self._sent, self._moves = {}, {}  # for each worker between two events
         self._leader, self._losses = center, {}
         self._counts = [0] * len(workers)
 
     def apply(self, event: Event) -> None:
-        """Let it happen.
+        """Apply an event.
 
         Args:
-            event: One of `timeline` or `in_order`, or your own.
+            event: An event from `timeline` or `in_order`, or your own.
 
         Raises:
-            ValueError: If there is no such worker, or kind of event.
+            ValueError: If the worker or the kind of event does not exist.
         """
         happen = {
             "join": self._join,
@@ -93,8 +94,8 @@ class Simulation:
         }
         if event.kind not in happen or not 0 <= event.worker < len(self.workers):
             raise ValueError(
-                f"Simulation: `event` must be one of {list(happen)}, of one of "
-                f"{len(self.workers)} workers, got {event}"
+                f"Simulation: `event` must have a kind in {list(happen)} and a worker index below "
+                f"{len(self.workers)}, got {event}"
             )
         happen[event.kind](event.worker)
 
@@ -137,16 +138,16 @@ class Simulation:
 
 
 def in_order(order: Iterable[int], period: int) -> Iterator[Event]:
-    """Events of local steps one after the other, each with its exchange if one is due.
+    """Yield the events of local steps in a given order, each with its exchange if one is due.
 
         for i in order:  begin, exchange (every `period` steps of i), finish
 
     Args:
-        order: Whose turn it is, for each local step.
+        order: For each local step, the index of the worker that takes it.
         period: Local steps between two exchanges of a worker, as in `Rule`.
 
     Returns:
-        An iterator of `Event`s, for `Simulation.apply`; times count the steps.
+        An iterator of `Event`s for `Simulation.apply`. Their times count the steps.
 
     Raises:
         ValueError: If `period` is below 1.
@@ -160,7 +161,7 @@ def in_order(order: Iterable[int], period: int) -> Iterator[Event]:
          (1, 'finish'), (1, 'begin'), (1, 'finish')]
 
     References:
-        `sixin-zh/mpiT`, whose recorded runs go by rounds.
+        `sixin-zh/mpiT`, whose recorded runs proceed in rounds.
 
     Notes:
         Cost: none.
@@ -188,29 +189,33 @@ def timeline(
     drops: Collection[tuple[int, int]] = (),
     overlap: bool = True,
 ) -> Iterator[Event]:
-    """What happens to workers of different speeds, in the order of time.
+    """Yield the events of workers with different speeds, in order of time.
 
         a local step takes seconds_per_step[i]
-        an exchange reaches the center after `latency`, its reply the worker after another
+        an exchange takes `latency` to the center, and its reply `latency` back to the worker
         a step that begins with an exchange ends when both have ended
 
     Args:
-        seconds_per_step: Of each worker; their number is that of the workers.
+        seconds_per_step: Seconds per local step, one number for each worker.
         period: Local steps between two exchanges of a worker, as in `Rule`.
-        num_exchanges: Exchanges in all; a worker that would begin a further one ends.
-        latency: Seconds ≥ 0 from a worker to the center, and back; default 0.
-        max_staleness: Bound on the exchanges of others between two of a worker: those who are ahead
-            wait; at least the number of workers − 1. Default none.
-        changes: Workers that die, or join at the center, as (seconds, worker, "die" or "join"); a
-            worker whose first change is to join is not there before. Default none.
+        num_exchanges: Exchanges of all workers together. A worker that would begin another one
+            ends.
+        latency: Seconds ≥ 0 from a worker to the center, and the same back; default 0.
+        max_staleness: Bound on the exchanges of other workers between two exchanges of a worker, at
+            least the number of workers − 1. Workers that are ahead wait. Default none.
+        changes: Workers that die, or join at the center, as (seconds, worker, "die" or "join"). A
+            worker whose first change is "join" is absent before. Default none.
         drops: Exchanges that are lost on the way, as (worker, number of its exchange from 0).
-        overlap: Whether the step goes on while the exchange is under way; False for "gaussian".
+            Default none.
+        overlap: Whether the step continues while the exchange is under way; default True. Use
+            False for "gaussian".
 
     Returns:
-        An iterator of `Event`s, for `Simulation.apply`; at equal times by the number of the worker.
+        An iterator of `Event`s for `Simulation.apply`. Events of equal times are ordered by the
+        index of the worker.
 
     Raises:
-        ValueError: If a number is out of its range, or names no worker.
+        ValueError: If a number is out of range, or a worker in `changes` does not exist.
         TypeError: If a count is not a Python int.
 
     Example:
@@ -224,10 +229,10 @@ def timeline(
 
     References:
         Liu et al., "Asynchronous Local-SGD Training for Language Modeling", 2024,
-        https://arxiv.org/abs/2401.09135, whose simulator goes by seconds per step too.
+        https://arxiv.org/abs/2401.09135, whose simulator uses seconds per step too.
 
     Notes:
-        Cost: none; nothing is computed.
+        Cost: none; no step is computed.
     """
     num_workers = len(seconds_per_step)
     check_count("number of workers", num_workers)
@@ -240,13 +245,16 @@ def timeline(
             raise ValueError(f"timeline: `seconds_per_step` must be positive, got {seconds}")
     for time, i, kind in changes:
         if not (0 <= i < num_workers and kind in ("die", "join") and time >= 0):
-            raise ValueError(f"timeline: `changes` has {(time, i, kind)}, of {num_workers} workers")
+            raise ValueError(
+                f"timeline: `changes` has {(time, i, kind)}; it needs seconds of at least 0, a "
+                f"worker index below {num_workers}, and 'die' or 'join'"
+            )
 
     queue, numbers = [], itertools.count()
-    lives = dict.fromkeys(range(num_workers), 0)  # what was planned in an earlier life is void
+    lives = dict.fromkeys(range(num_workers), 0)  # events planned in an earlier life are void
     steps, sent = dict.fromkeys(lives, 0), dict.fromkeys(lives, 0)
     began: dict[int, float] = {}
-    last: dict[int, int] = {}  # of the living, the version that each has seen
+    last: dict[int, int] = {}  # the version that each living worker has seen
     waiting: list[int] = []
     version = 0
 
@@ -254,7 +262,7 @@ def timeline(
         heapq.heappush(queue, (time, i, next(numbers), kind, lives[i]))
 
     def plan_finish(i, time):
-        """When both the step and the reply to an exchange that came at `time` are there."""
+        """Plan the end of the step: when the step and the reply to an exchange at `time` end."""
         if overlap:
             plan(max(began[i] + seconds_per_step[i], time + latency), i, "finish")
         else:
@@ -282,7 +290,7 @@ def timeline(
                 waiting.append(i)
         else:
             if kind == "join" and i in last:
-                continue  # it is there
+                continue  # the worker is already there
             yield Event(time, i, kind)
             if kind in ("join", "die"):
                 lives[i] += 1

@@ -1,4 +1,4 @@
-"""Asynchronous training: somebody who watches a center, and workers that come and go."""
+"""Asynchronous training: a loop that starts the workers, and watches them and their center."""
 
 import signal
 import threading
@@ -15,16 +15,17 @@ from samx.elastic._engine import Engine, Job, Threads
 from samx.elastic._rule import Rule
 from samx.elastic._worker import Wire, Worker
 
-POLL = 0.05  # seconds between two looks at the workers
+POLL = 0.05  # seconds between two checks of the workers
 
 
 class Checkpoint(NamedTuple):
-    """What a training goes on from: a pytree, for orbax or whatever you save with.
+    """What a training run resumes from: a pytree, to save with orbax or any other tool.
 
     Attributes:
         params: The center.
-        exchanges: `int64[num_workers]`, exchanges of each worker: each goes on behind them in its
-            stream. Parameters and optimizer states of the workers are not kept.
+        exchanges: `int64[num_workers]`, exchanges of each worker. Each worker resumes its stream
+            after the steps of these exchanges. Parameters and optimizer states of the workers are
+            not saved.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np
@@ -38,13 +39,13 @@ class Checkpoint(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What `train` tells its monitor, and returns at the end.
+    """What `train` passes to its monitor, and returns at the end.
 
     Attributes:
-        seconds: Since all workers have compiled; 0 before.
-        exchanges: So far, of all workers; those before a resumption included.
+        seconds: Seconds since all workers have compiled; 0 before.
+        exchanges: Exchanges of all workers so far, including those before a resumption.
         workers: A `WorkerRecord` of each worker.
-        pull: Gives the center as a tree like the parameters.
+        pull: Returns the center as a tree like the parameters.
 
     Example:
         >>> from samx import elastic
@@ -93,36 +94,36 @@ def train(
     resume: Checkpoint | None = None,
     center_dtype: Any = None,
 ) -> Trained:
-    """Train with workers that do not wait for each other, and a center that they pull at.
+    """Train with workers that do not wait for each other, around a common center.
 
         each worker, every `rule.period` local steps, without a barrier:
             d = α (w − z);  z += d  at once;  w −= d  after its next local step
-        until there were `num_exchanges` in all
+        until all workers together have made `num_exchanges`
 
-    With a sharpness-aware local step that is LSAM, with a plain one EASGD.
+    With a sharpness-aware local step this is LSAM, with a plain one EASGD.
 
     Args:
         make_worker: `index -> Worker`, called where the worker runs.
         params: The center at the start, a pytree of arrays.
-        num_workers: Workers, each with a stream of its own.
-        num_exchanges: Exchanges of all workers together, then everyone ends; about
-            `num_exchanges · rule.period` local steps. A worker's first exchange finds it at the
-            center and moves nothing; its steps behind its last one are lost.
-        rule: How workers and center pull at each other; default `Rule()`.
+        num_workers: Number of workers, each with its own stream of batches.
+        num_exchanges: Exchanges of all workers together, about `num_exchanges · rule.period` local
+            steps. Then all workers end. A worker's first exchange finds it at the center and moves
+            nothing. A worker's steps after its last exchange are lost.
+        rule: How workers and center move towards each other; default `Rule()`.
         engine: `Threads()`, the default, or `Ray()`.
-        max_staleness: Bound on the exchanges of others between two of a worker: those who are ahead
-            wait, at least `num_workers − 1`; default none.
+        max_staleness: Bound on the exchanges of other workers between two exchanges of a worker, at
+            least `num_workers − 1`. Workers that are ahead wait. Default none.
         max_restarts: How many times each worker is started again when it dies; default 0. It starts
             at the center, with a new optimizer state.
-        start_timeout: Seconds after which nobody waits for workers that have not compiled yet;
-            default 600. Late ones start at the center, as it is then.
+        start_timeout: Seconds to wait at the start for workers that have not compiled yet; default
+            600. Late workers start at the center, as it is then.
         monitor: Called with a `Progress` in this thread, every `monitor_every` seconds and at the
             end.
         monitor_every: Seconds; default 1.
-        save: Called with a `Checkpoint` in this thread every `save_every` seconds, and whenever
-            training ends, whatever ends it: an error and Ctrl-C too.
+        save: Called with a `Checkpoint` in this thread, every `save_every` seconds and whenever
+            training ends, also by an error or Ctrl-C.
         save_every: Seconds; default 600.
-        resume: A `Checkpoint` to go on from; `params` then give structure and dtypes.
+        resume: A `Checkpoint` to resume from; then `params` only gives structure and dtypes.
         center_dtype: dtype of the center; default that of the parameters, float32 at least. With
             float64 no sum of moves is rounded.
 
@@ -130,9 +131,9 @@ def train(
         A `Trained`: the center, and the last `Progress`.
 
     Raises:
-        ValueError: If a number is out of its range, or `resume` is of other workers.
-        TypeError: If a count is not a Python int, or `params` have no real floating leaves.
-        RuntimeError: If every worker has died, with the traceback of the last.
+        ValueError: If a number is out of range, or `resume` has another number of workers.
+        TypeError: If a count is not a Python int, or `params` has no real floating leaves.
+        RuntimeError: If every worker has died, with the traceback of one of them.
         CenterLost: If the center has died.
 
     Example:
@@ -160,13 +161,14 @@ def train(
 
     Notes:
         Fidelity: **reconstructed**. LSAM's objective, a Gaussian-smoothed density of the SAM loss,
-        and its asynchrony are known second-hand, its update rule is not: that it is elastic
-        averaging with SAM's gradient is our derivation, from the objective and from both authors'
-        earlier systems. With plain gradients it is their EASGD, whose code it follows.
-        Not reproducible run by run: who comes when is a matter of the machine. `Simulation` is.
-        Cost per exchange: the parameters there and back. Memory: the center once (twice with a
-        leader), a flat copy of the parameters in each worker. A worker that dies, however it does,
-        is reported by a RuntimeWarning and in `Progress.workers`; the others do its share.
+        and its asynchrony are known second-hand. Its update rule is not known. That the rule is
+        elastic averaging with SAM's gradient is our derivation, from the objective and from both
+        authors' earlier systems. With plain gradients it is their EASGD, whose code it follows.
+        Runs are not reproducible: the order of the exchanges depends on the machine. `Simulation`
+        is reproducible.
+        Cost per exchange: the parameters to the center and back. Memory: the center once (twice
+        with a leader), and a flat copy of the parameters in each worker. Every death of a worker is
+        reported by a RuntimeWarning and in `Progress.workers`; the others do its share.
     """
     check_count("num_workers", num_workers)
     check_count("num_exchanges", num_exchanges)
@@ -238,7 +240,9 @@ def train(
                 time.sleep(POLL)
             errors = [record.error for record in seen.workers if record.status == "died"]
             if len(errors) == num_workers:
-                raise RuntimeError(f"elastic: every worker has died, one of them of {errors[-1]}")
+                raise RuntimeError(
+                    f"elastic: every worker has died; one of the errors: {errors[-1]}"
+                )
             if monitor is not None:
                 monitor(seen)
         except CenterLost:
@@ -249,16 +253,17 @@ def train(
             raise
         checkpoint()
         final = pull()
-        return Trained(final, seen._replace(pull=lambda: final))  # the center ends here
+        return Trained(final, seen._replace(pull=lambda: final))  # the center ends now
     finally:
         undo()
         engine.close()
 
 
 def _take_note_of_ctrl_c(interrupted: threading.Event) -> Callable[[], Any]:
-    """Let the first Ctrl-C set the event only; a function that undoes this.
+    """Let the first Ctrl-C only set the event; return a function that undoes this.
 
-    An exception anywhere could be lost, in a destructor of Ray's say, and the training go on.
+    An exception at any point of the code could be lost, for example in a destructor of Ray. Then
+    training would continue.
     """
     handler = signal.default_int_handler
     is_ours = threading.current_thread() is threading.main_thread()
@@ -267,7 +272,7 @@ def _take_note_of_ctrl_c(interrupted: threading.Event) -> Callable[[], Any]:
 
     def note(*_: Any) -> None:
         interrupted.set()
-        signal.signal(signal.SIGINT, handler)  # the second one is an exception
+        signal.signal(signal.SIGINT, handler)  # a second Ctrl-C raises an exception
 
     signal.signal(signal.SIGINT, note)
     return lambda: signal.signal(signal.SIGINT, handler)

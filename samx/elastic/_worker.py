@@ -1,4 +1,4 @@
-"""A worker: local steps of its own, and an exchange with the center every so often."""
+"""A worker: it takes local steps, and exchanges with the center every `period` steps."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -12,15 +12,16 @@ from samx.elastic._rule import Rule, scattered
 
 
 class Worker(NamedTuple):
-    """What a worker does: your step, with any variant and base, on batches of its own.
+    """What a worker does: your step, with any variant and base, on its own batches.
 
     Attributes:
-        params: Parameters of the right structure, shapes and dtypes; their values are not used,
+        params: Parameters of the right structure, shapes and dtypes. Their values are not used:
             every worker starts at the center.
-        init: `params -> opt_state`, `tx.init` usually. Called whenever the worker starts, also when
-            it starts again: a schedule inside would begin anew. Send the learning rate with the
-            batches then, which know n, for `optax.inject_hyperparams` or a scale of your own.
-        step: `(params, opt_state, batch) -> (params, opt_state, loss)`: compile it yourself, once
+        init: `params -> opt_state`, usually `tx.init`. It is called at every start of the worker,
+            also after a restart. A schedule inside the optimizer then starts again at step 0. To
+            avoid this, send the learning rate with the batches, because `batches` knows n, and use
+            it through `optax.inject_hyperparams` or your own scaling.
+        step: `(params, opt_state, batch) -> (params, opt_state, loss)`. Compile it yourself, once
             for all workers of a process.
         batches: `n -> iterable of batches`: the worker's own stream from its n-th local step on.
 
@@ -48,9 +49,9 @@ class Worker(NamedTuple):
 
 
 class Wire:
-    """Parameters as one flat array in the memory of the host, and back.
+    """Converts parameters to one flat array in host memory, and back.
 
-    One array moves faster than many. Integers stay with the worker, half precision travels as
+    One array moves faster than many. Integers stay with the worker. Half precision is sent as
     float32.
     """
 
@@ -69,7 +70,7 @@ class Wire:
         self.size = int(sizes[-1])
 
         def parts(flat):
-            """The leaves that travel, by their position."""
+            """Return the leaves that are sent, by their position."""
             return {
                 i: flat[start:stop].reshape(shapes[i])
                 for i, start, stop in zip(floating, sizes[:-1], sizes[1:], strict=True)
@@ -100,24 +101,24 @@ class Wire:
         self._put_in, self._take_off = jax.jit(put_in), jax.jit(take_off)
 
     def flat(self, params: Any) -> np.ndarray:
-        """The floating leaves, one after the other; waits until they are computed."""
+        """Return the floating leaves, one after the other; wait until they are computed."""
         return np.asarray(self._flat(params))
 
     def put_in(self, params: Any, flat: np.ndarray) -> Any:
-        """`params` with these values."""
+        """Return `params` with these values."""
         return self._put_in(params, flat)
 
     def take_off(self, params: Any, flat: np.ndarray) -> Any:
-        """`params` minus these values."""
+        """Return `params` minus these values."""
         return self._take_off(params, flat)
 
 
 class Local:
-    """A worker's part of a training: its parameters, state, and place in its stream."""
+    """A worker in a training run: its parameters, state, and position in its stream."""
 
     def __init__(self, worker: Worker, rule: Rule, index: int, params: Any, steps: int = 0):
         self.worker, self.rule, self.index, self.steps = worker, rule, index, steps
-        self.params = copied(params)  # a step may give its parameters away
+        self.params = copied(params)  # the step may donate its parameters
         self.start = copied(params) if rule.smoothing == "gaussian" else None
         self.opt_state = worker.init(self.params)
         self.batches = iter(worker.batches(steps))
@@ -129,41 +130,41 @@ class Local:
         return self.steps % self.rule.period == 0
 
     def step(self) -> None:
-        """One local step; the loss is read later, when it is there."""
+        """Take one local step; the loss is read later, when it is computed."""
         batch = next(self.batches)
         self.params, self.opt_state, loss = self.worker.step(self.params, self.opt_state, batch)
         self.losses.append(loss)
         self.steps += 1
 
     def mean_loss(self) -> float:
-        """The mean of the losses since it was last asked for."""
+        """Return the mean of the losses since the last call."""
         losses, self.losses = self.losses, []
         return mean_of(losses)
 
     def begin_at(self, center: Any) -> None:
-        """Begin at a sample around the center."""
+        """Restart from a sample around the center."""
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), self.index), self.steps)
         self.start = scattered(center, key, self.rule.deviation)
         self.params = copied(self.start)
 
 
 def mean_of(losses: list[Any]) -> float:
-    """Their mean, NaN of none; waits for them."""
+    """Return the mean of the losses, NaN if there are none; wait until they are computed."""
     return float(np.mean([np.mean(loss) for loss in losses])) if losses else float("nan")
 
 
 def work(make_worker: Callable[[int], Worker], rule: Rule, index: int, center: Any, place: str):
-    """The life of a worker: from the center on, until nothing is left to do."""
+    """Run a worker: start at the center, and continue until no work is left."""
     worker = make_worker(index)
     wire = Wire(worker.params)
     exchanges, values = center.join(index, place)
     params = wire.put_in(worker.params, values)
     warm_up(worker, params)
     center.wait_for_start(index)
-    if rule.smoothing == "elastic":  # others may have gone on meanwhile
+    if rule.smoothing == "elastic":  # others may have moved it meanwhile
         params = wire.put_in(params, center.pull())
     local = Local(worker, rule, index, params, exchanges * rule.period)
-    del params, values  # copies that would stay for the whole training
+    del params, values  # otherwise these copies stay in memory
     while True:
         try:
             is_exchanged = (_elastic if rule.smoothing == "elastic" else _gaussian)(
@@ -178,7 +179,7 @@ def work(make_worker: Callable[[int], Worker], rule: Rule, index: int, center: A
 
 
 def _elastic(local: Local, wire: Wire, center: Any) -> bool:
-    """Send w, take a step while the center answers, take off d."""
+    """Send w, take a local step while the center answers, subtract d."""
     sent, loss = wire.flat(local.params), local.mean_loss()
     local.step()
     move = center.exchange(local.index, sent, loss)
@@ -189,7 +190,7 @@ def _elastic(local: Local, wire: Wire, center: Any) -> bool:
 
 
 def _gaussian(local: Local, wire: Wire, center: Any) -> bool:
-    """Send what the steps have added, begin at a sample around the center."""
+    """Send what the steps have added, restart from a sample around the center, take a step."""
     sent = wire.flat(jax.tree.map(jnp.subtract, local.params, local.start))
     values = center.exchange(local.index, sent, local.mean_loss())
     if values is None:
@@ -200,12 +201,12 @@ def _gaussian(local: Local, wire: Wire, center: Any) -> bool:
 
 
 def copied(params: Any) -> Any:
-    """The same values in memory of their own."""
+    """Return a copy with its own memory."""
     return jax.tree.map(lambda x: jnp.array(x, copy=True), params)
 
 
 def warm_up(worker: Worker, params: Any) -> None:
-    """Compile the step, so that nobody gets ahead because others still compile."""
+    """Compile the step, so that no worker gets ahead while others still compile."""
     batch = next(iter(worker.batches(0)), None)
     if batch is not None:
         params = copied(params)

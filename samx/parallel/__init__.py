@@ -1,1 +1,1 @@
-"""Data parallelism in `shard_map` and `pmap`, and the two gradients of a pair over two groups."""
+"""Data parallelism in `shard_map` and `pmap`; two gradients on two groups of devices."""

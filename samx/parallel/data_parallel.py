@@ -1,4 +1,4 @@
-"""Data parallelism as a wrapper: no variant mentions an axis."""
+"""Data parallelism as a wrapper, so that no variant needs to name an axis."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -28,26 +28,26 @@ def data_parallel(
         "global":  every gradient is ∇L: the step of one device on the whole batch
         "local":   ε_d = perturbation(∇L_d(w)),  g_s = Σ_d share_d ∇L_d(w + ε_d)
 
-    Under `jax.jit` with a sharded batch leave it out: there every mean is over the whole batch.
+    Do not use it under `jax.jit` with a sharded batch: there every mean is over the whole batch.
 
     Args:
-        tx: The whole optimizer, sharpness-aware transformation and base together.
-        axis_name: The mapped axis, or several, that the examples are spread over.
-        ascent: Whose gradient is climbed. "global", the default: all devices climb the mean
-            gradient. "local": each climbs its own, so that the examples of one device are the "m"
-            of m-sharpness; the paper's experiments do so. A sequence of axis names: the devices
-            along these axes climb together, groups of them on their own.
+        tx: The whole optimizer: sharpness-aware transformation and base together.
+        axis_name: The mapped axis, or several axes, along which the examples are sharded.
+        ascent: The ascent gradient. "global", the default: all devices climb the mean gradient.
+            "local": each device climbs its own gradient, so that the examples of one device are the
+            "m" of m-sharpness; the paper's experiments do this. A sequence of axis names: devices
+            along these axes climb together, and each group of them climbs separately.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to be called inside the mapped function.
-        `updates` and state come out equal on all devices, apart from the examples that a state
-        holds (see `state_specs`). `update` needs `value_fn` (or `losses_fn` and `batch`) over the
-        device's own examples, and respects `weights`: the device's share is the sum of its own.
+        A transformation; call it inside the mapped function. `updates` and state are equal on all
+        devices, except for the examples that a state holds (see `state_specs`). `update` needs
+        `value_fn`, or `losses_fn` and `batch`, over the device's own examples. It respects
+        `weights`: the device's share is the sum of its weights.
 
     Raises:
-        TypeError: If `axis_name` or `ascent` is of the wrong type.
-        ValueError: If `ascent` is none of the above; in `update`, if an axis is not mapped here or
-            the wrappers are nested, and as `closure_transformation` says.
+        TypeError: If `axis_name` or `ascent` has the wrong type.
+        ValueError: If `ascent` has another value; in `update`, if an axis is not mapped, or if
+            `data_parallel` is inside another `data_parallel` or inside `accumulate`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -70,16 +70,17 @@ def data_parallel(
         Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412, section 4.1 (m-sharpness).
 
     Notes:
-        The incoming gradient, `value` and `grad` are ignored and taken anew from the closure: in
-        `shard_map` with `check_vma` a gradient may arrive summed over the devices, and its type
-        does not show it. The compiler merges or drops what is computed twice. Parameters and state
-        must be the same on all devices: for sharded parameters use `jax.jit`. Floating leaves of an
-        aux that a variant keeps are averaged too. Second derivatives inside a variant: `jax.jvp` of
+        The incoming gradient, `value` and `grad` are ignored and computed again from the closure:
+        in `shard_map` with `check_vma`, a gradient may arrive summed over the devices, and its type
+        does not show this. XLA merges or drops duplicate computations. Parameters and state must be
+        equal on all devices; for sharded parameters use `jax.jit`. Floating leaves of an aux that a
+        variant keeps are averaged too. Compute second derivatives inside a variant as `jax.jvp` of
         a gradient.
-        Communication per step, for P parameters: one all-reduce of P per gradient, plus scalars;
-        `sam` 2P, with `ascent="local"` P, `sampa` one of 2P. `ascent` means nothing to `sampa` and
-        `momentum_sam`, which climb what earlier steps have averaged.
-        `static_args`: all.
+        Communication per step, for P parameters: one all-reduce of P per gradient, plus scalars.
+        That is 2P for `sam`, P for `sam` with `ascent="local"`, and one all-reduce of 2P for
+        `sampa`. `ascent` has no effect on `sampa` and `momentum_sam`: they climb what earlier steps
+        have already averaged.
+        `static_args`: all arguments.
     """
     axes = _axes("data_parallel", "axis_name", axis_name)
     devices = Devices(axes, _local_axes(ascent, axes))
@@ -117,25 +118,25 @@ def value_and_grad(
     has_aux: bool = False,
     weights: Any = None,
 ) -> Callable[..., tuple[Any, Any]]:
-    """`jax.value_and_grad` inside `jax.shard_map` or `jax.pmap`: means over the devices.
+    """Take `jax.value_and_grad` as a mean over the devices of `jax.shard_map` or `jax.pmap`.
 
         L(w) = Σ_d share_d L_d(w),   ∇L(w)       (share_d = 1/D, or by `weights`)
 
     Args:
         value_fn: `(params, ...) -> scalar`, the mean loss over the device's own examples; with
             `has_aux`, `(scalar, aux)`.
-        axis_name: The mapped axis, or several, that the examples are spread over.
+        axis_name: The mapped axis, or several axes, along which the examples are sharded.
         has_aux: As in `jax.value_and_grad`; default False.
-        weights: `float[B]` of the device's examples, 0 for padding: the device's share is its sum;
-            default equal shares.
+        weights: `float[B]` of the device's examples, 0 for padding. The device's share is the sum
+            of its weights. Default: equal shares.
 
     Returns:
-        A function `(params, ...) -> (loss, gradient)`, with `has_aux` `((loss, aux), gradient)`.
-        Loss and gradient are equal on all devices; aux is the device's own.
+        A function `(params, ...) -> (loss, gradient)`; with `has_aux`, `((loss, aux), gradient)`.
+        Loss and gradient are equal on all devices; aux is that of the device.
 
     Raises:
-        TypeError: If `axis_name` is no name.
-        ValueError: When called, if an axis is not mapped here or the loss is no scalar.
+        TypeError: If `axis_name` is not a name or a sequence of names.
+        ValueError: When called, if an axis is not mapped or the loss is not a scalar.
 
     Example:
         >>> import jax, jax.numpy as jnp, samx
@@ -150,8 +151,8 @@ def value_and_grad(
 
     Notes:
         `jax.value_and_grad` alone gives the device's own gradient in `pmap` and in `shard_map` with
-        `check_vma=False`, and the sum over the devices with `check_vma=True`. Cost: one gradient
-        and one all-reduce of it.
+        `check_vma=False`. With `check_vma=True` it gives the sum over the devices. Cost: one
+        gradient and one all-reduce of it.
     """
     devices = Devices(_axes("value_and_grad", "axis_name", axis_name))
 
@@ -166,25 +167,25 @@ def value_and_grad(
 
 
 def axis_mean(tree: Any, axis_name: str | Sequence[str], *, weights: Any = None) -> Any:
-    """The mean of a pytree over the devices of `jax.shard_map` or `jax.pmap`.
+    """Return the mean of a pytree over the devices of `jax.shard_map` or `jax.pmap`.
 
         x = Σ_d share_d x_d                      (share_d = 1/D, or by `weights`)
 
-    For what a pass leaves behind: normalization statistics, dropout counters, metrics.
+    Use it for side results of a pass: normalization statistics, dropout counters, metrics.
 
     Args:
-        tree: Pytree of arrays, the device's own.
-        axis_name: The mapped axis, or several, that the examples are spread over.
-        weights: `float[B]` of the device's examples, 0 for padding: the device's share is its sum;
-            default equal shares.
+        tree: Pytree of the device's own arrays.
+        axis_name: The mapped axis, or several axes, along which the examples are sharded.
+        weights: `float[B]` of the device's examples, 0 for padding. The device's share is the sum
+            of its weights. Default: equal shares.
 
     Returns:
-        The tree, equal on all devices, dtypes kept. Integers and booleans must agree between the
-        devices that have examples, and come out as they are.
+        The tree with the same dtypes, equal on all devices. Integers and booleans must be equal on
+        all devices that have examples, and do not change.
 
     Raises:
-        TypeError: If `axis_name` is no name.
-        ValueError: If an axis is not mapped here.
+        TypeError: If `axis_name` is not a name or a sequence of names.
+        ValueError: If an axis is not mapped.
 
     Example:
         >>> import jax, jax.numpy as jnp, samx
@@ -193,11 +194,10 @@ def axis_mean(tree: Any, axis_name: str | Sequence[str], *, weights: Any = None)
         {'batch_stats': Array([[1., 1.]], dtype=float32), 'count': Array([1], dtype=int32)}
 
     References:
-        `jax.lax.pmean`, which makes floats of integers and knows no weights.
+        `jax.lax.pmean`, which turns integers into floats and has no weights.
 
     Notes:
-        A device without examples is not looked at, so that its NaNs stay its own. Cost: one
-        all-reduce.
+        A device without examples is ignored, and so are its NaNs. Cost: one all-reduce.
     """
     devices = Devices(_axes("axis_mean", "axis_name", axis_name))
     _check_mapped("axis_mean", devices.axes)
@@ -211,27 +211,27 @@ def state_specs(
     batch_specs: Any = REPLICATED,
     param_specs: Any = REPLICATED,
 ) -> Any:
-    """How the state of an optimizer is laid out over a mesh: the `PartitionSpec` of each leaf.
+    """Return how to shard the state of an optimizer: the `PartitionSpec` of each leaf.
 
         leaves shaped like a parameter   as that parameter
         examples held for a later step   as the batch
-        everything else                  on every device
+        everything else                  replicated
 
-    For `in_specs` and `out_specs` of `jax.shard_map`, and, as `NamedSharding`s, for `out_shardings`
-    of `jax.jit(tx.init)`.
+    Use the specs as `in_specs` and `out_specs` of `jax.shard_map`. As `NamedSharding`s, use them as
+    `out_shardings` of `jax.jit(tx.init)`.
 
     Args:
         tx: The whole optimizer.
         params: The parameters, as arrays or `jax.ShapeDtypeStruct`s.
         batch_specs: `PartitionSpec`s of a batch: a tree like the batch, or one for all its leaves;
             default replicated.
-        param_specs: `PartitionSpec`s of the parameters, likewise; default replicated.
+        param_specs: `PartitionSpec`s of the parameters, in the same form; default replicated.
 
     Returns:
         A pytree of `PartitionSpec`s with the structure of `tx.init(params)`.
 
     Raises:
-        ValueError: If a tree of specs does not match; for parameters that `tx.init` refuses.
+        ValueError: If a tree of specs does not match, or if `tx.init` rejects the parameters.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -245,8 +245,8 @@ def state_specs(
         `optax.tree.map_params`, which finds the leaves that are shaped like parameters.
 
     Notes:
-        Cost: none, nothing is computed. A leaf of another shape than its parameter, such as the
-        factored moments of `optax.adafactor`, is replicated.
+        Cost: none, nothing is computed. A leaf whose shape differs from that of its parameter, such
+        as the factored moments of `optax.adafactor`, is replicated.
     """
     state = jax.eval_shape(tx.init, params)
     param_specs = _like("param_specs", param_specs, params)
@@ -283,12 +283,12 @@ def _check_mapped(name: str, axes: tuple[str, ...]) -> None:
             raise ValueError(
                 f"{name}: `axis_name` must be mapped where the step is called, {axis!r} is not. "
                 "Call it inside jax.shard_map or jax.pmap with that axis; under jax.jit with a "
-                "sharded batch every mean is over the whole batch without this."
+                "sharded batch leave it out: there every mean is over the whole batch."
             )
 
 
 def _axes(name: str, keyword: str, axes: Any) -> tuple[str, ...]:
-    """One axis name or a sequence of them, as a tuple."""
+    """Return one axis name, or a sequence of names, as a tuple."""
     axes = (axes,) if isinstance(axes, str) else axes
     if not isinstance(axes, Sequence) or not all(isinstance(axis, str) for axis in axes):
         raise TypeError(f"{name}: `{keyword}` must be the name of an axis, or several, got {axes}")
@@ -296,7 +296,7 @@ def _axes(name: str, keyword: str, axes: Any) -> tuple[str, ...]:
 
 
 def _local_axes(ascent: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """The axes along which devices climb on their own."""
+    """Return the axes along which devices climb separately."""
     if ascent == "global":
         return ()
     if ascent == "local":

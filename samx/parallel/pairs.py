@@ -1,8 +1,8 @@
-"""Two evaluations of one function that do not wait for each other.
+"""Two independent evaluations of one function.
 
-In one vectorized call, in two calls, or one on each of two groups of devices: the groups lie along
-a mesh axis of size 2, and the results are selected and summed along it, never stacked or sliced,
-which a compiler could only do by sending parameters to and fro.
+They run in one vectorized call, in two calls, or one on each of two groups of devices. The groups
+lie along a mesh axis of size 2. The results are selected and summed along this axis, never stacked
+or sliced: for a stack or a slice, XLA would have to send parameters between the groups.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from samx.core.devices import Devices, is_mapped
 
 
 def check_pair_sharding(name: str, sharding: Any) -> None:
-    """Refuse anything but a sharding over one named axis."""
+    """Require a sharding over one named axis, or `None`."""
     if sharding is None:
         return
     if not isinstance(sharding, NamedSharding | PartitionSpec):
@@ -28,18 +28,20 @@ def check_pair_sharding(name: str, sharding: Any) -> None:
         )
     spec = _spec(sharding)
     if len(spec) != 1 or not isinstance(spec[0], str):
-        raise ValueError(f"{name}: `pair_sharding` must name one axis, P('pair') say, got {spec}")
+        raise ValueError(
+            f"{name}: `pair_sharding` must name one axis, such as P('pair'), got {spec}"
+        )
 
 
 def with_pair_axis(devices: Devices, pair_sharding: Any) -> Devices:
-    """The devices of both groups, where the axis of the groups is mapped."""
+    """Return the devices of both groups if the axis of the groups is mapped, else `devices`."""
     if pair_sharding is None or not is_mapped(_spec(pair_sharding)[0]):
         return devices
     return with_axis("sampa", "pair_sharding", devices, _spec(pair_sharding)[0])
 
 
 def with_axis(name: str, keyword: str, devices: Devices, axis: str) -> Devices:
-    """The devices of two groups along a mapped axis."""
+    """Return the devices of two groups along a mapped axis."""
     if not is_mapped(axis):
         raise ValueError(
             f"{name}: `{keyword}` names the axis {axis!r}, which is not mapped here; call the step "
@@ -57,9 +59,9 @@ def evaluate_roles(
     devices: Devices,
     axis: str,
 ) -> list[Any]:
-    """Two functions, one on each group along a mapped axis; means over all by their shares.
+    """Evaluate two functions, one on each group along a mapped axis; return means by their shares.
 
-    A branch has zeros in place of the other's results, of which it has no share.
+    A group has zeros in place of the results of the other function, with share 0.
     """
     role = jax.lax.axis_index(axis)
     shapes = [jax.eval_shape(fn) for fn in (first, second)]
@@ -86,7 +88,7 @@ def evaluate_pair(
     how: Literal["vmap", "separate"],
     pair_sharding: NamedSharding | PartitionSpec | None,
 ) -> list[Any]:
-    """`fn` of two argument tuples, each a mean over the devices of both groups by its shares."""
+    """Evaluate `fn` on two argument tuples; return means over the devices of both groups."""
     axis = None if pair_sharding is None else _spec(pair_sharding)[0]
     if pair_sharding is None:
         if how == "vmap":
@@ -99,7 +101,7 @@ def evaluate_pair(
     else:
         side = jax.lax.axis_index(axis)
         result = fn(*tree.where(side == 0, *pair))
-        results = [result, result]  # and the other group has no share in it
+        results = [result, result]  # the other group has share 0
         shares = [jnp.where(side == i, share, 0.0) for i, share in enumerate(shares)]
     return [devices.mean(r, share) for r, share in zip(results, shares, strict=True)]
 

@@ -1,7 +1,8 @@
-"""Perturbations: optax transformations from an ascent gradient `g` to a step `ε` up the loss.
+"""Perturbations: optax transformations from an ascent gradient `g` to a perturbation `ε`.
 
-A ball has a radius `rho` and a metric. A metric is a function `params -> T`, a tree like `params`
-of elementwise scales (a leaf may be a scalar): parameters with a large `T` may move further.
+A ball has a radius `rho` and a metric. A metric is a function `params -> T`. `T` is a tree like
+`params` of elementwise scales (a leaf may be a scalar): a parameter with a larger `T` may move
+further.
 """
 
 from samx.perturbations.balls import ball, linf_ball, metric_ball, monge_ball, unnormalized_step

@@ -53,7 +53,7 @@ def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
         >>> w = jnp.array([0.6, 0.8])
         >>> g_s, _ = tx.update(w, tx.init(w), w, value_fn=lambda w: 0.5 * w @ w)
         >>> [round(float(x), 3) for x in g_s]
-        [0.656, 0.862]
+        [0.655, 0.86]
 
     References:
         Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412, equation 2, is one climb; Kim et

@@ -1,4 +1,4 @@
-"""The mask of Sparse SAM that is trained along. Public in `samx.perturbations`."""
+"""Sparse SAM's mask by dynamic sparse training. Public in `samx.perturbations`."""
 
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -20,7 +20,7 @@ class DynamicMaskState(NamedTuple):
     """State of `dynamic_mask`.
 
     Attributes:
-        step: int32, optimizer steps so far; the period, draws and schedules run on it.
+        step: int32, optimizer steps so far; the period, draws and schedules count them.
         key: The random key of the draws.
         mask: Booleans shaped like the parameters: which entries are perturbed.
         perturbation: State of the perturbation.
@@ -42,41 +42,42 @@ def dynamic_mask(
     grow: Score = "random",
     key: int | jax.Array = 0,
 ) -> Transformation:
-    """Perturb some entries, and exchange a part of them from time to time: dynamic sparse training.
+    """Perturb some entries, and exchange a part every `period` steps: dynamic sparse training.
 
-        ε = M · perturbation(g)                        (M: at first drawn)
+        ε = M · perturbation(g)                        (M: initially drawn at random)
         on the steps 0, period, 2 period, ...:         (for the next step)
             A = P (1 − s)
             kept  = the int(A (1 − d)) largest of M by the score of `drop`
             grown = the int(min(A d, P s)) largest outside of M by the score of `grow`
             M = kept + grown
 
-    with the scores |g|, |w + ε| or random numbers. Norms are those of the whole gradient: what is
-    left of a ball's step is shorter than ρ.
+    The scores are |g|, |w + ε| or random numbers. `perturbation` sees the whole gradient, so norms
+    include the masked entries, and the masked step of a ball is shorter than ρ.
 
     Args:
-        perturbation: What computes the step, for example `metric_ball(0.05)`.
-        sparsity: Share s in [0, 1] of the entries that are not perturbed; default 0.5. A number,
-            for the first mask is drawn with it.
-        drop_rate: Share d in [0, 1] of the perturbed entries that are exchanged, a number or a
-            schedule over the optimizer's steps; default 0.5. The authors' falls to 0:
+        perturbation: Computes the step, for example `metric_ball(0.05)`.
+        sparsity: Fraction s in [0, 1] of the entries that are not perturbed; default 0.5. It cannot
+            be a schedule, because the first mask is drawn with it.
+        drop_rate: Fraction d in [0, 1] of the perturbed entries that are exchanged, a number or a
+            schedule; default 0.5. The authors let it fall to 0:
             `optax.cosine_decay_schedule(0.5, total_steps)`.
-        period: Steps T ≥ 1 between two exchanges; the authors': one epoch, or five.
-        drop: By what the entries that stay are chosen, the largest: "gradient", the default (the
-            flattest are dropped), "weight" or "random".
-        grow: By what new entries are chosen, the largest: "random", the default, "gradient" or
-            "weight".
-        key: Seed or `jax.random.key` of the draws.
+        period: Steps T ≥ 1 between two exchanges; the authors use one epoch, or five.
+        drop: The score by which entries stay; those with small scores are dropped. "gradient", the
+            default (drops the flattest entries), "weight" or "random".
+        grow: The score by which new entries are chosen, largest first: "random", the default,
+            "gradient" or "weight".
+        key: Seed or random key of the draws; default 0.
 
     Returns:
         An optax transformation `g -> ε`.
 
     Raises:
-        ValueError: If `sparsity` or `drop_rate` is a number outside [0, 1], `period` below 1, or
-            `drop` or `grow` unknown; in `init`, for more than 2³¹ − 1 parameters; in `update`, if
-            the state's mask is not shaped like them.
-        TypeError: If `drop_rate` is neither number nor schedule, `period` no Python int, or `key`
-            no seed.
+        ValueError: If `sparsity` or `drop_rate` is outside [0, 1], `period` is below 1, or `drop`
+            or `grow` is unknown; in `init`, if there are more than 2³¹ − 1 parameters; in `update`,
+            if the state's mask does not have the shapes of the parameters.
+        TypeError: If `sparsity` is not a number, `drop_rate` is neither a number nor a schedule,
+            `period` is not a Python int, or `perturbation` is not a transformation; in `init`, if
+            `key` is neither a seed nor a random key.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,12 +97,12 @@ def dynamic_mask(
         Perturbation Approach", NeurIPS 2022, https://arxiv.org/abs/2210.05177 (SSAM-D)
 
     Notes:
-        Where fewer entries are perturbed than are to be kept, all of them are. Rounding and the
-        minimum make the perturbed entries a few less than A, and visibly less at low sparsity.
-        The draws of a step are made of the key and the step alone, so that a resumed training draws
-        the same. Cost: on steps that exchange about 4 × 32 comparisons of all parameters, on the
-        others elementwise work. State: one mask of booleans. `static_args`: `perturbation`,
-        `period`, `drop`, `grow`, `key`.
+        If fewer entries are perturbed than should be kept, all of them are kept. Because of the
+        rounding and the minimum, slightly fewer than A entries are perturbed, and clearly fewer at
+        low sparsity. The draws of a step depend only on the key and the step, so that a resumed
+        training run draws the same. Cost: about 4 × 32 comparisons of all parameters on steps that
+        exchange entries, elementwise work on the others. State: one mask of booleans.
+        `static_args`: `period`, `drop`, `grow`.
     """
     name = "dynamic_mask"
     check_number("sparsity", sparsity, 0, 1)
@@ -118,7 +119,7 @@ def dynamic_mask(
         first = as_key(name, key)
         size = num_entries(name, params)
         drawn = _draws(jax.random.split(first)[0], 0, params)
-        num_left_out = rounded_down(-(-size * sparsity // 1))  # which is rounded up
+        num_left_out = rounded_down(-(-size * sparsity // 1))  # rounded up
         mask = top_entries(drawn, size - num_left_out)
         return DynamicMaskState(jnp.zeros((), jnp.int32), first, mask, perturbation.init(params))
 
@@ -150,7 +151,7 @@ def dynamic_mask(
 
 
 def _draws(key: jax.Array, step: Any, like: Any) -> Any:
-    """Numbers from [0, 1), one for each entry, laid out like the tree."""
+    """Draw from [0, 1), once per entry, with the shapes and shardings of the tree."""
     leaves, structure = jax.tree.flatten(like)
     key = jax.random.fold_in(key, step)
     draws = [

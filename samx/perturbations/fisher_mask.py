@@ -1,4 +1,4 @@
-"""The mask of Sparse SAM by Fisher information. Public in `samx.perturbations`."""
+"""Sparse SAM's mask by Fisher information. Public in `samx.perturbations`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,11 +22,11 @@ class FisherMaskState(NamedTuple):
     """State of `fisher_mask`.
 
     Attributes:
-        step: int32, optimizer steps so far; schedules run on it.
-        next_look: int32, the step that is to look at the Fisher information again.
+        step: int32, optimizer steps so far; schedules count them.
+        next_look: int32, the next step that recomputes the mask.
         mask: Booleans shaped like the parameters: which entries are perturbed.
-        extra_gradients: float32, gradients that the last step took for the mask, in passes over one
-            batch; 0 on all steps but those that look again.
+        extra_gradients: float32, the gradients that the last step computed for the mask, in passes
+            over one batch; 0 on steps that do not recompute it.
         perturbation: State of the perturbation.
     """
 
@@ -45,41 +45,43 @@ def fisher_mask(
     pattern: Pattern = "unstructured",
     num_microbatches: int | None = None,
 ) -> Transformation:
-    """Perturb the entries that the loss is most sensitive to: of the largest Fisher information.
+    """Perturb the entries to which the loss is most sensitive (largest Fisher information).
 
         on the steps 1, 1 + period, 1 + 2 period, ...:
             F = Σ_j (∇ℓ_j(w))²                         (one gradient for each example j)
             M = 1 at the largest entries of F, else 0
         ε = M · perturbation(g)                        (M = 0 on step 0)
 
-    Norms are those of the whole gradient: what is left of a ball's step is shorter than ρ.
+    `perturbation` sees the whole gradient, so norms include the masked entries, and the masked step
+    of a ball is shorter than ρ.
 
     Args:
-        perturbation: What computes the step, for example `metric_ball(0.05)`.
-        sparsity: Share s in [0, 1] of the entries that are not perturbed, a number or a schedule
-            over the optimizer's steps; default 0.5.
-        period: Steps T ≥ 1 between two looks; the authors': one epoch, or five.
+        perturbation: Computes the step, for example `metric_ball(0.05)`.
+        sparsity: Fraction s in [0, 1] of the entries that are not perturbed, a number or a
+            schedule; default 0.5.
+        period: Steps T ≥ 1 from one mask to the next; the authors use one epoch, or five.
         pattern: "unstructured", the default: the int(P (1 − s)) largest of all P entries.
-            "structured": whole leaves, by their mean, until so many entries are perturbed or more.
-            `(n, m)`: of each m consecutive entries of a leaf the n largest, and all of a leaf with
-            fewer than two axes; then leave `sparsity` out.
-        num_microbatches: Number K ≥ 1 of microbatches, a divisor of the examples of a device: the
-            gradients of single examples are taken together within each, one microbatch after the
-            other. Default: one example after the other. Where the examples are sharded under
-            `jax.jit`, at most as many as each device has.
+            "structured": whole leaves, largest mean first, until at least as many entries are
+            perturbed. `(n, m)`: the n largest of each m consecutive entries of a leaf, and all
+            entries of a leaf with fewer than two axes; leave `sparsity` out with this pattern.
+        num_microbatches: Number K ≥ 1 of microbatches; it must divide the number of examples per
+            device. The gradients of single examples are computed together within a microbatch. The
+            microbatches run one after the other. Default: one example after the other. If the
+            examples are sharded under `jax.jit`, use at most as many as each device has examples.
 
     Returns:
-        An optax transformation `g -> ε`. `update` needs `losses_fn` and `batch`, and takes the
-        Fisher information over `fisher_batch` if that is passed, over the current batch if not;
-        of these it respects the `weights`.
+        An optax transformation `g -> ε`. `update` needs `losses_fn` and `batch`. The Fisher
+        information is computed over `fisher_batch` if it is passed; otherwise over the current
+        batch, with its `weights`.
 
     Raises:
-        ValueError: If `sparsity` is a number outside [0, 1], or given together with a pattern
-            (n, m), `period` or `num_microbatches` below 1, or `pattern` unknown; in `update`, if m
-            does not divide a leaf, or `num_microbatches` the examples, if the state's mask is not
-            shaped like the parameters, or for more than 2³¹ − 1 of these.
-        TypeError: If `sparsity` is neither number nor schedule, or `period` or `num_microbatches`
-            no Python int.
+        ValueError: If `sparsity` is outside [0, 1] or given together with a pattern (n, m),
+            `period` or `num_microbatches` is below 1, or `pattern` is unknown; in `update`, if m
+            does not divide the size of a leaf, `num_microbatches` does not divide the number of
+            examples, the state's mask does not have the shapes of the parameters, or there are
+            more than 2³¹ − 1 parameters.
+        TypeError: If `sparsity` is neither a number nor a schedule, `period` or `num_microbatches`
+            is not a Python int, or `perturbation` is not a transformation.
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,17 +101,16 @@ def fisher_mask(
         TPAMI 2025, https://arxiv.org/abs/2306.17504 (the patterns)
 
     Notes:
-        The m consecutive entries are those of the flattened leaf, the last axis fastest: in a Flax
-        kernel the outputs, in the authors' PyTorch the inputs. Normalization over the batch sees
-        single examples where the Fisher information is taken, as in the authors' code. Variants
-        that take `losses_fn` themselves (`msam`, `ksam`, `esam`, `ausam`, `focal_sam`,
-        `imbalanced_sam`, `sampa`) and `momentum_sam` do not hand it on.
-        A look that falls on a step without a sharp gradient (`perturb_if`) waits for the next one.
-        Cost: on steps that look again one gradient for each example, and 2 × 32 comparisons of all
-        parameters to find the largest (64-bit parameters 64 + 32); on the others elementwise work.
-        State: one mask of booleans; while it looks, one more copy of the parameters, and one for
-        each example of a microbatch. `static_args`: `perturbation`, `period`, `pattern`,
-        `num_microbatches`.
+        The m consecutive entries are those of the flattened leaf; the last axis varies fastest. In
+        a Flax kernel these are outputs, in the authors' PyTorch code inputs. Normalization over
+        the batch sees single examples while the Fisher information is computed, as in the authors'
+        code. Variants that take `losses_fn` themselves (`msam`, `ksam`, `esam`, `ausam`,
+        `focal_sam`, `imbalanced_sam`, `sampa`) and `momentum_sam` do not pass it on. If a mask is
+        due on a step without a sharp gradient (`perturb_if`), the next sharp step computes it.
+        Cost: on steps that compute a mask, one gradient per example and 2 × 32 comparisons of all
+        parameters (64 + 32 for 64-bit parameters); elementwise work on the others. State: one mask
+        of booleans. While a mask is computed: one more copy of the parameters, and one for each
+        example of a microbatch. `static_args`: `period`, `pattern`, `num_microbatches`.
     """
     name = "fisher_mask"
     check_number("sparsity", sparsity, 0, 1)
@@ -171,7 +172,7 @@ def fisher_mask(
 def _fisher(
     losses_fn: LossesClosure, params: Any, examples: Any, weights: Any, num_microbatches: int
 ) -> Any:
-    """`Σ_j weight_j (∇ℓ_j(w))²` over the examples of all devices."""
+    """Return `Σ_j weight_j (∇ℓ_j(w))²` over the examples of all devices."""
     devices = losses_fn.evaluation.devices
     own_params = devices.pcast(params)
 
@@ -197,9 +198,10 @@ def _fisher(
 
 
 def _where_the_compiler_shards(look: Callable[..., Any], params: Any) -> Callable[..., Any]:
-    """`look(params, ...)`, a mask like the parameters; on an Explicit mesh with axes of its own.
+    """Return `look`; on an Explicit mesh, the compiler chooses the shardings inside it.
 
-    Single examples have no layout that a loss could name, nor have flattened leaves.
+    Inside `look`, there are single examples and flattened leaves. They have no sharding that a loss
+    could name. The result, a mask, is sharded like the parameters.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit not in mesh.axis_types:

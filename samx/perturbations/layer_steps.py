@@ -1,4 +1,4 @@
-"""Steps whose length is chosen tensor by tensor. Public as `samx.perturbations.<name>`."""
+"""Perturbations with a separate length for each tensor. Public as `samx.perturbations.<name>`."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -14,7 +14,7 @@ LayerScaling: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], Any]
 
 
 def trust_ratio(w_norm: jax.Array, g_norm: jax.Array, total: jax.Array) -> jax.Array:
-    """The default scaling of `layer_steps`: SAM's step, times the trust ratio of each tensor.
+    """Return SAM's factor times the trust ratio of a tensor: the default scaling of `layer_steps`.
 
         (‖w_l‖ / ‖g_l‖) / ‖g‖
 
@@ -39,7 +39,7 @@ def trust_ratio(w_norm: jax.Array, g_norm: jax.Array, total: jax.Array) -> jax.A
         Batch Training of Convolutional Networks", 2017, https://arxiv.org/abs/1708.03888 (LARS).
 
     Notes:
-        Cost: none. Recalled as LookSAM's rule, not read in the paper.
+        Cost: none. LookSAM's rule from memory; it was not read in the paper.
     """
     return w_norm / (g_norm * total)
 
@@ -47,13 +47,13 @@ def trust_ratio(w_norm: jax.Array, g_norm: jax.Array, total: jax.Array) -> jax.A
 def layer_steps(
     rho: Radius, scaling: LayerScaling = trust_ratio, *, norm_eps: float = 1e-12
 ) -> Transformation:
-    """A step whose length is chosen tensor by tensor; no ball holds them together.
+    """Scale the step of each tensor separately, without a common ball.
 
         ε_l = ρ · scaling(‖w_l‖, ‖g_l‖ + norm_eps, ‖g‖ + norm_eps) · g_l     for each tensor l
 
     Args:
-        rho: Factor ρ ≥ 0, a number or a schedule over the optimizer's steps.
-        scaling: `(‖w_l‖, ‖g_l‖, ‖g‖) -> factor`; default `trust_ratio`. Others in use:
+        rho: Factor ρ ≥ 0, a number or a schedule.
+        scaling: `(‖w_l‖, ‖g_l‖, ‖g‖) -> factor`; default `trust_ratio`. Other scalings in use:
             `lambda w, g, total: w / g` (every tensor moves by ρ times its own norm),
             `lambda w, g, total: 1 / g` (every tensor moves by ρ), and
             `lambda w, g, total: w / g**2` (a port that divides twice).
@@ -64,7 +64,7 @@ def layer_steps(
 
     Raises:
         ValueError: If `rho` is a negative number.
-        TypeError: If `rho` is not a number, array or schedule, or `scaling` no function.
+        TypeError: If `rho` is not a number, array or schedule, or `scaling` is not a function.
 
     Example:
         >>> import jax.numpy as jnp
@@ -80,8 +80,8 @@ def layer_steps(
         https://arxiv.org/abs/2203.02714 (Look-LayerSAM)
 
     Notes:
-        Of parameters that are all zero, such as new biases, a rule with ‖w_l‖ moves none. Cost: two
-        norms per tensor, elementwise work. `static_args`: `scaling`.
+        A scaling with the factor ‖w_l‖ does not move a tensor of zeros, such as a new bias. Cost:
+        two norms per tensor, elementwise work. `static_args`: `scaling`.
     """
     if not callable(scaling):
         raise TypeError(f"layer_steps: `scaling` must be a function, got {scaling!r}")

@@ -1,4 +1,4 @@
-"""Perturb some of the leaves. Public in `samx.perturbations`."""
+"""Perturb only some of the leaves. Public in `samx.perturbations`."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -19,25 +19,26 @@ def on_leaves(
     *,
     norm: Literal["selected", "all"] = "selected",
 ) -> Transformation:
-    """Perturb some of the leaves; the others stay exactly where they are.
+    """Perturb the selected leaves only; the others do not move.
 
-        norm = "selected":  ε = perturbation(mask · g)      the whole radius goes to the selected
-        norm = "all":       ε = mask · perturbation(g)      each keeps the step it would have had
+        norm = "selected":  ε = perturbation(mask · g)      selected leaves get the whole radius
+        norm = "all":       ε = mask · perturbation(g)      selected leaves move as without a mask
 
-    This is the place to choose leaves. `optax.masked` or `optax.partition` around a sharpness-aware
-    transformation would hand a part of the parameters to the loss.
+    Choose leaves here. `optax.masked` or `optax.partition` around a sharpness-aware transformation
+    would pass only a part of the parameters to the loss.
 
     Args:
-        perturbation: What computes the step, for example `metric_ball(0.05)`.
+        perturbation: Computes the step, for example `metric_ball(0.05)`.
         is_perturbed: `(path, leaf) -> bool` on the leaves of `params`; `path` is the key path of
             `jax.tree_util.tree_map_with_path`.
-        norm: Over which leaves norms are taken; default "selected".
+        norm: The leaves over which norms are taken, "selected" or "all"; default "selected".
 
     Returns:
         An optax transformation `g -> ε`.
 
     Raises:
-        ValueError: If `norm` is neither "selected" nor "all"; when used, if no leaf is selected.
+        ValueError: If `norm` is neither "selected" nor "all"; in `update`, if no leaf is selected.
+        TypeError: If `perturbation` is not a transformation.
 
     Example:
         SAM on the normalization layers only:
@@ -58,7 +59,7 @@ def on_leaves(
         NeurIPS 2023, https://arxiv.org/abs/2306.04226
 
     Notes:
-        The sharp gradient is still that of all parameters. Cost: none beyond `perturbation`.
+        The sharp gradient still covers all parameters. Cost: none beyond `perturbation`.
         `static_args`: `is_perturbed`, `norm`.
     """
     if norm not in ("selected", "all"):
@@ -85,7 +86,7 @@ class RandomLeavesState(NamedTuple):
     Attributes:
         step: int32, optimizer steps so far.
         key: The random key of all draws.
-        perturbation: State of the perturbation inside.
+        perturbation: State of the wrapped perturbation.
     """
 
     step: jax.Array
@@ -99,15 +100,15 @@ def random_leaves(
     *,
     key: int | jax.Array = 0,
 ) -> Transformation:
-    """Perturb other leaves on every step, drawn at random: ESAM's stochastic weight perturbation.
+    """Perturb leaves that are drawn at random on every step: ESAM's stochastic weight perturbation.
 
         a_l ~ Bernoulli(fraction) for each leaf l      (all of them on the first step)
-        ε   = perturbation(a · g) / fraction           norms over the leaves that were drawn
+        ε   = perturbation(a · g) / fraction           norms over the drawn leaves
 
     Args:
-        perturbation: What computes the step, for example `metric_ball(0.05)`.
-        fraction: Probability β in (0, 1] of each leaf, a number or a schedule over the optimizer's
-            steps; 1 is `perturbation` itself.
+        perturbation: Computes the step, for example `metric_ball(0.05)`.
+        fraction: Probability β in (0, 1] of each leaf, a number or a schedule; 1 gives
+            `perturbation` itself.
         key: Seed or random key of the draws, the same on all devices; default 0.
 
     Returns:
@@ -115,8 +116,8 @@ def random_leaves(
 
     Raises:
         ValueError: If `fraction` is a number outside (0, 1].
-        TypeError: If `fraction` is neither number nor schedule, `key` no key, or `perturbation` no
-            transformation.
+        TypeError: If `fraction` is neither a number nor a schedule, or `perturbation` is not a
+            transformation; in `init`, if `key` is neither a seed nor a random key.
 
     Example:
         >>> import jax.numpy as jnp
@@ -136,11 +137,11 @@ def random_leaves(
         Networks", ICLR 2022, https://arxiv.org/abs/2110.03141 (dydjw9/Efficient_SAM).
 
     Notes:
-        The draws of a step are made of the key and the step alone, so that a resumed training draws
-        the same. A step that draws no leaf at all, which the authors' code does not survive,
-        perturbs every one. The length of the whole step is 1/fraction times the radius. Cost: none
-        beyond `perturbation`: which leaves were drawn is known when the program runs, too late for
-        the compiler to leave out the gradients of the others. `static_args`: `perturbation`, `key`.
+        The draws of a step depend only on the key and the step, so that a resumed training run
+        draws the same. If no leaf is drawn, all leaves are perturbed; the authors' code fails in
+        this case. The whole step is 1/fraction times as long as the radius. Cost: none beyond
+        `perturbation`. It saves no gradients: the drawn leaves are known at run time only, so XLA
+        cannot leave out the gradients of the others.
     """
     check_share("fraction", fraction)
     perturbation = as_transformation("random_leaves", "perturbation", perturbation)
@@ -164,5 +165,5 @@ def random_leaves(
 
 
 def _draws(key: jax.Array, step: jax.Array, count: int) -> jax.Array:
-    """`[count]` draws of a step from [0, 1)."""
+    """Return the `[count]` draws of a step from [0, 1)."""
     return jax.random.uniform(jax.random.fold_in(key, step), (count,))

@@ -1,7 +1,7 @@
 """Metrics: how far each parameter may move. Public as `samx.perturbations.<name>`.
 
-A metric is a function `params -> T`, a tree like `params` of elementwise scales (a leaf may be a
-scalar).
+A metric is a function `params -> T`. `T` is a tree like `params` of elementwise scales (a leaf may
+be a scalar).
 """
 
 import re
@@ -19,7 +19,7 @@ LeafPredicate: TypeAlias = Callable[[Any, Any], bool]
 
 
 def identity() -> Metric:
-    """The Euclidean metric, plain SAM's.
+    """Return the Euclidean metric of plain SAM.
 
         T = 1
 
@@ -38,22 +38,22 @@ def identity() -> Metric:
         Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412
 
     Notes:
-        Cost: none, the compiler removes the factor.
+        Cost: none; the compiler removes the factor.
     """
     return lambda params: jax.tree.map(lambda _: 1.0, params)
 
 
 def is_not_bias(path: Any, leaf: Any) -> bool:
-    """Whether a leaf is something else than a bias, by its name: the leaves that ASAM scales.
+    """Return whether a leaf is not a bias, by its name: the leaves that ASAM scales.
 
-        last name in path  is not  "bias", "b", or either with a prefix "..._" or a number behind
+        last name in path  is not  "bias", "b", or either with a prefix "..._" or a number after it
 
-    The authors' PyTorch code scales the parameters whose name contains "weight": kernels,
+    The authors' PyTorch code scales the parameters whose names contain "weight": kernels,
     embeddings and the scales of normalization layers.
 
     Args:
         path: Key path of the leaf, as `jax.tree_util.tree_map_with_path` passes it.
-        leaf: The leaf; not looked at.
+        leaf: The leaf; not used.
 
     Returns:
         `False` for `bias`, `b`, `b1`, `in_proj_bias`; `True` for every other name.
@@ -72,7 +72,7 @@ def is_not_bias(path: Any, leaf: Any) -> bool:
         Kwon et al., ICML 2021, https://arxiv.org/abs/2102.11600 (SamsungLabs/ASAM, asam.py).
 
     Notes:
-        Cost: none, it runs while tracing. `nnx.Variable` wrappers (`.value`) are looked through.
+        Cost: none; it runs at trace time. The `.value` of an `nnx.Variable` is skipped in the path.
     """
     del leaf
     names = names_of(path)
@@ -80,13 +80,13 @@ def is_not_bias(path: Any, leaf: Any) -> bool:
 
 
 def is_normalization(path: Any, leaf: Any) -> bool:
-    """Whether a leaf belongs to a normalization layer, by its names: the leaves of SAM-ON.
+    """Return whether a leaf belongs to a normalization layer, by its names: the leaves of SAM-ON.
 
-        some name in path  contains "norm",  or is "bn" or "ln", with a number or "_..." behind
+        some name in path  contains "norm",  or is "bn" or "ln", also followed by a number or "_..."
 
     Args:
         path: Key path of the leaf, as `jax.tree_util.tree_map_with_path` passes it.
-        leaf: The leaf; not looked at.
+        leaf: The leaf; not used.
 
     Returns:
         `True` for `LayerNorm_0/scale`, `bn1/bias`, `block/norm/scale`; `False` for `Dense_0/bias`.
@@ -106,8 +106,9 @@ def is_normalization(path: Any, leaf: Any) -> bool:
         looks for "norm" and "bn" anywhere.
 
     Notes:
-        Cost: none, it runs while tracing. Capitals are not told apart. A layer whose name says
-        nothing, an attribute of an nnx module say, needs a predicate of your own.
+        Cost: none; it runs at trace time. Upper and lower case count as the same. If the name of a
+        layer does not show that it normalizes (for example an attribute of an nnx module), write
+        your own predicate.
     """
     del leaf
     names = [name.lower() for name in names_of(path)]
@@ -115,7 +116,7 @@ def is_normalization(path: Any, leaf: Any) -> bool:
 
 
 def names_of(path: Any) -> list[str]:
-    """The names along a key path, without that of the value inside an `nnx.Variable`."""
+    """Return the names along a key path, without the `value` inside an `nnx.Variable`."""
     names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
     while names and names[-1] in ("value", "raw_value"):
         names.pop()
@@ -123,14 +124,14 @@ def names_of(path: Any) -> list[str]:
 
 
 def magnitude(eta: float = 0.01, *, is_scaled: LeafPredicate = is_not_bias) -> Metric:
-    """The elementwise adaptive metric of ASAM.
+    """Return the elementwise adaptive metric of ASAM.
 
         T = |w| + η   on the scaled leaves,   T = 1   on the others
 
     Args:
         eta: η ≥ 0, in units of the parameters; default 0.01. With 0, a parameter that is zero is
             never perturbed.
-        is_scaled: `(path, leaf) -> bool`; default every leaf but biases.
+        is_scaled: `(path, leaf) -> bool`; default every leaf except biases.
 
     Returns:
         A metric, `params -> T`.
@@ -157,14 +158,14 @@ def magnitude(eta: float = 0.01, *, is_scaled: LeafPredicate = is_not_bias) -> M
 
 
 def layerwise(eta: float = 0.0, *, is_scaled: LeafPredicate = is_not_bias) -> Metric:
-    """The layer-wise adaptive metric: each tensor may move in proportion to its own norm.
+    """Return the layer-wise adaptive metric: each tensor may move in proportion to its norm.
 
         T = ‖w_leaf‖ + η   on the scaled leaves,   T = 1   on the others
 
     Args:
         eta: η ≥ 0, in units of a tensor's norm; default 0. With 0, a tensor of zeros is never
             perturbed.
-        is_scaled: `(path, leaf) -> bool`; default every leaf but biases.
+        is_scaled: `(path, leaf) -> bool`; default every leaf except biases.
 
     Returns:
         A metric, `params -> T` with one scalar per leaf.
@@ -183,15 +184,15 @@ def layerwise(eta: float = 0.0, *, is_scaled: LeafPredicate = is_not_bias) -> Me
         Minimization Needs", NeurIPS 2023, https://arxiv.org/abs/2306.04226
 
     Notes:
-        Cost: one norm per leaf. The authors' code has `T = ‖w‖·(1 + η)`, by which η merely rescales
-        `rho`: use `eta=0` and the radius `(1 + η)·rho` to follow it where every leaf is scaled.
+        The authors' code has `T = ‖w‖·(1 + η)`, where η only rescales `rho`. If every leaf is
+        scaled, `eta=0` with the radius `(1 + η)·rho` matches it. Cost: one norm per leaf.
     """
     check_number("eta", eta, 0)
     return _scaled(lambda w: tree.norm(w) + eta, is_scaled)
 
 
 def constants(scales: Any) -> Metric:
-    """A metric of fixed scales, one for each leaf (or each element).
+    """Return a metric of fixed scales, one for each leaf (or each element).
 
         T = scales
 
@@ -235,7 +236,7 @@ def constants(scales: Any) -> Metric:
 
 
 def _scaled(scale: Callable[[Any], Any], is_scaled: LeafPredicate) -> Metric:
-    """`T = scale(leaf)` on the floating leaves that `is_scaled` chooses, 1 on the others."""
+    """Return `T = scale(leaf)` on the floating leaves chosen by `is_scaled`, 1 on the others."""
 
     def metric(params):
         return jax.tree_util.tree_map_with_path(

@@ -1,4 +1,4 @@
-"""The direction of Friendly SAM. Public in `samx.perturbations`."""
+"""The ascent direction of Friendly SAM. Public in `samx.perturbations`."""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ class SubtractEMAState(NamedTuple):
     """State of `subtract_ema`.
 
     Attributes:
-        step: int32, optimizer steps so far; the schedules run on it.
+        step: int32, optimizer steps so far; schedules count them.
         average: Moving average of the gradient, float32 or wider; zeros before the first step.
     """
 
@@ -24,26 +24,26 @@ class SubtractEMAState(NamedTuple):
 
 
 def subtract_ema(sigma: ScalarOrSchedule = 1.0, decay: ScalarOrSchedule = 0.9) -> Transformation:
-    """What a gradient has of its own: the gradient without the moving average of earlier ones.
+    """Subtract an exponential moving average of past gradients.
 
         d = g − σ m                 (m = 0 on the first step)
         m = λ m + (1 − λ) g         (m = g on the first step)
         return d
 
-    A direction to climb, to be chained with what gives it a length:
-    `optax.chain(subtract_ema(), metric_ball(0.05))`.
+    What remains, d, is the batch-specific part of the gradient. Chain it with a perturbation that
+    sets its length: `optax.chain(subtract_ema(), metric_ball(0.05))`.
 
     Args:
-        sigma: Share σ ≥ 0 of the average that is taken away, a number or a schedule over the
-            optimizer's steps; default 1. 0 leaves the gradient.
+        sigma: Fraction σ ≥ 0 of the average that is subtracted, a number or a schedule; default 1.
+            With 0, d = g.
         decay: λ in [0, 1] of the moving average, a number or a schedule; default 0.9.
 
     Returns:
         An optax transformation `g -> d`. Half-precision gradients give float32.
 
     Raises:
-        ValueError: If `sigma` is a negative number, or `decay` one outside [0, 1].
-        TypeError: If one of them is neither number nor schedule.
+        ValueError: If `sigma` is negative, or `decay` is outside [0, 1].
+        TypeError: If a hyperparameter is neither a number nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp
@@ -62,8 +62,8 @@ def subtract_ema(sigma: ScalarOrSchedule = 1.0, decay: ScalarOrSchedule = 0.9) -
         https://arxiv.org/abs/2403.12350 (nblt/F-SAM)
 
     Notes:
-        With `sigma=1` a gradient that stays the same leaves nothing but rounding, which a ball then
-        makes as long as any other step. Cost: elementwise work, and one copy of the parameters.
+        With `sigma=1` and a constant gradient, d is only rounding error, which a ball then scales
+        to its full radius. Cost: elementwise work, one copy of the parameters.
     """
     check_number("sigma", sigma, 0)
     check_number("decay", decay, 0, 1)

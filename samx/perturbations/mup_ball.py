@@ -1,4 +1,4 @@
-"""The perturbation of µP². Public in `samx.perturbations`; the scales come from `samx.mup`."""
+"""The perturbation of µP². Public in `samx.perturbations`; `samx.mup` computes the scales."""
 
 import math
 import re
@@ -20,29 +20,30 @@ def mup_ball(
     width: float | None = None,
     norm_eps: float = 1e-12,
 ) -> Transformation:
-    """The step whose effect on the features of every layer does not depend on the width.
+    """Perturb so that the effect on the features of each layer does not depend on the width.
 
         s = scales                                     (one number for each leaf, 1 at base width)
         "decoupled":  ε = ρ s g / (‖√s g‖ + norm_eps)
         "layerwise":  ε = ρ s g / (‖s g‖ / √width + norm_eps)
 
     Args:
-        rho: Radius ρ ≥ 0 at base width, a number or a schedule over the optimizer's steps.
+        rho: Radius ρ ≥ 0 at base width, a number or a schedule.
         scales: Tree like `params` of numbers s ≥ 0, from `samx.mup.layer_scales`.
-        normalization: How much of each layer is in the norm. "decoupled", the default: as much at
-            any width. "layerwise": the same powers of the width as in the step, Definition 4 of the
-            paper; in wide networks it is the norm of the input-like layers, biases included.
-        width: With "layerwise", how many times as wide as its base the network is.
+        normalization: How much each layer contributes to the norm. "decoupled", the default: the
+            same at any width. "layerwise": scaled by the same powers of the width as the step,
+            Definition 4 of the paper; in wide networks this is the norm of the input-like layers,
+            including the biases.
+        width: The width of the network divided by its base width; only with "layerwise".
         norm_eps: Added to the norm; default 1e-12. A zero gradient gives a zero step.
 
     Returns:
         An optax transformation `g -> ε`. Half-precision gradients give a float32 step.
 
     Raises:
-        ValueError: If `rho` or a scale is a negative number, `normalization` unknown, or `width`
-            not above 0, missing, or given without "layerwise"; when used, if `scales` does not
-            match `params`.
-        TypeError: If `rho` is not a number, array or schedule, or a scale no number.
+        ValueError: If `rho` or a scale is negative, `normalization` is unknown, `width` is not
+            above 0, or `width` is missing with "layerwise" or given without it; in `update`, if
+            `scales` does not match `params`.
+        TypeError: If `rho` is not a number, array or schedule, or a scale is not a number.
 
     Example:
         >>> import jax.numpy as jnp
@@ -87,7 +88,7 @@ def mup_ball(
 
 
 def matched(name: str, keyword: str, tree: Any, other: str, like: Any) -> Any:
-    """`tree` in the structure of `like`, leaf by leaf; refused if their paths differ.
+    """Return `tree` in the structure of `like`; require that both have the same leaf paths.
 
     The containers may differ: dict or `FrozenDict`, `nnx.State` with or without its variables.
     """

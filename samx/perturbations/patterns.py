@@ -1,4 +1,4 @@
-"""Which entries of the parameters a mask takes together."""
+"""Mask patterns: which entries of the parameters are chosen together."""
 
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -14,7 +14,7 @@ Pattern: TypeAlias = Literal["unstructured", "structured"] | tuple[int, int]
 
 
 def check_pattern(name: str, pattern: Any, sparsity: Any) -> None:
-    """Refuse what is no pattern, and a sparsity beside one that has its own."""
+    """Require a known pattern; raise if `sparsity` is given together with a pattern (n, m)."""
     if pattern in ("unstructured", "structured"):
         return
     is_pair = isinstance(pattern, tuple) and len(pattern) == 2
@@ -32,7 +32,7 @@ def check_pattern(name: str, pattern: Any, sparsity: Any) -> None:
 
 
 def chosen(name: str, pattern: Pattern, scores: Any, num_kept: Any) -> Any:
-    """The mask that a pattern makes of scores: `num_kept` of the largest, or its own share."""
+    """Return the mask of the largest scores; (n, m) sets its own count in place of `num_kept`."""
     if pattern == "unstructured":
         return top_entries(scores, num_kept)
     if pattern == "structured":
@@ -41,7 +41,7 @@ def chosen(name: str, pattern: Pattern, scores: Any, num_kept: Any) -> Any:
 
 
 def _whole_leaves(scores: Any, num_kept: Any) -> Any:
-    """Leaves in the order of their means, until `num_kept` entries are reached."""
+    """Choose whole leaves in the order of their means, until `num_kept` entries are reached."""
     leaves, structure = jax.tree.flatten(scores)
     floating = [tree.is_inexact(leaf) for leaf in leaves]
     means = jnp.stack(
@@ -59,7 +59,7 @@ def _whole_leaves(scores: Any, num_kept: Any) -> Any:
 
 
 def _n_of_m(name: str, n: int, m: int, path: Any, scores: jax.Array) -> jax.Array:
-    """The n largest of each m consecutive entries; all entries of a vector."""
+    """Choose the n largest of each m consecutive entries, and all entries of a vector."""
     if not tree.is_inexact(scores):
         return jnp.zeros_like(scores, bool)
     if scores.ndim < 2:

@@ -1,7 +1,7 @@
-"""Order statistics over all parameters together, by bisection on the bits of floats.
+"""The largest entries of all parameters together, by bisection on the bits of floats.
 
-Exact, and no leaf leaves its place: nothing but counts is taken over the leaves, so that sharded
-ones stay sharded.
+The result is exact. Only counts are combined across leaves and devices, so sharded leaves stay
+sharded.
 """
 
 import math
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from samx.core import tree
 
-MOST_ENTRIES = 2**31 - 1  # that an int32 counts
+MOST_ENTRIES = 2**31 - 1  # the largest int32
 
 
 def num_entries(name: str, params: Any) -> int:
-    """The floating parameters, or a `ValueError` where an int32 cannot count them."""
+    """Return the number of floating parameters; require that it fits in an int32."""
     leaves = [leaf for leaf in jax.tree.leaves(params) if tree.is_inexact(leaf)]
     count = sum(jnp.size(leaf) for leaf in leaves)
     if count > MOST_ENTRIES:
@@ -28,7 +28,7 @@ def num_entries(name: str, params: Any) -> int:
 
 
 def check_mask(name: str, mask: Any, params: Any) -> None:
-    """Refuse a mask in a state that is not one boolean for each entry of the parameters."""
+    """Require that a state's mask has one boolean for each entry of the parameters."""
     leaves, structure = jax.tree.flatten(mask)
     wanted = [(jnp.shape(w), jnp.dtype(bool)) for w in jax.tree.leaves(params)]
     found = [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
@@ -41,17 +41,17 @@ def check_mask(name: str, mask: Any, params: Any) -> None:
 
 
 def rounded_down(count: Any) -> Any:
-    """A count of entries; in Python where that is possible, for it counts further than float32."""
+    """Round a count of entries down; in Python if possible, because float32 is less exact."""
     is_python = isinstance(count, int | float)
     return int(count) if is_python else jnp.floor(count).astype(jnp.int32)
 
 
 def top_entries(scores: Any, count: Any, among: Any = None) -> Any:
-    """Where the `count` largest scores of all leaves are: a tree of booleans.
+    """Return a tree of booleans: where the `count` largest scores of all leaves are.
 
-    `scores` are magnitudes: of a complex or negative one its absolute value counts. `among` leaves
-    entries out; if too few are left, all of them are chosen. Of equal scores the first is chosen,
-    in the order of the leaves and of the entries in them. Integer leaves are never chosen.
+    Scores are compared by absolute value, also complex ones. `among` is a mask of the entries that
+    may be chosen; if there are fewer than `count`, all of them are chosen. Ties go to the lower
+    index, in the order of the leaves and of the entries in them. Integer leaves are never chosen.
     """
     dtype = tree.real_dtype(*jax.tree.leaves(scores))
     word = jnp.uint64 if dtype == jnp.float64 else jnp.uint32
@@ -74,7 +74,7 @@ def top_entries(scores: Any, count: Any, among: Any = None) -> Any:
 
 
 def _bisect(dtype: Any, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest number up to which `holds`, one bit at a time; it holds at 0."""
+    """Find the largest number for which `holds` is true, bit by bit; it must be true at 0."""
     bits = jnp.iinfo(dtype).bits
 
     def try_bit(i, number):
@@ -85,7 +85,7 @@ def _bisect(dtype: Any, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
 
 
 def _count(holds: Callable[..., jax.Array], *trees: Any) -> jax.Array:
-    """In how many entries of all leaves it holds."""
+    """Count the entries of all leaves for which `holds` is true."""
     leaves = zip(*map(jax.tree.leaves, trees), strict=True)
     return sum(
         (jnp.sum(holds(*leaf), dtype=jnp.int32) for leaf in leaves), start=jnp.zeros((), jnp.int32)
@@ -93,14 +93,14 @@ def _count(holds: Callable[..., jax.Array], *trees: Any) -> jax.Array:
 
 
 def _key(x: Any, dtype: Any, word: Any) -> jax.Array:
-    """An integer from 1 on that is larger for larger magnitudes; 0 for an integer leaf."""
+    """Map scores to integers ≥ 1 that keep the order of magnitudes; 0 for an integer leaf."""
     if not tree.is_inexact(x):
         return jnp.zeros_like(x, word)
     return jax.lax.bitcast_convert_type(jnp.abs(tree.widen(x)).astype(dtype), word) + 1
 
 
 def _places(tree: Any) -> Any:
-    """The number of each entry, row by row and leaf by leaf."""
+    """Number all entries, row by row and leaf by leaf."""
     leaves, structure = jax.tree.flatten(tree)
     places, start = [], 0
     for leaf in leaves:

@@ -1,4 +1,4 @@
-"""Policies: on which steps the sharp gradient is computed."""
+"""Policies decide on which steps the sharp gradient is computed (the sharp steps)."""
 
 from samx.policies.clock import between, every, random
 from samx.policies.norms import squared_norm

@@ -1,4 +1,4 @@
-"""Policies of the step count and of chance. Public as `samx.policies.<name>`."""
+"""Policies that depend on the step count, or are random. Public as `samx.policies.<name>`."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from samx.policies.policy import Policy, check_policy
 
 
 class StepState(NamedTuple):
-    """State of a policy that looks at the clock only.
+    """State of a policy that depends on the step count only.
 
     Attributes:
         step: int32, optimizer steps so far.
@@ -26,7 +26,7 @@ class BetweenState(NamedTuple):
 
     Attributes:
         step: int32, optimizer steps so far.
-        policy: State of the policy inside.
+        policy: State of the wrapped policy.
     """
 
     step: jax.Array
@@ -46,13 +46,13 @@ class RandomState(NamedTuple):
 
 
 def every(period: int, first: int = 0) -> Policy:
-    """Every so many steps.
+    """Take a sharp step every `period` steps.
 
         is_sharp = step ≥ first  and  (step − first) mod period = 0
 
     Args:
-        period: Steps ≥ 1 from one sharp gradient to the next; 1 is every step.
-        first: The first sharp step, counted from 0; default 0. The steps before it are plain.
+        period: Steps ≥ 1 from one sharp step to the next; 1 makes every step sharp.
+        first: The first sharp step, counted from 0; default 0. Earlier steps are not sharp.
 
     Returns:
         A `Policy`.
@@ -74,7 +74,7 @@ def every(period: int, first: int = 0) -> Policy:
 
     References:
         Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022,
-        https://arxiv.org/abs/2203.02714 (its "SAM-k").
+        https://arxiv.org/abs/2203.02714 ("SAM-k").
 
     Notes:
         Cost: 1 + 1/period gradients per step with `perturb_if(every(period), sam())`.
@@ -96,22 +96,22 @@ def every(period: int, first: int = 0) -> Policy:
 
 
 def between(start: int = 0, stop: int | None = None, policy: Policy | None = None) -> Policy:
-    """A part of the training only: late, early, or in the middle.
+    """Restrict sharp steps to one part of the training run: early, middle or late.
 
         is_sharp = start ≤ step < stop  and  policy(g)
 
     Args:
-        start: The first step, counted from 0, on which a sharp gradient may be taken; default 0.
-        stop: The first step on which none is taken any more; default never.
-        policy: Which of the steps in between; default all. It runs on all steps, so that its clock
-            and its averages are those of the whole training.
+        start: The first step, counted from 0, that may be sharp; default 0.
+        stop: From this step on, no step is sharp; default `None`, no end.
+        policy: Chooses among the steps in between; default all of them. It runs on every step, so
+            that its step count and its averages cover the whole training run.
 
     Returns:
         A `Policy`.
 
     Raises:
         ValueError: If `start` is below 0, or `stop` below `start`.
-        TypeError: If one of them is not a Python int, or `policy` no `Policy`.
+        TypeError: If `start` or `stop` is not a Python int, or `policy` is not a `Policy`.
 
     Example:
         >>> import samx
@@ -124,7 +124,7 @@ def between(start: int = 0, stop: int | None = None, policy: Policy | None = Non
         effect).
 
     Notes:
-        Cost: none of its own. `static_args`: all.
+        Cost: none beyond `policy`. `static_args`: all.
     """
     check_count("start", start, 0)
     if stop is not None:
@@ -149,13 +149,12 @@ def between(start: int = 0, stop: int | None = None, policy: Policy | None = Non
 
 
 def random(probability: ScalarOrSchedule, key: int | jax.Array = 0) -> Policy:
-    """Independent draws: randomized sharpness-aware training.
+    """Draw independently whether a step is sharp: randomized sharpness-aware training (RST).
 
         is_sharp ~ Bernoulli(probability)
 
     Args:
-        probability: Probability in [0, 1] of a sharp gradient, a number or a schedule over the
-            optimizer's steps.
+        probability: Probability in [0, 1] of a sharp step, a number or a schedule.
         key: Seed or random key of the draws, the same on all devices; default 0.
 
     Returns:
@@ -163,7 +162,8 @@ def random(probability: ScalarOrSchedule, key: int | jax.Array = 0) -> Policy:
 
     Raises:
         ValueError: If `probability` is a number outside [0, 1].
-        TypeError: If `probability` is neither number nor schedule, or `key` no key.
+        TypeError: If `probability` is neither a number nor a schedule; in `init`, if `key` is
+            neither a seed nor a random key.
 
     Example:
         >>> import samx
@@ -174,9 +174,9 @@ def random(probability: ScalarOrSchedule, key: int | jax.Array = 0) -> Policy:
         in Deep Learning", AAAI 2023, https://arxiv.org/abs/2203.09962
 
     Notes:
-        Draw `t` is made of the key and the step alone, so that a resumed training draws the same.
-        Cost: 1 + probability gradients per step on average. The paper's schedules are optax's
-        constant, piecewise and linear ones; how it names them was not read. `static_args`: `key`.
+        A draw depends only on the key and the step, so that a resumed training run draws the same.
+        The paper's schedules are optax's constant, piecewise and linear schedules; the paper's
+        names for them were not read. Cost: 1 + probability gradients per step on average.
     """
     check_number("probability", probability, 0, 1)
 

@@ -1,4 +1,4 @@
-"""Policies that look at the gradient norm. Public as `samx.policies.<name>`."""
+"""Policies that depend on the gradient norm. Public as `samx.policies.<name>`."""
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ class SquaredNormState(NamedTuple):
 
 
 def squared_norm(threshold: ScalarOrSchedule = 0.0, decay: ScalarOrSchedule = 0.9) -> Policy:
-    """Where the gradient is long compared with what it has been: AE-SAM's policy.
+    """Take a sharp step where ‖g‖² is large compared with its moving average: AE-SAM's policy.
 
         s = ‖g‖²
         μ  = decay μ + (1 − decay) s                   (from 0)
@@ -34,9 +34,9 @@ def squared_norm(threshold: ScalarOrSchedule = 0.0, decay: ScalarOrSchedule = 0.
         is_sharp = s ≥ μ + threshold σ
 
     Args:
-        threshold: c, in standard deviations, a number or a schedule over the optimizer's steps;
-            default 0. The paper lets it fall linearly from λ₂ to λ₁:
-            `optax.linear_schedule(1.0, -1.0, total_steps)`. Minus infinity is every step.
+        threshold: c, in standard deviations, a number or a schedule; default 0. In the paper it
+            falls linearly from λ₂ to λ₁: `optax.linear_schedule(1.0, -1.0, total_steps)`. Minus
+            infinity makes every step sharp.
         decay: δ in [0, 1], a number or a schedule; default 0.9.
 
     Returns:
@@ -44,7 +44,7 @@ def squared_norm(threshold: ScalarOrSchedule = 0.0, decay: ScalarOrSchedule = 0.
 
     Raises:
         ValueError: If `decay` is outside [0, 1].
-        TypeError: If one of them is neither number nor schedule.
+        TypeError: If a hyperparameter is neither a number nor a schedule.
 
     Example:
         >>> import optax, samx
@@ -55,9 +55,9 @@ def squared_norm(threshold: ScalarOrSchedule = 0.0, decay: ScalarOrSchedule = 0.
         ICLR 2023, https://arxiv.org/abs/2304.14647
 
     Notes:
-        Cost: one norm. As μ starts at 0, the first steps are sharp. The rule follows two secondary
-        transcriptions that agree; `decay`, λ and the starting values are recalled, not read.
-        `static_args`: none.
+        The first steps are sharp, because μ starts at 0. The rule follows two secondary
+        transcriptions, which agree. `decay`, λ and the initial values are from memory, not read.
+        Cost: one norm.
     """
     check_number("threshold", threshold, float("-inf"))
     check_number("decay", decay, 0, 1)
@@ -72,7 +72,7 @@ def squared_norm(threshold: ScalarOrSchedule = 0.0, decay: ScalarOrSchedule = 0.
         s, kept = tree.dot(g, g).astype(state.mean.dtype), at_step(decay, state.step)
         mean = kept * state.mean + (1 - kept) * s
         variance = kept * state.variance + (1 - kept) * (s - mean) ** 2
-        # Never 0: an infinite threshold times 0 would be no number.
+        # Never 0: an infinite threshold times 0 would be NaN.
         deviation = jnp.sqrt(jnp.maximum(variance, jnp.finfo(variance.dtype).tiny))
         is_sharp = s >= mean + at_step(threshold, state.step) * deviation
         moments = (x.astype(state.mean.dtype) for x in (mean, variance))

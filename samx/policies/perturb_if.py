@@ -1,4 +1,4 @@
-"""Skipping: take the sharp gradient on some steps, and what to do on the others."""
+"""Compute the sharp gradient on some steps only. Public as `samx.perturb_if`."""
 
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ class PerturbIfState(NamedTuple):
 
     Attributes:
         policy: State of the policy.
-        inner: State of the transformation, its readings those of the last step, sharp or not.
+        inner: State of the transformation. Its readings are those of the last step, sharp or not.
     """
 
     policy: Any
@@ -32,31 +32,31 @@ class PerturbIfState(NamedTuple):
 
 
 def perturb_if(policy: Policy, inner: optax.GradientTransformation) -> Transformation:
-    """Compute the sharp gradient on some steps only; the others take the gradient as it is.
+    """Compute the sharp gradient on some steps only; pass `g` on unchanged on the others.
 
-        if policy(g):  return inner(g)                 (SAM, or what else `inner` is)
+        if policy(g):  return inner(g)                 (SAM, or another `inner`)
         else:          return g                        (the base optimizer's step, one gradient)
 
-    A real branch (`jax.lax.cond`): the closures of a skipped step are never called.
+    This is a real branch (`jax.lax.cond`): a skipped step never calls the closures.
 
-    Time remains the optimizer's step. On a skipped step `inner` runs on the loss that is linear,
-    L(w) + ⟨g, v − w⟩ at v, which costs nothing and has the gradient g everywhere: its radius
-    schedule and the moving averages of its perturbation go on as if nothing had been skipped.
+    Schedules still count the optimizer's steps. On a skipped step, `inner` runs on a linear loss,
+    L(w) + ⟨g, v − w⟩ at v. This loss costs nothing and has the gradient g everywhere. So the radius
+    schedule of `inner` and the moving averages of its perturbation continue as on a sharp step.
 
     Args:
-        policy: When to look, for example from `samx.policies`.
-        inner: A sharpness-aware transformation that stands first in a chain, such as `samx.sam`;
-            not one that wraps a base optimizer, nor a chain that ends in one: its own step would be
-            skipped.
+        policy: Decides which steps are sharp, for example one from `samx.policies`.
+        inner: A sharpness-aware transformation that stands first in a chain, such as `samx.sam`.
+            It must not wrap a base optimizer or be a chain that ends in one, because the base's
+            step would be skipped too.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs what
-        `inner` needs, and `value_fn` (or `losses_fn` and `batch`). Readings of a skipped step have
-        an infinite `sharp_loss`, and zeros for what needs a sharp gradient.
+        A transformation that stands first in a chain. `update` needs `value_fn` and what `inner`
+        needs. The readings of a skipped step have an infinite `sharp_loss`, and zeros for the
+        values that need a sharp gradient.
 
     Raises:
-        TypeError: If `policy` is no `Policy`, or `inner` no transformation.
-        ValueError: In `init`, if `inner` wraps a base; in `update`, see `closure_transformation`.
+        TypeError: If `policy` is not a `Policy`, or `inner` is not a transformation.
+        ValueError: In `init`, if `inner` wraps a base.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -76,12 +76,12 @@ def perturb_if(policy: Policy, inner: optax.GradientTransformation) -> Transform
         of the LookSAM paper is `policies.every`).
 
     Notes:
-        A policy that always says yes gives `inner`, one that never does the base optimizer. Cost:
-        one gradient per step, and `inner`'s further ones on sharp steps. Under `jax.vmap` the
-        branch remains one as long as the decision does not depend on what is mapped: initialize
-        the state inside the mapped function and train there. Otherwise both sides are computed.
-        What `inner` remembers of sharp gradients (`vsam` inside, say) is g after a skipped step:
-        such variants take a policy of their own. `static_args`: all.
+        A policy that always decides for a sharp step gives `inner`; one that never does gives the
+        base optimizer. Under `jax.vmap`, only one branch is computed if the decision does not
+        depend on mapped values: initialize the state inside the mapped function and train there.
+        Otherwise both branches are computed. If `inner` stores sharp gradients (as `vsam` does), a
+        skipped step stores g instead; such variants have their own `policy` argument. Cost: one
+        gradient per step, plus the extra gradients of `inner` on sharp steps. `static_args`: all.
     """
     check_policy("perturb_if", policy)
     inner = as_transformation("perturb_if", "inner", inner)
@@ -117,7 +117,7 @@ def perturb_if(policy: Policy, inner: optax.GradientTransformation) -> Transform
 
 
 def _linear(g: Any, params: Any, value: Any, extra: dict[str, Any]) -> dict[str, Any]:
-    """Closures of the linear loss L(w) + ⟨g, v − w⟩, which every example has."""
+    """Return the closures of the linear loss L(w) + ⟨g, v − w⟩, the same for every example."""
 
     def loss_at(point):
         moved = jax.tree.map(

@@ -1,4 +1,4 @@
-"""What a policy is."""
+"""The type of a policy, and the branch that follows its decision."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,19 +12,20 @@ def _unchanged(g: Any, g_s: Any, state: Any) -> Any:
 
 
 class Policy(NamedTuple):
-    """When to look again: three functions, like an optax transformation of decisions.
+    """Three functions that decide on which steps the sharp gradient is computed.
 
-    They get the gradient `g` at the parameters, averaged over all devices, so that all devices
-    decide alike, and keep whatever they like in a state of their own.
+    They work like an optax transformation, with their own state. The gradient `g` at the parameters
+    is the mean over all devices, so that all devices decide the same.
 
     Attributes:
         init: `params -> state`.
-        decide: `(g, state) -> (is_sharp, state)`, on every step of the optimizer; `is_sharp` is a
-            boolean scalar.
-        observe: `(g, g_s, state) -> state`, after each sharp gradient `g_s`; default nothing.
+        decide: `(g, state) -> (is_sharp, state)`, called on every step of the optimizer; `is_sharp`
+            is a boolean scalar.
+        observe: `(g, g_s, state) -> state`, called after each sharp gradient `g_s`; the default
+            returns the state unchanged.
 
     Example:
-        Sharp gradients where the gradient is long:
+        Take a sharp step where the gradient is long:
 
         >>> import jax.numpy as jnp, optax, samx
         >>> def longer_than(length):
@@ -40,7 +41,7 @@ class Policy(NamedTuple):
 
 
 def check_policy(name: str, policy: Any) -> None:
-    """Refuse what is no policy."""
+    """Require a `Policy`."""
     if not isinstance(policy, Policy):
         kind = type(policy).__name__
         raise TypeError(
@@ -56,10 +57,10 @@ def branch(
     look: Callable[[], tuple[Any, Any]],
     skip: Callable[[], Any],
 ) -> tuple[jax.Array, Any, Any]:
-    """Compute one of two results, as the policy decides: a real branch, `jax.lax.cond`.
+    """Compute one of two results, as the policy decides; a real branch (`jax.lax.cond`).
 
-    `look()` returns `(g_s, result)` and `skip()` returns `result`. The return value is `is_sharp`,
-    the result, and the new state of the policy, which has observed `g_s` if there is one.
+    `look()` returns `(g_s, result)` and `skip()` returns `result`. Returns `is_sharp`, the result,
+    and the new state of the policy. The policy has observed `g_s` if the step was sharp.
     """
     is_sharp, decided = policy.decide(g, state)
 

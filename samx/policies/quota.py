@@ -1,4 +1,4 @@
-"""vSAM's policy: a quota of sharp steps in every window. Public as `samx.policies.quota`."""
+"""vSAM's policy: a quota of sharp steps per window. Public as `samx.policies.quota`."""
 
 from typing import NamedTuple
 
@@ -18,11 +18,11 @@ class QuotaState(NamedTuple):
     Attributes:
         step: int32, optimizer steps so far.
         key: The random key of all draws.
-        quota: Sharp steps of this window, before rounding down.
-        taken: int32, sharp steps that this window has had.
-        norms: `[window]`, ‖h‖ of the last sharp steps, the newest last.
-        ratios: `[window]`, ‖h‖ / ‖g‖ of the same.
-        variances: `[window]`, how `norms` varied at the last sharp steps.
+        quota: Number of sharp steps of this window, before rounding down.
+        taken: int32, sharp steps so far in this window.
+        norms: `[window]`, ‖h‖ of the last sharp steps, newest last.
+        ratios: `[window]`, ‖h‖ / ‖g‖ of the same steps.
+        variances: `[window]`, the variance of `norms` at each of these steps.
     """
 
     step: jax.Array
@@ -45,7 +45,7 @@ def quota(
     is_measured: LeafPredicate | None = None,
     key: int | jax.Array = 0,
 ) -> Policy:
-    """So many sharp gradients in every window of steps, more where they vary: vSAM's policy.
+    """Take a fixed number of sharp steps per window, more if sharp gradients vary more (vSAM).
 
         after a sharp gradient:  h = g_s − g
             push ‖h‖ to norms, ‖h‖ / ‖g‖ to ratios     (the last `window` of each)
@@ -54,31 +54,32 @@ def quota(
             A, B  = mean relative changes of ratios, variances, each clipped to [−1, 1]
             quota = clip(quota (1 + ratio_gain A + variance_gain B), 1, ⌊max_fraction window⌋)
         is_sharp = (fewer than ⌊quota⌋ so far  and  uniform ≥ 1 − quota / window)
-                   or no more steps are left than the quota lacks
+                   or  steps left in the window ≤ sharp steps still missing
 
     The last line makes the quota exact: every full window has ⌊quota⌋ sharp steps.
 
     Args:
-        window: Steps K ≥ 2 of a window; default 50.
-        num_blocks: Blocks of equal size into which the sorted norms are cut, each of two or more;
-            default 5.
-        max_fraction: Upper bound of the sharp share, at least 1/window, at most 1; default 0.8.
+        window: Number K ≥ 2 of steps per window; default 50.
+        num_blocks: Number of equal blocks into which the sorted norms are split, each of two or
+            more norms; default 5.
+        max_fraction: Largest fraction of sharp steps, in [1/window, 1]; default 0.8.
         ratio_gain: Gain of the relative change of ‖h‖ / ‖g‖; default 0.13.
         variance_gain: Gain of the relative change of the variance; default 0.13.
-        warmup_steps: Steps ≥ 0 at the start that are all sharp; default 50. The authors: three
-            epochs. With fewer than `window` the statistics are not full when they are first used,
-            and what is missing counts as no change.
-        is_measured: `(path, leaf) -> bool`, the leaves that norms are taken over; default all. The
-            authors take the last ten tensors of the network, an order that a tree does not have.
+        warmup_steps: Number ≥ 0 of first steps that are all sharp; default 50. The authors use
+            three epochs. With fewer steps than `window`, the statistics are incomplete when they
+            are first used; missing values count as no change.
+        is_measured: `(path, leaf) -> bool`, the leaves over which norms are taken; default all. The
+            authors take the last ten tensors of the network; a tree does not have that order.
         key: Seed or random key of the draws, the same on all devices; default 0.
 
     Returns:
         A `Policy`.
 
     Raises:
-        ValueError: If a number is out of its range, or `num_blocks` does not cut the window into
+        ValueError: If a number is out of range, or `num_blocks` does not split the window into
             equal blocks of two or more; when used, if `is_measured` chooses no leaf.
-        TypeError: If a count is not a Python int, or `key` no key.
+        TypeError: If a count is not a Python int; in `init`, if `key` is neither a seed nor a
+            random key.
 
     Example:
         >>> import samx
@@ -89,9 +90,10 @@ def quota(
         Accelerating Sharpness aware Minimization", 2024, https://arxiv.org/abs/2403.08821
 
     Notes:
-        Follows ajiaaa/vSAM. As there, the first window after the warm-up is one step short and has
-        no sharp step beyond the warm-up's. The quota starts at 1. Cost: two norms on sharp steps.
-        `static_args`: `window`, `num_blocks`, `max_fraction`, `warmup_steps`, `is_measured`, `key`.
+        Follows ajiaaa/vSAM. As in that code, the first window after the warm-up is one step short.
+        It has no sharp step: the quota starts at 1, and the warm-up has used it. Cost: two norms on
+        sharp steps. `static_args`: `window`, `num_blocks`, `max_fraction`, `warmup_steps`,
+        `is_measured`.
     """
     check_count("window", window, 2)
     check_count("num_blocks", num_blocks)
@@ -121,7 +123,7 @@ def quota(
     def decide(g, state):
         del g
         is_warmup = state.step < warmup_steps
-        position = (state.step - warmup_steps + 1) % window  # 1 at the first step behind it
+        position = (state.step - warmup_steps + 1) % window  # 1 at the first step after it
         is_start = ~is_warmup & (position == 0)
         growth = 1 + ratio_gain * _trend(state.ratios) + variance_gain * _trend(state.variances)
         quota = jnp.where(is_start, jnp.clip(state.quota * growth, 1, largest), state.quota)
@@ -156,12 +158,12 @@ def quota(
 
 
 def _push(history: jax.Array, value: jax.Array) -> jax.Array:
-    """The newest value last, the oldest dropped."""
+    """Append the newest value and drop the oldest."""
     return jnp.append(history[1:], value.astype(history.dtype))
 
 
 def _trend(history: jax.Array) -> jax.Array:
-    """The mean relative change from one value to the next, in [−1, 1]."""
+    """Return the mean relative change from one value to the next, clipped to [−1, 1]."""
     before, after = history[:-1], history[1:]
     changes = (after - before) / jnp.where(before == 0, 1, before)
     return jnp.clip(jnp.mean(jnp.where(before == 0, 0, changes)), -1, 1)

@@ -1,4 +1,4 @@
-"""Choose, take and put back examples of a batch. Public as `samx.selection.<name>`."""
+"""Choose examples of a batch, take them, put values back. Public as `samx.selection.<name>`."""
 
 import math
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from samx.core.hyperparams import check_count
 def largest(
     scores: Any, num_selected: int, *, num_groups: int = 1, weights: Any = None
 ) -> jax.Array:
-    """The positions of the largest scores of each group.
+    """Return the positions of the largest scores of each group.
 
         position_j = the num_selected / num_groups largest scores of group j, in falling order
 
-    The top losses with `scores=losses` (K-SAM); the sharpest examples with
-    `scores=sharp_losses - losses` (ESAM).
+    `scores=losses` selects the largest losses (K-SAM). `scores=sharp_losses - losses` selects the
+    sharpest examples (ESAM).
 
     Args:
         scores: `float[B]`, one number per example.
-        num_selected: How many are chosen in all, a multiple of `num_groups`, at most `B`.
-        num_groups: Number G of contiguous groups of equal size, a divisor of `B`; default 1.
+        num_selected: Number of selected examples in total; a multiple of `num_groups`, at most `B`.
+        num_groups: Number G of contiguous groups of equal size; a divisor of `B`, default 1.
         weights: `float[B]`, optional; 0 marks padding, which is chosen last.
 
     Returns:
@@ -33,8 +33,8 @@ def largest(
 
     Raises:
         TypeError: If a count is not a Python int.
-        ValueError: If a count is below 1, `num_groups` does not divide the other or `B`, more is
-            selected than there is, or `weights` is not `[B]`.
+        ValueError: If a count is below 1, `num_groups` does not divide `num_selected` or `B`,
+            `num_selected` is larger than `B`, or `weights` is not `[B]`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -48,8 +48,8 @@ def largest(
         https://arxiv.org/abs/2210.12864
 
     Notes:
-        Of equal scores the first is chosen; what is no number counts as the largest, so that it
-        shows. Cost: a sort of the scores, without communication if every group stays on a device.
+        Ties go to the lower index. NaN sorts first, so that it surfaces. Cost: one sort of the
+        scores; no communication if every group lies on one device.
     """
     scores = jnp.asarray(scores)
     check_count("num_selected", num_selected)
@@ -79,18 +79,18 @@ def sampled(
     num_groups: int = 1,
     weights: Any = None,
 ) -> jax.Array:
-    """A draw without replacement from each group, one example after the other.
+    """Draw examples from each group without replacement.
 
         position_j = the largest of  log p_i + noise_i  in group j
 
-    With standard Gumbel noise that is the law of successive draws with probabilities p, each time
-    from what is left (Gumbel top-k).
+    With standard Gumbel noise, the result is distributed like successive draws with probabilities
+    p from the remaining examples (Gumbel top-k).
 
     Args:
-        probabilities: `float[B]`, p ≥ 0 up to a factor for each group. What has 0 is only taken
-            where nothing else is left.
-        noise: `float[B]`, `jax.random.gumbel(key, [B])`; inside a mapped function the device's part
-            of the noise for the whole batch.
+        probabilities: `float[B]`, p ≥ 0. They need not be normalized: each group may have its own
+            factor. Examples with p = 0 are drawn only if no others are left.
+        noise: `float[B]`, `jax.random.gumbel(key, [B])`. Inside a mapped function, the device's
+            slice of the noise for the whole batch.
         num_selected: As for `largest`.
         num_groups: As for `largest`.
         weights: As for `largest`.
@@ -111,8 +111,8 @@ def sampled(
 
     References:
         Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them", ICML 2019,
-        https://arxiv.org/abs/1903.06059 (the law); Deng et al., "Asymptotic Unbiased Sample
-        Sampling to Speed Up Sharpness-Aware Minimization", AAAI 2025,
+        https://arxiv.org/abs/1903.06059 (the distribution); Deng et al., "Asymptotic Unbiased
+        Sample Sampling to Speed Up Sharpness-Aware Minimization", AAAI 2025,
         https://arxiv.org/abs/2406.08001 (its use).
 
     Notes:
@@ -123,21 +123,22 @@ def sampled(
 
 
 def take(tree: Any, position: Any) -> Any:
-    """The chosen examples of a batch.
+    """Return the chosen examples of a batch.
 
         rows j n, ..., j n + n − 1  =  rows position[j] of group j
 
     Args:
-        tree: Pytree of arrays with leading axis `B`, of any dtypes, random keys too; `None` leaves
-            stay.
+        tree: Pytree of arrays with leading axis `B`, of any dtype, including random keys; `None`
+            leaves are kept.
         position: `int32[G, n]`, positions within G contiguous groups of equal size.
 
     Returns:
-        The tree with leading axes of `G n` examples. On an Explicit mesh they are sharded as those
-        of the batch are if that divides their number, otherwise not at all.
+        The tree with leading axes of `G n` examples. On an Explicit mesh these axes are sharded
+        like those of the batch if the number of shards divides `G n`; otherwise they are not
+        sharded.
 
     Raises:
-        ValueError: If leaves differ in length, or `G` does not divide it.
+        ValueError: If the leaves differ in length, or `G` does not divide the length.
 
     Example:
         >>> import jax.numpy as jnp
@@ -150,9 +151,9 @@ def take(tree: Any, position: Any) -> Any:
         `jnp.take_along_axis`, for one array and one group.
 
     Notes:
-        Under `jax.jit` with a sharded batch no example is sent if `G` is a multiple of the number
-        of devices; with `G = 1` the chosen ones end up on every device, with their work. Cost: one
-        copy of the chosen examples.
+        Under `jax.jit` with a sharded batch, no example moves between devices if `G` is a multiple
+        of the number of devices. With `G = 1`, the chosen examples are replicated, and every device
+        computes all of them. Cost: one copy of the chosen examples.
     """
     num_groups, count = jnp.shape(position)
     group_size("take", tree, num_groups)
@@ -168,14 +169,14 @@ def take(tree: Any, position: Any) -> Any:
 
 
 def put(values: Any, position: Any, size: int) -> jax.Array:
-    """Numbers of the chosen examples back at their places in the batch.
+    """Put numbers of the chosen examples back at their positions in the batch.
 
         row position[j, i] of group j  =  values[j n + i],   the others 0
 
     Args:
         values: `[G n]`, one number per chosen example, in the order of `take`.
         position: `int32[G, n]`, positions within G contiguous groups of equal size.
-        size: `B`, the examples of the batch.
+        size: `B`, the number of examples in the batch.
 
     Returns:
         `[B]`, in the dtype of `values`.
@@ -219,10 +220,11 @@ def put(values: Any, position: Any, size: int) -> jax.Array:
 
 
 def weights_of(position: jax.Array, weights: Any, fraction: float = 1.0) -> Any:
-    """Weights `[G n]` of the chosen examples, `None` if there are none.
+    """Return the weights `[G n]` of the chosen examples, or `None` if the batch has no weights.
 
-    Padding takes up room in the batch, and so in what is chosen: of each group the first `fraction`
-    of its valid examples count, at least one.
+    Padding counts in the size of a group, so the fixed number of chosen examples can be more than
+    `fraction` of the valid examples. In each group, only the first `fraction` of the valid examples
+    (at least one) keep their weights. The others get 0.
     """
     if weights is None:
         return None
@@ -239,9 +241,10 @@ def weights_of(position: jax.Array, weights: Any, fraction: float = 1.0) -> Any:
 
 
 def above_the_smallest(scores: jax.Array, weights: Any, num_groups: int) -> jax.Array:
-    """Weights `[G n]` of chosen examples, 0 for what is not above the smallest score of its group.
+    """Return weights `[G n]` that are 0 unless the score is above the smallest of its group.
 
-    Of a group in which nothing is, all keep theirs; padding, of weight 0, has no say.
+    If all scores of a group are equal, its examples keep their weights. Padding (weight 0) is
+    ignored.
     """
     weights = jnp.ones_like(scores) if weights is None else weights
 
@@ -257,7 +260,7 @@ def above_the_smallest(scores: jax.Array, weights: Any, num_groups: int) -> jax.
 
 
 def group_size(name: str, batch: Any, num_groups: int) -> int:
-    """The examples of each group, or a `ValueError` where that is no whole number."""
+    """Return the number of examples in each group; require that the groups are equal."""
     check_count("num_groups", num_groups)
     size = batch_size(name, batch)
     if size % num_groups:
@@ -282,10 +285,10 @@ def _count(name: str, num_selected: int, num_groups: int, size: int) -> int:
 
 
 def _on_auto_axes(fn: Callable[..., Any], length: int, *args: Any) -> Any:
-    """`fn(*args)`, where the compiler lays out what happens inside.
+    """Return `fn(*args)`; on an Explicit mesh, the compiler chooses the shardings inside `fn`.
 
-    On an Explicit mesh a gather across shards has no layout of its own. The result, of this length,
-    is spread like the first argument that is spread at all.
+    On an Explicit mesh, JAX cannot infer the sharding of a gather across shards. The result has
+    `length` rows. It is sharded like the first sharded argument if the shards divide `length`.
     """
     shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(args)]
     spread = [sharding for sharding in shardings if any(sharding.spec)]

@@ -1,4 +1,4 @@
-"""SAM on some examples of a batch, chosen by their losses."""
+"""One SAM step on examples of a batch that are chosen by their losses."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,15 +17,15 @@ from samx.selection.examples import group_size, put
 
 
 class SamStep(NamedTuple):
-    """What a step of SAM leaves behind.
+    """Results of one SAM step.
 
     Attributes:
         updates: The sharp gradient.
         gradient: The gradient at w.
         perturbation: State of the perturbation.
-        readings: Those of SAM on these examples.
-        losses: `[B]` at w, the device's own.
-        sharp_losses: `[B]` at w + ε, the device's own.
+        readings: Readings of SAM on these examples.
+        losses: `[B]` at w, of this device's examples.
+        sharp_losses: `[B]` at w + ε, of this device's examples.
         aux: The aux of the pass at w.
     """
 
@@ -50,9 +50,9 @@ def sam_step(
     perturbation: optax.GradientTransformationExtraArgs,
     perturb_dtype: Any,
 ) -> SamStep:
-    """Take both gradients of SAM on these examples, at the cost of `gradients`.
+    """Compute both gradients of SAM on these examples; `gradients` is their cost.
 
-    `state` has the fields `perturbation` and `readings`; `extra` are further keywords for the
+    `state` has the fields `perturbation` and `readings`. `extra` holds more keywords for the
     perturbation.
     """
     value_fn = mean_loss(losses_fn, batch, weights, keeps_losses=True)
@@ -71,10 +71,10 @@ def sam_step(
 
 
 def selected_loss(losses_fn: LossesClosure, batch: Any, choose: Callable[..., Any]) -> Closure:
-    """Make the mean loss of examples that are chosen by their losses in the same pass.
+    """Return the closure of a mean loss over examples that are chosen in the same pass.
 
-    `choose(losses)` returns positions and weights. Its aux is `(None, PerExample(losses))` of the
-    whole batch.
+    `choose(losses)` returns positions and weights. The aux of the closure is
+    `(None, PerExample(losses))` with the losses of the whole batch.
     """
     devices = losses_fn.evaluation.devices
 
@@ -93,7 +93,7 @@ def selected_loss(losses_fn: LossesClosure, batch: Any, choose: Callable[..., An
 def groups_here(
     name: str, batch: Any, num_groups: int, losses_fn: LossesClosure
 ) -> tuple[int, int]:
-    """How many of the groups of the whole batch are on this device, and their size."""
+    """Return the number of groups on this device, and the number of examples in each."""
     num_devices = losses_fn.evaluation.devices.count
     if num_groups % num_devices:
         raise ValueError(
@@ -105,7 +105,7 @@ def groups_here(
 
 
 def check_groups(keyword: str, num_selected: int, num_groups: int) -> None:
-    """Refuse counts that are none, or that leave the groups unequal."""
+    """Require Python ints of at least 1, and that `num_groups` divides `num_selected`."""
     check_count(keyword, num_selected)
     check_count("num_groups", num_groups)
     if num_selected % num_groups:
@@ -115,7 +115,7 @@ def check_groups(keyword: str, num_selected: int, num_groups: int) -> None:
 
 
 def check_fraction(keyword: str, fraction: Any) -> None:
-    """Refuse what is no share of a batch that is known when tracing."""
+    """Require a Python number in (0, 1]; it fixes array shapes."""
     if isinstance(fraction, bool) or not isinstance(fraction, int | float):
         raise TypeError(
             f"`{keyword}` must be a Python number, got {type(fraction).__name__}; under "
@@ -126,5 +126,5 @@ def check_fraction(keyword: str, fraction: Any) -> None:
 
 
 def count_of(fraction: float, size: int) -> int:
-    """So many of `size` examples are a fraction of them: rounded down, but at least one."""
+    """Return how many examples a fraction of `size` is: rounded down, at least 1."""
     return max(1, int(fraction * size + 1e-9))  # 0.29 * 100 is 28.999999999999996

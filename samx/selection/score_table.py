@@ -1,4 +1,4 @@
-"""A score for each example of a data set: AUSAM's table of how much their losses have risen."""
+"""AUSAM's score table: for each example, the mean |sharp loss − loss| so far."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from samx.core.hyperparams import at_step
 
 
 def steps_per_epoch(losses_fn: LossesClosure, num_examples: int, size: int) -> int:
-    """Return the steps of one epoch, if each device takes `size` examples per step."""
+    """Return the number of steps per epoch if each device takes `size` examples per step."""
     return -(-num_examples // (size * losses_fn.evaluation.devices.count))
 
 
 def weight_range(low: Any, high: Any, step: jax.Array, ramp_steps: int) -> tuple[Any, Any]:
-    """The weights of the lowest and of the highest score at a step."""
+    """Return the drawing weights of the lowest and the highest score at a step."""
     low, high = at_step(low, step), at_step(high, step)
     ramp = jnp.minimum(step / ramp_steps, 1) if ramp_steps else 1
     return low, low + (high - low) * ramp
@@ -26,7 +26,7 @@ def weight_range(low: Any, high: Any, step: jax.Array, ramp_steps: int) -> tuple
 def probabilities(
     scores: jax.Array, is_there: jax.Array, num_groups: int, low: Any, high: Any
 ) -> jax.Array:
-    """Scores `[B]`, in each group scaled to `[low, high]`, and to the sum 1."""
+    """Rescale scores `[B]` in each group: first to `[low, high]`, then to the sum 1."""
     scores, is_there = (x.reshape(num_groups, -1) for x in (scores, is_there))
     smallest = jnp.min(scores, axis=1, keepdims=True, where=is_there, initial=jnp.inf)
     largest = jnp.max(scores, axis=1, keepdims=True, where=is_there, initial=-jnp.inf)
@@ -39,9 +39,9 @@ def probabilities(
 def places_of(
     losses_fn: LossesClosure, index: Any, size: int, num_examples: int, weights: Any
 ) -> jax.Array:
-    """Return the places in the table of the examples on all devices.
+    """Return the table rows of the examples on all devices.
 
-    Padding has the place `num_examples`, an index outside of the table one more.
+    Padding gets the row `num_examples`. An index outside the table gets the row `num_examples + 1`.
     """
     index = jnp.asarray(index)
     if not jnp.issubdtype(index.dtype, jnp.integer):
@@ -65,9 +65,9 @@ def places_of(
 def odds(
     losses_fn: LossesClosure, state: Any, place: jax.Array, num_groups: int, low: Any, high: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the probabilities and the Gumbel noise, `[B]` each, of this device's examples.
+    """Return the probabilities and the Gumbel noise of this device's examples, `[B]` each.
 
-    `state` has the fields `step`, `key`, and the table: `total` and `count`.
+    `state` has the fields `step` and `key`, and the table in the fields `total` and `count`.
     """
     devices = losses_fn.evaluation.devices
     noise = jax.random.gumbel(jax.random.fold_in(state.key, state.step), place.shape)
@@ -87,7 +87,8 @@ def recorded(
 ) -> tuple[jax.Array, jax.Array]:
     """Add the rises of the drawn examples on all devices to the table's sums and counts.
 
-    An example that comes twice counts twice. Where `restarts`, the sums begin at 0.
+    An example that occurs twice counts twice. If `restarts`, the sums and counts of these examples
+    restart at 0.
     """
     devices = losses_fn.evaluation.devices
     rise, is_drawn = devices.all_gather(rise), devices.all_gather(is_drawn)
@@ -101,7 +102,7 @@ def recorded(
 
 
 def nan_if_outside(updates: Any, place: jax.Array, num_examples: int) -> Any:
-    """Return the updates, all NaN if an index lies outside of the table."""
+    """Return the updates, or NaN everywhere if an index is outside the table."""
     is_outside = jnp.any(place > num_examples)
     return jax.tree.map(
         lambda u: jnp.where(is_outside, jnp.nan, u).astype(u.dtype) if tree.is_inexact(u) else u,

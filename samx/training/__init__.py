@@ -1,1 +1,1 @@
-"""Wrappers around a whole optimizer: microbatches, loss scaling, skipped steps, strict bases."""
+"""Wrappers around a whole optimizer: microbatches, loss scaling, skipped steps, base keywords."""

@@ -26,35 +26,35 @@ class AccumulateState(NamedTuple):
 def accumulate(
     tx: optax.GradientTransformation, num_microbatches: int, *, aux_like: Any = None
 ) -> Transformation:
-    """Take every gradient of an optimizer over microbatches, one after the other.
+    """Accumulate every gradient of an optimizer over microbatches, one after the other.
 
         ∇L(w) = Σ_j ∇L_j(w)       L_j: the share of microbatch j in the mean loss of the batch
 
-    at `w`, at `w + ε` and wherever else the optimizer asks: exactly the step of the whole batch,
-    with the activations of one microbatch at a time. Micro-batch SAM is another algorithm, see
-    Notes.
+    This holds at `w`, at `w + ε` and at every other point. The step is exactly that of the whole
+    batch, but memory holds the activations of one microbatch at a time. Micro-batch SAM is another
+    algorithm, see Notes.
 
     Args:
-        tx: The whole optimizer, sharpness-aware transformation and base together.
+        tx: The whole optimizer: sharpness-aware transformation and base together.
         num_microbatches: Number K ≥ 1 of microbatches, a divisor of `B`. Microbatch j holds the
             examples j, j + K, j + 2K, ..., so that a batch that is sharded over devices stays
-            where it is. Inside `data_parallel`, of each device's examples.
+            where it is. Inside `data_parallel`, `B` counts the examples of one device.
         aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `losses_fn`, for
-            optimizers that keep none themselves. The state then holds the aux of the pass at `w`
-            (BatchNorm statistics, say), to be read with `optax.tree.get(state, "aux")`, and before
-            the first step these arrays, or zeros; default none, aux is dropped.
+            optimizers that keep no aux themselves. The state then holds the aux of the pass at `w`,
+            for example BatchNorm statistics; read it with `optax.tree.get(state, "aux")`. Before
+            the first step it holds these arrays, or zeros. Default `None`: aux is dropped.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` whose state is that of `tx`, inside an
-        `AccumulateState` where it holds an aux. `update` needs `losses_fn` and `batch`, respects
-        `weights`, and takes gradient and `value` anew from them: do not compute your own, pass
-        anything shaped like `params`, and read the loss with `optax.tree.get(state, "loss")`.
+        A transformation. Its state is that of `tx`; with `aux_like` it is an `AccumulateState`
+        around it. `update` needs `losses_fn` and `batch`, and respects `weights`. It computes the
+        gradient and `value` from them: do not compute your own. Pass anything shaped like `params`,
+        and read the loss with `optax.tree.get(state, "loss")`.
 
     Raises:
         TypeError: If `num_microbatches` is not a Python int.
         ValueError: If it is below 1; in `update`, if it does not divide the examples of a device,
-            if aux differs in shape from `aux_like`, or if `data_parallel` stands inside: it
-            belongs around it.
+            if aux differs in shape from `aux_like`, or if `tx` contains `data_parallel`: put
+            `data_parallel` around `accumulate`.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -73,15 +73,17 @@ def accumulate(
         Foret et al., ICLR 2021, https://arxiv.org/abs/2010.01412
 
     Notes:
-        Floating leaves of an aux that is kept are means over the microbatches, others those
-        of the last one; normalization over the batch sees one microbatch at a time. Half-precision
-        gradients are added in float32. `ascent_fn` and `validation_fn` are not split.
-        Micro-batch SAM climbs each microbatch on its own: `samx.msam`, or with one microbatch per
-        call `optax.chain(samx.sam(rho), optax.MultiSteps(base, K).gradient_transformation())`.
-        `optax.MultiSteps` around the whole optimizer is neither: it climbs the mean gradient, but
-        descends on the last microbatch alone.
-        Cost: the gradients of `tx`, in K pieces each, and one more copy of the parameters.
-        `static_args`: all.
+        If an aux is kept, its floating leaves are means over the microbatches; other leaves come
+        from the last microbatch. Normalization over the batch sees one microbatch at a time.
+        Half-precision gradients are added in float32. `ascent_fn` and `validation_fn` are not
+        split.
+        Micro-batch SAM climbs each microbatch separately: use `samx.msam`, or, with one microbatch
+        per call,
+        `optax.chain(samx.sam(rho), optax.MultiSteps(base, K).gradient_transformation())`.
+        `optax.MultiSteps` around the whole optimizer is neither of the two: it climbs the mean
+        gradient, but descends on the last microbatch alone.
+        Cost: the gradients of `tx`, each in K pieces, and one more copy of the parameters.
+        `static_args`: all arguments.
     """
     check_count("num_microbatches", num_microbatches)
     inner = optax.with_extra_args_support(tx)

@@ -16,16 +16,16 @@ from samx.core.hyperparams import check_count, check_number
 from samx.core.transformation import SCALAR_CLOSURES, closure_transformation
 from samx.training.skip_nonfinite import SkipNonfiniteState, skip_nonfinite
 
-SMALLEST, LARGEST = 2.0**-126, 2.0**126  # whose inverses are normal float32 numbers too
+SMALLEST, LARGEST = 2.0**-126, 2.0**126  # their inverses are normal float32 numbers too
 
 
 class ScaleLossState(NamedTuple):
     """State of `scale_loss`.
 
     Attributes:
-        inner: State of the wrapped optimizer, and how many steps were skipped.
+        inner: State of the wrapped optimizer, and the counts of skipped steps.
         loss_scale: float32, the scale of the next step.
-        finite_steps: int32, steps taken since the scale changed.
+        finite_steps: int32, steps taken since the last change of the scale.
     """
 
     inner: SkipNonfiniteState
@@ -41,7 +41,7 @@ def scale_loss(
     backoff_factor: float = 0.5,
     growth_interval: int = 2000,
 ) -> Transformation:
-    """Train with float16 compute: dynamic loss scaling around any optimizer.
+    """Scale the loss dynamically around any optimizer, to train with float16 compute.
 
         every gradient:  ∇L = ∇(scale · L) / scale      (the backward pass runs scaled)
         updates, state′ = tx(∇L, state, w)
@@ -49,29 +49,29 @@ def scale_loss(
                                     scale = growth_factor · scale
         else:                       return 0, state;  scale = backoff_factor · scale
 
-    An overflow in any gradient that a step uses, clean or sharp, skips the step as a whole.
+    An overflow in any gradient that a step uses, clean or sharp, skips the whole step.
 
     Args:
-        tx: The whole optimizer, sharpness-aware transformation and base together.
-        scale: Initial scale > 0; default 2¹⁶. It never leaves [2⁻¹²⁶, 2¹²⁶].
+        tx: The whole optimizer: sharpness-aware transformation and base together.
+        scale: Initial scale > 0; default 2¹⁶. The scale always stays in [2⁻¹²⁶, 2¹²⁶].
         growth_factor: Factor ≥ 1; default 2. With both factors 1 the scale is fixed.
         backoff_factor: Factor in (0, 1]; default 0.5.
         growth_interval: Steps ≥ 1 without overflow before the scale grows; default 2000.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`. Losses and gradients keep their own size
-        everywhere: in readings, moments and the base optimizer; only inside the backward passes are
-        they scaled. Like `accumulate` it takes gradient and `value` anew from `value_fn`: pass
-        anything shaped like `params`, and read the loss with `optax.tree.get(state, "loss")`. The
-        state counts skipped steps as that of `skip_nonfinite` does, and holds the `loss_scale`.
+        A transformation. Losses and gradients are scaled only inside the backward passes. Readings,
+        moments and the base optimizer see them unscaled. Like `accumulate`, it computes the
+        gradient and `value` again, from `value_fn`: pass anything shaped like `params`, and read
+        the loss with `optax.tree.get(state, "loss")`. The state counts skipped steps like the state
+        of `skip_nonfinite`, and holds the `loss_scale`.
 
     Raises:
-        ValueError: If an argument is out of its range; in `update`, if it stands inside
-            `accumulate`: it belongs around it.
-        TypeError: If `growth_interval` is no Python int, another argument no number.
+        ValueError: If an argument is out of its range; in `update`, if `scale_loss` is inside
+            `accumulate`: put it around `accumulate`.
+        TypeError: If `growth_interval` is not a Python int, or another argument is not a number.
 
     Example:
-        A gradient of 1e-8, which float16 rounds to zero:
+        float16 rounds a gradient of 1e-8 to zero:
 
         >>> import jax, jax.numpy as jnp, optax, samx
         >>> w, x = jnp.ones(1), jnp.full(1, 1e-4, jnp.float16)
@@ -84,24 +84,24 @@ def scale_loss(
 
     References:
         Micikevicius et al., "Mixed Precision Training", ICLR 2018,
-        https://arxiv.org/abs/1710.03740; names and defaults are those of
+        https://arxiv.org/abs/1710.03740. Names and defaults are those of
         `flax.training.dynamic_scale`.
 
     Notes:
-        For float32 parameters and float16 compute. Gradients of float16 parameters end in float16,
-        where what is below 6e-8 vanishes, scaled or not; a loss returned in float16 bounds the
-        scale by 65504. bfloat16 has the range of float32 and needs no scale: there use
-        `skip_nonfinite`, which this contains. A gradient that overflows leaves the closure as NaN,
-        which no sign and no clipping in `tx` can hide, and which `jax_debug_nans` reports. Second
-        derivatives inside a variant: `jax.jvp` of a gradient. It belongs around `accumulate`:
-        `data_parallel(scale_loss(accumulate(tx, K)), axis)`. Cost: that of `skip_nonfinite`.
-        `static_args`: `growth_interval`.
+        Use it with float32 parameters and float16 compute. Gradients of float16 parameters end in
+        float16: values below 6e-8 become zero, scaled or not. A loss returned in float16 limits the
+        scale to 65504. bfloat16 has the range of float32 and needs no scale: use `skip_nonfinite`,
+        which `scale_loss` contains. A gradient that overflows leaves the closure as NaN. Neither a
+        sign nor clipping in `tx` can hide the NaN, and `jax_debug_nans` reports it. Compute second
+        derivatives inside a variant as `jax.jvp` of a gradient. Put `scale_loss` around
+        `accumulate`: `data_parallel(scale_loss(accumulate(tx, K)), axis)`. Cost: that of
+        `skip_nonfinite`. `static_args`: `growth_interval`.
     """
     check_number("scale", scale, SMALLEST, LARGEST)
     check_number("growth_factor", growth_factor, 1, LARGEST)
     check_number("backoff_factor", backoff_factor, SMALLEST, 1)
     check_count("growth_interval", growth_interval)
-    inner: Any = skip_nonfinite(tx)  # its state has fields, which optax.OptState hides
+    inner: Any = skip_nonfinite(tx)  # optax.OptState does not declare the fields
 
     def init_fn(params):
         return ScaleLossState(
@@ -142,7 +142,7 @@ def scale_loss(
 
 
 def _scaled(fn: Callable[..., Any], scale: jax.Array) -> Callable[..., Any]:
-    """The same `(params, ...) -> (loss, aux)`, whose cotangents are scaled on their way through."""
+    """Return the same `(params, ...) -> (loss, aux)` with cotangents scaled inside."""
 
     def with_aux(params, *args):
         loss, aux = fn(_scale_cotangent(params, 1 / scale), *args)

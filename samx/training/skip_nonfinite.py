@@ -27,25 +27,26 @@ class SkipNonfiniteState(NamedTuple):
 
 
 def skip_nonfinite(tx: optax.GradientTransformation) -> Transformation:
-    """Skip the steps whose updates are not finite, as if their batch had never come.
+    """Skip the steps whose updates are not finite; parameters and optimizer state do not change.
 
         updates, state′ = tx(g, state, w)
         if all(isfinite(updates)) and state′ is as finite as state:  return updates, state′
         else:                                                        return 0, state
 
-    It looks at the final updates, so it also catches an overflow in the sharp pass alone, which
-    `optax.apply_if_finite` cannot see: that one tests the incoming gradient. And at the state,
-    where sign-based optimizers such as `optax.lion` keep an infinity that their updates hide.
+    It tests the final updates, so it also finds an overflow in the sharp pass alone.
+    `optax.apply_if_finite` cannot see this overflow, because it tests the incoming gradient.
+    `skip_nonfinite` also tests the state: sign-based optimizers such as `optax.lion` keep an
+    infinity there that their updates hide.
 
     Args:
-        tx: The whole optimizer, sharpness-aware transformation and base together.
+        tx: The whole optimizer: sharpness-aware transformation and base together.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` that passes every keyword on. Its state counts
-        the skipped steps (`skipped_steps`, `skipped_in_a_row`): watch the second one.
+        A transformation that passes every keyword on to `tx`. Its state counts the skipped steps:
+        `skipped_steps` and `skipped_in_a_row`. Monitor `skipped_in_a_row`.
 
     Raises:
-        Nothing of its own; what `tx` raises.
+        Nothing; errors of `tx` pass through.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -60,10 +61,11 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> Transformation:
 
     Notes:
         Schedules, held batches, moments and readings all stay as they were before the skipped step.
-        What breaks without the new batch, such as SAMPa's pass on the batch that it holds, breaks
-        again: another reason to watch `skipped_in_a_row`. A gradient that the step does not use,
-        such as that of a leaf that is not perturbed, breaks nothing but the readings; an infinity
-        that `tx` clips is not seen; and held batches may have infinities, in masks say.
+        A failure that does not come from the new batch repeats in every step, for example in
+        SAMPa's pass on its held batch: another reason to monitor `skipped_in_a_row`. If a step does
+        not use a gradient, for example that of a leaf that is not perturbed, its infinities change
+        only the readings. An infinity that `tx` clips is not detected. Held batches may contain
+        infinities, for example in masks.
         Cost: one pass over updates and state, and a select of the state.
     """
     inner = optax.with_extra_args_support(tx)
@@ -96,7 +98,7 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> Transformation:
 
 
 def _computed(state: Any) -> list[Any]:
-    """The leaves of a state that its optimizer computed and will compute with."""
+    """Return the leaves of a state that its optimizer computed and will use again."""
     apart = HeldBatch | Readings
     leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, apart))
     return [leaf for leaf in leaves if not isinstance(leaf, apart)]

@@ -1,4 +1,4 @@
-"""Chain with a base that is strict about its keywords."""
+"""Chain with a base optimizer that rejects unknown keywords."""
 
 from typing import Any
 
@@ -11,24 +11,24 @@ from samx.core.transformation import base_keywords
 def with_base(
     tx: optax.GradientTransformation, base: optax.GradientTransformation
 ) -> Transformation:
-    """Chain a sharpness-aware transformation with a base that is strict about its keywords.
+    """Chain a sharpness-aware transformation with a base that rejects unknown keywords.
 
         g_s     = tx(g; all keywords)
-        updates = base(g_s; value, grad, value_fn and whatever is not samx's own)
+        updates = base(g_s; value, grad, value_fn and all keywords that are not samx's own)
 
-    optax's line searches reject keywords that they do not know, such as `losses_fn` and `batch`,
-    and want a `value_fn` that returns a scalar; inside an ordinary `optax.chain` they would get
-    everything. Other bases do not need this.
+    optax's line searches reject keywords that they do not know, such as `losses_fn` and `batch`.
+    They also need a `value_fn` that returns a scalar. An ordinary `optax.chain` would pass them all
+    keywords. Other bases do not need `with_base`.
 
     Args:
         tx: The sharpness-aware transformation.
         base: The base optimizer.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`; its state is that of `optax.chain(tx, base)`.
+        A transformation; its state is that of `optax.chain(tx, base)`.
 
     Raises:
-        Nothing of its own; what `tx` and `base` raise.
+        Nothing; errors of `tx` and `base` pass through.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -46,9 +46,9 @@ def with_base(
         The keywords of `optax.scale_by_backtracking_linesearch`.
 
     Notes:
-        samx's own keywords are `losses_fn`, `batch`, `weights`, `ascent_fn`, `labels`, `index` and
-        `validation_fn`. Where only `losses_fn` and `batch` are given, the base gets a `value_fn`
-        made of them. Cost: none.
+        samx's own keywords are `losses_fn`, `batch`, `weights`, `ascent_fn`, `labels`, `index`,
+        `fisher_batch` and `validation_fn`. If only `losses_fn` and `batch` are given, the base gets
+        a `value_fn` that is the mean of the losses. Cost: none.
     """
     base = optax.with_extra_args_support(base)
 

@@ -12,13 +12,13 @@ from samx.perturbations.balls import metric_ball
 def ball_of(
     name: str, rho: Any, perturbation: Any, ball: Callable[[Any], Any] = metric_ball
 ) -> Transformation:
-    """The perturbation that a factory was given, or the ball of radius `rho`: never both."""
+    """Return the given `perturbation`, or the ball of radius `rho`; raise if both are given."""
     if perturbation is None:
         return ball(rho)
     if not isinstance(rho, Default):
         raise ValueError(
-            f"{name}: got `rho` together with `perturbation`, but the radius has one home; leave "
-            "`rho` out and give the radius to the perturbation (under optax.inject_hyperparams, "
-            "which fills in defaults, also pass static_args=('rho',))"
+            f"{name}: got `rho` together with `perturbation`; leave `rho` out and give the radius "
+            "to the perturbation (optax.inject_hyperparams fills in defaults: there also pass "
+            "static_args=('rho',))"
         )
     return as_transformation(name, "perturbation", perturbation)

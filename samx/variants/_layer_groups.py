@@ -1,4 +1,4 @@
-"""Static groups of layers, and parameters of which a part is active: `None` at the other leaves."""
+"""Split the parameters into static groups of layers, and select leaves: `None` marks the others."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias
@@ -13,7 +13,7 @@ LayerGroups: TypeAlias = int | Callable[[Any, Any], Hashable]
 
 
 def check_groups(name: str, groups: Any) -> None:
-    """Refuse what is neither a count nor a function."""
+    """Require a Python int or a function."""
     if callable(groups):
         return
     if isinstance(groups, bool) or not isinstance(groups, int):
@@ -25,7 +25,7 @@ def check_groups(name: str, groups: Any) -> None:
 
 
 def groups_of(groups: LayerGroups, params: Any) -> list[Any]:
-    """For each group a tree of booleans: which leaves are its own. Integers are in no group."""
+    """Return for each group a tree of booleans, True at its leaves. Integers are in no group."""
     leaves = [
         (path, leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -49,12 +49,12 @@ def groups_of(groups: LayerGroups, params: Any) -> list[Any]:
 
 
 def _layer(path: Any) -> Any:
-    """The module of a leaf; in a flat tree the leaf itself."""
+    """Return the module of a leaf; in a flat tree the leaf itself."""
     return path[:-1] or path
 
 
 def _even_parts(sizes: list[int], num_parts: int) -> list[int]:
-    """The part of each layer: consecutive, none empty, each closed when its share is reached."""
+    """Return the part of each layer. Parts are consecutive, not empty, and end at their share."""
     parts, part, seen = [], 0, 0
     for position, size in enumerate(sizes):
         parts.append(part)
@@ -67,12 +67,12 @@ def _even_parts(sizes: list[int], num_parts: int) -> list[int]:
 
 
 def only(tree: Any, active: Any) -> Any:
-    """The active leaves, `None` at the others."""
+    """Keep the active leaves, and put `None` at the others."""
     return jax.tree.map(lambda x, is_active: x if is_active else None, tree, active)
 
 
 def filled(part: Any, whole: Any) -> Any:
-    """The active leaves of `part`, those of `whole` at the others."""
+    """Take the active leaves from `part`, and the others from `whole`."""
     return jax.tree.map(
         lambda x, other: other if x is None else x, part, whole, is_leaf=lambda x: x is None
     )

@@ -1,8 +1,8 @@
-"""What LightSAM and AdaSAM are made of: optax's accumulators without bias correction, from ε² on.
+"""Scalings of LightSAM and AdaSAM: optax's accumulators without bias correction, starting at ε².
 
-All give back `numerator / √u` with `u` from `eps²` on, which stands for the ε in the denominators
-of others. Accumulators and results are in float32 or wider. What one of them remembers is in its
-state, so that the same one may stand on the way up and on the way down.
+Each returns `numerator / √u`. `u` starts at `eps²`, in place of the ε that other optimizers add to
+the denominator. Accumulators and results are in float32 or wider. All memory is in the state, so
+the same scaling can be used for the ascent and for the descent.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from samx.core.hyperparams import check_number
 
 
 def adagrad_norm(eps: Any) -> optax.GradientTransformation:
-    """`u = u + ‖g‖²;  g / √u`, with one number `u`."""
+    """Scale like AdaGrad-Norm: `u = u + ‖g‖²;  g / √u`, with one number `u`."""
     _check_eps(eps)
 
     def init_fn(params):
@@ -33,7 +33,7 @@ def adagrad_norm(eps: Any) -> optax.GradientTransformation:
 
 
 def adagrad(eps: Any) -> optax.GradientTransformation:
-    """`u = u + g²;  g / √u`, elementwise."""
+    """Scale like AdaGrad: `u = u + g²;  g / √u`, elementwise."""
     _check_eps(eps)
 
     def init_fn(params):
@@ -56,7 +56,7 @@ class Moments(NamedTuple):
 
 
 def adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
-    """`r = b1 r + (1 − b1) g;  u = b2 u + (1 − b2) g²;  r / √u`."""
+    """Scale like Adam: `r = b1 r + (1 − b1) g;  u = b2 u + (1 − b2) g²;  r / √u`."""
     _check_decays(b1, b2)
     _check_eps(eps)
 
@@ -72,14 +72,14 @@ def adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
 
 
 class LargestMoments(NamedTuple):
-    """State of `amsgrad`: those of `adam`, and the largest average square so far."""
+    """State of `amsgrad`: the moments of `adam`, and the largest average square so far."""
 
     moments: Moments
     largest: Any
 
 
 def amsgrad(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
-    """`adam`, but over the root of the largest `u` so far."""
+    """Scale like `adam`, but divide by the root of the largest `u` so far."""
     _check_decays(b1, b2)
     _check_eps(eps)
 
@@ -97,11 +97,11 @@ def amsgrad(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
 
 
 class OptimizerState(NamedTuple):
-    """State of a variant that is the optimizer.
+    """State of a variant that is an optimizer.
 
     Attributes:
-        sharp: State of what takes the sharp gradient.
-        base: State of what makes a step of it.
+        sharp: State of the transformation that takes the sharp gradient.
+        base: State of the transformation that turns it into a step.
     """
 
     sharp: optax.OptState
@@ -113,9 +113,9 @@ def optimizer(
     moments: optax.GradientTransformation,
     learning_rate: Any,
 ) -> Transformation:
-    """`w − η moments(sharp(g))`, in the dtypes of the parameters.
+    """Make the optimizer `w − η moments(sharp(g))`, in the dtypes of the parameters.
 
-    A chain, but its state tells that there is a base in it.
+    It is a chain whose state has a field `base`, which shows that it contains a base optimizer.
     """
     check_number("learning_rate", learning_rate, 0)
     base = optax.chain(
@@ -136,7 +136,7 @@ def optimizer(
 def _check_eps(eps: Any) -> None:
     check_number("eps", eps, 0)
     if isinstance(eps, int | float) and eps == 0:
-        raise ValueError("`eps` must be above 0: nothing else keeps a zero gradient from 0 / 0")
+        raise ValueError("`eps` must be above 0, got 0: a zero gradient would give 0 / 0")
 
 
 def _check_decays(b1: Any, b2: Any) -> None:

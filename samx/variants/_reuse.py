@@ -20,11 +20,11 @@ class ReuseState(NamedTuple):
         age: int32, steps since the part was taken.
         policy: State of the policy.
         perturbation: State of the perturbation.
-        part: What is reused, shaped like the parameters; zeros before it is first taken.
+        part: The reused part, shaped like the parameters; zeros until the first one is taken.
         part_norm: ‖part‖.
-        part_ratio: ‖part‖ / ‖g‖ when it was taken.
+        part_ratio: ‖part‖ / ‖g‖ at the step that took the part.
         sharp_fraction: Share of the steps so far with a sharp gradient.
-        readings: What the last step saw.
+        readings: Readings of the last step.
     """
 
     step: jax.Array
@@ -57,7 +57,7 @@ def init_reuse(policy: Policy, perturbation: Any, params: Any) -> ReuseState:
 def take_part(
     state: ReuseState, part: Any, g_norm: jax.Array, params: Any, readings: Readings
 ) -> ReuseState:
-    """Keep the part of a sharp gradient for the next steps."""
+    """Store the part of a sharp gradient for the next steps."""
     length = tree.norm(part)
     return state._replace(
         age=jnp.zeros_like(state.age),
@@ -77,7 +77,7 @@ def reuse_part(state: ReuseState, value: Any, g: Any) -> ReuseState:
 def finish_step(
     state: ReuseState, is_sharp: jax.Array, policy_state: Any, ball_state: Any
 ) -> ReuseState:
-    """Count the step, and keep the states of policy and perturbation."""
+    """Count the step, and store the states of the policy and the perturbation."""
     step = next_step(state.step)
     fraction = state.sharp_fraction + (is_sharp - state.sharp_fraction) / step
     return state._replace(

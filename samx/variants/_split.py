@@ -1,4 +1,4 @@
-"""SAM on a part of the loss: the gradient of the rest is taken at the parameters themselves."""
+"""Apply SAM to one part of the loss; take the gradient of the rest at the parameters."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ class SplitState(NamedTuple):
     Attributes:
         step: int32, optimizer steps so far; schedules run on it.
         perturbation: State of the perturbation.
-        readings: What the last step saw; the losses are those of both parts together.
+        readings: Readings of the last step; the losses are sums over both parts.
     """
 
     step: jax.Array
@@ -38,9 +38,9 @@ def split_sam(
     perturbation: optax.GradientTransformationExtraArgs,
     perturb_dtype: Any,
 ) -> Transformation:
-    """`∇ mean(plain · ℓ)(w) + ∇ mean(sharp · ℓ)(w + ε)`, where ε climbs the second mean.
+    """Take `∇ mean(plain · ℓ)(w) + ∇ mean(sharp · ℓ)(w + ε)`, where ε climbs the second mean.
 
-    `factors_of(labels, step)` gives the factors `plain` and `sharp` of the losses, `[B]` each.
+    `factors_of(labels, step)` returns the factors `plain` and `sharp` of the losses, `[B]` each.
     """
     sharp = partial(sharp_gradient, gradients=GRADIENTS, perturb_dtype=perturb_dtype)
 
@@ -64,7 +64,7 @@ def split_sam(
 
 
 def of_class(labels: jax.Array, values: jax.Array) -> jax.Array:
-    """`values[labels]`, `[B]`, as a sum over the classes: it stays where the labels are."""
+    """Return `values[labels]`, `[B]`, as a sum over the classes: it is sharded like the labels."""
     is_class = labels[:, None] == jnp.arange(len(values))[None]
     return jnp.sum(jnp.where(is_class, values[None], 0), axis=1)
 

@@ -33,25 +33,22 @@ def adasam(
         w   = w − η m / √v̂
 
     Args:
-        learning_rate: η ≥ 0, a number or a schedule over the optimizer's steps. Without bias
-            correction the first step is (1 − b1) / √(1 − b2) times as long as Adam's, 3.16: choose
-            it smaller, or warm up.
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule; default 0.05.
+        learning_rate: Learning rate η ≥ 0. Without bias correction the first step is
+            (1 − b1) / √(1 − b2) times as long as Adam's (3.16): choose η smaller, or warm up.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
         b1: Decay of the moving average of gradients, in [0, 1]; default 0.9.
-        b2: Decay of that of their squares, in [0, 1]; default 0.999.
-        eps: > 0, the root of the accumulators at first; default 1e-8.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        b2: Decay of the moving average of their squares, in [0, 1]; default 0.999.
+        eps: Square root of the initial accumulators, > 0; default 1e-8.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` that is the optimizer: put nothing behind it that
-        divides by gradients again. `update` needs `value_fn` (or `losses_fn` and `batch`); `value`
-        is read if given.
+        An optimizer. Put nothing after it that divides by gradients again. `update` needs
+        `value_fn`.
 
     Raises:
-        ValueError: If a number is negative, `eps` zero, `b1` or `b2` outside [0, 1], or `rho` given
-            together with `perturbation`; in `update`, see `closure_transformation`.
-        TypeError: If one of them is neither number nor schedule.
+        ValueError: If a number is out of range.
+        TypeError: If a hyperparameter is neither a number nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -65,13 +62,12 @@ def adasam(
         Sun et al., Neural Networks 169, 2024, https://arxiv.org/abs/2303.00565
 
     Notes:
-        With another `optax` base this is `samx.sam`; `optax.amsgrad` corrects the bias, starts at 0
-        and adds its eps elsewhere. Cost: 2 gradients per step, one after the other; three copies of
-        the parameters in the state, in float32 or wider. For decoupled weight decay put
-        `optax.add_decayed_weights(-η λ)` behind it; the paper says nothing of any.
-        Fidelity: no code of the authors; matches a third party's code (dimitris-oik/sam_sps), with
-        which a second transcription agrees. `static_args`: `perturbation`, `perturb_dtype`; `rho`
-        too where `perturbation` is given.
+        Use `samx.sam` for another `optax` base; `optax.amsgrad` corrects the bias, starts at 0 and
+        adds its eps elsewhere. For decoupled weight decay put `optax.add_decayed_weights(-η λ)`
+        after the optimizer; the paper does not mention weight decay. Cost: 2 gradients per step, in
+        sequence; three copies of the parameters in the state, in float32 or wider.
+        Fidelity: the authors published no code; matches third-party code (dimitris-oik/sam_sps),
+        and a second transcription agrees with it.
     """
     ball = ball_of("adasam", rho, perturbation)
     sharp = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="adasam")

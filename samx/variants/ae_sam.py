@@ -1,4 +1,4 @@
-"""AE-SAM and AE-LookSAM: sharp gradients where the landscape looks sharp.
+"""AE-SAM and AE-LookSAM: take a sharp gradient when the gradient norm is large.
 
 Jiang, Yang, Zhang, Kwok. "An Adaptive Policy to Employ Sharpness-Aware Minimization", ICLR 2023.
 https://arxiv.org/abs/2304.14647
@@ -21,7 +21,7 @@ def ae_sam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """AE-SAM: a sharp gradient only where the gradient is long compared with what it has been.
+    """AE-SAM: take a sharp gradient only when the gradient norm is large compared with its past.
 
         s  = ‖g‖²
         μ  = decay μ + (1 − decay) s
@@ -30,22 +30,19 @@ def ae_sam(
         else:                    return g
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05.
-        threshold: c, in standard deviations, a number or a schedule; default 0. The paper lets it
-            fall linearly from λ₂ to λ₁: `optax.linear_schedule(1.0, -1.0, total_steps)`.
-        decay: δ in [0, 1] of the moving averages, a number or a schedule; default 0.9.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
+        threshold: Threshold c, in standard deviations; default 0. The paper decreases it linearly
+            from λ₂ to λ₁: `optax.linear_schedule(1.0, -1.0, total_steps)`.
+        decay: Decay δ in [0, 1] of the moving averages; default 0.9.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given.
+        A transformation that stands first in a chain. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If `rho` is negative, `decay` outside [0, 1], or `rho` given together with
-            `perturbation`; in `update`, see `closure_transformation`.
-        TypeError: If a number is neither number nor schedule.
+        ValueError: If a number is out of range.
+        TypeError: If a hyperparameter is neither a number nor a schedule.
 
     Example:
         >>> import optax, samx
@@ -53,18 +50,16 @@ def ae_sam(
         >>> tx = optax.chain(samx.ae_sam(0.05, threshold), optax.sgd(0.1, momentum=0.9))
 
     References:
-        Jiang, Yang, Zhang, Kwok, "An Adaptive Policy to Employ Sharpness-Aware Minimization",
-        ICLR 2023, https://arxiv.org/abs/2304.14647
+        Jiang, Yang, Zhang, Kwok, ICLR 2023, https://arxiv.org/abs/2304.14647
 
     Notes:
-        `threshold=-inf` is SAM, `inf` the base optimizer. It is
-        `perturb_if(policies.squared_norm(threshold, decay), sam(rho))`. Cost: 1 gradient per step
-        and 1 more on sharp steps; the paper's schedule makes about half of the steps sharp, most of
-        them late. The norm is that of the gradient as handed in, before any clipping and decay.
+        `threshold=-inf` is SAM, `inf` the base optimizer. The transformation is
+        `perturb_if(policies.squared_norm(threshold, decay), sam(rho))`. Cost: 1 gradient per step,
+        and 1 more on sharp steps. The paper's schedule makes about half of the steps sharp, most of
+        them late. The norm is that of the incoming gradient, before clipping and decay.
         Fidelity: no code exists. The rule follows two secondary transcriptions that agree, and
         matches an independent implementation of them; `decay`, λ and the starting values are
-        recalled. `static_args`: `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is
-        given.
+        recalled.
     """
     ball = ball_of("ae_sam", rho, perturbation)
     sam = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="ae_sam")
@@ -80,7 +75,7 @@ def ae_looksam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """AE-LookSAM: AE-SAM's policy, and LookSAM's reuse on the steps in between.
+    """AE-LookSAM: AE-SAM's policy, with LookSAM's reuse on the other steps.
 
         if s ≥ μ + threshold σ:  g_s = ∇L(w + ρ g / ‖g‖)
                                  g_v = g_s − (⟨g, g_s⟩ / ‖g‖²) g
@@ -90,25 +85,20 @@ def ae_looksam(
     with s, μ and σ as in `ae_sam`. Before the first sharp step nothing is reused.
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05.
-        threshold: c, in standard deviations, a number or a schedule; default 0. The paper's makes
-            about a fifth of the steps sharp.
-        alpha: Length α ≥ 0 of the reused part, relative to the gradient, a number or a schedule;
-            default 0.7.
-        decay: δ in [0, 1] of the moving averages, a number or a schedule; default 0.9.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
+        threshold: As in `ae_sam`; default 0. The paper's makes about a fifth of the steps sharp.
+        alpha: Length α ≥ 0 of the reused part, relative to the gradient; default 0.7.
+        decay: As in `ae_sam`; default 0.9.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given. Its state holds
-        `part_ratio`, ‖g_v‖ / ‖g‖ when it was taken, and `sharp_fraction`.
+        A transformation that stands first in a chain. `update` needs `value_fn`. The state holds
+        `part_ratio`, ‖g_v‖ / ‖g‖ on the last sharp step, and `sharp_fraction`.
 
     Raises:
-        ValueError: If `rho` or `alpha` is negative, `decay` outside [0, 1], or `rho` given together
-            with `perturbation`; in `update`, see `closure_transformation`.
-        TypeError: If a number is neither number nor schedule.
+        ValueError: If a number is out of range.
+        TypeError: If a hyperparameter is neither a number nor a schedule.
 
     Example:
         >>> import optax, samx
@@ -116,14 +106,12 @@ def ae_looksam(
         >>> tx = optax.chain(samx.ae_looksam(0.05, threshold), optax.sgd(0.1, momentum=0.9))
 
     References:
-        Jiang, Yang, Zhang, Kwok, "An Adaptive Policy to Employ Sharpness-Aware Minimization",
-        ICLR 2023, https://arxiv.org/abs/2304.14647
+        Jiang, Yang, Zhang, Kwok, ICLR 2023, https://arxiv.org/abs/2304.14647
 
     Notes:
         `threshold=-inf` is SAM, `alpha=0` AE-SAM. Cost: as `ae_sam`, and one copy of the parameters
         in the state. Fidelity: a reconstruction from memory, no code exists; matches an independent
-        implementation of the same equations. `static_args`: `perturbation`, `perturb_dtype`; `rho`
-        too where `perturbation` is given.
+        implementation of the same equations.
     """
     ball = ball_of("ae_looksam", rho, perturbation)
     policy = squared_norm(threshold, decay)

@@ -20,7 +20,7 @@ def arsam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """ARSAM: vSAM's decomposition, with the sampling and the mixing in your hands.
+    """ARSAM: vSAM's decomposition, with a sampling policy and a mixing weight that you choose.
 
         if policy(g):  g_s = ∇L(w + ρ g / ‖g‖)
                        h = g_s − g;  j = 0
@@ -28,25 +28,22 @@ def arsam(
         return g + mixing(j, step) h
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
         policy: When to sample h; default `policies.quota()`, vSAM's.
-        mixing: `(j, step) -> weight` of h, from the int32 steps since it was sampled (0 where it
-            is) and since the beginning; default `combinations.decaying(0.7)`.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        mixing: `(j, step) -> weight` of h. j counts the steps since h was sampled (0 on that step),
+            `step` all steps, both int32; default `combinations.decaying(0.7)`.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given. Its state holds
+        A transformation that stands first in a chain. `update` needs `value_fn`. The state holds
         `part_ratio`, ‖h‖ / ‖g‖ of the last sample, and `sharp_fraction`. The abstract speaks of a
         growing role of h during training; that this ratio shows it is our reading.
 
     Raises:
-        ValueError: If `rho` is a negative number, or given together with `perturbation`; in
-            `update`, see `closure_transformation`.
-        TypeError: If `rho` is neither number nor schedule, `policy` no `Policy`, or `mixing` no
-            function.
+        ValueError: If a number is out of range.
+        TypeError: If a hyperparameter is neither a number nor a schedule, `policy` is not a
+            `Policy`, or `mixing` is not a function.
 
     Example:
         Sample every third step, reuse at full weight in between:
@@ -56,17 +53,15 @@ def arsam(
         >>> tx = optax.chain(arsam, optax.sgd(0.1, momentum=0.9))
 
     References:
-        Deng, Pang, "Adaptively Sampling-Reusing-Mixing Decomposed Gradients to Speed Up Sharpness
-        Aware Minimization", 2025, https://arxiv.org/abs/2510.03763
+        Deng, Pang, 2025, https://arxiv.org/abs/2510.03763
 
     Notes:
-        With `mixing=combinations.decaying(0.7, last=6)` it is `vsam`, exactly. The default never
-        drops h: of the paper we know that a sample is reused for the next several iterations and
-        that its part matters more and more, so it fades but does not end after six steps.
-        Cost: as `vsam`. Fidelity: a reconstruction from the abstract and a figure's caption; the
-        announced code could not be had, and beyond the decomposition and the three ideas of the
-        title nothing is known to be the authors' rule. `static_args`: `policy`, `mixing`,
-        `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
+        `mixing=combinations.decaying(0.7, last=6)` is exactly `vsam`. By default h fades but is
+        never dropped. We know of the paper that a sample is reused for the next several iterations,
+        and that its part matters more and more. Cost: as `vsam`.
+        Fidelity: a reconstruction from the abstract and a figure's caption. The announced code
+        could not be obtained. Beyond the decomposition and the three ideas of the title, nothing is
+        known to be the authors' rule. `static_args`: `policy`, `mixing`.
     """
     policy = quota() if policy is None else policy
     mixing = decaying() if mixing is None else mixing

@@ -1,4 +1,4 @@
-"""ASAM: SAM in a geometry that a rescaling of the weights does not change.
+"""ASAM: SAM in a geometry that is invariant to a rescaling of the weights.
 
 Kwon, Kim, Park, Choi. "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning
 of Deep Neural Networks", ICML 2021. https://arxiv.org/abs/2102.11600
@@ -25,21 +25,18 @@ def asam(
         return g_s = ∇L(w + ε)
 
     Args:
-        rho: Radius ρ ≥ 0, relative to the weights, a number or a schedule over the optimizer's
-            steps; default 0.5. About ten times SAM's.
+        rho: Radius ρ ≥ 0, relative to the weights; default 0.5. About ten times SAM's.
         eta: η ≥ 0, in units of the weights; default 0.01.
-        is_scaled: `(path, leaf) -> bool`, the leaves with `T = |w| + η`; default every leaf but
-            biases, as the authors' code has it.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        is_scaled: `(path, leaf) -> bool`, the leaves with `T = |w| + η`; default every leaf except
+            biases, as in the authors' code.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given.
+        A transformation that stands first in a chain. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If `rho` or `eta` is a negative number; in `update`, see
-            `closure_transformation`.
-        TypeError: If `rho` is neither number nor schedule.
+        ValueError: If a number is out of range.
+        TypeError: If a hyperparameter is neither a number nor a schedule.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -51,16 +48,14 @@ def asam(
         1.118
 
     References:
-        Kwon, Kim, Park, Choi, "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
-        Learning of Deep Neural Networks", ICML 2021, https://arxiv.org/abs/2102.11600
+        Kwon, Kim, Park, Choi, ICML 2021, https://arxiv.org/abs/2102.11600
 
     Notes:
-        `rho=0` is the base optimizer. Cost: 2 gradients per step, one after the other, and one
-        transient copy of the parameters. The code follows SamsungLabs/ASAM; davda54's
-        `adaptive=True` scales every leaf with `eta=0` (`is_scaled=lambda path, leaf: True`) and
-        wants a larger radius. The paper's filter-wise form is not offered: no code of it exists.
-        Fidelity: matches SamsungLabs/ASAM.
-        `static_args`: `is_scaled`, `perturb_dtype`.
+        `rho=0` is the base optimizer. Cost: 2 gradients per step, in sequence, and one transient
+        copy of the parameters. davda54's `adaptive=True` scales every leaf with `eta=0`
+        (`is_scaled=lambda path, leaf: True`) and needs a larger radius. The paper's filter-wise
+        form is not offered: no code of it exists. Fidelity: matches SamsungLabs/ASAM.
+        `static_args`: `is_scaled`.
     """
     ball = metric_ball(rho, magnitude(eta, is_scaled=is_scaled))
     return sharpness_aware(ball, perturb_dtype=perturb_dtype, name="asam")

@@ -1,4 +1,4 @@
-"""AsyncSAM: climb the gradient of the step before, which another device computed meanwhile.
+"""AsyncSAM: climb the ascent gradient of the previous step, taken in parallel on another device.
 
 Jo, Lim, Lee. "Asynchronous Sharpness-Aware Minimization For Fast and Accurate Deep Learning", 2025.
 https://arxiv.org/abs/2503.11147
@@ -29,11 +29,11 @@ class AsyncSAMState(NamedTuple):
 
     Attributes:
         step: int32, optimizer steps so far.
-        ascent_grad: The ascent gradient of the last step, shaped like the parameters: the next step
-            climbs it.
+        ascent_grad: Ascent gradient of the last step, which the next step climbs; shaped like the
+            parameters.
         perturbation: State of the perturbation.
-        aux: The aux of the descent pass, shaped like `aux_like`.
-        readings: What the last step saw.
+        aux: Aux of the descent pass, shaped like `aux_like`.
+        readings: Readings of the last step.
     """
 
     step: jax.Array
@@ -53,43 +53,44 @@ def async_sam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Asynchronous SAM: both gradients of a step at known points, so that neither waits.
+    """Asynchronous SAM: both gradients are taken at known points, so neither waits for the other.
 
         ε   = ρ a / ‖a‖                       (a: ascent gradient of the step before, at its w)
         g_s = ∇L(w + ε)                       (descent, the whole batch)
         a   = ∇L_ascent(w)                    (meanwhile, for the next step; a smaller batch)
         return g_s
 
-    `a` starts at 0, so that the first step is the base's own; with `first="sam"` it climbs its own
-    ascent gradient, as SAM does. An `a` that is zero or not finite means no perturbation.
+    `a` starts at 0, so the first step is the base optimizer's. With `first="sam"` it climbs the
+    ascent gradient at its own w, as SAM does. If `a` is zero or not finite, nothing is perturbed.
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05, SAM's: the paper's was not readable.
-        first: "plain", the default, or "sam": what the first step is.
-        ascent_share: What a gradient of `ascent_fn` costs in gradients of `value_fn`, b′/b for a
-            batch of b′ of the b examples; default 1. For the reading `gradients_spent` alone.
-        role_axis: A mapped axis of size 2 of `jax.shard_map` or `jax.pmap`, in one program for
-            devices of a kind: those with index 0 take the descent gradient, those with index 1 the
-            ascent gradient. The batch is not spread over it, but may be over other axes, inside
-            `data_parallel`. Default: one device takes both.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05, as in SAM; the paper's
+            value was not readable.
+        first: "plain", the default, or "sam": two forms of the first step of this one method. Which
+            one the paper has is inferred.
+        ascent_share: Cost of a gradient of `ascent_fn` relative to one of `value_fn`: b′/b for a
+            batch of b′ of the b examples; default 1. Only the reading `gradients_spent` uses it.
+        role_axis: Name of a mapped axis of size 2 of `jax.shard_map` or `jax.pmap`, for devices of
+            one kind in one program. Devices with index 0 take the descent gradient, those with
+            index 1 the ascent gradient. The batch is not sharded over this axis, but may be sharded
+            over other axes, inside `data_parallel`. Default: one device takes both.
         aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `value_fn`. The state
-            then holds the aux of the descent pass (BatchNorm statistics, say), to be read with
-            `optax.tree.get(state, "aux")`, and before the first step these arrays, or zeros;
-            default none, aux is dropped.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+            then holds the aux of the descent pass (for example BatchNorm statistics) and, before
+            the first step, these arrays, or zeros for shapes. Read it with
+            `optax.tree.get(state, "aux")`. Default: aux is dropped.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`). The ascent gradient is that of `ascent_fn`, if
-        given; otherwise the incoming one (of `value_fn`, with a `role_axis`).
+        A transformation that stands first in a chain. `update` needs `value_fn`. The ascent
+        gradient is that of `ascent_fn` if given, otherwise the incoming gradient (with a
+        `role_axis`, that of `value_fn`).
 
     Raises:
-        ValueError: If `rho` is negative or given together with `perturbation`, `first` unknown, or
-            `ascent_share` outside (0, 1]; in `update`, if `role_axis` is not mapped or not of size
-            2, aux differs in shape from `aux_like`, and as `closure_transformation` says.
-        TypeError: If `rho` or `ascent_share` is no number, or `role_axis` no name.
+        ValueError: If a number is out of range, or `first` is unknown; in `update`, if `role_axis`
+            is not mapped or not of size 2, or aux differs in shape from `aux_like`.
+        TypeError: If a hyperparameter is neither a number nor a schedule, or `role_axis` is not a
+            name.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -106,29 +107,27 @@ def async_sam(
         [-0.8, -1.0]
 
     References:
-        Jo, Lim, Lee, "Asynchronous Sharpness-Aware Minimization For Fast and Accurate Deep
-        Learning", 2025, https://arxiv.org/abs/2503.11147
+        Jo, Lim, Lee, 2025, https://arxiv.org/abs/2503.11147
 
     Notes:
         `rho=0` is the base optimizer. Cost: 2 gradients per step (1 + b′/b) that do not wait for
         each other, and one more copy of the parameters in the state. On one device that is SAM's
-        time: it is meant for two, see `samx.asynchronous.pipelined` and `role_axis`, where a step
-        takes the time of the descent alone. With a `role_axis` one all-reduce of 2P exchanges the
-        gradients. `ascent` of `data_parallel` means nothing here: what is climbed has been
-        averaged a step ago.
-        With `first="sam"` and an `ascent_fn` (or a `role_axis`) the very first step takes that
-        gradient twice: to climb it at once, and for the next step.
-        Readings: `grad_norm` is that of the gradient climbed, and `loss` the ascent loss at w: that
-        of `ascent_fn`, of its examples only; without one, the caller's. `gradients_spent` grows by
-        1 + `ascent_share` on every step, whichever device takes them; what a first step takes twice
-        counts once.
-        Fidelity: **partly reconstructed**, there is no public code, and the text was not read. A
-        smaller ascent batch on the slower device is in the abstract; a delay of one step and a
-        fresh descent gradient are what two secondary summaries agree on. The global
-        norm, the first step, that the ascent batch is a part of the descent batch, and ρ are
-        inferred. Matches an independent loop of that reading.
-        `static_args`: `first`, `ascent_share`, `role_axis`, `aux_like`, `perturbation`,
-        `perturb_dtype`; `rho` too where `perturbation` is given.
+        time. The variant is meant for two devices, see `samx.asynchronous.pipelined` and
+        `role_axis`: there a step takes the time of the descent alone. With a `role_axis` one
+        all-reduce of 2P exchanges the gradients. `ascent` of `data_parallel` has no effect: the
+        climbed gradient was averaged one step ago.
+        With `first="sam"` and an `ascent_fn` (or a `role_axis`) the first step takes that gradient
+        twice: once to climb it, and once for the next step.
+        Readings: `grad_norm` is the norm of the climbed gradient. `loss` is the ascent loss at w:
+        that of `ascent_fn`, on its examples only; without an `ascent_fn`, the caller's, and with a
+        `role_axis` that of `value_fn`.
+        `gradients_spent` grows by 1 + `ascent_share` on every step, whichever device takes the
+        gradients. A gradient that the first step takes twice counts once.
+        Fidelity: **partly reconstructed**; there is no public code, and the text was not read. The
+        abstract has a smaller ascent batch on the slower device. Two secondary summaries agree on a
+        delay of one step and a fresh descent gradient. Inferred: the global norm, the first step,
+        ρ, and that the ascent batch is a part of the descent batch. Matches an independent loop of
+        that reading. `static_args`: `first`, `ascent_share`, `role_axis`.
     """
     if first not in ("plain", "sam"):
         raise ValueError(f"async_sam: `first` must be 'plain' or 'sam', got {first!r}")
@@ -177,7 +176,7 @@ def _loss_and_grad(ascent_fn: Closure, params: Any) -> tuple[Any, Any]:
 
 
 def _ascent_gradient(state: AsyncSAMState, first: str, fresh: Any) -> tuple[Any, jax.Array]:
-    """Return the gradient that the last step left, and whether it can be climbed."""
+    """Return the ascent gradient to climb, and whether it can be climbed."""
     is_first, stale = state.step == 0, state.ascent_grad
     if first == "sam":
         stale = jax.lax.cond(is_first, lambda: fresh()[1], lambda: state.ascent_grad)

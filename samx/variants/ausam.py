@@ -1,4 +1,4 @@
-"""AUSAM: both gradients of SAM on examples drawn by how much their losses rose before.
+"""AUSAM: take both gradients of SAM on examples that are drawn by their past loss increases.
 
 Deng, Pang, Zhang, Guo. "Asymptotic Unbiased Sample Sampling to Speed Up Sharpness-Aware
 Minimization", AAAI 2025. https://arxiv.org/abs/2406.08001
@@ -28,7 +28,7 @@ from samx.selection.score_table import (
 )
 from samx.variants._ball import ball_of
 
-RAMP_EPOCHS = 30  # of the authors' code
+RAMP_EPOCHS = 30  # as in the authors' code
 
 
 class AUSAMState(NamedTuple):
@@ -37,11 +37,11 @@ class AUSAMState(NamedTuple):
     Attributes:
         step: int32, optimizer steps so far.
         key: The random key of all draws.
-        total: `float32[num_examples]`, sum of what each example's loss has risen by; 1 at first.
-        count: `float32[num_examples]`, what to divide it by: the score is `total / count`.
+        total: `float32[num_examples]`, sum of each example's loss increases; 1 at first.
+        count: `float32[num_examples]`, the divisor of `total`: the score is `total / count`.
         perturbation: State of the perturbation.
-        aux: The aux of the pass at w, shaped like `aux_like`.
-        readings: What the last step saw, of the examples that it used.
+        aux: Aux of the pass at w, shaped like `aux_like`.
+        readings: Readings of the last step, on the examples that it used.
     """
 
     step: jax.Array
@@ -68,7 +68,7 @@ def ausam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """AUSAM: both gradients of SAM on examples drawn by how much their losses rose before.
+    """AUSAM: take both gradients of SAM on examples that are drawn by their past loss increases.
 
         step < warmup_steps:  S = the whole batch
         otherwise:            q_i = total_i / count_i, scaled to [low, top] within the batch
@@ -78,44 +78,41 @@ def ausam(
         return ∇ mean_S l(w + ε)                       (the same S)
         r_i = |l_i(w + ε) − l_i(w)| for i in S
         total_i, count_i = r_i, 1                      in the warm-up
-                           total_i + r_i, count_i + 1  behind it
+                           total_i + r_i, count_i + 1  after it
         top = low + (high − low) min(step / ramp_steps, 1)
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.1.
-        fraction: α in (0, 1], a Python number; default 0.5. Of a group of n examples ⌊α n⌋ are
-            drawn, but at least one.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.1.
+        fraction: Fraction α in (0, 1] to draw, a Python number; default 0.5. Of a group of n
+            examples ⌊α n⌋ are drawn, but at least one.
         num_examples: Number N of examples in the data set, the length of the score table.
         warmup_steps: Steps on whole batches; default one epoch, ⌈N / B⌉.
         ramp_steps: Steps in which the draws go from uniform to their final spread; default 30
             epochs. 0: no ramp.
-        low: Weight of the lowest score of a batch, a number ≥ 0 or a schedule; default 0.1.
-        high: Weight of its highest score behind the ramp, likewise; default 0.5.
-        num_groups: Number of contiguous groups of the batch that are drawn from apart; default 1.
-            A multiple of the number of devices keeps every example where it is.
+        low: Weight ≥ 0 of the lowest score of a batch; default 0.1.
+        high: Weight ≥ 0 of the highest score of a batch after the ramp; default 0.5.
+        num_groups: Number of contiguous groups of the batch, each with separate draws; default 1. A
+            multiple of the number of devices keeps every example on its device.
         key: Seed or random key of the draws, the same on all devices; default 0.
         aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `losses_fn`. The state
-            then holds the aux of the pass at w over the drawn examples (BatchNorm statistics, say),
-            to be read with `optax.tree.get(state, "aux")`, and before the first step these arrays,
-            or zeros; default none, aux is dropped.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+            then holds the aux of the pass at w over the drawn examples (for example BatchNorm
+            statistics) and, before the first step, these arrays, or zeros for shapes. Read it with
+            `optax.tree.get(state, "aux")`. Default: aux is dropped.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `losses_fn`, `batch` and `index`, `int[B]`, the positions of the examples in the data set;
-        it respects `weights` (padding is drawn last, counts for nothing and leaves the
-        table alone, whatever its index), and ignores the incoming gradient, so that the compiler
-        removes its computation.
+        A transformation that stands first in a chain. `update` needs `losses_fn`, `batch` and
+        `index`, `int[B]`, the positions of the examples in the data set. It respects `weights`:
+        padding is drawn last, counts for nothing, and leaves the table unchanged, whatever its
+        index. It does not use the incoming gradient, so XLA drops its computation.
 
     Raises:
-        ValueError: If a number is out of its range, or `rho` is given together with
-            `perturbation`; in `update`, if `index` is not `[B]` or lies outside the table,
-            `num_groups` does not divide the batch or, inside `data_parallel`, is no multiple of the
-            number of devices, aux differs in shape from `aux_like`, and as
-            `closure_transformation` says.
-        TypeError: If a number is none, a count no Python int, or `index` not of integers.
+        ValueError: If a number is out of range; in `update`, if `index` is not `[B]` or lies
+            outside the table, `num_groups` does not divide the batch or, inside `data_parallel`, is
+            not a multiple of the number of devices, or aux differs in shape from `aux_like`.
+        TypeError: If a hyperparameter is neither a number nor a schedule, `fraction` is not a
+            Python number, a count is not a Python int, or `index` is not of integers.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -131,25 +128,22 @@ def ausam(
         [-2.61, -5.22]
 
     References:
-        Deng, Pang, Zhang, Guo, "Asymptotic Unbiased Sample Sampling to Speed Up Sharpness-Aware
-        Minimization", AAAI 2025, https://arxiv.org/abs/2406.08001
+        Deng, Pang, Zhang, Guo, AAAI 2025, https://arxiv.org/abs/2406.08001
 
     Notes:
-        `fraction=1` is SAM. Cost: 2 α gradients per step behind the warm-up, 2 in it, in a real
-        branch (`jax.lax.cond`); 2 N numbers in the state, and a transient copy of the parameters
+        `fraction=1` is SAM. Cost: 2 α gradients per step after the warm-up and 2 during it, in a
+        real branch (`jax.lax.cond`); 2 N numbers in the state; a transient copy of the parameters
         and of the drawn examples. Several devices exchange three numbers per example.
-        Under `jax.jit` nobody can raise an error at an index that lies outside the table: there the
-        updates are no numbers, so that no one trains on. The two means are plain ones: high scores
-        are drawn up to high/low times as often, and nothing corrects for it. Where all scores of a
-        batch are equal, which is not a number in the authors' code, draws are uniform. `loss` of
-        the readings is that of the drawn examples: the whole batch is never looked at behind the
-        warm-up, so do not return a loss of your own. The groups are those of the whole batch in
-        every regime, see `ksam`.
+        Under `jax.jit` an index outside the table cannot raise an error. It makes the updates NaN
+        instead, so that the mistake shows. Both means are plain means: high scores are drawn up to
+        high/low times as often, and nothing corrects for it. If all scores of a batch are equal,
+        draws are uniform; the authors' code gives NaN there. The reading `loss` is that of the
+        drawn examples. After the warm-up nothing evaluates the whole batch, so do not return a loss
+        of your own. The groups divide the whole batch on any number of devices, see `ksam`.
         Fidelity: matches ajiaaa/AUSAM, score table and probabilities included, its draws replayed.
         The paper was not read. The code's ramp rises once per epoch; for that pass `high` as a
-        schedule and `ramp_steps=0`.
-        `static_args`: `fraction`, `num_examples`, `warmup_steps`, `ramp_steps`, `num_groups`,
-        `key`, `aux_like`, `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
+        schedule and `ramp_steps=0`. `static_args`: `fraction`, `num_examples`, `warmup_steps`,
+        `ramp_steps`, `num_groups`.
     """
     check_fraction("fraction", fraction)
     check_count("num_examples", num_examples)

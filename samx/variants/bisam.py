@@ -1,4 +1,4 @@
-"""BiSAM: climb another loss than the one that is descended.
+"""BiSAM: ascend one loss, and descend another.
 
 Xie, Latorre, Antonakopoulos, Pethick, Cevher. "Improving SAM Requires Rethinking its Optimization
 Formulation", ICML 2024. https://arxiv.org/abs/2407.12993
@@ -20,31 +20,28 @@ def bisam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Bilevel SAM.
+    """Bilevel SAM: the perturbation ascends a separate loss.
 
         q   = ∇Q(w)                    (Q is `ascent_fn`)
         ε   = ρ q / ‖q‖
         return g_s = ∇L(w + ε)
 
-    Training minimizes an upper bound of the misclassification error, so SAM's maximization should
-    climb a lower bound of it: `samx.losses.tanh_lower_bound` or `samx.losses.log_lower_bound`.
+    Training minimizes an upper bound of the misclassification error, so the ascent should maximize
+    a lower bound of it: `samx.losses.tanh_lower_bound` or `samx.losses.log_lower_bound`.
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `ascent_fn`, `params -> scalar` on the same batch, and `value_fn` (or `losses_fn` and
-        `batch`); `value` is read if given. It ignores the incoming gradient, so that the compiler
-        removes its computation.
+        A transformation that stands first in a chain. `update` needs `value_fn` and `ascent_fn`,
+        `params -> scalar` on the same batch. It does not use the incoming gradient, so XLA drops
+        its computation.
 
     Raises:
-        ValueError: If `rho` is a negative number, or given together with `perturbation`; in
-            `update`, see `closure_transformation`.
-        TypeError: If `rho` is neither number nor schedule.
+        ValueError: If a number is out of range.
+        TypeError: If a hyperparameter is neither a number nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -60,16 +57,14 @@ def bisam(
         True
 
     References:
-        Xie, Latorre, Antonakopoulos, Pethick, Cevher, "Improving SAM Requires Rethinking its
-        Optimization Formulation", ICML 2024, https://arxiv.org/abs/2407.12993
+        Xie, Latorre, Antonakopoulos, Pethick, Cevher, ICML 2024, https://arxiv.org/abs/2407.12993
 
     Notes:
-        With the descended loss as `ascent_fn` it is SAM. Cost: 2 gradients per step, one after the
-        other, and one transient copy of the parameters. Readings: `grad_norm` is ‖q‖, and `loss`
-        the caller's. Inside `accumulate`, `ascent_fn` is taken over the whole batch.
-        Fidelity: matches LIONS-EPFL/BiSAM, which trains with label smoothing of 0.1 in L: that is a
-        matter of `value_fn`. `static_args`: `perturbation`, `perturb_dtype`; `rho` too where
-        `perturbation` is given.
+        With the descended loss as `ascent_fn` it is SAM. Cost: 2 gradients per step, in sequence,
+        and one transient copy of the parameters. Readings: `grad_norm` is ‖q‖, and `loss` the
+        caller's. Inside `accumulate`, `ascent_fn` is evaluated over the whole batch.
+        Fidelity: matches LIONS-EPFL/BiSAM, which trains with label smoothing of 0.1 in L: put that
+        into `value_fn`.
     """
     ball = ball_of("bisam", rho, perturbation)
 

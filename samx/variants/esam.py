@@ -27,7 +27,7 @@ class ESAMState(NamedTuple):
 
     Attributes:
         perturbation: State of the perturbation, with the draws of the tensors.
-        readings: What the last step saw; both losses are means over the whole batch.
+        readings: Readings of the last step; both losses are means over the whole batch.
     """
 
     perturbation: optax.OptState
@@ -56,37 +56,37 @@ def esam(
         return ∇ mean_S l(w + ε)                       (all tensors)
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over the drawn tensors, a number or a schedule over the
-            optimizer's steps; default 0.05.
-        perturbed_fraction: β in (0, 1], a number or a schedule; default 0.6, the authors' for
+        rho: Radius ρ ≥ 0 of the L2 ball over the drawn tensors; default 0.05.
+        perturbed_fraction: Probability β in (0, 1] of each tensor; default 0.6, the authors' for
             ResNet-18 (0.5 for wider ones).
-        selected_fraction: γ in (0, 1], a Python number; default 0.5. Of a group of n examples
-            ⌊γ n⌋ are chosen, but at least one.
-        select: "exact", the default: so many examples as said. "strict": those with d_i above the
-            smallest of them, as in the authors' code, so one less, or fewer where some are equal;
-            all where none would be left, and all of the batch from γ = 0.99 on.
-        sharp_pass: "subset", the default: another forward and the backward pass over S alone.
-            "whole": the backward pass of the pass that measured d_i, with weight 0 for the
-            others. The same numbers, unless examples depend on each other (batch normalization),
-            a forward pass less and a backward pass over everything: cheaper for γ above 2/3.
-        num_groups: Number of contiguous groups of the batch that are chosen from apart; default 1.
-            A multiple of the number of devices keeps every example where it is.
+        selected_fraction: Fraction γ in (0, 1] to select, a Python number; default 0.5. Of a group
+            of n examples ⌊γ n⌋ are selected, but at least one.
+        select: Two forms of this one paper. "exact", the default: exactly that many examples.
+            "strict": those with d_i above the smallest of them, as in the authors' code. That is
+            one example fewer, and more than one where some are equal. All are kept where none would
+            be left, and the whole batch from γ = 0.99 on.
+        sharp_pass: Two forms of ESAM's sharp pass. "subset", the default: another forward pass and
+            the backward pass over S alone. "whole": the backward pass of the pass that measured
+            d_i, with weight 0 for the other examples. Both give the same numbers, unless examples
+            depend on each other (batch normalization). "whole" saves a forward pass, but its
+            backward pass covers the whole batch: it is cheaper for γ above 2/3.
+        num_groups: Number of contiguous groups of the batch, each with a separate selection;
+            default 1. A multiple of the number of devices keeps every example on its device.
         key: Seed or random key of the draws of tensors, the same on all devices; default 0.
-        perturbation: Another geometry in place of the ball; then leave `rho` out. The authors'
-            adaptive form is `metric_ball(rho, magnitude(0.0))` on all leaves.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        perturbation: Replaces the ball and `rho`. The authors' adaptive form is
+            `metric_ball(rho, magnitude(0.0))` on all leaves.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `losses_fn` and `batch`, respects `weights`, and ignores the incoming gradient, so that the
-        compiler removes its computation.
+        A transformation that stands first in a chain. `update` needs `losses_fn` and `batch`, and
+        respects `weights`. It does not use the incoming gradient, so XLA drops its computation.
 
     Raises:
-        ValueError: If a number is out of its range, or `rho` is given together with
-            `perturbation`; in `update`, if `num_groups` does not divide the batch or, inside
-            `data_parallel`, is no multiple of the number of devices, and as
-            `closure_transformation` says.
-        TypeError: If a number is none, or `num_groups` no Python int.
+        ValueError: If a number is out of range, or `select` or `sharp_pass` is unknown; in
+            `update`, if `num_groups` does not divide the batch or, inside `data_parallel`, is not a
+            multiple of the number of devices.
+        TypeError: If a hyperparameter is neither a number nor a schedule, `selected_fraction` is
+            not a Python number, or `num_groups` not a Python int.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -98,23 +98,21 @@ def esam(
         [-2.611, -5.223]
 
     References:
-        Du, Yan, Feng, Zhou, Zhen, Goh, Tan, "Efficient Sharpness-aware Minimization for Improved
-        Training of Neural Networks", ICLR 2022, https://arxiv.org/abs/2110.03141
+        Du, Yan, Feng, Zhou, Zhen, Goh, Tan, ICLR 2022, https://arxiv.org/abs/2110.03141
 
     Notes:
-        Both fractions 1: SAM. Cost: one gradient, one forward pass, and γ gradients; with "whole",
-        or where everything is selected, 2 gradients; one transient copy of the parameters. In
-        PyTorch the tensors that were not drawn also leave the backward pass; which they are is
-        known here when the program runs, too late to compile less. `gradients_spent` of the
-        readings counts a forward pass as a third of a gradient. Inside `accumulate` both passes
-        are taken microbatch by microbatch, "whole" as "subset".
-        A step that draws no tensor perturbs all of them: the authors' code fails there. The groups
-        are those of the whole batch in every regime, see `ksam`.
+        With both fractions 1 it is SAM. Cost: one gradient, one forward pass, and γ gradients; with
+        "whole", or where everything is selected, 2 gradients; one transient copy of the parameters.
+        In PyTorch the tensors that were not drawn also leave the backward pass; here the draws are
+        known at run time only, too late for the compiler to leave them out. The reading
+        `gradients_spent` counts a forward pass as a third of a gradient. Inside `accumulate` both
+        passes are taken microbatch by microbatch, and "whole" works as "subset". A step that draws
+        no tensor perturbs all of them: the authors' code fails there. The groups divide the whole
+        batch on any number of devices, see `ksam`.
         Fidelity: matches dydjw9/Efficient_SAM with `select="strict"` and
-        `perturbation=metric_ball(rho, norm_eps=1e-7)`, its draws replayed. The paper
-        was not read: that it selects a fraction of exactly γ, as "exact" does, is what secondary
-        sources say. `static_args`: `selected_fraction`, `select`, `sharp_pass`, `num_groups`,
-        `key`, `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
+        `perturbation=metric_ball(rho, norm_eps=1e-7)`, its draws replayed. The paper was not read:
+        secondary sources say that it selects a fraction of exactly γ, as "exact" does.
+        `static_args`: `selected_fraction`, `select`, `sharp_pass`, `num_groups`.
     """
     check_share("perturbed_fraction", perturbed_fraction)
     check_fraction("selected_fraction", selected_fraction)
@@ -160,7 +158,7 @@ def esam(
 
 
 def _choose_sharpest(fraction, select, before, weights, num_groups, count, after):
-    """Choose the examples whose losses the perturbation raises most: positions and weights."""
+    """Return positions and weights of the examples whose losses the perturbation raises most."""
     increase = after - before
     position = largest(increase, num_groups * count, num_groups=num_groups, weights=weights)
     chosen = weights_of(position, weights, fraction)

@@ -1,4 +1,4 @@
-"""Focal-SAM: flat minima for rare classes first.
+"""Focal-SAM: SAM with a perturbation that weighs rare classes more.
 
 Li, Xu, Yang, Wang, Zhang, Cao, Huang. "Focal-SAM: Focal Sharpness-Aware Minimization for
 Long-Tailed Classification", ICML 2025. https://arxiv.org/abs/2505.01660
@@ -24,7 +24,7 @@ def focal_sam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Focal Sharpness-Aware Minimization.
+    """Focal Sharpness-Aware Minimization: rare classes weigh more in the perturbed loss.
 
         c_k = λ (1 − π_k)^γ                            (π: shares of the classes)
         g   = ∇ mean((1 − c_y) ℓ)(w)
@@ -32,30 +32,29 @@ def focal_sam(
         ε   = ρ q / ‖q‖
         return g + ∇ mean(c_y ℓ)(w + ε)
 
-    One step on L + λ (max L^γ(w + ε) − L^γ(w)), where L^γ weighs rare classes more.
+    This is a step on L + λ (max L^γ(w + ε) − L^γ(w)), where L^γ weighs rare classes more.
 
     Args:
-        class_counts: Training examples of each class, all above 0.
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.1. The authors': 0.2 to 0.3 on long-tailed CIFAR.
-        gamma: γ ≥ 0, a number or a schedule; default 2. 0 weighs all classes alike. The authors': 3
-            on long-tailed CIFAR.
-        sharpness: λ ≥ 0, a number or a schedule; default 0.8. Above 1 the plain part of rare
-            classes is climbed, as in the authors' code.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        class_counts: Number of training examples of each class, all above 0.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.1. The authors use 0.2 to
+            0.3 on long-tailed CIFAR.
+        gamma: Exponent γ ≥ 0; default 2. 0 weighs all classes alike. The authors use 3 on
+            long-tailed CIFAR.
+        sharpness: Factor λ ≥ 0; default 0.8. Above 1 the step climbs the plain part of rare
+            classes, as in the authors' code.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `losses_fn`, `batch` and `labels`, `int[B]`; it respects `weights`, and ignores the incoming
-        gradient, so that the compiler removes its computation.
+        A transformation that stands first in a chain. `update` needs `losses_fn`, `batch` and
+        `labels`, `int[B]`; it respects `weights`. It does not use the incoming gradient, so XLA
+        drops its computation.
 
     Raises:
-        ValueError: If a number is negative, `class_counts` is no vector of positive numbers, or
-            `rho` is given together with `perturbation`; in `update`, if `labels` is not `[B]`, and
-            as `closure_transformation` says.
-        TypeError: If one of them is neither number nor schedule; in `update`, if `labels` are no
-            integers.
+        ValueError: If a number is out of range, or `class_counts` is not a vector of positive
+            numbers; in `update`, if `labels` is not `[B]`.
+        TypeError: If a hyperparameter is neither a number nor a schedule; in `update`, if `labels`
+            are not integers.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -69,16 +68,14 @@ def focal_sam(
         True
 
     References:
-        Li, Xu, Yang, Wang, Zhang, Cao, Huang, "Focal-SAM: Focal Sharpness-Aware Minimization for
-        Long-Tailed Classification", ICML 2025, https://arxiv.org/abs/2505.01660
+        Li, Xu, Yang, Wang, Zhang, Cao, Huang, ICML 2025, https://arxiv.org/abs/2505.01660
 
     Notes:
         With one factor c for all classes (`gamma=0`) it is `combinations.mix(sam(rho), c)`. Any
-        per-example loss will do: cross-entropy, logit adjustment, LDAM. A label outside of the
-        classes has c = 0. Cost: 2 forward and 3 backward passes (inside `accumulate` 3 forward),
-        and two transient copies of the parameters. Fidelity: matches scongl/Focal-SAM.
-        `static_args`: `class_counts`, `perturbation`, `perturb_dtype`; `rho` too where
-        `perturbation` is given.
+        per-example loss works: cross-entropy, logit adjustment, LDAM. A label outside the classes
+        has c = 0. Cost: 2 forward and 3 backward passes (3 forward inside `accumulate`), and two
+        transient copies of the parameters. Fidelity: matches scongl/Focal-SAM. `static_args`:
+        `class_counts`.
     """
     counts = np.asarray(class_counts)
     if counts.ndim != 1 or counts.size == 0 or not np.all(counts > 0):

@@ -1,4 +1,4 @@
-"""GSAM: descend the sharp loss, and its gap to the loss as well.
+"""GSAM: descend the sharp loss, and also the gap between it and the loss.
 
 Zhuang, Gong, Yuan, Cui, Adam, Dvornek, Tatikonda, Duncan, Liu. "Surrogate Gap Minimization Improves
 Sharpness-Aware Training", ICLR 2022. https://arxiv.org/abs/2203.08065
@@ -21,36 +21,35 @@ def gsam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Surrogate Gap guided SAM.
+    """Surrogate Gap guided SAM: also descend the gap between the sharp loss and the loss.
 
         g    = ∇L(w)                                  (the incoming updates)
         ε    = ρ g / ‖g‖
         g_s  = ∇L(w + ε)
-        g_⊥  = g − (⟨g, g_s⟩ / ‖g_s‖²) g_s            (the part of g across g_s)
+        g_⊥  = g − (⟨g, g_s⟩ / ‖g_s‖²) g_s            (the part of g orthogonal to g_s)
         return g_s − α g_⊥
 
-    To climb L across g_s is to descend the gap L(w + ε) − L(w) without touching L(w + ε).
+    Climbing L orthogonally to g_s lowers the gap L(w + ε) − L(w) without changing L(w + ε).
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05. The paper lets it follow the learning rate:
-            `samx.schedules.following`. Its values: 0.04 falling to 0.02 for ResNets with SGD, 0.6
-            falling to 0 to 0.2 for vision transformers with AdamW.
-        alpha: α ≥ 0, a number or a schedule; default 0.4, the paper's for ViT-B/16 and ViT-S/32.
-            ResNets 0.01; other transformers and mixers 0.01 to 1.
-        descend: "clean" is the other form of the authors' code, closer to ordinary training:
-            g + α (g_s − (⟨g_s, g⟩ / ‖g‖²) g).
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05. In the paper it follows
+            the learning rate: `samx.schedules.following`. Its values: from 0.04 down to 0.02 for
+            ResNets with SGD, from 0.6 down to a value from 0 to 0.2 for vision transformers with
+            AdamW.
+        alpha: Weight α ≥ 0; default 0.4, the paper's for ViT-B/16 and ViT-S/32. ResNets: 0.01;
+            other transformers and mixers: 0.01 to 1.
+        descend: Two forms of this one paper. "sharp", the default, is the one above: the paper's
+            and the authors' code's. "clean" is the other form of that code and descends the clean
+            loss instead, which is closer to ordinary training: g + α (g_s − (⟨g_s, g⟩ / ‖g‖²) g).
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given.
+        A transformation that stands first in a chain. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If `rho` or `alpha` is a negative number, `descend` unknown, or `rho` given
-            together with `perturbation`; in `update`, see `closure_transformation`.
-        TypeError: If `rho` or `alpha` is neither number nor schedule.
+        ValueError: If a number is out of range, or `descend` is unknown.
+        TypeError: If a hyperparameter is neither a number nor a schedule.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -61,17 +60,16 @@ def gsam(
         [-0.075, -1.5]
 
     References:
-        Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training", ICLR 2022,
-        https://arxiv.org/abs/2203.08065
+        Zhuang et al., ICLR 2022, https://arxiv.org/abs/2203.08065
 
     Notes:
-        `alpha=0` is SAM. Cost: 2 gradients per step, one after the other, and two transient copies
-        of the parameters, since g is kept for the end. Readings: `sharp_grad_norm` is ‖g_s‖, before
-        anything is taken away. Any other variant's gap: `samx.combinations.surrogate_gap`.
-        Where devices climb on their own (`data_parallel(..., ascent="local")`), the mean of g_s is
-        taken apart by the mean of g; in the authors' code each device takes its own apart.
-        Fidelity: matches google-research/big_vision. `static_args`: `descend`, `perturbation`,
-        `perturb_dtype`; `rho` too where `perturbation` is given.
+        `alpha=0` is SAM, with "clean" the base optimizer. Cost: 2 gradients per step, in sequence,
+        and two transient copies of the parameters, because g is kept until the end. The reading
+        `sharp_grad_norm` is ‖g_s‖, before the subtraction. For any other variant:
+        `samx.combinations.surrogate_gap`. Where devices climb separately
+        (`data_parallel(..., ascent="local")`), the means of g and g_s over the devices are
+        decomposed; in the authors' code each device decomposes its own. Fidelity: matches
+        google-research/big_vision. `static_args`: `descend`.
     """
     ball = ball_of("gsam", rho, perturbation)
     sharp = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="gsam")

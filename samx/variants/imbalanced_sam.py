@@ -1,4 +1,4 @@
-"""ImbSAM: sharpness-aware on the rare classes only.
+"""ImbSAM: perturb for the losses of the rare classes only.
 
 Zhou, Qu, Xu, Shen. "ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced
 Recognition", ICCV 2023. https://arxiv.org/abs/2308.07815
@@ -23,7 +23,7 @@ def imbalanced_sam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Imbalanced SAM (ImbSAM).
+    """Imbalanced SAM (ImbSAM): SAM on the rare classes only.
 
         g   = ∇ mean(ℓ over the other classes)(w)
         q   = ∇ mean(τ ℓ over the tail)(w)             (means over all examples)
@@ -31,25 +31,24 @@ def imbalanced_sam(
         return g + ∇ mean(τ ℓ over the tail)(w + ε)
 
     Args:
-        tail_classes: The classes of the tail, those with fewer than 20 training examples, say.
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05, the authors'.
-        tail_weight: Weight τ ≥ 0 of the tail's losses, a number or a schedule; default 1. The
-            authors' code has 2, about which their text says nothing.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        tail_classes: The classes of the tail, for example those with fewer than 20 training
+            examples.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05, the authors'.
+        tail_weight: Weight τ ≥ 0 of the tail's losses; default 1. The authors' code has 2; their
+            text does not mention it.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `losses_fn`, `batch` and `labels`, `int[B]`; it respects `weights`, and ignores the incoming
-        gradient, so that the compiler removes its computation.
+        A transformation that stands first in a chain. `update` needs `losses_fn`, `batch` and
+        `labels`, `int[B]`; it respects `weights`. It does not use the incoming gradient, so XLA
+        drops its computation.
 
     Raises:
-        ValueError: If a number is negative, `tail_classes` is no vector of integers, or `rho` is
-            given together with `perturbation`; in `update`, if `labels` is not `[B]`, and as
-            `closure_transformation` says.
-        TypeError: If one of them is neither number nor schedule; in `update`, if `labels` are no
-            integers.
+        ValueError: If a number is out of range, or `tail_classes` is not a vector of integers; in
+            `update`, if `labels` is not `[B]`.
+        TypeError: If a hyperparameter is neither a number nor a schedule; in `update`, if `labels`
+            are not integers.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -63,16 +62,14 @@ def imbalanced_sam(
         True
 
     References:
-        Zhou, Qu, Xu, Shen, "ImbSAM: A Closer Look at Sharpness-Aware Minimization in
-        Class-Imbalanced Recognition", ICCV 2023, https://arxiv.org/abs/2308.07815
+        Zhou, Qu, Xu, Shen, ICCV 2023, https://arxiv.org/abs/2308.07815
 
     Notes:
         With every class in the tail and a weight of 1 it is SAM; a batch without tail takes the
-        base's step. The case of 0 and 1 of `focal_sam`'s factors. Cost: 2 forward and 3 backward
-        passes (inside `accumulate` 3 forward), and two transient copies of the parameters.
-        Fidelity: matches cool-xuan/Imbalanced_SAM with `tail_weight=2`.
-        `static_args`: `tail_classes`, `perturbation`, `perturb_dtype`; `rho` too where
-        `perturbation` is given.
+        base optimizer's step. It is `focal_sam` with the factors 0 and 1. Cost: 2 forward and 3
+        backward passes (3 forward inside `accumulate`), and two transient copies of the parameters.
+        Fidelity: matches cool-xuan/Imbalanced_SAM with `tail_weight=2`. `static_args`:
+        `tail_classes`.
     """
     tail = np.asarray(tail_classes)
     if tail.ndim != 1 or not (tail.size == 0 or np.issubdtype(tail.dtype, np.integer)):

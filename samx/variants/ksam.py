@@ -1,4 +1,4 @@
-"""K-SAM: both gradients of SAM on the examples with the largest losses.
+"""K-SAM: take both gradients of SAM on the examples with the largest losses.
 
 Ni, Chiang, Geiping, Goldblum, Wilson, Goldstein. "K-SAM: Sharpness-Aware Minimization at the Speed
 of SGD", 2022. https://arxiv.org/abs/2210.12864
@@ -26,9 +26,9 @@ class KSAMState(NamedTuple):
 
     Attributes:
         perturbation: State of the perturbation.
-        selected_loss: Mean loss of the chosen examples at the parameters, before they are
-            perturbed: what `sharp_loss` of the readings is to be compared with.
-        readings: What the last step saw; `loss` is the mean over the whole batch.
+        selected_loss: Mean loss of the chosen examples at the parameters, without a perturbation.
+            Compare it with the reading `sharp_loss`.
+        readings: Readings of the last step; `loss` is the mean over the whole batch.
     """
 
     perturbation: optax.OptState
@@ -44,7 +44,7 @@ def ksam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """K-SAM: both gradients of SAM on the examples of the batch with the largest losses.
+    """K-SAM: take both gradients of SAM on the examples of the batch with the largest losses.
 
         l_i = losses at w                              (all examples, no gradient)
         K   = the num_selected examples with the largest l_i
@@ -53,28 +53,27 @@ def ksam(
         return ∇ mean_K l(w + ε)                       (the same K)
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05.
-        num_selected: How many examples of the batch are used, at most `B` and a multiple of
-            `num_groups`; default 64, recalled as the paper's for batches of 128. A third of the
-            batch costs about one gradient per step.
-        num_groups: Number of contiguous groups of the batch that are chosen from apart, so many
-            examples in each; default 1. A multiple of the number of devices keeps every example
-            where it is.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
+        num_selected: Number k of examples to choose, at most `B` and a multiple of `num_groups`;
+            default 64, recalled as the paper's for batches of 128. A third of the batch costs about
+            one gradient per step.
+        num_groups: Number of contiguous groups of the batch, from each of which equally many are
+            chosen; default 1. A multiple of the number of devices keeps every example on its
+            device.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `losses_fn` and `batch`, respects `weights` (padding is chosen last and counts for nothing),
-        and ignores the incoming gradient, so that the compiler removes its computation.
+        A transformation that stands first in a chain. `update` needs `losses_fn` and `batch`, and
+        respects `weights`: padding is chosen last and counts for nothing. It does not use the
+        incoming gradient, so XLA drops its computation.
 
     Raises:
-        ValueError: If a number is out of its range, or `rho` is given together with
-            `perturbation`; in `update`, if the batch holds fewer than `num_selected` examples or
-            `num_groups` does not divide it, if inside `data_parallel` it is no multiple of the
-            number of devices, and as `closure_transformation` says.
-        TypeError: If `rho` is neither number nor schedule, or a count no Python int.
+        ValueError: If a number is out of range; in `update`, if the batch holds fewer than
+            `num_selected` examples, or `num_groups` does not divide it or, inside `data_parallel`,
+            is not a multiple of the number of devices.
+        TypeError: If a hyperparameter is neither a number nor a schedule, or a count is not a
+            Python int.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -86,23 +85,20 @@ def ksam(
         [-2.612, -5.224]
 
     References:
-        Ni, Chiang, Geiping, Goldblum, Wilson, Goldstein, "K-SAM: Sharpness-Aware Minimization at
-        the Speed of SGD", 2022, https://arxiv.org/abs/2210.12864
+        Ni, Chiang, Geiping, Goldblum, Wilson, Goldstein, 2022, https://arxiv.org/abs/2210.12864
 
     Notes:
         `num_selected=B` is SAM. Cost: one forward pass over the batch and 2 k/B gradients; one
-        transient copy of the parameters and of the chosen examples. `gradients_spent` of the
-        readings counts a forward pass as a third of a gradient.
-        Large losses are hard examples and wrong labels alike. Batch normalization sees the chosen
-        examples only; the statistics to keep are those of the caller's pass, which the compiler
-        merges with the one that scores.
-        `num_selected` and `num_groups` are those of the whole batch in every regime: under
-        `jax.jit`, `jax.pmap` and `jax.shard_map` the same call takes the same step. With
-        `ascent="local"` each device climbs the mean of its own chosen examples.
-        Fidelity: **reconstructed** from the abstract, that both gradients use the top k examples
-        by loss; that the second uses those of the first is inferred. Matches an independent
-        implementation of these equations. `static_args`: `num_selected`, `num_groups`,
-        `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
+        transient copy of the parameters and of the chosen examples. The reading `gradients_spent`
+        counts a forward pass as a third of a gradient. Large losses are hard examples and wrong
+        labels alike. Batch normalization sees the chosen examples only: keep the statistics of your
+        own pass, which XLA merges with the pass that scores.
+        `num_selected` and `num_groups` are those of the whole batch: under `jax.jit`, `jax.pmap`
+        and `jax.shard_map` the same call takes the same step. With `ascent="local"` each device
+        climbs the mean of its own chosen examples.
+        Fidelity: **reconstructed** from the abstract, that both gradients use the top k examples by
+        loss; that the second uses those of the first is inferred. Matches an independent
+        implementation of these equations. `static_args`: `num_selected`, `num_groups`.
     """
     check_groups("num_selected", num_selected, num_groups)
     ball = ball_of("ksam", rho, perturbation)

@@ -27,12 +27,12 @@ class LETSState(NamedTuple):
 
     Attributes:
         step: int32, optimizer steps so far; the schedule of `rho_learning_rate` runs on it.
-        rho: The radius of the next step, float32 or wider.
-        gap: L_V − L behind the last step.
+        rho: Radius of the next step, float32 or wider.
+        gap: L_V − L after the last step.
         hypergradient: dF/dρ of the last step.
         base: State of the base optimizer.
         perturbation: State of the perturbation.
-        readings: What the last step saw.
+        readings: Readings of the last step.
     """
 
     step: jax.Array
@@ -67,32 +67,29 @@ def lets(
         log ρ = log ρ − β ρ dF/dρ                      (that of the next step)
 
     Args:
-        base: The optimizer that takes the step, weight decay and clipping included.
-        rho: The radius ρ > 0 to begin with; default 0.05.
-        rho_learning_rate: Learning rate β ≥ 0 of log ρ, a number or a schedule over the
-            optimizer's steps; default 1, for "exact"; "diag_sq" wants a thousand times as much. It
-            depends on the scale of the loss; 0 leaves ρ alone.
-        hessian: "exact", the default: the derivative along `v` of the gradient, forward over
-            reverse. "diag_sq": the squares of `g_s` stand for the Hessian, without a further pass:
-            mostly of the same sign (on 40 of 40 steps of a small problem, on 9 of 10 on the
-            digits), but a sixtieth to a thousandth of the size.
-        bounds: The least and the largest radius; default 1e-4 and 100.
-        perturbation: Another geometry in place of the ball, with a radius of 1, by which ρ is
-            multiplied: `metric_ball(1.0, magnitude())` makes it LETS-ASAM.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        base: The optimizer that takes the step, including weight decay and clipping.
+        rho: Initial radius ρ > 0; default 0.05.
+        rho_learning_rate: Learning rate β ≥ 0 of log ρ; default 1, for "exact"; "diag_sq" needs a
+            thousand times as much. It depends on the scale of the loss. 0 keeps ρ.
+        hessian: Two forms of this one paper's derivative. "exact", the default: the derivative of
+            the gradient along `v`, forward over reverse. "diag_sq": the squares of `g_s` replace
+            the Hessian, without a further pass. The sign is mostly the same (on 40 of 40 steps of a
+            small problem, on 9 of 10 on the digits), but the size is a sixtieth to a thousandth.
+        bounds: Smallest and largest radius; default 1e-4 and 100.
+        perturbation: Replaces the ball. It must have a radius of 1, which ρ multiplies:
+            `metric_ball(1.0, magnitude())` makes it LETS-ASAM.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` that wraps `base`. `update` needs
-        `validation_fn`, `params -> scalar`, the loss on held-out examples, others on each step, and
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given. Keywords that are not
-        samx's own go on to `base`. Read the radius with `optax.tree.get(state, "rho")`.
+        A transformation that wraps `base`. `update` needs `value_fn` and `validation_fn`,
+        `params -> scalar`, the loss on held-out examples, others on each step. Read the radius with
+        `optax.tree.get(state, "rho")`.
 
     Raises:
-        ValueError: If `rho` is a number outside of `bounds`, or these are not 0 < least ≤ largest,
-            `rho_learning_rate` is negative, or `hessian` unknown; in `update`, see
-            `closure_transformation`.
-        TypeError: If `rho` is a schedule, `rho_learning_rate` neither a number nor a schedule, or
-            `base` or `perturbation` not a transformation.
+        ValueError: If a number is out of range (`rho` outside `bounds` included), `bounds` are not
+            0 < least ≤ largest, or `hessian` is unknown.
+        TypeError: If `rho` is a schedule, `rho_learning_rate` is neither a number nor a schedule,
+            or `base` or `perturbation` is not a transformation.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -110,27 +107,26 @@ def lets(
         0.573 3.048
 
     References:
-        Wang, Jiang, Fu, Zhang, "Enhancing Sharpness-Aware Minimization by Learning Perturbation
-        Radius", ECML-PKDD 2024, https://arxiv.org/abs/2408.08222
+        Wang, Jiang, Fu, Zhang, ECML-PKDD 2024, https://arxiv.org/abs/2408.08222
 
     Notes:
         `rho_learning_rate=0` is SAM in front of `base`. F is the upper problem of the paper, and
-        the exact dF/dρ its derivative by the chain rule. The update of log ρ, the form of
-        "diag_sq", `rho_learning_rate` and `bounds` are inferred: no code was published, and of the
-        text only the head was read.
-        L is taken on the batch that was just stepped on. Mostly a larger ρ lowers it further in
-        that one step, so that the radius shrinks, even where over a whole training the gap falls as
-        the radius grows (README, "A learned radius"). To compare with another batch of the training
-        set: `validation_fn=lambda p: L_V(p) - L_other(p) + L(p)`.
+        the exact dF/dρ is its derivative by the chain rule. The update of log ρ, the form of
+        "diag_sq", `rho_learning_rate` and `bounds` are inferred: no code was published, and only
+        the head of the text was read.
+        L is taken on the batch of the step. In that one step a larger ρ mostly lowers L further, so
+        the radius shrinks, even where over a whole training run the gap falls as the radius grows
+        (README, "A learned radius"). To compare with another batch of the training set:
+        `validation_fn=lambda p: L_V(p) - L_other(p) + L(p)`.
         The direction `v` does not depend on ρ. Where `base` has no derivative, as Adam where both
         moments are 0, the parameter is taken not to move with ρ. A hypergradient that is not finite
-        leaves ρ alone. Where the loss does not depend on ρ through `base`, as behind a sign, ρ
+        leaves ρ unchanged. If the loss does not depend on ρ through `base`, as after a sign, ρ
         stays.
         Cost: 6 gradients per step, "diag_sq" 4: g, g_s, its derivative along v, which takes as many
-        products as two, and both losses at w'. State: that of `base`, and numbers.
-        `validation_fn` is evaluated once per step; do not collect statistics of normalization in
-        it. Inside `data_parallel` its mean over the devices has equal shares.
-        `static_args`: `base`, `rho`, `hessian`, `bounds`, `perturbation`, `perturb_dtype`.
+        products as two, and both losses at w'. State: that of `base`, and numbers. `validation_fn`
+        is evaluated once per step; do not collect statistics of normalization in it. Inside
+        `data_parallel` its mean over the devices has equal shares. `static_args`: `base`, `rho`,
+        `hessian`, `bounds`.
     """
     least, largest = bounds
     if not 0 < least <= largest:
@@ -190,7 +186,7 @@ def _exact(sharp_at: Any, rho: jax.Array, v: Any) -> tuple[Any, Any, Readings]:
 
 
 def _diagonal(sharp_at: Any, rho: jax.Array, v: Any) -> tuple[Any, Any, Readings]:
-    """Approximate the same derivative with the squares of the gradient as the Hessian."""
+    """Approximate the same derivative: the squares of the gradient replace the Hessian."""
     g_s, readings = sharp_at(rho)
     return g_s, jax.tree.map(_square_along, g_s, v), readings
 
@@ -198,7 +194,7 @@ def _diagonal(sharp_at: Any, rho: jax.Array, v: Any) -> tuple[Any, Any, Readings
 def _hypergradient(
     value_fn: Closure, validation_fn: Closure, after: Any, moved: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute the gap L_V - L at the new parameters, and dF/dρ if they move like `moved` with ρ."""
+    """Return the gap L_V - L at the new parameters, and dF/dρ; `moved` is their derivative by ρ."""
     train, _ = evaluate(value_fn, after)
     held_out, _ = evaluate(validation_fn, after)
     gap = held_out["value"] - train["value"]
@@ -211,7 +207,7 @@ def _finite_or_zero(x: jax.Array) -> jax.Array:
 
 
 def _square_along(g_s: jax.Array, v: jax.Array) -> Any:
-    """`g_s² v` as a tangent of `g_s`."""
+    """Return `g_s² v` as a tangent of `g_s`."""
     if not tree.is_inexact(g_s):
         return np.zeros(g_s.shape, jax.dtypes.float0)
     square = jnp.abs(tree.widen(g_s)) ** 2
@@ -219,7 +215,7 @@ def _square_along(g_s: jax.Array, v: jax.Array) -> Any:
 
 
 def _without_nans(moved: Any, like: Any) -> Any:
-    """Zeros where a base has no derivative, and at integers."""
+    """Put zeros where the base has no derivative, and at integers."""
     return jax.tree.map(
         lambda m, x: jnp.where(jnp.isnan(m), 0, m) if tree.is_inexact(x) else jnp.zeros_like(x),
         moved,

@@ -1,4 +1,4 @@
-"""LightSAM: radius and learning rate that choose themselves.
+"""LightSAM: adaptive radius and learning rate.
 
 Cheng, Shen, Sun, Yin, Cao, Chen. "LightSAM: Parameter-Agnostic Sharpness-Aware Minimization", 2025.
 https://arxiv.org/abs/2505.24399
@@ -21,7 +21,7 @@ def lightsam_norm(
     eps: float = 1e-8,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """LightSAM-I: AdaGrad-Norm up and AdaGrad-Norm down.
+    """LightSAM-I: AdaGrad-Norm for the ascent and for the descent.
 
         g   = ∇L(w)
         u   = u + ‖g‖²                 (u = ε² at first, ‖·‖ over all parameters)
@@ -30,21 +30,18 @@ def lightsam_norm(
         w   = w − η g_s / √v
 
     Args:
-        learning_rate: η ≥ 0, a number or a schedule over the optimizer's steps.
-        rho: ρ ≥ 0, a number or a schedule; default 0.05: the length of the first perturbation. Step
-            t has about ρ / √t.
-        eps: ε > 0, the root of the accumulators at first; default 1e-8.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        learning_rate: Learning rate η ≥ 0.
+        rho: Length ρ ≥ 0 of the first perturbation; default 0.05. Step t has about ρ / √t.
+        eps: Square root ε > 0 of the initial accumulators; default 1e-8.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` that is the optimizer: put nothing behind it that
-        divides by gradients again. `update` needs `value_fn` (or `losses_fn` and `batch`); `value`
-        is read if given.
+        An optimizer. Put nothing after it that divides by gradients again. `update` needs
+        `value_fn`.
 
     Raises:
-        ValueError: If a number is negative, or `eps` zero; in `update`, see
-            `closure_transformation`.
-        TypeError: If one of them is neither number nor schedule.
+        ValueError: If a number is out of range.
+        TypeError: If a hyperparameter is neither a number nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -55,15 +52,13 @@ def lightsam_norm(
         [-0.6, -0.8]
 
     References:
-        Cheng, Shen, Sun, Yin, Cao, Chen, "LightSAM: Parameter-Agnostic Sharpness-Aware
-        Minimization", 2025, https://arxiv.org/abs/2505.24399
+        Cheng et al., 2025, https://arxiv.org/abs/2505.24399
 
     Notes:
-        `rho=0` is AdaGrad-Norm. By the abstract, any η and ρ converge. Cost: 2 gradients per step,
-        one after the other; two numbers in the state.
-        Fidelity: no code of the authors, and the paper's text was not read; matches a third party's
-        code (dimitris-oik/sam_sps), with which a second transcription agrees.
-        `static_args`: `perturb_dtype`.
+        `rho=0` is AdaGrad-Norm. By the abstract it converges for any η and ρ. Cost: 2 gradients per
+        step, in sequence; two numbers in the state.
+        Fidelity: the authors published no code, and the paper's text was not read; matches
+        third-party code (dimitris-oik/sam_sps), and a second transcription agrees with it.
     """
     scaled = _moments.adagrad_norm(eps)
     return _lightsam("lightsam_norm", scaled, learning_rate, rho, perturb_dtype)
@@ -76,7 +71,7 @@ def lightsam_adagrad(
     eps: float = 1e-8,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """LightSAM-II: AdaGrad up and AdaGrad down.
+    """LightSAM-II: AdaGrad for the ascent and for the descent.
 
         g   = ∇L(w)
         u   = u + g²                   (elementwise; u = ε² at first)
@@ -85,11 +80,11 @@ def lightsam_adagrad(
         w   = w − η g_s / √v
 
     Args:
-        learning_rate: η ≥ 0, a number or a schedule over the optimizer's steps.
-        rho: ρ ≥ 0 of one element, a number or a schedule; default 0.001. The first perturbation has
-            the length ρ √P for P parameters: far smaller values than SAM's.
-        eps: ε > 0, the root of the accumulators at first; default 1e-8.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        learning_rate: Learning rate η ≥ 0.
+        rho: Factor ρ ≥ 0 of each element; default 0.001. The first perturbation has the length ρ √P
+            for P parameters, so values are far smaller than SAM's.
+        eps: Square root ε > 0 of the initial accumulators; default 1e-8.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
         As `lightsam_norm`.
@@ -110,9 +105,9 @@ def lightsam_adagrad(
         Cheng et al., 2025, https://arxiv.org/abs/2505.24399
 
     Notes:
-        `rho=0` is AdaGrad. optax's own starts its accumulator at 0.1. Cost: 2 gradients per step,
-        one after the other; two copies of the parameters in the state, in float32 or wider.
-        Fidelity: as `lightsam_norm`. `static_args`: `perturb_dtype`.
+        `rho=0` is AdaGrad. optax's AdaGrad starts its accumulator at 0.1. Cost: 2 gradients per
+        step, in sequence; two copies of the parameters in the state, in float32 or wider. Fidelity:
+        as `lightsam_norm`.
     """
     scaled = _moments.adagrad(eps)
     return _lightsam("lightsam_adagrad", scaled, learning_rate, rho, perturb_dtype)
@@ -127,7 +122,7 @@ def lightsam_adam(
     eps: float = 1e-8,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """LightSAM-III: Adam up and Adam down, without bias correction.
+    """LightSAM-III: Adam without bias correction for the ascent and for the descent.
 
         g   = ∇L(w)
         r   = b1 r + (1 − b1) g;    u = b2 u + (1 − b2) g²        (u = ε² at first)
@@ -136,20 +131,20 @@ def lightsam_adam(
         w   = w − η m / √v
 
     Args:
-        learning_rate: η ≥ 0, a number or a schedule over the optimizer's steps. Without bias
-            correction the first step is (1 − b1) / √(1 − b2) times as long as Adam's, 3.16.
-        rho: ρ ≥ 0 of one element, a number or a schedule; default 0.001. The first perturbation has
-            the length 3.16 ρ √P for P parameters.
+        learning_rate: Learning rate η ≥ 0. Without bias correction the first step is
+            (1 − b1) / √(1 − b2) times as long as Adam's (3.16).
+        rho: Factor ρ ≥ 0 of each element; default 0.001. The first perturbation has the length
+            3.16 ρ √P for P parameters.
         b1: Decay of the moving averages of gradients, in [0, 1]; default 0.9.
-        b2: Decay of those of their squares, in [0, 1]; default 0.999.
-        eps: ε > 0, the root of the accumulators at first; default 1e-8.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        b2: Decay of the moving averages of their squares, in [0, 1]; default 0.999.
+        eps: Square root ε > 0 of the initial accumulators; default 1e-8.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
         As `lightsam_norm`.
 
     Raises:
-        ValueError: As `lightsam_norm`; if `b1` or `b2` is outside [0, 1].
+        ValueError: As `lightsam_norm`.
         TypeError: As `lightsam_norm`.
 
     Example:
@@ -164,10 +159,9 @@ def lightsam_adam(
         Cheng et al., 2025, https://arxiv.org/abs/2505.24399
 
     Notes:
-        `rho=0` is Adam without bias correction. Cost: 2 gradients per step, one after the other;
-        four copies of the parameters in the state, in float32 or wider.
-        Fidelity: as `lightsam_norm`; that the average r is climbed, not g, is in that code alone.
-        `static_args`: `perturb_dtype`.
+        `rho=0` is Adam without bias correction. Cost: 2 gradients per step, in sequence; four
+        copies of the parameters in the state, in float32 or wider. Fidelity: as `lightsam_norm`;
+        that the average r is climbed, not g, is in that code alone.
     """
     scaled = _moments.adam(b1, b2, eps)
     return _lightsam("lightsam_adam", scaled, learning_rate, rho, perturb_dtype)
@@ -180,7 +174,7 @@ def _lightsam(
     rho: Any,
     perturb_dtype: Any,
 ) -> Transformation:
-    """The same scaling on the way up and on the way down, each with what it remembers."""
+    """Use the same scaling for the ascent and for the descent, each with a separate state."""
     up = optax.chain(scaled, unnormalized_step(rho))
     sharp = sharpness_aware(up, perturb_dtype=perturb_dtype, name=name)
     return _moments.optimizer(sharp, scaled, learning_rate)

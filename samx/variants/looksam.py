@@ -1,4 +1,4 @@
-"""LookSAM: look ahead every few steps, and remember what was seen.
+"""LookSAM: SAM every few steps; in between, reuse a component of the last sharp gradient.
 
 Liu, Mai, Chen, Hsieh, You. "Towards Efficient and Scalable Sharpness-Aware Minimization",
 CVPR 2022. https://arxiv.org/abs/2203.02714
@@ -33,39 +33,35 @@ def looksam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """LookSAM: SAM every few steps; in between, its turn of the gradient is used again.
+    """LookSAM: SAM every `period` steps; in between, reuse a component of the sharp gradient.
 
         every period steps:
             ε   = ρ g / ‖g‖
             g_s = ∇L(w + ε)
-            g_v = g_s − (⟨g, g_s⟩ / ‖g‖²) g            (the part across g, kept)
+            g_v = g_s − (⟨g, g_s⟩ / ‖g‖²) g            (component orthogonal to g, kept)
             return g_s
-        on the others:
+        on the other steps:
             return g + α (‖g‖ / ‖g_v‖) g_v
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
         period: Steps k ≥ 1 from one sharp gradient to the next; default 5.
-        alpha: Length α ≥ 0 of the reused part, relative to the gradient, a number or a schedule;
-            default 0.7, the paper's for vision transformers as others report it. The authors of
-            Momentum-SAM found 0.1 best and more than 0.3 of no use for convolutional nets on
-            CIFAR-100.
-        first: The first sharp step, counted from 0; default 0. Before it steps are plain; in some
+        alpha: Length α ≥ 0 of the reused component, relative to the gradient; default 0.7. Others
+            report 0.7 as the paper's value for vision transformers. For convolutional nets on
+            CIFAR-100, the authors of Momentum-SAM found 0.1 best and values above 0.3 of no use.
+        first: The first sharp step, counted from 0; default 0. Earlier steps are plain. In some
             ports it is k − 1.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given. Its state holds
-        `part_ratio`, ‖g_v‖ / ‖g‖ when it was taken, and `sharp_fraction`.
+        A transformation that stands first in a chain. `update` needs `value_fn`. The state holds
+        `part_ratio`, which is ‖g_v‖ / ‖g‖ of the last sharp step, and `sharp_fraction`.
 
     Raises:
-        ValueError: If `rho`, `alpha` or `first` is negative, `period` below 1, or `rho` given
-            together with `perturbation`; in `update`, see `closure_transformation`.
-        TypeError: If `rho` or `alpha` is neither number nor schedule, or `period` or `first` no
-            Python int.
+        ValueError: If a number is out of range, or `rho` is given together with `perturbation`.
+        TypeError: If a hyperparameter is neither a number nor a schedule, or `period` or `first` is
+            not a Python int.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -80,21 +76,19 @@ def looksam(
         6.0
 
     References:
-        Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aware Minimization",
-        CVPR 2022, https://arxiv.org/abs/2203.02714
+        Liu, Mai, Chen, Hsieh, You, CVPR 2022, https://arxiv.org/abs/2203.02714
 
     Notes:
-        `period=1` is SAM, `alpha=0` periodic SAM, `perturb_if(every(period), sam(rho))`. All norms
-        and the inner product are over all parameters; some ports take them tensor
-        by tensor, which is another algorithm. Where g_s is parallel to g but for rounding, nothing
-        is reused; elsewhere the rounding in g_v grows with it by α ‖g‖ / ‖g_v‖ (some ten times),
-        which half-precision compute will see.
-        Cost: 1 + 1/period gradients per step, one copy of the parameters in the state, and a
-        transient one.
+        `period=1` is SAM. `alpha=0` is periodic SAM, `perturb_if(every(period), sam(rho))`. All
+        norms and the inner product are over all parameters. Some ports take them tensor by tensor,
+        which is another algorithm. If g_s is parallel to g up to rounding, nothing is reused.
+        Otherwise reuse multiplies the rounding error in g_v by α ‖g‖ / ‖g_v‖ (about ten), which
+        matters in half precision.
+        Cost: 1 + 1/period gradients per step, one copy of the parameters in the state, and one
+        transient copy.
         Fidelity: no code of the authors exists, and the paper's own text was not at hand. The rule
-        is the one on which secondary sources and four implementations agree; it matches the one
-        that the authors of Momentum-SAM compared with. `static_args`: `period`, `first`,
-        `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
+        is the one on which secondary sources and four implementations agree. It matches the one
+        that the authors of Momentum-SAM compared with. `static_args`: `period`, `first`.
     """
     ball = ball_of("looksam", rho, perturbation)
     return reuse_orthogonal("looksam", every(period, first), ball, alpha, perturb_dtype)
@@ -113,44 +107,40 @@ def look_layer_sam(
 
         ε_l = ρ · scaling(‖w_l‖, ‖g_l‖, ‖g‖) · g_l     for each tensor l
 
-    and everything else as in `looksam`, over all parameters.
+    Everything else is as in `looksam`, over all parameters.
 
     Args:
-        rho: Radius ρ ≥ 0, in units that the scaling makes of it, a number or a schedule over the
-            optimizer's steps; default 0.05.
-        period: Steps k ≥ 1 from one sharp gradient to the next; default 5.
-        alpha: Length α ≥ 0 of the reused part, relative to the gradient, a number or a schedule;
-            default 0.7.
-        first: The first sharp step, counted from 0; default 0.
+        rho: Radius ρ ≥ 0, in units that depend on `scaling`; default 0.05.
+        period: See `looksam`; default 5.
+        alpha: See `looksam`; default 0.7.
+        first: See `looksam`; default 0.
         scaling: `(‖w_l‖, ‖g_l‖, ‖g‖) -> factor`, see `perturbations.layer_steps`; default
             `perturbations.trust_ratio`, ‖w_l‖ / (‖g_l‖ ‖g‖).
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
         As `looksam`.
 
     Raises:
-        ValueError: If `rho`, `alpha` or `first` is negative or `period` below 1; in `update`, see
-            `closure_transformation`.
-        TypeError: If `rho` or `alpha` is neither number nor schedule, `period` or `first` no Python
-            int, or `scaling` no function.
+        ValueError: If a number is out of range.
+        TypeError: If a hyperparameter is neither a number nor a schedule, `period` or `first` is
+            not a Python int, or `scaling` is not a function.
 
     Example:
-        Every tensor moves by ρ times its own norm, the trust ratio of LARS and LAMB:
+        Every tensor moves by ρ times its own norm, as with the trust ratio of LARS and LAMB:
 
         >>> import optax, samx
         >>> relative = lambda w, g, total: w / g
         >>> tx = optax.chain(samx.look_layer_sam(0.05, scaling=relative), optax.lamb(1e-3))
 
     References:
-        Liu, Mai, Chen, Hsieh, You, "Towards Efficient and Scalable Sharpness-Aware Minimization",
-        CVPR 2022, https://arxiv.org/abs/2203.02714
+        Liu, Mai, Chen, Hsieh, You, CVPR 2022, https://arxiv.org/abs/2203.02714
 
     Notes:
-        Cost: as `looksam`. Fidelity: a reconstruction. There is no code of the authors, their
-        scaling rule could not be read, and the public ports disagree on it; the default is the
-        rule as we recall it, a trust ratio inside the SAM step. `static_args`: `period`, `first`,
-        `scaling`, `perturb_dtype`.
+        Cost: that of `looksam`. Fidelity: a reconstruction. There is no code of the authors, their
+        scaling rule could not be read, and the public ports disagree on it. The default is the
+        rule as we recall it: a trust ratio inside the SAM step. `static_args`: `period`, `first`,
+        `scaling`.
     """
     steps = layer_steps(rho, scaling)
     return reuse_orthogonal("look_layer_sam", every(period, first), steps, alpha, perturb_dtype)

@@ -1,4 +1,4 @@
-"""LSAM: workers with SAM's gradient around a common center, here all at the same pace.
+"""LSAM: workers that run SAM around a common center, here all at the same pace.
 
 Teng, Zhang. "LSAM: Asynchronous Distributed Training with Landscape-Smoothed Sharpness-Aware
 Minimization", 2025. https://arxiv.org/abs/2509.03110
@@ -27,43 +27,42 @@ def lsam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Landscape-smoothed SAM, the synchronous form: each worker's SAM, tied to a common center.
+    """Landscape-smoothed SAM, the synchronous form: each worker runs SAM, tied to a common center.
 
         α = beta / P
         on every `period`-th step, all P workers at once:
-            d_i = α (w_i − z),   z += Σ_i d_i,   w_i −= d_i  (behind the step)
+            d_i = α (w_i − z),   z += Σ_i d_i,   w_i −= d_i  (after the step)
         ε_i = ρ ∇L_i(w_i) / ‖∇L_i(w_i)‖
         w_i += base(∇L_i(w_i + ε_i))
 
-    The asynchronous form, without a barrier, is `samx.elastic.train`.
+    `samx.elastic.train` is the asynchronous form, without a barrier.
 
     Args:
-        base: The optimizer that takes a worker's step, weight decay and clipping included.
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            steps; default 0.05.
-        beta: Share in [0, 1] of the distance to the mean of the workers that the center moves in an
-            exchange, a number or a schedule; default 0.9.
+        base: The optimizer that takes a worker's step, including weight decay and clipping.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
+        beta: Share in [0, 1] of the distance to the workers' mean that the center moves in an
+            exchange; default 0.9.
         period: Steps τ ≥ 1 between exchanges; default 4.
-        worker_axis: The mapped axis of `jax.shard_map`, `jax.pmap` or `jax.vmap` along which the
-            workers are; default none, a single worker with a center.
-        exchange: "before", the default, or "after", see `samx.elastic.averaging`.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        worker_axis: The mapped axis of `jax.shard_map`, `jax.pmap` or `jax.vmap` that holds the
+            workers; default none, a single worker with a center.
+        exchange: Two forms of one method, EASGD: "before", the default, is its paper's synchronous
+            rule; "after" is what Leader SGD's code does. See `samx.elastic.averaging`.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` that wraps `base`, to be called inside the mapped
-        function with the worker's own parameters, state and examples. `update` needs `value_fn` (or
-        `losses_fn` and `batch`). The model to evaluate is `optax.tree.get(state, "center")`.
+        A transformation that wraps `base`. Call it inside the mapped function with the worker's own
+        parameters, state and examples. `update` needs `value_fn`. The model to evaluate is
+        `optax.tree.get(state, "center")`.
 
     Raises:
-        ValueError: If `rho` is negative or given together with `perturbation`, `beta` outside [0,
-            1], `period` below 1 or `exchange` unknown; in `update`, as `closure_transformation`
-            says.
-        TypeError: If `rho` or `beta` is neither number nor schedule, `period` no Python int,
-            `worker_axis` no name, or `base` no transformation.
+        ValueError: If a number is out of range, `rho` is given together with `perturbation`, or
+            `exchange` is unknown.
+        TypeError: If a hyperparameter is neither a number nor a schedule, `period` is not a Python
+            int, `worker_axis` is not a name, or `base` is not a transformation.
 
     Example:
-        Two workers on two devices, or as here on one:
+        Two workers on two devices, or on one device as here:
 
         >>> import functools, jax, jax.numpy as jnp, optax, samx
         >>> tx = samx.lsam(optax.sgd(0.1), rho=0.05, worker_axis="worker")
@@ -81,19 +80,17 @@ def lsam(
         [1.0, 2.0, 4.0]
 
     References:
-        Teng, Zhang, "LSAM: Asynchronous Distributed Training with Landscape-Smoothed
-        Sharpness-Aware Minimization", 2025, https://arxiv.org/abs/2509.03110
+        Teng, Zhang, 2025, https://arxiv.org/abs/2509.03110
 
     Notes:
-        `rho=0` is EASGD, `beta=0` SAM on each worker. Cost: 2 gradients per step, one more copy of
-        the parameters, and one all-reduce of them on every `period`-th step, none on the others.
+        `rho=0` is EASGD. `beta=0` is SAM on each worker. Cost: 2 gradients per step, one more copy
+        of the parameters, and one all-reduce of them on every `period`-th step only.
         Smoothing: for a learning rate η the workers' variance around the center is η τ / α.
-        Fidelity: **reconstructed**, there is no public code. The objective, a Gaussian-smoothed
-        density of the SAM loss, is known second-hand; that its samples are moved by elastic
-        averaging is our derivation, from the objective and the authors' earlier systems, and so
-        are `beta`, `period` and ρ. With `rho=0` it is their EASGD, whose code it follows.
-        `static_args`: `base`, `period`, `worker_axis`, `exchange`, `perturbation`,
-        `perturb_dtype`; `rho` too where `perturbation` is given.
+        Fidelity: **reconstructed**; there is no public code. The objective, a Gaussian-smoothed
+        density of the SAM loss, is known second-hand. That its samples are moved by elastic
+        averaging is our derivation, from the objective and the authors' earlier systems. `beta`,
+        `period` and ρ are our derivation too. With `rho=0` it is the authors' EASGD, whose
+        code it follows. `static_args`: `base`, `period`, `worker_axis`, `exchange`.
     """
     ball = ball_of("lsam", rho, perturbation)
     base = as_transformation("lsam", "base", base)

@@ -1,4 +1,4 @@
-"""Momentum-SAM: climb against the momentum, at the cost of the base optimizer.
+"""Momentum-SAM: perturb against the momentum, at the cost of the base optimizer.
 
 Becker, Altrock, Risse. "Momentum-SAM: Sharpness Aware Minimization without Computational
 Overhead", NeurIPS 2025. https://arxiv.org/abs/2401.12033
@@ -20,7 +20,7 @@ from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.variants._ball import ball_of
 
-MOMENTUM_NAMES = ("trace", "mu")  # of optax: sgd and the like, Adam and the like
+MOMENTUM_NAMES = ("trace", "mu")  # in optax: SGD-like optimizers, Adam-like optimizers
 
 
 class MomentumSAMState(NamedTuple):
@@ -29,8 +29,8 @@ class MomentumSAMState(NamedTuple):
     Attributes:
         base: State of the base optimizer, which holds the momentum.
         perturbation: State of the perturbation.
-        aux: The aux of the only pass, shaped like `aux_like`.
-        readings: What the last step saw.
+        aux: The aux of the step's only pass, shaped like `aux_like`.
+        readings: Readings of the last step.
     """
 
     base: optax.OptState
@@ -43,43 +43,42 @@ def momentum_sam(
     base: optax.GradientTransformation,
     rho: Radius = Default(3.0),
     *,
-    momentum: Callable[[optax.OptState], Any] | None = None,
+    momentum: Callable[[Any], Any] | None = None,
     aux_like: Any = None,
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Momentum-SAM: the only gradient of a step is taken where the momentum is about to lead.
+    """Momentum-SAM: take the only gradient of a step where the momentum is about to lead.
 
         v  = momentum(base state)                      (0 at first)
         ε  = −ρ v / ‖v‖
         return base(∇L(w + ε))                         (moves w, not w + ε)
 
     Args:
-        base: The optimizer that takes the step, one with a momentum: weight decay and clipping
-            included.
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 3, the paper's for ResNets on CIFAR-100 and ImageNet, about
-            ten times SAM's. During the warm-up of a vision transformer it uses 0.
+        base: The optimizer that takes the step, including weight decay and clipping. It must have a
+            momentum.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 3, the paper's value for
+            ResNets on CIFAR-100 and ImageNet, about ten times SAM's. During the warm-up of a vision
+            transformer the paper uses 0.
         momentum: `base state -> v`, a tree like the parameters; default the one field named `trace`
             or `mu`, optax's names.
         aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `value_fn`. The state
-            then holds the aux of the pass at `w + ε` (BatchNorm statistics, say), to be read with
-            `optax.tree.get(state, "aux")`, and before the first step these arrays, or zeros;
-            default none, aux is dropped.
-        perturbation: Another geometry in place of the ball, which gets −v; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+            then holds the aux of the pass at `w + ε` (BatchNorm statistics, for example); read it
+            with `optax.tree.get(state, "aux")`. Before the first step it holds these arrays, or
+            zeros. Default: aux is dropped.
+        perturbation: Replaces the ball and `rho`; it gets −v.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` that wraps `base`. `update` needs `value_fn` (or
-        `losses_fn` and `batch`) and ignores the incoming gradient, so that the compiler removes its
-        computation. Keywords that are not samx's own go on to `base`.
+        A transformation that wraps `base`. `update` needs `value_fn`. It ignores the incoming
+        gradient, so XLA drops that computation.
 
     Raises:
-        ValueError: If `rho` is a negative number, or given together with `perturbation`; in `init`,
-            if the state of `base` has no field `trace` or `mu`, or several, or what `momentum`
-            returns is not shaped like the parameters; in `update`, if aux differs in shape from
-            `aux_like`, and as `closure_transformation` says.
-        TypeError: If `rho` is neither number nor schedule, or `base` no transformation.
+        ValueError: If a number is out of range, or `rho` is given together with `perturbation`. In
+            `init`, if the state of `base` has no field `trace` or `mu`, or several, or `momentum`
+            does not return the shape of the parameters. In `update`, if aux differs from `aux_like`
+            in shape.
+        TypeError: If `rho` is neither a number nor a schedule, or `base` is not a transformation.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -94,20 +93,18 @@ def momentum_sam(
         [-2.07, -2.76]
 
     References:
-        Becker, Altrock, Risse, "Momentum-SAM: Sharpness Aware Minimization without Computational
-        Overhead", NeurIPS 2025, https://arxiv.org/abs/2401.12033
+        Becker, Altrock, Risse, NeurIPS 2025, https://arxiv.org/abs/2401.12033
 
     Notes:
         `rho=0` is the base optimizer. Cost: 1 gradient per step, and one transient copy of the
-        parameters; the state is the base's. The parameters are the clean ones, always: the authors'
+        parameters; the state is the base's. The parameters are always the clean ones. The authors'
         code keeps w + ε in the model and shifts it back to evaluate.
-        Readings: `loss` and `sharp_loss` are both that at w + ε, the only one there is, and
-        `grad_norm` is ‖v‖. aux is that of w + ε too; the authors collect BatchNorm statistics anew
+        Readings: `loss` and `sharp_loss` are both the loss at w + ε, the only one there is, and
+        `grad_norm` is ‖v‖. aux is that of w + ε too; the authors collect BatchNorm statistics again
         at w when training is done.
-        Fidelity: matches MarlonBecker/MSAM with SGD and AdamW. There SGD decays w + ε: with that
-        decay inside the loss it is reproduced; and AdamW decays behind the step, optax before.
-        `static_args`: `base`, `momentum`, `aux_like`, `perturbation`, `perturb_dtype`; `rho` too
-        where `perturbation` is given.
+        Fidelity: matches MarlonBecker/MSAM with SGD and AdamW. Its SGD decays w + ε: put that decay
+        inside the loss to reproduce it. Its AdamW decays after the step, optax before it.
+        `static_args`: `base`, `momentum`.
     """
     ball = ball_of("momentum_sam", rho, perturbation)
     base = as_transformation("momentum_sam", "base", base)
@@ -133,7 +130,7 @@ def momentum_sam(
 
 
 def find_momentum(state: optax.OptState) -> Any:
-    """The momentum in the state of a base optimizer: its one field named `trace` or `mu`."""
+    """Return the momentum in the state of a base optimizer: its one field named `trace` or `mu`."""
     found = [
         (jax.tree_util.keystr(path), value)
         for name in MOMENTUM_NAMES
@@ -143,14 +140,14 @@ def find_momentum(state: optax.OptState) -> Any:
         where = ", ".join(path for path, _ in found) or "none"
         raise ValueError(
             "momentum_sam: `base` must have one momentum, a field named `trace` or `mu` in its "
-            f"state, found {where}. Give it one, optax.sgd(..., momentum=0.9) say, or pass "
+            f"state, found {where}. Give it one, for example optax.sgd(..., momentum=0.9), or pass "
             "`momentum=`, a function from the state of the base to the momentum"
         )
     return found[0][1]
 
 
 def _is_field(path: Any, value: Any) -> bool:
-    """Not a parameter of that name."""
+    """Return whether the path ends in a field of a state, not in a parameter of that name."""
     del value
     return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
 

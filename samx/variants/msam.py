@@ -1,4 +1,4 @@
-"""mSAM: every microbatch climbs on its own.
+"""mSAM: a separate perturbation for every microbatch.
 
 Behdin, Song, Gupta, Durfee, Acharya, Keerthi, Mazumder. "Improved Deep Neural Network
 Generalization Using m-Sharpness-Aware Minimization", 2022. https://arxiv.org/abs/2212.04343
@@ -29,7 +29,7 @@ class MSAMState(NamedTuple):
     Attributes:
         perturbation: State of the perturbation.
         aux: The aux of the passes at the parameters, shaped like `aux_like`.
-        readings: What the last step saw; norms and cosine are means over the microbatches.
+        readings: Readings of the last step; norms and cosine are means over the microbatches.
     """
 
     perturbation: optax.OptState
@@ -46,7 +46,7 @@ def msam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Micro-batch SAM (mSAM).
+    """Micro-batch SAM (mSAM): perturb each microbatch separately, and average the sharp gradients.
 
         for each microbatch j:                         (each with a share of the examples)
             g_j  = ∇L_j(w)
@@ -54,36 +54,34 @@ def msam(
             h_j  = ∇L_j(w + ε_j)
         return Σ_j share_j h_j
 
-    The "m" of m-sharpness, the examples that climb together, is B / num_microbatches. Small ones
-    generalize better than the whole batch.
+    The "m" of m-sharpness is the number of examples that share a perturbation: B /
+    num_microbatches. A small m generalizes better than the whole batch.
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
         num_microbatches: Number K ≥ 1 of microbatches, a divisor of `B`; default 4. Microbatch j
-            holds the examples j, j + K, j + 2K, ..., so that a batch that is sharded over devices
-            stays where it is.
-        how: "scan" takes one after the other, in constant memory; "vmap" all at once, with K
-            perturbed copies of the parameters. Same numbers.
+            holds the examples j, j + K, j + 2K, ..., so a batch that is sharded over devices stays
+            where it is.
+        how: "scan" runs one microbatch after the other, in constant memory. "vmap" runs all at
+            once, with K perturbed copies of the parameters. Both give the same numbers.
         aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `losses_fn`. The state
-            then holds the aux of the passes at w (BatchNorm statistics, say), to be read with
-            `optax.tree.get(state, "aux")`: floating leaves are means over the microbatches, others
-            those of the last one. Before the first step these arrays, or zeros; default none, aux
-            is dropped.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed points, see `sharpness_aware`.
+            then holds the aux of the passes at w (BatchNorm statistics, for example); read it with
+            `optax.tree.get(state, "aux")`. Floating leaves are means over the microbatches, other
+            leaves come from the last microbatch. Before the first step it holds these arrays, or
+            zeros. Default: aux is dropped.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `losses_fn` and `batch`, respects `weights`, and ignores the incoming gradient, so that the
-        compiler removes its computation.
+        A transformation that stands first in a chain. `update` needs `losses_fn` and `batch`, and
+        respects `weights`. It ignores the incoming gradient, so XLA drops that computation.
 
     Raises:
-        ValueError: If `rho` is a negative number, or given together with `perturbation`,
-            `num_microbatches` below 1 or `how` unknown; in `update`, if `num_microbatches` does not
-            divide the examples of a device, if aux differs in shape from `aux_like`, and as
-            `closure_transformation` says.
-        TypeError: If `rho` is neither number nor schedule, or `num_microbatches` no Python int.
+        ValueError: If a number is out of range, `rho` is given together with `perturbation`, or
+            `how` is unknown. In `update`, if `num_microbatches` does not divide the examples of a
+            device, or aux differs from `aux_like` in shape.
+        TypeError: If `rho` is neither a number nor a schedule, or `num_microbatches` is not a
+            Python int.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -101,18 +99,18 @@ def msam(
         https://arxiv.org/abs/2206.06232
 
     Notes:
-        `num_microbatches=1` is SAM, `B` of them climb example by example. A perturbation with a
-        memory climbs each microbatch from the same memory, and remembers the whole batch.
-        Inside `data_parallel` K counts within each device; with `ascent="local"`, D devices climb
-        D·K microbatches. The gradients of each microbatch are averaged over the devices apart: 2K
-        all-reduces of the parameters, K with local ascent.
+        `num_microbatches=1` is SAM. With `B` microbatches, each example has its own perturbation. A
+        perturbation with a state starts on each microbatch from the same state, and then advances
+        its state with the whole batch.
+        Inside `data_parallel`, K counts within each device. With `ascent="local"`, D devices have
+        D·K microbatches. The gradients of each microbatch are averaged over the devices separately:
+        2K all-reduces of the parameters, K with local ascent.
         Cost: 2 gradients per step, in K pieces each. "scan" holds one sum of gradients and the
-        activations of one microbatch; small pieces fill a device worse. "vmap" holds K perturbed
-        copies of the parameters, gradients too, and the activations of the whole batch.
-        Fidelity: the authors' code was not published; matches davda54/sam driven microbatch by
+        activations of one microbatch; small microbatches use a device less well. "vmap" holds K
+        copies of the perturbed parameters, K gradients, and the activations of the whole batch.
+        Fidelity: the authors' code was not published. It matches davda54/sam, run microbatch by
         microbatch, which agrees with the loop of tml-epfl/understanding-sam. The microbatches of
-        these are contiguous. `static_args`: `num_microbatches`, `how`, `aux_like`, `perturbation`,
-        `perturb_dtype`; `rho` too where `perturbation` is given.
+        both are contiguous. `static_args`: `num_microbatches`, `how`.
     """
     check_count("num_microbatches", num_microbatches)
     if how not in ("scan", "vmap"):

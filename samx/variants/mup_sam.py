@@ -29,21 +29,20 @@ def mup_sam(
     Tune the learning rate and ρ on a narrow network, and keep them for a wide one.
 
     Args:
-        rho: Radius ρ ≥ 0 at base width, a number or a schedule over the optimizer's steps.
+        rho: Radius ρ ≥ 0 at base width.
         scales: Tree like `params` of numbers ≥ 0, from `samx.mup.layer_scales`.
-        normalization: "decoupled", the default, or "layerwise", see `perturbations.mup_ball`.
+        normalization: The paper's own two forms of the norm: "decoupled", the default, is its
+            algorithm; "layerwise" is its Definition 4. See `perturbations.mup_ball`.
         width: With "layerwise", how many times as wide as its base the network is.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given.
+        A transformation that stands first in a chain. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If `rho` or a scale is a negative number, `normalization` unknown, or `width`
-            not above 0, missing, or given without "layerwise"; in `update`, if `scales` does not
-            match `params`, and as `closure_transformation` says.
-        TypeError: If `rho` is neither number nor schedule, or a scale no number.
+        ValueError: If a number is out of range, `normalization` is unknown, or `width` is missing
+            or given without "layerwise"; in `update`, if `scales` does not match `params`.
+        TypeError: If `rho` is neither a number nor a schedule, or a scale is not a number.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -64,15 +63,15 @@ def mup_sam(
         Haas, Xu, Cevher, Vankadara, NeurIPS 2024, https://arxiv.org/abs/2411.00075
 
     Notes:
-        Scales of 1 are SAM. µP is half of it: initialize the output layer with 1/width of the usual
-        variance, or zero, and multiply learning rates by `samx.mup.learning_rates`. While an output
-        layer is zero, it alone is perturbed. With Adam as the base the scales are the same: the
-        perturbation has to do with gradients, not with steps.
+        Scales of 1 are SAM. µP is half of the method: initialize the output layer with 1/width of
+        the usual variance, or with zero, and multiply learning rates by `samx.mup.learning_rates`.
+        While an output layer is zero, only that layer is perturbed. With Adam as the base the
+        scales are the same: the perturbation depends on gradients, not on steps.
         Cost: 2 gradients per step, one after the other, and one transient copy of the parameters.
-        Fidelity: matches the perturbation of the first author's later repository (moritzhaas/
-        large-lr-width-scaling) with "decoupled", the paper's algorithm; "layerwise" is its
-        Definition 4 from the same tables, checked against an independent loop; the paper's own code
-        was not published. `static_args`: `scales`, `normalization`, `width`, `perturb_dtype`.
+        Fidelity: "decoupled" matches the perturbation in the first author's later repository
+        (moritzhaas/large-lr-width-scaling). "layerwise" comes from the same tables and was checked
+        against an independent loop. The paper's own code was not published. `static_args`:
+        `scales`, `normalization`, `width`.
     """
     ball = mup_ball(rho, scales, normalization=normalization, width=width)
     return sharpness_aware(ball, perturb_dtype=perturb_dtype, name="mup_sam")

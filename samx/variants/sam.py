@@ -23,7 +23,7 @@ class SharpnessAwareState(NamedTuple):
 
     Attributes:
         perturbation: State of the perturbation.
-        readings: What the last step saw.
+        readings: Readings of the last step.
     """
 
     perturbation: optax.OptState
@@ -48,19 +48,19 @@ def sharpness_aware(
     Args:
         perturbation: An optax transformation from a gradient to a step up the loss, for example
             from `samx.perturbations`.
-        ascent_steps: Number of ascent steps n ≥ 1; default 1. As in `optax.contrib.sam` with
-            `sync_period = n + 1`, steps are not projected back: the radius adds up to n·ρ at most.
-        perturb_dtype: Lowest precision of the perturbed point; default float32, so that bfloat16
-            and float16 parameters really see the perturbation. `None` keeps their dtype.
-        name: What error messages call it.
+        ascent_steps: Number n ≥ 1 of ascent steps; default 1. As in `optax.contrib.sam` with
+            `sync_period = n + 1`, steps are not projected back, so the radius adds up to at most
+            n·ρ.
+        perturb_dtype: Lowest precision of the perturbed point; default float32, so that the
+            perturbation is not lost in bfloat16 or float16. `None` keeps the parameters' dtype.
+        name: What error messages call the transformation.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given.
+        A transformation that stands first in a chain. `update` needs `value_fn`.
 
     Raises:
-        TypeError: If `ascent_steps` is not a Python int, or `perturbation` no transformation.
-        ValueError: If `ascent_steps` is below 1; in `update`, see `closure_transformation`.
+        TypeError: If `ascent_steps` is not a Python int, or `perturbation` is not a transformation.
+        ValueError: If `ascent_steps` is below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -76,9 +76,9 @@ def sharpness_aware(
 
     Notes:
         A perturbation of zero gives the base optimizer. Cost: `1 + ascent_steps` gradients per
-        step, one after the other, and one transient copy of the parameters. The state advances
-        once per optimizer step, from the gradient at the parameters, whatever `ascent_steps` is.
-        `static_args`: `perturbation`, `ascent_steps`, `perturb_dtype`, `name`.
+        step, one after the other, and one transient copy of the parameters. The perturbation's
+        state advances once per optimizer step, from the gradient at the parameters, whatever
+        `ascent_steps` is. `static_args`: `ascent_steps`.
     """
     check_count("ascent_steps", ascent_steps)
     perturbation = as_transformation(name, "perturbation", perturbation)
@@ -119,26 +119,24 @@ def sam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Sharpness-Aware Minimization.
+    """Sharpness-Aware Minimization (SAM).
 
         g   = ∇L(w)                    (the incoming updates)
         ε   = ρ g / ‖g‖
         return g_s = ∇L(w + ε)
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05, the paper's recommendation.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05, the paper's
+            recommendation.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given.
+        A transformation that stands first in a chain. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If `rho` is a negative number, or given together with `perturbation`; in
-            `update`, see `closure_transformation`.
-        TypeError: If `rho` is neither number nor schedule.
+        ValueError: If a number is out of range, or `rho` is given together with `perturbation`.
+        TypeError: If `rho` is neither a number nor a schedule.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -154,11 +152,10 @@ def sam(
 
     Notes:
         `rho=0` is the base optimizer. Cost: 2 gradients per step, one after the other, and one
-        transient copy of the parameters. Weight decay belongs behind it in the chain, or inside the
-        loss, where it is part of the ascent as in google-research/sam. That code climbs on each
-        device with its own gradient; here the ascent gradient is the one handed in.
-        Fidelity: matches davda54/sam. `static_args`: `perturbation`, `perturb_dtype`; `rho` too
-        where `perturbation` is given.
+        transient copy of the parameters. Put weight decay after SAM in the chain, or inside the
+        loss; there it is part of the ascent, as in google-research/sam. In that code each device
+        climbs along its own gradient; here the ascent gradient is the incoming one.
+        Fidelity: matches davda54/sam.
     """
     ball = ball_of("sam", rho, perturbation)
     return sharpness_aware(ball, perturb_dtype=perturb_dtype, name="sam")

@@ -22,28 +22,27 @@ def sam_on(
     """SAM on the normalization layers only (SAM-ON).
 
         g   = ∇L(w)                    (the incoming updates)
-        ε   = ρ g / ‖g‖                on the normalization layers, their norm alone; 0 elsewhere
+        ε   = ρ g / ‖g‖                on the normalization layers (norm over these); 0 elsewhere
         return g_s = ∇L(w + ε)         of all parameters
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over the perturbed parameters, a number or a schedule over
-            the optimizer's steps; default 0.5, ours. The authors' best are two to ten times those
-            for all parameters: 1 against 0.2 for a WRN-28-10 on CIFAR-100.
+        rho: Radius ρ ≥ 0 of the L2 ball over the perturbed parameters; default 0.5, our choice. The
+            authors' best values are two to ten times those for all parameters: 1 instead of 0.2 for
+            a WRN-28-10 on CIFAR-100.
         is_perturbed: `(path, leaf) -> bool`; default `perturbations.is_normalization`, by names.
-        perturbation: Another geometry in place of the ball, any metric; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        perturbation: Replaces the ball and `rho`; any metric.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given.
+        A transformation that stands first in a chain. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If `rho` is a negative number, or given together with `perturbation`; in
-            `update`, if no leaf is perturbed, and see `closure_transformation`.
-        TypeError: If `rho` is neither number nor schedule.
+        ValueError: If a number is out of range, or `rho` is given together with `perturbation`; in
+            `update`, if no leaf is perturbed.
+        TypeError: If `rho` is neither a number nor a schedule.
 
     Example:
-        ASAM-ON, elementwise, biases of the normalization scaled as well:
+        Elementwise ASAM-ON, with the biases of the normalization scaled too:
 
         >>> import jax, jax.numpy as jnp, optax, samx
         >>> from samx.perturbations import magnitude, metric_ball
@@ -56,15 +55,13 @@ def sam_on(
         1.01
 
     References:
-        Müller, Vlaar, Rolnick, Hein, "Normalization Layers Are All That Sharpness-Aware
-        Minimization Needs", NeurIPS 2023, https://arxiv.org/abs/2306.04226
+        Müller, Vlaar, Rolnick, Hein, NeurIPS 2023, https://arxiv.org/abs/2306.04226
 
     Notes:
-        `sharpness_aware(on_leaves(metric_ball(rho), is_normalization))`, with a name. The paper's
-        control, all but the normalization, is an `is_perturbed` that says the opposite. Cost: 2
-        gradients per step, one after the other: both passes need all layers.
-        Fidelity: matches mueller-mp/SAM-ON, for every metric. `static_args`: `is_perturbed`,
-        `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
+        This is `sharpness_aware(on_leaves(metric_ball(rho), is_normalization))` with a name. For
+        the paper's control experiment, all layers except the normalization, negate `is_perturbed`.
+        Cost: 2 gradients per step, one after the other: both passes need all layers.
+        Fidelity: matches mueller-mp/SAM-ON, for every metric. `static_args`: `is_perturbed`.
     """
     ball = on_leaves(ball_of("sam_on", rho, perturbation), is_perturbed)
     return sharpness_aware(ball, perturb_dtype=perturb_dtype, name="sam_on")

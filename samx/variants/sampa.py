@@ -34,7 +34,7 @@ class SAMPaState(NamedTuple):
         g_y: Gradient at `y` on the previous batch, shaped like the parameters.
         previous: The previous batch and its weights.
         aux: The aux of the pass at `y`, shaped like `aux_like`.
-        readings: What the last step saw.
+        readings: Readings of the last step.
     """
 
     step: jax.Array
@@ -58,7 +58,7 @@ def sampa(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """SAM Parallelized: both gradients of a step depend on known points only.
+    """SAM Parallelized: compute both gradients of a step at once, at points known beforehand.
 
         x̃   = x + ρ g_y / ‖g_y‖
         y   = x + base(g_y)                            (trial step, its state discarded)
@@ -66,41 +66,40 @@ def sampa(
         x   = x + base((1 − λ) g_s + λ g_y′)
         g_y, B_prev = g_y′, B
 
-    `g_y` starts at 0 and `B_prev` at the first batch, so that the first step is the base's own.
+    `g_y` starts at 0 and `B_prev` at the first batch, so the first step is a step of the base.
 
     Args:
-        base: The optimizer that takes the step, weight decay and clipping included.
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.1.
-        lam: Share λ in [0, 1] of the gradient at `y`, a number or a schedule; default 0.2.
+        base: The optimizer that takes the step, including weight decay and clipping.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.1.
+        lam: Share λ in [0, 1] of the gradient at `y`; default 0.2.
         batch_like: Arrays or `jax.ShapeDtypeStruct`s with the shapes and dtypes of a batch,
             leading axis `B`. The state holds a batch of this shape.
         aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `losses_fn`. The state
-            then holds the aux of the pass at `y` on the current batch (BatchNorm statistics, say),
-            to be read with `optax.tree.get(state, "aux")`, and before the first step these arrays,
-            or zeros; default none, aux is dropped.
-        gradients: "vmap" computes both in one vectorized call; "separate" in two calls of the
-            same program, which is faster where batched products are slow. Same numbers.
-        pair_sharding: Two groups of devices, each of which computes one of the gradients: a mesh
-            axis of size 2, as `PartitionSpec("pair")`. Inside `jax.shard_map` or `jax.pmap` that is
-            a mapped axis, under `jax.jit` an axis of the current mesh (`jax.set_mesh`) or of the
-            `NamedSharding` given instead. The batch may be sharded over further axes, but not over
+            then holds the aux of the pass at `y` on the current batch (BatchNorm statistics, for
+            example); read it with `optax.tree.get(state, "aux")`. Before the first step it holds
+            these arrays, or zeros. Default: aux is dropped.
+        gradients: "vmap" computes both gradients in one vectorized call. "separate" uses two calls
+            of the same program, which is faster where batched products are slow. Both give the same
+            numbers.
+        pair_sharding: Two groups of devices, one for each gradient: a mesh axis of size 2, for
+            example `PartitionSpec("pair")`. Inside `jax.shard_map` or `jax.pmap` this is a mapped
+            axis. Under `jax.jit` it is an axis of the current mesh (`jax.set_mesh`), or of the
+            `NamedSharding` given instead. The batch may be sharded over other axes, but not over
             this one. Default: no groups.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of both points, see `sharpness_aware`.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: For both points, see `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` that wraps `base`. `update` needs `losses_fn` and
-        `batch`, respects `weights`, and ignores the incoming gradient, so that the compiler
-        removes its computation. Keywords that are not samx's own go on to `base`.
+        A transformation that wraps `base`. `update` needs `losses_fn` and `batch`, and respects
+        `weights`. It ignores the incoming gradient, so XLA drops that computation.
 
     Raises:
-        ValueError: If `rho` is negative, `lam` outside [0, 1], `rho` given together with
-            `perturbation`, `gradients` unknown, or `pair_sharding` not over one named axis; in
-            `update`, if `batch` or aux differ in shape from `batch_like` or `aux_like`, if the axis
-            of `pair_sharding` is not there or not of size 2, and as `closure_transformation` says.
-        TypeError: If `rho` or `lam` is neither number nor schedule, `pair_sharding` no sharding, or
-            `base` no transformation.
+        ValueError: If a number is out of range, `rho` is given together with `perturbation`,
+            `gradients` is unknown, or `pair_sharding` is not over one named axis. In `update`, if
+            `batch` or aux differ from `batch_like` or `aux_like` in shape, or if the axis of
+            `pair_sharding` does not exist or is not of size 2.
+        TypeError: If a hyperparameter is neither a number nor a schedule, `pair_sharding` is not a
+            sharding, or `base` is not a transformation.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -116,33 +115,31 @@ def sampa(
         [0.205, 0.205]
 
     References:
-        Xie, Pethick, Cevher, "SAMPa: Sharpness-aware Minimization Parallelized", NeurIPS 2024,
-        https://arxiv.org/abs/2410.10683
+        Xie, Pethick, Cevher, NeurIPS 2024, https://arxiv.org/abs/2410.10683
 
     Notes:
-        Cost: 2 gradients per step that do not wait for each other, and the trial step; one more
-        copy of the parameters and one batch in the state, and the activations of both passes at a
-        time, in either form. "vmap" turns a dense layer into a batched product and a convolution
-        into a grouped one: on the CPU "separate" is faster, for a convolutional net almost three
-        times. With `pair_sharding` each device computes one gradient, and one all-reduce of twice
-        the parameters exchanges them (inside `data_parallel` the same one averages; under `jax.jit`
-        another one of the parameters does).
-        Readings: `loss` is that at `y` on the current batch; the others compare x̃ with the `g_y`
-        that it climbed, both on the previous batch.
-        Fidelity: matches LIONS-EPFL/SAMPa with SGD, momentum, weight decay and schedules. Its
-        published script degenerates at `lam=0` to the base optimizer on the previous batch, leaves
-        weight decay out of `y` when there is no momentum, and pairs unrelated batches from the
-        second epoch on; here `lam=0` is the paper's SAMPa, and the batches are the ones passed.
+        Cost: 2 gradients per step that do not wait for each other, and the trial step. The state
+        holds one more copy of the parameters and one batch. In both forms the activations of both
+        passes are held at the same time. "vmap" turns a dense layer into a batched product and a
+        convolution into a grouped one. On the CPU "separate" is faster, for a convolutional net
+        almost three times. With `pair_sharding` each device computes one gradient, and one
+        all-reduce of twice the parameters exchanges them. Inside `data_parallel` the same
+        all-reduce averages over devices; under `jax.jit` another one of the parameters does.
+        Readings: `loss` is the loss at `y` on the current batch. The other readings compare
+        x̃ with the gradient `g_y` that set its perturbation, both on the previous batch.
+        Fidelity: matches LIONS-EPFL/SAMPa with SGD, momentum, weight decay and schedules. In its
+        published script, `lam=0` degenerates to the base optimizer on the previous batch, `y`
+        lacks weight decay when there is no momentum, and unrelated batches are paired from the
+        second epoch on. Here `lam=0` is the paper's SAMPa, and the batches are the ones you pass.
         With Adam there is no published code: the trial step through the base is our reading.
-        `static_args`: `base`, `batch_like`, `aux_like`, `gradients`, `pair_sharding`,
-        `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
+        `static_args`: `base`, `gradients`, `pair_sharding`.
     """
     check_number("lam", lam, 0, 1)
     if gradients not in ("vmap", "separate"):
         raise ValueError(f"sampa: `gradients` must be 'vmap' or 'separate', got {gradients!r}")
     check_pair_sharding("sampa", pair_sharding)
     if pair_sharding is not None and gradients == "separate":
-        raise ValueError("sampa: `pair_sharding` needs gradients='vmap': one call, on two groups")
+        raise ValueError("sampa: `pair_sharding` needs gradients='vmap', got 'separate'")
     ball = ball_of("sampa", rho, perturbation)
     base = as_transformation("sampa", "base", base)
     batch_size("sampa: batch_like", batch_like)
@@ -197,7 +194,7 @@ def sampa(
 
 
 def _held(batch: Any, weights: Any, like: HeldBatch) -> HeldBatch:
-    """Hold a batch for the next step; its weights are ones if there are none."""
+    """Return a batch to hold for the next step; without `weights`, its weights are ones."""
     check_like("sampa", "batch", batch, like.batch, "pad ragged batches and pass `weights`")
     dtype = like.weights.dtype
     weights = unit_weights(batch, dtype) if weights is None else jnp.asarray(weights, dtype)

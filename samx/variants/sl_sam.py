@@ -1,4 +1,4 @@
-"""SL-SAM: SAM on a few layers per step, which a bandit chooses by their gradients.
+"""SL-SAM: SAM on a few layers per step, which a bandit chooses by their gradient norms.
 
 Cheng, Yang, Wang, Huang, Ma, Yu, Cao, Shen. Sparse-layer SAM, 2026. https://arxiv.org/abs/2602.09395
 """
@@ -28,13 +28,13 @@ class SLSAMState(NamedTuple):
     Attributes:
         step: int32, optimizer steps so far.
         key: The random key of all draws.
-        log_weights: `float32[groups]`, the bandit's; the largest is 0.
-        largest_norm: The longest gradient of a group so far.
+        log_weights: `float32[groups]`, log weights of the bandit; the largest is 0.
+        largest_norm: The largest gradient norm of a group so far.
         group: int32, the group that the last step trained; −1 before the first.
-        base: State of the base optimizer, of all layers.
+        base: State of the base optimizer, for all layers.
         perturbation: State of the perturbation.
         aux: The aux of the pass at w, shaped like `aux_like`.
-        readings: What the last step saw; norms are those of the active group.
+        readings: Readings of the last step; norms are those of the active group.
     """
 
     step: jax.Array
@@ -60,50 +60,45 @@ def sl_sam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """SL-SAM: SAM on one group of layers per step, which a bandit chooses by their gradients.
+    """SL-SAM: SAM on one group of layers per step, which a bandit chooses by gradient norms.
 
         p   = (1 − exploration) softmax(s) + exploration / num_groups
         A   ~ p                                        one group of layers
         g_A = ∇_A L(w)
         ε   = ρ g_A / ‖g_A‖ on A, 0 elsewhere
         w_A, base state of A = base(∇_A L(w + ε))      nothing else moves
-        s_A = s_A + rate · (‖g_A‖ / the largest so far) / p_A
+        s_A = s_A + η · (‖g_A‖ / the largest so far) / p_A
 
-    The step is a `jax.lax.switch` over the groups, each with a program of its own, which
-    differentiates the layers of the group and no others.
+    The step is a `jax.lax.switch` over the groups. Each group has a separate program, which
+    differentiates only the layers of that group.
 
     Args:
-        base: The optimizer that takes the step: weight decay and clipping included.
-        rho: Radius ρ ≥ 0 of the L2 ball over the active parameters, a number or a schedule over the
-            optimizer's steps; default 0.05.
-        groups: How many groups of consecutive layers with about as many parameters each, at most
-            as many as there are layers (the leaves of one module, or single leaves of a flat tree);
-            default 4. Or `(path, leaf) -> label`, any hashable: leaves with the same label make a
-            group. Every group is a program to be compiled.
-        rate: Learning rate η ≥ 0 of the bandit, a number or a schedule; default 0.01. 0: every
-            group is as likely as the others, for good.
-        exploration: ζ in [0, 1], the share of the draws that ignore the weights, a number or a
-            schedule; default 0.2.
+        base: The optimizer that takes the step, including weight decay and clipping.
+        rho: Radius ρ ≥ 0 of the L2 ball over the active parameters; default 0.05.
+        groups: Number of groups of consecutive layers with about as many parameters each, at most
+            the number of layers; default 4. A layer is the leaves of one module, or a single leaf
+            of a flat tree. Or `(path, leaf) -> label`, any hashable: leaves with the same label
+            make a group. Every group is a program to be compiled.
+        bandit_learning_rate: Learning rate η ≥ 0 of the bandit's log weights s; default 0.01. With
+            0, all groups stay equally likely.
+        exploration: Share ζ in [0, 1] of the draws that ignore the log weights; default 0.2.
         key: Seed or random key of the draws, the same on all devices; default 0.
         aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `value_fn`. The state
-            then holds the aux of the pass at w (BatchNorm statistics, say), to be read with
-            `optax.tree.get(state, "aux")`, and before the first step these arrays, or zeros;
-            default none, aux is dropped.
-        perturbation: Another geometry in place of the ball, which gets zeros outside of the active
-            group; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+            then holds the aux of the pass at w (BatchNorm statistics, for example); read it with
+            `optax.tree.get(state, "aux")`. Before the first step it holds these arrays, or zeros.
+            Default: aux is dropped.
+        perturbation: Replaces the ball and `rho`; it gets zeros outside the active group.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` that wraps `base`. `update` needs `value_fn` (or
-        `losses_fn` and `batch`) and ignores the incoming gradient, so that the compiler removes its
-        computation. Keywords that are not samx's own go on to `base`.
+        A transformation that wraps `base`. `update` needs `value_fn`. It ignores the incoming
+        gradient, so XLA drops that computation.
 
     Raises:
-        ValueError: If a number is out of its range, or `rho` is given together with
-            `perturbation`; in `update`, if aux differs in shape from `aux_like`, and as
-            `closure_transformation` says.
-        TypeError: If a number is none, `groups` neither count nor function, or `base` no
-            transformation.
+        ValueError: If a number is out of range, or `rho` is given together with `perturbation`; in
+            `update`, if aux differs from `aux_like` in shape.
+        TypeError: If a hyperparameter is neither a number nor a schedule, `groups` is neither a
+            count nor a function, or `base` is not a transformation.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -122,20 +117,19 @@ def sl_sam(
         Cheng, Yang, Wang, Huang, Ma, Yu, Cao, Shen, 2026, https://arxiv.org/abs/2602.09395
 
     Notes:
-        `groups=1` is SAM. Cost: two forward passes and two partial backward passes: of the
-        gradients of the weights the group's own only, of those of the activations what lies behind
-        its first layer. `gradients_spent` of the readings counts, for a group with a share s of the
-        parameters, (4 + 2 s) / 3 gradients, the most that it can be. Memory: the gradients of one
-        group. `optax.adamw` and the like correct their bias by the steps of all groups, so that
-        with f of the steps for a group its first thousand ones are up to 1/√f times as long as they
-        would be: the same as in other sparse forms of Adam.
-        Under `jax.vmap` over seeds whose state crosses the boundary of the mapped function the
-        groups differ from seed to seed, and all branches are computed.
+        `groups=1` is SAM. Cost: two forward passes and two partial backward passes. A partial pass
+        computes the weight gradients of the group only, and the activation gradients of the layers
+        after the group's first layer. For a group with a share s of the parameters,
+        `gradients_spent` of the readings counts (4 + 2 s) / 3 gradients, the most that it can be.
+        Memory: the gradients of one group. `optax.adamw` and similar optimizers correct their bias
+        by the steps of all groups. If a group gets a share f of the steps, its first thousand steps
+        are therefore up to 1/√f times as long as otherwise, as in other sparse forms of Adam.
+        Under `jax.vmap` over seeds, if the state crosses the boundary of the mapped function, the
+        groups differ from seed to seed and all branches are computed.
         Fidelity: **reconstructed** from the abstract: layers for ascent and descent are chosen per
-        step by a bandit whose probabilities follow gradient norms. An update of EXP3 is what a
-        secondary source says; its rate, floor and reward, and that the arms are groups, are ours.
-        The paper reports 21% to 47% of active parameters. `static_args`: `base`, `groups`, `key`,
-        `aux_like`, `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
+        step by a bandit whose probabilities follow gradient norms. A secondary source names an
+        update of EXP3. Its rate, floor and reward are our choices, and so are groups as the arms.
+        The paper reports 21% to 47% of active parameters. `static_args`: `base`, `groups`.
     """
     check_number("bandit_learning_rate", bandit_learning_rate, 0)
     check_number("exploration", exploration, 0, 1)
@@ -203,7 +197,7 @@ def _probabilities(log_weights: jax.Array, exploration: Any) -> jax.Array:
 def _seen_by_part(
     ball: optax.GradientTransformationExtraArgs, active: Any, whole: Any, value_fn: Closure
 ) -> Transformation:
-    """Let the active leaves see a perturbation of all parameters; other gradients are zero."""
+    """Give the active leaves a perturbation of all parameters; other gradients are zero."""
     zeros = optax.tree.zeros_like(whole)
 
     def update_fn(updates, state, params=None, **keywords):
@@ -216,15 +210,15 @@ def _seen_by_part(
 
 
 def _share(part: Any, params: Any) -> float:
-    """The share of the parameters in a part."""
+    """Return the share of the parameters that is in `part`."""
     active, whole = (sum(jnp.size(x) for x in jax.tree.leaves(tree)) for tree in (part, params))
     return active / whole
 
 
 def _restored(new: Any, old: Any, active: Any) -> Any:
-    """The new state of a base, but the old one where it belongs to leaves that are not active.
+    """Return the new state of a base, with the old state for leaves that are not active.
 
-    What belongs to a parameter has a path that ends with the parameter's own.
+    The path of what belongs to a parameter ends with the path of that parameter.
     """
     is_active = dict(jax.tree_util.tree_leaves_with_path(active))
 

@@ -1,4 +1,4 @@
-"""Sparse SAM: perturb only a part of the entries of the parameters.
+"""Sparse SAM: perturb only some entries of the parameters.
 
 Mi, Shen, Ren, Zhou, Sun, Ji, Tao. "Make Sharpness-Aware Minimization Stronger: A Sparsified
 Perturbation Approach", NeurIPS 2022. https://arxiv.org/abs/2210.05177
@@ -17,7 +17,7 @@ from samx.perturbations.patterns import Pattern
 from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
 
-NORM_EPS = 1e-7  # of the authors
+NORM_EPS = 1e-7  # the authors' value
 
 
 def fisher_sparse_sam(
@@ -30,7 +30,7 @@ def fisher_sparse_sam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Sparse SAM with a mask of the Fisher information (SSAM-F).
+    """Sparse SAM: perturb the entries with the largest Fisher information (SSAM-F).
 
         g   = ∇L(w)                                    (the incoming updates)
         on the steps 1, 1 + period, 1 + 2 period, ...:
@@ -39,31 +39,28 @@ def fisher_sparse_sam(
         return g_s = ∇L(w + ε)
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05, that of the authors' code. Their recipes: 0.1 for a
-            ResNet-18 on CIFAR-10, 0.2 in the later paper's.
-        sparsity: Share s in [0, 1] of the entries that are not perturbed, a number or a schedule;
-            default 0.5, that of the authors' recipes; their code's is 0.2.
-        period: Steps between two looks at the Fisher information; the authors': one epoch.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05, as in the authors' code.
+            Their recipes: 0.1 for a ResNet-18 on CIFAR-10, 0.2 in the later paper.
+        sparsity: Share s in [0, 1] of the entries that are not perturbed; default 0.5, as in the
+            authors' recipes. The default of their code is 0.2.
+        period: Steps between two updates of the mask; the authors use one epoch.
         pattern: Which entries are chosen together, see `perturbations.fisher_mask`: "unstructured",
-            "structured" (whole leaves) or `(n, m)`, n of each m consecutive ones, which is then the
-            sparsity.
-        num_microbatches: Microbatches of which the gradients of single examples are taken
-            together, see `perturbations.fisher_mask`; default one example after the other.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+            "structured" (whole leaves) or `(n, m)`, n of each m consecutive entries. `(n, m)`
+            replaces `sparsity`.
+        num_microbatches: Number of microbatches. The per-example gradients of one microbatch are
+            computed together, see `perturbations.fisher_mask`; default one example at a time.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `losses_fn` and `batch`; the Fisher information is taken over `fisher_batch` if that is
-        passed, over the current batch if not. `value` is read if given.
+        A transformation that stands first in a chain. `update` needs `losses_fn` and `batch`. The
+        Fisher information is computed over `fisher_batch` if you pass it, else over `batch`.
 
     Raises:
-        ValueError: If `rho` is a negative number, or given together with `perturbation`, or
-            `sparsity` with a pattern (n, m), and as `perturbations.fisher_mask` says; in `update`,
-            see `closure_transformation`.
-        TypeError: If `rho` or `sparsity` is neither number nor schedule, or `period` or
-            `num_microbatches` no Python int.
+        ValueError: If a number is out of range, `rho` is given together with `perturbation`, or
+            `sparsity` with a pattern (n, m); also as `perturbations.fisher_mask` says.
+        TypeError: If a hyperparameter is neither a number nor a schedule, or `period` or
+            `num_microbatches` is not a Python int.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -79,22 +76,21 @@ def fisher_sparse_sam(
         [-0.5, -1.045]
 
     References:
-        Mi, Shen, Ren, Zhou, Sun, Ji, Tao, "Make Sharpness-Aware Minimization Stronger: A Sparsified
-        Perturbation Approach", NeurIPS 2022, https://arxiv.org/abs/2210.05177; Mi et al.,
-        "Systematic Investigation of Sparse Perturbed Sharpness-Aware Minimization Optimizer", IEEE
-        TPAMI 2025, https://arxiv.org/abs/2306.17504 (the patterns)
+        Mi, Shen, Ren, Zhou, Sun, Ji, Tao, NeurIPS 2022, https://arxiv.org/abs/2210.05177; Mi et
+        al., "Systematic Investigation of Sparse Perturbed Sharpness-Aware Minimization Optimizer",
+        IEEE TPAMI 2025, https://arxiv.org/abs/2306.17504 (the patterns)
 
     Notes:
         `sparsity=0` is SAM from step 1 on. Cost: 2 gradients per step, one after the other, and one
-        transient copy of the parameters: a mask makes no pass cheaper. On steps that look again
-        also one gradient for each example, counted in `gradients_spent`. State: a mask of booleans.
+        transient copy of the parameters; a mask makes no pass cheaper. Steps that update the mask
+        also take one gradient for each example, counted in `gradients_spent`. State: a mask of
+        booleans.
         Fidelity: matches Mi-Peng/Sparse-Sharpness-Aware-Minimization with the Fisher information
-        of the paper. The published code starts its sum with the gradients of the last step, and
-        looks behind the update of a step, where this looks before the next one: the same
-        parameters. (n, m) on kernels of convolutions: that code writes masks back in another
+        of the paper. The published code starts its sum with the gradients of the last step. It
+        updates the mask after a step, here it is updated before the next step: at the same
+        parameters. For (n, m) on kernels of convolutions, that code writes masks back in another
         order than it ranks. Its third pattern, a mask inside the backward pass, is left out.
-        `static_args`: `period`, `pattern`, `num_microbatches`, `perturbation`, `perturb_dtype`;
-        `rho` too where `perturbation` is given, and `sparsity` with a pattern (n, m).
+        `static_args`: `period`, `pattern`, `num_microbatches`; `sparsity` with a pattern (n, m).
     """
     ball = ball_of("fisher_sparse_sam", rho, perturbation, _ball)
     masked = fisher_mask(
@@ -115,38 +111,36 @@ def dynamic_sparse_sam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Sparse SAM with a mask that is trained along, by dropping and growing entries (SSAM-D).
+    """Sparse SAM with a mask that drops and grows entries during training (SSAM-D).
 
         g   = ∇L(w)                                    (the incoming updates)
         ε   = M · ρ g / ‖g‖                            (the norm is that of all g)
         on the steps 0, period, 2 period, ...:
-            M = the largest of M, by |g| say, and new entries outside of it
+            M = the largest entries of M (by |g|, for example), and new entries outside of it
         return g_s = ∇L(w + ε)
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05, that of the authors' code.
-        sparsity: Share s in [0, 1] of the entries that are not perturbed; default 0.5. A number.
-        drop_rate: Share d in [0, 1] of the perturbed entries that are exchanged, a number or a
-            schedule; default 0.5. The authors' falls to 0:
-            `optax.cosine_decay_schedule(0.5, total_steps)`.
-        period: Steps between two exchanges; the authors': one epoch, or five.
-        drop: By what the entries that stay are chosen, the largest: "gradient", the default,
-            "weight" or "random".
-        grow: By what new entries are chosen: "random", the default, "gradient" or "weight".
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05, as in the authors' code.
+        sparsity: Share s in [0, 1] of the entries that are not perturbed; default 0.5. A number,
+            not a schedule.
+        drop_rate: Share d in [0, 1] of the perturbed entries that are exchanged; default 0.5. The
+            authors' falls to 0: `optax.cosine_decay_schedule(0.5, total_steps)`.
+        period: Steps between two exchanges; the authors use one epoch, or five.
+        drop: Score by which the largest entries stay: "gradient", the default, "weight" or
+            "random".
+        grow: Score by which new entries are chosen: "random", the default, "gradient" or "weight".
         key: Seed or `jax.random.key` of the draws.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given.
+        A transformation that stands first in a chain. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If `rho` is a negative number, or given together with `perturbation`, and as
-            `perturbations.dynamic_mask` says; in `update`, see `closure_transformation`.
-        TypeError: If `rho` or `drop_rate` is neither number nor schedule, `sparsity` no number,
-            `period` no Python int, or `key` no seed.
+        ValueError: If a number is out of range, or `rho` is given together with `perturbation`;
+            also as `perturbations.dynamic_mask` says.
+        TypeError: If a hyperparameter is neither a number nor a schedule, `sparsity` is not a
+            number, `period` is not a Python int, or `key` is neither a seed nor a random key.
 
     Example:
         >>> import optax, samx
@@ -157,16 +151,14 @@ def dynamic_sparse_sam(
         ...     optax.sgd(0.05, momentum=0.9))
 
     References:
-        Mi, Shen, Ren, Zhou, Sun, Ji, Tao, "Make Sharpness-Aware Minimization Stronger: A Sparsified
-        Perturbation Approach", NeurIPS 2022, https://arxiv.org/abs/2210.05177
+        Mi, Shen, Ren, Zhou, Sun, Ji, Tao, NeurIPS 2022, https://arxiv.org/abs/2210.05177
 
     Notes:
         `sparsity=0, drop_rate=0` is SAM. Cost: 2 gradients per step, one after the other, and one
-        transient copy of the parameters: a mask makes no pass cheaper. State: a mask of booleans
+        transient copy of the parameters; a mask makes no pass cheaper. State: a mask of booleans
         and a key. See `perturbations.dynamic_mask` for the counts and draws.
         Fidelity: matches Mi-Peng/Sparse-Sharpness-Aware-Minimization, with other random numbers.
-        `static_args`: `period`, `drop`, `grow`, `key`, `perturbation`, `perturb_dtype`; `rho` too
-        where `perturbation` is given.
+        `static_args`: `period`, `drop`, `grow`.
     """
     ball = ball_of("dynamic_sparse_sam", rho, perturbation, _ball)
     masked = dynamic_mask(ball, sparsity, drop_rate, period=period, drop=drop, grow=grow, key=key)

@@ -1,4 +1,4 @@
-"""Stable SAM: the sharp gradient, no longer than the gradient was.
+"""Stable SAM: the sharp gradient, rescaled to the norm of the gradient.
 
 Tan, Zhang, Liu, Wang, Hao. "Stabilizing Sharpness-aware Minimization Through A Simple
 Renormalization Strategy", JMLR 26, 2025. https://arxiv.org/abs/2401.07250
@@ -19,7 +19,7 @@ def stable_sam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Stable SAM: a sharp gradient with the length of the gradient.
+    """Stable SAM: rescale the sharp gradient to the norm of the gradient.
 
         g   = ∇L(w)                    (the incoming updates)
         ε   = ρ g                      with `normalize`: ρ g / ‖g‖
@@ -27,21 +27,20 @@ def stable_sam(
         return (‖g‖ / ‖g_s‖) g_s
 
     Args:
-        rho: Factor ρ ≥ 0 of the gradient, a number or a schedule over the optimizer's steps;
-            default 0.05. Not comparable with SAM's: with `normalize`, a radius like SAM's.
+        rho: Factor ρ ≥ 0 of the gradient; default 0.05. It is not comparable with SAM's; with
+            `normalize`, it is a radius like SAM's.
         normalize: Whether the perturbation has a fixed length; default False, as in the paper's
             experiments. True is the authors' first version of the code.
-        perturbation: Another geometry in place of the step; then leave `rho` and `normalize` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        perturbation: Replaces the step, `rho` and `normalize`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given.
+        A transformation that stands first in a chain. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If `rho` is a negative number, or it or `normalize` given together with
-            `perturbation`; in `update`, see `closure_transformation`.
-        TypeError: If `rho` is neither number nor schedule.
+        ValueError: If a number is out of range, or `rho` or `normalize` is given together with
+            `perturbation`.
+        TypeError: If `rho` is neither a number nor a schedule.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -55,20 +54,20 @@ def stable_sam(
         Tan, Zhang, Liu, Wang, Hao, JMLR 2025, https://arxiv.org/abs/2401.07250
 
     Notes:
-        `rho=0` is the base optimizer. Cost: 2 gradients per step, one after the other, one norm,
-        and one transient copy of the parameters. Under Adam, which divides by the size of
-        gradients, little of the renormalization is left. Clipping belongs behind it. Norms are
-        plain L2 norms in any geometry; with its adaptive perturbation the authors' code compares
-        norms weighted by the weights, those of g_s by the perturbed ones. A line that is commented
-        out there, which only ever shortens g_s, is not offered.
-        Without the last line it is `samx.usam`. Fidelity: matches cltan023/stablesam2024, usam.py
-        and, with `normalize`, sam.py: the paper's own two forms; its text was not read.
-        `static_args`: `normalize`, `perturbation`, `perturb_dtype`; `rho` too where `perturbation`
-        is given.
+        `rho=0` is the base optimizer. Without the renormalization it is `samx.usam`. Cost: 2
+        gradients per step, one after the other, one norm, and one transient copy of the parameters.
+        Adam divides by the size of gradients, so with Adam little of the renormalization is left.
+        Put clipping after it in the chain. Norms are plain L2 norms in any geometry. With its
+        adaptive perturbation, the authors' code compares norms weighted by the weights, those of
+        g_s by the perturbed weights. One line of that code, which is commented out and only ever
+        shortens g_s, is not offered.
+        Fidelity: matches cltan023/stablesam2024, usam.py and, with `normalize`, sam.py: the paper's
+        own two forms. The paper's text was not read. `static_args`: `normalize`.
     """
     if normalize and perturbation is not None:
         raise ValueError(
-            "stable_sam: got `normalize` together with `perturbation`, which is its own length"
+            "stable_sam: got `normalize` together with `perturbation`, which has its own length; "
+            "leave `normalize` out"
         )
     ball = ball_of("stable_sam", rho, perturbation, metric_ball if normalize else unnormalized_step)
     sharp = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="stable_sam")

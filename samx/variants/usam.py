@@ -25,18 +25,16 @@ def usam(
         return g_s
 
     Args:
-        rho: Factor ρ ≥ 0 of the gradient, a number or a schedule over the optimizer's steps;
-            default 0.05. It is not a radius: SAM's values do not carry over.
-        perturbation: Another geometry in place of the step; then leave `rho` out.
-        perturb_dtype: As in `sharpness_aware`.
+        rho: Factor ρ ≥ 0 of the gradient; default 0.05. It is not a radius: SAM's values do not
+            carry over.
+        perturbation: Replaces the step and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        A transformation for the front of a chain, see `closure_transformation`. `update` needs
-        `value_fn`; `value` is read if given.
+        A transformation that stands first in a chain. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If `rho` is a negative number, or given together with `perturbation`; in
-            `update`, see `closure_transformation`.
+        ValueError: If a number is out of range, or `rho` is given together with `perturbation`.
         TypeError: If `rho` is neither a number nor a schedule.
 
     Example:
@@ -52,8 +50,7 @@ def usam(
     Notes:
         `rho=0` is the base optimizer. Cost: 2 gradients per step, one after the other, and one
         transient copy of the parameters. Fidelity: matches cltan023/stablesam2024, usam.py without
-        its renormalization. `static_args`: `perturbation`, `perturb_dtype`; `rho` too where
-        `perturbation` is given.
+        its renormalization.
     """
     step = ball_of("usam", rho, perturbation, unnormalized_step)
     return sharpness_aware(step, perturb_dtype=perturb_dtype, name="usam")

@@ -32,7 +32,7 @@ def vsam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """vSAM: SAM's gradient is g + h; h is sampled on some steps and reused on the next ones.
+    """vSAM: SAM's gradient is g + h; sample h, more often if ‖h‖ varies more, and reuse it.
 
         if policy(g):  g_s = ∇L(w + ρ g / ‖g‖)
                        h = g_s − g;  j = 0
@@ -40,30 +40,25 @@ def vsam(
         else:          j = j + 1
                        return g + (decay ^ j if j ≤ reuse_steps else 0) h
 
-    Every window of steps has its quota of samples, which grows and shrinks with the variation of
-    ‖h‖: see `policies.quota`.
+    Every window of steps has a quota of samples. It grows and shrinks with the variation of ‖h‖,
+    see `policies.quota`.
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05.
-        decay: β in [0, 1], what is left of h from one step to the next, a number or a schedule;
-            default 0.7.
-        reuse_steps: Steps ≥ 0 behind a sample that reuse it; default 6.
-        policy: When to sample h; default `policies.quota()`, whose arguments are the paper's:
-            window, warm-up, gains.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
+        decay: Factor β in [0, 1] of h from one step to the next; default 0.7.
+        reuse_steps: Number ≥ 0 of steps after a sample that reuse it; default 6.
+        policy: When to sample h; default `policies.quota()`: the paper's window, warm-up, gains.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given. Its state holds
-        `part_ratio`, ‖h‖ / ‖g‖ of the last sample, and `sharp_fraction`.
+        A transformation that stands first in a chain. `update` needs `value_fn`. The state holds
+        `part_ratio`, which is ‖h‖ / ‖g‖ of the last sample, and `sharp_fraction`.
 
     Raises:
-        ValueError: If a number is out of its range, or `rho` is given together with
-            `perturbation`; in `update`, see `closure_transformation`.
-        TypeError: If `rho` or `decay` is neither number nor schedule, `reuse_steps` no Python int,
-            or `policy` no `Policy`.
+        ValueError: If a number is out of range, or `rho` is given together with `perturbation`.
+        TypeError: If a hyperparameter is neither a number nor a schedule, `reuse_steps` is not a
+            Python int, or `policy` is not a `Policy`.
 
     Example:
         >>> import optax, samx
@@ -71,19 +66,15 @@ def vsam(
         >>> tx = optax.chain(samx.vsam(0.05, policy=three_epochs), optax.sgd(0.05, momentum=0.9))
 
     References:
-        Deng, Pang, Zhang, Wang, "Effective Gradient Sample Size via Variation Estimation for
-        Accelerating Sharpness aware Minimization", 2024, https://arxiv.org/abs/2403.08821
+        Deng, Pang, Zhang, Wang, 2024, https://arxiv.org/abs/2403.08821
 
     Notes:
-        Cost: 1 gradient per step and 1 more on ⌊quota⌋ steps of every window (the authors' own
-        traces sample 29% and 60% of the steps), one copy of the parameters in the state, and a
-        transient one.
-        Fidelity: matches ajiaaa/vSAM, controller included; defaults are those of its training
-        script, but for the warm-up (three epochs there). There, fewer than `window` samples before
-        the first window end in NaN; here what is missing counts as no change. For some values of
-        `decay` (0.9 is one) rounding makes that code reuse a seventh time. `static_args`:
-        `reuse_steps`, `policy`, `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is
-        given.
+        Cost: 1 gradient per step, 1 more on ⌊quota⌋ steps of every window (29% and 60% of the steps
+        in the authors' own traces), one copy of the parameters in the state, and a transient one.
+        Fidelity: matches ajiaaa/vSAM, controller included. Defaults are those of its script, except
+        the warm-up (three epochs there). There, fewer than `window` samples before the first window
+        give NaN; here a missing sample counts as no change. For some `decay` (0.9 is one), rounding
+        makes that code reuse h a seventh time. `static_args`: `reuse_steps`, `policy`.
     """
     check_count("reuse_steps", reuse_steps, 0)
     policy = quota() if policy is None else policy
@@ -98,7 +89,7 @@ def reuse_second_order(
     mixing: Mixing,
     perturb_dtype: Any,
 ) -> Transformation:
-    """VSAM with any policy and mixing: `u = g + mixing(age, step) h`, `h = g_s − g`."""
+    """Return vSAM with any policy and mixing: `u = g + mixing(age, step) h`, `h = g_s − g`."""
     check_policy(name, policy)
     sharp = partial(sharp_gradient, perturb_dtype=perturb_dtype)
 

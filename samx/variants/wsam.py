@@ -1,4 +1,4 @@
-"""WSAM: sharpness as a regularizer with a weight of its own.
+"""WSAM: sharpness as a regularizer with its own weight.
 
 Yue, Jiang, Ye, Gao, Liu, Zhang. "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
 Regularization Term", KDD 2023. https://arxiv.org/abs/2305.15817
@@ -24,7 +24,7 @@ class WSAMState(NamedTuple):
 
     Attributes:
         step: int32, optimizer steps so far; schedules run on it.
-        base: State of the base optimizer, which sees the gradients at the parameters only.
+        base: State of the base optimizer, which sees only the gradients at the parameters.
         sharp: State of SAM.
     """
 
@@ -42,35 +42,32 @@ def wsam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Weighted SAM: the base descends the loss, and a plain gradient step its sharpness.
+    """Weighted SAM: the base steps on the loss, and a plain gradient step reduces the sharpness.
 
         g   = ∇L(w)                                   (the incoming updates)
         ε   = ρ g / ‖g‖
         g_s = ∇L(w + ε)
         return base(g) − η α (g_s − g)                α = γ / (1 − γ)
 
-    One step on L(w) + α (L(w + ε) − L(w)), whose second part goes past the base: no momentum, no
-    preconditioner.
+    This is one step on L(w) + α (L(w + ε) − L(w)). The second term bypasses the base: it gets no
+    momentum and no preconditioner.
 
     Args:
-        base: The optimizer that takes the step on the loss, weight decay and clipping included.
-        learning_rate: η ≥ 0 of the step on the sharpness, a number or a schedule over the
-            optimizer's steps: the base's own.
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule; default 0.05.
-        gamma: Weight γ in [0, 1), a number or a schedule; default 0.9, with good values between 0.8
-            and 0.95. 0 is the base, 0.5 weighs the sharpness as SAM does.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        base: The optimizer that takes the step on the loss, including weight decay and clipping.
+        learning_rate: Learning rate η ≥ 0 of the step on the sharpness; use the base's own.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
+        gamma: Weight γ in [0, 1); default 0.9. Good values are between 0.8 and 0.95. 0 is the base,
+            and 0.5 weighs the sharpness as SAM does.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs` that wraps `base`. `update` needs `value_fn` (or
-        `losses_fn` and `batch`); `value` is read if given. Keywords that are not samx's own go on
-        to `base`.
+        A transformation that wraps `base`. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If `learning_rate` or `rho` is a negative number, `gamma` one outside [0, 1), or
-            `rho` given together with `perturbation`; in `update`, see `closure_transformation`.
-        TypeError: If one of them is neither number nor schedule, or `base` no transformation.
+        ValueError: If a number is out of range, or `rho` is given together with `perturbation`.
+        TypeError: If a hyperparameter is neither a number nor a schedule, or `base` is not a
+            transformation.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -81,18 +78,16 @@ def wsam(
         [-1.77, -2.36]
 
     References:
-        Yue, Jiang, Ye, Gao, Liu, Zhang, "Sharpness-Aware Minimization Revisited: Weighted Sharpness
-        as a Regularization Term", KDD 2023, https://arxiv.org/abs/2305.15817
+        Yue, Jiang, Ye, Gao, Liu, Zhang, KDD 2023, https://arxiv.org/abs/2305.15817
 
     Notes:
-        With a base of plain gradient descent of the same learning rate it is `coupled_wsam`. Cost:
-        2 gradients per step, one after the other, and two transient copies of the parameters (three
-        without donation); the state is the base's. The authors' `max_norm`, which clips both
-        gradients, is not offered: in `base`, clipping sees g alone; behind it in a chain, the whole
-        step.
-        Fidelity: matches the class `WeightedSAM` that the authors kept in dlrover, its default
-        `decouple=True`. `static_args`: `base`, `perturbation`, `perturb_dtype`; `rho` too where
-        `perturbation` is given.
+        If the base is plain gradient descent with the same learning rate, it is `coupled_wsam`.
+        Cost: 2 gradients per step, one after the other, and two transient copies of the parameters
+        (three without donation); the state is the base's. The authors' `max_norm`, which clips both
+        gradients, is not offered: clipping in `base` sees g alone, and clipping after it in a chain
+        sees the whole step.
+        Fidelity: matches the class `WeightedSAM` that the authors kept in dlrover, with its default
+        `decouple=True`. `static_args`: `base`.
     """
     check_number("learning_rate", learning_rate, 0)
     alpha = _weight(gamma)
@@ -121,7 +116,7 @@ def coupled_wsam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Weighted SAM through the base: more, or less, of the sharp gradient.
+    """Weighted SAM through the base: move the gradient by a weighted part of g_s − g.
 
         g   = ∇L(w)                                   (the incoming updates)
         ε   = ρ g / ‖g‖
@@ -129,21 +124,17 @@ def coupled_wsam(
         return g + α (g_s − g)                        α = γ / (1 − γ)
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters, a number or a schedule over the
-            optimizer's steps; default 0.05.
-        gamma: Weight γ in [0, 1), a number or a schedule; default 0.9. 0 is the base optimizer, 0.5
-            SAM.
-        perturbation: Another geometry in place of the ball; then leave `rho` out.
-        perturb_dtype: Lowest precision of the perturbed point, see `sharpness_aware`.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
+        gamma: Weight γ in [0, 1); default 0.9. 0 is the base optimizer, 0.5 is SAM.
+        perturbation: Replaces the ball and `rho`.
+        perturb_dtype: See `sharpness_aware`.
 
     Returns:
-        An `optax.GradientTransformationExtraArgs`, to stand first in a chain. `update` needs
-        `value_fn` (or `losses_fn` and `batch`); `value` is read if given.
+        A transformation that stands first in a chain. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If `rho` is a negative number, `gamma` one outside [0, 1), or `rho` given
-            together with `perturbation`; in `update`, see `closure_transformation`.
-        TypeError: If `rho` or `gamma` is neither number nor schedule.
+        ValueError: If a number is out of range, or `rho` is given together with `perturbation`.
+        TypeError: If a hyperparameter is neither a number nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -157,10 +148,9 @@ def coupled_wsam(
         Yue, Jiang, Ye, Gao, Liu, Zhang, KDD 2023, https://arxiv.org/abs/2305.15817
 
     Notes:
-        It is `combinations.mix(sam(rho), γ / (1 − γ))`. The paper prefers `wsam`, whose base does
+        This is `combinations.mix(sam(rho), γ / (1 − γ))`. The paper prefers `wsam`, whose base does
         not see the sharpness. Cost: 2 gradients per step, one after the other, and two transient
         copies of the parameters. Fidelity: matches the authors' `WeightedSAM(decouple=False)`.
-        `static_args`: `perturbation`, `perturb_dtype`; `rho` too where `perturbation` is given.
     """
     ball = ball_of("coupled_wsam", rho, perturbation)
     sharp = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="coupled_wsam")
@@ -168,7 +158,7 @@ def coupled_wsam(
 
 
 def _weight(gamma: ScalarOrSchedule) -> Any:
-    """The weight of the sharpness beside a loss of weight 1."""
+    """Return the weight α of the sharpness, where the loss has weight 1."""
     check_number("gamma", gamma, 0, 1)
     if isinstance(gamma, int | float) and gamma == 1:
         raise ValueError("`gamma` must be in [0, 1): 1 leaves nothing of the loss")

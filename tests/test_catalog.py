@@ -1,0 +1,153 @@
+"""The catalog is the one table: complete, true, and searchable."""
+
+import inspect
+import re
+from pathlib import Path
+
+import cases
+import jax
+import jax.numpy as jnp
+import optax
+import problem
+import pytest
+import registry
+
+import samx
+
+ROOT = Path(__file__).parents[1]
+ENTRIES = samx.catalog()
+NAMES = [entry.name for entry in ENTRIES]
+MADE_OF_OTHERS = {"periodic", "rst", "g_rst"}
+every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=NAMES)
+
+
+def factories():
+    """The public functions that build a variant: those defined in `samx.variants`."""
+    public = {name: getattr(samx, name) for name in samx.__all__}
+    return {
+        name
+        for name, value in public.items()
+        if inspect.isfunction(value) and value.__module__.startswith("samx.variants.")
+    }
+
+
+def test_every_public_factory_has_one_row():
+    assert len(NAMES) == len(set(NAMES))
+    assert set(NAMES) - MADE_OF_OTHERS == factories()
+
+
+@every_entry
+def test_a_row_is_complete(entry):
+    assert all(getattr(entry, field) != "" for field in entry._fields if field != "venue")
+    assert re.fullmatch(r"\d{4}\.\d{5}", entry.arxiv)
+    assert 2014 <= entry.year <= 2100
+    assert re.fullmatch(r"[a-z]+\d{4}[a-z0-9]*", entry.bibtex)
+    assert str(entry.year) in entry.bibtex
+    assert entry.url.endswith(entry.arxiv)
+
+
+@every_entry
+def test_the_call_is_one(entry):
+    """Its function, and argument names and defaults that the factory really has."""
+    name = entry.call.split("(")[0]
+    assert entry.factory is getattr(samx, name)
+    if entry.name in MADE_OF_OTHERS:
+        return
+    parameters = inspect.signature(entry.factory).parameters
+    arguments = entry.call.removeprefix(f"{name}(").removesuffix(")").split(", ")
+    for argument in arguments:
+        keyword, _, value = argument.partition("=")
+        assert keyword in parameters
+        if value and value != "...":
+            assert float(value) == float(parameters[keyword].default)
+    required = {p.name for p in parameters.values() if p.default is p.empty}
+    assert required <= {argument.partition("=")[0] for argument in arguments}
+
+
+@every_entry
+def test_the_tests_and_the_examples_have_it(entry):
+    assert entry.name in {case.entry for case in cases.VARIANTS.values()}
+    assert (entry.name.replace("_", "-") in registry.VARIANTS) != (entry.name in registry.ELSEWHERE)
+
+
+@every_entry
+def test_shape_and_closures_are_those_of_the_factory(entry):
+    case = next(case for case in cases.VARIANTS.values() if case.entry == entry.name)
+    (data, params) = problem.make(jnp.float32)
+    tx = case.build()
+    for missing in entry.closures:
+        given = {keyword: KEYWORDS[keyword](data) for keyword in entry.closures}
+        del given[missing]
+        with pytest.raises(ValueError, match=f"`({missing}|value_fn)` is missing"):
+            tx.update(params, tx.init(params), params, **given)
+
+
+KEYWORDS = {
+    "value_fn": lambda data: lambda params: problem.losses_fn(params, data).mean(),
+    "losses_fn": lambda data: problem.losses_fn,
+    "batch": lambda data: problem.batch_at(data, 0),
+    "labels": lambda data: problem.batch_at(data, 0)["y"],
+    "index": lambda data: jnp.arange(problem.BATCH_SIZE),
+    "ascent_fn": lambda data: lambda params: problem.losses_fn(params, data).mean(),
+    "validation_fn": lambda data: lambda params: problem.losses_fn(params, data).mean(),
+}
+
+
+@every_entry
+def test_its_state_is_as_large_as_it_says(entry):
+    """Copies of the parameters, beside the base's; counted in floating leaves of their size."""
+    case = next(case for case in cases.VARIANTS.values() if case.entry == entry.name)
+    _, params = problem.make(jnp.float32)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    state = jax.eval_shape(case.build(optax.sgd(0.1, momentum=0.9)).init, params)
+    floating = [x.size for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    held = re.match(r"(\d+) P", entry.state)
+    copies = (int(held[1]) if held else 0) + (entry.shape != "optimizer")  # the base's momentum
+    in_batch = problem.BATCH_SIZE * 11 if "a batch" in entry.state else 0
+    in_table = 2 * 64 if "per example" in entry.state else 0
+    assert abs(sum(floating) - copies * size - in_batch - in_table) < 0.2 * size
+    has_mask = any(x.dtype == bool and x.size > 1 for x in jax.tree.leaves(state))
+    assert has_mask == ("a byte per parameter" in entry.state)
+
+
+def test_search():
+    def names(pattern):
+        return [entry.name for entry in samx.catalog(pattern)]
+
+    assert names("look*") == ["looksam", "look_layer_sam"]
+    assert names("LOOK*") == names("look*")
+    assert names("sam") == ["sam"]
+    assert names("asam") == ["asam"]
+    assert "adasam" in names("*asam")
+    assert names("lightsam") == ["lightsam_norm", "lightsam_adagrad", "lightsam_adam"]
+    assert names("Focal-SAM") == ["focal_sam"]
+    assert names("long-tailed") == ["focal_sam"]
+    assert names("no such thing") == []
+    assert names("*") == names("") == NAMES
+
+
+def test_what_is_no_pattern():
+    with pytest.raises(TypeError, match="`pattern` must be a string, got int"):
+        samx.catalog(3)
+
+
+def test_it_prints_as_a_table():
+    lines = repr(samx.catalog("look*")).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["looksam", "look_layer_sam"]
+    assert len(repr(ENTRIES).splitlines()) == 2 + len(ENTRIES)
+    assert repr(samx.catalog("no such thing")).startswith("name")
+
+
+def test_the_readme_has_this_table():
+    """To bring it up to date: python -c "import samx; print(samx.catalog().markdown())"."""
+    assert ENTRIES.markdown() in (ROOT / "README.md").read_text()
+
+
+def test_the_papers_are_those_of_the_files():
+    """Title and number of each paper stand in the docstring of its file too."""
+    for entry in ENTRIES:
+        if entry.name in MADE_OF_OTHERS:
+            continue
+        doc = " ".join((inspect.getmodule(entry.factory).__doc__ or "").split())
+        assert entry.arxiv in doc, entry.name
+        assert entry.paper in doc, entry.name
