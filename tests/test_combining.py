@@ -47,6 +47,7 @@ TAKERS = {
     "coupled_wsam": in_front(samx.coupled_wsam),
     "wsam": lambda ball: samx.wsam(BASE, 0.1, perturbation=ball),
     "stable_sam": in_front(samx.stable_sam),
+    "usam": in_front(samx.usam),
     "friendly_sam": in_front(samx.friendly_sam),
     "msam": in_front(samx.msam),
     "adasam": lambda ball: samx.adasam(0.01, perturbation=ball),
@@ -97,7 +98,8 @@ def test_any_perturbation_in_any_variant(taker):
 
 # Which climb the gradient of the whole batch on their first step.
 WHOLE = [
-    *("sam", "gsam", "coupled_wsam", "wsam", "stable_sam", "friendly_sam", "adasam", "looksam"),
+    *("sam", "gsam", "coupled_wsam", "wsam", "stable_sam", "usam", "friendly_sam", "adasam"),
+    "looksam",
     *("ae_looksam", "vsam", "arsam", "ausam"),
 ]
 
