@@ -1,23 +1,23 @@
-"""What a step of AsyncSAM takes on two devices, beside SGD and SAM on one.
+"""Time a step of AsyncSAM on two devices, next to SGD and SAM on one.
 
     python examples/async_cost.py
     python examples/async_cost.py --batch 128 --repeats 15
     JAX_PLATFORMS=cuda,cpu python examples/async_cost.py --devices gpu
 
 Without a GPU there are two simulated CPU devices. A program of matrix products uses all cores of a
-CPU, so that a second device would have nothing left; hence the loss here is a loop of small
-elementwise operations, which occupies one core per program, and two of them can run at once
-(they share the memory and its bandwidth all the same). With a GPU it is a dense network of
-1.9M parameters; the GPU descends, the CPU climbs.
+CPU and would leave nothing for a second device. Therefore the loss here is a loop of small
+elementwise operations. It occupies one core per program, so two programs can run at once; they
+still share the memory and its bandwidth. With a GPU, the loss is that of a dense network with 1.9M
+parameters; the GPU computes the descent, the CPU the ascent.
 
-AsyncSAM is driven by `samx.asynchronous.pipelined`, with ascent batches of all b examples, a half,
-a quarter, and the size that `calibrate_ascent_batch` finds, if that is another one. Once more with
-both of its programs on one device, where it has to cost what SAM costs.
+`samx.asynchronous.pipelined` runs AsyncSAM, with ascent batches of all b examples, half, a quarter,
+and the size that `calibrate_ascent_batch` finds, if it is another one. One more row has both
+programs of AsyncSAM on one device, where it must cost as much as SAM.
 
-In each round every row takes some steps, in random order; times are divided by those of SGD in the
-same round. "handed out" is the time after which a call returns, its result still being computed:
-nobody waits between the two gradients. Prints a table; results.json and async_cost.png go to --out.
-Takes about a minute on two CPU cores.
+In each round every row takes some steps, in random order. Times are divided by those of SGD in the
+same round. "handed out" is the time until a call returns while its result is still being computed;
+it shows that nothing waits between the two gradients. The script prints a table. It writes
+results.json and async_cost.png to --out. It takes about a minute on two CPU cores.
 """
 
 import argparse
@@ -43,12 +43,12 @@ from tqdm import tqdm
 import samx
 
 RHO, LEARNING_RATE = 0.05, 1e-3
-WIDTH, DEPTH = 128, 4  # numbers of an example, and operations between two that are kept
+WIDTH, DEPTH = 128, 4  # numbers per example, operations per checkpoint
 SHARES = {"b": 1.0, "b/2": 0.5, "b/4": 0.25}
 
 
 def elementwise(batch_size: int, length: int) -> tuple[Any, Any, Any]:
-    """`(params, batch) -> mean loss` of a long loop on one core, params, and a batch."""
+    """Return loss `(params, batch) -> mean`, params, and a batch; the loss loops on one core."""
 
     @jax.checkpoint
     def body(x, params):
@@ -66,7 +66,7 @@ def elementwise(batch_size: int, length: int) -> tuple[Any, Any, Any]:
 
 
 def dense(batch_size: int) -> tuple[Any, Any, Any]:
-    """The same of the dense network of step_cost.py."""
+    """Return the same for the dense network of step_cost.py."""
     losses_fn, params, batch = problem("dense", batch_size)
     return lambda params, batch: losses_fn(params, batch).mean(), params, batch
 
@@ -76,7 +76,7 @@ def base() -> optax.GradientTransformationExtraArgs:
 
 
 def on_one_device(tx: Any, loss: Any, params: Any, batch: Any, device: Any) -> Iterator[Any]:
-    """Steps without end, each handed out before it is done."""
+    """Yield steps without end; each is dispatched asynchronously."""
 
     def step(params, state, batch):
         g = jax.grad(loss)(params, batch)
@@ -91,7 +91,7 @@ def on_one_device(tx: Any, loss: Any, params: Any, batch: Any, device: Any) -> I
 
 
 def async_sam(loss: Any, params: Any, batch: Any, size: int, one: Any, other: Any) -> Iterator[Any]:
-    """Steps of AsyncSAM without end, with an ascent batch of the first `size` examples."""
+    """Yield steps of AsyncSAM without end; the first `size` examples are the ascent batch."""
     tx = optax.chain(samx.async_sam(RHO), base())
 
     def descend(params, state, batch, ascent_grad):
@@ -112,7 +112,7 @@ def async_sam(loss: Any, params: Any, batch: Any, size: int, one: Any, other: An
 def make_rows(
     loss: Any, params: Any, batch: Any, found: int, devices: tuple[Any, Any]
 ) -> dict[str, Iterator[Any]]:
-    """What is timed; `found` is the ascent batch that fits."""
+    """Return the rows to time; `found` is the calibrated size of the ascent batch."""
     one, other = devices
     whole = len(jax.tree.leaves(batch)[0])
     sizes = {f"async-sam, {name}": round(share * whole) for name, share in SHARES.items()}
@@ -129,7 +129,7 @@ def make_rows(
 
 
 def timed(steps: Iterator[Any], count: int) -> tuple[float, float]:
-    """Seconds per step until it is handed out, and until it is done."""
+    """Return the seconds per step until its call returns, and until it is done."""
     start, handed_out = time.perf_counter(), []
     for _ in range(count):
         before = time.perf_counter()
@@ -140,7 +140,7 @@ def timed(steps: Iterator[Any], count: int) -> tuple[float, float]:
 
 
 def measure(rows: dict[str, Iterator[Any]], repeats: int, count: int) -> list[dict]:
-    """Rounds of all rows, in random order."""
+    """Time all rows in rounds, in random order."""
     for steps in tqdm(rows.values(), desc="compile", unit="row"):
         timed(steps, 2)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
@@ -167,7 +167,7 @@ def measure(rows: dict[str, Iterator[Any]], repeats: int, count: int) -> list[di
 
 
 def table(results: list[dict]) -> str:
-    """One line per row."""
+    """Format one line per row."""
     width = max(len(result["row"]) for result in results)
     head = f"{'step':<{width}} {'ms':>8} {'/ SGD [quartiles]':>20} {'handed out, ms':>15}"
     lines = [head, "-" * len(head)]
@@ -182,7 +182,7 @@ def table(results: list[dict]) -> str:
 
 
 def describe_ascent_batch(found: samx.asynchronous.AscentBatch) -> str:
-    """What `calibrate_ascent_batch` decided, and what it measured."""
+    """Describe what `calibrate_ascent_batch` decided and measured."""
     times = ", ".join(f"{k}: {1e3 * s:.2f}" for k, s in found.ascent_seconds.items())
     hidden = "" if found.is_hidden else ", although its gradient takes longer than the descent's"
     return (
@@ -193,7 +193,7 @@ def describe_ascent_batch(found: samx.asynchronous.AscentBatch) -> str:
 
 
 def draw(results: list[dict], path: Path, title: str) -> None:
-    """Times of a step, relative to SGD."""
+    """Plot the times of a step relative to SGD."""
     figure = Figure(figsize=(8, 1 + 0.5 * len(results)), layout="constrained")
     axes = figure.subplots()
     middle, low, high = np.array([result["ratio"] for result in results]).T
@@ -217,20 +217,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--devices",
         choices=["cpu", "gpu"],
-        help="two simulated CPU devices, or a GPU and the CPU; default gpu if there is one",
+        help="cpu: two simulated CPU devices; gpu: a GPU and the CPU; default: gpu if available",
     )
-    parser.add_argument("--batch", type=int, help="examples b; default 64 on cpu, 4096 on gpu")
-    parser.add_argument("--length", type=int, default=1000, help="of the loop on cpu")
+    parser.add_argument("--batch", type=int, help="examples b; default: 64 on cpu, 4096 on gpu")
+    parser.add_argument("--length", type=int, default=1000, help="length of the loop on cpu")
     parser.add_argument("--steps", type=int, default=5, help="steps of a row in each round")
     parser.add_argument("--repeats", type=int, default=13, help="rounds")
-    parser.add_argument("--out", help="new folder of the results; default runs/async-cost-NNN")
+    parser.add_argument("--out", help="new folder for the results; default: runs/async-cost-NNN")
     args = parser.parse_args(argv)
     for name in ("length", "steps", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.batch is not None and (args.batch < 4 or args.batch % 4):
         parser.error(f"--batch must be a multiple of 4, got {args.batch}")
-    with contextlib.suppress(RuntimeError):  # a backend that runs already stays as it is
+    with contextlib.suppress(RuntimeError):  # a running backend cannot be changed
         jax.config.update("jax_num_cpu_devices", 2)
     has_gpu = jax.default_backend() == "gpu"
     if args.devices == "gpu" and not has_gpu:

@@ -4,20 +4,21 @@
     python examples/async_digits.py --seeds 20 --noise 0.5
     python examples/async_digits.py --base adamw --rho 0.1 0.2
 
-What digits.py does for every variant, here for AsyncSAM with ascent batches of all, a half and a
-quarter of the examples: a small network, a share of the training labels flipped and clean labels,
-learning rate and rho of each method chosen on a validation split over seeds of their own, the test
-split looked at once. The question: how much accuracy is lost by climbing a gradient that is one
-step old, and of fewer examples? The answer is the difference to SAM, seed by seed.
+This script does for AsyncSAM what digits.py does for every variant. The ascent batches hold all,
+half or a quarter of the examples. A small network trains with a fraction of wrong labels, and with
+clean labels. Learning rate and rho of each method are chosen on a validation split, with tuning
+seeds that are not reported; the test split is used once. The question: how much accuracy is lost if
+the ascent gradient is one step old, and comes from fewer examples? The answer is the difference to
+SAM, paired by seed.
 
-Accuracies are trained on one device, all seeds at once, vmapped. On two devices the numbers are the
-same: shown for one seed, whose training `samx.asynchronous.pipelined` repeats in float64 with
-descent and ascent on a device each. Which ascent batch would be hidden on these two devices is
-measured too; for a network as small as this one most of it is copies. What two devices save is the
-subject of async_cost.py.
+For the accuracies, all seeds train at once on one device, vmapped. On two devices the numbers are
+the same. The script shows this for one seed: `samx.asynchronous.pipelined` repeats its training run
+in float64, with descent and ascent on a device each. It also measures which ascent batch these two
+devices would hide; for a network as small as this one, most of the time goes into copies.
+async_cost.py shows what two devices save.
 
-Prints a table and the differences; results.json and async_digits.png go to --out. Takes about two
-minutes on two CPU cores.
+The script prints a table and the differences. It writes results.json and async_digits.png to --out.
+It takes about two minutes on two CPU cores.
 """
 
 import argparse
@@ -45,7 +46,7 @@ SHARES = {"async-sam, b": 1.0, "async-sam, b/2": 0.5, "async-sam, b/4": 0.25}
 
 
 def with_share(share: float) -> Variant:
-    """AsyncSAM whose ascent batch is the first examples of the batch, so large a share of them."""
+    """Return AsyncSAM whose ascent batch is the first `share` of the batch."""
 
     def make(rho: Any, base: optax.GradientTransformation, setting: Setting):
         tx = samx.async_sam(rho, ascent_share=share)
@@ -63,12 +64,12 @@ def with_share(share: float) -> Variant:
 
 
 def ascent_size(share: float, batch_size: int = digits.BATCH) -> int:
-    """b′, as a number of examples."""
+    """Return b′, the number of examples in the ascent batch."""
     return round(share * batch_size)
 
 
 def first_of(batch: dict[str, jax.Array], size: int) -> dict[str, jax.Array]:
-    """The first examples of a batch."""
+    """Return the first `size` examples of a batch."""
     return {name: leaf[:size] for name, leaf in batch.items()}
 
 
@@ -77,18 +78,18 @@ ROWS |= {name: with_share(share) for name, share in SHARES.items()}
 
 
 def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float]]:
-    """The (learning rate, rho) to choose from; the base optimizer has no rho."""
+    """Return the candidates (learning rate, rho); the base optimizer has no rho."""
     radii = tuple(args.rho) if args.rho and row != "base" else ROWS[row].radii
     return [(rate, rho) for rate in digits.LEARNING_RATES[args.base] for rho in radii]
 
 
 def work_of(row: str, runs: int) -> float:
-    """Gradients in one epoch of `runs` runs."""
+    """Return the number of gradients in one epoch of `runs` runs."""
     return digits.STEPS_PER_EPOCH * runs * ROWS[row].gradients
 
 
 def measure(row: str, args: argparse.Namespace, noises: list[float], bar: tqdm) -> list[dict]:
-    """Choose and train one row of every table."""
+    """Tune and train one row of every table."""
     trainer = digits.make_trainer(ROWS[row], args.base, args.width, args.epochs)
     candidates, results = candidates_of(row, args), []
     for noise in noises:
@@ -104,7 +105,7 @@ def measure(row: str, args: argparse.Namespace, noises: list[float], bar: tqdm) 
         trained = digits.train(trainer, params, runs, data, args.epochs, advance)
         gradients = trained.gradients.mean(axis=1)
         per_step = float(gradients[-1]) / (args.epochs * digits.STEPS_PER_EPOCH)
-        params = digits.initialize(seeds, args.width)  # training gives its own away
+        params = digits.initialize(seeds, args.width)  # training donated the first ones
         results.append(
             {
                 "row": row,
@@ -124,7 +125,7 @@ def measure(row: str, args: argparse.Namespace, noises: list[float], bar: tqdm) 
 
 
 def compare(results: list[dict], noise: float) -> list[dict]:
-    """AsyncSAM beside SAM and the base: paired differences of the accuracy, in points."""
+    """Compare AsyncSAM with SAM and the base: paired differences in percentage points."""
     rows = {r["row"]: 100 * np.array(r["test_accuracy"]) for r in results if r["noise"] == noise}
     return [
         {"noise": noise, "row": row, "other": other, "difference": difference, "error": error}
@@ -135,7 +136,7 @@ def compare(results: list[dict], noise: float) -> list[dict]:
 
 
 def describe(comparison: dict) -> str:
-    """One comparison in words."""
+    """Describe one comparison in words."""
     difference, error = comparison["difference"], comparison["error"]
     text = f"{comparison['row']} - {comparison['other']}: {difference:+.2f} ± {error:.2f} points"
     if comparison["other"] != "sam" or not np.isfinite(error):
@@ -145,7 +146,7 @@ def describe(comparison: dict) -> str:
 
 
 def loss_of(width: int):
-    """`(params, batch) -> mean loss`, of the network of digits.py."""
+    """Return `(params, batch) -> mean loss` for the network of digits.py."""
     graph = nnx.graphdef(digits.Network(width, rngs=nnx.Rngs(0)))
 
     def loss(params, batch):
@@ -156,14 +157,14 @@ def loss_of(width: int):
 
 
 def two_devices() -> tuple[Any, Any]:
-    """The fastest device, and the CPU beside it; or two simulated ones."""
-    with contextlib.suppress(RuntimeError):  # a backend that runs already stays as it is
+    """Return the fastest device and the CPU, or two simulated CPU devices."""
+    with contextlib.suppress(RuntimeError):  # a running backend cannot be changed
         jax.config.update("jax_num_cpu_devices", 2)
     return jax.devices()[0], jax.devices("cpu")[-1]
 
 
 def on_two_devices(result: dict, args: argparse.Namespace) -> dict[str, Any]:
-    """Train the first seed of a row again, on one device and on two; the largest difference."""
+    """Train the first seed of a row on one device and on two; return the largest difference."""
     loss, share = loss_of(args.width), SHARES[result["row"]]
     size, (one, other) = ascent_size(share), two_devices()
     tx = optax.chain(
@@ -214,7 +215,7 @@ def in_float64(leaf: np.ndarray) -> np.ndarray:
 
 
 def calibrate(args: argparse.Namespace) -> samx.asynchronous.AscentBatch:
-    """The ascent batch that these two devices hide."""
+    """Measure which ascent batch these two devices hide."""
     one, other = two_devices()
     seed = jnp.zeros(1, jnp.int32)
     images, params = digits.split(seed, 0.0)[0], digits.initialize(seed, args.width)

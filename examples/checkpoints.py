@@ -1,4 +1,4 @@
-"""Checkpoints of a run with orbax: the training state and the position in the data, or nothing."""
+"""Checkpoints of a run with orbax: training state and position in the data, both or neither."""
 
 from pathlib import Path
 from types import TracebackType
@@ -13,26 +13,26 @@ State = TypeVar("State")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that this run cannot go on from."""
+    """A checkpoint from which this run cannot continue."""
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder of their own.
+    """The checkpoints of one run, in a separate folder.
 
         with Checkpoints(folder) as checkpoints:
             state, step = checkpoints.restore(state, batches)
             checkpoints.save(step, state, batches)
 
-    They are written in the background and appear under their final name once complete: a process
-    that is killed at any moment leaves the ones before. The end of the `with` block waits for the
-    last one.
+    Checkpoints are written in the background. A checkpoint gets its final name when it is complete.
+    So a process that is killed at any moment leaves all earlier checkpoints intact. The end of the
+    `with` block waits for the last checkpoint.
 
     Args:
-        folder: Where they are; made if missing.
-        keep: How many of the newest stay.
+        folder: Folder of the checkpoints; created if missing.
+        keep: How many of the newest checkpoints are kept.
 
     Raises:
-        OSError: If the folder cannot be made or written.
+        OSError: If the folder cannot be created or written.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
@@ -62,9 +62,9 @@ class Checkpoints:
         """Start to save a pytree of arrays and the position of the data iterator.
 
         Args:
-            step: Optimizer steps so far; a step that has been saved already is left as it is.
+            step: Optimizer steps so far; if this step is already saved, nothing is written.
             state: The training state: parameters, optimizer state, statistics, random keys.
-            batches: The iterator over the data, behind its `step`-th batch.
+            batches: The iterator over the data, after its `step`-th batch.
         """
         if step in self._manager.all_steps():
             return
@@ -74,18 +74,19 @@ class Checkpoints:
         self._manager.save(step, args=items, force=True)
 
     def restore(self, state: State, batches: grain.DatasetIterator) -> tuple[State, int]:
-        """The newest checkpoint, or `state` and 0 if there is none.
+        """Return the newest checkpoint, or `state` and 0 if there is no checkpoint.
 
         Args:
-            state: A state of the structure, shapes, dtypes and shardings that are wanted.
-            batches: The iterator over the data, which is moved to where it was.
+            state: A state with the wanted structure, shapes, dtypes and shardings.
+            batches: The iterator over the data; it moves to the saved position.
 
         Returns:
             The restored state and its step.
 
         Raises:
-            CheckpointError: If it is of another variant or shape, with what differs, or
-                cannot be read. Nothing is changed then, on the disk or in `batches`.
+            CheckpointError: If the checkpoint belongs to another variant or shape (the message
+                lists the differences), or if it cannot be read. Then nothing changes, neither on
+                disk nor in `batches`.
         """
         self._manager.wait_until_finished()
         step = self._manager.latest_step()
@@ -104,18 +105,18 @@ class Checkpoints:
             restored = self._manager.restore(step, args=items)
         except CheckpointError:
             raise
-        except Exception as error:  # whatever a broken file makes tensorstore, orbax or json say
+        except Exception as error:  # from tensorstore, orbax or json: a broken file
             batches.set_state(position)
             reason = str(error).strip().split("\n")[0][:300]
             raise CheckpointError(
                 f"{where} cannot be read ({type(error).__name__}: {reason}). Delete that folder to "
-                "go on from the checkpoint before it"
+                "continue from the previous checkpoint"
             ) from error
         return restored["state"], step
 
 
 def _arrays(state: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of each array by its path; a random key is the numbers that it is made of."""
+    """Return shape and dtype of each array by its path; random keys count as their raw numbers."""
 
     def describe(leaf):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -144,6 +145,6 @@ def _check_same(where: str, saved: dict, wanted: dict) -> None:
     if differences:
         more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise CheckpointError(
-            f"{where} is of another model, variant, base optimizer or batch: "
+            f"{where} belongs to another model, variant, base optimizer or batch: "
             f"{'; '.join(differences[:3])}{more}"
         )

@@ -1,18 +1,18 @@
-"""ResNet-18 or a small ViT on CIFAR-10 or CIFAR-100, with every variant of samx by name.
+"""Train ResNet-18 or a small ViT on CIFAR-10 or CIFAR-100, with any variant of samx by name.
 
     python examples/cifar.py --data cifar-10-python.tar.gz --variant sam
     python examples/cifar.py --data cifar-100-python.tar.gz --model vit --variant sampa
     python examples/cifar.py --digits --images 256 --epochs 20 --augment none
     python examples/cifar.py --resume runs/cifar-001
 
-Reads the standard Python archives (https://www.cs.toronto.edu/~kriz/cifar.html), packed or
-unpacked. Without one, --digits writes scikit-learn's digits as such an archive: real images through
-the real loader, enough to see that everything works.
+The script reads the standard Python archives (https://www.cs.toronto.edu/~kriz/cifar.html), packed
+or unpacked. Without an archive, use --digits: it writes scikit-learn's digits as such an archive.
+These are real images that go through the real loader, so they test the whole script.
 
-The batch is spread over all devices. A run lives in a folder of its own, --out: config.json,
+The batch is sharded over all devices. Each run has its own folder, --out: config.json,
 metrics.jsonl (a line for each step and each epoch), tensorboard/, checkpoints/ and, at the end,
-results.json and curves.png. A run that was killed goes on with --resume FOLDER from its newest
-checkpoint, and ends with the same numbers, to the last bit, as if nothing had happened.
+results.json and curves.png. If a run was killed, --resume FOLDER continues it from its newest
+checkpoint. It ends with the same numbers as an uninterrupted run, to the last bit.
 
 At half precision (--precision) parameters stay in float32; float16 scales the loss.
 """
@@ -56,12 +56,12 @@ from vision import MODELS, describe
 import samx
 import samx.flax
 
-# Where the command line does not say: the base of a model; learning rate, weight decay of a base.
+# Defaults of the command line: base of a model; learning rate and weight decay of a base.
 BASES = {"resnet18": "momentum", "vit": "adamw"}
 RATES = {"momentum": (0.1, 5e-4), "adamw": (1e-3, 0.05)}
 READINGS = ("loss", "sharp_loss", "grad_norm", "perturbation_norm", "cosine", "is_sharp")
-TRAIN_ACCURACY_IMAGES = 2048  # of the training set, whose accuracy each epoch reports
-IN_FLIGHT = 2  # steps that may be dispatched before the first has ended
+TRAIN_ACCURACY_IMAGES = 2048  # training images for the training accuracy of each epoch
+IN_FLIGHT = 2  # steps that may be dispatched before the first one has ended
 NO_DATA = """--data is missing: the path of the archive, packed or unpacked.
 Download "CIFAR-10 python version" (cifar-10-python.tar.gz, 163 MB) or "CIFAR-100 python version"
 from https://www.cs.toronto.edu/~kriz/cifar.html, or pass --digits, which writes scikit-learn's
@@ -69,7 +69,7 @@ digits as such an archive."""
 
 
 def load_data(args: argparse.Namespace) -> Cifar:
-    """The data set that the arguments describe: part of it, unbalanced, with wrong labels."""
+    """Load the data set; apply --images, --imbalance and --label-noise to its training images."""
     data = load(write_digits("runs/digits") if args.digits else args.data)
     train, classes = data.train, len(data.classes)
     if args.images:
@@ -84,7 +84,7 @@ def load_data(args: argparse.Namespace) -> Cifar:
 
 
 def make_schedule(args: argparse.Namespace, steps: int) -> optax.Schedule:
-    """Linear warm-up, then what --schedule says, over `steps` steps in all."""
+    """Return a schedule over `steps` steps: linear warm-up, then --schedule."""
     warmup = round(args.warmup * steps)
     rate, rest = args.learning_rate, steps - warmup
     after = {
@@ -98,7 +98,7 @@ def make_schedule(args: argparse.Namespace, steps: int) -> optax.Schedule:
 def make_optimizer(
     args: argparse.Namespace, schedule: optax.Schedule, setting: Setting
 ) -> optax.GradientTransformation:
-    """The variant around its base, and around both what batch and precision ask for."""
+    """Return the variant with its base, wrapped for --accumulate and float16."""
     if args.base == "adamw":
         base = optax.adamw(schedule, weight_decay=args.weight_decay)
     else:
@@ -118,7 +118,7 @@ def make_optimizer(
 def make_state(
     args: argparse.Namespace, data: Cifar, batch: Any, schedule: optax.Schedule, mesh: Any
 ) -> tuple[samx.flax.TrainState, Any]:
-    """The state at step 0 and its shardings: all replicated, but for held examples."""
+    """Return the state at step 0 and its shardings: replicated; stored examples are sharded."""
     sizes = {name: getattr(args, name) for name in ("width", "depth") if getattr(args, name)}
     model = MODELS[args.model](
         len(data.classes), dropout=args.dropout, dtype=jnp.dtype(args.precision), **sizes
@@ -142,20 +142,20 @@ def make_state(
 
 
 def compile_step(args: argparse.Namespace, state, shardings, batch, classes: int) -> Any:
-    """The training step as a compiled program."""
+    """Compile the training step."""
     step = partial(train_step, classes=classes, smoothing=args.label_smoothing)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     return step.lower(state, batch).compile()
 
 
 def gigabytes_of(program: Any) -> float:
-    """What a compiled program needs on each device, arguments and temporary memory."""
+    """Return the memory of a compiled program on each device: arguments and temporary memory."""
     memory = program.memory_analysis()
     return (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9
 
 
 def train_step(state, batch, *, classes: int, smoothing: float):
-    """One step of any variant: `(state, readings)`."""
+    """Take one step of any variant; return `(state, readings)`."""
 
     def logits_of(params, batch):
         return state.apply_fn(
@@ -191,14 +191,14 @@ def train_step(state, batch, *, classes: int, smoothing: float):
         batch_stats=batch_stats,
     )
     readings = optax.tree.get(state.opt_state, "readings")
-    if readings is None:  # the base alone keeps none
+    if readings is None:  # the base alone has no readings
         return state, {"loss": value}
     return state, {name: getattr(readings, name) for name in READINGS}
 
 
 @partial(jax.jit, static_argnames="classes")
 def evaluate_batch(state, batch, *, classes: int):
-    """Sums over the real examples of a batch: loss; correct answers and examples by class."""
+    """Sum over a batch, padding excluded: loss; correct answers and examples of each class."""
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     logits = state.apply_fn(variables, normalize(batch["image"]), train=False)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
@@ -209,24 +209,24 @@ def evaluate_batch(state, batch, *, classes: int):
 
 
 class Log:
-    """metrics.jsonl and tensorboard/, cut back to where the run goes on."""
+    """Writer of metrics.jsonl and tensorboard/; at the start it removes all rows after `step`."""
 
     def __init__(self, folder: Path, step: int):
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         self.rows: list[dict] = []
         for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):  # a last line that was cut off
+            with contextlib.suppress(json.JSONDecodeError):  # the last line may be incomplete
                 self.rows.append(json.loads(line))
         self.rows = [row for row in self.rows if row["step"] <= step]
         cut = path.with_suffix(".tmp")
         cut.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        cut.replace(path)  # all of it or nothing, should this process be killed as well
+        cut.replace(path)  # atomic, in case this process is killed too
         self._file = path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line, and a point in each of its curves."""
+        """Write one line, and a point in the curve of each value."""
         row = {"kind": kind, "step": step} | values
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
@@ -235,16 +235,16 @@ class Log:
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def of(self, kind: str) -> list[dict]:
-        """The lines of one kind."""
+        """Return the lines of one kind."""
         return [row for row in self.rows if row["kind"] == kind]
 
     def flush(self) -> None:
-        """On the disk before the checkpoint that they belong to."""
+        """Write all lines to disk; call it before the checkpoint that they belong to."""
         self._file.flush()
         self._board.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining lines and close the files."""
         self._file.close()
         self._board.close()
 
@@ -258,7 +258,7 @@ class Evaluation:
         self._place = place
 
     def __call__(self, state) -> dict[str, Any]:
-        """Over all images: "loss", "accuracy" and "accuracy_by_class"."""
+        """Return "loss", "accuracy" and "accuracy_by_class" over all images."""
         sums = [self._sums(state, self._place(batch)) for batch in self._batches()]
         loss, right, examples = (np.sum(part, axis=0) for part in zip(*sums, strict=True))
         return {
@@ -269,7 +269,7 @@ class Evaluation:
 
 
 def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str, Any]:
-    """Train from the newest checkpoint in the run's folder, or from scratch, to the end."""
+    """Train to the end, from the newest checkpoint in the run's folder or from scratch."""
     classes = len(data.classes)
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     place = partial(jax.device_put, device=NamedSharding(mesh, P("data")))
@@ -306,7 +306,7 @@ def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str
             step, readings = running.popleft()
             values = {name: float(x) for name, x in jax.device_get(readings).items()}
             if not values.get("is_sharp", True):
-                del values["sharp_loss"]  # nobody measured one
+                del values["sharp_loss"]  # this step did not measure it
             rate = float(np.asarray(schedule(step - 1)))
             log.write("step", step, **values, learning_rate=rate)
             bar.update(args.batch)
@@ -358,7 +358,7 @@ def describe_epoch(values: dict[str, Any], epochs: int) -> str:
 
 
 def finish(args, log: Log, state, on_test: dict, on_train: dict) -> dict[str, Any]:
-    """results.json and curves.png."""
+    """Write results.json and curves.png; return the results."""
     spent = optax.tree.get(state.opt_state, "gradients_spent")
     skipped = optax.tree.get(state.opt_state, "skipped_steps")
     rates = [row["images_per_second"] for row in log.of("epoch")]
@@ -384,7 +384,7 @@ def finish(args, log: Log, state, on_test: dict, on_train: dict) -> dict[str, An
 
 
 def fingerprint(tree: Any) -> str:
-    """A hash of every bit of a pytree of arrays."""
+    """Return a hash of every bit of a pytree of arrays."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -394,7 +394,7 @@ def fingerprint(tree: Any) -> str:
 
 
 def draw(log: Log, path: Path, title: str) -> None:
-    """Losses on the left, accuracies on the right."""
+    """Plot losses (left) and accuracies (right)."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps, epochs = log.of("step"), log.of("epoch")
@@ -420,41 +420,41 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--data", metavar="PATH", help="archive of CIFAR-10 or CIFAR-100, packed or unpacked")
-    add("--digits", action="store_true", help="scikit-learn's digits instead")
-    add("--images", type=int, default=0, help="train on so many only; default all")
+    add("--digits", action="store_true", help="train on scikit-learn's digits instead")
+    add("--images", type=int, default=0, help="number of training images; default: all")
     add("--label-noise", type=float, default=0.0, metavar="SHARE", help="training labels to flip")
-    add("--imbalance", type=float, default=1.0, help="largest class over smallest, exponential")
+    add("--imbalance", type=float, default=1.0, help="exponential class sizes: largest / smallest")
     add("--augment", choices=["none", "standard"], default="standard", help="crops and flips")
     add("--model", choices=list(MODELS), default="resnet18")
-    add("--width", type=int, default=0, help="default: 64 channels, 192 features")
-    add("--depth", type=int, default=0, help="of the ViT; default: 6 blocks")
+    add("--width", type=int, default=0, help="default: 64 channels; vit: 192 features")
+    add("--depth", type=int, default=0, help="blocks of the ViT; default: 6")
     add("--dropout", type=float, default=0.0)
     add("--label-smoothing", type=float, default=0.0)
     add("--variant", choices=list(VARIANTS), default="sam")
-    add("--rho", type=float, help="default: the paper's, in registry.py")
+    add("--rho", type=float, help="default: the paper's value, in registry.py")
     add(
         "--base",
         choices=list(RATES),
-        help="default: momentum; vit: adamw; LightSAM and AdaSAM have none",
+        help="default: momentum; vit: adamw; LightSAM and AdaSAM have no base",
     )
     add("--learning-rate", type=float, help="default: 0.1; adamw: 1e-3")
     add("--weight-decay", type=float, help="default: 5e-4; adamw: 0.05")
     add("--schedule", choices=["cosine", "step", "constant"], default="cosine")
-    add("--warmup", type=float, default=0.05, metavar="SHARE", help="of all steps")
+    add("--warmup", type=float, default=0.05, metavar="SHARE", help="fraction of all steps")
     add("--epochs", type=int, default=200)
-    add("--batch", type=int, default=128, help="images, of all devices together")
-    add("--accumulate", type=int, default=1, metavar="K", help="microbatches of each device")
+    add("--batch", type=int, default=128, help="images per step, all devices together")
+    add("--accumulate", type=int, default=1, metavar="K", help="microbatches on each device")
     add("--precision", choices=["float32", "bfloat16", "float16"], default="float32")
-    add("--devices", type=int, help="default: all; more than there are: simulated on the CPU")
+    add("--devices", type=int, help="default: all; if too few, simulated on the CPU")
     add("--seed", type=int, default=0)
-    add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="default: an epoch")
-    add("--out", help="new folder of the run; default runs/cifar-NNN")
-    add("--resume", metavar="FOLDER", help="go on with this run, whose settings it keeps")
+    add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="default: one epoch")
+    add("--out", help="new folder for the run; default: runs/cifar-NNN")
+    add("--resume", metavar="FOLDER", help="continue this run, with its settings")
     return parser
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Arguments that are right in themselves, defaults filled in; those of a run for --resume."""
+    """Parse and check the arguments, and fill in defaults; --resume takes them from the run."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume is not None:
@@ -466,10 +466,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
                 option = "--" + name.replace("_", "-")
                 parser.error(
                     f"{option}: the run in {args.resume} has {value}, got {getattr(args, name)}; "
-                    "--resume keeps the settings of a run, start a new one for others"
+                    "--resume keeps the settings of a run; start a new run for other settings"
                 )
         if args.out is not None:
-            parser.error("--out and --resume exclude each other: a resumed run has its folder")
+            parser.error("--out and --resume exclude each other: a resumed run keeps its folder")
         args.data_sha256 = config["data_sha256"]
     args.base = args.base or BASES[args.model]
     learning_rate, weight_decay = RATES[args.base]
@@ -481,7 +481,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.depth and args.model != "vit":
-        parser.error(f"--depth is for --model vit, {args.model} has its own")
+        parser.error(f"--depth is for --model vit only; the depth of {args.model} is fixed")
     if args.data is not None and args.digits:
         parser.error("--data and --digits exclude each other")
     if args.data is None and not args.digits:
@@ -516,19 +516,19 @@ def read_config(parser: argparse.ArgumentParser, folder: Path) -> dict[str, Any]
     try:
         return json.loads((folder / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        parser.error(f"--resume {folder}: there is no run that could go on ({error})")
+        parser.error(f"--resume {folder}: there is no run to continue ({error})")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What --resume keeps: everything but where the run is, and on what."""
+    """Return the settings that --resume keeps: all except folder and devices."""
     left_out = ("out", "resume", "devices", "folder", "data_sha256")
     return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
 def choose_devices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Any]:
-    """The devices that share each batch."""
+    """Return the devices that share each batch."""
     if args.devices is not None:
-        with contextlib.suppress(RuntimeError):  # a backend that runs already stays as it is
+        with contextlib.suppress(RuntimeError):  # a running backend cannot be changed
             jax.config.update("jax_num_cpu_devices", args.devices)
     devices = jax.devices()
     if args.devices is not None and len(devices) < args.devices:
@@ -559,7 +559,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             args.folder = Path(args.resume)
             if sha256 != args.data_sha256:
                 raise ValueError(
-                    f"{args.data or 'digits'} is not what the run in {args.resume} saw"
+                    f"{args.data or 'digits'} is not the data of the run in {args.resume}"
                 )
     except (OSError, ValueError) as error:
         sys.exit(f"cifar.py: error: {error}")
@@ -574,7 +574,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     except (OSError, CheckpointError) as error:
         sys.exit(f"cifar.py: error: {error}")
     except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with --resume {args.folder}", file=sys.stderr)
+        print(f"\ninterrupted; continue with --resume {args.folder}", file=sys.stderr)
         sys.exit(130)
 
 

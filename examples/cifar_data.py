@@ -1,8 +1,8 @@
-"""CIFAR-10 and CIFAR-100 for the examples: load them, change them, batch them.
+"""CIFAR-10 and CIFAR-100 for the examples: load, change and batch them.
 
-`load` reads the standard Python archives, which have to be downloaded by hand, and never writes.
-`write_digits` makes a small archive of the same form out of scikit-learn's digits, for machines
-without the real one. `train_batches` is a grain pipeline that resumes at any batch.
+`load` reads the standard Python archives. They have to be downloaded by hand; `load` never writes.
+`write_digits` makes a small archive of the same form from scikit-learn's digits, for machines
+without CIFAR. `train_batches` is a grain pipeline that can resume at any batch.
 """
 
 import gzip
@@ -24,9 +24,9 @@ import numpy as np
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's channels
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's channels
 PADDING = 4  # pixels on each side, before the random crop
-PREFETCHED = 16  # batches that the threads prepare ahead
+PREFETCHED = 16  # batches that the threads prepare in advance
 WHERE = (
     "from https://www.cs.toronto.edu/~kriz/cifar.html: "
     "cifar-10-python.tar.gz (md5 c58f30108f718f92721af3b95e74349a) or "
@@ -42,7 +42,7 @@ class Images(NamedTuple):
 
 
 class Cifar(NamedTuple):
-    """A data set; `classes` are the names that the labels stand for."""
+    """A data set; `classes[label]` is the name of a class."""
 
     train: Images
     test: Images
@@ -50,7 +50,7 @@ class Cifar(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a data set calls its archive, folder and files, and the keys in the files."""
+    """Names of a data set's archive, folder and files, and of the keys in the files."""
 
     archive: str
     folder: str
@@ -62,7 +62,7 @@ class Layout(NamedTuple):
 
     @property
     def members(self) -> set[str]:
-        """All files."""
+        """Names of all files."""
         return {*self.train, self.test, self.meta}
 
 
@@ -89,15 +89,15 @@ MEMBERS = CIFAR10.members | CIFAR100.members
 
 
 def load(path: str | Path) -> Cifar:
-    """Read CIFAR-10 or CIFAR-100, with its fine labels, in the order of the files.
+    """Read CIFAR-10, or CIFAR-100 with its fine labels, in the order of the files.
 
     Args:
         path: The archive, under any name; or the folder extracted from it; or a folder that holds
-            one of those under its own name.
+            one of these under its original name.
 
     Raises:
-        FileNotFoundError: If there is no such path, or the folder holds no data set.
-        ValueError: If the folder holds several data sets, or what is there cannot be used.
+        FileNotFoundError: If the path does not exist, or the folder holds no data set.
+        ValueError: If the folder holds several data sets, or the files cannot be used.
     """
     path = find(Path(path))
     files = read_folder(path) if path.is_dir() else read_archive(path)
@@ -107,7 +107,7 @@ def load(path: str | Path) -> Cifar:
         raise damaged(path, f"has no {', '.join(missing)}")
     (names,) = unpickle(path, layout.meta, files[layout.meta], [layout.names])
     if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
-        raise damaged(path, f"{layout.meta}: {layout.names} is no list of names: {names!r:.60}")
+        raise damaged(path, f"{layout.meta}: {layout.names} is not a list of names: {names!r:.60}")
 
     def images(member: str) -> Images:
         data, labels = unpickle(path, member, files[member], [b"data", layout.labels])
@@ -120,7 +120,7 @@ def load(path: str | Path) -> Cifar:
 
 
 def find(path: Path) -> Path:
-    """The archive or extracted folder that `path` is or holds."""
+    """Return the archive or extracted folder that `path` is or holds."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist. Download it {WHERE}")
     if not path.is_dir():
@@ -128,7 +128,7 @@ def find(path: Path) -> Path:
     names = [name for layout in LAYOUTS for name in (layout.archive, layout.folder)]
     held = [name for name in names if (path / name).exists()]
     if len(held) > 1:
-        raise ValueError(f"{path} holds several data sets, choose one: {', '.join(held)}")
+        raise ValueError(f"{path} holds several data sets; choose one: {', '.join(held)}")
     if held:
         return find(path / held[0])
     if not read_folder(path):
@@ -137,38 +137,38 @@ def find(path: Path) -> Path:
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:
-    """The files of an extracted folder."""
+    """Read the files of an extracted folder."""
     paths = [folder / member for member in MEMBERS]
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def read_archive(archive: Path) -> dict[str, bytes]:
-    """The files of an archive, read without extracting it."""
+    """Read the files of an archive without extracting it."""
     files = {}
     try:
         with gzip.open(archive) as stream:
-            content = stream.read()  # to its end, because the checksum is there
+            content = stream.read()  # read to the end: the checksum is there
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             for entry in tar:
                 name = PurePosixPath(entry.name).name
                 if name in MEMBERS and entry.isreg() and (file := tar.extractfile(entry)):
                     files[name] = file.read()
     except (gzip.BadGzipFile, zlib.error, EOFError, tarfile.TarError) as error:
-        raise damaged(archive, f"is no complete tar.gz archive ({error})") from error
+        raise damaged(archive, f"is not a complete tar.gz archive ({error})") from error
     if not files:
         raise damaged(archive, "holds no file of CIFAR-10 or CIFAR-100")
     return files
 
 
 def check_images(path: Path, member: str, data: Any, labels: Any, classes: int) -> None:
-    """Refuse what is not N images and a list of N labels below `classes`."""
+    """Require N images and a list of N labels in [0, classes)."""
     if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3072:
         got = getattr(data, "shape", type(data).__name__)
         raise damaged(path, f"{member}: data must be uint8[N, 3072], got {got}")
     if not isinstance(labels, list) or len(labels) != len(data):
         got = f"{len(labels)} labels" if isinstance(labels, list) else type(labels).__name__
         raise damaged(
-            path, f"{member}: {len(data)} images need a list of as many labels, got {got}"
+            path, f"{member}: {len(data)} images need a list of equally many labels, got {got}"
         )
     for label in labels:
         if type(label) is not int or not 0 <= label < classes:
@@ -176,11 +176,11 @@ def check_images(path: Path, member: str, data: Any, labels: Any, classes: int) 
 
 
 def unpickle(path: Path, member: str, pickled: bytes, keys: list[bytes]) -> list[Any]:
-    """What a file holds under each of the keys."""
+    """Return the content of a file under each of the keys."""
     try:
         content = PlainUnpickler(io.BytesIO(pickled), encoding="bytes").load()
     except Exception as error:  # the bytes of a damaged pickle can raise anything
-        raise damaged(path, f"{member} is no pickle of plain data ({error})") from error
+        raise damaged(path, f"{member} is not a pickle of plain data ({error})") from error
     for key in keys:
         if not isinstance(content, dict) or key not in content:
             raise damaged(path, f"{member} has no {key}")
@@ -188,10 +188,10 @@ def unpickle(path: Path, member: str, pickled: bytes, keys: list[bytes]) -> list
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads built-in types and arrays of uint8; any other pickle could run code of its own."""
+    """Unpickler of built-in types and uint8 arrays only; other pickles could run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Stand-ins for the functions that arrays are pickled with, by Python 2 and 3."""
+        """Return a safe replacement of a function that Python 2 or 3 pickles arrays with."""
         allowed = {
             "numpy.core.multiarray._reconstruct": empty_array,
             "numpy._core.multiarray._reconstruct": empty_array,
@@ -205,30 +205,30 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def empty_array(*_: Any) -> np.ndarray:
-    """The array whose shape and content a pickle sets afterwards."""
+    """Return an array; the pickle sets its shape and content later."""
     return np.empty(0, np.uint8)
 
 
 def uint8(name: str | bytes, *_: Any) -> np.dtype:
-    """The one dtype that CIFAR needs; a made-up dtype could make numpy read foreign memory."""
+    """Return the only dtype that CIFAR needs; a forged dtype could make numpy read other memory."""
     if name not in ("u1", b"u1"):
         raise pickle.UnpicklingError(f"arrays must have dtype 'u1', got {name!r}")
     return np.dtype(np.uint8)
 
 
 def damaged(path: Path, problem: str) -> ValueError:
-    """The error of a file that cannot be used."""
+    """Return the error for a file that cannot be used."""
     return ValueError(f"{path}: {problem}. Download it again {WHERE}")
 
 
 def write_digits(folder: str | Path) -> Path:
     """Write scikit-learn's 1797 digits, enlarged, as an archive in the form of CIFAR-10.
 
-    1500 of them are in the train batches, 297 in the test batch. The bytes are the same every
-    time. An archive that is already there is returned as it is; if `load` refuses it, so does this.
+    1500 images are in the training batches, 297 in the test batch. The bytes are the same every
+    time. An existing archive is kept; if `load` rejects it, its error is raised.
 
     Args:
-        folder: Where to write `cifar-10-python.tar.gz`; created if it does not exist.
+        folder: Folder for `cifar-10-python.tar.gz`; created if it does not exist.
 
     Returns:
         The path of the archive.
@@ -241,14 +241,14 @@ def write_digits(folder: str | Path) -> Path:
     unfinished = archive.with_name(f"{archive.name}.{uuid.uuid4().hex}")
     try:
         unfinished.write_bytes(digits_archive())
-        os.replace(unfinished, archive)  # at once, so that nobody ever sees half of it
+        os.replace(unfinished, archive)  # atomic: nobody sees an incomplete archive
     finally:
         unfinished.unlink(missing_ok=True)
     return archive
 
 
 def digits_archive() -> bytes:
-    """The bytes of the archive of digits."""
+    """Return the bytes of the archive of digits."""
     pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     order = np.random.default_rng(0).permutation(len(labels))
     pixels, labels = pixels[order].reshape(-1, 8, 8), labels[order]
@@ -256,7 +256,7 @@ def digits_archive() -> bytes:
     gray = np.rint(np.asarray(large) * 255 / 16).astype(np.uint8).reshape(-1, 1024)
     contents: dict[str, dict] = {CIFAR10.meta: {CIFAR10.names: [b"%d" % n for n in range(10)]}}
     for number, member in enumerate((*CIFAR10.train, CIFAR10.test)):
-        rows = slice(300 * number, 300 * (number + 1))  # the last one, of the test, has 297
+        rows = slice(300 * number, 300 * (number + 1))  # the last one, the test batch, has 297
         contents[member] = {b"data": np.tile(gray[rows], 3), CIFAR10.labels: labels[rows].tolist()}
 
     archive = io.BytesIO()
@@ -273,7 +273,7 @@ def digits_archive() -> bytes:
 
 
 def with_label_noise(images: Images, share: float, classes: int, seed: int) -> Images:
-    """Replace the labels of `round(share * N)` random images, each by any other class."""
+    """Replace the labels of `round(share * N)` random images, each by a random other class."""
     check_classes(images, classes)
     if not 0 <= share < 1:
         raise ValueError(f"share must be in [0, 1), got {share}")
@@ -285,10 +285,10 @@ def with_label_noise(images: Images, share: float, classes: int, seed: int) -> I
 
 
 def long_tailed(images: Images, imbalance: float, classes: int, seed: int) -> Images:
-    """Thin the classes out exponentially, as in https://arxiv.org/abs/1901.05555.
+    """Reduce the classes to exponentially falling sizes, as in https://arxiv.org/abs/1901.05555.
 
-    Of class i at most n * imbalance^(-i / (classes - 1)) random images are kept, rounded down but
-    at least 1, where n is the size of the largest class. They stay in order.
+    Class i keeps at most n * imbalance^(-i / (classes - 1)) random images, rounded down but at
+    least 1, where n is the size of the largest class. The images stay in order.
     """
     check_classes(images, classes)
     if not 1 <= imbalance < math.inf:
@@ -300,7 +300,7 @@ def long_tailed(images: Images, imbalance: float, classes: int, seed: int) -> Im
 
 
 def subset(images: Images, count: int, seed: int) -> Images:
-    """Choose `count` random images, as equally many per class as possible; they stay in order."""
+    """Choose `count` random images, balanced over the classes if possible; they stay in order."""
     if not 1 <= count <= len(images.label):
         raise ValueError(f"count must be in [1, {len(images.label)}], got {count}")
     generator = generator_of(seed, "subset")
@@ -310,21 +310,21 @@ def subset(images: Images, count: int, seed: int) -> Images:
 
 
 def check_classes(images: Images, classes: int) -> None:
-    """Refuse a number of classes that is too small for the labels."""
+    """Require at least 2 classes, and enough classes for the labels."""
     least = max(2, int(images.label.max()) + 1)
     if classes < least:
         raise ValueError(f"classes must be at least {least} for these labels, got {classes}")
 
 
 def generator_of(seed: int, purpose: Literal["noise", "tail", "subset"]) -> np.random.Generator:
-    """A generator per purpose, so that one seed does not choose the same images for all."""
+    """Return a generator per purpose, so that a seed chooses different images for each purpose."""
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     return np.random.default_rng([seed, *purpose.encode()])
 
 
 def ranks_in_class(label: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """For each image, how many of its class come before it in a random order."""
+    """Return for each image how many images of its class precede it in a random order."""
     order = generator.permutation(len(label))
     ranks = np.empty_like(order)
     for number in np.unique(label):
@@ -334,7 +334,7 @@ def ranks_in_class(label: np.ndarray, generator: np.random.Generator) -> np.ndar
 
 
 def take(images: Images, rows: np.ndarray) -> Images:
-    """The images at these positions, or under this mask."""
+    """Return the images at the given positions, or under the given mask."""
     return Images(images.image[rows], images.label[rows])
 
 
@@ -346,19 +346,20 @@ def train_batches(
     augment: Literal["none", "standard"],
     num_threads: int = 2,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
-    """Batches without end, in a new order every epoch.
+    """Return an endless iterator of batches, in a new order every epoch.
 
     Every epoch is a permutation of all images. A batch may hold the end of an epoch and the start
     of the next, so that no image is lost. `get_state()` of the iterator is small and fits into
-    JSON; after `set_state` the same batches follow as followed then, with the same augmentation.
+    JSON. `set_state` continues with exactly the same batches, including their augmentation.
 
     Args:
-        images: What to draw from.
-        batch_size: Images in every batch, at most as many as there are.
-        seed: Decides order and augmentation, whatever the number of threads.
-        augment: "standard" shifts each image by up to 4 pixels each way, black coming in, and
-            mirrors half of them.
-        num_threads: Threads that prepare batches ahead; 0 prepares each one when it is asked for.
+        images: The images to draw from.
+        batch_size: Images in every batch; at most the number of images.
+        seed: Determines order and augmentation; the number of threads does not matter.
+        augment: "standard" shifts each image by up to 4 pixels in each direction, padded with
+            black, and mirrors half of the images.
+        num_threads: Threads that prepare batches in advance; with 0, each batch is prepared on
+            demand.
 
     Returns:
         An iterator of {"image": uint8[B, 32, 32, 3], "label": int32[B], "index": int32[B]}, where
@@ -377,7 +378,7 @@ def train_batches(
     def augmented(batch: dict[str, np.ndarray], generator: np.random.Generator):
         return batch | {"image": crop_and_flip(batch["image"], generator)}
 
-    # Only indices pass through grain one by one; a whole batch of images is faster to gather.
+    # Only indices pass through grain one by one: it is faster to gather images a batch at a time.
     order = grain.MapDataset.range(len(images.label)).seed(seed).shuffle().repeat()
     batches = order.batch(batch_size, drop_remainder=True).map(gather)
     if augment == "standard":
@@ -386,7 +387,7 @@ def train_batches(
 
 
 def crop_and_flip(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Shift each image by up to `PADDING` pixels, with zeros coming in, and mirror half of them."""
+    """Shift each image by up to `PADDING` pixels, padded with zeros, and mirror half of them."""
     around = (PADDING, PADDING)
     padded = np.pad(image, ((0, 0), around, around, (0, 0)))
     crops = np.lib.stride_tricks.sliding_window_view(padded, image.shape[1:], axis=(1, 2, 3))
@@ -398,9 +399,9 @@ def crop_and_flip(image: np.ndarray, generator: np.random.Generator) -> np.ndarr
 
 
 def test_batches(images: Images, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """All images once, in order, in batches {"image", "label", "weight"} of one shape.
+    """Return all images once, in order, in batches {"image", "label", "weight"} of one shape.
 
-    Zeros fill the last batch up. `weight`, float32[B], is 0 where they do and 1 elsewhere.
+    The last batch is padded with zeros. `weight`, float32[B], is 0 for padding and 1 elsewhere.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -418,7 +419,7 @@ def test_batches(images: Images, batch_size: int) -> Iterator[dict[str, np.ndarr
 
 
 def normalize(image: jax.Array | np.ndarray) -> jax.Array:
-    """Make float32 of uint8 images, by CIFAR-10's mean and deviation of each channel."""
+    """Convert uint8 images to float32; normalize by CIFAR-10's mean and deviation per channel."""
     if image.dtype != np.uint8:
         raise ValueError(f"image must be uint8, got {image.dtype}")
     mean, std = (jnp.broadcast_to(jnp.float32(of), image.shape) for of in (MEAN, STD))

@@ -1,4 +1,4 @@
-"""What the devices of a compiled program send each other, read from the program itself."""
+"""Count the bytes that devices send to each other, read from the compiled program."""
 
 import math
 import re
@@ -10,23 +10,24 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 
 
 def communicated_bytes(program: Any) -> dict[str, int]:
-    """Bytes in the collective operations of one device's program, by kind of operation.
+    """Return the bytes in the collective operations of one device's program, by kind.
 
-    An all-reduce of P bytes counts P, other operations the bytes of their results. Operations
-    within a group of one device move nothing and are not counted.
+    An all-reduce of P bytes counts as P bytes. Other operations count as the bytes of their
+    results. Operations within a group of one device move nothing and are not counted.
 
     Args:
         program: A compiled function, `jax.jit(f).lower(...).compile()`.
 
     Returns:
-        Bytes per device and call, for each kind that occurs. The body of a loop counts once.
+        Bytes per device and call, for each kind of operation that occurs. The body of a loop counts
+            once.
     """
     found: dict[str, int] = {}
     for result, operation, start, rest in _INSTRUCTION.findall(program.as_text()):
         if re.search(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\])", rest):
             continue
         size = sum(_bytes(*array) for array in _ARRAY.findall(result))
-        if start and operation != "all-reduce":  # its result holds the operands as well
+        if start and operation != "all-reduce":  # its result includes the operands
             size -= sum(_bytes(*array) for array in _ARRAY.findall(rest.split(")")[0]))
         found[operation] = found.get(operation, 0) + size
     return found

@@ -1,23 +1,24 @@
-"""One training run on several devices: under jit, pmap and shard_map, the same curve.
+"""Train on several devices: jit, pmap and shard_map give the same curve.
 
     python examples/data_parallel.py
     python examples/data_parallel.py --strategy pmap shard_map --ascent local --float64
     python examples/data_parallel.py --variant sampa --pair --devices 4
     python examples/multi_process.py                    # the same in two processes
 
-A small Flax network learns scikit-learn's digits. Every batch is spread over the devices; each
-strategy starts from the same parameters and sees the same batches, so that the loss curves differ
-by rounding only. With fewer than two accelerators the devices are simulated ones of the CPU.
+A small Flax network learns scikit-learn's digits. Every batch is sharded over the devices. Each
+strategy starts from the same parameters and sees the same batches, so the loss curves differ only
+by rounding. With fewer than two accelerators, simulated CPU devices are used.
 
-    jit         the batch is sharded, nothing of samx's is needed
+    jit         the batch is sharded; nothing from samx is needed
     pmap        samx.data_parallel around the optimizer, samx.value_and_grad for the gradient
-    shard_map   the same; samx.state_specs says how the state is laid out
+    shard_map   the same; samx.state_specs gives the sharding of the state
 
-With `--pair` each of SAMPa's two gradients is computed by a group of devices of its own. The
-process of `--process-id` I is one of `--num-processes` N, which all get the same other arguments.
+With `--pair`, two groups of devices compute SAMPa's two gradients, one gradient each. The process
+with `--process-id` I is one of `--num-processes` N processes. All processes get the same other
+arguments.
 
-Prints the curves, their largest difference and steps per second; results.json, the final parameters
-(params.npz) and data_parallel.png go to --out.
+The script prints the curves, their largest difference and the steps per second. It writes
+results.json, the final parameters (params.npz) and data_parallel.png to --out.
 """
 
 import argparse
@@ -48,19 +49,20 @@ import samx
 WIDTH = 64
 GRAPH = nnx.graphdef(nnx.eval_shape(lambda: Network(WIDTH, rngs=nnx.Rngs(0))))
 SIMULATED = 8
-# Seconds after which a process ends by itself: when a peer has died, and when one does not come to
-# the start or to the end, where the others wait for process 0 to write the results.
+# Seconds after which a process ends by itself. DEAD_TIMEOUT: a peer has died. WAIT_TIMEOUT: a peer
+# does not reach the start or the end. At the end the others wait until process 0 has written the
+# results.
 DEAD_TIMEOUT, WAIT_TIMEOUT = 10, 60
 
 
 class Trainer(NamedTuple):
-    """One strategy: where it starts, its step, and what goes in and out."""
+    """One strategy: initial values, the step, and how data goes to and from the devices."""
 
     params: Any
     state: Any
-    step: Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]  # with a batch; the last is loss
-    spread: Callable[[Any], Any]  # a batch in the memory of the host -> over the devices
-    fetch: Callable[[Any], Any]  # what all devices agree on -> in the memory of the host
+    step: Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]  # takes a batch; last is loss
+    spread: Callable[[Any], Any]  # a batch in host memory -> sharded over the devices
+    fetch: Callable[[Any], Any]  # a replicated value -> host memory
 
 
 def logits(params: Any, x: Any) -> jax.Array:
@@ -77,7 +79,7 @@ def accuracy(params: Any, data: Any) -> jax.Array:
 
 
 def make_step(tx: optax.GradientTransformationExtraArgs, value_and_grad: Callable[..., Any]):
-    """The same step for every strategy; only who takes the mean over the devices differs."""
+    """Build the step, the same for every strategy except where the mean over devices is taken."""
 
     def step(params, state, batch):
         def value_fn(params):
@@ -99,7 +101,7 @@ def make_step(tx: optax.GradientTransformationExtraArgs, value_and_grad: Callabl
             index=batch["index"],
             ascent_fn=ascent_fn,
         )
-        # The base optimizer alone has no readings.
+        # The base optimizer without a variant has no readings.
         return optax.apply_updates(params, updates), state, optax.tree.get(state, "loss", value)
 
     return step
@@ -108,7 +110,7 @@ def make_step(tx: optax.GradientTransformationExtraArgs, value_and_grad: Callabl
 def make_optimizer(
     args: argparse.Namespace, devices: list[Any], batch_size: int, pair: P | NamedSharding
 ):
-    """The variant around its base; `pair` is where SAMPa's two groups are, if it has any."""
+    """Build the variant with its base; `pair` is the sharding of SAMPa's two groups, if any."""
     batch_like = {
         "x": jax.ShapeDtypeStruct((batch_size, 64), args.dtype),
         "y": jax.ShapeDtypeStruct((batch_size,), np.int32),
@@ -148,13 +150,13 @@ def with_shard_map(args: argparse.Namespace, devices: list[Any], params: Any) ->
 
 
 def make_mesh(args: argparse.Namespace, devices: list[Any]) -> Mesh:
-    """All devices along "data"; with --pair, two groups of them along "pair"."""
+    """Build a mesh of all devices along "data"; with --pair, of two groups along "pair"."""
     shape, names = ((2, len(devices) // 2), ("pair", "data")) if args.pair else ((-1,), ("data",))
     return Mesh(np.reshape(devices, shape), names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def on_mesh(mesh: Mesh, tx: optax.GradientTransformation, step: Any, params: Any) -> Trainer:
-    """A step on global arrays: parameters everywhere, examples spread over "data"."""
+    """Build a step on global arrays: parameters replicated, examples sharded over "data"."""
     everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
     state_shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), samx.state_specs(tx, params, batch_specs=P("data"))
@@ -170,7 +172,7 @@ def on_mesh(mesh: Mesh, tx: optax.GradientTransformation, step: Any, params: Any
 
 
 def with_pmap(args: argparse.Namespace, devices: list[Any], params: Any) -> Trainer:
-    """Arrays have a leading axis of devices, in each process of its own only."""
+    """Build a step on arrays with a leading device axis, which has this process's devices only."""
     axis = "pair" if args.pair else "data"
     own = [i for i, device in enumerate(devices) if device.process_index == jax.process_index()]
 
@@ -180,7 +182,7 @@ def with_pmap(args: argparse.Namespace, devices: list[Any], params: Any) -> Trai
     def share(batch):
         return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:])[own], batch)
 
-    if args.pair:  # the two devices are the two groups, and each sees the whole batch
+    if args.pair:  # the two devices are the two groups; each sees the whole batch
         tx, value_and_grad = (
             make_optimizer(args, devices, args.batch, P("pair")),
             jax.value_and_grad,
@@ -204,30 +206,30 @@ STRATEGIES = {"jit": with_jit, "pmap": with_pmap, "shard_map": with_shard_map}
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Global arrays, of which every process lays out the part of its own devices."""
+    """Make global arrays; each process places the parts of its own devices."""
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), tree
     )
 
 
 def fetch(tree: Any) -> Any:
-    """The first device's part, which is all of it where all devices hold the same."""
+    """Copy the first device's part to the host; it is the whole array if it is replicated."""
     return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data), tree)
 
 
 def batches_of(epoch: int, train: Any, args: argparse.Namespace):
-    """The epoch's batches in the memory of the host; examples that fill no batch are dropped."""
+    """Yield the epoch's batches in host memory; examples that do not fill a batch are dropped."""
     order = np.random.default_rng((args.seed, epoch)).permutation(TRAIN)
     for rows in order[: args.steps * args.batch].reshape(args.steps, args.batch):
         yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], train)
 
 
 def train(strategy: str, args: argparse.Namespace, devices: list[Any], bar: tqdm) -> dict:
-    """Train once; the losses of all steps, the accuracy after each epoch, the last parameters."""
+    """Train once; return all losses, the accuracy after each epoch, and the last parameters."""
     params, data, test = problem(args)
     trainer = STRATEGIES[strategy](args, devices, params)
     params, state = trainer.params, trainer.state
-    # Compiled before the clock starts; what this step returns is not used.
+    # Compile before the clock starts; the results of this step are not used.
     first = trainer.spread(next(batches_of(0, data, args)))
     jax.block_until_ready(trainer.step(params, state, first))
 
@@ -255,7 +257,7 @@ def train(strategy: str, args: argparse.Namespace, devices: list[Any], bar: tqdm
 
 
 def problem(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Initial parameters, training and test images of the seed, in the memory of the host."""
+    """Return the seed's initial parameters, training and test images, in host memory."""
     seed = np.array([args.seed], np.int32)
     everything = jax.device_get((initialize(seed, WIDTH), *split(seed, 0.0)))
     params, data, _, test = jax.tree.map(
@@ -265,12 +267,12 @@ def problem(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def largest_difference(results: list[dict]) -> float:
-    """Between the losses that any two strategies saw at the same step."""
+    """Return the largest difference between the losses of two strategies at the same step."""
     return float(np.ptp([result["loss"] for result in results], axis=0).max())
 
 
 def print_tables(results: list[dict], args: argparse.Namespace) -> None:
-    """The curves side by side, then one line per strategy."""
+    """Print the curves side by side, then one line per strategy."""
     names = [result["strategy"] for result in results]
     width = 12 * len(names)
     print(f"\n{'':5} {'training loss':^{width}}  {'test accuracy, %':^{width}}")
@@ -293,11 +295,11 @@ def print_tables(results: list[dict], args: argparse.Namespace) -> None:
 
 
 def draw(results: list[dict], path: Path, title: str) -> None:
-    """The curves, one upon the other, and how far each is from the first."""
+    """Draw all curves in the same axes, and the difference of each from the first."""
     panels = 3 if len(results) > 1 else 2
     figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
     axes = figure.subplots(1, panels)
-    # Equal curves cover each other: each is thinner than the one below it.
+    # Equal curves cover each other, so each is thinner than the one below it.
     styles = [("C0", "-", 7.0, 0.35), ("C1", "--", 3.0, 1.0), ("k", ":", 1.5, 1.0)]
     for result, (color, line, width, alpha) in zip(results, styles, strict=False):
         style = {"color": color, "linestyle": line, "linewidth": width, "alpha": alpha}
@@ -320,7 +322,7 @@ def draw(results: list[dict], path: Path, title: str) -> None:
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Arguments that are right in themselves; `check_devices` looks at the rest."""
+    """Parse and check the arguments; `check_devices` checks what depends on the devices."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -328,29 +330,31 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         "--strategy",
         nargs="+",
         choices=list(STRATEGIES),
-        help="default: all that the other arguments allow",
+        help="default: all strategies that the other arguments allow",
     )
     parser.add_argument("--variant", choices=list(VARIANTS), default="sam")
     parser.add_argument("--base", choices=list(BASES), default="momentum")
-    parser.add_argument("--rho", type=float, help="default: the variant's smallest in registry.py")
+    parser.add_argument(
+        "--rho", type=float, help="default: the variant's smallest radius in registry.py"
+    )
     parser.add_argument("--learning-rate", type=float, help="default: one that suits the base")
     parser.add_argument(
         "--ascent",
         choices=["global", "local"],
         default="global",
-        help="whose gradient is climbed: that of all devices, the default, or each device its own",
+        help="ascent gradient: the mean over all devices (default), or that of each device alone",
     )
     parser.add_argument(
-        "--pair", action="store_true", help="sampa: two groups of devices, one gradient each"
+        "--pair", action="store_true", help="for sampa: two groups of devices, one gradient each"
     )
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=120, help="examples, of all devices together")
+    parser.add_argument("--batch", type=int, default=120, help="examples over all devices together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--devices",
         type=int,
-        help="how many, in each process; simulated ones of the CPU if there are fewer. "
-        f"Default: all, or {SIMULATED} simulated ones if there is one only",
+        help="number of devices in each process; simulated CPU devices if there are fewer. "
+        f"Default: all, or {SIMULATED} simulated devices if there is only one",
     )
     parser.add_argument("--float64", action="store_true")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
@@ -396,10 +400,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
 
 
 def connect(args: argparse.Namespace) -> None:
-    """Make this process one of several, if it is."""
+    """Connect this process to its peers, if there are several processes."""
     if args.coordinator is None:
         return
-    # The service would catch SIGTERM, as a notice to save a checkpoint, and the process live on.
+    # The service would catch SIGTERM as a notice to save a checkpoint; the process would not end.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         args.coordinator,
@@ -412,8 +416,8 @@ def connect(args: argparse.Namespace) -> None:
 
 
 def choose_devices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Any]:
-    """The devices of all processes, in their order."""
-    with contextlib.suppress(RuntimeError):  # a backend that runs already stays as it is
+    """Return the devices of all processes, in the order of the processes."""
+    with contextlib.suppress(RuntimeError):  # a running backend stays unchanged
         jax.config.update("jax_num_cpu_devices", args.devices or SIMULATED)
     real, wanted = jax.devices(), args.devices
     is_enough = len(real) > 1 if wanted is None else jax.local_device_count() >= wanted
@@ -432,13 +436,13 @@ def choose_devices(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 def check_devices(
     parser: argparse.ArgumentParser, args: argparse.Namespace, devices: list[Any]
 ) -> None:
-    """Refuse what does not go together with these devices; choose the strategies that do."""
+    """Refuse arguments that do not fit these devices; choose the strategies that do."""
     if args.pair and len(devices) % 2:
         parser.error(f"--pair needs an even number of devices for two groups, got {len(devices)}")
     shares = len(devices) // 2 if args.pair else len(devices)
     if args.batch % shares:
         parser.error(
-            f"--batch must be a multiple of {shares}, one share a device, got {args.batch}"
+            f"--batch must be a multiple of {shares}, an equal share per device, got {args.batch}"
         )
     refused = {}
     if args.ascent == "local":
@@ -455,7 +459,7 @@ def check_devices(
 
 
 def create_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path | None:
-    """Process 0 creates it; if it cannot, all end, none waits for the others."""
+    """Create the folder in process 0; if that fails, all processes end and none waits."""
     folder, trouble = None, ""
     if jax.process_index() == 0:
         try:

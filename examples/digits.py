@@ -1,15 +1,16 @@
-"""Sharpness-aware training against its base optimizer, on handwritten digits with wrong labels.
+"""Compare sharpness-aware training with its base optimizer, on digits with wrong labels.
 
     python examples/digits.py
     python examples/digits.py --variants base sam --base adamw --seeds 5 --noise 0.5
     python examples/digits.py --variants sam looksam ae-sam vsam
 
-A small Flax network learns scikit-learn's digits (1797 real images of 8x8 pixels) twice: with a
-share of its training labels flipped, and with clean labels. Every method gets the same epochs;
-`base2x` is the base optimizer with twice as many, so that it spends the gradients of SAM. Learning
-rate and rho of each method are chosen on a validation split, over seeds of their own; the test
-split is looked at once, with the chosen values. Every seed has its own split, flipped labels,
-initialization and batches, and all seeds and candidates train at once, vmapped.
+A small Flax network learns scikit-learn's digits (1797 real images of 8x8 pixels) twice: once with
+a share of the training labels flipped, and once with clean labels. Every method trains for the same
+number of epochs. `base2x` is the base optimizer with twice as many epochs, so that it spends as
+many gradients as SAM. The learning rate and rho of each method are chosen on a validation split,
+with separate seeds. The test split is used once, with the chosen values. Every seed has its own
+split, flipped labels, initialization and batches. All seeds and candidates train at the same time,
+under `vmap`.
 """
 
 import argparse
@@ -37,16 +38,16 @@ from tqdm import tqdm
 
 import samx
 
-TRAIN, VALIDATION, BATCH = 1000, 297, 100  # of 1797 images; 500 are left to test
+TRAIN, VALIDATION, BATCH = 1000, 297, 100  # of 1797 images; the other 500 are the test split
 STEPS_PER_EPOCH = TRAIN // BATCH
 TUNING_SEEDS = range(1000, 1004)  # none of them is a reported seed
-SHARPNESS_RADIUS = 0.2  # of the reported loss increase, the same for every method
+SHARPNESS_RADIUS = 0.2  # for the reported loss increase; the same for every method
 LEARNING_RATES = {
     "sgd": (0.1, 0.3, 1.0),
     "momentum": (0.01, 0.03, 0.1, 0.3),
     "adamw": (3e-4, 1e-3, 3e-3, 1e-2),
 }
-# A row of the tables: the variant, and how many times the epochs.
+# Each row of the tables: the variant, and the factor on the number of epochs.
 ROWS = {"base": ("base", 1), "base2x": ("base", 2)} | {
     name: (name, 1) for name in VARIANTS if name not in ("base", "sampa-separate")
 }
@@ -55,7 +56,7 @@ TIMED_STEPS = 100
 
 
 class Network(nnx.Module):
-    """Two hidden layers, from 64 pixels to 10 logits."""
+    """A network with two hidden layers, from 64 pixels to 10 logits."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.first = nnx.Linear(64, width, rngs=rngs)
@@ -67,17 +68,17 @@ class Network(nnx.Module):
 
 
 class Trainer(NamedTuple):
-    """A method's compiled functions over a vector of runs, each a (seed, learning rate, rho)."""
+    """A method's compiled functions. They act on vectors of runs (seed, learning rate, rho)."""
 
     init: Callable[..., Any]  # runs, params -> state
     epoch: Callable[..., Any]  # params, state, runs, data, epoch -> params, state, accuracies
     loss_increase: Callable[..., Any]  # params, data -> [runs]
     step: Callable[..., Any]  # one step of one run: params, state, run, batch -> params, state
-    accuracy: Callable[..., Any]  # of one run: params, one part of the data -> share
+    accuracy: Callable[..., Any]  # of one run: params, one split -> share of correct predictions
 
 
 class Runs(NamedTuple):
-    """Vectors of equal length: what distinguishes the runs that train together."""
+    """Seed, learning rate and rho of the runs that train together: vectors of equal length."""
 
     seed: jax.Array
     learning_rate: jax.Array
@@ -87,12 +88,15 @@ class Runs(NamedTuple):
 @jax.jit
 @partial(jax.vmap, in_axes=(0, None))
 def split(seed: jax.Array, noise: jax.Array | float):
-    """The seed's training, validation and test images; `noise` of the training labels are wrong."""
+    """Return the seed's training, validation and test split.
+
+    A share `noise` of the training labels is wrong.
+    """
     x, y = load_digits(return_X_y=True)
     x, y = jnp.asarray(x / 16, jnp.float32), jnp.asarray(y, jnp.int32)
     order, wrong = jax.random.split(jax.random.fold_in(jax.random.key(0), seed))
     order = jax.random.permutation(order, len(x))
-    flipped = (y + jax.random.randint(wrong, y.shape, 1, 10)) % 10  # another digit, any other
+    flipped = (y + jax.random.randint(wrong, y.shape, 1, 10)) % 10  # always another digit
     is_flipped = jnp.arange(TRAIN) < noise * TRAIN
     train, validation, test = jnp.split(order, [TRAIN, TRAIN + VALIDATION])
     return (
@@ -109,23 +113,23 @@ def split(seed: jax.Array, noise: jax.Array | float):
 @partial(jax.jit, static_argnums=1)
 @partial(jax.vmap, in_axes=(0, None))
 def initialize(seed: jax.Array, width: int):
-    """The seed's initial parameters."""
+    """Return the seed's initial parameters."""
     return nnx.state(Network(width, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
 
 
 def shuffled(seed: jax.Array, epoch: jax.Array | int) -> jax.Array:
-    """The seed's batches of an epoch, as rows of the training images [steps, batch]."""
+    """Return the seed's batches of one epoch, as indices of training images [steps, batch]."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), seed), epoch)
     return jax.random.permutation(key, TRAIN).reshape(STEPS_PER_EPOCH, BATCH)
 
 
 def rows_of(data: dict[str, jax.Array], rows: jax.Array) -> dict[str, jax.Array]:
-    """Some of the images and their labels."""
+    """Return the images and labels at the indices `rows`."""
     return {name: leaf[rows] for name, leaf in data.items()}
 
 
 def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Trainer:
-    """Compile-once functions that train a vector of runs by one epoch."""
+    """Build the functions that train a vector of runs for one epoch; each compiles once."""
     graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
     batch_like = {
         "x": jax.ShapeDtypeStruct((BATCH, 64), jnp.float32),
@@ -205,11 +209,11 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
 
 
 class Trained(NamedTuple):
-    """What `train` returns, and how the runs came there."""
+    """The final parameters of all runs, and their accuracies and gradients after each epoch."""
 
     params: Any
-    accuracies: np.ndarray  # [epochs, runs, 3 parts of the data]
-    gradients: np.ndarray  # [epochs, runs], spent so far
+    accuracies: np.ndarray  # [epochs, runs, 3 splits of the data]
+    gradients: np.ndarray  # [epochs, runs], spent since the start
 
 
 def train(
@@ -230,7 +234,7 @@ def train(
 
 
 def choose(trainer, candidates, noise, width, epochs, advance) -> tuple[float, float]:
-    """The (learning rate, rho) with the best mean validation accuracy over the tuning seeds."""
+    """Return the (learning rate, rho) with the best mean validation accuracy over tuning seeds."""
     runs = [(seed, *candidate) for candidate in candidates for seed in TUNING_SEEDS]
     runs = Runs(*map(jnp.asarray, zip(*runs, strict=True)))
     params, data = initialize(runs.seed, width), split(runs.seed, noise)
@@ -242,10 +246,12 @@ def choose(trainer, candidates, noise, width, epochs, advance) -> tuple[float, f
 
 
 def seconds_per_step(trainer: Trainer, params, runs: Runs, data, gradients: float) -> float:
-    """Mean seconds of a step of one run, not vmapped, where steps cost `gradients` on average.
+    """Return the mean seconds per step of one run, without `vmap`.
 
-    Of sharp and plain steps each kind's median, weighted by how often it was taken in training: a
-    median of all would be that of the more frequent kind.
+    Sharp and plain steps are timed separately. The result is the mean of their two medians,
+    weighted by how often each kind occurred in training. This weight follows from `gradients`, the
+    mean number of gradients per step. One median over all steps would be the median of the more
+    frequent kind.
     """
     state = trainer.init(runs, params)
     params, state, run, images = jax.tree.map(lambda x: x[0], (params, state, runs, data[0]))
@@ -266,7 +272,7 @@ def seconds_per_step(trainer: Trainer, params, runs: Runs, data, gradients: floa
 
 
 def measure(row: str, args: argparse.Namespace, noises: list[float], bar: tqdm) -> list[dict]:
-    """Choose, train and measure one row of every table."""
+    """Choose the hyperparameters of one row, then train and measure it, for every table."""
     variant, times = ROWS[row]
     epochs = times * args.epochs
     trainer = make_trainer(VARIANTS[variant], args.base, args.width, epochs)
@@ -290,7 +296,7 @@ def measure(row: str, args: argparse.Namespace, noises: list[float], bar: tqdm) 
         trained = train(trainer, initialize(seeds, args.width), runs, data, epochs, advance)
         accuracies, gradients = trained.accuracies, trained.gradients.mean(axis=1)
         per_step = float(gradients[-1]) / (epochs * STEPS_PER_EPOCH)
-        params = initialize(seeds, args.width)  # training gives its own away
+        params = initialize(seeds, args.width)  # training donated the others
         results.append(
             {
                 "row": row,
@@ -310,7 +316,7 @@ def measure(row: str, args: argparse.Namespace, noises: list[float], bar: tqdm) 
 
 
 def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float]]:
-    """The (learning rate, rho) to choose from; the base optimizer has no rho."""
+    """Return the (learning rate, rho) pairs to choose from; the base optimizer has no rho."""
     variant, _ = ROWS[row]
     radii = VARIANTS[variant].radii
     if args.rho and variant != "base":
@@ -320,23 +326,23 @@ def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float
 
 
 def work_of(row: str, runs: int) -> int:
-    """Gradients in one epoch of `runs` runs, vmapped: there both sides of a branch are computed."""
+    """Return the gradients per epoch of `runs` runs; `vmap` computes both sides of a branch."""
     return STEPS_PER_EPOCH * runs * math.ceil(VARIANTS[ROWS[row][0]].gradients)
 
 
 def describe(noise: float) -> str:
-    """What a table is about."""
+    """Describe the labels of a table."""
     return f"{noise:.0%} of the training labels wrong" if noise else "clean labels"
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error; the error of a single value is not a number."""
+    """Return the mean and its standard error; the error of a single value is NaN."""
     error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return float(np.mean(values)), float(error)
 
 
 def print_table(results: list[dict], noise: float, seeds: int) -> None:
-    """One line per method."""
+    """Print one line per method."""
     print(f"\n{describe(noise)}, {seeds} seeds (mean ± standard error)")
     width = max(len("method"), *(len(result["row"]) for result in results))
     head = f"{'method':<{width}} {'test acc. %':>14} {'train acc. %':>13} {'loss increase':>14}"
@@ -359,7 +365,7 @@ def print_table(results: list[dict], noise: float, seeds: int) -> None:
 
 
 def compare(results: list[dict], noise: float) -> None:
-    """SAM's lead over the base optimizer with as many gradients, in standard errors."""
+    """Print SAM's lead over the base optimizer with equally many gradients, in standard errors."""
     rows = {r["row"]: r for r in results if r["noise"] == noise}
     if len(rows.get("sam", {}).get("test_accuracy", ())) < 2 or "base2x" not in rows:
         return
@@ -372,7 +378,7 @@ def compare(results: list[dict], noise: float) -> None:
 
 
 def draw(results: list[dict], noises: list[float], path: Path, title: str) -> None:
-    """Final accuracies on the left of each row of panels, the way there on the right."""
+    """Draw one row of panels per table: final accuracies left, training curves right."""
     rows = list(dict.fromkeys(r["row"] for r in results))
     palette = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20")
     colors = {row: palette(position) for position, row in enumerate(rows)}
@@ -407,7 +413,7 @@ def draw(results: list[dict], noises: list[float], path: Path, title: str) -> No
 
 
 def can_have(variant: str, base: str) -> bool:
-    """Whether the variant can have the base: Momentum-SAM needs a momentum."""
+    """Return whether the variant accepts the base; Momentum-SAM needs momentum."""
     try:
         check_base(variant, base)
     except ValueError:
@@ -416,18 +422,18 @@ def can_have(variant: str, base: str) -> bool:
 
 
 def add_settings(parser: argparse.ArgumentParser, seeds: int, name: str) -> None:
-    """What any training on the digits can be told, with so many seeds by default."""
+    """Add the arguments that all scripts on the digits share; `seeds` is the default number."""
     parser.add_argument("--base", choices=list(BASES), default="momentum")
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
-    parser.add_argument("--rho", type=float, nargs="+", help="radii to choose from, for all")
+    parser.add_argument("--rho", type=float, nargs="+", help="candidate radii for every method")
     parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
     parser.add_argument("--out", help=f"new folder of the results; default runs/{name}-NNN")
 
 
 def check_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse numbers that mean nothing."""
+    """Refuse numbers that are out of range."""
     for name in ("seeds", "epochs", "width"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -445,7 +451,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--variants",
         nargs="+",
         choices=list(ROWS),
-        help=f"default: of {', '.join(DEFAULT)} those that can have the base",
+        help=f"default: those of {', '.join(DEFAULT)} that accept the base",
     )
     add_settings(parser, seeds=20, name="digits")
     args = parser.parse_args(argv)

@@ -1,13 +1,14 @@
-"""What an exchange with the center costs: time and memory, with threads and with Ray.
+"""Measure time and memory of an exchange with the center, with threads and with Ray.
 
     python examples/exchange_cost.py                     # 25 million parameters, about a minute
     python examples/exchange_cost.py --millions 1 --engine threads --workers 1 4
 
-Workers do nothing but exchange: their step changes nothing, and there is an exchange at each. Time
-is what passes in a worker from one step to the next, the copies from jax's arrays to a flat one and
-back included. Memory is the largest seen of each process: its own (USS), and in brackets with what
-it shares with others (RSS), such as the messages in Ray's object store. With threads, all is this
-process. Prints a table; results.json and exchange_cost.png go to --out.
+The workers only exchange: their step changes nothing, and every step has an exchange. The time is
+measured in a worker from one step to the next. It includes the copies from jax's arrays to a flat
+array and back. The memory is the largest value seen for each process: its own memory (USS), and in
+brackets its memory including what it shares with others (RSS), such as the messages in Ray's object
+store. With threads there is only this process. The script prints a table. It writes results.json
+and exchange_cost.png to --out.
 """
 
 import argparse
@@ -32,12 +33,12 @@ import samx
 from samx import elastic
 
 MILLION = 1_000_000
-SKIPPED = 2  # the first exchanges of a worker touch memory that they get for the first time
+SKIPPED = 2  # a worker's first exchanges are slower: they allocate their memory
 ENGINES = ("threads", "ray")
 
 
 def exchanging(millions: int, folder: Path) -> Callable[[int], elastic.Worker]:
-    """`make_worker` of workers that write down when they step."""
+    """Return a `make_worker`; its workers save the times of their steps."""
 
     def make_worker(index: int) -> elastic.Worker:
         def batches(start: int):
@@ -57,18 +58,18 @@ def exchanging(millions: int, folder: Path) -> Callable[[int], elastic.Worker]:
 
 
 def zeros(millions: int) -> dict[str, jax.Array]:
-    """A model of so many parameters."""
+    """Return a model with this many million parameters."""
     return {f"layer {i}": jnp.zeros((1000, 1000)) for i in range(millions)}
 
 
 class Memory:
-    """The largest memory of some processes, in bytes: own and with what is shared."""
+    """The largest memory seen of some processes, in bytes: without and with shared memory."""
 
     def __init__(self):
         self.largest: dict[str, list[int]] = {}
 
     def look(self, name: str, pid: int) -> None:
-        """Look at a process, if it is there."""
+        """Record the memory of a process, if the process exists."""
         try:
             info = psutil.Process(pid).memory_full_info()
         except psutil.Error:
@@ -77,7 +78,7 @@ class Memory:
         self.largest[name] = [max(seen[0], info.uss), max(seen[1], info.rss)]
 
     def __call__(self, progress: elastic.Progress) -> None:
-        """Look at this process, at the first worker's and at the center's."""
+        """Record the memory of this process, of the first worker and of the center."""
         self.look("driver", os.getpid())
         if match := re.search(r" pid (\d+)", progress.workers[0].place):
             self.look("worker", int(match[1]))
@@ -89,7 +90,7 @@ class Memory:
 def measure(
     engine: str, workers: int, shards: int, args: argparse.Namespace, bar: tqdm
 ) -> dict[str, Any]:
-    """One row of the table."""
+    """Measure one row of the table."""
     folder = args.folder / f"{engine}-{workers}-{shards}"
     folder.mkdir()
     memory, seen = Memory(), 0
@@ -128,7 +129,7 @@ HEADER = ("engine", "workers", "shards", "ms [quartiles]", "center MB", "worker 
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """One line of the table."""
+    """Return the cells of one row of the table."""
     low, middle, high = np.percentile(row["milliseconds"], [25, 50, 75])
     sizes = [
         "{:.0f} ({:.0f})".format(*row["megabytes"][name]) if name in row["megabytes"] else ""
@@ -145,7 +146,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], millions: int, path: Path) -> None:
-    """A bar for each row, with quartiles."""
+    """Plot a bar with quartiles for each row."""
     figure = Figure(figsize=(7, 1.2 + 0.45 * len(rows)), layout="constrained")
     axes = figure.subplots()
     names = [f"{r['engine']}, workers {r['workers']}, shards {r['shards']}" for r in rows]
@@ -170,14 +171,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--millions", type=positive, default=25, help="parameters; default 25")
+    parser.add_argument("--millions", type=positive, default=25, help="parameters; default: 25")
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--workers", type=positive, nargs="+", default=[1, 2])
     parser.add_argument(
-        "--shards", type=positive, nargs="+", default=[1, 2], help="of Ray's center"
+        "--shards", type=positive, nargs="+", default=[1, 2], help="shards of Ray's center"
     )
     parser.add_argument("--repeats", type=positive, default=15, help="exchanges of each worker")
-    parser.add_argument("--out", help="new or empty folder; default runs/exchange-cost-NNN")
+    parser.add_argument("--out", help="new or empty folder; default: runs/exchange-cost-NNN")
     args = parser.parse_args(argv)
     try:
         args.folder = free_folder(args.out, "exchange-cost")

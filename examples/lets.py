@@ -1,40 +1,44 @@
-"""LETS: does a radius that is learned end where a tuned one is? On digits with wrong labels.
+"""LETS: does a learned radius end where a tuned one is? On digits with wrong labels.
 
     python examples/lets.py
     python examples/lets.py --seeds 5 --rate 0.1 1 10
     python examples/lets.py --asam
 
-LETS (https://arxiv.org/abs/2408.08222) learns SAM's radius rho along with the parameters, by steps
-against the gradient of F = (L_V - L)^2 / 2 with respect to log rho: half of the squared gap between
-the loss on held-out examples and that on the training batch, both after the step. Here it begins
-with 0.1, 1 and 10 times a tuned radius, and where rho and F go is reported, beside SAM with these
-radii fixed. Its forms:
+LETS (https://arxiv.org/abs/2408.08222) learns SAM's radius rho along with the parameters. It takes
+gradient steps on F = (L_V - L)^2 / 2 with respect to log rho. L_V is the loss on held-out examples
+and L is the loss on the training batch, both after the step: F is half of the squared gap between
+them. This script starts LETS at 0.1, 1 and 10 times a tuned radius. It reports where rho and F end,
+next to SAM with the same radii fixed. The forms of LETS:
 
     exact       the exact hypergradient
     diag_sq     squared gradients in place of the Hessian
-    exact-next  the exact one, with the training batch of the next step in L. Not of the paper:
-                `validation_fn` adds the difference of the two training losses
+    exact-next  the exact hypergradient, but L uses the training batch of the next step. This form
+                is not in the paper: `validation_fn` adds the difference of the two training losses
 
-Task and network are those of digits.py. Every tenth training image, wrong labels included, is held
-out: LETS alone looks at these images, SAM's rows train without them as well, so that all see the
-same training images. Each step of LETS draws its own batch of them. The validation images, another
-part, choose: first the learning rate and rho of SAM, from which the tuned start comes, then the
-rate of each form, from that start; both over seeds of their own. The test images choose nothing. F
-is reported over all held-out and all training images of a run.
+Task and network are those of digits.py. Every tenth training image is held out, wrong labels
+included. Only LETS uses the held-out images. SAM's rows train without them too, so that all rows
+see the same training images. Each step of LETS draws its own batch of held-out images.
 
-With the default settings the three starts do not meet. SAM with a larger radius has a smaller F, to
-the end, where nothing is learned and there is no gap: ten times the tuned radius. But exact and
-diag_sq make rho smaller, the more so the larger the rate; from the tuned start F gets larger than
-SAM's, and half a point of accuracy is lost. They take L on the very batch of the step, whose loss a
-longer perturbation lowers further, so that by this one step the gap grows with rho. With exact-next
-rho grows and F falls, a little with the chosen rate; with 10 times that rate some runs pass the
-radius with which anything is learned. The hypergradient of diag_sq has about a thousandth of the
-size of the exact one, so that its rates are a thousand times as large: from 0.2 a rate of 1, samx's
-default, leads to 0.16 with exact, and with diag_sq leaves rho alone.
+Hyperparameters are chosen on the validation images, which are another part: first the learning rate
+and rho of SAM, which give the tuned start; then the rate of each form, from that start. Both
+choices use tuning seeds, which are not reported. The test images are used for no choice. F is
+reported over all held-out and all training images of a run.
 
-First the exact hypergradient of one step is compared with central differences, in float64. Prints
-tables and what became of the starts; results.json and lets.png go to --out. Takes about two minutes
-on two CPU cores.
+With the default settings the three starts do not meet. SAM with a larger radius has a smaller F.
+At ten times the tuned radius nothing is learned and there is no gap. But exact and diag_sq make rho
+smaller, and the larger the rate, the smaller rho becomes. From the tuned start, F ends larger than
+SAM's, and accuracy drops by half a point. The reason: both forms compute L on the same batch as
+the step. A longer perturbation lowers the loss of this batch further, so the gap after this one
+step grows with rho. With exact-next, rho grows and F falls, a little at the chosen rate. At 10
+times that rate, rho grows in some runs beyond the largest radius at which anything is learned.
+
+The hypergradient of diag_sq is about a thousand times smaller than the exact one, so its rates are
+a thousand times larger. For example, rho starts at 0.2 and the rate is 1, samx's default: rho ends
+at 0.16 with exact, and does not change with diag_sq.
+
+First, the exact hypergradient of one step is compared with central differences, in float64. The
+script prints tables and where each start ended. It writes results.json and lets.png to --out. It
+takes about two minutes on two CPU cores.
 """
 
 import argparse
@@ -62,11 +66,11 @@ from tqdm import tqdm
 
 import samx
 
-EVERY = 10  # of so many training images one is held out
+EVERY = 10  # one of this many training images is held out
 HELD_OUT_BATCH = 50
 STEPS_PER_EPOCH = (digits.TRAIN - digits.TRAIN // EVERY) // BATCH
 FACTORS = (0.1, 1.0, 10.0)  # the starts, relative to the tuned radius
-RATES = {  # to choose from: the least move rho visibly, the largest far away
+RATES = {  # candidates: the smallest move rho visibly, the largest move it far
     "exact": (3.0, 10.0, 30.0, 100.0),
     "diag_sq": (3e3, 1e4, 3e4, 1e5),
     "exact-next": (3.0, 10.0, 30.0, 100.0),
@@ -80,7 +84,7 @@ COLORS = {"sam": "black", "exact": "C0", "diag_sq": "C1", "exact-next": "C2"}
 
 
 class Data(NamedTuple):
-    """The parts of the images of every run, `x` and `y` each."""
+    """The images of every run, in four parts; each part has `x` and `y`."""
 
     train: dict[str, jax.Array]
     held_out: dict[str, jax.Array]
@@ -89,24 +93,24 @@ class Data(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """Vectors of equal length: what distinguishes the runs that train together."""
+    """Settings of the runs that train together: vectors of equal length."""
 
     seed: jax.Array
     learning_rate: jax.Array
-    rho: jax.Array  # of LETS that to begin with
-    rate: jax.Array  # read by LETS only
+    rho: jax.Array  # for LETS, the initial radius
+    rate: jax.Array  # used by LETS only
 
 
 class Rows(NamedTuple):
-    """Which images a step sees."""
+    """Indices of the images that a step sees."""
 
-    batch: jax.Array  # of the training images
-    following: jax.Array  # the batch of the next step, after the last one the first
-    held_out: jax.Array  # of those held out
+    batch: jax.Array  # among the training images
+    following: jax.Array  # the batch of the next step; the last step gets the first batch
+    held_out: jax.Array  # among the held-out images
 
 
 class Seen(NamedTuple):
-    """What is noted of a run before the first epoch and after each."""
+    """Measurements of a run, before the first epoch and after every epoch."""
 
     rho: jax.Array
     gap: jax.Array  # loss on the held-out images - loss on the training images
@@ -123,11 +127,10 @@ class Trainer(NamedTuple):
 
 
 def split(seeds: jax.Array, noise: float) -> Data:
-    """The images of each seed: those of digits.py, of whose training images some are held out."""
+    """Return the images of each seed: those of digits.py, with some training images held out."""
     train, validation, test = digits.split(seeds, noise)
-    is_held_out = (
-        np.arange(digits.TRAIN) % EVERY == 0
-    )  # the order is random; wrong labels are first
+    # The order is random, except that images with wrong labels come first.
+    is_held_out = np.arange(digits.TRAIN) % EVERY == 0
     train, held_out = (
         {name: train[name][:, rows] for name in ("x", "y")} for rows in (~is_held_out, is_held_out)
     )
@@ -136,7 +139,7 @@ def split(seeds: jax.Array, noise: float) -> Data:
 
 @jax.jit
 def batches(seed: jax.Array, epoch: jax.Array | int) -> Rows:
-    """The batches of an epoch, each array [steps, batch]."""
+    """Return the batches of an epoch; each array is [steps, batch]."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), seed), epoch)
     order, *draws = jax.random.split(key, 1 + STEPS_PER_EPOCH)
     rows = jax.random.permutation(order, STEPS_PER_EPOCH * BATCH).reshape(STEPS_PER_EPOCH, BATCH)
@@ -145,7 +148,7 @@ def batches(seed: jax.Array, epoch: jax.Array | int) -> Rows:
 
 
 def make_losses(width: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The mean loss and the accuracy of the network on a part of the images."""
+    """Return functions for the mean loss and the accuracy of the network on some images."""
     graph = nnx.graphdef(digits.Network(width, rngs=nnx.Rngs(0)))
 
     def logits(params, data):
@@ -162,7 +165,7 @@ def make_losses(width: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def make_optimizer(method: str, asam: bool, base: Any, rho: Any, rate: Any) -> Any:
-    """SAM in front of the base, or LETS around it; with ASAM's perturbation both."""
+    """Return SAM before the base, or LETS around the base; with `asam`, both use ASAM's ball."""
     if method == "sam":
         variant = VARIANTS["asam" if asam else "sam"]
         return variant.make(rho, base, Setting(batch=None, batch_size=BATCH, num_examples=0))
@@ -173,7 +176,7 @@ def make_optimizer(method: str, asam: bool, base: Any, rho: Any, rate: Any) -> A
 
 
 def make_trainer(method: str, args: argparse.Namespace) -> Trainer:
-    """Compile-once functions that train a vector of runs by one epoch."""
+    """Return functions that train a vector of runs for one epoch; each is compiled once."""
     loss, accuracy = make_losses(args.width)
 
     def optimizer(run):
@@ -231,7 +234,7 @@ def make_trainer(method: str, args: argparse.Namespace) -> Trainer:
 def train(
     trainer: Trainer, args: argparse.Namespace, runs: Runs, advance: Callable[[int], Any]
 ) -> Seen:
-    """Train all runs; the arrays are [runs, 1 + epochs]."""
+    """Train all runs; the returned arrays are [runs, 1 + epochs]."""
     data, params = split(runs.seed, args.noise), digits.initialize(runs.seed, args.width)
     state = trainer.init(runs, params)
     history = [trainer.look(params, state, runs, data)]
@@ -243,14 +246,14 @@ def train(
 
 
 def of_all(seeds: range, candidates: list[tuple[float, float, float]]) -> Runs:
-    """Runs of every (learning rate, rho, rate) with every seed, which changes fastest."""
+    """Return runs of every (learning rate, rho, rate) with every seed; the seed varies fastest."""
     runs = [(seed, *candidate) for candidate in candidates for seed in seeds]
     seed, *others = zip(*runs, strict=True)
     return Runs(jnp.asarray(seed), *(jnp.asarray(values, jnp.float32) for values in others))
 
 
 def tune_start(trainer: Trainer, args: argparse.Namespace, advance: Callable[[int], Any]) -> dict:
-    """Learning rate and rho of SAM with the best mean validation accuracy."""
+    """Choose SAM's learning rate and rho by the best mean validation accuracy."""
     candidates = [(rate, rho, 0.0) for rate, rho in start_candidates(args)]
     seen = train(trainer, args, of_all(TUNING_SEEDS, candidates), advance)
     accuracy = seen.validation[:, -1].reshape(-1, len(TUNING_SEEDS)).mean(axis=1)
@@ -279,7 +282,7 @@ def try_rates(
     args: argparse.Namespace,
     advance: Callable[[int], Any],
 ) -> list[dict]:
-    """What each rate makes of the tuned start."""
+    """Train LETS from the tuned start with each rate; return the results."""
     rates = rates_of(method, args)
     candidates = [(start["learning_rate"], start["rho"], rate) for rate in rates]
     seen = train(trainer, args, of_all(TUNING_SEEDS, candidates), advance)
@@ -297,7 +300,7 @@ def try_rates(
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Tune, check the hypergradient, train; what is printed, drawn and saved."""
+    """Tune, check the hypergradient and train; return what is printed, drawn and saved."""
     runs_of_rates = {name: len(rates_of(name, args)) * len(TUNING_SEEDS) for name in args.methods}
     runs_of_start = len(start_candidates(args)) * len(TUNING_SEEDS)
     to_tune = {"sam": runs_of_start, **runs_of_rates}
@@ -344,9 +347,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check(args: argparse.Namespace, learning_rate: float, rho: float) -> dict[str, float]:
-    """dF/d rho of LETS, and by central differences of SAM's step, in float64.
+    """Compare LETS's dF/d rho with central differences over SAM's step, in float64.
 
-    Of the last step of the first epoch: the steps before are SAM's.
+    The compared step is the last one of the first epoch. The steps before it are SAM's.
     """
     loss, _ = make_losses(args.width)
     seeds = jnp.zeros(1, jnp.int32)
@@ -405,12 +408,12 @@ def in_float64(leaf: np.ndarray) -> jax.Array:
 
 
 def final(result: dict, name: str) -> np.ndarray:
-    """What the seeds of a row ended with."""
+    """Return the final value of every seed of a row."""
     return np.asarray(result[name])[:, -1]
 
 
 def geometric(values: np.ndarray) -> tuple[float, float]:
-    """Geometric mean, and its standard error by that of the logarithm."""
+    """Return the geometric mean and its standard error, computed from that of the logarithm."""
     mean, error = digits.mean_and_error(np.log(values).tolist())
     return math.exp(mean), math.exp(mean) * error
 
@@ -420,7 +423,7 @@ def of_row(results: list[dict], row: str, factor: float) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """One line per method and start."""
+    """Format one line per method and start."""
     width = max(len(result["row"]) for result in results)
     head = f"{'method':<{width}} {'start':>7} {'rate':>7} {'final rho':>18} {'final F':>19}"
     head += f" {'test acc. %':>14} {'- tuned SAM':>15}"
@@ -446,7 +449,7 @@ def table(results: list[dict]) -> str:
 
 
 def table_of_rates(rates: list[dict]) -> str:
-    """What the rates made of the tuned start."""
+    """Format one line per method and rate: where the tuned start ended."""
     width = max(len(result["row"]) for result in rates)
     head = f"{'method':<{width}} {'rate':>8} {'final rho':>10} {'least':>8} {'largest':>8}"
     head += f" {'final F':>9} {'validation acc. %':>18}"
@@ -462,7 +465,7 @@ def table_of_rates(rates: list[dict]) -> str:
 
 
 def verdict(results: list[dict], method: str) -> str:
-    """Where the starts of a method ended, and F beside that of SAM with the same start."""
+    """Say where the starts of a method ended, and F relative to SAM with the same start."""
     rows = [of_row(results, method, factor) for factor in FACTORS]
     ends = [geometric(final(row, "rho"))[0] for row in rows]
     starts = [row["start"] for row in rows]
@@ -480,7 +483,7 @@ def verdict(results: list[dict], method: str) -> str:
 
 
 def draw(measured: dict[str, Any], path: Path, title: str) -> None:
-    """Rho and F over the epochs, and what the rates made of the tuned start."""
+    """Plot rho and F over the epochs, and the final rho of each rate from the tuned start."""
     figure = Figure(figsize=(15, 5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for result in measured["results"]:
@@ -515,7 +518,7 @@ def draw(measured: dict[str, Any], path: Path, title: str) -> None:
     radii = [measured["start"]["rho"], *(r for tried in measured["rates"] for r in tried["rho"])]
     right.set_ylim(min(radii) / 1.5, max(radii) * 1.5)
     right.set(title="final radius from the tuned start (ring: chosen)", xlabel="rate")
-    if any(tried["rate"] for tried in measured["rates"]):  # 0 has no place on a log axis
+    if any(tried["rate"] for tried in measured["rates"]):  # a log axis cannot show 0
         right.set_xscale("log")
     for axes in (left, right):
         axes.set(yscale="log")
@@ -533,7 +536,7 @@ def draw(measured: dict[str, Any], path: Path, title: str) -> None:
 
 
 def spread(values: np.ndarray) -> np.ndarray:
-    """Standard error over the seeds; 0 of a single one."""
+    """Return the standard error over the seeds; 0 for a single seed."""
     count = len(values)
     return values.std(axis=0, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(values.shape[1])
 
@@ -553,16 +556,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--rate",
         type=float,
         nargs="+",
-        help="rates to choose from, for all methods; by default each has its own: "
+        help="candidate rates for all methods; default, for each method: "
         + "; ".join(f"{name} {' '.join(f'{r:g}' for r in rates)}" for name, rates in RATES.items()),
     )
-    parser.add_argument("--asam", action="store_true", help="ASAM's perturbation for SAM and LETS")
+    parser.add_argument("--asam", action="store_true", help="SAM and LETS use ASAM's perturbation")
     parser.add_argument("--base", choices=list(BASES), default="momentum")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
+    parser.add_argument("--noise", type=float, default=0.3, help="fraction of flipped labels")
     parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
-    parser.add_argument("--out", help="new folder of the results; default runs/lets-NNN")
+    parser.add_argument("--out", help="new folder for the results; default: runs/lets-NNN")
     args = parser.parse_args(argv)
     args.methods = list(dict.fromkeys(args.methods))
     for name in ("seeds", "epochs", "width"):
@@ -614,7 +617,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def without_nans(tree: Any) -> Any:
-    """None in place of what is not finite, which JSON cannot hold."""
+    """Replace numbers that are not finite by None, because JSON cannot hold them."""
     if isinstance(tree, dict):
         return {name: without_nans(value) for name, value in tree.items()}
     if isinstance(tree, list):

@@ -1,35 +1,41 @@
-"""LightSAM at any radius and any learning rate, beside SAM with SGD.
+"""LightSAM over a grid of radii and learning rates, next to SAM with SGD.
 
     python examples/lightsam.py
     python examples/lightsam.py --points 9 --batch-size 100
     python examples/lightsam.py --points 2 --steps 30000
 
-Logistic regression with an L2 penalty on scikit-learn's digits, convex and smooth, from zero. Each
-method runs at every point of a grid, rho and learning rate from 0.01 to 100, all points at once,
-vmapped. By its abstract (https://arxiv.org/abs/2505.24399) LightSAM converges with any choice of
-the two; more of the paper was not read. Its forms `lightsam_norm` and `lightsam_adagrad` divide by
-the root of a sum over all steps, so that radius and step shrink; `lightsam_adam` divides by that of
-a moving average, and with a constant learning rate nothing of it has to shrink: here there is no
-reason why its gradient should vanish. Radius and step of SAM with SGD stay as they are.
+The task is logistic regression with an L2 penalty on scikit-learn's digits. It is convex and
+smooth, and starts from zero. Each method runs at every point of a grid, with rho and learning rate
+from 0.01 to 100. All points run at once, vmapped.
 
-At every step the norm of the gradient of the whole loss is noted, without any perturbation. At a
-grid point it *fell* if its mean over the last tenth of the steps is below the norm at the start,
-and below the mean over the first tenth: coming down from a summit of its own making is not enough,
-nor is a start that was already high. It *diverged* if something is not finite or if the mean loss
-over the last tenth is above the loss at the start: gradients of this loss grow so slowly that
-little overflows. The loss is not the norm: a point can have fallen and diverged. And the steps end
-somewhere: one that diverged can be on its way down. So the last tenth is also divided by the tenth
-in the middle. Below 1 norm or loss was still falling, near 1 it had come to a level, which for tiny
-norms is what float32 can tell.
+According to its abstract (https://arxiv.org/abs/2505.24399), LightSAM converges with any choice of
+the two; the rest of the paper was not read. The forms `lightsam_norm` and `lightsam_adagrad` divide
+by the root of a sum over all steps, so radius and step shrink. `lightsam_adam` divides by the root
+of a moving average. With a constant learning rate, neither its radius nor its step has to shrink,
+so there is no reason here why its gradient should vanish. SAM with SGD keeps its radius and its
+learning rate.
+
+Every step records the norm of the gradient of the whole loss, without any perturbation. At a grid
+point the norm *fell* if its mean over the last tenth of the steps is below the norm at the start
+and below the mean over the first tenth. Each condition alone is too weak. A norm that first rises
+and then comes down again can meet the second one, and a norm that was high at the start can meet
+the first one. A run *diverged* if a value is not finite, or if the mean loss over the last tenth is
+above the loss at the start: gradients of this loss grow so slowly that values rarely overflow. Norm
+and loss are different, so a point can have fallen and diverged.
+
+The number of steps is limited, so a run that diverged may still be coming down. Therefore the mean
+over the last tenth is also divided by the mean over the middle tenth. If this ratio is below 1, the
+norm or loss was still falling. If it is near 1, the norm or loss had levelled off. For tiny norms,
+that level is the resolution of float32.
 
 With the default settings the norm of `lightsam_norm` falls everywhere. `lightsam_adagrad` is too
-slow at learning rate 100, where its first step moves most weights by 100, but keeps falling: with
-ten times the steps, the last command above, it falls at those corners too, although at rho 100 its
-loss is not below the start yet. `lightsam_adam` and SAM with SGD come to a level there, far above
-the norm at the start.
+slow at learning rate 100, where its first step moves most weights by 100, but its norm keeps
+falling. With ten times the steps (the last command above) it falls at those corners too, although
+at rho 100 its loss is still above the start. `lightsam_adam` and SAM with SGD level off there, far
+above the norm at the start.
 
-Prints a table and a line for each method; results.json and lightsam.png go to --out. Takes about a
-minute on two CPU cores.
+The script prints a table and a line for each method. It writes results.json and lightsam.png to
+--out. It takes about a minute on two CPU cores.
 """
 
 import argparse
@@ -60,7 +66,7 @@ METHODS: dict[str, Callable[[Any, Any], optax.GradientTransformationExtraArgs]] 
 }
 LOW, HIGH = -2, 2  # powers of ten: the ends of the grid
 CHUNK = 100  # steps in one call
-FLOOR, CEILING = -4.0, 1.0  # powers of ten: the ends of the colour scale
+FLOOR, CEILING = -4.0, 1.0  # powers of ten: the ends of the color scale
 DEFINITIONS = """\
 fell: the gradient norm's mean over the last tenth of the steps is below the norm at the start and
 below the mean over the first tenth. diverged: not finite, or the mean loss over the last tenth is
@@ -77,33 +83,33 @@ class Data(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """One method on the way: before each step and after the last, [grid points, steps + 1]."""
+    """One method's values before each step and after the last: [grid points, steps + 1]."""
 
-    norm: np.ndarray  # of the gradient of the whole loss
+    norm: np.ndarray  # norm of the gradient of the whole loss
     loss: np.ndarray
 
 
 def load() -> Data:
-    """scikit-learn's digits, 1797 of them."""
+    """Load all 1797 of scikit-learn's digits."""
     x, y = load_digits(return_X_y=True)
     return Data(jnp.asarray(x / 16, jnp.float32), jnp.asarray(y, jnp.int32))
 
 
 def loss_of(w: jax.Array, data: Data, l2: float) -> jax.Array:
-    """Cross-entropy of the ten classes, and the penalty."""
+    """Return the cross-entropy of the ten classes plus the penalty."""
     losses = optax.softmax_cross_entropy_with_integer_labels(data.x @ w, data.y)
     return losses.mean() + 0.5 * l2 * jnp.vdot(w, w)
 
 
 def grid(points: int) -> tuple[np.ndarray, np.ndarray]:
-    """Learning rate and rho of every grid point; rho changes fastest."""
+    """Return learning rate and rho of every grid point; rho varies fastest."""
     values = 10.0 ** np.linspace(LOW, HIGH, points)
     learning_rate, rho = np.meshgrid(values, values, indexing="ij")
     return learning_rate.ravel(), rho.ravel()
 
 
 def train(name: str, args: argparse.Namespace, advance: Callable[[int], Any]) -> Curves:
-    """Run one method at all grid points; `advance` is told how many steps were taken."""
+    """Run one method at all grid points; call `advance` with the number of steps taken."""
     data = load()
     learning_rates, rhos = (jnp.asarray(values, jnp.float32) for values in grid(args.points))
 
@@ -139,7 +145,8 @@ def train(name: str, args: argparse.Namespace, advance: Callable[[int], Any]) ->
 
         return jax.vmap(of_point)(learning_rates, rhos, carry)
 
-    # One more, to see where the last step led; a last chunk that is too long is cut, not compiled.
+    # One more measurement shows where the last step led. If the last chunk is too long, its results
+    # are cut: a shorter chunk would have to be compiled.
     measured = args.steps + 1
     chunk = min(CHUNK, measured)
     carry = jax.jit(jax.vmap(init))(learning_rates, rhos)
@@ -153,7 +160,7 @@ def train(name: str, args: argparse.Namespace, advance: Callable[[int], Any]) ->
 
 
 def judge(curves: Curves) -> dict[str, np.ndarray]:
-    """What is told of each grid point."""
+    """Compute what is reported of each grid point."""
     norm, loss = curves
     length = max(1, norm.shape[1] // 10)
     before = (norm.shape[1] - length) // 2
@@ -178,7 +185,7 @@ def judge(curves: Curves) -> dict[str, np.ndarray]:
 
 
 def summarize(name: str, curves: Curves, points: int) -> dict[str, Any]:
-    """What is printed, drawn and saved of a method; what is not finite is None."""
+    """Return what is printed, drawn and saved of a method; a value that is not finite is None."""
     told = {"learning_rate": grid(points)[0], "rho": grid(points)[1], **judge(curves)}
     columns = {key: [plain(value) for value in values] for key, values in told.items()}
     rows = [
@@ -197,20 +204,20 @@ def summarize(name: str, curves: Curves, points: int) -> dict[str, Any]:
 
 
 def plain(value: Any) -> float | bool | None:
-    """A number or truth value that JSON can hold."""
+    """Return a number or bool that JSON can hold; None if the number is not finite."""
     if isinstance(value, np.bool_):
         return bool(value)
     return float(value) if np.isfinite(value) else None
 
 
 def ratio(row: dict, reference: str) -> float | None:
-    """Norm or loss over the last tenth, relative to another one of the same grid point."""
+    """Return norm or loss over the last tenth, divided by `reference` at the same grid point."""
     last, other = row[f"{reference.split('_')[0]}_last_tenth"], row[reference]
     return None if last is None or not other else last / other
 
 
 def largest(rows: list[dict], reference: str) -> float | None:
-    """The largest ratio; None if one of them is not finite."""
+    """Return the largest ratio; None if a ratio is not finite."""
     ratios = [ratio(row, reference) for row in rows]
     finite = [value for value in ratios if value is not None]
     return max(finite) if len(finite) == len(ratios) else None
@@ -221,7 +228,7 @@ def shown(value: float | None) -> str:
 
 
 def table(results: list[dict]) -> str:
-    """One line per method."""
+    """Format one line per method."""
     width = max(len(result["method"]) for result in results)
     head = f"{'':<{width}} {'grid points where the norm':>27} {'':>9} {'largest mean':>12}"
     second = f"{'method':<{width}} {'fell':>13} {'did not fall':>13} {'diverged':>9}"
@@ -238,7 +245,7 @@ def table(results: list[dict]) -> str:
 
 
 def places(rows: list[dict], learning_rates: list[float], rhos: list[float]) -> str:
-    """Grid points in words, by learning rate."""
+    """Describe grid points in words, grouped by learning rate."""
     parts = []
     for learning_rate in learning_rates:
         here = [row["rho"] for row in rows if row["learning_rate"] == learning_rate]
@@ -249,7 +256,7 @@ def places(rows: list[dict], learning_rates: list[float], rhos: list[float]) -> 
 
 
 def verdict(result: dict) -> str:
-    """Where the norm of a method did not fall, and where the method diverged."""
+    """Say where the norm of a method did not fall, and where the method diverged."""
     rows = result["points"]
     learning_rates = list(dict.fromkeys(row["learning_rate"] for row in rows))
     rhos = list(dict.fromkeys(row["rho"] for row in rows))
@@ -268,21 +275,21 @@ def verdict(result: dict) -> str:
 
 
 def span(rows: list[dict], reference: str) -> str:
-    """The smallest and the largest ratio of some grid points."""
+    """Format the smallest and the largest ratio of some grid points."""
     ratios = [float("inf") if (r := ratio(row, reference)) is None else r for row in rows]
     return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 def draw(results: list[dict], points: int, path: Path, title: str) -> None:
-    """One map per method: how far the norm came down."""
+    """Draw one map per method: the norm over the last tenth relative to the start."""
     values = 10.0 ** np.linspace(LOW, HIGH, points)
     labels = [f"{value:.3g}" for value in values]
-    scale = TwoSlopeNorm(0, FLOOR, CEILING)  # white: as at the start
+    scale = TwoSlopeNorm(0, FLOOR, CEILING)  # white: the norm is the same as at the start
     figure = Figure(figsize=(4 * len(results) + 1, 4.6), layout="constrained")
     image = None
     for axes, result in zip(figure.subplots(1, len(results), sharey=True), results, strict=True):
         ratios = [ratio(row, "norm_at_start") for row in result["points"]]
-        # At the optimum itself the ratio is 0; what is not finite stays grey.
+        # At the optimum the ratio is 0. A ratio that is not finite stays grey.
         logs = [np.nan if r is None else np.log10(max(r, 1e-38)) for r in ratios]
         field = np.reshape(logs, (points, points))
         axes.set_facecolor("grey")
@@ -313,10 +320,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--points", type=int, default=5, help="of rho and of learning rate")
-    parser.add_argument("--batch-size", type=int, help="random images per step; default all")
-    parser.add_argument("--l2", type=float, default=1e-3, help="strength of the penalty")
-    parser.add_argument("--out", help="new folder of the results; default runs/lightsam-NNN")
+    parser.add_argument("--points", type=int, default=5, help="values of rho and of learning rate")
+    parser.add_argument("--batch-size", type=int, help="random images per step; default: all")
+    parser.add_argument("--l2", type=float, default=1e-3, help="strength of the L2 penalty")
+    parser.add_argument("--out", help="new folder for the results; default: runs/lightsam-NNN")
     args = parser.parse_args(argv)
     for name, least in (("steps", 1), ("points", 2), ("batch_size", 1)):
         value = getattr(args, name)

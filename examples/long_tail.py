@@ -1,26 +1,30 @@
-"""Sharpness-aware training with few images of some digits: SAM, Focal-SAM and ImbSAM.
+"""Sharpness-aware training when some digits have few images: SAM, Focal-SAM and ImbSAM.
 
     python examples/long_tail.py
     python examples/long_tail.py --loss la --imbalance 50
     python examples/long_tail.py --variants sam focal-sam --rho 0.1 0.2 0.5 --seeds 20
 
 A small Flax network learns scikit-learn's digits (8x8 pixels) from a long-tailed training set: 100
-images of the most frequent digit, fewer of each one after it, 1 of the rarest. Which digit is
-frequent and which is rare differs from seed to seed; label i is always the i-th most frequent one.
-Validation and test split have the same number of images of each digit, so that accuracy is the mean
-over the classes, told apart for those with many, medium and few training images. The limits, 20%
-and 4% of the largest class, are those of long-tailed CIFAR-10.
+images of the most frequent digit, fewer of each following digit, and 1 of the rarest. Which digits
+are frequent and which are rare differs from seed to seed; label i is always the i-th most frequent
+digit. Validation and test split have the same number of images of each digit, so accuracy is the
+mean over the classes. It is also reported separately for classes with many, medium and few training
+images. The limits between these groups, 20% and 4% of the largest class, are those of long-tailed
+CIFAR-10.
 
-Every method gets the same epochs; `base2x` is the base optimizer with twice as many, so that it
-spends the gradients of SAM. Gradients that are longer than 1 are cut, after the sharp ones were
-taken: at high learning rates some runs would fail otherwise, of any method. Learning rate and rho
-of each method are chosen on the validation split, over seeds of their own; the test split is looked
-at once, with the chosen values. Every seed has its own order of the digits, split, initialization
-and batches, and all seeds and candidates train at once, vmapped. `--loss la` adjusts the logits by
-the logarithms of the class shares (https://arxiv.org/abs/2007.07314).
+Every method gets the same number of epochs. `base2x` is the base optimizer with twice as many
+epochs, so that it computes as many gradients as SAM. The gradient that the base optimizer gets
+(for SAM, the sharp gradient) is clipped to norm 1. Without clipping, some runs of any method would
+fail at high learning rates.
 
-Prints a table, and the differences to SAM seed by seed; results.json and long_tail.png go to --out.
-Takes about two minutes on two CPU cores.
+Learning rate and rho of each method are chosen on the validation split, with tuning seeds that are
+not reported. The test split is used once, with the chosen values. Every seed has its own order of
+the digits, split, initialization and batches. All seeds and candidates train at once, vmapped.
+`--loss la` adds the logarithms of the class frequencies to the logits
+(https://arxiv.org/abs/2007.07314).
+
+The script prints a table and the differences to SAM, paired by seed. It writes results.json and
+long_tail.png to --out. It takes about two minutes on two CPU cores.
 """
 
 import argparse
@@ -48,12 +52,12 @@ from tqdm import tqdm
 import samx
 
 CLASSES, LARGEST, BATCH = 10, 100, 40
-VALIDATION, TEST = 24, 50  # images of each class; with the largest class all 174 of digit 8
-TUNING_SEEDS = range(1000, 1004)  # none of them is a reported seed
-MANY, FEW = 0.2, 0.04  # shares of the largest class: above the one, below the other
-TAIL = 20  # ImbSAM's tail: classes with fewer training images, as its paper has it
-MAX_NORM = 1.0  # of the gradient that the base gets
-GAMMA, SHARPNESS = 3.0, 0.8  # of Focal-SAM
+VALIDATION, TEST = 24, 50  # images of each class; digit 8 has 174 in all, enough for all splits
+TUNING_SEEDS = range(1000, 1004)  # not among the reported seeds
+MANY, FEW = 0.2, 0.04  # fractions of the largest class: "many" is above, "few" is below
+TAIL = 20  # ImbSAM's tail: classes with fewer training images than this, as in its paper
+MAX_NORM = 1.0  # largest norm of the gradient that the base optimizer gets
+GAMMA, SHARPNESS = 3.0, 0.8  # Focal-SAM's
 LOSSES = {"ce": "cross-entropy", "la": "logit adjustment"}
 LEARNING_RATES = {
     "sgd": (0.1, 0.3, 1.0, 3.0),
@@ -66,10 +70,10 @@ RADII = (0.05, 0.1, 0.2, 0.5, 1.0)
 class Method(NamedTuple):
     """A row of the tables."""
 
-    make: Callable[[Any, list[int]], optax.GradientTransformation]  # rho, class counts -> in front
+    make: Callable[[Any, list[int]], optax.GradientTransformation]  # rho, class counts -> tx
     radii: tuple[float, ...]
     gradients: float  # per step
-    times: int = 1  # how often the epochs
+    times: int = 1  # factor on the number of epochs
 
 
 METHODS = {
@@ -86,11 +90,11 @@ METHODS = {
 
 
 class Part(NamedTuple):
-    """Training, validation or test split; a leading axis of seeds where there are several."""
+    """Training, validation or test split; with several seeds, they are the leading axis."""
 
     x: jax.Array  # [images, 64], from 0 to 1
     y: jax.Array  # rank of the digit, 0 for the most frequent one
-    image: jax.Array  # where scikit-learn has it
+    image: jax.Array  # index of the image in scikit-learn's data
 
 
 class Trainer(NamedTuple):
@@ -102,18 +106,18 @@ class Trainer(NamedTuple):
 
 
 def class_counts(imbalance: float) -> list[int]:
-    """Training images of each class: exponentially fewer, the last `LARGEST / imbalance`."""
+    """Return the number of training images of each class, from LARGEST to LARGEST / imbalance."""
     shares = (1 / imbalance) ** (np.arange(CLASSES) / (CLASSES - 1))
     return [max(1, int(LARGEST * share)) for share in shares]
 
 
 def tail_classes(counts: list[int]) -> np.ndarray:
-    """Those that ImbSAM climbs; none if the imbalance is small, and then it is the base."""
+    """Return ImbSAM's tail; with a small imbalance it is empty, and ImbSAM is the base."""
     return np.flatnonzero(np.asarray(counts) < TAIL)
 
 
 def groups_of(counts: list[int]) -> dict[str, list[int]]:
-    """The classes with many, medium and few images, and all of them."""
+    """Return the classes with many, medium and few images, and all classes."""
     shares = np.asarray(counts) / LARGEST
     few, many = shares < FEW, shares > MANY
     masks = {"many": many, "medium": ~few & ~many, "few": few, "all": np.full(len(counts), True)}
@@ -121,7 +125,7 @@ def groups_of(counts: list[int]) -> dict[str, list[int]]:
 
 
 def split(seed: int, counts: list[int]) -> tuple[Part, Part, Part]:
-    """The seed's training, validation and test split, and its order of the digits."""
+    """Return the seed's training, validation and test split; the seed also orders the digits."""
     x, digit = load_digits(return_X_y=True)
     rng = np.random.default_rng(seed)
     parts: tuple[list, list, list] = ([], [], [])
@@ -141,12 +145,15 @@ def split(seed: int, counts: list[int]) -> tuple[Part, Part, Part]:
 
 
 def splits(seeds: list[int], counts: list[int]) -> tuple[Part, Part, Part]:
-    """The splits of several seeds, stacked."""
+    """Return the splits of several seeds, stacked."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(split(seed, counts) for seed in seeds))
 
 
 def shuffled(seed: jax.Array, epoch: jax.Array | int, size: int) -> jax.Array:
-    """The seed's batches of an epoch, as rows [steps, batch]; what is left over has its turn."""
+    """Return the seed's batches of an epoch as indices [steps, batch].
+
+    Images that do not fill a batch are left out; other images in every epoch.
+    """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), seed), epoch)
     steps = size // BATCH
     return jax.random.permutation(key, size)[: steps * BATCH].reshape(steps, BATCH)
@@ -155,7 +162,7 @@ def shuffled(seed: jax.Array, epoch: jax.Array | int, size: int) -> jax.Array:
 def make_trainer(
     method: Method, base: str, loss: str, width: int, epochs: int, counts: list[int]
 ) -> Trainer:
-    """Compile-once functions that train a vector of runs by one epoch."""
+    """Return functions that train a vector of runs for one epoch; each is compiled once."""
     graph = nnx.graphdef(digits.Network(width, rngs=nnx.Rngs(0)))
     size = sum(counts)
     adjustment = jnp.log(jnp.asarray(counts) / size) if loss == "la" else jnp.zeros(CLASSES)
@@ -219,7 +226,7 @@ def make_trainer(
 def train(
     trainer: Trainer, params, runs: digits.Runs, part: Part, epochs: int, advance: Callable[[], Any]
 ) -> tuple[Any, Any]:
-    """Train all runs on their training splits: their parameters and optimizer states."""
+    """Train all runs on their training splits; return their parameters and optimizer states."""
     state = trainer.init(runs, params)
     for index in range(epochs):
         params, state = jax.block_until_ready(trainer.epoch(params, state, runs, part, index))
@@ -228,7 +235,7 @@ def train(
 
 
 def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float]]:
-    """The (learning rate, rho) to choose from; the base optimizer has no rho."""
+    """Return the candidates (learning rate, rho); the base optimizer has no rho."""
     radii = METHODS[row].radii
     if args.rho and radii != (0.0,):
         radii = tuple(args.rho)
@@ -236,13 +243,13 @@ def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float
 
 
 def work_of(row: str, args: argparse.Namespace) -> tuple[float, float]:
-    """Gradients of an epoch: while a row is tuned, and of the reported runs."""
+    """Return the gradients of one epoch: of the tuning runs, and of the reported runs."""
     per_run = METHODS[row].gradients * (sum(args.counts) // BATCH)
     return per_run * len(candidates_of(row, args)) * len(TUNING_SEEDS), per_run * args.seeds
 
 
 def measure(row: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
-    """Choose, train and measure one method."""
+    """Tune, train and measure one method."""
     method, counts = METHODS[row], args.counts
     epochs = method.times * args.epochs
     trainer = make_trainer(method, args.base, args.loss, args.width, epochs, counts)
@@ -270,7 +277,7 @@ def measure(row: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
     params, state = train(trainer, params, runs, train_part, epochs, partial(bar.update, work))
     test_accuracy = np.asarray(trainer.accuracy(params, test), float)
     spent = optax.tree.get(state, "gradients_spent")
-    if spent is None:  # the base optimizer keeps no readings: one gradient per step
+    if spent is None:  # the base optimizer has no readings: one gradient per step
         spent = np.array(epochs * (sum(counts) // BATCH))
     return {
         "row": row,
@@ -292,18 +299,18 @@ def measure(row: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
 
 
 def percent(values: Any) -> tuple[float, float]:
-    """Mean and standard error in percent."""
+    """Return mean and standard error in percent."""
     return digits.mean_and_error([100 * value for value in values])
 
 
 def cell(values: Any, sign: str = "") -> str:
-    """The two in words."""
+    """Format mean and standard error in percent."""
     mean, error = percent(values)
     return f"{mean:{sign}.2f} ± {error:.2f}"
 
 
 def table(results: list[dict]) -> str:
-    """One line per method."""
+    """Format one line per method."""
     groups = list(results[0]["test_accuracy_by_group"])
     width = max(len("method"), *(len(result["row"]) for result in results))
     head = f"{'method':<{width}} " + "".join(f"{group:>15}" for group in groups)
@@ -319,7 +326,7 @@ def table(results: list[dict]) -> str:
 
 
 def comparison(results: list[dict]) -> str:
-    """Each method's lead over SAM, from the differences seed by seed; empty without SAM."""
+    """Format each method's difference to SAM, paired by seed; empty without SAM."""
     rows = {result["row"]: result["test_accuracy_by_group"] for result in results}
     if "sam" not in rows or len(rows) == 1:
         return ""
@@ -335,7 +342,7 @@ def comparison(results: list[dict]) -> str:
 
 
 def at_the_ends(results: list[dict]) -> list[str]:
-    """The chosen values beyond which a better one may lie, in words."""
+    """List the chosen values at an end of their grid: a better one may lie beyond."""
     found = []
     for result in results:
         for name in ("learning_rate", "rho"):
@@ -347,7 +354,7 @@ def at_the_ends(results: list[dict]) -> list[str]:
 
 
 def draw(results: list[dict], counts: list[int], path: Path, title: str) -> None:
-    """Accuracy by group on the left, by the class's number of training images on the right."""
+    """Plot accuracy by group (left) and by the number of training images of a class (right)."""
     figure = Figure(figsize=(13, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     groups = groups_of(counts)
@@ -388,7 +395,7 @@ def draw(results: list[dict], counts: list[int], path: Path, title: str) -> None
 
 
 def labelled(name: str, classes: list[int], counts: list[int]) -> str:
-    """A group's name, and how many training images its classes have."""
+    """Format a group's name and the number of training images of its classes."""
     sizes = [counts[label] for label in classes]
     low, high = min(sizes), max(sizes)
     return f"{name}\n{low if low == high else f'{low} to {high}'} images"
@@ -401,16 +408,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--base", choices=list(BASES), default="momentum")
     parser.add_argument(
-        "--loss", choices=list(LOSSES), default="ce", help="or la, with adjusted logits"
+        "--loss", choices=list(LOSSES), default="ce", help="ce: cross-entropy; la: adjusted logits"
     )
     parser.add_argument(
-        "--imbalance", type=float, default=100.0, help="images of the largest class to the smallest"
+        "--imbalance", type=float, default=100.0, help="size of the largest class / the smallest"
     )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--rho", type=float, nargs="+", help="radii to choose from, for all")
+    parser.add_argument("--rho", type=float, nargs="+", help="candidate radii for all methods")
     parser.add_argument("--width", type=int, default=128, help="units of each hidden layer")
-    parser.add_argument("--out", help="new folder of the results; default runs/long_tail-NNN")
+    parser.add_argument("--out", help="new folder for the results; default: runs/long_tail-NNN")
     args = parser.parse_args(argv)
     args.variants = list(dict.fromkeys(args.variants))
     for name in ("seeds", "epochs", "width"):

@@ -1,4 +1,4 @@
-"""LSAM, elastic averaging of SAM workers that never wait, against data-parallel SAM.
+"""LSAM against data-parallel SAM: elastic averaging of SAM workers that never wait.
 
     python examples/lsam_digits.py
     python examples/lsam_digits.py --workers 4 --slow 1 --gradients 1600
@@ -6,28 +6,32 @@
     python examples/lsam_digits.py --engine ray --workers 4
     python examples/lsam_digits.py --resume runs/lsam-digits-001
 
-A small network learns scikit-learn's digits (8x8 pixels) with 30% wrong training labels, on several
-workers of which the last is four times slower. Every row spends the same gradients, each a pass
-over the batch of one worker: data-parallel SAM on the batches of all workers together, at the pace
-of the slowest, LSAM on one batch per worker and step, EASGD (the same without sharpness) and SAM on
-a single worker, which is slow and sees the small batch on all of its many steps. "same time" is
-data-parallel SAM with as many steps as fit into the time of LSAM. Learning rates fall by a cosine
-over each worker's own steps.
+A small network learns scikit-learn's digits (8x8 pixels) with 30% wrong training labels. There are
+several workers; the last one is four times slower. Every row except "same time" computes the same
+number of gradients. Each gradient is a pass over the batch of one worker. The rows:
 
---engine simulate, the default, is deterministic: the clock is simulated, and a gradient of a fast
-worker is the unit of time. Learning rate and rho of each row are chosen on validation images over
-seeds of their own, the test images are looked at with the chosen values. All seeds and candidates
-train at once, vmapped. About two minutes on two CPU cores.
+- Data-parallel SAM uses the batches of all workers together, at the pace of the slowest worker.
+- LSAM uses one batch per worker and step.
+- EASGD is LSAM without sharpness.
+- SAM on a single worker is slow, and takes many steps on the small batch.
+- "same time" is data-parallel SAM with as many steps as fit into the time of LSAM.
 
---engine threads and ray train one seed with workers that really run at the same time: a thread per
-device, or a process per worker. Where there are too few accelerators the devices are simulated on
-the CPU, and a step is stretched by sleep to --step-seconds, as if each had a processor of its own.
-Data-parallel SAM runs afterwards on the devices of this process, a step as long as that of the
-slowest worker. Learning rates and radii are those that the simulation chooses by default, unless
-others are given. The center is evaluated on the way and saved every --save-every seconds, at the
-end, and on Ctrl-C; --resume goes on from there.
+Learning rates fall by a cosine over each worker's own steps.
 
-Prints a table and the differences; results.json and lsam_digits.png go to --out.
+--engine simulate, the default, is deterministic. The clock is simulated; its unit of time is one
+gradient of a fast worker. Learning rate and rho of each row are chosen on validation images, with
+tuning seeds that are not reported. The test images are used with the chosen values only. All seeds
+and candidates train at once, vmapped. It takes about two minutes on two CPU cores.
+
+--engine threads and --engine ray train one seed with workers that really run at the same time: a
+thread per device, or a process per worker. If there are too few accelerators, the devices are
+simulated on the CPU, and each step sleeps until --step-seconds have passed, as if each device had
+its own processor. Data-parallel SAM runs afterwards on the devices of this process; each of its
+steps takes as long as a step of the slowest worker. Learning rates and radii are those that the
+simulation chooses by default, unless others are given. The center is evaluated during the run. It
+is saved every --save-every seconds, at the end, and on Ctrl-C; --resume continues from there.
+
+The script prints a table and the differences. It writes results.json and lsam_digits.png to --out.
 """
 
 import argparse
@@ -59,12 +63,12 @@ from tqdm import tqdm
 import samx
 from samx import elastic
 
-TUNING_SEEDS = range(1000, 1004)  # none of them is a reported seed
-LEARNING_RATES = (0.03, 0.1, 0.3)  # no row does better with 0.01 or 1
+TUNING_SEEDS = range(1000, 1004)  # not among the reported seeds
+LEARNING_RATES = (0.03, 0.1, 0.3)  # no row is better with 0.01 or 1
 RADII = (0.1, 0.2, 0.5)
 MOMENTUM = 0.9
 EVALUATIONS = 20
-EVALUATE_EVERY = 0.25  # seconds, of an engine
+EVALUATE_EVERY = 0.25  # seconds, in an engine
 TIMED_STEPS = 30
 LSAM, DATA_PARALLEL, SAME_TIME = "lsam", "dp-sam", "dp-sam, same time"
 
@@ -72,28 +76,28 @@ LSAM, DATA_PARALLEL, SAME_TIME = "lsam", "dp-sam", "dp-sam, same time"
 class Row(NamedTuple):
     """A line of the table."""
 
-    kind: str  # "elastic", "together": all workers in step, or "alone": one worker
-    front: Callable[[Any, int], Any]  # rho, number of workers -> what stands before the base
-    gradients: int = 2  # of a local step
+    kind: str  # "elastic"; "together": synchronous workers; "alone": one worker
+    front: Callable[[Any, int], Any]  # rho, number of workers -> tx before the base
+    gradients: int = 2  # per local step
     radii: tuple[float, ...] = RADII
-    rounds: int = 2  # all-reduces of a step of all together
+    rounds: int = 2  # all-reduces per synchronous step
 
 
 ROWS = {
     DATA_PARALLEL: Row("together", lambda rho, n: samx.sam(rho)),
     SAME_TIME: Row("together", lambda rho, n: samx.sam(rho)),
-    # Each worker climbs the gradient of its own batch.
+    # Each worker computes its perturbation from the gradient of its own batch.
     "dp-sam, own ascent": Row("together", lambda rho, n: samx.msam(rho, n), rounds=1),
     LSAM: Row("elastic", lambda rho, n: samx.sam(rho)),
     "easgd": Row("elastic", lambda rho, n: optax.identity(), 1, (0.0,)),
     "sam, one worker": Row("alone", lambda rho, n: samx.sam(rho)),
 }
-# Learning rate and rho that the simulation chooses by default, for the engines.
+# For the engines: learning rate and rho that the simulation chooses by default.
 CHOSEN = {LSAM: (0.3, 0.2), DATA_PARALLEL: (0.1, 0.2), SAME_TIME: (0.3, 0.1)}
 
 
 class Functions(NamedTuple):
-    """Compiled functions over a vector of runs, the leading axis of all arrays."""
+    """Compiled functions over a vector of runs; runs are the leading axis of all arrays."""
 
     init: Callable[..., Any]  # params -> state
     step: Callable[..., Any]  # params, state, batch -> params, state, losses
@@ -101,17 +105,17 @@ class Functions(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """What was seen on the way, and at the end."""
+    """Measurements during training and at the end."""
 
     time: list[float]
     gradients: list[int]
     validation: list[np.ndarray]  # accuracies [runs]
     test: list[np.ndarray]
-    facts: dict[str, Any]  # what else is to be told
+    facts: dict[str, Any]  # further results
 
 
 def make_functions(name: str, args: argparse.Namespace) -> Functions:
-    """Those of a row. Learning rate and rho come with the batch: runs differ in them."""
+    """Return the functions of a row; learning rate and rho differ by run, so the batch has them."""
     graph = nnx.graphdef(digits.Network(args.width, rngs=nnx.Rngs(0)))
 
     def logits(params, x):
@@ -146,7 +150,7 @@ def make_functions(name: str, args: argparse.Namespace) -> Functions:
 
 @partial(jax.jit, static_argnames="batch")
 def epoch_of(images: Any, seeds: jax.Array, worker: int, epoch: int, batch: int) -> list[Any]:
-    """The batches of one worker in one of its epochs: a shuffle of its own for each seed."""
+    """Return the batches of one worker in one of its epochs; each seed has its own shuffle."""
     steps = digits.TRAIN // batch
 
     def of_seed(images, seed):
@@ -161,7 +165,7 @@ def epoch_of(images: Any, seeds: jax.Array, worker: int, epoch: int, batch: int)
 
 
 def stream(images: Any, runs: Runs, args: argparse.Namespace, worker: int, step: int = 0):
-    """The batches of a worker from a local step on, without end."""
+    """Yield the batches of a worker from local step `step` on, without end."""
     steps = digits.TRAIN // args.batch
     for epoch in itertools.count(step // steps):
         yield from epoch_of(images, runs.seed, worker, epoch, args.batch)[step % steps :]
@@ -169,7 +173,7 @@ def stream(images: Any, runs: Runs, args: argparse.Namespace, worker: int, step:
 
 
 def with_rates(batches: Iterator[Any], runs: Runs, horizon: float, step: int = 0):
-    """Learning rates, which fall by a cosine until the horizon, and radii beside the images."""
+    """Add learning rate and rho to each batch; the rate falls by a cosine until the horizon."""
     for at, batch in enumerate(batches, step):
         fallen = 0.5 + 0.5 * math.cos(math.pi * min(at / horizon, 1.0))
         learning_rate = (fallen * runs.learning_rate).astype(np.float32)
@@ -177,9 +181,10 @@ def with_rates(batches: Iterator[Any], runs: Runs, horizon: float, step: int = 0
 
 
 def batches_together(images: Any, runs: Runs, args: argparse.Namespace, num_workers: int):
-    """The batches of several workers as one, [runs, examples, ...].
+    """Return the batches of several workers as one, [runs, examples, ...].
 
-    Their examples alternate: the strided micro-batches of mSAM are the batches of the workers.
+    The examples of the workers alternate, so that mSAM's strided microbatches are the batches of
+    the workers.
     """
     streams = [stream(images, runs, args, worker) for worker in range(num_workers)]
     return map(joined, zip(*streams, strict=True))
@@ -187,14 +192,14 @@ def batches_together(images: Any, runs: Runs, args: argparse.Namespace, num_work
 
 @jax.jit
 def joined(batches: tuple[Any, ...]) -> Any:
-    """Batches [runs, examples, ...] as one."""
+    """Join batches [runs, examples, ...] into one."""
     return jax.tree.map(
         lambda *x: jnp.stack(x, 2).reshape(len(x[0]), -1, *x[0].shape[2:]), *batches
     )
 
 
 def load(runs: Runs, args: argparse.Namespace) -> tuple[Any, Any]:
-    """Training, validation and test images of the runs, and their initial parameters."""
+    """Return training, validation and test images of the runs, and their initial parameters."""
     seeds = jnp.asarray(runs.seed)
     return digits.split(seeds, args.noise), digits.initialize(seeds, args.width)
 
@@ -202,7 +207,7 @@ def load(runs: Runs, args: argparse.Namespace) -> tuple[Any, Any]:
 def make_worker(
     functions: Functions, runs: Runs, args: argparse.Namespace, seconds: list[float], index: int
 ) -> elastic.Worker:
-    """A worker of LSAM in an engine, whose steps take `seconds[index]` at least."""
+    """Return a worker of LSAM for an engine; each step takes at least `seconds[index]`."""
     functions = functions._replace(step=paced(functions.step, seconds[index]))
     return worker_of(LSAM, functions, *load(runs, args), runs, args, index)
 
@@ -216,7 +221,7 @@ def worker_of(
     args: argparse.Namespace,
     index: int,
 ) -> elastic.Worker:
-    """A worker of a row, with its own stream, and its share of all steps to go."""
+    """Return a worker of a row, with its own stream; its horizon is its part of all steps."""
     speeds = 1 / slowness(args)
     horizon = args.gradients / ROWS[name].gradients * speeds[index] / speeds.sum()
 
@@ -227,7 +232,7 @@ def worker_of(
 
 
 def paced(step: Callable[..., Any], seconds: float) -> Callable[..., Any]:
-    """The step, which ends no sooner than `seconds` after it began."""
+    """Return the step, made to take at least `seconds`."""
 
     def paced_step(*args):
         begin = time.perf_counter()
@@ -239,18 +244,18 @@ def paced(step: Callable[..., Any], seconds: float) -> Callable[..., Any]:
 
 
 def slowness(args: argparse.Namespace) -> np.ndarray:
-    """How much longer than a fast worker each of them takes."""
+    """Return the time of a step of each worker, relative to a fast worker."""
     return np.array([1.0] * (args.workers - 1) + [args.slow])
 
 
 def events_of(name: str, args: argparse.Namespace) -> Iterator[elastic.Event]:
-    """What happens until the gradients of an elastic row are spent."""
+    """Yield the events of an elastic row until its gradients are used up."""
     row = ROWS[name]
     steps = args.gradients // row.gradients
     events = elastic.timeline(
         (row.gradients * slowness(args)).tolist(),
         period=args.period,
-        num_exchanges=steps,  # more than there will be
+        num_exchanges=steps,  # an upper bound
         latency=args.latency,
     )
     for event in events:
@@ -261,7 +266,7 @@ def events_of(name: str, args: argparse.Namespace) -> Iterator[elastic.Event]:
 
 
 def seconds_together(name: str, args: argparse.Namespace) -> float:
-    """Of a step, simulated: the slowest worker's, and all-reduces, there and back."""
+    """Return the simulated time of a step: the slowest worker's, plus all-reduces both ways."""
     row = ROWS[name]
     if row.kind == "alone":
         return row.gradients
@@ -269,7 +274,7 @@ def seconds_together(name: str, args: argparse.Namespace) -> float:
 
 
 def num_steps(name: str, args: argparse.Namespace) -> int:
-    """Steps of a row whose workers go in step, or of its only one, simulated."""
+    """Return the simulated steps of a row with synchronous workers or a single worker."""
     if name == SAME_TIME:
         *_, last = events_of(LSAM, args)
         return max(1, int(last.time / seconds_together(name, args)))
@@ -278,7 +283,7 @@ def num_steps(name: str, args: argparse.Namespace) -> int:
 
 
 def gradients_of(name: str, args: argparse.Namespace) -> int:
-    """What a row spends."""
+    """Return the number of gradients of a row."""
     if name == SAME_TIME:
         return num_steps(name, args) * ROWS[name].gradients * args.workers
     return args.gradients
@@ -339,12 +344,12 @@ def simulate(
 
 
 def marks_of(steps: int, evaluations: int) -> set[int]:
-    """The steps after which there is an evaluation; the last one always."""
+    """Return the steps after which to evaluate; the last step is always among them."""
     return {math.ceil(steps * (k + 1) / evaluations) for k in range(evaluations)}
 
 
 def runs_of(seeds: Any, candidates: list[tuple[float, float]]) -> Runs:
-    """All seeds with each (learning rate, rho)."""
+    """Return runs of all seeds with each (learning rate, rho)."""
     runs = [(seed, *candidate) for candidate in candidates for seed in seeds]
     seed, *numbers = (np.array(column) for column in zip(*runs, strict=True))
     vectors: Any = seed.astype(np.int32), *(column.astype(np.float32) for column in numbers)
@@ -352,13 +357,13 @@ def runs_of(seeds: Any, candidates: list[tuple[float, float]]) -> Runs:
 
 
 def candidates_of(name: str, args: argparse.Namespace) -> list[tuple[float, float]]:
-    """The (learning rate, rho) to choose from; EASGD has no rho."""
+    """Return the candidates (learning rate, rho); EASGD has no rho."""
     radii = ROWS[name].radii if 0.0 in ROWS[name].radii else args.rho or ROWS[name].radii
     return [(rate, rho) for rate in args.learning_rate or LEARNING_RATES for rho in radii]
 
 
 def measure(name: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
-    """Choose and train a row on the simulated clock."""
+    """Tune and train a row on the simulated clock."""
     bar.set_description(name)
     candidates, validation = candidates_of(name, args), None
     chosen = candidates[0]
@@ -372,7 +377,7 @@ def measure(name: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
 
 
 def result_of(name: str, chosen: tuple[float, float], curve: Curve, speed: float) -> dict[str, Any]:
-    """What results.json says of a row; `speed` is that of all workers, in gradients per time."""
+    """Return a row of results.json; `speed` is the gradients per time of all workers together."""
     return {
         "row": name,
         "learning_rate": chosen[0],
@@ -391,7 +396,7 @@ def result_of(name: str, chosen: tuple[float, float], curve: Curve, speed: float
 
 
 def run_simulation(args: argparse.Namespace) -> list[dict]:
-    """All rows, on the simulated clock."""
+    """Tune and train all rows on the simulated clock."""
     total = sum(
         gradients_of(name, args) * (args.seeds + tuning * (tuning > len(TUNING_SEEDS)))
         for name in ROWS
@@ -402,7 +407,7 @@ def run_simulation(args: argparse.Namespace) -> list[dict]:
 
 
 class Bars:
-    """A line for the exchanges of all, and one for each worker."""
+    """Progress bars: one for all exchanges, and one for each worker."""
 
     def __init__(self, args: argparse.Namespace, exchanges: int):
         self.period, self.is_started = args.period, False
@@ -413,14 +418,14 @@ class Bars:
         ]
 
     def show(self, progress: elastic.Progress, accuracy: float) -> None:
-        """The newest numbers."""
+        """Show the newest numbers."""
         counts = [progress.exchanges, *(r.exchanges * self.period for r in progress.workers)]
         texts = [f"center: test accuracy {100 * accuracy:.1f} %"] + [
             f"staleness {record.staleness}, loss {record.loss:.3f}, {record.status}"
             for record in progress.workers
         ]
         bars = [self.all, *self.workers]
-        if progress.seconds > 0 and not self.is_started:  # rates and time left count from now on
+        if progress.seconds > 0 and not self.is_started:  # rates and remaining time count from here
             self.is_started = True
             self.all.set_description("exchanges", refresh=False)
             for bar, count in zip(bars, counts, strict=True):
@@ -432,30 +437,30 @@ class Bars:
             bar.refresh()
 
     def close(self) -> None:
-        """Leave the lines as they are."""
+        """Close the bars; their lines stay on the screen."""
         for bar in (self.all, *self.workers):
             bar.close()
 
 
 class Saved:
-    """The checkpoints of the center, and of the seconds that it took so far."""
+    """Checkpoints of the center and of the training time so far, in seconds."""
 
     def __init__(self, folder: Path):
-        import orbax.checkpoint as ocp  # not needed for a simulation
+        import orbax.checkpoint as ocp  # the simulation does not need it
 
         self.ocp, self.seconds = ocp, 0.0
         options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options)
 
     def save(self, checkpoint: elastic.Checkpoint) -> None:
-        """Start to write it, under the number of exchanges."""
+        """Start to write a checkpoint; its step is the number of exchanges."""
         step = int(checkpoint.exchanges.sum())
         if step not in self.manager.all_steps():
             item = {**checkpoint._asdict(), "seconds": np.float64(self.seconds)}
             self.manager.save(step, args=self.ocp.args.StandardSave(item), force=True)
 
     def restore(self, params: Any, num_workers: int) -> elastic.Checkpoint | None:
-        """The newest one, if there is one."""
+        """Return the newest checkpoint, or None."""
         step = self.manager.latest_step()
         if step is None:
             return None
@@ -466,18 +471,18 @@ class Saved:
         return elastic.Checkpoint(item["params"], np.asarray(item["exchanges"]))
 
     def close(self) -> None:
-        """Wait for the last one."""
+        """Wait until the last checkpoint is written."""
         self.manager.close()
 
 
 def num_exchanges(args: argparse.Namespace) -> int:
-    """Of LSAM in all, in an engine."""
+    """Return the number of exchanges of LSAM in an engine."""
     return args.gradients // (ROWS[LSAM].gradients * args.period)
 
 
 def choose_devices(args: argparse.Namespace) -> list[Any]:
-    """One for each worker: accelerators if there are enough, else simulated ones."""
-    with contextlib.suppress(RuntimeError):  # a backend that runs already stays as it is
+    """Return a device for each worker: accelerators if there are enough, else simulated ones."""
+    with contextlib.suppress(RuntimeError):  # a running backend cannot be changed
         jax.config.update("jax_num_cpu_devices", args.workers)
     devices = jax.local_devices()
     if len(devices) < args.workers:
@@ -486,10 +491,10 @@ def choose_devices(args: argparse.Namespace) -> list[Any]:
 
 
 def seconds_alone(functions: Functions, runs: Runs, args: argparse.Namespace) -> float:
-    """Mean seconds of a step of a fast worker that has this machine for itself."""
+    """Measure the mean seconds per step of a fast worker that runs alone."""
     worker = make_worker(functions, runs, args, [args.step_seconds] * args.workers, 0)
     params, state, batches = worker.params, worker.init(worker.params), iter(worker.batches(0))
-    worker.step(params, state, next(batches))  # compiled
+    worker.step(params, state, next(batches))  # compiles
     begin = time.perf_counter()
     for batch in itertools.islice(batches, TIMED_STEPS):
         params, state, _ = worker.step(params, state, batch)
@@ -504,13 +509,13 @@ def train_elastic(
     seconds: list[float],
     saved: Saved,
 ) -> Curve:
-    """LSAM with the workers of an engine."""
+    """Train LSAM with the workers of an engine."""
     curve = Curve([], [], [], [], {})
     data, params = load(runs, args)
     resumed = saved.restore(params, args.workers) if args.resume else None
     before = 0 if resumed is None else int(resumed.exchanges.sum())
     if resumed is not None:
-        print(f"goes on behind exchange {before} of {num_exchanges(args)}")
+        print(f"continues after exchange {before} of {num_exchanges(args)}")
     seconds_before, bars = saved.seconds, Bars(args, before)
 
     def monitor(progress):
@@ -542,7 +547,7 @@ def train_elastic(
     records = trained.progress.workers
     curve.facts["steps"] = [record.exchanges * args.period for record in records]
     curve.facts["exchanges"] = trained.progress.exchanges
-    # Between two exchanges of a worker there were so many of the others, on average.
+    # Staleness: the exchanges of other workers between two of a worker.
     curve.facts["mean_staleness"] = [record.mean_staleness for record in records]
     curve.facts["largest_staleness"] = max(record.largest_staleness for record in records)
     curve.facts["died"] = {r.index: r.error.strip() for r in records if r.status == "died"}
@@ -558,7 +563,7 @@ def train_together(
     seconds: float,
     steps: int,
 ) -> Curve:
-    """Data-parallel SAM, the examples spread over the devices; a step takes `seconds` at least."""
+    """Train data-parallel SAM, sharded over the devices; a step takes at least `seconds`."""
     curve, per_step = Curve([], [], [], [], {}), ROWS[name].gradients * args.workers
     data, params = load(runs, args)
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
@@ -574,7 +579,7 @@ def train_together(
     batches = with_rates(batches_together(data[0], runs, args, args.workers), runs, steps)
     step = paced(lambda batch: functions.step(params, state, place(batch)), seconds)
     first = batches_together(data[0], runs, args, args.workers)
-    step(next(with_rates(first, runs, steps)))  # compiled before the clock starts
+    step(next(with_rates(first, runs, steps)))  # compiles before the clock starts
     marks, spent = marks_of(steps, EVALUATIONS), 0.0
     for done, batch in enumerate(tqdm(itertools.islice(batches, steps), name, steps), 1):
         begin = time.perf_counter()
@@ -589,7 +594,7 @@ def train_together(
 
 
 def run_engine(args: argparse.Namespace) -> list[dict]:
-    """LSAM in an engine, and data-parallel SAM beside it."""
+    """Train LSAM in an engine, then data-parallel SAM."""
     devices = choose_devices(args)
     print(
         f"workers: {args.workers}, "
@@ -604,7 +609,7 @@ def run_engine(args: argparse.Namespace) -> list[dict]:
         for name, (rate, rho) in CHOSEN.items()
     }
     runs = {name: runs_of([args.seed], [numbers]) for name, numbers in chosen.items()}
-    functions = make_functions(LSAM, args)  # for all: they take the same step
+    functions = make_functions(LSAM, args)  # the same step for all rows
     fast = seconds_alone(functions, runs[LSAM], args)
     seconds = (fast * slowness(args)).tolist()
     speed = ROWS[LSAM].gradients * sum(1 / s for s in seconds)
@@ -632,7 +637,7 @@ def run_engine(args: argparse.Namespace) -> list[dict]:
 
 
 def differences_of(results: list[dict]) -> list[dict]:
-    """LSAM minus each of the others, in points, paired by the seed."""
+    """Return LSAM minus each other row in percentage points, paired by seed."""
     accuracies = {result["row"]: 100 * np.array(result["test_accuracy"]) for result in results}
     return [
         {"row": name, "difference": difference, "error": error}
@@ -644,7 +649,7 @@ def differences_of(results: list[dict]) -> list[dict]:
 
 
 def table(results: list[dict], unit: str) -> str:
-    """One line per row."""
+    """Format one line per row."""
     width = max(len(result["row"]) for result in results)
     head = f"{'row':<{width}} {'test acc. %':>14} {'gradients':>10} {f'time, {unit}':>10}"
     head += f" {'gradients/time':>15} {'of all speeds':>14} {'lr':>6} {'rho':>5}"
@@ -661,12 +666,12 @@ def table(results: list[dict], unit: str) -> str:
 
 
 def with_error(mean: float, error: float, form: str = ".2f") -> str:
-    """A mean with its standard error, if there is one."""
+    """Format a mean with its standard error, if it is finite."""
     return f"{mean:{form}}" + (f" ± {error:.2f}" if math.isfinite(error) else "")
 
 
 def verdict(results: list[dict], args: argparse.Namespace) -> str:
-    """What the workers did, and LSAM beside the others."""
+    """Describe what the workers did, and compare LSAM with the other rows."""
     lsam = next(result for result in results if result["row"] == LSAM)
     *fast, slow = lsam["mean_staleness"]
     lines = [
@@ -689,7 +694,7 @@ def verdict(results: list[dict], args: argparse.Namespace) -> str:
 
 
 def draw(results: list[dict], path: Path, title: str, unit: str, is_marked: bool) -> None:
-    """Accuracy against time on the left, against gradients on the right."""
+    """Plot accuracy against time (left) and against gradients (right)."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, by, label in zip(
@@ -725,29 +730,29 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--engine", choices=["simulate", "threads", "ray"], default="simulate")
     add("--workers", type=int, default=8)
-    add("--slow", type=float, default=4.0, help="how many times slower the last worker is")
-    add("--batch", type=int, default=100, help="images of one worker")
-    add("--gradients", type=int, default=3200, help="of each row, of one worker's batch each")
+    add("--slow", type=float, default=4.0, help="slowdown factor of the last worker")
+    add("--batch", type=int, default=100, help="images per step of one worker")
+    add("--gradients", type=int, default=3200, help="of each row; one worker's batch each")
     add("--period", type=int, default=4, help="local steps between two exchanges of a worker")
-    add("--beta", type=float, default=0.9, help="how far the workers move the center")
-    add("--learning-rate", type=float, nargs="+", help="to choose from; one for an engine")
-    add("--rho", type=float, nargs="+", help="to choose from; one for an engine")
-    add("--noise", type=float, default=0.3, help="share of flipped labels")
+    add("--beta", type=float, default=0.9, help="how strongly the workers move the center")
+    add("--learning-rate", type=float, nargs="+", help="candidates; one value for an engine")
+    add("--rho", type=float, nargs="+", help="candidates; one value for an engine")
+    add("--noise", type=float, default=0.3, help="fraction of flipped labels")
     add("--width", type=int, default=64, help="units of each hidden layer")
-    add("--out", help="new folder of the run; default runs/lsam-digits-NNN")
+    add("--out", help="new folder for the run; default: runs/lsam-digits-NNN")
     group = parser.add_argument_group("--engine simulate")
     group.add_argument("--seeds", type=int, default=10)
-    group.add_argument("--latency", type=float, default=0.1, help="in gradients, one way")
+    group.add_argument("--latency", type=float, default=0.1, help="one way, in gradients")
     group = parser.add_argument_group("--engine threads and ray")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument(
         "--step-seconds",
         type=float,
         default=0.02,
-        help="that a step of a fast worker takes at least; 0 for as fast as it goes",
+        help="least time for a step of a fast worker; 0: no limit",
     )
     group.add_argument("--save-every", type=float, default=60.0, metavar="SECONDS")
-    group.add_argument("--resume", metavar="FOLDER", help="go on with this run")
+    group.add_argument("--resume", metavar="FOLDER", help="continue this run")
     return parser
 
 
@@ -755,7 +760,7 @@ CHANGEABLE = ("out", "resume", "engine", "gradients", "slow", "step_seconds", "s
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Arguments that are right; those of a run for --resume."""
+    """Parse and check the arguments; --resume takes them from the run."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume is not None:
@@ -784,17 +789,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{option} must be finite and at least 0, got {values}")
         if values and len(values) > 1 and args.engine != "simulate":
             parser.error(f"{option} must be one number for --engine {args.engine}, got {values}")
-    unit = 2 * args.workers * args.period  # whole steps of all, and whole exchanges
+    unit = 2 * args.workers * args.period  # whole steps of all workers, and whole exchanges
     if args.gradients < unit:
         parser.error(
             f"--gradients must be at least {unit} (2 x workers x period), got {args.gradients}"
         )
     args.gradients -= args.gradients % unit
     if args.resume is not None and saved_exchanges(args.resume) >= num_exchanges(args):
-        parser.error(f"--resume {args.resume}: it is at its end; more --gradients would go on")
+        parser.error(f"--resume {args.resume}: the run is finished; raise --gradients")
     if args.engine == "ray":
         try:
-            elastic.Ray()  # only looks whether it is there
+            elastic.Ray()  # only checks that Ray is installed
         except ImportError as error:
             parser.error(f"--engine ray: {error}")
     try:
@@ -805,7 +810,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def saved_exchanges(folder: str) -> Any:
-    """Of the newest checkpoint of a run; None if there is none."""
+    """Return the exchanges of the newest checkpoint of a run; None without a checkpoint."""
     names = [path.name for path in (Path(folder) / "checkpoints").glob("*")]
     return max((int(name) for name in names if name.isdigit()), default=None)
 
@@ -813,11 +818,11 @@ def saved_exchanges(folder: str) -> Any:
 def resumed_arguments(
     parser: argparse.ArgumentParser, folder: str, argv: list[str] | None
 ) -> argparse.Namespace:
-    """The settings of a run, and what may be others."""
+    """Return the settings of a run; only those in `CHANGEABLE` may differ."""
     try:
         settings = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
-        parser.error(f"--resume {folder}: there is no run that could go on ({error})")
+        parser.error(f"--resume {folder}: there is no run to continue ({error})")
     if saved_exchanges(folder) is None:
         parser.error(f"--resume {folder}: there is no checkpoint")
     parser.set_defaults(**settings)
@@ -826,12 +831,12 @@ def resumed_arguments(
         if name not in CHANGEABLE and getattr(args, name) != value:
             parser.error(
                 f"--{name.replace('_', '-')}: the run in {folder} has {value}, got "
-                f"{getattr(args, name)}; start a new one for others"
+                f"{getattr(args, name)}; start a new run for other settings"
             )
     if args.engine == "simulate":
         parser.error("--resume is for --engine threads and ray, got simulate")
     if args.out is not None:
-        parser.error("--out and --resume exclude each other: a resumed run has its folder")
+        parser.error("--out and --resume exclude each other: a resumed run keeps its folder")
     return args
 
 
@@ -845,11 +850,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     try:
         results = run_simulation(args) if is_simulated else run_engine(args)
     except KeyboardInterrupt:
-        after = "" if is_simulated else f"; go on with --resume {args.folder}"
+        after = "" if is_simulated else f"; continue with --resume {args.folder}"
         print(f"\ninterrupted{after}", file=sys.stderr)
         sys.exit(130)
     except elastic.CenterLost as error:
-        sys.exit(f"lsam_digits.py: {error}\ngo on with --resume {args.folder}")
+        sys.exit(f"lsam_digits.py: {error}\ncontinue with --resume {args.folder}")
     device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
     print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
     unit = "g" if is_simulated else "s"
@@ -872,7 +877,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 def without_nans(tree: Any) -> Any:
-    """None in place of what is not finite, which JSON cannot hold."""
+    """Replace numbers that are not finite by None, because JSON cannot hold them."""
     if isinstance(tree, dict):
         return {name: without_nans(value) for name, value in tree.items()}
     if isinstance(tree, list):

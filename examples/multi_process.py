@@ -1,12 +1,12 @@
-"""Start data_parallel.py in several processes of this machine, which train together.
+"""Run data_parallel.py in several processes on this machine, which train together.
 
     python examples/multi_process.py
     python examples/multi_process.py --processes 4 --devices 1 --strategy shard_map --epochs 5
 
-Every process has simulated devices of its own. Process 0 writes to the terminal; what the others
-say on stderr appears behind their number. All other arguments go to data_parallel.py.
+Every process has its own simulated devices. Process 0 writes to the terminal. The stderr output of
+the other processes appears after their number. All other arguments go to data_parallel.py.
 
-When one process dies the others are stopped, as they are on Ctrl-C. Try it: the process ids are
+If one process dies, the others are stopped. Ctrl-C stops all of them. Try it: the process ids are
 printed at the start.
 """
 
@@ -27,14 +27,14 @@ GRACE = 5  # seconds from SIGTERM to SIGKILL
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def environment() -> dict[str, str]:
-    """Ours, but without what decides on the devices: the workers simulate theirs."""
+    """Return our environment without device settings: the workers simulate their devices."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     flags = [flag for flag in flags if "host_platform_device_count" not in flag]
     env = {k: v for k, v in os.environ.items() if k != "JAX_NUM_CPU_DEVICES"}
@@ -42,7 +42,7 @@ def environment() -> dict[str, str]:
 
 
 def start(number: int, command: list[str]) -> subprocess.Popen:
-    """One worker, in a session of its own: Ctrl-C reaches us only, and we stop it."""
+    """Start one worker in its own session: Ctrl-C reaches only us, and we stop the worker."""
     quiet = number > 0
     return subprocess.Popen(
         [*command, "--process-id", str(number)],
@@ -57,7 +57,7 @@ def start(number: int, command: list[str]) -> subprocess.Popen:
 
 
 def watch(number: int, worker: subprocess.Popen, events: queue.SimpleQueue) -> None:
-    """Pass on what the worker says; when it has ended, put its number into the queue."""
+    """Forward the worker's stderr; when the worker has ended, put its number into the queue."""
     for line in worker.stderr or ():
         print(f"process {number}: {line}", end="", file=sys.stderr, flush=True)
     worker.wait()
@@ -65,7 +65,7 @@ def watch(number: int, worker: subprocess.Popen, events: queue.SimpleQueue) -> N
 
 
 def stop(workers: list[subprocess.Popen]) -> None:
-    """End all that still run, in bounded time."""
+    """Stop all workers that still run, in bounded time."""
     for worker in workers:
         worker.terminate()
     deadline = time.monotonic() + GRACE
@@ -78,10 +78,10 @@ def stop(workers: list[subprocess.Popen]) -> None:
 
 
 def supervise(workers: list[subprocess.Popen], events: queue.SimpleQueue) -> tuple[int, str]:
-    """Wait for all workers; at the first that fails, or at a signal, stop the others.
+    """Wait for all workers; stop them all if one fails or a signal arrives.
 
     Returns:
-        The exit code, and what went wrong.
+        The exit code, and a message that says what went wrong.
     """
     for _ in workers:
         event = events.get()
@@ -99,14 +99,14 @@ def supervise(workers: list[subprocess.Popen], events: queue.SimpleQueue) -> tup
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our own arguments, and those of the workers."""
+    """Return our own arguments, and the arguments of the workers."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices", type=int, default=2, help="simulated ones, in each process")
+    parser.add_argument("--devices", type=int, default=2, help="simulated devices in each process")
     args, others = parser.parse_known_args(argv)
     for name in ("processes", "devices"):
         if getattr(args, name) < 1:
@@ -119,7 +119,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     args, others = parse(argv)
-    # A handler only takes note: nothing is interrupted halfway, and a second Ctrl-C is harmless.
+    # The handler only records the signal: nothing is interrupted, and a second Ctrl-C is harmless.
     events = queue.SimpleQueue()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: events.put(signal.Signals(number)))
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     for watcher in watchers:
         watcher.join()
     if trouble:
-        print(f"\n{trouble}", file=sys.stderr)  # in a line of its own, below the progress bar
+        print(f"\n{trouble}", file=sys.stderr)  # on a separate line, below the progress bar
     return code
 
 

@@ -4,26 +4,27 @@
     python examples/mup_transfer.py --parts exponents --widths 128 256 512 1024 --seeds 5
     python examples/mup_transfer.py --parts transfer --transfer-seeds 3
 
-A network of two hidden layers is initialized in the maximal update parametrization (µP), gets its
-learning rates from `samx.mup.learning_rates`, and is trained with `samx.mup_sam` (µP²) or with
-`samx.sam`, on 200 of scikit-learn's digits, about 30% of them with a wrong label. The head starts
+A network with two hidden layers is initialized in the maximal update parametrization (µP) and gets
+its learning rates from `samx.mup.learning_rates`. It trains with `samx.mup_sam` (µP²) or with
+`samx.sam`, on 200 of scikit-learn's digits; about 30% of them have a wrong label. The head starts
 small, not at zero, so that all layers are perturbed from the first step on.
 
 Exponents: after 1 and after 10 steps, how much does the next batch's perturbation change the
-features of each layer (before its activation; the outputs for the head)? The change, a root mean
-square over units and examples, grows like a power of the width, fitted over the widths for every
-seed. Under µP² that power is 0 in every layer; under SAM the first layer's and the second's fall
-and the outputs' grows. It is told for the perturbation of all layers at once, whose effects add up
-from layer to layer, and for that of the layer alone. The default rho is smaller than the best one
-of the grid: at 0.2 SAM has itself changed the training of the wide networks after 10 steps, and the
-exponent of its outputs then tells more of that training than of the perturbation.
+features of each layer (before its activation; for the head, the outputs)? The change is a root mean
+square over units and examples. It grows like a power of the width. The exponent is fitted over the
+widths for every seed. Under µP² the exponent is 0 in every layer. Under SAM the change falls with
+the width in the first and second layer and grows in the outputs. The exponent is reported for the
+perturbation of all layers at once, whose effects add up from layer to layer, and for the
+perturbation of the layer alone. The default rho is smaller than the best rho of the grid, for this
+reason: at rho 0.2, SAM has changed the training of the wide networks after 10 steps, and then the
+exponent of the outputs describes that training more than the perturbation.
 
 Transfer: the best learning rate and rho of a grid are found at the narrowest and at the widest of
-the `--transfer-widths`, by the loss on 797 other images, whose labels are right. Under µP² the best
-pair should move by no more than one step of the grid. At the base width, 64, both methods are the
-same.
+the `--transfer-widths`. The best pair has the lowest loss on 797 other images, whose labels are
+right. Under µP² the best pair should move by at most one step of the grid. At the base width, 64,
+both methods are the same.
 
-Takes 3 to 4 minutes on two CPU cores, about a quarter of it for the exponents.
+The script takes 3 to 4 minutes on two CPU cores, about a quarter of it for the exponents.
 """
 
 import argparse
@@ -50,14 +51,14 @@ import samx
 BASE_WIDTH = 64  # where all scales and learning rates are 1
 FEW, BATCH, NOISE, MOMENTUM = 200, 50, 0.3, 0.9
 LAYERS = ("first", "second", "head")
-PERTURBED = ("all", "own")  # which layers are, when the features of one are looked at
+PERTURBED = ("all", "own")  # layers perturbed when a layer's features are measured
 PARTS = ("exponents", "transfer")
-TOLERANCE = 0.1  # of an exponent that is to be 0
-CRITERIA = {"loss": -1, "accuracy": 1}  # the sign of what is good
+TOLERANCE = 0.1  # for an exponent that should be 0
+CRITERIA = {"loss": -1, "accuracy": 1}  # 1: larger is better; -1: smaller
 
 
 class Method(NamedTuple):
-    """A sharpness-aware method and its perturbation, both from rho and the scales of the layers."""
+    """A sharpness-aware method and its perturbation; both get rho and the scales of the layers."""
 
     label: str
     make: Callable[[Any, Any], optax.GradientTransformationExtraArgs]
@@ -79,13 +80,13 @@ METHODS = {
 
 
 class Network(nn.Module):
-    """Two hidden layers in µP; returns the features of all layers, before their activations."""
+    """Two hidden layers in µP; it returns the features of all layers, before their activations."""
 
     width: int
 
     @nn.compact
     def __call__(self, x):  # noqa: D102
-        # A Dense layer is lecun_normal, of variance 1 / fan_in; in µP the head's is smaller.
+        # A Dense layer starts with lecun_normal, variance 1 / fan_in. µP's head starts smaller.
         head = nn.initializers.variance_scaling(
             BASE_WIDTH / self.width, "fan_in", "truncated_normal"
         )
@@ -96,14 +97,14 @@ class Network(nn.Module):
 
 
 class Data(NamedTuple):
-    """What a seed trains on, in the order of its steps, and what it is judged by."""
+    """A seed's training batches, in the order of its steps, and its held-out images."""
 
     batches: dict[str, jax.Array]  # [steps, batch, ...]
     held_out: dict[str, jax.Array]
 
 
 def make_data(seed: int, steps: int) -> Data:
-    """The seed's images; few to train on, so that wrong labels are soon learned by heart."""
+    """Return the seed's images; few training images, so that wrong labels are soon memorized."""
     train, *rest = jax.tree.map(lambda leaf: leaf[0], digits.split(jnp.array([seed]), NOISE))
     key, epochs = jax.random.key(seed), math.ceil(steps * BATCH / FEW)
     few = jax.random.permutation(jax.random.fold_in(key, 1), digits.TRAIN)[:FEW]
@@ -114,34 +115,34 @@ def make_data(seed: int, steps: int) -> Data:
 
 
 def shapes(width: int) -> Any:
-    """The shapes of the parameters."""
+    """Return the shapes of the parameters."""
     return jax.eval_shape(Network(width).init, jax.random.key(0), jnp.ones((1, 64)))["params"]
 
 
 def initialize(seed: jax.Array, width: int) -> Any:
-    """The seed's initial parameters."""
+    """Return the seed's initial parameters."""
     return Network(width).init(jax.random.key(seed), jnp.ones((1, 64)))["params"]
 
 
 def cross_entropy(outputs: jax.Array, y: jax.Array) -> jax.Array:
-    """The mean over the examples."""
+    """Return the mean cross-entropy over the examples."""
     return optax.softmax_cross_entropy_with_integer_labels(outputs, y).mean()
 
 
 def features(params: Any, x: jax.Array, width: int) -> Any:
-    """The features of every layer, by its name; those of the head are the outputs."""
+    """Return the features of every layer by its name; the head's features are the outputs."""
     return Network(width).apply({"params": params}, x)
 
 
 def loss(params: Any, batch: dict[str, jax.Array], width: int) -> jax.Array:
-    """The loss of a batch."""
+    """Return the loss of a batch."""
     return cross_entropy(features(params, batch["x"], width)["head"], batch["y"])
 
 
 def make_optimizer(
     name: str, width: int, learning_rate: Any, rho: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """SGD with momentum behind the method, each layer with the learning rate of µP."""
+    """Return the method, then SGD with momentum; each layer has its learning rate of µP."""
     scales = samx.mup.layer_scales(shapes(width), shapes(BASE_WIDTH))
     rates = samx.mup.learning_rates(shapes(width), shapes(BASE_WIDTH), "sgd")
     return optax.chain(
@@ -152,7 +153,7 @@ def make_optimizer(
 
 
 def train(tx: optax.GradientTransformationExtraArgs, params: Any, state: Any, batches, width: int):
-    """A step on each of the batches: the parameters and state thereafter."""
+    """Take one step on each batch; return the new parameters and state."""
 
     def step(carry, batch):
         params, state = carry
@@ -169,7 +170,7 @@ def train(tx: optax.GradientTransformationExtraArgs, params: Any, state: Any, ba
 
 
 def effects(name: str, params: Any, batch: dict[str, jax.Array], rho: Any, width: int):
-    """The change of every layer's features by the perturbation, root mean squares [2, layers]."""
+    """Measure how the perturbation changes each layer's features: root mean squares [2, layers]."""
     scales = samx.mup.layer_scales(shapes(width), shapes(BASE_WIDTH))
     ball = METHODS[name].ball(rho, scales)
     eps, _ = ball.update(jax.grad(loss)(params, batch, width), ball.init(params), params)
@@ -186,7 +187,7 @@ def effects(name: str, params: Any, batch: dict[str, jax.Array], rho: Any, width
 
 
 def make_probe(name: str, width: int, steps: tuple[int, ...]) -> Callable[..., jax.Array]:
-    """A compiled function of a seed's training: the effects after `steps`, [steps, 2, layers]."""
+    """Return a compiled function that trains a seed and returns the effects [steps, 2, layers]."""
 
     @jax.jit
     def probe(seed, batches, learning_rate, rho):
@@ -204,7 +205,7 @@ def make_probe(name: str, width: int, steps: tuple[int, ...]) -> Callable[..., j
 
 
 def make_run(name: str, width: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A compiled function of a seed's training: loss and accuracy on the images held out."""
+    """Return a compiled function that trains a seed and returns held-out loss and accuracy."""
 
     @jax.jit
     def run(seed, data, learning_rate, rho):
@@ -218,12 +219,12 @@ def make_run(name: str, width: int) -> Callable[..., tuple[jax.Array, jax.Array]
 
 
 def flops(width: int, gradients: int) -> int:
-    """About those of so many gradients of a batch: the unit of the progress bar."""
+    """Estimate the flops of `gradients` gradients of a batch; the progress bar counts them."""
     return 6 * BATCH * gradients * (64 * width + width**2 + 10 * width)
 
 
 def measure_effects(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """The effects of every method, [widths, seeds, steps, 2, layers]."""
+    """Measure the effects of every method: [widths, seeds, steps, 2, layers]."""
     last = args.steps[-1]
     data = [make_data(seed, last + 1).batches for seed in range(args.seeds)]
     work = {width: flops(width, 2 * last + 4) for width in args.widths}
@@ -244,14 +245,14 @@ def measure_effects(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def slopes(widths: list[int], effects: np.ndarray) -> np.ndarray:
-    """The exponents: least squares of log(effect) over log(width), which is the first axis."""
+    """Fit the exponents: least squares of log(effect) over log(width); axis 0 is the width."""
     x = np.log(widths)
     x = x - x.mean()
     return np.tensordot(x, np.log(effects), axes=1) / np.sum(x**2)
 
 
 def fit(widths: list[int], steps: tuple[int, ...], found: dict[str, np.ndarray]) -> list[dict]:
-    """The exponent of every method, number of steps, set of perturbed layers and layer."""
+    """Fit an exponent for every method, number of steps, set of perturbed layers, and layer."""
     results = []
     for name, values in found.items():
         exponents, means = slopes(widths, values), np.exp(np.log(values).mean(axis=1))
@@ -265,7 +266,7 @@ def fit(widths: list[int], steps: tuple[int, ...], found: dict[str, np.ndarray])
                     "perturbed": PERTURBED[perturbed],
                     "layer": LAYERS[layer],
                     "exponent": exponent,
-                    "error": error if math.isfinite(error) else None,  # of a single seed
+                    "error": error if math.isfinite(error) else None,  # None for a single seed
                     "exponent_by_seed": exponents[:, *index].tolist(),
                     "effect_by_width": means[:, *index].tolist(),  # geometric means over seeds
                 }
@@ -274,13 +275,13 @@ def fit(widths: list[int], steps: tuple[int, ...], found: dict[str, np.ndarray])
 
 
 def signed(result: dict) -> str:
-    """An exponent as it is printed."""
+    """Format an exponent with its error."""
     error = "" if result["error"] is None else f" ± {result['error']:.3f}"
     return f"{result['exponent']:+.3f}{error}"
 
 
 def exponent_table(results: list[dict]) -> str:
-    """One line for each method, number of steps and set of perturbed layers."""
+    """Format one line for each method, number of steps and set of perturbed layers."""
     head = f"{'method':<7} {'steps':>5} {'perturbed':>10}" + "".join(f"{x:>17}" for x in LAYERS)
     lines = [head, "-" * len(head)]
     for at in range(0, len(results), len(LAYERS)):
@@ -291,7 +292,7 @@ def exponent_table(results: list[dict]) -> str:
 
 
 def exponent_verdict(results: list[dict]) -> str:
-    """Which of the exponents are 0, for each method."""
+    """Say for each method how many of its exponents are close to 0."""
     lines = []
     for name, method in METHODS.items():
         sizes = [abs(result["exponent"]) for result in results if result["method"] == name]
@@ -304,7 +305,7 @@ def exponent_verdict(results: list[dict]) -> str:
 
 
 def measure_grids(args: argparse.Namespace) -> list[dict]:
-    """Loss and accuracy of every learning rate and rho, for each method and width."""
+    """Measure loss and accuracy of every learning rate and rho, for each method and width."""
     data = [make_data(seed, args.transfer_steps) for seed in range(args.transfer_seeds)]
     pairs = [(name, width) for width in args.transfer_widths for name in METHODS]
     jobs = [pair for pair in pairs if pair[0] == "mup_sam" or pair[1] != BASE_WIDTH]
@@ -321,7 +322,7 @@ def measure_grids(args: argparse.Namespace) -> list[dict]:
             found[name, width] = values
     results = []
     for name, width in pairs:
-        # At the base width all scales are 1, and both methods the same.
+        # At the base width all scales are 1, and both methods are the same.
         by_seed = found["mup_sam" if width == BASE_WIDTH else name, width]
         grids = dict(zip(CRITERIA, by_seed.mean(axis=1), strict=True))
         grids = {
@@ -333,17 +334,17 @@ def measure_grids(args: argparse.Namespace) -> list[dict]:
 
 
 def best(result: dict, criterion: str) -> tuple[int, int]:
-    """Row and column of the best learning rate and rho."""
+    """Return row and column of the best learning rate and rho."""
     grid = CRITERIA[criterion] * np.array(result[criterion], np.float64)
-    grid = np.where(np.isnan(grid), -np.inf, grid)  # None, of runs that diverged, became NaN
+    grid = np.where(np.isnan(grid), -np.inf, grid)  # runs that diverged: None became NaN
     row, column = np.unravel_index(int(grid.argmax()), grid.shape)
     return int(row), int(column)
 
 
 def compare_widths(grids: list[dict], rates: list[float], rhos: list[float]) -> list[dict]:
-    """How far the best pair moves from the first width to the last, and what keeping it costs."""
+    """Compute how far the best pair moves between the widths, and the cost of keeping it."""
 
-    def is_at_edge(row, column):  # a still better pair may lie outside of the grid
+    def is_at_edge(row, column):  # a better pair may lie outside the grid
         return row in (0, len(rates) - 1) or column in (0, len(rhos) - 1)
 
     results = []
@@ -368,7 +369,7 @@ def compare_widths(grids: list[dict], rates: list[float], rhos: list[float]) -> 
 
 
 def grid_table(result: dict, rates: list[float], rhos: list[float]) -> str:
-    """The losses of one method and width, the best in brackets."""
+    """Format the losses of one method and width, with the best in brackets."""
     lines = [f"{title(result)}: loss; learning rates down, rho to the right"]
     lines.append(" " * 8 + "".join(f"{rho:>9g} " for rho in rhos))
     where = best(result, "loss")
@@ -380,19 +381,19 @@ def grid_table(result: dict, rates: list[float], rhos: list[float]) -> str:
 
 
 def title(result: dict) -> str:
-    """What a grid is about."""
+    """Return the title of a grid: method and width."""
     label = METHODS[result["method"]].label
     label = "µP² and SAM" if result["width"] == BASE_WIDTH else label
     return f"{label}, width {result['width']}"
 
 
 def without_repeats(grids: list[dict]) -> list[dict]:
-    """The grids, but that of the base width once."""
+    """Return the grids; the grid of the base width, which both methods share, only once."""
     return list({title(result): result for result in grids}.values())
 
 
 def transfer_table(results: list[dict]) -> str:
-    """One line for each method and criterion."""
+    """Format one line for each method and criterion."""
     head = f"{'method':<7} {'criterion':<9} {'best of the narrow':>20} {'best of the wide':>18}"
     head += f" {'steps apart':>12} {'kept':>7} {'best':>7} {'at edge':>8}"
     lines = [f"{'':<7} {'':<9} {'(learning rate, rho)':>20} {'':>18} {'':>12} {'in the wide':>15}"]
@@ -414,7 +415,7 @@ def transfer_table(results: list[dict]) -> str:
 
 
 def draw_effects(axes: Any, results: list[dict], widths: list[int], steps: int) -> None:
-    """The effects over the widths, after so many steps, all layers perturbed."""
+    """Plot the effects over the widths after `steps` steps, with all layers perturbed."""
     for result in results:
         if result["steps"] == steps and result["perturbed"] == "all":
             is_mup = result["method"] == "mup_sam"
@@ -433,7 +434,7 @@ def draw_effects(axes: Any, results: list[dict], widths: list[int], steps: int) 
 
 
 def draw_grid(axes: Any, result: dict, rates: list[float], rhos: list[float], limits: Any) -> Any:
-    """The losses as a heat map, the best marked."""
+    """Plot the losses as a heat map and mark the best."""
     grid = np.array(result["loss"], np.float64)
     image = axes.imshow(grid, cmap="viridis_r", origin="lower", aspect="auto", **limits)
     row, column = best(result, "loss")
@@ -446,7 +447,7 @@ def draw_grid(axes: Any, result: dict, rates: list[float], rhos: list[float], li
 
 
 def draw(report: dict, args: argparse.Namespace, path: Path) -> None:
-    """The effects above, the grids below."""
+    """Plot the effects (top) and the grids (bottom)."""
     rows = [part for part in PARTS if part in args.parts]
     figure = Figure(figsize=(12, 0.5 + 4.3 * len(rows)), layout="constrained")
     for part, row in zip(rows, figure.subfigures(len(rows), 1, squeeze=False)[:, 0], strict=True):
@@ -456,7 +457,7 @@ def draw(report: dict, args: argparse.Namespace, path: Path) -> None:
                 draw_effects(axes, report["exponents"], args.widths, steps)
             panels[0].set_ylabel("change of the features, root mean square")
             low, high = panels[0].get_ylim()  # shared
-            panels[0].set_ylim(low * (low / high) ** 0.4)  # room for the legends below the lines
+            panels[0].set_ylim(low * (low / high) ** 0.4)  # room for the legends below the curves
             row.suptitle(f"Effect of the perturbation on each layer, {args.seeds} seeds")
         else:
             grids = without_repeats(report["grids"])
@@ -482,17 +483,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: both")
-    add("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048], help="of the exponents")
-    add("--steps", type=int, nargs="+", default=[1, 10], help="when to look at the exponents")
-    add("--seeds", type=int, default=10, help="of the exponents")
-    add("--learning-rate", type=float, default=0.08, help="of the exponents")
-    add("--rho", type=float, default=0.05, help="of the exponents")
+    add("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048], help="for the exponents")
+    add("--steps", type=int, nargs="+", default=[1, 10], help="steps at which exponents are fitted")
+    add("--seeds", type=int, default=10, help="for the exponents")
+    add("--learning-rate", type=float, default=0.08, help="for the exponents")
+    add("--rho", type=float, default=0.05, help="for the exponents")
     add("--transfer-widths", type=int, nargs="+", default=[64, 1024])
     add("--transfer-steps", type=int, default=100)
     add("--transfer-seeds", type=int, default=5)
     add("--learning-rates", type=float, nargs="+", default=[0.02, 0.04, 0.08, 0.16, 0.32])
     add("--rhos", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4, 0.8])
-    add("--out", help="new folder of the results; default runs/mup_transfer-NNN")
+    add("--out", help="new folder for the results; default: runs/mup_transfer-NNN")
     args = parser.parse_args(argv)
     args.steps = tuple(sorted(set(args.steps)))
     for name in ("widths", "transfer_widths", "learning_rates", "rhos"):
@@ -503,7 +504,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {least}")
     for name in ("widths", "transfer_widths"):
         if len(getattr(args, name)) < 2:
-            parser.error(f"--{name.replace('_', '-')} must be at least two widths")
+            parser.error(f"--{name.replace('_', '-')} must have at least two different widths")
     for name in ("learning_rate", "rho", "learning_rates", "rhos"):
         values = np.atleast_1d(getattr(args, name))
         if not all(0 < value < float("inf") for value in values):

@@ -1,21 +1,21 @@
-"""Where an example writes its results: a folder of its own, never over an earlier run."""
+"""Choose the folder for the results of an example, so that no earlier run is overwritten."""
 
 import itertools
 from pathlib import Path
 
 
 def free_folder(out: str | None, name: str) -> Path:
-    """Create and return the folder `out`, or else the first free `runs/<name>-NNN`.
+    """Create and return the folder `out`, or the first free `runs/<name>-NNN` if `out` is `None`.
 
     Args:
-        out: A folder that does not exist yet or is empty; `None` chooses one.
-        name: What the runs are called, in the folder that is chosen.
+        out: A folder that does not exist yet or is empty; if `None`, a folder is chosen.
+        name: First part of the name of a chosen folder.
 
     Returns:
         The folder, which exists and is empty.
 
     Raises:
-        ValueError: If `out` holds something already, or is no folder.
+        ValueError: If `out` is not empty, or is not a folder.
     """
     if out is not None:
         folder = Path(out)

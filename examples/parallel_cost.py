@@ -1,19 +1,21 @@
-"""What each of N devices computes, sends and holds in a data-parallel sharpness-aware step.
+"""Count what each of N devices computes, sends and holds in one sharpness-aware step.
 
     python examples/parallel_cost.py
     python examples/parallel_cost.py --model conv --batch 256 --devices 2 4
 
-For plain training, SAM with global and with local ascent, SAMPa, and SAMPa whose two gradients are
-computed by two groups of devices: flops, bytes sent and memory of one device, as the formula has
-them and as they are counted in the compiled program. All devices share one batch. The counts are
-exact, whatever runs here: devices are simulated ones of the CPU, unless there are enough others.
+The first table shows the flops, the bytes sent and the memory of one device. Each number comes from
+a formula and from a count in the compiled program. The rows are plain training, SAM with global and
+with local ascent, SAMPa, and SAMPa with two groups of devices that compute one gradient each. All
+devices share one batch. The counts are exact on every machine: if there are not enough
+accelerators, the devices are simulated CPU devices.
 
-Then a time: SAM on N devices takes two gradients of B/N examples, one after the other, SAMPa on two
-groups a single one of 2B/N. That is faster where a device is not filled by its share of the batch.
-The gradient is timed on one device for every share, and the ratio follows from it; the all-reduces,
-two for SAM and one of twice the size for SAMPa, are not in it.
+The second table shows a time. SAM on N devices takes two gradients of B/N examples, one after the
+other. SAMPa on two groups takes a single gradient of 2B/N examples. SAMPa is faster if the share
+B/N does not fill a device. The gradient is timed on one device for every share, and the ratio
+follows from these times. The ratio does not include the all-reduces: two for SAM, and one of twice
+the size for SAMPa.
 
-Prints both tables; results.json and parallel_cost.png go to --out.
+The script prints both tables. It writes results.json and parallel_cost.png to --out.
 """
 
 import argparse
@@ -44,30 +46,30 @@ LEAST_SECONDS = 0.05  # of one measurement
 
 
 class Symbols(NamedTuple):
-    """What the formulas are made of."""
+    """The symbols of the formulas."""
 
     G: float  # flops of one gradient of the whole batch
     P: int  # bytes of the parameters
     S: int  # bytes of the batch
     B: int  # examples in the batch
-    T: Callable[[int], int]  # temporary bytes of a plain step on so many examples
+    T: Callable[[int], int]  # temporary bytes of a plain step on b examples
     n: int  # devices
 
 
 class Formula(NamedTuple):
-    """As it is printed, and its value."""
+    """A formula: its printed text, and its value."""
 
     text: str
     value: Callable[[Symbols], float]
 
 
 class Method(NamedTuple):
-    """A row of the table: how it is built, and its cost by formula."""
+    """A row of the table: how to build the optimizer, and the formulas of its cost."""
 
     make: Callable[[Any, Any], optax.GradientTransformationExtraArgs]  # from batch and base
     flops: Formula
     sent: Formula
-    state: Formula  # of the optimizer, which is SGD with momentum
+    state: Formula  # state of the optimizer; the base is SGD with momentum
     temporary: Formula
     ascent: Literal["global", "local"] = "global"
     has_groups: bool = False
@@ -125,7 +127,7 @@ COSTS = ("flops", "sent", "state", "temporary")
 def compile_step(
     method: Method, num_devices: int, losses_fn: Callable, params: Any, batch: Any
 ) -> tuple[Any, int]:
-    """The program of one device, and the bytes of optimizer state that it holds."""
+    """Return the program of one device, and the bytes of optimizer state on this device."""
     groups = 2 if method.has_groups else 1
     shape, names = (groups, num_devices // groups), ("pair", "data")
     mesh = Mesh(np.reshape(devices_for(num_devices), shape), names)
@@ -152,7 +154,7 @@ def compile_step(
 
 
 def devices_for(number: int) -> list[Any]:
-    """So many devices, simulated ones of the CPU if there are not as many others."""
+    """Return `number` devices; simulated CPU devices if there are fewer accelerators."""
     devices = jax.devices() if jax.device_count() >= number else jax.devices("cpu")
     return devices[:number]
 
@@ -160,14 +162,14 @@ def devices_for(number: int) -> list[Any]:
 def single_gradient(
     losses_fn: Callable, params: Any, batch: Any, size: int
 ) -> tuple[Any, tuple[Any, Any]]:
-    """A compiled gradient of the first `size` examples on one device."""
+    """Return a compiled gradient of the first `size` examples on one device, and its inputs."""
     share = jax.tree.map(lambda x: x[:size], batch)
     gradient = jax.jit(jax.grad(lambda p, share: losses_fn(p, share).mean()))
     return gradient.lower(params, share).compile(), (params, share)
 
 
 def count(args: argparse.Namespace, losses_fn: Callable, params: Any, batch: Any) -> list[dict]:
-    """Flops, bytes and memory of every method on every number of devices."""
+    """Count flops, bytes and memory of every method on every number of devices."""
     jobs = [
         (n, name)
         for n in args.devices
@@ -208,7 +210,7 @@ def count(args: argparse.Namespace, losses_fn: Callable, params: Any, batch: Any
 
 
 def time_shares(losses_fn: Callable, params: Any, batch: Any, repeats: int) -> dict[int, float]:
-    """Median seconds of one gradient on one device, for shares of 1, 2, 4, ... examples."""
+    """Return median seconds of a gradient on one device, for shares of 1, 2, 4, ... examples."""
     sizes = [2**i for i in range(len(batch["label"]).bit_length())]
     programs = {size: single_gradient(losses_fn, params, batch, size) for size in sizes}
     calls, seconds = {}, {size: [] for size in sizes}
@@ -231,7 +233,7 @@ def time_shares(losses_fn: Callable, params: Any, batch: Any, repeats: int) -> d
 
 
 def lead_of_groups(seconds: dict[int, float]) -> list[dict]:
-    """SAM's two gradients of a share against one gradient of twice the share."""
+    """Compare SAM's two gradients of a share with one gradient of twice the share."""
     largest = max(seconds)
     return [
         {
@@ -280,7 +282,7 @@ def draw(results: list[dict], rows: list[dict], path: Path, title: str) -> None:
     for position, name in enumerate(METHODS):
         mine = [r for r in results if r["method"] == name]
         devices = [r["devices"] for r in mine]
-        color, size = f"C{position}", 14 - 2.5 * position  # many lie on top of each other
+        color, size = f"C{position}", 14 - 2.5 * position  # many points coincide
         for axes, cost in ((flops, "flops"), (sent, "sent")):
             found, wanted = ([r[kind][cost] / 1e6 for r in mine] for kind in ("counted", "formula"))
             axes.plot(devices, found, "o", label=name, color=color, markersize=size, mfc="none")
@@ -305,7 +307,7 @@ def draw(results: list[dict], rows: list[dict], path: Path, title: str) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="dense")
-    parser.add_argument("--batch", type=int, default=512, help="of all devices, a power of two")
+    parser.add_argument("--batch", type=int, default=512, help="a power of two, over all devices")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=int, default=9, help="rounds of the timing")
     parser.add_argument("--out", help="new or empty folder (default runs/parallel_cost-NNN)")
@@ -328,7 +330,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
-    with contextlib.suppress(RuntimeError):  # a backend that runs already stays as it is
+    with contextlib.suppress(RuntimeError):  # a running backend stays unchanged
         jax.config.update("jax_num_cpu_devices", args.devices[-1])
     losses_fn, params, batch = problem(args.model, args.batch)
     device = jax.devices()[0].device_kind

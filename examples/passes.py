@@ -1,4 +1,4 @@
-"""What a step does while it runs: passes through its loss, and the branches that it takes."""
+"""Count what a step does at run time: passes through the loss, and branches taken."""
 
 import contextlib
 import functools
@@ -11,25 +11,25 @@ import jax.numpy as jnp
 
 
 class Counter:
-    """Counts the passes through a loss while a program runs, in passes over `size` examples."""
+    """Count the passes through a loss while a program runs; `size` examples are one pass."""
 
     def __init__(self, size: int):
         self.size = size
         self.examples = {"forward": [], "backward": []}
 
     def clear(self) -> None:
-        """Forget what has been seen so far."""
+        """Reset the counts."""
         jax.effects_barrier()
         for seen in self.examples.values():
             seen.clear()
 
     def passes(self) -> dict[str, float]:
-        """Passes forward and backward since `clear`."""
+        """Return the forward and backward passes since `clear`."""
         jax.effects_barrier()
         return {direction: sum(seen) / self.size for direction, seen in self.examples.items()}
 
     def watch(self, losses_fn: Callable) -> Callable:
-        """The same losses, with a callback in each direction."""
+        """Return the same losses, with a callback in each direction."""
 
         def note(direction, losses, *_):
             self.examples[direction].append(losses.shape[0])
@@ -43,7 +43,7 @@ class Counter:
             return watched(losses), losses
 
         def backward(losses, cotangent):
-            # The losses too: two vectorized passes may share a cotangent, and are two all the same.
+            # Pass the losses too: two vectorized passes may share a cotangent but count as two.
             jax.debug.callback(functools.partial(note, "backward"), losses, cotangent)
             return (cotangent,)
 
@@ -52,18 +52,18 @@ class Counter:
 
 
 class Forks:
-    """The outermost conds and switches of a step on whose branches it calls the loss.
+    """Observe the outermost `cond`s and `switch`es of a step whose branches call the loss.
 
-    All others are the bookkeeping of a policy, say: they stay as they are.
+    These are the forks. All others stay unchanged, for example the bookkeeping of a policy.
     """
 
     def __init__(self):
-        self.calls = 0  # of the loss, as often as it is traced
-        self.number = 0  # of branches that the last trace met, 0 where there is no fork
-        self.taken = []  # the branches of the steps that ran since `counted`
+        self.calls = 0  # of the loss, during tracing
+        self.number = 0  # of branches in the last trace; 0 without a fork
+        self.taken = []  # the branch of each step that ran under `counted`
 
     def watch(self, losses_fn: Callable) -> Callable:
-        """The same losses; that they are called shows which forks matter."""
+        """Return the same losses, and count their calls; the calls show which forks matter."""
 
         def called(params, batch):
             self.calls += 1
@@ -72,14 +72,14 @@ class Forks:
         return called
 
     def number_in(self, step: Callable, *args: Any) -> int:
-        """How many branches the step has."""
+        """Return the number of branches of the step."""
         with self._traced(jax.lax.switch):
-            jax.eval_shape(lambda *args: step(*args), *args)  # a function without a kept trace
+            jax.eval_shape(lambda *args: step(*args), *args)  # a new function has no cached trace
         return self.number
 
     @contextlib.contextmanager
     def only(self, choice: int) -> Iterator[None]:
-        """Trace one of the branches alone. Forks in a row are taken to decide alike."""
+        """Trace only one of the branches. Forks in sequence are assumed to choose alike."""
 
         def chosen(index, branches, *operands):
             del index
@@ -90,7 +90,7 @@ class Forks:
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Note in `taken`, while the program runs, which branch a step takes at its first fork."""
+        """Record in `taken` which branch a step takes at its first fork while the program runs."""
         switch, self.taken = jax.lax.switch, []
 
         def noted(index, branches, *operands):

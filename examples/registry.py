@@ -1,4 +1,4 @@
-"""Every variant by name, for the examples: how to build it, and which radii to choose from."""
+"""Table of all variants for the examples: how to build each one, and its candidate radii."""
 
 import inspect
 import math
@@ -15,16 +15,17 @@ from samx import policies
 
 
 class Setting(NamedTuple):
-    """What a variant may have to know of the training that it is for.
+    """Properties of the training run that some variants need.
 
     Attributes:
-        batch: Shapes of a batch, as `update` sees it: of one device in a mapped function.
-        batch_size: Examples of a whole batch.
-        num_examples: Examples of the data set.
-        aux: Shapes of the aux of the loss, for variants that hold one in their state.
-        num_groups: Groups of a batch in which examples are chosen, one for each device.
-        learning_rate: That of the base, a number or a schedule, for variants that take a step of
-            their own.
+        batch: Shapes of a batch as `update` sees it. In a mapped function this is the batch of one
+            device.
+        batch_size: Number of examples in a whole batch.
+        num_examples: Number of examples in the data set.
+        aux: Shapes of the aux of the loss, for variants that hold an aux in their state.
+        num_groups: Number of groups into which example selection splits a batch, one per device.
+        learning_rate: Learning rate of the base, a number or a schedule, for variants that take
+            their own step.
     """
 
     batch: Any
@@ -44,17 +45,20 @@ class Variant(NamedTuple):
     Attributes:
         make: `(rho, base, setting) -> tx`.
         radii: Values of rho to choose from on a validation split, ascending.
-        gradients: Gradients per step, in passes over one batch; where a policy looks at gradients
-            (`ae-sam`, `ae-looksam`, `vsam`, `arsam`), or a bandit at layers, an estimate.
+        gradients: Gradients per step, in passes over one batch. This is an estimate if a policy
+            depends on the gradients (`ae-sam`, `ae-looksam`, `vsam`, `arsam`) or if a bandit
+            chooses layers.
         rho: The paper's recommendation for CIFAR-10.
-        keeps_aux: Whether the state holds the aux of a pass, for want of a clean one.
-        cycle: Steps to be timed together: after so many the pattern of sharp and plain steps
-            repeats, or a random one is about itself again. More than 1: some steps are plain.
-        settling: Steps before the first cycle: a warm-up of sharp steps, averages that fill.
-        uses_gradient: Whether `update` reads the gradient that it is given; otherwise the compiler
+        keeps_aux: Whether the state holds the aux of one of the variant's passes, because the
+            caller's clean pass is not used.
+        cycle: Number of steps that are timed together. The pattern of sharp and plain steps repeats
+            after one cycle; a random pattern repeats approximately. If `cycle` is more than 1,
+            some steps are plain.
+        settling: Steps before the first cycle: a warm-up of sharp steps, and averages that fill.
+        uses_gradient: Whether `update` reads the gradient that it is given. If not, the compiler
             removes its computation.
-        learning_rates: Of a variant that is an optimizer and has no base: what to choose from in
-            place of the base's.
+        learning_rates: Candidates for a variant that is an optimizer and has no base. They replace
+            the candidates of the base.
     """
 
     make: Make
@@ -69,9 +73,10 @@ class Variant(NamedTuple):
 
 
 def of(name: str, **fixed: Any) -> Make:
-    """How to build a row of `samx.catalog`, with some arguments of its factory fixed.
+    """Return a `Make` for a row of `samx.catalog`, with some arguments of its factory fixed.
 
-    A variant that is the optimizer takes the learning rate; the weight decay of the base is lost.
+    A variant that is itself the optimizer takes the learning rate. It does not use the weight decay
+    of the base.
     """
     (entry,) = samx.catalog(name)
     factory = partial(entry.factory, **fixed)
@@ -83,12 +88,12 @@ def of(name: str, **fixed: Any) -> Make:
 
 
 def in_front(variant: Callable[[Any], optax.GradientTransformation]) -> Make:
-    """How to build a combination that stands in front of its base in a chain."""
+    """Return a `Make` for a transformation that stands before its base in a chain."""
     return lambda rho, base, setting: optax.chain(variant(rho), base)
 
 
 def g_rst(rho: Any) -> optax.GradientTransformation:
-    """Sharp gradients on half of the steps, and twice as much of them."""
+    """Build G-RST: a sharp gradient on a random half of the steps, mixed in with weight 2."""
     mixed = samx.combinations.mix(samx.sam(rho), 2.0)
     return samx.perturb_if(policies.random(0.5), mixed)
 
@@ -96,30 +101,30 @@ def g_rst(rho: Any) -> optax.GradientTransformation:
 def by_setting(
     variant: Callable[[Any, Setting], optax.GradientTransformation],
 ) -> Make:
-    """How to build one in front of its base that has to know of the training."""
+    """Return a `Make` for a variant that stands before its base and needs the `Setting`."""
     return lambda rho, base, setting: optax.chain(variant(rho, setting), base)
 
 
 def ksam(rho: Any, setting: Setting) -> optax.GradientTransformation:
-    """K-SAM on the upper half of the losses."""
+    """Build K-SAM on the half of the examples with the largest losses."""
     half = max(1, setting.batch_size // setting.num_groups // 2)
     return samx.ksam(rho, half * setting.num_groups, num_groups=setting.num_groups)
 
 
 def esam(rho: Any, setting: Setting) -> optax.GradientTransformation:
-    """ESAM with the authors' fractions for ResNet-18."""
+    """Build ESAM with the authors' fractions for ResNet-18."""
     return samx.esam(rho, 0.6, 0.5, num_groups=setting.num_groups)
 
 
 def ausam(rho: Any, setting: Setting) -> optax.GradientTransformation:
-    """AUSAM on half of each batch, with a table of the setting's data set."""
+    """Build AUSAM on half of each batch, with a score table for the setting's data set."""
     return samx.ausam(
         rho, 0.5, setting.num_examples, num_groups=setting.num_groups, aux_like=setting.aux
     )
 
 
 def fisher_sparse_sam(rho: Any, setting: Setting) -> optax.GradientTransformation:
-    """Sparse SAM, with the Fisher information of one batch, some of its examples at once."""
+    """Build Sparse SAM; microbatches of one batch give the Fisher information."""
     examples = setting.batch_size // setting.num_groups
     return samx.fisher_sparse_sam(
         rho, period=PERIOD, num_microbatches=math.gcd(examples, max(1, examples // 16))
@@ -127,14 +132,14 @@ def fisher_sparse_sam(rho: Any, setting: Setting) -> optax.GradientTransformatio
 
 
 def msam(rho: Any, setting: Setting) -> optax.GradientTransformation:
-    """Micro-batch SAM with four of them, or fewer where four do not divide a device's examples."""
+    """Build micro-batch SAM with 4 microbatches, or fewer if 4 does not divide a device's batch."""
     examples = setting.batch_size // setting.num_groups
     num_microbatches = next(count for count in (4, 3, 2, 1) if examples % count == 0)
     return samx.msam(rho, num_microbatches, aux_like=setting.aux)
 
 
 def async_sam(rho: Any) -> optax.GradientTransformationExtraArgs:
-    """AsyncSAM up the gradient of its own loss: the `ascent_fn` of the examples is BiSAM's."""
+    """Build AsyncSAM that climbs its own loss: drop the examples' `ascent_fn`, made for BiSAM."""
     tx = samx.async_sam(rho)
 
     def update_fn(g, state, params, *, ascent_fn=None, **keywords):
@@ -145,14 +150,14 @@ def async_sam(rho: Any) -> optax.GradientTransformationExtraArgs:
 
 
 RADII = (0.1, 0.2, 0.5, 1.0)
-SMALL = (0.02, 0.05, 0.1, 0.2)  # where sharpness weighs nine times as much
-FACTORS = (0.1, 0.3, 1.0, 3.0)  # of gradients, or of what falls with their length
-STEPS = (3e-4, 1e-3, 3e-3, 1e-2)  # of one element
+SMALL = (0.02, 0.05, 0.1, 0.2)  # for a variant in which sharpness has nine times the weight
+FACTORS = (0.1, 0.3, 1.0, 3.0)  # for ε = rho g, or an ε that shrinks as g grows
+STEPS = (3e-4, 1e-3, 3e-3, 1e-2)  # sizes of the perturbation of one element
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-GSAM_ALPHA = 0.1  # between the paper's for ResNets and its default for vision transformers
-ALPHA = 0.1  # of the LookSAMs: 0.7, the default, is for vision transformers
-PERIOD = 50  # steps between two looks for a mask
-WINDOW, WARMUP = 50, 50  # of `policies.quota`, whose first window is one step short
+GSAM_ALPHA = 0.1  # between the paper's value for ResNets and its default for vision transformers
+ALPHA = 0.1  # for LookSAM and its relatives; the default 0.7 is for vision transformers
+PERIOD = 50  # steps between two computations of the mask
+WINDOW, WARMUP = 50, 50  # for `policies.quota`; its first window is one step shorter
 
 VARIANTS = {
     "base": Variant(lambda rho, base, setting: base, (0.0,), 1, 0.0),
@@ -168,7 +173,7 @@ VARIANTS = {
         keeps_aux=True,
         uses_gradient=False,
     ),
-    "sampa-separate": Variant(  # the same numbers; on the CPU faster
+    "sampa-separate": Variant(  # the same result; faster on the CPU
         lambda rho, base, setting: samx.sampa(
             base, rho, batch_like=setting.batch, aux_like=setting.aux, gradients="separate"
         ),
@@ -230,7 +235,7 @@ VARIANTS = {
     "monge-sam": Variant(of("monge_sam"), FACTORS, 2, 0.05),
     "msam": Variant(by_setting(msam), RADII, 2, 0.05, keeps_aux=True, uses_gradient=False),
     "bisam": Variant(of("bisam"), RADII, 2, 0.05, uses_gradient=False),
-    "async-sam": Variant(in_front(async_sam), RADII, 2, 0.05),  # on one device: no time is saved
+    "async-sam": Variant(in_front(async_sam), RADII, 2, 0.05),  # on one device it saves no time
     "fisher-sparse-sam": Variant(
         by_setting(fisher_sparse_sam), RADII, 2 + 1 / PERIOD, 0.1, cycle=PERIOD, settling=1
     ),
@@ -253,8 +258,8 @@ VARIANTS = {
     ),
 }
 
-ELSEWHERE = {  # why a row of the catalog is not here
-    "sharpness_aware": "the other rows are made of it",
+ELSEWHERE = {  # why a row of the catalog is missing in `VARIANTS`
+    "sharpness_aware": "the other rows are built from it",
     "mup_sam": "needs scales: mup_transfer.py",
     "sam_on": "needs normalization layers",
     "lets": "needs held-out examples: lets.py",
@@ -265,7 +270,7 @@ ELSEWHERE = {  # why a row of the catalog is not here
 
 
 def plain(entry: Any) -> Variant:
-    """The row of a variant that has none above: SAM's radii, two gradients."""
+    """Return the row of a variant that has no row above: SAM's radii, two gradients."""
     return Variant(
         of(entry.name), RADII, 2, inspect.signature(entry.factory).parameters["rho"].default
     )
@@ -285,8 +290,8 @@ BASES = {
 
 
 def check_base(variant: str, base: str) -> None:
-    """Raise samx's `ValueError` if the variant cannot have the base, one without momentum say."""
+    """Raise samx's `ValueError` if the variant rejects the base, for example without momentum."""
     x = jax.ShapeDtypeStruct((1,), jnp.float32)
     setting = Setting(x, batch_size=1, num_examples=1)
-    # Shapes alone: nothing may run on a device before `data_parallel.py` has chosen some.
+    # Evaluate shapes only: nothing may run on a device before `data_parallel.py` chooses some.
     jax.eval_shape(VARIANTS[variant].make(0.0, BASES[base](0.0), setting).init, x)

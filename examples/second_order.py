@@ -1,20 +1,21 @@
-"""How much of SAM's gradient is second-order, how often it is sampled, and what that saves.
+"""The second-order part of SAM's gradient: how large it is, and what it saves to sample it.
 
     python examples/second_order.py
     python examples/second_order.py --variants looksam ae-sam rst --seeds 10 --noise 0
 
-SAM's gradient is g + h: the gradient at the parameters, and a second-order part h = g_s - g. The
-abstract of ARSAM (https://arxiv.org/abs/2510.03763) says that h matters more and more during
-training, and that sampling, reusing and mixing it speeds SAM up by about 40%. This script looks at
-both on the task of digits.py. It trains `base`, `sam` and the chosen variants, one run at a time,
-not vmapped, so that a step without a sharp gradient saves its time, and notes per epoch ||h|| /
-||g|| on the sharp steps, the share of sharp steps, and the test accuracy.
+SAM's gradient is g + h, where g is the gradient at the parameters and h = g_s - g is a second-order
+part. The abstract of ARSAM (https://arxiv.org/abs/2510.03763) says that h matters more and more
+during training, and that sampling, reusing and mixing it speeds SAM up by about 40%. This script
+measures both on the task of digits.py. It trains `base`, `sam` and the chosen variants. Runs train
+one at a time, not vmapped, so that a step without a sharp gradient saves its time. For each epoch
+the script records ||h|| / ||g|| on the sharp steps, the fraction of sharp steps, and the test
+accuracy.
 
-Times are those of the same trainings. All variants of a seed train in turn, an epoch each, in
-random order, so that what slows the machine down for a while slows all; the times of a seed's whole
-training are compared, and the median over the seeds is printed. All share one learning rate and one
-rho: this is about cost, digits.py compares accuracies fairly. Narrow networks are dominated by what
-is not the gradient: see --width.
+The times come from the same training runs. All variants of a seed take turns, one epoch each, in
+random order, so that a temporary slowdown of the machine affects all of them. The total times of a
+seed's training runs are compared, and the median over the seeds is printed. All variants share one
+learning rate and one rho: this script compares cost, digits.py compares accuracies fairly. In
+narrow networks most of a step's time is not spent on the gradient: see --width.
 """
 
 import argparse
@@ -40,19 +41,19 @@ import samx
 
 REFERENCES = ("base", "sam")
 DEFAULT = ("looksam", "vsam", "arsam")
-# These do not climb along the gradient at the parameters, from which the ratio is told, or take
-# their two gradients of different examples or of some layers only.
+# For these variants the ratio cannot be computed from the readings. Their perturbation is not along
+# the gradient at the parameters, or their two gradients use different examples or some layers only.
 WITHOUT_RATIO = (
     *("base", "asam", "sampa", "sampa-separate", "look-layer-sam", "momentum-sam"),
     *("ksam", "esam", "ausam", "sl-sam"),
 )
 CLAIM = 0.4  # ARSAM's speed-up: SAM's time / its time - 1
 PARTS = ("start", "middle", "end")
-LINES = ("-", "--", ":", "-.")  # variants with the same policy lie on top of each other
+LINES = ("-", "--", ":", "-.")  # curves of variants with the same policy overlap
 
 
 class Seen(NamedTuple):
-    """What one step tells."""
+    """Measurements of one step."""
 
     ratio: jax.Array
     is_sharp: jax.Array
@@ -61,22 +62,22 @@ class Seen(NamedTuple):
 class Row(NamedTuple):
     """One variant over all seeds; all arrays are [seeds, epochs]."""
 
-    ratio: np.ndarray  # ||h|| / ||g||, mean over the sharp steps, NaN without any
+    ratio: np.ndarray  # ||h|| / ||g||, mean over the sharp steps; NaN without sharp steps
     sharp_fraction: np.ndarray
     test_accuracy: np.ndarray
-    gradients: np.ndarray  # spent so far
-    seconds: np.ndarray  # of an epoch
+    gradients: np.ndarray  # computed so far
+    seconds: np.ndarray  # per epoch
 
 
 def second_order_ratio(readings: samx.Readings) -> jax.Array:
-    """||g_s - g|| / ||g||, by the law of cosines, where the perturbation is along g."""
+    """Compute ||g_s - g|| / ||g|| by the law of cosines; the perturbation must be along g."""
     g_norm = jnp.where(readings.grad_norm == 0, 1, readings.grad_norm)
     relative = readings.sharp_grad_norm / g_norm
     return jnp.sqrt(jnp.maximum(1 + relative**2 - 2 * relative * readings.cosine, 0))
 
 
 def seen(state: Any) -> Seen:
-    """The last step of any variant; the base alone keeps no readings."""
+    """Return the measurements of the last step; zeros for the base, which has no readings."""
     readings = optax.tree.get(state, "readings")
     if readings is None:
         return Seen(jnp.zeros(()), jnp.zeros((), bool))
@@ -84,7 +85,10 @@ def seen(state: Any) -> Seen:
 
 
 def make_epoch(trainer: digits.Trainer) -> Callable[..., Any]:
-    """A compile-once function that trains one run by one epoch: params, state and `Seen`."""
+    """Return a function, compiled once, that trains one run for one epoch.
+
+    It returns params, state and the `Seen` of all steps.
+    """
 
     @jax.jit
     def epoch(params, state, run, images, index):
@@ -101,7 +105,7 @@ def make_epoch(trainer: digits.Trainer) -> Callable[..., Any]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Row]:
-    """Train every variant with every seed, an epoch of each in turn."""
+    """Train every variant with every seed; the variants take turns, one epoch each."""
     seeds = jnp.arange(args.seeds)
     runs = digits.Runs(
         seeds, jnp.full(args.seeds, args.learning_rate), jnp.full(args.seeds, args.rho)
@@ -148,7 +152,7 @@ def measure(args: argparse.Namespace) -> dict[str, Row]:
 
 
 def over_epoch(name: str, steps: Seen) -> tuple[float, float]:
-    """The mean ratio over the sharp steps, NaN where there is none, and their share."""
+    """Return the mean ratio over the sharp steps (NaN without any), and their fraction."""
     is_sharp = np.asarray(steps.is_sharp)
     has_ratio = name not in WITHOUT_RATIO and is_sharp.any()
     ratio = np.asarray(steps.ratio)[is_sharp].mean() if has_ratio else np.nan
@@ -156,13 +160,13 @@ def over_epoch(name: str, steps: Seen) -> tuple[float, float]:
 
 
 def mean_over_seeds(values: np.ndarray) -> list[float | None]:
-    """Mean of each epoch over the seeds that have a value."""
+    """Return the mean of each epoch over the seeds that have a finite value."""
     columns = [column[np.isfinite(column)] for column in values.T]
     return [float(column.mean()) if column.size else None for column in columns]
 
 
 def fifths(ratio: np.ndarray) -> np.ndarray:
-    """Means over the first, middle and last fifth of the epochs, [seeds, 3]."""
+    """Return the means over the first, middle and last fifth of the epochs, [seeds, 3]."""
     epochs = ratio.shape[1]
     length = max(1, epochs // 5)
     starts = (0, (epochs - length) // 2, epochs - length)
@@ -171,13 +175,13 @@ def fifths(ratio: np.ndarray) -> np.ndarray:
 
 
 def masked_mean(part: np.ndarray) -> np.ndarray:
-    """Means of the finite values along the rows; NaN where there are none."""
+    """Return the mean of the finite values in each row; NaN for a row without any."""
     count = np.isfinite(part).sum(axis=1)
     return np.where(count, np.nansum(part, axis=1) / np.maximum(count, 1), np.nan)
 
 
 def summarize(rows: dict[str, Row]) -> list[dict[str, Any]]:
-    """What is printed, drawn and saved of every variant."""
+    """Compute what is printed, drawn and saved of every variant."""
     totals = {name: row.seconds.sum(axis=1) for name, row in rows.items()}
     steps = rows["base"].seconds.shape[1] * digits.STEPS_PER_EPOCH
     results = []
@@ -227,15 +231,15 @@ def table(results: list[dict]) -> str:
 
 
 def speed_up(result: dict) -> str:
-    """How much faster than SAM, where that is a question."""
+    """Format the speed-up over SAM; empty for the base and SAM."""
     return "" if result["row"] in REFERENCES else f"{result['speed_up']:+.0%}"
 
 
 def verdict(ratio: np.ndarray) -> str:
-    """Whether the second-order part of SAM's gradient grew, seed by seed."""
+    """Say whether the second-order part of SAM's gradient grew, paired by seed."""
     start, middle, end = fifths(ratio).T
     growth, error = digits.mean_and_error((end - start).tolist())
-    is_clear = abs(growth) > 2 * error  # not with a single seed, whose error is not a number
+    is_clear = abs(growth) > 2 * error  # false for a single seed: its error is NaN
     word = ("grew" if growth > 0 else "fell") if is_clear else "did not clearly change"
     return (
         f"In this run the second-order part of SAM's gradient {word}: from {start.mean():.3f} of "
@@ -245,7 +249,7 @@ def verdict(ratio: np.ndarray) -> str:
 
 
 def draw(results: list[dict], path: Path, title: str) -> None:
-    """The ratio and the sharp share over the epochs, and the times as bars."""
+    """Plot the ratio and the fraction of sharp steps over the epochs, and the times as bars."""
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     ratio, sharp, bars = figure.subplots(1, 3)
     for position, result in enumerate(results):
@@ -296,15 +300,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=list(VARIANTS),
         default=list(DEFAULT),
         metavar="NAME",
-        help=f"besides base and sam, of {', '.join(names)}; default: {', '.join(DEFAULT)}",
+        help=f"in addition to base and sam: {', '.join(names)}; default: {', '.join(DEFAULT)}",
     )
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
+    parser.add_argument("--noise", type=float, default=0.3, help="fraction of flipped labels")
     parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--rho", type=float, default=0.2)
     parser.add_argument("--width", type=int, default=256, help="units of each hidden layer")
-    parser.add_argument("--out", help="new folder of the results; default runs/second_order-NNN")
+    parser.add_argument("--out", help="new folder for the results; default: runs/second_order-NNN")
     args = parser.parse_args(argv)
     args.rows = list(dict.fromkeys((*REFERENCES, *args.variants)))
     for name in ("seeds", "epochs", "width"):

@@ -1,35 +1,37 @@
-"""What a sharpness-aware step costs: passes, flops, memory and time of every variant.
+"""Measure what a sharpness-aware step costs: passes, flops, memory and time of every variant.
 
     python examples/step_cost.py                        # every variant, three models
     python examples/step_cost.py --variants sam sampa --models dense --repeats 5
     python examples/step_cost.py --variants sam sampa --batch 1 4 16 64 256
     python examples/step_cost.py --variants all --models conv   # on the CPU: takes hours
 
-Every row of the table is one jitted training step with SGD and momentum; the plain step, without
-any perturbation, is what the others are compared with. In each round every row is timed once, in
-random order, and times are divided by the plain step's of the same round: what slows the machine
-down for a while slows both. The parameters stay where they are, so that every call does the same
-work, and each step gets the optimizer state that the call before it returned; the labels change
-from call to call, so that policies which look at the gradient see different ones. Variants that
-take a sharp gradient on some steps only are timed over whole cycles, behind their warm-up; how
-often an adaptive policy (`ae-sam`, `ae-looksam`, `vsam`, `arsam`) takes one here says nothing about
-training, for which there is second_order.py.
+Every row of the table is one jitted training step with SGD and momentum. All rows are compared with
+the plain step, which has no perturbation. In each round every row is timed once, in random order.
+Its time is divided by the time of the plain step in the same round, because what slows the machine
+down for a while slows both. The parameters do not change, so that every call does the same work.
+Each step gets the optimizer state that the previous call returned. The labels change from call to
+call, so that policies that depend on the gradient see different gradients. Variants that take a
+sharp gradient only on some steps are timed over whole cycles, after their warm-up. How often an
+adaptive policy (`ae-sam`, `ae-looksam`, `vsam`, `arsam`) takes a sharp gradient here says nothing
+about training; second_order.py measures that.
 
-Passes are counted while a narrow copy of the model takes the same steps, over whole cycles:
-callbacks in the losses that `update` sees say how many examples go forward and backward. Half of a
-batch is half a pass; one backward that stops early is a whole one. Flops and memory are the
-compiler's. A step that branches is compiled once more for each branch alone, and the counted steps
-say how often each one is taken.
+Passes are counted while a narrow copy of the model takes the same steps, over whole cycles.
+Callbacks in the losses that `update` sees count how many examples go forward and backward. Half of
+a batch is half a pass. A backward pass that stops early counts as a whole pass. The compiler gives
+the flops and the memory. A step with branches is also compiled once for each branch alone, and the
+counted steps show how often each branch is taken.
 
-Two more rows say what SAM costs without samx, written by hand and with optax.contrib.sam. Prints a
-table for each model and batch size; results.json and step_cost.png go to --out.
+Two more rows show what SAM costs without samx: written by hand, and with optax.contrib.sam. The
+script prints a table for each model and batch size. It writes results.json and step_cost.png to
+--out.
 
-Without --variants that is every variant, which on two CPU cores takes about a quarter of an hour;
-there the conv net leaves out those that branch, because XLA runs convolutions inside of a branch up
-to a hundred times slower.
+Without --variants every variant is measured. On two CPU cores this takes about a quarter of an
+hour. On the CPU the conv net then leaves out the variants with branches, because XLA runs
+convolutions inside a branch up to a hundred times slower.
 
-Several batch sizes show from where on a step fills the machine: below, SAMPa's two gradients in one
-vmapped call can take about as long as one. Then there is a summary of each model, and sizes.png.
+Several batch sizes show at which size a step fills the machine. Below that size, SAMPa's two
+gradients in one vmapped call can take about as long as one gradient. With several sizes the script
+also prints a summary of each model and writes sizes.png.
 """
 
 import argparse
@@ -59,16 +61,16 @@ import samx
 
 LEARNING_RATE = 0.1
 MOMENTUM = 0.9
-RHO = 0.05  # of every row: it does not change the cost
-# A measurement is long enough for the clock, and covers whole cycles of the variants that do not
-# take a sharp gradient on every step.
+RHO = 0.05  # the same for every row: it does not change the cost
+# A measurement is long enough for the resolution of the clock. It covers whole cycles of the
+# variants that do not take a sharp gradient on every step.
 LEAST_SECONDS = 0.02
 LEAST_CALLS = 5
 REPEATS = 7
-CLASSES = 10  # of labels, and so many batches that follow each other
-# Passes are counted over whole cycles, at least so many steps: enough for random policies.
+CLASSES = 10  # number of label classes, and of different batches
+# Passes are counted over whole cycles and at least this many steps: enough for random policies.
 COUNTED_STEPS, COUNTED_EXAMPLES = 100, 8
-SAME = 0.005  # relative difference of flops up to which branches share a number in the table
+SAME = 0.005  # branches whose flops differ relatively by less share a number in the table
 CHEAP = 1.2  # "about one gradient": time of a step relative to the plain step
 COMPARISONS = {
     "samx SAM vs by hand, readings read": ("sam", "sam by hand"),
@@ -82,9 +84,9 @@ BY_SIZE = ("plain", "sam", "sampa", "sampa-separate")
 
 
 class Model(NamedTuple):
-    """A model to be trained, the shape of one of its inputs, and the default batch size.
+    """A model to train, the shape of one input, and the default batch size.
 
-    `narrow` makes one of the same layers that is quick to run, for counting passes.
+    `narrow` makes a model of the same layers that runs fast. It is used to count passes.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
@@ -95,10 +97,11 @@ class Model(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A step to be measured: `step(params, state, batch) -> (params, state, loss)`.
+    """A step to measure: `step(params, state, batch) -> (params, state, loss)`.
 
-    `gradients` is for states that do not count them, `outside` the passes which `update` does not
-    see; `cycle` and `settling` are the variant's.
+    `gradients` is the number of gradients per step, for states that do not count gradients.
+    `outside` is the number of passes that `update` does not see. `cycle` and `settling` are those
+    of the variant.
     """
 
     step: Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]
@@ -144,7 +147,7 @@ def transformer(rngs: nnx.Rngs, width: int = 128) -> nnx.Module:
         mlp = layer(width, 4 * width), nnx.gelu, layer(4 * width, width)
         return Residual(width, attention, rngs=rngs), Residual(width, *mlp, rngs=rngs)
 
-    # The positions of the patches are left out: they would cost next to nothing.
+    # Position embeddings are left out: they would cost almost nothing.
     return nnx.Sequential(
         *(layer(48, width), *block(), *block(), nnx.LayerNorm(width, rngs=rngs)),
         *(lambda x: x.mean(axis=1), layer(width, 10)),
@@ -161,16 +164,16 @@ MODELS = {
 
 
 def problem(model: str, size: int) -> tuple[Callable, Any, dict[str, jax.Array]]:
-    """The model as pure functions: `losses_fn(params, batch) -> [B]`, params, and a batch."""
+    """Return the model as `losses_fn(params, batch) -> [B]`, its parameters, and a batch."""
     return as_problem(MODELS[model], size)
 
 
 def as_problem(model: Model, size: int) -> tuple[Callable, Any, dict[str, jax.Array]]:
-    """As `problem`, of a model that has no name."""
+    """Return the same as `problem`, for a model without a name."""
     make, shape = model.make, model.shape
     graph, params = nnx.split(make(nnx.Rngs(0)))
-    # Every call flattens its arguments, an `nnx.State` several times slower than a dict: for a
-    # model of many arrays that would be a good part of a small step's time.
+    # Every call flattens its arguments, and an `nnx.State` flattens several times slower than a
+    # dict. For a model of many arrays this would take a large part of a small step's time.
     params = nnx.to_pure_dict(params)
     rng = np.random.default_rng(0)
     batch = {
@@ -186,7 +189,7 @@ def as_problem(model: Model, size: int) -> tuple[Callable, Any, dict[str, jax.Ar
 
 
 def reference_rows(losses_fn: Callable, params: Any) -> dict[str, Row]:
-    """The gradient, the plain step, and SAM without samx."""
+    """Return the rows for the gradient, the plain step, and SAM without samx."""
     base = BASES["momentum"](LEARNING_RATE)
     adversary = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
     contrib = optax.contrib.sam(base, adversary, opaque_mode=True)
@@ -236,21 +239,21 @@ def samx_rows(
     variants: list[str],
     watch: Callable[[Callable], Callable],
 ) -> dict[str, Row]:
-    """One row for each variant, and one more for SAM; `update` sees `watch(losses_fn)`."""
+    """Return one row per variant, and one more for SAM; `update` sees `watch(losses_fn)`."""
     base = BASES["momentum"](LEARNING_RATE)
     size = len(batch["label"])
     setting = Setting(batch, size, num_examples=size, learning_rate=LEARNING_RATE)
 
     def step(tx, read, params, state, data):
         data = dict(data)
-        index = data.pop("index")  # where in a data set the examples would stand
+        index = data.pop("index")  # the positions of the examples in a data set
         value, g = jax.value_and_grad(lambda p: losses_fn(p, data).mean())(params)
         watched = watch(losses_fn)
         closures = dict(losses_fn=watched, batch=data, index=index)
-        # Another loss to climb costs as much as the same one.
+        # Climbing another loss costs as much as climbing the same one.
         closures |= dict(ascent_fn=lambda params: watched(params, data).mean())
         updates, new = tx.update(g, state, params, value=value, **closures)
-        # Not `value`: for a variant that ignores it, it would keep a forward pass alive.
+        # Do not use `value`: if a variant ignores it, it would keep a forward pass in the program.
         loss = optax.tree.get(new, "loss")
         if not read:
             new = optax.tree.set(new, readings=optax.tree.get(state, "readings"))
@@ -278,10 +281,11 @@ def every_variant() -> list[str]:
 def make_rows(
     model: Model, size: int, variants: list[str], watch: Callable[[Callable], Callable]
 ) -> tuple[dict[str, Row], Any, list[dict[str, jax.Array]]]:
-    """All rows, the parameters, and the batches that follow each other.
+    """Return all rows, the parameters, and the batches in their order.
 
-    `watch` is given the losses where every pass has to happen: in the rows without samx, and in
-    `update`. What the caller of `update` takes and a variant ignores, the compiler removes.
+    `watch` wraps the losses where every pass has to happen: in the rows without samx, and in
+    `update`. It does not wrap the pass of the caller of `update`, because the compiler removes this
+    pass if the variant ignores its result.
     """
     losses_fn, params, batch = as_problem(model, size)
     rows = reference_rows(watch(losses_fn), params)
@@ -292,7 +296,7 @@ def make_rows(
 
 
 def count_passes(model: str, variants: list[str]) -> dict[str, dict]:
-    """Passes per step of every row, and how often each branch is taken, counted at run time."""
+    """Count passes per step and how often each branch is taken, for every row, at run time."""
     full = MODELS[model]
     small = full._replace(make=full.narrow or full.make)
     counter, forks = Counter(COUNTED_EXAMPLES), Forks()
@@ -320,9 +324,9 @@ def count_passes(model: str, variants: list[str]) -> dict[str, dict]:
 
 
 def compile_step(step: Callable, *args: Any, is_timed: bool = True) -> Any:
-    """The compiled step; one that is not timed compiles sooner, to the same flops."""
+    """Compile the step; if it is not timed, compile faster, to the same number of flops."""
     hasty = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    lowered = jax.jit(lambda *args: step(*args)).lower(*args)  # a function without a kept trace
+    lowered = jax.jit(lambda *args: step(*args)).lower(*args)  # a new function has no cached trace
     return lowered.compile(None if is_timed else hasty)
 
 
@@ -331,9 +335,9 @@ def flops_of(compiled: Any) -> float:
 
 
 def peak_bytes(compiled: Any) -> int:
-    """The most memory that a run holds: arguments, results, and the arena of temporaries.
+    """Return the peak memory of a run: arguments, results, and the arena of temporaries.
 
-    Not `peak_memory_in_bytes`, which on the CPU leaves the temporaries out (jax 0.10).
+    `peak_memory_in_bytes` is not used, because on the CPU it leaves out the temporaries (jax 0.10).
     """
     memory = compiled.memory_analysis()
     size = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -341,7 +345,7 @@ def peak_bytes(compiled: Any) -> int:
 
 
 class Runner:
-    """A compiled row, which goes on from the state that its last call returned."""
+    """A compiled row; each call starts from the state that the previous call returned."""
 
     def __init__(self, row: Row, params: Any, batches: list[dict[str, jax.Array]]):
         self.row, self.params, self.batches = row, params, batches
@@ -353,7 +357,7 @@ class Runner:
         self.start = self.spent(), self.made
 
     def seconds(self, times: int) -> float:
-        """Make so many calls; the seconds per call."""
+        """Make `times` calls and return the seconds per call."""
         start = time.perf_counter()
         for call in range(self.made, self.made + times):
             out = self.compiled(self.params, self.state, self.batches[call % CLASSES])
@@ -363,16 +367,16 @@ class Runner:
         return (time.perf_counter() - start) / times
 
     def spent(self) -> float:
-        """The gradients so far, of a state that counts them."""
+        """Return the gradients spent so far; 0 if the state does not count them."""
         return float(optax.tree.get(self.state, "gradients_spent", default=0))
 
     def gradients(self) -> float:
-        """Gradients per step, over the steps since it was settled."""
+        """Return the gradients per step, over the steps after `settling` and the first cycle."""
         spent, made = self.start
         return (self.spent() - spent) / (self.made - made) or self.row.gradients
 
     def costs(self) -> dict[str, Any]:
-        """What the compiler says."""
+        """Return the flops and bytes that the compiler reports."""
         return {
             "flops": flops_of(self.compiled),
             "bytes": self.compiled.cost_analysis()["bytes accessed"],
@@ -382,7 +386,7 @@ class Runner:
 
 
 def flops_of_branches(forks: Forks, number: int, step: Callable, *args: Any) -> list[float]:
-    """The flops of the step with each of its branches alone."""
+    """Return the flops of the step with each of its branches alone."""
     flops = []
     for choice in range(number):
         with forks.only(choice):
@@ -391,7 +395,7 @@ def flops_of_branches(forks: Forks, number: int, step: Callable, *args: Any) -> 
 
 
 def time_in_rounds(runners: dict[str, Runner], repeats: int, title: str) -> dict[str, list[float]]:
-    """Seconds per step of each row in each round."""
+    """Return the seconds per step of each row in each round."""
     shuffle = random.Random(0)
     rounds = [shuffle.sample(list(runners), len(runners)) for _ in range(repeats)]
     seconds = {name: [] for name in runners}
@@ -406,7 +410,8 @@ def measure(
 ) -> dict:
     """Compile every row of one model at one batch size, then time them all in `repeats` rounds.
 
-    `counts` are from `count_passes`. No `variants`: all that the device runs at a bearable speed.
+    `counts` comes from `count_passes`. If `variants` is `None`, measure all variants that run at a
+    reasonable speed on this device.
     """
     forks, left_out = Forks(), []
     rows, params, batches = make_rows(MODELS[model], size, variants or every_variant(), forks.watch)
@@ -432,7 +437,7 @@ def measure(
 
 
 def relate(results: dict[str, dict], copy: int) -> None:
-    """Add what the rows of one model are relative to others; `copy`: bytes of the parameters."""
+    """Add the ratios to the reference rows of one model; `copy`: bytes of the parameters."""
     gradient, plain, by_hand = (results[name] for name in ("gradient", "plain", "sam by hand"))
     for result in results.values():
         result["mean_flops"] = mean_flops(result)
@@ -449,14 +454,14 @@ def relate(results: dict[str, dict], copy: int) -> None:
 
 
 def mean_flops(result: dict) -> float:
-    """Flops of a step, the branches by the share of the counted steps that took them."""
+    """Return the mean flops of a step; weight each branch by its share of the counted steps."""
     if not result["num_branches"]:
         return result["flops"]
     return float(np.dot(result["branch_shares"], result["branch_flops"]))
 
 
 def quartiles(result: dict, reference: dict) -> list[float]:
-    """Quartiles of the time ratio, taken round by round."""
+    """Return the quartiles of the time ratio over the rounds."""
     ratios = np.divide(result["seconds"], reference["seconds"])
     return np.percentile(ratios, [25, 50, 75]).tolist()
 
@@ -466,7 +471,7 @@ def spread(three: list[float]) -> str:
 
 
 def distinct(numbers: list[float]) -> list[float]:
-    """Ascending, without what differs from the one before by next to nothing."""
+    """Sort the numbers and drop those that are almost equal to the one before."""
     kept = []
     for number in sorted(numbers):
         if not kept or number > kept[-1] * (1 + SAME):
@@ -475,7 +480,7 @@ def distinct(numbers: list[float]) -> list[float]:
 
 
 def cells(name: str, row: dict) -> tuple[str, ...]:
-    """One line of the table."""
+    """Return one line of the table."""
     return (
         name + "*" * bool(row["num_branches"]),
         f"{row['forward']:.2f}",
@@ -515,7 +520,7 @@ def table(rows: dict) -> str:
     if any(row["num_branches"] for row in rows.values()):
         lines.append(
             "* has branches; flops: of each one, and the mean over the steps whose passes are "
-            "counted.\n  gradients: of the steps that are timed. bytes: of the dearest branch."
+            "counted.\n  gradients: of the steps that are timed. bytes: of the costliest branch."
         )
     lines.append("")
     for title, (name, reference) in COMPARISONS.items():
@@ -530,7 +535,7 @@ def table(rows: dict) -> str:
 
 
 def summary(results: list[dict]) -> str:
-    """Steps per second of one model over its batch sizes."""
+    """Return a table of steps per second of one model over its batch sizes."""
     names = [name for name in BY_SIZE if name in results[0]["rows"]]
     sampa = "sampa" in names
     title = "time sampa/plain" if sampa else ""
@@ -552,7 +557,7 @@ def heading(result: dict) -> str:
 
 
 def plot(models: list[list[dict]], path: Path) -> None:
-    """One panel for each model (across) and batch size (down): bars for time beside flops."""
+    """Draw bars of time and flops: one column of panels per model, one row per batch size."""
     results = list(itertools.chain(*models))
     names = list(dict.fromkeys(name for result in results for name in result["rows"]))
     num_sizes = len(models[0])
@@ -586,7 +591,7 @@ def plot(models: list[list[dict]], path: Path) -> None:
 
 
 def plot_sizes(models: list[list[dict]], path: Path) -> None:
-    """One panel for each model: steps per second over the batch size."""
+    """Draw steps per second over the batch size: one panel per model."""
     figure = Figure(figsize=(1 + 4 * len(models), 4), layout="constrained")
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for axes, results in zip(panels, models, strict=True):
@@ -620,8 +625,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         nargs="+",
         choices=[*names, "all"],
         metavar="NAME",
-        help=f"of {', '.join(names)}; or all. By default all, but on the CPU for the conv net only "
-        "those without branches",
+        help=f"some of {', '.join(names)}; or all. Default: all, but on the CPU the conv net "
+        "leaves out variants with branches",
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     text = f"rounds (default {REPEATS})"

@@ -30,13 +30,13 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 (He et al., 2016) in the usual form for CIFAR: a 3 x 3 stem, no pooling behind it.
+    """ResNet-18 (He et al., 2016) in the usual form for CIFAR: a 3 x 3 stem without pooling.
 
     Attributes:
         classes: Number of logits.
-        width: Channels of the first stage; 64 is ResNet-18, 11.2 million parameters.
-        dropout: Rate in front of the logits.
-        dtype: Of the computation; parameters and statistics are float32.
+        width: Channels of the first stage; 64 gives ResNet-18 with 11.2 million parameters.
+        dropout: Dropout rate before the layer of the logits.
+        dtype: Dtype of the computation; parameters and statistics are float32.
     """
 
     classes: int
@@ -68,10 +68,10 @@ class ViT(nn.Module):
 
     Attributes:
         classes: Number of logits.
-        width: Features of a patch, 64 to a head; 192 is DeiT-Tiny's.
+        width: Features of a patch, 64 per attention head; DeiT-Tiny has 192.
         depth: Number of blocks.
-        dropout: Rate in each branch.
-        dtype: Of the computation; parameters are float32.
+        dropout: Dropout rate in each residual branch.
+        dtype: Dtype of the computation; parameters are float32.
     """
 
     classes: int
@@ -100,5 +100,5 @@ MODELS = {"resnet18": ResNet18, "vit": ViT}
 
 
 def describe(params: Any) -> str:
-    """How large a model is."""
+    """Describe the size of a model."""
     return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.2f} million parameters"

@@ -11,7 +11,8 @@ Anatomy of a SAM step:
     base              optax.sgd(...)          the optimizer that takes the step
 
 Every variant is an `optax.GradientTransformationExtraArgs` whose `update` takes the loss as a
-closure, `value_fn=lambda params: ...`; most stand first in an `optax.chain`.
+closure, `value_fn=lambda params: ...`. Most stand first in an `optax.chain`. `samx.catalog()` lists
+them.
 """
 
 from samx import (
@@ -85,14 +86,13 @@ __all__ = [
     "dynamic_sparse_sam",
     "fisher_sam",
     "fisher_sparse_sam",
-    "sam_on",
-    "lets",
     "esam",
     "focal_sam",
     "friendly_sam",
     "gsam",
     "imbalanced_sam",
     "ksam",
+    "lets",
     "lightsam_adagrad",
     "lightsam_adam",
     "lightsam_norm",
@@ -104,6 +104,7 @@ __all__ = [
     "msam",
     "mup_sam",
     "sam",
+    "sam_on",
     "sampa",
     "sharpness_aware",
     "sl_sam",

@@ -1,7 +1,7 @@
 """The table of variants, from which every suite is generated.
 
-Every row of `samx.catalog` is here. A variant that needs nothing special has a row without being
-named: see `plain`.
+Every entry of `samx.catalog` has a row here. `plain` makes the row of an entry that needs nothing
+special.
 """
 
 import inspect
@@ -24,30 +24,31 @@ Hyper = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """What the suites need to know of a variant.
+    """What the suites need to know about a variant.
 
     Attributes:
-        entry: The name of its row in the catalog, which gives factory, shape and closures.
-        factory: Takes the hyperparameters by keyword (and the base first, where it wraps one).
-        shape: "chain" stands in front of its base, "wraps" takes it as an argument, "optimizer"
-            has none.
-        hyper: Every numeric hyperparameter, at the value that the tests use.
-        passes: Forward and backward passes over the batch inside one `update`, if it is sharp;
-            those over some examples count for so much less.
+        entry: Name of the variant's entry in the catalog, which gives factory, shape and closures.
+        factory: Function of the hyperparameters as keywords (after the base, if it wraps one).
+        shape: "chain": stands before its base in a chain. "wraps": takes the base as an argument.
+            "optimizer": has no base.
+        hyper: Every numeric hyperparameter, with the value that the tests use.
+        passes: Forward and backward passes inside one sharp `update`. A pass over some of the
+            examples counts as that share of a pass.
         needs: Closures without which `update` must fail.
         uses_gradient: Whether the incoming gradient is read (one more gradient per step).
-        has_base_limit: Whether `rho=0` is the base optimizer.
+        has_base_limit: Whether `rho=0` gives the base optimizer.
         needs_batch_like: Whether the factory takes `batch_like`.
-        static_args: What `optax.inject_hyperparams` must leave alone.
-        climbs: Whether `sharp_loss` and `loss` are of the same batch, so that it is the higher one.
-        like: Another row that has the same program but for what is passed in: suites that compile
-            for long look at that one.
-        spent: What a sharp step costs if it is not always `gradients`: of its number, from 0, and
-            the state that it left.
-        curvature: What a derivative of a gradient adds to the flops, in gradients; one of the
-            inputs of the first layer is not needed.
-        is_gated: Whether a policy leaves the sharp gradient out on some steps: among the first
-            six there are some of both kinds.
+        static_args: Arguments that `optax.inject_hyperparams` must leave alone.
+        climbs: Whether `sharp_loss` and `loss` are of the same batch, so that `sharp_loss` is
+            higher.
+        like: Another row with the same program, except for what is passed in. Suites that compile
+            for a long time test only that row.
+        spent: `(step, state after the step) -> gradients` of a sharp step, if they are not always
+            `gradients`; steps count from 0.
+        curvature: Flops that the derivative of a gradient adds, in gradients. The derivative with
+            respect to the input of the first layer is not needed.
+        is_gated: Whether a policy skips the sharp gradient on some steps. There are both kinds of
+            steps among the first six.
     """
 
     entry: str
@@ -68,7 +69,7 @@ class Case:
 
     @property
     def gradients(self) -> float:
-        """Gradients of a step, if it is sharp; a forward pass alone is a third of one."""
+        """Gradients of a sharp step; a forward pass alone counts as a third of one."""
         forward, backward = self.passes
         return backward + (forward - backward) / 3 + self.uses_gradient
 
@@ -79,7 +80,7 @@ class Case:
         inject: bool = False,
         **changes: Any,
     ) -> optax.GradientTransformationExtraArgs:
-        """The whole optimizer, with some hyperparameters changed."""
+        """Build the whole optimizer, with some hyperparameters changed."""
         base = optax.sgd(0.1, momentum=0.9) if base is None else base
         hyper = self.hyper | changes
         if self.needs_batch_like:
@@ -95,7 +96,7 @@ class Case:
         return optax.with_extra_args_support(factory(*base, **hyper))
 
     def at_rest(self, **changes: Any) -> optax.GradientTransformationExtraArgs:
-        """The whole optimizer with a learning rate of zero."""
+        """Build the whole optimizer with a learning rate of zero."""
         if "learning_rate" in self.hyper:
             changes |= {"learning_rate": 0.0}
         return self.build(optax.sgd(0.0, momentum=0.9), **changes)
@@ -115,7 +116,7 @@ def _random(rho: Any, probability: Any, weight: Any = None) -> optax.GradientTra
 
 
 def of(entry: str, **fixed: Any) -> dict[str, Any]:
-    """What a row takes from the catalog, with some arguments of its factory fixed."""
+    """Return what a row takes from the catalog; `fixed` are fixed arguments of its factory."""
     (found,) = samx.catalog(entry)
     factory = partial(found.factory, **fixed) if fixed else found.factory
     return {
@@ -126,7 +127,7 @@ def of(entry: str, **fixed: Any) -> dict[str, Any]:
     }
 
 
-KEY = 7  # whose draw makes the second step sharp with a probability of 0.8, but not of 0.4
+KEY = 7  # makes the second step sharp with a probability of 0.8, but not of 0.4
 SAMPA = Case(
     **of("sampa"),
     hyper={"rho": 0.1, "lam": 0.2},
@@ -149,7 +150,7 @@ VARIANTS = {
         like="sam",
     ),
     "sampa": SAMPA,
-    # The same, computed or measured differently: every row must keep the whole contract.
+    # The same, computed or measured differently. Every row must keep the whole contract.
     "sampa, separate": replace(SAMPA, **of("sampa", gradients="separate"), like="sampa"),
     "two ascent steps": replace(
         SAM,
@@ -168,7 +169,7 @@ VARIANTS = {
     "l-infinity": replace(
         SAM, entry="sharpness_aware", factory=_ball(linf_ball), hyper={"rho": 0.005}, like="sam"
     ),
-    "sam_on": replace(  # there is no normalization: here of the weights only
+    "sam_on": replace(  # no normalization layers here, so only the weights
         SAM,
         **of("sam_on", is_perturbed=_is_weight),
         static_args=("is_perturbed",),
@@ -234,7 +235,7 @@ VARIANTS = {
 SL_SHARES = (160 / 227, 67 / 227)  # of the parameters: W1, and the others
 SELECTING = replace(SAM, uses_gradient=False, has_base_limit=False)
 VARIANTS |= {
-    # In so many groups as there are devices, of two examples each.
+    # One group per device, with two examples each.
     "ksam": replace(
         SELECTING,
         **of("ksam", num_selected=8, num_groups=8),
@@ -254,7 +255,7 @@ VARIANTS |= {
         SELECTING,
         **of("ausam", fraction=0.5, num_examples=64, warmup_steps=1, num_groups=8),
         hyper={"rho": 0.05, "low": 0.1, "high": 0.5},
-        passes=(1, 1),  # behind the first step, which takes twice as many
+        passes=(1, 1),  # after the first step, which takes twice as many
         spent=lambda t, state: 2.0 if t == 0 else 1.0,
         climbs=False,
         static_args=(
@@ -266,7 +267,7 @@ VARIANTS |= {
         SAM,
         **of("sl_sam", groups=2),
         hyper={"rho": 0.05, "bandit_learning_rate": 0.5, "exploration": 0.2},
-        passes=(2, 2),  # in part
+        passes=(2, 2),  # only through some of the layers
         spent=lambda t, state: (4 + 2 * SL_SHARES[int(optax.tree.get(state, "group"))]) / 3,
         uses_gradient=False,
         has_base_limit=False,
@@ -301,7 +302,7 @@ VARIANTS |= {
     "stable_sam": replace(
         SAM,
         **of("stable_sam"),
-        has_base_limit=False,  # to the last bit
+        has_base_limit=False,  # not to the last bit
         static_args=("normalize",),
         like="gsam",
     ),
@@ -381,7 +382,7 @@ VARIANTS |= {
         SAM,
         **of("lsam", period=2),
         hyper={"rho": 0.05, "beta": 0.9},
-        has_base_limit=False,  # but elastic averaging
+        has_base_limit=False,  # the limit is elastic averaging
         static_args=("period", "worker_axis", "exchange"),
         like="sam",
     ),
@@ -389,10 +390,10 @@ VARIANTS |= {
         SAM,
         **of("async_sam"),
         passes=(2, 2),
-        uses_gradient=False,  # `ascent_fn` is given
+        uses_gradient=False,  # because `ascent_fn` is given
         climbs=False,
         static_args=("first", "ascent_share", "role_axis", "aux_like", "perturb_dtype"),
-        like="bisam",  # but that it climbs a step later
+        like="bisam",  # except that it climbs a step later
     ),
     "focal_sam": FOCAL,
     "imbalanced_sam": replace(
@@ -409,7 +410,7 @@ VARIANTS |= {
         hyper={"rho": 0.05, "sparsity": 0.6},
         static_args=("period", "pattern", "num_microbatches"),
         spent=lambda t, state: 3.0 if t % 3 == 1 else 2.0,
-        climbs=False,  # but on its first step
+        climbs=False,  # except on its first step
     ),
     "dynamic_sparse_sam": replace(
         SAM,
@@ -425,13 +426,13 @@ VARIANTS |= {
         passes=(3, 3),
         has_base_limit=False,
         curvature=2 - 1 / 3,
-        spent=lambda t, state: 6.0,  # with the derivative of the sharp gradient, of two
+        spent=lambda t, state: 6.0,  # two more for the derivative of the sharp gradient
     ),
 }
 
 
 def plain(entry: Any) -> Case:
-    """The row of a variant that has none above: its numbers are the factory's defaults."""
+    """Make the row of an entry that has none above; its numbers are the factory's defaults."""
     parameters = inspect.signature(entry.factory).parameters.values()
     hyper = {p.name: float(p.default) for p in parameters if isinstance(p.default, float)}
     return replace(SAM, **of(entry.name), hyper=hyper, like="sam")

@@ -5,18 +5,18 @@ import gc
 import jax
 import pytest
 
-gc.set_threshold(100_000, 50, 100)  # tracing makes very many objects that stay for a while
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that stay for a while
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "warn")  # every warning is an error
+jax.config.update("jax_numpy_rank_promotion", "warn")  # pytest turns every warning into an error
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Many tests compile the same program: each worker keeps what it has compiled."""
+    """Share compiled programs between the tests of a worker; many tests compile the same ones."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    jax.devices()  # they are there before an example asks for fewer
+    jax.devices()  # create all 8 devices before an example asks for fewer
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def float64():
 
 @pytest.fixture
 def fast_compilation():
-    """For programs that are compiled for longer than they run."""
+    """Compile faster, for programs that take longer to compile than to run."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -35,6 +35,6 @@ def fast_compilation():
 
 @pytest.fixture(scope="module", autouse=True)
 def free_memory():
-    """Compiled programs would stay until the end, gigabytes of them."""
+    """Drop compiled programs after each module; they would hold gigabytes until the end."""
     yield
     jax.clear_caches()

@@ -53,7 +53,7 @@ def logits_of(params, batch):
 
 
 def further(batch, losses_fn=losses_fn, weights=None):
-    """What some rows need besides: another loss to climb, and one on other examples, say."""
+    """The keywords that only some rows need, such as another loss to climb and a held-out loss."""
     held_out = batch | {"x": 0.8 * batch["x"]}
     return {
         "index": jnp.arange(len(batch["y"])),
@@ -73,7 +73,7 @@ def weighted(losses, weights):
 
 
 def make_step(tx, losses_fn=losses_fn, **keywords):
-    """The contract's step function: the same for every variant."""
+    """Make the contract's step function, which is the same for every variant."""
 
     def step(params, state, batch):
         def value_fn(params):
@@ -97,7 +97,7 @@ def make_step(tx, losses_fn=losses_fn, **keywords):
 
 
 def train(tx, steps=STEPS, problem=make, losses_fn=losses_fn):
-    """The parameters after every step, one array [steps, ...] for each name."""
+    """Return the parameters after every step, one array [steps, ...] for each name."""
     data, params = problem()
     step, state, trajectory = jax.jit(make_step(tx, losses_fn)), tx.init(params), []
     for t in range(steps):
@@ -107,7 +107,7 @@ def train(tx, steps=STEPS, problem=make, losses_fn=losses_fn):
 
 
 def as_numbers(tree):
-    """A tree with its random keys as what they are made of, to be compared."""
+    """Replace random keys by their integers, so that trees can be compared."""
 
     def number(x):
         is_key = jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key)
@@ -117,7 +117,7 @@ def as_numbers(tree):
 
 
 def load(name):
-    """A recorded trajectory and what its file says about it."""
+    """Load a recorded trajectory and the metadata of its file."""
     with np.load(TRAJECTORIES / f"{name}.npz") as file:
         meta = json.loads(str(file["meta"]))
         return {key: file[key] for key in file.files if key != "meta"}, meta

@@ -1,6 +1,6 @@
-"""Independent references, written as PyTorch users would write them: loops that change things.
+"""Independent references, written as in PyTorch: plain loops that change their state.
 
-They share no code with samx, nor with optax.
+They share no code with samx or optax.
 """
 
 import copy
@@ -111,7 +111,7 @@ def monge_ball(rho):
 
 
 def mup_ball(rho, scales, weights):
-    """A numerator and a denominator of their own for each tensor."""
+    """µP²'s ball: each tensor has one factor in the numerator and another one in the norm."""
 
     def perturb(params, g):
         length = global_norm({k: weights[k] * g[k] for k in g})
@@ -121,9 +121,9 @@ def mup_ball(rho, scales, weights):
 
 
 class Friendly:
-    """Friendly SAM's direction, in the order of the authors' code; `balls` are used in turn.
+    """Friendly SAM's perturbation, in the order of the authors' code; `balls` are used in turn.
 
-    A further call within a step leaves the average alone, if `calls` says how many there are.
+    `calls` is the number of calls per step. Only the last call of a step updates the average.
     """
 
     def __init__(self, balls, sigma, decay, calls=1):
@@ -161,7 +161,7 @@ def _stack(trajectory):
 
 
 def train_sam(base, perturb, steps, ascent_steps=1, losses_fn=problem.losses_fn):
-    """SAM; `perturb` may be a list, one function for every step (a schedule of the radius)."""
+    """Train with SAM; `perturb` may be a list with one function per step (a radius schedule)."""
     data, params = _start()
     gradient, trajectory = _gradient(losses_fn), []
     for t in range(steps):
@@ -178,7 +178,7 @@ def train_sam(base, perturb, steps, ascent_steps=1, losses_fn=problem.losses_fn)
 
 
 def train_sampa(base, rho, lam, steps, losses_fn=problem.losses_fn):
-    """SAMPa; `rho` and `lam` may be lists, one number for every step."""
+    """Train with SAMPa; `rho` and `lam` may be lists with one number per step."""
     data, x = _start()
     gradient, trajectory = _gradient(losses_fn), []
     g_y = {k: np.zeros_like(v) for k, v in x.items()}
@@ -197,11 +197,11 @@ def train_sampa(base, rho, lam, steps, losses_fn=problem.losses_fn):
 
 
 def train_gated(base, perturb, combine, steps, num_shards=1, losses_fn=problem.losses_fn):
-    """The trajectory, and whether each step was sharp.
+    """Return the trajectory, and whether each step was sharp.
 
-    `combine(t, g, look)` is what the base gets; `look()` takes the sharp gradient. With more than
-    one shard it is the mean over equal parts of the batch, each at the end of its own ascent.
-    `perturb` sees every gradient, so that one with a memory remembers all of them.
+    `combine(t, g, look)` returns what the base gets; `look()` computes the sharp gradient. With
+    several shards, the sharp gradient is the mean over equal parts of the batch, each at its own
+    perturbed point. `perturb` sees every gradient, so a moving average in it includes all of them.
     """
     data, params = _start()
     gradient, trajectory, is_sharp = _gradient(losses_fn), [], []
@@ -233,7 +233,7 @@ def inner(a, b):
 
 
 def sometimes(decide, gamma=1.0):
-    """Periodic and randomized SAM, AE-SAM, and with another gamma G-RST."""
+    """Periodic SAM, randomized SAM and AE-SAM; with another `gamma`, G-RST."""
 
     def combine(t, g, look):
         if not decide(t, g):
@@ -245,13 +245,13 @@ def sometimes(decide, gamma=1.0):
 
 
 def across(a, b):
-    """What is left of a without its projection on b."""
+    """The component of `a` orthogonal to `b`."""
     projection = inner(a, b) / inner(b, b)
     return {k: a[k] - projection * b[k] for k in a}
 
 
 def gsam(alpha, clean=False):
-    """`alpha` may be a list, one number for every step."""
+    """GSAM; `alpha` may be a list with one number per step."""
 
     def combine(t, g, look):
         g_s, share = look(), alpha[t] if isinstance(alpha, list) else alpha
@@ -263,7 +263,7 @@ def gsam(alpha, clean=False):
 
 
 def weighted(gamma):
-    """WSAM through its base."""
+    """Coupled WSAM: the base gets the weighted gradient."""
 
     def combine(t, g, look):
         g_s, alpha = look(), gamma / (1 - gamma)
@@ -278,7 +278,7 @@ def renormalized(t, g, look):
 
 
 class LookSAM:
-    """LookSAM and AE-LookSAM; `alpha` may be a list, one number for every step."""
+    """LookSAM and AE-LookSAM; `alpha` may be a list with one number per step."""
 
     def __init__(self, decide, alpha):
         self.decide, self.alpha, self.g_v = decide, alpha, None
@@ -301,7 +301,7 @@ def listed(decisions):
 
 
 class SquaredNorm:
-    """AE-SAM's test, with one threshold for every step."""
+    """AE-SAM's test of the squared gradient norm, with one threshold per step."""
 
     def __init__(self, thresholds, delta):
         self.thresholds, self.delta, self.mu, self.sigma2 = thresholds, delta, 0.0, np.exp(-10.0)
@@ -314,7 +314,7 @@ class SquaredNorm:
 
 
 class VSAM:
-    """vSAM and its controller, in the names of the authors' code."""
+    """vSAM and its controller, with the names of the authors' code."""
 
     def __init__(self, draws, window, max_p, hp1, hp2, warmup, last_layer):
         (self.K, self.b), (self.a1, self.a2), self.beta = window, hp1, hp2
@@ -368,9 +368,9 @@ class VSAM:
 
 
 def train_momentum_sam(base, perturb, steps, decay=0.0, losses_fn=problem.losses_fn):
-    """Momentum-SAM, along the buffer of SGD or Adam; `decay` is that of the perturbed weights.
+    """Train with Momentum-SAM on the buffer of SGD or Adam; `decay` acts on the perturbed weights.
 
-    `perturb` may be a list, one function for every step.
+    `perturb` may be a list with one function per step.
     """
     data, params = _start()
     gradient, trajectory = _gradient(losses_fn), []
@@ -387,9 +387,9 @@ def train_momentum_sam(base, perturb, steps, decay=0.0, losses_fn=problem.losses
 
 
 def train_async_sam(base, perturb, ascent_size, steps, first="plain"):
-    """AsyncSAM, whose ascent batch is the first examples of the batch.
+    """Train with AsyncSAM; the ascent batch is the first examples of the batch.
 
-    `perturb` may be a list, one function for every step.
+    `perturb` may be a list with one function per step.
     """
     data, params = _start()
     gradient, trajectory, stale = _gradient(problem.losses_fn), [], None
@@ -407,7 +407,7 @@ def train_async_sam(base, perturb, ascent_size, steps, first="plain"):
 
 
 def train_wsam(base, lr, perturb, gamma, steps, losses_fn=problem.losses_fn):
-    """WSAM past its base; `lr` may be a function of the step."""
+    """Train with WSAM: the sharpness term is added after the base; `lr` may depend on the step."""
     data, params = _start()
     gradient, trajectory = _gradient(losses_fn), []
     for t in range(steps):
@@ -422,7 +422,7 @@ def train_wsam(base, lr, perturb, gamma, steps, losses_fn=problem.losses_fn):
 
 
 class AdaGradNorm:
-    """One number for all; as a base, or as a `perturb`."""
+    """AdaGrad-Norm: one accumulator for all entries. It can be a base or a `perturb`."""
 
     def __init__(self, lr, eps):
         self.lr, self.total = lr, eps**2
@@ -443,7 +443,7 @@ class AdaGrad(AdaGradNorm):
 
 
 class RawAdam(AdaGradNorm):
-    """Without bias correction; with `largest`, AMSGrad. `lr` may be a list, one for every step."""
+    """Adam without bias correction; with `largest`, AMSGrad. `lr` may be a list, one per step."""
 
     def __init__(self, lr, b1, b2, eps, largest=False):
         super().__init__(lr, eps)
@@ -478,7 +478,7 @@ def _losses(losses_fn):
 
 
 def train_on_examples(base, sharp_gradient, steps, losses_fn=problem.losses_fn):
-    """What chooses examples: `sharp_gradient(t, params, batch, index, losses, gradient)`."""
+    """Train on examples chosen by `sharp_gradient(t, params, batch, index, losses, gradient)`."""
     data, params = _start()
     trajectory, passes = [], (_losses(losses_fn), _gradient(losses_fn))
     for t in range(steps):
@@ -519,7 +519,7 @@ def msam(perturb, num_microbatches):
 
 
 def esam(perturb, beta, gamma, draws, strict):
-    """`draws[t]` is one number for each tensor, drawn at the end of step t."""
+    """ESAM; `draws[t]` has one number per tensor, drawn at the end of step t."""
 
     def sharp_gradient(t, params, batch, index, losses, gradient):
         g = gradient(params, batch)
@@ -540,7 +540,7 @@ def esam(perturb, beta, gamma, draws, strict):
 
 
 class AUSAM:
-    """Its table, in the names of the authors' code; `draw(t, p, m)` gives m positions."""
+    """AUSAM, with the names of the authors' code; `draw(t, p, m)` gives m positions."""
 
     def __init__(self, perturb, alpha, draw, warmup, tops, fmin, num_examples=64):
         self.perturb, self.alpha, self.draw = perturb, alpha, draw
@@ -565,7 +565,10 @@ class AUSAM:
 
 
 def train_sl_sam(base, perturb, groups, draw, rate, exploration, steps):
-    """SL-SAM; `groups` are lists of names, `draw(t, p)` one of them. Also which ones it drew."""
+    """Train with SL-SAM; also return the group of every step.
+
+    `groups` are lists of names. `draw(t, p)` gives the index of a group.
+    """
     data, params = _start()
     gradient, trajectory, drawn = _gradient(problem.losses_fn), [], []
     s, largest = np.zeros(len(groups)), 0.0
@@ -583,7 +586,7 @@ def train_sl_sam(base, perturb, groups, draw, rate, exploration, steps):
         g_s = part(moved(params, perturb(params, g)))
         before = {name: copy.deepcopy(vars(base).get(name)) for name in ("buffer", "m", "v")}
         new = base.step(params, g_s)
-        for name, old in before.items():  # of the other layers nothing has happened
+        for name, old in before.items():  # restore the state of the layers outside the group
             for k in params:
                 if name in vars(base) and k not in groups[arm]:
                     vars(base)[name][k] = old[k] if old else np.zeros_like(params[k])
@@ -595,7 +598,7 @@ def train_sl_sam(base, perturb, groups, draw, rate, exploration, steps):
 
 
 def train_bisam(base, perturb, climbed, steps, losses_fn=problem.losses_fn):
-    """`climbed(params, batch)` gives the losses of the way up, one for each example."""
+    """Train with BiSAM; `climbed(params, batch)` gives the ascent losses, one per example."""
     data, params = _start()
     up, down, trajectory = _gradient(climbed), _gradient(losses_fn), []
     for t in range(steps):
@@ -606,7 +609,7 @@ def train_bisam(base, perturb, climbed, steps, losses_fn=problem.losses_fn):
 
 
 def train_split(base, perturb, factors, steps, losses_fn=problem.losses_fn):
-    """Focal-SAM and ImbSAM; `factors` are two lists, the weights of each class in both parts."""
+    """Train with Focal-SAM or ImbSAM; `factors`: class weights of the plain and the sharp part."""
     data, params = _start()
     plain, sharp = map(np.asarray, factors)
     gradient, trajectory = _gradient(lambda p, b: b["factor"] * losses_fn(p, b)), []
@@ -622,7 +625,7 @@ def train_split(base, perturb, factors, steps, losses_fn=problem.losses_fn):
 
 
 def ranked(scores, k):
-    """The k largest of all tensors, as a mask of ones."""
+    """A mask of ones at the k largest entries of all tensors."""
     order = np.argsort(-flat(scores))
     mask = np.zeros(order.size)
     mask[order[:k]] = 1
@@ -660,7 +663,7 @@ def n_of_m(n, m):
 
 
 def train_fisher_sparse(base, perturb, choose, period, steps, examples=None):
-    """SSAM-F with the Fisher information of the paper; also the mask of every step."""
+    """Train with SSAM-F and the paper's Fisher information; also return the mask of every step."""
     data, params = _start()
     gradient, trajectory, masks = _gradient(problem.losses_fn), [], []
     mask = {k: np.zeros_like(w) for k, w in params.items()}
@@ -682,7 +685,7 @@ def train_fisher_sparse(base, perturb, choose, period, steps, examples=None):
 
 
 def train_dynamic_sparse(base, perturb, mask, sparsity, rates, period, scores, steps):
-    """SSAM-D; `scores` are two functions of (t, g, w + eps), of dropping and of growing."""
+    """Train with SSAM-D; `scores` are two functions of (t, g, w + eps), to drop and to grow."""
     data, params = _start()
     gradient, trajectory, masks = _gradient(problem.losses_fn), [], []
     for t in range(steps):
@@ -705,9 +708,9 @@ def train_dynamic_sparse(base, perturb, mask, sparsity, rates, period, scores, s
 
 
 def train_lets(base, perturb, rho, rate, steps, approximate=False):
-    """LETS with SGD, whose step is −lr times the sharp gradient; also the radius of every step.
+    """Train with LETS and SGD, whose step is −lr times the sharp gradient; also return the radii.
 
-    `perturb` is that of radius 1. The Hessian is taken whole.
+    `perturb` has radius 1. The whole Hessian is computed.
     """
     data, params = _start()
     losses = _losses(problem.losses_fn)

@@ -1,4 +1,4 @@
-"""One training step in every parallel regime, on global arrays; and what one device would do."""
+"""One training step in every parallel regime, on global arrays, and on one device."""
 
 from functools import partial
 
@@ -20,13 +20,13 @@ def mesh_of(shape=(DEVICES,), names=("data",), axis_type=AxisType.Auto):
 
 
 def place(tree, mesh, specs):
-    """A pytree of global arrays, laid out by one spec or a tree of them."""
+    """Place a pytree as global arrays, with one spec or a tree of specs."""
     specs = jax.tree.broadcast(specs, tree, is_leaf=lambda x: isinstance(x, P))
     return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
 
 
 def make_step(tx, losses_fn=problem.losses_fn, axes=None):
-    """The contract's step; inside a mapped function, with the mean loss over `axes`."""
+    """Make the contract's step; inside a mapped function, the loss is the mean over `axes`."""
 
     def step(params, state, batch, weights=None):
         def value_fn(params):
@@ -41,7 +41,7 @@ def make_step(tx, losses_fn=problem.losses_fn, axes=None):
             value_and_grad = samx.value_and_grad(value_fn, axes, weights=weights)
         value, grads = value_and_grad(params)
         further = problem.further(batch, losses_fn, weights)
-        further["index"] += 0 * batch["y"]  # laid out like the batch
+        further["index"] += 0 * batch["y"]  # gives the index the sharding of the batch
         if axes:
             further["index"] += jax.lax.axis_index(axes) * len(batch["y"])
         updates, state = tx.update(
@@ -61,7 +61,7 @@ def make_step(tx, losses_fn=problem.losses_fn, axes=None):
 
 
 def run(step, params, state, batches):
-    """`(params, state, value)` after every step."""
+    """Return `(params, state, value)` after every step."""
     carry, history = (params, state), []
     for batch in batches:
         *carry, value = step(*carry, *batch)
@@ -70,13 +70,13 @@ def run(step, params, state, batches):
 
 
 def single(build, params, batches, losses_fn=problem.losses_fn):
-    """On one device, on the whole batch."""
+    """Run on one device, on the whole batch."""
     tx = build(batches[0][0])
     return run(jax.jit(make_step(tx, losses_fn)), params, tx.init(params), batches)
 
 
 def run_jit(build, params, batches, mesh, spec):
-    """`jax.jit` with sharded arrays: nothing of samx's is needed."""
+    """Run under `jax.jit` with sharded arrays; this needs nothing from samx."""
     params, batches = place(params, mesh, P()), place(batches, mesh, spec)
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batches[0][0]
@@ -86,7 +86,7 @@ def run_jit(build, params, batches, mesh, spec):
 
 
 def sharded_jit(build, params, batches, axis_type):
-    """`jax.jit` on a mesh with one axis of data."""
+    """Run under `jax.jit` on a mesh with one data axis."""
     mesh = mesh_of(axis_type=axis_type)
     with jax.set_mesh(mesh):
         return run_jit(build, params, batches, mesh, P("data"))
@@ -103,7 +103,7 @@ def shard_map(
     axes=("data",),
     losses_fn=problem.losses_fn,
 ):
-    """`jax.shard_map` on a mesh, the examples over some of its axes."""
+    """Run under `jax.shard_map` on a mesh, with the examples split over some of its axes."""
     mesh, spec = mesh_of(shape, names), P(axes) if axes else P()
     tx = build(batches[0][0])
     tx = samx.data_parallel(tx, axes, ascent) if axes else tx
@@ -122,7 +122,7 @@ def shard_map(
 
 
 def pmap(build, params, batches, ascent="global", losses_fn=problem.losses_fn):
-    """`jax.pmap`, the examples over its axis; the result as global arrays again."""
+    """Run under `jax.pmap`, with the examples split over its axis; return global arrays."""
     batches = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batches)
     tx = build(jax.tree.map(lambda x: x[0], batches[0][0]))
     tx = samx.data_parallel(tx, "data", ascent)
@@ -130,7 +130,7 @@ def pmap(build, params, batches, ascent="global", losses_fn=problem.losses_fn):
 
 
 def pmap_pair(build, params, batches):
-    """`jax.pmap` over two devices, each with the whole batch."""
+    """Run under `jax.pmap` on two devices, each with the whole batch."""
     batches = jax.tree.map(lambda x: jnp.stack([x, x]), batches)
     tx = build(jax.tree.map(lambda x: x[0], batches[0][0]))
     history = run_pmap(tx, params, batches, "pair", 2, make_step(tx))
@@ -161,7 +161,7 @@ def is_held(node):
 
 
 def check_replicas(tree, specs):
-    """What the specs call replicated is the same on every device, to the last bit."""
+    """Check that what the specs call replicated is equal on every device, to the last bit."""
     specs = [
         jax.tree.broadcast(spec, part, is_leaf=lambda x: isinstance(x, P))
         for part, spec in zip(tree, specs, strict=True)
@@ -179,14 +179,14 @@ def check_replicas(tree, specs):
 
 
 def per_shard(build, params, batches, num_shards=DEVICES):
-    """The mean of the steps that every shard of the batch would take from the common state."""
+    """Return the mean of the steps that the shards of the batch would take from the same state."""
     tx = build(jax.tree.map(lambda x: x[: len(x) // num_shards], batches[0][0]))
 
     def split(x):
         return x.reshape(num_shards, -1, *x.shape[1:])
 
     def local(node):
-        """A state with a leading axis of shards: held examples are split, the rest is copied."""
+        """Copy a leaf for every shard; held examples already have an axis of shards."""
         if is_held(node):
             return node
         return jnp.broadcast_to(node, (num_shards, *node.shape))

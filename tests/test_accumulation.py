@@ -1,4 +1,4 @@
-"""Accumulation is the step of the whole batch; what MultiSteps computes is something else."""
+"""`accumulate` takes the step of the whole batch; `optax.MultiSteps` takes a different step."""
 
 import chex
 import jax
@@ -53,7 +53,7 @@ def test_on_several_devices(name, regime):
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", ["sam", "two ascent steps"])
 def test_with_local_ascent(name, check_vma):
-    """A device climbs the gradient of all of its microbatches."""
+    """Each device climbs the gradient of all of its microbatches."""
     arguments = problem.make()[1], batches(4)
     history = regimes.shard_map(accumulated(name, 2), *arguments, check_vma, "local")
     assert_same(history, regimes.shard_map(build(name), *arguments, check_vma, "local"))
@@ -73,7 +73,7 @@ def test_microbatches_are_strided():
 
 
 def test_memory_is_that_of_a_microbatch():
-    """Wide activations and few parameters: temporary memory falls with the number of pieces."""
+    """Wide activations, few parameters: temporary memory falls with the number of microbatches."""
     params = {"W": jnp.ones((64, 64), jnp.float32)}
     batch = jnp.ones((512, 64), jnp.float32)
 
@@ -95,7 +95,7 @@ def test_memory_is_that_of_a_microbatch():
 
 
 def test_half_precision_gradients_add_up_in_float32():
-    """4096 gradients of 1/4096: in bfloat16 the sum would stop growing at 1/16."""
+    """4096 gradients of 1/4096: a sum in bfloat16 would stop growing at 1/16."""
     tx, w = samx.accumulate(optax.sgd(1.0), 4096), jnp.ones((), jnp.bfloat16)
     batch = jnp.ones(4096, jnp.bfloat16)
     updates, _ = tx.update(w, tx.init(w), w, losses_fn=lambda w, x: w * x, batch=batch)
@@ -104,7 +104,7 @@ def test_half_precision_gradients_add_up_in_float32():
 
 
 def step_with(tx, losses_fn):
-    """Of a variant that reads nothing of the gradient that it is given."""
+    """Make a step for a variant that does not read the incoming gradient."""
 
     def step(params, state, batch):
         updates, state = tx.update(params, state, params, losses_fn=losses_fn, batch=batch)
@@ -114,7 +114,7 @@ def step_with(tx, losses_fn):
 
 
 def test_integers_keys_and_aux():
-    """Integer parameters, keys as examples, an aux in the state of SAMPa."""
+    """Integer parameters, keys as examples, and an aux in the state of SAMPa."""
     data, params = problem.make()
     batch = problem.batch_at(data, 0) | {"key": jax.random.split(jax.random.key(0), 16)}
     params["table"] = jnp.arange(3)
@@ -141,7 +141,7 @@ def with_statistics(params, batch):
 
 
 def test_aux_of_the_clean_pass_is_kept():
-    """Taken at the parameters, not where they were perturbed, and a mean over the microbatches."""
+    """The aux is computed at the clean parameters, and is the mean over the microbatches."""
     data, params = problem.make()
     batch = problem.batch_at(data, 0)
     start = {"mean": jnp.ones(10), "bias": jnp.ones(3), "count": jnp.zeros((), int)}
@@ -204,12 +204,12 @@ def microbatches():
 
 
 def run_in_pieces(tx):
-    """One call of `update` per microbatch, as optax.MultiSteps wants it."""
+    """Call `update` once per microbatch, as `optax.MultiSteps` expects."""
     params, _, pieces = microbatches()
     step, carry = jax.jit(problem.make_step(tx)), (params, tx.init(params))
     for piece in pieces:
         carry = step(*carry, piece)
-    return optax.tree.sub(params, carry[0])  # with a learning rate of 1, the gradient
+    return optax.tree.sub(params, carry[0])  # the gradient, because the learning rate is 1
 
 
 def climb(g):
@@ -217,7 +217,7 @@ def climb(g):
 
 
 def test_multi_steps_around_the_optimizer_is_another_algorithm():
-    """It climbs the mean gradient, but descends on the last microbatch alone."""
+    """`MultiSteps` climbs the mean gradient, but descends on the last microbatch alone."""
     params, batch, pieces = microbatches()
     found = run_in_pieces(optax.MultiSteps(optax.chain(samx.sam(0.05), optax.sgd(1.0)), 4))
     point = optax.tree.add(params, climb(jax.grad(mean_loss)(params, batch)))

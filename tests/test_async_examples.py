@@ -1,4 +1,4 @@
-"""The examples about AsyncSAM: what they climb and time, and that they say what they found."""
+"""The AsyncSAM examples: what they climb, what they time, and what they report."""
 
 import itertools
 import json
@@ -25,9 +25,9 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 
 def test_a_tiny_run_of_digits(in_empty_folder, monkeypatch, capsys):
-    """Each stage has as many runs, which saves compilation."""
+    """Every stage has the same number of runs, which saves compilation."""
     monkeypatch.setattr(digits, "TUNING_SEEDS", range(1000, 1001))
-    monkeypatch.setattr(digits, "LEARNING_RATES", {"momentum": (0.3, 1e-4)})  # the first learns
+    monkeypatch.setattr(digits, "LEARNING_RATES", {"momentum": (0.3, 1e-4)})  # only 0.3 learns
     monkeypatch.setattr(digits, "seconds_per_step", lambda *args: 0.001)
     for name in ("base", "sam"):
         monkeypatch.setitem(async_digits.ROWS, name, async_digits.ROWS[name]._replace(radii=(0.1,)))
@@ -65,7 +65,7 @@ def test_a_tiny_run_of_digits(in_empty_folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("share", [None, 1.0, 0.25])
 def test_the_ascent_batch_is_a_part_of_the_batch(share):
-    """Two steps by hand; BiSAM's `ascent_fn`, which the examples pass too, is not climbed."""
+    """Two steps by hand; `ascent_fn`, which the examples pass for BiSAM, is not climbed."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
 
     def losses_fn(w, batch):
@@ -135,7 +135,7 @@ def test_a_tiny_run_of_the_cost(in_empty_folder, capsys):
 
 
 def test_the_loop_is_differentiable_and_as_long_as_asked():
-    """By hand, with twice the length."""
+    """The loss equals that of a loop by hand, with one and with two times the length."""
     for length in (1, 2):
         loss, params, batch = async_cost.elementwise(4, length)
         x = np.asarray(batch["x"], np.float64)
@@ -147,7 +147,7 @@ def test_the_loop_is_differentiable_and_as_long_as_asked():
 
 
 def test_times_are_divided_by_those_of_the_same_round(monkeypatch):
-    """A machine that slows down from round to round."""
+    """The ratios stay the same if the machine gets slower from round to round."""
     slow = {"sgd": 1.0, "sam": 2.0}
     rounds = {name: itertools.count(1) for name in slow}
 
@@ -159,7 +159,8 @@ def test_times_are_divided_by_those_of_the_same_round(monkeypatch):
     rows = {name: itertools.repeat(name) for name in slow}
     plain, sam = async_cost.measure(rows, repeats=3, count=1)
     assert (plain["ratio"], sam["ratio"]) == ([1, 1, 1], [2, 2, 2])
-    assert sam["ms"] == 2000 * 3  # behind the round that compiles: 2, 3, 4 times as slow
+    # the median after the round that compiles; these rounds are 2, 3, 4 times as slow
+    assert sam["ms"] == 2000 * 3
     assert sam["handed_out_ms"] == pytest.approx(1)
     assert " 2.00 [2.00, 2.00]" in async_cost.table([plain, sam])
 

@@ -1,4 +1,4 @@
-"""AsyncSAM: one device, two devices and one program for both take the same steps."""
+"""AsyncSAM takes the same steps on one device, on two, and in one program for two devices."""
 
 import functools
 import time
@@ -39,7 +39,7 @@ def batches(ascent_size, steps=STEPS):
 
 
 def make_step(tx):
-    """One program that takes both gradients, the incoming one for the losses of the whole batch."""
+    """Make one step that computes both gradients; the incoming gradient is not read."""
 
     def step(params, state, batch, ascent_batch):
         updates, state = tx.update(
@@ -72,7 +72,7 @@ def assert_same(history, expected):
 
 
 def without_losses(result):
-    """Without an `ascent_fn`, `loss` is what the caller says."""
+    """Clear the reading `loss`: without an `ascent_fn`, it is the `value` of the caller."""
     params, state = result
     return params, optax.tree.set(state, loss=0.0)
 
@@ -139,7 +139,7 @@ def test_each_device_does_its_own_part():
 
 
 def mapped(regime, base, first, ascent_size, shape=(2,), names=("role",)):
-    """One program, devices along "role"; the examples over "data", if there is such an axis."""
+    """Run one program with devices along "role", and examples over "data" if that axis exists."""
     tx = optax.chain(samx.async_sam(0.1, first=first, role_axis="role"), BASES[base])
     has_data = "data" in names
     tx = samx.data_parallel(tx, "data") if has_data else tx
@@ -197,7 +197,7 @@ def test_one_program_with_an_axis_of_data(regime, first):
 
 
 def test_each_role_takes_one_gradient():
-    """Counted while the program runs: one of the whole batch, and one of a quarter of it."""
+    """Counted while the program runs: one gradient of the whole batch, one of a quarter of it."""
     counter = test_cost.Counter()
     tx = optax.chain(samx.async_sam(0.1, role_axis="role"), BASES["momentum"])
 
@@ -223,7 +223,7 @@ def test_each_role_takes_one_gradient():
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_a_device_of_one_program_computes_one_gradient_and_sends_two(check_vma):
-    """Of a branch the compiler counts the dearer side."""
+    """XLA counts only the more expensive side of a branch."""
     tx = optax.chain(samx.async_sam(0.1, role_axis="role"), BASES["momentum"])
     params, batch = test_cost.wide_problem()
 
@@ -282,7 +282,7 @@ def test_the_next_batch_is_on_its_way_when_a_step_is_handed_out():
 
 
 def tiny_pipeline(pairs, work=lambda x: 0.0):
-    """With work besides in both programs."""
+    """Pipeline the tiny problem, with extra `work` in both programs."""
     tx = optax.chain(samx.async_sam(0.1), BASES["momentum"])
 
     def descend(params, state, batch, ascent_grad):
@@ -306,7 +306,7 @@ def tiny_pipeline(pairs, work=lambda x: 0.0):
 
 
 def test_a_step_is_handed_out_long_before_it_is_done():
-    """Whoever waited for one of the two gradients would have waited for half of it or longer."""
+    """Waiting for one of the two gradients would take at least half of the step."""
 
     def work(x):
         x = jnp.tile(x[:4], (16, 16))
@@ -327,7 +327,7 @@ def test_a_step_is_handed_out_long_before_it_is_done():
 
 @pytest.mark.parametrize("value", [0.0, jnp.nan, jnp.inf])
 def test_nothing_known_is_not_climbed(value):
-    """And the step after climbs again."""
+    """A zero or non-finite ascent gradient is not climbed; the next step climbs again."""
     tx, params = optax.chain(samx.async_sam(0.1), optax.sgd(1.0)), problem.make()[1]
     state = optax.tree.set(tx.init(params), step=jnp.int32(5))
     broken = params | {"b1": params["b1"].at[0].set(value)}
@@ -344,7 +344,7 @@ def test_nothing_known_is_not_climbed(value):
 
 
 def with_statistics(params, batch):
-    """The loss, and what BatchNorm would keep."""
+    """Return the loss, and statistics as BatchNorm would keep them."""
     return loss(params, batch), (batch["x"] @ params["W1"]).mean(axis=0)
 
 
@@ -383,7 +383,7 @@ def test_aux_of_the_descent_is_kept(role_axis):
 
 
 def test_readings_are_those_of_the_step():
-    """The loss is that of the ascent batch, `grad_norm` that of what is climbed."""
+    """`loss` is the loss of the ascent batch; `grad_norm` is the norm of the climbed gradient."""
     tx = optax.chain(samx.async_sam(0.1, ascent_share=0.25), optax.sgd(0.1))
     step, data, params = jax.jit(make_step(tx)), batches(4, steps=2), problem.make()[1]
     state = tx.init(params)
@@ -403,7 +403,7 @@ def test_readings_are_those_of_the_step():
 
 
 def test_one_program_with_random_keys_and_integers():
-    """A key in the state of the perturbation, another one in the batch, a table as a parameter."""
+    """A key in the perturbation's state, another in the loss, an integer table as a parameter."""
     draws = geometry.random_leaves(geometry.metric_ball(0.1), 0.5)
     params, pairs = problem.make()[1] | {"table": jnp.arange(3)}, batches(8, steps=2)
 
@@ -443,7 +443,7 @@ def test_one_program_with_random_keys_and_integers():
 
 
 def calibrated(monkeypatch, seconds_of, size=36, **keywords):
-    """With a clock that says 10 s for the descent, 1 s for the copies, `seconds_of(size)`."""
+    """Calibrate with a fake clock: 10 s for the descent, 1 s for the copies, `seconds_of(size)`."""
     one, other = jax.devices()[:2]
     seen = []
 

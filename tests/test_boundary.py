@@ -1,4 +1,4 @@
-"""`closure_transformation`: what a variant written by somebody else may rely on."""
+"""`closure_transformation`: what a variant outside samx can rely on."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ BATCH = problem.batch_at(DATA, 0)
 
 
 def spy(update_fn):
-    """The transformation of an `update_fn` and the keywords that reach it."""
+    """Make a transformation from an `update_fn` that records the keywords it gets."""
     return samx.closure_transformation(lambda params: (), update_fn)
 
 
@@ -80,7 +80,7 @@ def test_closures_have_one_form(has_aux):
 
 
 def test_a_wrapped_variant_still_sees_the_aux():
-    """Closures that an outer variant checked keep their aux on the way to an inner one."""
+    """Closures that an outer variant has checked keep their aux when an inner variant gets them."""
 
     def inner(updates, state, params, *, value_fn, losses_fn, batch):
         return updates, (value_fn.with_aux(params)[1], losses_fn.with_aux(params, batch)[1])
@@ -102,7 +102,7 @@ def test_a_wrapped_variant_still_sees_the_aux():
 
 
 def test_perturbations_may_need_closures_too():
-    """A perturbation gets every keyword, so that it may climb the gradient of another loss."""
+    """A perturbation gets every keyword, so it can climb the gradient of another loss."""
 
     def climb_other(updates, state, params, *, ascent_fn, value_fn):
         ball = samx.perturbations.metric_ball(0.1)

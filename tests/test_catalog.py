@@ -1,4 +1,4 @@
-"""The catalog is the one table: complete, true, and searchable."""
+"""The catalog is complete, correct and searchable."""
 
 import inspect
 import re
@@ -48,7 +48,7 @@ def test_a_row_is_complete(entry):
 
 @every_entry
 def test_the_call_is_one(entry):
-    """Its function, and argument names and defaults that the factory really has."""
+    """`call` names the function of the entry; the factory has these arguments and defaults."""
     name = entry.call.split("(")[0]
     assert entry.factory is getattr(samx, name)
     if entry.name in MADE_OF_OTHERS:
@@ -95,7 +95,7 @@ KEYWORDS = {
 
 @every_entry
 def test_its_state_is_as_large_as_it_says(entry):
-    """Copies of the parameters, beside the base's; counted in floating leaves of their size."""
+    """The state holds the stated copies of the parameters, not counting the state of the base."""
     case = next(case for case in cases.VARIANTS.values() if case.entry == entry.name)
     _, params = problem.make(jnp.float32)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -144,7 +144,7 @@ def test_the_readme_has_this_table():
 
 
 def test_the_papers_are_those_of_the_files():
-    """Title and number of each paper stand in the docstring of its file too."""
+    """The docstring of each file also has the title and the number of the paper."""
     for entry in ENTRIES:
         if entry.name in MADE_OF_OTHERS:
             continue

@@ -1,4 +1,4 @@
-"""Any training goes on from a checkpoint as if nothing had happened, to the last bit."""
+"""Any training run resumes from a checkpoint as if it had not stopped, to the last bit."""
 
 import functools
 import shutil
@@ -26,7 +26,7 @@ def data_iterator(data):
     data = jax.tree.map(np.asarray, data)
     order = grain.MapDataset.range(64).seed(0).shuffle().repeat().batch(problem.BATCH_SIZE)
     batches = order.map(lambda i: jax.tree.map(lambda x: x[i], data))
-    # Some batches ahead of the training, not the hundreds of the default.
+    # Prefetch a few batches; the default prefetches hundreds.
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
@@ -38,12 +38,13 @@ def optimizer_and_step(name):
 
 
 class Training:
-    """A training with everything that a checkpoint must hold: data, keys, moments, a schedule."""
+    """A training run with all that a checkpoint must hold: data, keys, moments, a schedule."""
 
     def __init__(self, name):
         self.tx, self.step = optimizer_and_step(name)
         data, params = problem.make(np.float32)
-        self.params = jax.device_put(params, jax.devices()[0])  # as orbax will: one compilation
+        # placed as orbax will place them, so that the step is compiled once
+        self.params = jax.device_put(params, jax.devices()[0])
         self.batches = data_iterator(data)
         self.state = jax.device_put(self.tx.init(self.params), jax.devices()[0])
 

@@ -1,4 +1,4 @@
-"""The CIFAR example: every variant, every option, killed runs, and what it refuses."""
+"""The CIFAR example: every variant, every option, killed runs, and rejected input."""
 
 import json
 import os
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Compiled programs on the disk: these tests compile the same ones again and again."""
-    assert jax.device_count() == 8  # from now on --devices cannot change that
+    """Keep compiled programs on disk; these tests compile the same ones again and again."""
+    assert jax.device_count() == 8  # the devices exist now; --devices cannot change that
     folder = str(tmp_path_factory.mktemp("programs"))
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [getattr(jax.config, name) for name in names]
@@ -38,7 +38,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def full_optimization(fast_compilation):
-    """For programs that run for longer than they are compiled: bfloat16, and many steps."""
+    """Optimize fully, for programs that run longer than they compile: bfloat16, many steps."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
@@ -69,9 +69,9 @@ def tiny(model):
     return f"--model {model} {TINY[model]} --images 40 --batch 20 --epochs 2"
 
 
-# What four steps cost, and the radius of the first one.
+# The gradients of four steps, and the radius of the first step.
 BY_NAME = {
-    "sampa": (8, 0.0),  # whose g_y starts at 0
+    "sampa": (8, 0.0),  # its g_y starts at 0
 }
 
 
@@ -105,7 +105,7 @@ def test_variants_by_name(variant, run, tmp_path, capsys):
             "--precision bfloat16 --accumulate 2 --schedule step --label-smoothing 0.1"
             " --base momentum",
         ),
-        (  # without a base
+        (  # a variant without a base
             "vit",
             "--variant lightsam-norm --precision float16 --schedule constant --augment none",
         ),
@@ -128,7 +128,7 @@ def test_several_devices_are_one(run):
         losses.append([row["loss"] for row in read(str(devices), "step")])
     one, two = np.asarray(losses)
     assert one[0] != one[1]
-    np.testing.assert_allclose(two[:2], one[:2], rtol=1e-5)  # float32 drifts later
+    np.testing.assert_allclose(two[:2], one[:2], rtol=1e-5)  # later, float32 rounding adds up
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_several_devices_are_one(run):
 def test_learns_128_images_by_heart(model, options, run, full_optimization):
     results = run(
         f"--model {model} {options} --images 128 --batch 16 --augment none --out run"
-        " --checkpoint-every 1000"  # only the last: there would be one for each epoch
+        " --checkpoint-every 1000"  # only the last checkpoint; the default saves one per epoch
     )
     assert results["train"]["accuracy"] > 0.99
     assert read("run", "step")[-1]["sharp_loss"] > read("run", "step")[-1]["loss"]
@@ -161,7 +161,7 @@ def test_label_noise_and_imbalance(run, archive):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["resnet18"])
 def test_a_step_at_batch_64_fits_in_4_gb(model, archive, cache):
-    variant = "--variant sampa-separate"  # the dearest
+    variant = "--variant sampa-separate"  # the variant that needs most memory
     args = cifar.parse(f"--data {archive} --model {model} {variant} --batch 64".split())[1]
     data = cifar.load_data(args)
     mesh = jax.make_mesh(
@@ -172,24 +172,24 @@ def test_a_step_at_batch_64_fits_in_4_gb(model, archive, cache):
     state, shardings = cifar.make_state(args, data, batch, cifar.make_schedule(args, 10), mesh)
     wanted = {"resnet18": 11.17, "vit": 2.69}[model]
     assert cifar.describe(state.params) == f"{wanted} million parameters"
-    if model == "resnet18":  # which needs more
+    if model == "resnet18":  # needs more memory than the ViT
         program = cifar.compile_step(args, state, shardings, batch, 10)
         assert 0.05 < cifar.gigabytes_of(program) < 4
 
 
-# At some step, within a cycle of LookSAM's.
+# Kill at a step inside a period of LookSAM.
 KILLS = [(5, ("--out", "killed"))]
 
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_as_if_nothing_had_happened(cache, archive, tmp_path):
-    """SIGKILL, whatever the process is doing."""
+    """SIGKILL comes at an arbitrary moment; the resumed run ends like an undisturbed one."""
     command = [sys.executable, str(EXAMPLE), "--data", str(archive), "--checkpoint-every", "1"]
     options = "--variant looksam --devices 2 --dropout 0.1 --base momentum --label-noise 0.2"
     options += f" --imbalance 10 --images 100 --model vit {TINY['vit']} --batch 8 --epochs 2"
     command += options.split()
     environment = os.environ | cache | {"JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in here
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in this process
 
     def start(*arguments):
         return subprocess.Popen(
@@ -299,7 +299,7 @@ def test_other_data_or_another_checkpoint_is_refused(finished, run, tmp_path, mo
     shutil.copytree(finished[0], folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"data_sha256": "0"}))
-    with pytest.raises(SystemExit, match=r"is not what the run in .*copy saw"):
+    with pytest.raises(SystemExit, match=r"is not the data of the run in .*copy"):
         cifar.main(["--resume", str(folder), "--devices", "1"])
     config["settings"]["variant"] = "sampa"
     (folder / "config.json").write_text(json.dumps(config))

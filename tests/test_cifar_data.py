@@ -1,4 +1,4 @@
-"""The data of the CIFAR examples: read exactly, refused clearly, batched as promised."""
+"""The data of the CIFAR examples: exact reading, clear errors, documented batches."""
 
 import gzip
 import io
@@ -54,7 +54,7 @@ def pickled(content):
 
 
 def pack(path, files, folder="cifar-10-batches-py"):
-    """Write the archive of these files; bytes are taken as they are, all else is pickled."""
+    """Write the archive of these files; bytes are written as they are, all else is pickled."""
     with tarfile.open(path, "w:gz") as tar:
         for member, content in files.items():
             entry = tarfile.TarInfo(f"{folder}/{member}")
@@ -71,7 +71,7 @@ def unpack(folder, files):
 
 
 def slow_image(row):
-    """Red, then green, then blue, each row by row from the top."""
+    """Decode a row: red, then green, then blue, each row by row from the top."""
     image = np.zeros((32, 32, 3), np.uint8)
     for channel, y, x in itertools.product(range(3), range(32), range(32)):
         image[y, x, channel] = row[1024 * channel + 32 * y + x]
@@ -102,7 +102,7 @@ def assert_cifar100(data):
 
 
 def snapshot(folder):
-    """Everything about a folder's files except when they were read."""
+    """Return contents and modification times of a folder's files; reading does not change them."""
     return {
         path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None)
         for path in [folder, *sorted(folder.rglob("*"))]
@@ -148,7 +148,7 @@ def test_loads_cifar100_with_fine_labels(form, tmp_path):
 
 
 def python2_pickle(content):
-    """`content` as Python 2 with the numpy of its time pickled it, like the original files."""
+    """Pickle `content` as Python 2 with its numpy did, like the original files."""
 
     def string(text):
         return b"T" + struct.pack("<i", len(text)) + text
@@ -175,7 +175,7 @@ def test_loads_pickles_of_python_2(tmp_path):
     assert_cifar10(cifar_data.load(pack(tmp_path / "archive", files)))
 
 
-# Refusing
+# Rejecting
 
 
 def without(member, key=None):
@@ -200,7 +200,7 @@ def put(member, content):
 
 
 class Calls:
-    """Pickles as a call."""
+    """An object that is pickled as a call of `function`."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -215,9 +215,9 @@ class Calls:
         (without("data_batch_3"), "has no data_batch_3"),
         (without("batches.meta"), "has no batches.meta"),
         (lambda files: files.clear(), "holds no file of CIFAR-10 or CIFAR-100"),
-        (put("test_batch", b"no pickle"), "test_batch is no pickle of plain data"),
-        (put("test_batch", b""), "test_batch is no pickle of plain data"),
-        (put("test_batch", pickled(cifar10_files()["test_batch"])[:3000]), "test_batch is no p"),
+        (put("test_batch", b"no pickle"), "test_batch is not a pickle of plain data"),
+        (put("test_batch", b""), "test_batch is not a pickle of plain data"),
+        (put("test_batch", pickled(cifar10_files()["test_batch"])[:3000]), "test_batch is not a p"),
         (put("test_batch", [1, 2]), r"test_batch has no b'data'"),
         (put("test_batch", 5), r"test_batch has no b'data'"),
         (put("data_batch_1", Calls(os.mkdir, "x")), r"data_batch_1 .*mkdir is not allowed"),
@@ -304,11 +304,11 @@ def archive_bytes(tmp_path_factory):
 def test_refuses_a_truncated_archive(kept, archive_bytes, tmp_path):
     length = int(kept * len(archive_bytes)) if isinstance(kept, float) else kept
     (tmp_path / "cut").write_bytes(archive_bytes[:length])
-    with pytest.raises(ValueError, match=r"cut: is no complete tar.gz archive.*Download it again"):
+    with pytest.raises(ValueError, match=r"cut: is not a complete tar.gz.*Download it again"):
         cifar_data.load(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("pixels", ["random", "equal"])  # stored as they are, or compressed
+@pytest.mark.parametrize("pixels", ["random", "equal"])  # stored uncompressed, or compressed
 def test_refuses_a_changed_byte(pixels, tmp_path):
     files = cifar10_files()
     if pixels == "equal":
@@ -320,7 +320,7 @@ def test_refuses_a_changed_byte(pixels, tmp_path):
         changed = bytearray(whole)
         changed[position] ^= 16
         (tmp_path / "changed").write_bytes(changed)
-        with pytest.raises(ValueError, match=r"changed: is no complete tar.gz.*Download it again"):
+        with pytest.raises(ValueError, match=r"changed: is not a complete tar.*Download it again"):
             cifar_data.load(tmp_path / "changed")
 
 
@@ -342,12 +342,12 @@ def test_refuses_other_files(tmp_path, archive_bytes):
     (tmp_path / "gz").write_bytes(gzip.compress(b"no tar in here" * 100))
     (tmp_path / "tar").write_bytes(gzip.decompress(archive_bytes))
     for name in ("zip", "gz", "tar"):
-        with pytest.raises(ValueError, match=f"{name}: is no complete tar.gz archive"):
+        with pytest.raises(ValueError, match=f"{name}: is not a complete tar.gz archive"):
             cifar_data.load(tmp_path / name)
 
 
 def refusal(path):
-    """The message with which `path` is refused, if it is."""
+    """Return the message of the error that `path` raises, or None."""
     try:
         cifar_data.load(path)
     except ValueError as error:
@@ -387,11 +387,11 @@ def test_a_forbidden_pickle_does_not_run(make, tmp_path):
     with pytest.raises(pickle.UnpicklingError, match="is not allowed"):
         cifar_data.PlainUnpickler(io.BytesIO(evil), encoding="bytes").load()
     archive = pack(tmp_path / "evil", cifar10_files() | {"test_batch": evil})
-    with pytest.raises(ValueError, match=r"evil: test_batch is no pickle .* is not allowed"):
+    with pytest.raises(ValueError, match=r"evil: test_batch is not a pickle .* is not allowed"):
         cifar_data.load(archive)
     assert not target.exists()
     pickle.loads(evil)
-    assert target.exists()  # it would have run
+    assert target.exists()  # without the protection, it would have run
 
 
 # The digits in the form of CIFAR-10
@@ -453,7 +453,7 @@ def test_digits_never_overwrite(tmp_path):
     assert cifar_data.write_digits(tmp_path) == archive
     assert snapshot(tmp_path) == before
     archive.write_bytes(b"half an archive")
-    with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz: is no complete tar.gz archive"):
+    with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz: is not a complete tar.gz"):
         cifar_data.write_digits(tmp_path)
     assert archive.read_bytes() == b"half an archive"
     assert os.listdir(tmp_path) == [CIFAR10.archive]
@@ -472,11 +472,11 @@ def test_digits_appear_at_once(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-# Changing
+# Changing the data
 
 
 def numbered(label):
-    """Images that are their own positions, to see which of them are kept."""
+    """Images that hold their own position, to see which ones are kept."""
     return Images(np.arange(len(label)), np.asarray(label, np.int32))
 
 
@@ -492,12 +492,12 @@ def test_label_noise_is_exact_and_uniform(share):
     shifts = np.bincount((noisy.label - images.label)[changed] % 10, minlength=10)[1:]
     expected = changed.sum() / 9
     assert np.abs(shifts - expected).max() <= 5 * np.sqrt(expected)
-    by_half = changed[:10_000].sum() - changed[10_000:].sum()  # not only the first ones
+    by_half = changed[:10_000].sum() - changed[10_000:].sum()  # not only in the first half
     assert abs(by_half) <= 5 * np.sqrt(changed.sum() + 1)
 
 
 def test_long_tail_has_the_published_counts():
-    # Of CIFAR-10-LT with imbalance 100, in the literature on https://arxiv.org/abs/1901.05555.
+    # CIFAR-10-LT with imbalance 100, in the literature on https://arxiv.org/abs/1901.05555.
     images = numbered(np.random.default_rng(0).permutation(np.arange(50_000) % 10))
     tail = cifar_data.long_tailed(images, 100, 10, seed=0)
     np.testing.assert_array_equal(
@@ -505,7 +505,7 @@ def test_long_tail_has_the_published_counts():
     )
     assert (np.diff(tail.image) > 0).all()
     np.testing.assert_array_equal(tail.label, images.label[tail.image])
-    assert tail.image[tail.label == 9].max() > 25_000  # drawn from everywhere, not from the front
+    assert tail.image[tail.label == 9].max() > 25_000  # drawn from all images
 
 
 def test_long_tail_of_unequal_classes():
@@ -514,7 +514,7 @@ def test_long_tail_of_unequal_classes():
         tail = cifar_data.long_tailed(images, imbalance, 4, seed=0)
         np.testing.assert_array_equal(np.bincount(tail.label), counts)
     exact = cifar_data.long_tailed(numbered(np.arange(294) % 3), 49, 3, seed=0)
-    np.testing.assert_array_equal(np.bincount(exact.label), [98, 14, 2])  # 98 / 49 is not below 2
+    np.testing.assert_array_equal(np.bincount(exact.label), [98, 14, 2])  # 98 / 49 is exactly 2
 
 
 def test_subset_is_balanced_and_in_order():
@@ -602,7 +602,7 @@ def following(iterator, count=5):
 
 
 def test_every_epoch_has_every_image_once(images):
-    batches = following(train(images, 16), 25)  # 8 epochs of 50, most of which end in a batch
+    batches = following(train(images, 16), 25)  # 8 epochs of 50; most end inside a batch
     index = np.concatenate([batch["index"] for batch in batches]).reshape(8, 50)
     np.testing.assert_array_equal(np.sort(index), np.tile(np.arange(50), (8, 1)))
     assert len({tuple(epoch) for epoch in index} | {tuple(range(50))}) == 9
@@ -639,7 +639,7 @@ def test_resumes_at_the_next_batch(position, threads, images):
     fresh = train(images, 16, augment="standard", threads=threads)
     fresh.set_state(json.loads(state))
     jax.tree.map(np.testing.assert_array_equal, following(fresh), expected)
-    iterator.set_state(json.loads(state))  # back, with batches prepared ahead
+    iterator.set_state(json.loads(state))  # go back while batches are prefetched
     jax.tree.map(np.testing.assert_array_equal, following(iterator), expected)
     for used in (iterator, fresh):
         used.close()
@@ -668,7 +668,7 @@ def test_augmentation_crops_and_flips_as_the_slow_one(images):
 
 def test_augmented_batches_hold_every_crop_and_flip(images):
     choices = np.array(list(itertools.product(range(9), range(9), (False, True))))
-    variants = {}  # of every image, by the bytes of the result
+    variants = {}  # from (index, bytes of the result) to the choice
     for index, image in enumerate(images.image):
         results = slow_crop_and_flip([image] * len(choices), *choices.T)
         for choice, result in zip(choices, results, strict=True):
@@ -686,7 +686,7 @@ def test_augmented_batches_hold_every_crop_and_flip(images):
         expected = 1000 / len(values)
         for value in values:
             assert abs(counts[value] - expected) < 5 * np.sqrt(expected)
-    assert len(seen) > 150  # of 162: the three choices are independent
+    assert len(seen) > 150  # of 162 choices: crop and flip are independent
 
 
 @pytest.mark.parametrize("batch_size", [16, 50, 64, 1])

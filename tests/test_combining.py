@@ -1,4 +1,4 @@
-"""Any perturbation in any variant that takes one; any base, or several, behind them."""
+"""Any perturbation works in any variant that takes one, with any base or several bases."""
 
 import inspect
 
@@ -89,14 +89,15 @@ def test_any_perturbation_in_any_variant(taker):
     batch = problem.batch_at(data, 0)
     for i, (name, perturbation) in enumerate(PERTURBATIONS.items()):
         if taker != "sam" and (i - list(TAKERS).index(taker)) % 3:
-            continue  # SAM takes all of them, the others a third each
+            # SAM is tested with all perturbations, the others with a third of them each.
+            continue
         tx = TAKERS[taker](perturbation)
         state = tx.init(params)
         after = jax.eval_shape(problem.make_step(tx), params, state, batch)
         chex.assert_trees_all_equal_shapes_and_dtypes(after, (params, state), custom_message=name)
 
 
-# Which climb the gradient of the whole batch on their first step.
+# Variants that climb the gradient of the whole batch on their first step.
 WHOLE = [
     *("sam", "gsam", "coupled_wsam", "wsam", "stable_sam", "usam", "friendly_sam", "adasam"),
     "looksam",
@@ -115,7 +116,7 @@ def test_it_is_the_one_that_was_given(taker):
     assert float(optax.tree.get(state, "perturbation_norm")) == pytest.approx(0.07, rel=1e-4)
 
 
-# Which take the losses themselves, or climb without a closure.
+# Variants that use the losses themselves, or climb without a closure.
 WITHOUT_LOSSES = ("msam", "ksam", "esam", "ausam", "focal_sam", "imbalanced_sam")
 WITHOUT_LOSSES += ("sampa", "momentum_sam")
 
@@ -156,7 +157,7 @@ def test_every_perturbation_climbs_as_it_does_alone():
 
 
 def test_groups_with_bases_of_their_own(float64):
-    """One sharp gradient of all parameters; each group has its own base for its part of it."""
+    """There is one sharp gradient of all parameters; each group's base gets its part of it."""
     labels = {"W1": "body", "b1": "body", "W2": "head", "b2": "head"}
     bases = {"body": optax.sgd(0.1, momentum=0.9), "head": optax.adam(0.01)}
     tx = optax.chain(samx.gsam(0.2), optax.partition(bases, labels))
@@ -186,7 +187,7 @@ def test_groups_with_bases_of_their_own(float64):
 
 
 def test_combinations_of_combinations():
-    """The gap of a micro-batched ASAM, renormalized, on every second step."""
+    """A renormalized surrogate gap around a microbatched ASAM, on every second step."""
     inner = samx.msam(num_microbatches=2, perturbation=PERTURBATIONS["metric_ball"])
     gap = samx.combinations.surrogate_gap(inner, 0.2)
     tx = samx.perturb_if(policies.every(2), samx.combinations.renormalized(gap))

@@ -1,4 +1,4 @@
-"""What every variant promises, whatever its paper: section "The contract" of the README."""
+"""What every variant guarantees: section "The contract" of the README."""
 
 import functools
 
@@ -18,7 +18,7 @@ assert_finite = chex.assert_tree_all_finite
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 MOST_STEPS_BETWEEN = 7  # from one sharp step to the next, in any row
 every_variant = pytest.mark.parametrize("name", VARIANTS)
-# One of each kind: in front of a base, around it, without one; with tables, keys, masks, examples.
+# One row of each kind: chained, wrapping, an optimizer; with tables, keys, masks, examples.
 SIMILAR = ("rst", "gsam", "bisam", "focal_sam", "esam")
 KINDS = [name for name in APART if name not in SIMILAR]
 every_kind = pytest.mark.parametrize("name", KINDS)
@@ -29,7 +29,7 @@ def assert_close(a, b, rtol=1e-5, atol=1e-6):
 
 
 def fresh(dtype=np.float32):
-    """First batch and parameters, in new buffers."""
+    """Return the first batch and the parameters, in new buffers."""
     data, params = problem.make(dtype)
     return problem.batch_at(data, 0), params
 
@@ -40,18 +40,18 @@ def mean_loss_and_grad(params, batch):
 
 
 def signature(tree):
-    """What must not change from step to step, or the program is compiled again."""
+    """Return shapes and dtypes. If they change between steps, the program is compiled again."""
     return jax.tree.map(lambda x: (jnp.shape(x), x.dtype, getattr(x, "weak_type", False)), tree)
 
 
 @functools.cache
 def first_updates(name):
-    """One update of a row, outside jit."""
+    """Take one update of a row, outside `jit`."""
     return updates_of(VARIANTS[name].build(), fresh()[1], fresh()[0])
 
 
 def updates_of(tx, params, batch, state=None, losses_fn=problem.losses_fn, **keywords):
-    """One update as the contract writes it, outside jit."""
+    """Take one update as the contract writes it, outside `jit`."""
 
     def value_fn(p):
         return losses_fn(p, batch).mean()
@@ -161,14 +161,14 @@ def test_map_params(name):
         for old, new in zip(*map(jax.tree.leaves, (state, mapped)), strict=True)
         if old.shape == params["W1"].shape
     ]
-    assert len(shaped) >= (name != "lightsam_norm")  # whose state is two numbers
+    assert len(shaped) >= (name != "lightsam_norm")  # its state is two numbers
     for old, new in shaped:
         assert_close(new, old + 1)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in KINDS])
 def test_every_numeric_hyperparameter_is_read(name):
-    """Of the other rows: without it the program would be another one."""
+    """For rows outside KINDS: the traced program reads every hyperparameter."""
     case, (data, params) = VARIANTS[name], problem.make(np.float32)
     injected = case.build(inject=True)
     state = injected.init(params)
@@ -203,12 +203,12 @@ def test_every_numeric_hyperparameter_is_injected(name):
         halved = hyperparams | {key: hyperparams[key] * np.float32(0.5)}
         changed = optax.tree.set(carry[1], hyperparams=halved)
         moved = go_on(carry[0], changed)
-        # In the state as well: a threshold may decide the same and yet be read.
+        # Compare the state too: another threshold may lead to the same decisions.
         assert distance(moved, unchanged) > 1e-7, key
 
 
 def as_left_by_a_step(tx, params):
-    """The state of `init` in the types of a step: those of hyperparameters are weak before."""
+    """Return the state of `init` with the types after a step; before, hyperparameters are weak."""
 
     def strong(x):
         is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
@@ -218,7 +218,7 @@ def as_left_by_a_step(tx, params):
 
 
 def distance(a, b):
-    """The largest difference of any two numbers."""
+    """Return the largest difference of two finite numbers at the same place."""
     pairs = zip(*map(jax.tree.leaves, (a, b)), strict=True)
     return max(
         float(jnp.max(jnp.abs(x - y), initial=0.0, where=jnp.isfinite(x) & jnp.isfinite(y)))
@@ -273,7 +273,7 @@ def test_masked_parameters_are_refused(name):
         tx.update(holes, tx.init(params), holes, value_fn=lambda p: 0.0)
 
 
-# And rows that divide by something of their own.
+# Also rows that divide by another quantity.
 @pytest.mark.parametrize(
     "name",
     [
@@ -291,7 +291,7 @@ def test_zero_gradient_is_finite(name):
     for _ in range(2):
         carry = step(*carry, batch)
     readings = optax.tree.get(carry[1], "readings")
-    no_loss = readings._replace(sharp_loss=jnp.zeros(()))  # infinite where no sharp one was taken
+    no_loss = readings._replace(sharp_loss=jnp.zeros(()))  # infinite if no step was sharp
     state = optax.tree.set(carry[1], readings=no_loss)
     assert_finite((carry[0], problem.as_numbers(state)))
     assert_close(carry[0], params, atol=0, rtol=0)
@@ -314,7 +314,7 @@ def test_integer_parameters_are_left_alone(name):
     with_flag = with_table | {"flag": jnp.array(True)}
 
     def losses_fn(params, batch):
-        return problem.losses_fn(params, batch) * params["table"].sum()  # 3
+        return problem.losses_fn(params, batch) * params["table"].sum()  # times 3
 
     grads = jax.grad(lambda p: losses_fn(p, batch).mean(), allow_int=True)(with_table)
     updates, _ = tx.update(
@@ -342,7 +342,7 @@ def test_integer_parameters_are_left_alone(name):
 def test_skip_nonfinite_skips_a_broken_batch_and_recovers(name):
     inner, (batch, params) = VARIANTS[name].build(), fresh()
     tx = samx.skip_nonfinite(inner)
-    broken = batch | {"x": batch["x"].at[2:4, 2].set(jnp.nan)}  # one group of a selection
+    broken = batch | {"x": batch["x"].at[2:4, 2].set(jnp.nan)}  # examples of one group
     step = jax.jit(problem.make_step(tx))
     before = step(params, tx.init(params), batch)
     after = step(*before, broken)
@@ -363,7 +363,7 @@ def test_skip_nonfinite_sees_the_sharp_pass_alone(name):
     carry = whole(params, tx.init(params), batch)
 
     def cliff(start, p, batch):
-        """Finite exactly at the parameters: any perturbation falls off."""
+        """Losses that are finite only at `start`; after any perturbation they are NaN."""
         is_moved = sum(jnp.sum(jnp.abs(p[k] - start[k])) for k in p) > 0
         return jnp.where(is_moved, jnp.nan, 1.0) * problem.losses_fn(p, batch)
 
@@ -375,7 +375,7 @@ def test_skip_nonfinite_sees_the_sharp_pass_alone(name):
         after = over_the_cliff(*carry)
         if after[1].skipped_steps:
             break
-        carry = after  # a policy left the sharp pass out
+        carry = after  # a policy skipped the sharp pass
     assert_close(after[0], carry[0], atol=0, rtol=0)
     assert int(after[1].skipped_steps) == 1
     recovered = whole(*after, batch)
@@ -513,14 +513,14 @@ def test_a_step_is_differentiable_in_the_radius(name):
 
 @every_kind
 def test_line_search_as_base(name):
-    """The base gets `value`, `grad` and a scalar `value_fn`, and nothing of samx's own."""
+    """The base gets `value`, `grad` and a scalar `value_fn`, but none of samx's own keywords."""
     case, (batch, params) = VARIANTS[name], fresh()
     search = optax.chain(
         optax.sgd(1.0, momentum=0.9),
         optax.scale_by_backtracking_linesearch(max_backtracking_steps=5),
     )
     if case.shape == "optimizer":
-        return  # which has no base
+        return  # it has no base
     if case.shape == "wraps":
         tx = case.build(search)
     else:

@@ -16,9 +16,9 @@ WIDTH, BATCH_SIZE = 256, 256
 
 
 class Counter:
-    """Counts the forward and backward passes through a loss, vectorized ones one by one.
+    """Count the forward and backward passes through a loss. Vectorized passes count one by one.
 
-    A pass over some of the examples counts for so much less.
+    A pass over some of the examples counts as that share of a pass.
     """
 
     def __init__(self):
@@ -28,7 +28,7 @@ class Counter:
         self.passes[direction] += share
 
     def watch(self, losses):
-        """The mean of the losses, with a callback in each direction."""
+        """Return the mean of the losses, with a callback in each direction."""
         share = len(losses) / problem.BATCH_SIZE
 
         @jax.custom_vjp
@@ -41,7 +41,8 @@ class Counter:
 
         def backward(loss, cotangent):
             add = functools.partial(self._add, "backward", share)
-            jax.debug.callback(add, cotangent + 0 * loss)  # once for each loss of a vector
+            # `0 * loss` makes `vmap` call back once for each loss of a vector.
+            jax.debug.callback(add, cotangent + 0 * loss)
             return (cotangent,)
 
         watched.defvjp(forward, backward)
@@ -49,7 +50,7 @@ class Counter:
 
 
 def count_passes(tx, steps):
-    """The passes inside each `update`, and the state after it."""
+    """Count the passes inside each `update`; also return the state after it."""
     data, params = problem.make("float32")
     counter = Counter()
 
@@ -79,7 +80,7 @@ OWN_PASSES = ("two ascent steps", "ksam", "look_layer_sam", "imbalanced_sam", "a
 
 @pytest.mark.parametrize("name", [*APART, *OWN_PASSES])
 def test_passes_inside_update(name, fast_compilation):
-    """What they add up to is in the readings: the contract's suite."""
+    """Their sum is in the readings, as `test_contract.py` checks."""
     case = VARIANTS[name]
     forward, backward = case.passes
     for t, (passes, state) in enumerate(count_passes(case.build(), 5)):
@@ -90,7 +91,7 @@ def test_passes_inside_update(name, fast_compilation):
 
 
 def extra_gradients(tx, steps):
-    """The gradients inside each `update`, counted while it runs."""
+    """Count the gradients inside each `update` while it runs."""
     return [passes["backward"] for passes, _ in count_passes(tx, steps)]
 
 
@@ -133,7 +134,7 @@ def test_vsam_takes_exactly_its_quota_in_every_window():
 
 
 def wide_problem():
-    """A dense network where the products are all that counts."""
+    """A dense network in which matrix products dominate the cost."""
     keys = jax.random.split(jax.random.key(0), 3)
     params = {
         "W1": jax.random.normal(keys[0], (WIDTH, WIDTH)) / 16,
@@ -150,7 +151,7 @@ def wide_losses(params, batch):
 
 
 def build(name, base, batch):
-    """A row for this problem: K-SAM on half of its batches, like the others that select."""
+    """Build a row for this problem; K-SAM selects half of its batch, like similar rows."""
     changes = {
         "ksam": {"num_selected": len(batch["y"]) // 2},
         "mup_sam": {"scales": {"W1": 4.0, "W2": 1.0, "W3": 0.25}},
@@ -160,7 +161,7 @@ def build(name, base, batch):
 
 @functools.cache
 def compiled(name, with_gradient=True, donate=False):
-    """The whole step of a variant, of its base ("plain"), or one pass ("gradient", "forward")."""
+    """Compile the step of a variant or its base ("plain"), or one pass ("gradient", "forward")."""
     params, batch = wide_problem()
 
     def gradient(params, batch):
@@ -192,14 +193,14 @@ def flops(program):
 
 
 def flops_of(name):
-    """Flops of the passes that a sharp step is made of."""
+    """Flops of all passes of a sharp step."""
     forward, backward = VARIANTS[name].passes
     alone = (forward - backward) * flops(compiled("forward"))
     gradients = backward + VARIANTS[name].uses_gradient + VARIANTS[name].curvature
     return alone + gradients * flops(compiled("gradient"))
 
 
-# A loop's body is counted once, however often it runs; of a branch only the dearer side is.
+# XLA counts a loop's body once, however often it runs, and of a branch the more expensive side.
 GATED = [name for name in VARIANTS if VARIANTS[name].is_gated]
 MASKS = ["fisher_sparse_sam", "dynamic_sparse_sam"]
 BRANCHES = [*GATED, *MASKS, "ausam", "sl_sam"]
@@ -222,7 +223,7 @@ def test_an_ignored_gradient_costs_nothing(name):
 
 @pytest.mark.parametrize("name", ["rst", "ae_sam", "looksam", "vsam"])
 def test_each_side_of_a_branch_alone(name, monkeypatch):
-    """A skipped step is one gradient, a sharp one two; and the compiler counts the dearer side."""
+    """A skipped step costs one gradient, a sharp step two; XLA counts the more expensive side."""
     gradient = flops(compiled("gradient"))
     assert flops(compiled(name)) / gradient == pytest.approx(2, rel=0.02)
     for side, gradients in ((0, 2), (1, 1)):
@@ -232,7 +233,7 @@ def test_each_side_of_a_branch_alone(name, monkeypatch):
 
 
 def on_branch(name, branch, monkeypatch):
-    """The program in which only one branch is left."""
+    """Compile the program with only one of its branches."""
     monkeypatch.setattr(jax.lax, "cond", lambda _, *sides: sides[branch]())
     monkeypatch.setattr(jax.lax, "switch", lambda _, branches: branches[branch]())
     return compiled.__wrapped__(name)
@@ -247,7 +248,7 @@ def test_ausam_takes_half_of_both_gradients_behind_its_warm_up(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_costs_nothing_but_where_it_is_made(name, monkeypatch):
-    """Nor does it save anything: both passes need all parameters."""
+    """A mask does not save anything either: both passes need all parameters."""
     sam = flops(compiled("sam"))
     assert flops(compiled(name)) > 1.03 * sam
     assert flops(on_branch(name, 1, monkeypatch)) == pytest.approx(sam, rel=0.005)
@@ -264,7 +265,7 @@ def test_esam_on_the_whole_batch_takes_no_forward_pass_more():
 
 @pytest.mark.parametrize(("how", "times"), [("vmap", 1), ("scan", 4)])
 def test_msam_takes_both_gradients_of_every_example_once(how, times):
-    """In a loop the body is counted once: one of four microbatches."""
+    """XLA counts the body of a loop once: one of four microbatches."""
     params, batch = wide_problem()
     tx = optax.chain(samx.msam(0.05, 4, how=how), optax.sgd(0.1, momentum=0.9))
 
@@ -278,7 +279,7 @@ def test_msam_takes_both_gradients_of_every_example_once(how, times):
 
 
 def test_msam_in_a_loop_needs_the_memory_of_one_microbatch():
-    """Small layers and many examples: what is held is activations."""
+    """Small layers and many examples: activations take most of the memory."""
     params, batch = deep_problem()
     batch = jax.tree.map(lambda x: jnp.concatenate([x] * 8), batch)
 
@@ -295,7 +296,7 @@ def test_msam_in_a_loop_needs_the_memory_of_one_microbatch():
 
 
 def deep_problem():
-    """Eight equal layers, of which a group has two."""
+    """Eight equal layers; a group has two of them."""
     keys = jax.random.split(jax.random.key(0), 8)
     params = {f"layer{i}": jax.random.normal(key, (64, 64)) / 8 for i, key in enumerate(keys)}
     return params, {"x": jnp.ones((256, 64)), "y": jnp.zeros(256, jnp.int32)}
@@ -335,17 +336,18 @@ def test_a_quarter_of_the_layers_costs_less_work_and_less_memory(monkeypatch):
         branches.append(flops(alone) / flops(sam))
         assert peak(alone) < peak(sam)
     assert sum(branches) / 4 <= 0.75
-    assert branches == sorted(branches, reverse=True)  # what lies behind an early layer is long
+    assert branches == sorted(branches, reverse=True)  # early layers need a longer backward pass
     assert flops(whole) / flops(sam) == pytest.approx(max(branches), rel=0.02)
 
 
-# What each holds above its base, in copies of the parameters.
+# The state of each row beyond the state of its base, in copies of the parameters.
 HELD = {name: 1 for name in ("looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam")}
 HELD |= {"async_sam": 1, "lsam": 1}
-HELD |= {"friendly_sam": 1, "fisher_sparse_sam": 1 / 4, "dynamic_sparse_sam": 1 / 4}  # a byte each
-# These have no base, whose momentum is one copy.
+# A mask has one byte per entry.
+HELD |= {"friendly_sam": 1, "fisher_sparse_sam": 1 / 4, "dynamic_sparse_sam": 1 / 4}
+# These have no base; they are compared with a base whose momentum is one copy.
 HELD |= {"lightsam_norm": -1, "lightsam_adagrad": 1, "lightsam_adam": 3, "adasam": 2}
-WITH_TABLES = ("sampa", "sampa, separate", "ausam")  # of examples
+WITH_TABLES = ("sampa", "sampa, separate", "ausam")  # they hold examples or a table of them
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name not in WITH_TABLES])
@@ -377,7 +379,7 @@ def test_memory_is_some_copies_of_the_parameters_above_the_plain_step(name, copi
 
 
 def test_unread_readings_leave_the_hand_written_step():
-    """With the readings dropped, the compiler is left with SAM as one would write it by hand."""
+    """If the readings are dropped, the compiled step costs the same as SAM written by hand."""
     params, batch = wide_problem()
     base = optax.sgd(0.1, momentum=0.9)
     tx = optax.chain(samx.sam(0.05), base)

@@ -1,4 +1,4 @@
-"""The documentation is true: README code runs, every public name is explained and listed."""
+"""The documentation is correct: README code runs, public names are documented and listed."""
 
 import inspect
 import re
@@ -89,7 +89,7 @@ def test_readme_python_blocks():
 
 
 def test_readme_bash_blocks():
-    """One line each: the first runs the main job, the second these tests."""
+    """The first two commands are one line each: the main example, and these tests."""
     commands = [code.strip() for language, code in BLOCKS if language == "bash"]
     assert all("\n" not in command for command in commands[:2])
     assert "examples/digits.py" in commands[0]
@@ -112,7 +112,7 @@ def test_readme_links():
 
 
 def test_the_core_needs_jax_and_optax_only():
-    """Flax, chex and whatever else the examples use must not be imported by `import samx`."""
+    """`import samx` must not import Flax, chex or other packages that only the examples use."""
     code = (
         "import jax, optax, sys; before = set(sys.modules); import samx; "
         "print({m.split('.')[0] for m in set(sys.modules) - before})"

@@ -60,7 +60,7 @@ def make_worker(tx, step, num_workers):
 
 
 def simulated(tx, rule, order, num_rounds=ROUNDS):
-    """Center and workers after every round of the order."""
+    """Return the center and the workers after every round of `order`."""
     num_workers = max(order) + 1
     make = make_worker(tx, jax.jit(make_step(tx), donate_argnums=(0, 1)), num_workers)
     workers = [make(i) for i in range(num_workers)]
@@ -73,7 +73,7 @@ def simulated(tx, rule, order, num_rounds=ROUNDS):
     return history
 
 
-# --- The very steps of the authors' code ---
+# --- Recorded runs of the authors' code ---
 
 RECORDED = {
     "lsam_INFERRED__sgd_p2_tau4_a0.45_rho0.05": sharp,
@@ -97,7 +97,7 @@ def test_recorded_runs(name):
 
 
 class Eamsgd:
-    """The loop of the authors' file, with a velocity that never sees the pull."""
+    """The loop of the authors' file; the pull does not enter the velocity."""
 
     def __init__(self, num_workers, weight, period, rho=0.0, momentum=0.0, decay=0.0, lr=0.1):
         self.data, self.z = problem.make()
@@ -163,7 +163,7 @@ def test_unseen_runs_equal_an_independent_loop(name):
 
 
 def test_leaders_are_pulled_at():
-    """As elastic averaging, with one more pull: to whoever had the smallest losses."""
+    """Elastic averaging with one more pull, to the worker with the smallest losses."""
     rule = elastic.Rule(beta=0.6, period=2, leader=0.25)
     tx, leader, losses = optax.sgd(0.1), None, {}
     (center, locals_), loop = simulated(tx, rule, [0, 1], 6)[-1], Eamsgd(2, 0.3, 2)
@@ -188,7 +188,7 @@ def test_leaders_are_pulled_at():
 
 
 def alone(tx, steps):
-    """The trajectory of one optimizer on the stream of a single worker."""
+    """Train one optimizer on the stream of a single worker; return its last parameters."""
     data, params = problem.make()
     state, step = tx.init(params), jax.jit(make_step(tx))
     for t in range(steps):
@@ -224,11 +224,11 @@ def test_integers_stay_with_the_worker():
 
 
 def test_gaussian_smoothing_begins_around_the_center():
-    """Without deviation and with one worker: its steps, α of them, from the center on."""
+    """With deviation 0 and one worker, the center moves by α times the worker's steps."""
     rule = elastic.Rule(beta=0.5, period=2, smoothing="gaussian")
     center, _ = simulated(optax.sgd(0.1), rule, [0], 5)[-1]
     data, z = problem.make()
-    for t in range(0, 4, 2):  # the last exchange was that of step 4
+    for t in range(0, 4, 2):  # the last exchange is at step 4
         w = z
         for s in (t, t + 1):
             g = gradient(w, problem.batch_at(data, s))
@@ -251,7 +251,7 @@ def test_gaussian_smoothing_has_its_deviation():
 
 
 def synchronous(regime, tx, num_workers, steps=ROUNDS):
-    """`tx` around workers along a mapped axis; center and workers at the end."""
+    """Run `tx` with workers along a mapped axis; return the center and the workers at the end."""
     data, params = problem.make()
     step = without_loss(make_step(tx))
     params = jax.tree.map(lambda x: jnp.stack([x] * num_workers), params)
@@ -286,7 +286,7 @@ def on_mesh(step, mesh, check_vma):
 
 
 def synchronous_loop(num_workers, beta, period, rho, momentum, exchange, steps=ROUNDS):
-    """All workers at once; "after" as in Leader SGD's code: first the mean, then both pulls."""
+    """All workers exchange at once; "after" as in Leader SGD: first the mean, then both pulls."""
     data, z = problem.make()
     z = {k: np.asarray(x) for k, x in z.items()}
     w = [dict(z) for _ in range(num_workers)]
@@ -336,7 +336,7 @@ def test_synchronous_form(regime, exchange, num_workers, rho):
 
 
 def test_synchronous_form_beside_an_axis_of_data():
-    """Two workers of four devices each, the examples of a worker's batch over its devices."""
+    """Two workers of four devices each; a worker's batch is split over its devices."""
     tx = samx.lsam(optax.sgd(0.1), 0.1, period=2, worker_axis="worker")
     expected = synchronous("vmap", tx, 2)
     data, params = problem.make()
@@ -359,7 +359,7 @@ def test_synchronous_form_beside_an_axis_of_data():
 
 
 def test_synchronous_form_sends_nothing_between_exchanges():
-    """The all-reduce is inside a branch, and there is no other."""
+    """Every all-reduce is inside a branch."""
     tx = samx.lsam(optax.sgd(0.1), 0.1, worker_axis="worker")
     data, params = problem.make()
     mesh = regimes.mesh_of((2,), ("worker",))
@@ -375,7 +375,7 @@ def test_synchronous_form_sends_nothing_between_exchanges():
 
 
 def test_one_worker_with_a_center():
-    """Without an axis: beta is the center's own pull."""
+    """Without a worker axis, `beta` is the pull of the center."""
     tx = samx.lsam(optax.sgd(0.1), 0.05, beta=0.5, period=2)
     state = problem.train(tx, 4)
     center, (params,) = simulated(sharp(), elastic.Rule(beta=0.5, period=2), [0], 4)[-1]
@@ -384,7 +384,7 @@ def test_one_worker_with_a_center():
 
 
 def test_nesterov_takes_the_gradient_ahead():
-    """With the parameters that optax keeps: those ahead."""
+    """optax keeps the look-ahead parameters w + 0.9 v; both take the same steps."""
     ahead = problem.train(optax.sgd(0.1, momentum=0.9, nesterov=True), 6)
     tx = elastic.nesterov(optax.sgd(0.1), 0.9)
     data, params = problem.make()
@@ -408,18 +408,18 @@ def test_a_slow_worker_holds_nobody_up():
     seconds = [1.0, 1.0, 1.0, 4.0]
     own_speeds = sum(1 / s for s in seconds)
     assert gradients_per_second(seconds, latency=0.2) >= 0.98 * own_speeds
-    assert len(seconds) / max(seconds) <= 0.31 * own_speeds  # all at the pace of the slowest
+    assert len(seconds) / max(seconds) <= 0.31 * own_speeds  # if all waited for the slowest
 
 
 def test_a_slow_center_does():
-    """Replies that take longer than a step are waited for, once every period."""
+    """Workers wait for replies that take longer than a step, once per period."""
     assert gradients_per_second([1.0] * 2, latency=1.5) == pytest.approx(2 * 4 / 6, rel=0.02)
     waiting = gradients_per_second([1.0] * 2, latency=0.5, overlap=False)
     assert waiting == pytest.approx(2 * 4 / 5, rel=0.02)
 
 
 def staleness(events):
-    """As counted from the exchanges alone."""
+    """Compute the staleness from the exchanges alone."""
     last, version, found = {}, 0, []
     for event in events:
         if event.kind == "join":
@@ -455,7 +455,7 @@ def test_workers_die_join_and_lose_messages():
     assert not any(2.5 < e.time < 6.0 for e in of[0])
     assert of[2][0].time == 4.5
     exchanged = [round(e.time, 1) for e in of[1] if e.kind == "exchange"]
-    assert exchanged[:3] == [0.1, 4.1, 6.1]  # that of 2.1 was lost
+    assert exchanged[:3] == [0.1, 4.1, 6.1]  # the exchange at 2.1 was lost
     assert sum(e.kind == "exchange" for e in events) == 12
     staleness(events)
 
@@ -464,7 +464,7 @@ def test_workers_die_join_and_lose_messages():
     simulation = elastic.Simulation([make(i) for i in range(3)], problem.make()[1], rule)
     for event in events:
         simulation.apply(event)
-        if event.kind == "join":  # at the center, whatever it had before
+        if event.kind == "join":  # it starts at the center, in any case
             chex.assert_trees_all_equal(simulation.workers[event.worker].params, simulation.center)
     assert simulation.exchanges == 12
     assert loss_of(simulation.center) < 0.8 * loss_of(problem.make()[1])
@@ -476,7 +476,7 @@ def loss_of(params):
 
 @pytest.mark.parametrize("num_workers", [2, 5])
 def test_the_bound_lets_somebody_go_on_always(num_workers):
-    """Any order of those who may go: nobody is ever behind more than the bound."""
+    """In any allowed order, some worker may go on, and no worker is staler than the bound."""
     rng = np.random.default_rng(0)
     for bound in (num_workers - 1, num_workers, 3 * num_workers):
         last = dict.fromkeys(range(num_workers), 0)
@@ -504,10 +504,10 @@ def train(tx, rule, num_exchanges, num_workers=2, make=None, **keywords):
 
 
 def test_threads_take_the_steps_of_the_simulation():
-    """With one worker the order is known."""
+    """With one worker, the order of the events is known."""
     rule = elastic.Rule(beta=0.5, period=3)
     trained = train(sharp(), rule, 5, num_workers=1)
-    history = simulated(sharp(), rule, [0], 13)  # the fifth exchange begins the 13th step
+    history = simulated(sharp(), rule, [0], 13)  # the fifth exchange starts step 13
     chex.assert_trees_all_close(trained.params, history[-1][0], rtol=0, atol=1e-12)
     assert jax.tree.leaves(trained.params)[0].dtype == np.float64  # as in the caller's thread
     assert trained.progress.workers[0].exchanges == 5
@@ -573,13 +573,13 @@ def test_threads_are_exact_in_number_and_learn():
     progress = trained.progress
     assert progress.exchanges == sum(worker.exchanges for worker in progress.workers) == 60
     assert all(worker.exchanges > 0 and worker.status == "done" for worker in progress.workers)
-    assert len({worker.place for worker in progress.workers}) == 3  # a device for each
+    assert len({worker.place for worker in progress.workers}) == 3  # one device per worker
     assert [p.exchanges for p in seen] == sorted(p.exchanges for p in seen)
     assert loss_of(trained.params) < 0.5 * loss_of(problem.make()[1])
 
 
 def slowed(make, seconds, spent=None):
-    """Workers whose steps take so long; when they began and ended goes into `spent`."""
+    """Slow down the steps of the workers; their start and end times go into `spent`."""
 
     def make_slow(i):
         worker = make(i)
@@ -598,16 +598,16 @@ def slowed(make, seconds, spent=None):
 
 
 def test_in_threads_a_slow_worker_holds_nobody_up():
-    """Workers spend their time on steps, not on waiting: 0.9 of the sum of their own speeds."""
+    """Workers compute instead of waiting: they reach 0.9 of the sum of their own speeds."""
     tx, spent = sharp(), [[], [], []]
     make = slowed(make_worker(tx, jax.jit(make_step(tx)), 3), [0.1, 0.1, 0.4], spent)
     progress = train(tx, elastic.Rule(), 20, num_workers=3, make=make).progress
     own_speeds, speeds = [], []
-    for times in (np.array(t[1:]) for t in spent):  # the first was to compile
+    for times in (np.array(t[1:]) for t in spent):  # the first step was to compile
         own_speeds.append(1 / np.median(times[:, 1] - times[:, 0]))
         speeds.append(len(times) / (times[-1, 1] - times[0, 0]))
     assert sum(speeds) >= 0.9 * sum(own_speeds)
-    assert 3 * min(own_speeds) <= 0.55 * sum(own_speeds)  # all at the pace of the slowest
+    assert 3 * min(own_speeds) <= 0.55 * sum(own_speeds)  # if all waited for the slowest
     by_fast, _, by_slow = (worker.exchanges for worker in progress.workers)
     assert by_fast >= 3 * by_slow
 
@@ -653,7 +653,7 @@ def test_nobody_waits_for_the_dead():
 
 
 def failing(make, index, after, times=1):
-    """One worker raises in its local step number `after`, so many times."""
+    """Make worker `index` raise in its local step `after`, at most `times` times."""
     left = itertools.count(times, -1)
 
     def make_failing(i):
@@ -699,7 +699,8 @@ def test_a_worker_is_started_again_from_the_center():
     again = trained.progress.workers[1]
     assert (again.status, again.restarts) == ("done", 1)
     assert trained.progress.exchanges == 60
-    assert (1, 4) in started  # behind its second exchange, as step 5 was the warm-up's and 0 to 3
+    # It resumes at step 4, after two exchanges: calls 0 to 4 were the warm-up and steps 0 to 3.
+    assert (1, 4) in started
 
 
 def test_when_all_workers_die_the_last_ones_error_is_raised_and_the_center_saved():
@@ -723,7 +724,7 @@ def test_a_run_goes_on_from_its_checkpoint():
 
     rest = train(tx, rule, 12, num_workers=1, make=make_seen, resume=saved[-1])
     assert rest.progress.exchanges == 12
-    assert seen == [0, 12]  # a warm-up, and on from the twelfth step
+    assert seen == [0, 12]  # a warm-up, then on from step 12
     expected = Eamsgd(1, 0.5, 2, rho=0.05)
     expected.z = {k: np.asarray(x) for k, x in saved[-1].params.items()}
     expected.w, expected.n = [dict(expected.z)], [12]
@@ -733,7 +734,7 @@ def test_a_run_goes_on_from_its_checkpoint():
 
 
 def test_ctrl_c_saves_the_center_and_ends_the_workers():
-    """Also where an exception would be lost."""
+    """This holds even if the KeyboardInterrupt is swallowed."""
     saved, handler = [], signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt(progress):
@@ -767,7 +768,7 @@ def test_streams_may_end():
         return worker._replace(batches=lambda n: itertools.islice(worker.batches(n), 10))
 
     trained = train(tx, elastic.Rule(period=2), 1000, make=make_short)
-    assert trained.progress.exchanges == 10  # of the ten steps of each, every second
+    assert trained.progress.exchanges == 10  # two workers, every second of ten steps
     assert {worker.status for worker in trained.progress.workers} == {"done"}
 
 

@@ -479,7 +479,7 @@ def sampa():
     return samx.sampa(SGD, batch_like=BATCH)
 
 
-# SAMPa takes its gradients from losses_fn: what value_fn returns does not concern it.
+# SAMPa takes its gradients from `losses_fn`, so a wrong `value_fn` does not matter to it.
 BAD_UPDATES = [(samx.sam, name) for name in UPDATES]
 BAD_UPDATES += [
     (make, name)

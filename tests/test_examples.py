@@ -1,4 +1,4 @@
-"""Every example runs, writes what it says, and refuses nonsense before it does anything."""
+"""Every example runs, writes what it promises, and rejects bad input before it starts."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def test_digits_runs_variants_of_every_kind(in_empty_folder, capsys, fast_compil
     for result in results:
         variant, times = digits.ROWS[result["row"]]
         steps = times * digits.STEPS_PER_EPOCH
-        if variant == "ae-sam":  # as its runs decide
+        if variant == "ae-sam":  # its runs decide how many
             assert steps < result["gradients"] < 2 * steps
         else:
             assert result["gradients"] == steps * VARIANTS[variant].gradients
@@ -62,7 +62,7 @@ def test_digits_runs_variants_of_every_kind(in_empty_folder, capsys, fast_compil
 
 @pytest.mark.parametrize("gradients", [1.0, 1.2, 2.0])
 def test_digits_times_sharp_and_plain_steps_by_their_share(gradients, monkeypatch):
-    """A clock on which a plain step takes 1 s and a sharp one, the third of every three, 11 s."""
+    """On a fake clock, a plain step takes 1 s; every third step is sharp and takes 11 s."""
     ticks = iter(np.cumsum([0.0, *([1.0, 0.0] * 2 + [11.0, 0.0]) * digits.TIMED_STEPS]))
     monkeypatch.setattr(digits.time, "perf_counter", lambda: next(ticks))
     trainer = digits.Trainer(
@@ -260,7 +260,7 @@ def test_parallel_cost_counts_what_the_formulas_say(in_empty_folder, capsys):
     for result in results:
         wanted, found = result["formula"], result["counted"]
         assert found["sent"] == pytest.approx(wanted["sent"], rel=1e-4)
-        assert found["flops"] == pytest.approx(wanted["flops"], rel=0.06)  # O(P) work is on top
+        assert found["flops"] == pytest.approx(wanted["flops"], rel=0.06)  # plus O(P) work
         assert found["state"] == pytest.approx(wanted["state"], rel=1e-3)
         assert found["temporary"] == pytest.approx(wanted["temporary"], rel=0.1)
     assert (in_empty_folder / "cost" / "parallel_cost.png").stat().st_size > 10_000
@@ -273,7 +273,7 @@ def test_parallel_cost_counts_what_the_formulas_say(in_empty_folder, capsys):
 
 
 def test_communicated_bytes_reads_every_operation():
-    """All kinds of collectives of a known size, and none within groups of one device."""
+    """It reads every kind of collective of a known size, and ignores groups of one device."""
     mesh = jax.make_mesh((2, 1), ("a", "one"))
     x = jax.device_put(jnp.ones((4, 8)), NamedSharding(mesh, P("a")))
     kinds = {

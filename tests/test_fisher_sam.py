@@ -1,4 +1,4 @@
-"""Fisher SAM's ball: its metric, its radius on a schedule, and no gradient at all."""
+"""Fisher SAM's ball: its metric, its radius schedule, and a zero gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ ETA = 4.0
 
 
 def perturbation_of(tx, state, g):
-    """The perturbation of a step, from a loss whose gradient tells where it was taken."""
+    """Return the perturbation of a step; the gradient of this loss is the point itself."""
     g_s, state = tx.update(g, state, jnp.zeros_like(g), value_fn=lambda w: 0.5 * w @ w)
     return g_s, state
 

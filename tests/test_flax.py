@@ -1,4 +1,4 @@
-"""Flax loops take the steps of loops written by hand, and move the model once per step."""
+"""Flax loops take the steps of loops written by hand, and update the model once per step."""
 
 import functools
 import pickle
@@ -74,8 +74,8 @@ def linen_variables():
     return in_float64(Linen().init(keys, batches(1)[0]["x"]))
 
 
-# ---- By hand: `(params, memory, t, batch) -> (loss, gradient, memory)`, where `memory` is what a
-# pass moves, its first entry the BatchNorm statistics.
+# ---- By hand: `(params, memory, t, batch) -> (loss, gradient, memory)`. A pass updates `memory`,
+# whose first entry holds the BatchNorm statistics.
 
 
 def key_of_device(key):
@@ -139,7 +139,7 @@ def add(x, y, scale=1.0):
 
 
 def by_hand(name, one_pass, params, memory, batches):
-    """`(params, statistics, loss)` after every step of SGD with momentum 0.9."""
+    """Return `(params, statistics, loss)` after every step of SGD with momentum 0.9."""
     buffer = g_y = jax.tree.map(np.zeros_like, params)
     previous, history = batches[0], []
     for t, batch in enumerate(batches):
@@ -291,7 +291,7 @@ def test_losses_parameters_and_statistics_are_those_of_a_loop_by_hand(api, name)
     [("ausam", {"fraction": 1.0, "num_groups": 1}), ("sl_sam", {"groups": 1})],
 )
 def test_on_everything_they_keep_what_sam_is_given(api, name, changes):
-    """Statistics included, which these two take from their own clean pass."""
+    """They equal SAM, including the statistics, which they take from their own clean pass."""
     step, state, read = TRAININGS[api](variant(name, **changes), batches(1)[0])
     assert_same(run(jax.jit(step), state, read, batches()), samx_run(api, "sam"))
 
@@ -312,14 +312,14 @@ def test_statistics_are_those_of_plain_training_at_the_same_parameters(api):
 
 
 def by_path(tree):
-    """The layout of a state: the examples that SAMPa holds are spread over the devices."""
+    """Return the specs of a state: the examples that SAMPa holds are sharded over the devices."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: P("data") if "previous" in jax.tree_util.keystr(path) else P(), tree
     )
 
 
 def run_mapped(training, regime, build, **model):
-    """A run of the training under one regime, on 8 devices; replicas are checked."""
+    """Run the training in one regime on 8 devices, and check the replicas."""
     is_mapped = regime != "jit"
     data = batches(4)
     like = data[0] if regime != "pmap" else jax.tree.map(lambda x: x[:2], data[0])
@@ -375,7 +375,7 @@ def test_under_jit_statistics_and_masks_are_those_of_the_whole_batch(api, name):
 
 @functools.cache
 def mapped_hand_run(api, name):
-    """Statistics of each device, and in linen masks; then the means of all that a pass returns."""
+    """Each device has its own statistics and, in linen, masks; results of a pass are averaged."""
     one_pass, params, memory = PASSES[api](0.5, is_mapped=True)
     mesh = regimes.mesh_of()
 
@@ -400,11 +400,11 @@ def test_statistics_and_masks_of_each_device(regime, api, name):
     assert_same(history, mapped_hand_run(api, name))
 
 
-# ---- Masks: where the loss is linear in the parameters, a gradient is the mask.
+# ---- Masks: if the loss is linear in the parameters, its gradient is the mask.
 
 
 def keep():
-    """Its state is the gradient that went through."""
+    """A transformation whose state is the last gradient that it saw."""
     return optax.GradientTransformation(lambda params: params, lambda g, state, params=None: (g, g))
 
 
@@ -472,7 +472,7 @@ PLACES = {
 
 @functools.cache
 def masks_seen(api, masks, place):
-    """The masks of a pass of the caller's own, of the clean and of the sharp pass: [3 steps, 3]."""
+    """Return the masks of the caller's pass, the clean pass and the sharp pass: [3 steps, 3]."""
     wrap, compiled = PLACES[place]
     tx = wrap(optax.chain(keep(), samx.sam(0.1), keep(), optax.sgd(0.1)))
     step, state = {"linen": masked_linen, "nnx": masked_nnx}[api](tx, masks)
@@ -539,7 +539,7 @@ def test_linen_keys_differ_between_names_and_steps():
     state = linen_training(variant("sam"), batches(1)[0])[1]
     keys = [state.replace(step=t).rngs("dropout", "noise") for t in range(3)]
     assert len({str(jax.random.key_data(key)) for step in keys for key in step.values()}) == 6
-    assert state.rngs("noise")["noise"] == keys[0]["noise"]  # alone or beside others
+    assert state.rngs("noise")["noise"] == keys[0]["noise"]  # the same alone or with other names
     with pytest.raises(ValueError, match="the state has no `key`"):
         state.replace(key=None).rngs("dropout")
 
@@ -554,11 +554,11 @@ def test_masks_must_be_same_or_fresh():
             wrong()
 
 
-# ---- The model moves once per step.
+# ---- The model is updated once per step.
 
 
 def test_update_leaves_the_live_nnx_model_alone():
-    """Outside of jit, where a pass could reach it."""
+    """Outside `jit`, where a pass could change the model."""
     rngs, x = nnx.Rngs(0), jnp.arange(4, dtype=jnp.float32)
     model = nnx.Sequential(nnx.BatchNorm(1, rngs=rngs), nnx.Dropout(0.5, rngs=rngs))
     optimizer = nnx.Optimizer(model, optax.chain(samx.sam(0.1), optax.sgd(0.1)), wrt=nnx.Param)
@@ -570,10 +570,10 @@ def test_update_leaves_the_live_nnx_model_alone():
     value, grads = nnx.value_and_grad(loss)(model)
     moved = samx.flax.statistics(model)
     assert moved["layers"][1]["rngs"]["count"] == 1
-    again = value_fn(nnx.state(model, nnx.Param))  # from where the clean pass began
+    again = value_fn(nnx.state(model, nnx.Param))  # starts where the clean pass started
     chex.assert_trees_all_close(again, (value, moved), rtol=1e-12)
     optimizer.update(model, grads, value_fn=value_fn)
-    samx.flax.keep_aux(model, optimizer)  # there is none
+    samx.flax.keep_aux(model, optimizer)  # there is no aux
     chex.assert_trees_all_equal(samx.flax.statistics(model), moved)
 
 
@@ -581,7 +581,7 @@ def test_statistics_hold_no_parameters_and_no_keys():
     model = Nnx()
     model.seen = nnx.Intermediate(jnp.ones(3))
     expected = {"norm": {"mean": (6,), "var": (6,)}, "dropout": {"rngs": {"count": ()}}}
-    for wrt in (nnx.Param, nnx.PathContains("last")):  # the other layers are frozen
+    for wrt in (nnx.Param, nnx.PathContains("last")):  # with the second, other layers are frozen
         found = samx.flax.statistics(model, wrt=wrt)
         assert jax.tree.map(jnp.shape, found) == expected
 
@@ -591,7 +591,7 @@ def sampa(statistics, batch):
 
 
 def averaging_state(aux_like, name="mean", wrap=lambda tx: tx, freeze=dict):
-    """A parameter called `aux`, and the mean of the batch as its statistics."""
+    """Make a step and a state: a parameter called `aux`, and the batch mean as its statistics."""
 
     @partial(jax.jit, donate_argnums=0)
     def step(state, batch, **fields):
@@ -620,7 +620,7 @@ def test_linen_statistics_are_the_aux_that_was_kept(wrap, freeze):
         assert state.batch_stats == {"mean": mean}
     with jax.disable_jit():
         state = step(state, jnp.full(4, 3.0))
-    assert step(state, jnp.full(4, 4.0)).batch_stats == {"mean": 4.0}  # donates no buffer twice
+    assert step(state, jnp.full(4, 4.0)).batch_stats == {"mean": 4.0}  # donates each buffer once
 
 
 def test_a_skipped_first_step_keeps_the_statistics_of_the_start():
@@ -677,7 +677,7 @@ def test_contract_keywords_reach_the_optimizer_and_unknown_ones_raise():
     assert state.tx is tx
     with pytest.raises(TypeError, match=r"\['batch_stat'\] are neither fields of TrainState nor"):
         state.apply_gradients(grads=GRADS, batch_stat={})
-    plain = small_state(optax.scale(-1.0))  # which takes no keyword at all
+    plain = small_state(optax.scale(-1.0))  # takes no keywords
     assert plain.apply_gradients(grads=GRADS, **given).params["w"].tolist() == [0.0, 0.0]
 
 
@@ -699,7 +699,7 @@ class Counting(samx.flax.TrainState):
 
 @pytest.mark.parametrize("freeze", [dict, core.freeze])
 def test_a_state_goes_through_compiled_loops_and_files(freeze):
-    """One program for all steps, in `scan` as well; fields of one's own; FrozenDicts; bytes."""
+    """One program for all steps, also in `scan`; own fields; FrozenDicts; serialization."""
     tx = optax.chain(samx.sam(0.1), optax.adam(0.1))
     start = small_state(tx, Counting, freeze, key=jax.random.PRNGKey(0))
 
@@ -759,7 +759,7 @@ KINDS = {
 
 
 def nnx_step(wrt, keyword="losses_fn"):
-    """The loops of the README, with one more argument of `nnx.Optimizer.update`."""
+    """Make the README's loop, where the closures are extra arguments of `nnx.Optimizer.update`."""
 
     def step(model, optimizer, batch):
         def loss(model):
@@ -801,7 +801,7 @@ def test_another_wrt_than_the_optimizer_s_is_refused():
 
 
 def test_a_closure_costs_nothing():
-    """Two gradients per step; where the aux is kept, the caller's clean pass is dropped."""
+    """A step costs two gradients. If the aux is kept, XLA drops the caller's clean pass."""
     batch = {"x": jnp.ones((256, 64), jnp.float32), "y": jnp.zeros(256, int)}
     base = optax.with_extra_args_support(optax.scale(-0.1))
 

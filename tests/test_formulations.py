@@ -1,6 +1,6 @@
-"""BiSAM, Focal-SAM, ImbSAM, Sparse SAM and LETS in configurations that nobody recorded.
+"""BiSAM, Focal-SAM, ImbSAM, Sparse SAM and LETS in configurations without a recorded run.
 
-Against the independent loops of `reference.py`, like `test_trajectories.py`.
+They are compared with the independent loops of `reference.py`, as in `test_trajectories.py`.
 """
 
 import jax
@@ -18,7 +18,7 @@ from samx.perturbations import dynamic_mask, fisher_mask, magnitude, metric_ball
 pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
 STEPS = 24
 NAMES = ("W1", "b1", "W2", "b2")
-COUNTS = [28, 11, 25]  # of the 64 examples
+COUNTS = [28, 11, 25]  # class counts of the 64 examples
 BASES = {
     "sgd": (optax.sgd(0.1), lambda: reference.SGD(0.1)),
     "momentum and decay": (
@@ -36,7 +36,7 @@ EVERY_LEAF_BY_HAND = reference.adaptive_ball(0.5, 0.0, set(NAMES))
 
 
 def train(tx, further=lambda data, batch, t: {}, *fields, losses_fn=problem.losses_fn, state=None):
-    """The parameters after every step, and fields of the state."""
+    """Return the parameters after every step, and fields of the state."""
     data, params = problem.make()
     state, history = tx.init(params) if state is None else state, []
 
@@ -69,7 +69,7 @@ def of_logits(bound, **keywords):
 
 
 def smoothed(params, batch):
-    """The authors' loss of the way down: 0.1 spread over the wrong classes."""
+    """The authors' descent loss: 0.1 is spread over the wrong classes."""
     targets = jnp.where(jax.nn.one_hot(batch["y"], 3) == 1, 0.9, 0.05)
     return optax.safe_softmax_cross_entropy(logits_of(params, batch), targets)
 
@@ -107,7 +107,7 @@ def test_bisam_against_reference(name):
 
 @pytest.mark.parametrize("mu", [1.0, 10.0])
 def test_lower_bounds_by_hand(mu):
-    """In the letters of the paper; what lies below 0-1 loss, and grows towards it."""
+    """Compared with the paper's formula; φ, a lower bound of the 0-1 loss, is 0 at 0."""
     logits, label = np.array([2.0, -1.0, 0.5]), 2
     gamma = np.log(np.e - 1)
     for bound, phi in (
@@ -121,7 +121,7 @@ def test_lower_bounds_by_hand(mu):
 
 
 def test_lower_bounds_far_out_are_finite():
-    """Where exp overflows, and PyTorch's softplus gives up its curve."""
+    """The bounds are finite even where exp overflows and PyTorch's softplus becomes linear."""
     logits = jnp.array([[1e4, -1e4], [-1e4, 1e4], [0.0, 30.0]])
     for bound in (losses.tanh_lower_bound, losses.log_lower_bound):
         value, slope = jax.value_and_grad(lambda x, b=bound: b(x, jnp.zeros(3, int)).sum())(logits)
@@ -277,11 +277,11 @@ def test_fisher_sparse_sam_against_reference(name):
     found, mask = fisher_run(make, base, examples)
     for key in NAMES:
         np.testing.assert_array_equal(mask[key], masks[key])
-    assert_same(found, expected, 1e-8)  # 1e-7 in the norm
+    assert_same(found, expected, 1e-8)  # 1e-7 is added to the norm
 
 
 def drawn(key, step, purpose):
-    """The scores of `dynamic_mask`, of whose draws nothing else is promised."""
+    """Recompute the scores of `dynamic_mask`, which promises nothing about how they are drawn."""
     _, params = problem.make()
     part = jax.random.split(jax.random.key(key), 3)[purpose]
     names = sorted(params)
@@ -338,7 +338,7 @@ def test_dynamic_sparse_sam_against_reference(name):
         make_reference(), reference.ball(0.1), first, sparsity, RATES, period, scores, STEPS
     )
     found, mask = train(tx, lambda data, batch, t: {}, "mask", state=state)
-    for key in NAMES:  # in the state is that of the next step
+    for key in NAMES:  # the state holds the mask of the next step
         np.testing.assert_array_equal(mask[key][:-1], masks[key][1:])
     assert_same(found, expected, 1e-8)
 
@@ -354,7 +354,7 @@ def test_masks_of_other_seeds_differ_and_are_drawn_again():
 
 
 def test_equal_scores_are_taken_in_order():
-    """Of dead units, say, whose Fisher information is exactly 0; and never more than asked for."""
+    """Dead units have Fisher information 0: ties go in order, and the mask is never too large."""
     params = (jnp.zeros((3, 4)), jnp.zeros(5))
     ball = fisher_mask(metric_ball(1.0), 0.5, period=1)
     batch = jnp.ones((2, 1))
@@ -376,7 +376,7 @@ def test_a_mask_that_is_smaller_than_what_is_to_be_kept_is_kept():
 
 
 def test_a_look_waits_for_a_sharp_gradient():
-    """On the steps in between all examples have one gradient: no Fisher information of theirs."""
+    """A skipped step has no gradients of single examples, so the mask waits for a sharp step."""
     data, params = problem.make()
     fisher = samx.fisher_sparse_sam(0.1, 0.8, period=5)
     tx = optax.chain(samx.perturb_if(samx.policies.every(5), fisher), optax.sgd(0.1))
@@ -399,11 +399,11 @@ def test_a_look_waits_for_a_sharp_gradient():
                 strict=True,
             ):
                 np.testing.assert_array_equal(a, b)
-    assert spent == [2, 3, 4, 5, 6, 9, 10, 11, 12, 13, 16]  # looks on steps 5 and 10
+    assert spent == [2, 3, 4, 5, 6, 9, 10, 11, 12, 13, 16]  # new masks on steps 5 and 10
 
 
 def looked(ball, w, gradient, **fields):
-    """The state behind a step that looks: the loss of the only example has this gradient."""
+    """Return the state after a mask update; the loss of the only example has this gradient."""
 
     def losses_fn(w, x):
         return x[:, 0] * optax.tree.vdot(w, gradient)
@@ -433,7 +433,7 @@ def test_whole_leaves_stop_where_the_share_is_reached():
 
 
 def test_fisher_information_of_examples_that_count():
-    """Padding has no weight, and devices add up what is theirs."""
+    """Padding has no weight, and `fisher_batch` replaces the batch."""
     data, params = problem.make()
     batch, ball = problem.batch_at(data, 0), fisher_mask(metric_ball(0.1), 0.7, period=1)
     spoilt = batch | {"x": batch["x"].at[8:].set(50.0)}
@@ -455,7 +455,7 @@ def test_fisher_information_of_examples_that_count():
 
 # ---- LETS
 
-LETS = {  # momentum, radius, rate
+LETS = {  # arguments, the reference's perturbation, momentum, radius, rate
     "exact": ({}, reference.ball(1.0), 0.9, 0.1, 50.0),
     "approximate": ({"hessian": "diag_sq"}, reference.ball(1.0), 0.0, 0.3, 300.0),
     "adaptive": (
@@ -497,7 +497,7 @@ def first_batches():
 
 
 def test_the_hypergradient_of_the_notes():
-    """Plain descent of rate 0.1 from ρ = 0.05, computed three times over by others."""
+    """SGD with learning rate 0.1 and ρ = 0.05; others computed these values, three times."""
     params, value_fn, validation_fn = first_batches()
     for hessian, expected in (
         ("exact", 0.010609708745719907),
@@ -525,7 +525,7 @@ def test_the_hypergradient_of_the_notes():
     ids=["nesterov", "clipped adamw", "rmsprop"],
 )
 def test_the_hypergradient_is_the_slope_of_the_objective(base):
-    """Through any base, past its first step: central differences."""
+    """Compared with central differences, through any base, after its first steps."""
     params, value_fn, validation_fn = first_batches()
     closures = {"value_fn": value_fn, "validation_fn": validation_fn}
     tx, g = samx.lets(base, 0.2, rho_learning_rate=0.0), jax.grad(value_fn)
@@ -550,7 +550,7 @@ def test_the_hypergradient_is_the_slope_of_the_objective(base):
 
 @pytest.mark.parametrize("hessian", ["exact", "diag_sq"])
 def test_units_that_are_dead_do_not_stop_the_learning(hessian):
-    """Adam has no derivative where both of its moments are 0: there, or everywhere."""
+    """Adam has no derivative where both moments are 0; this must not affect other entries."""
     params, value_fn, validation_fn = first_batches()
     params |= {"dead": jnp.ones(3)}
     tx = samx.lets(optax.adam(0.01), 0.1, hessian=hessian)
@@ -565,7 +565,7 @@ def test_units_that_are_dead_do_not_stop_the_learning(hessian):
 
 @pytest.mark.parametrize("hessian", ["exact", "diag_sq"])
 def test_a_loss_without_any_gradient_leaves_the_radius_alone(hessian):
-    """Through Adam, whose derivative there is none."""
+    """Adam has no derivative where both of its moments are 0."""
     params, value_fn, validation_fn = first_batches()
     tx = samx.lets(optax.adam(0.01), 0.1, hessian=hessian)
     state = tx.init(params)

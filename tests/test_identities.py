@@ -1,4 +1,4 @@
-"""The lattice of limits: what every variant turns into at the ends of its hyperparameters."""
+"""What every variant turns into at the limits of its hyperparameters."""
 
 import functools
 
@@ -40,7 +40,7 @@ def batch_like():
     return problem.batch_at(problem.make()[0], 0)
 
 
-# And rows like others whose perturbation or combination is not theirs.
+# Also rows like others that have another perturbation or combination.
 WITH_BASE_LIMIT = [
     name
     for name, case in VARIANTS.items()
@@ -172,7 +172,7 @@ def test_bisam_that_climbs_its_own_loss_is_sam_exactly():
 
 @functools.cache
 def trained_async_sam(ascent_fn, first="plain", is_fresh=False):
-    """The parameters after every step; what is climbed may be replaced by the fresh gradient."""
+    """Return the parameters after every step; `is_fresh` climbs the gradient of the same step."""
     tx = optax.chain(samx.async_sam(0.2, first=first), MOMENTUM)
     data, params = problem.make()
     state, trajectory = tx.init(params), []
@@ -194,7 +194,7 @@ def trained_async_sam(ascent_fn, first="plain", is_fresh=False):
 
 
 def test_async_sam_that_climbs_without_delay_is_sam_exactly():
-    """With the gradient of the same step in the state, of which the first step needs none."""
+    """The state holds the gradient of the same step; with first="sam", step 0 does not need it."""
     fresh = trained_async_sam("none", first="sam", is_fresh=True)
     assert_same(fresh, trained(sam), atol=0)
 
@@ -215,7 +215,7 @@ def test_async_sam_climbs_the_incoming_gradient_or_the_same_of_a_closure(first):
 
 
 def test_a_fisher_mask_of_all_entries_is_sam_exactly():
-    """From its second step on: on the first there is no mask."""
+    """They are equal from the second step on; on the first step there is no mask."""
     tx = optax.chain(samx.fisher_sparse_sam(sparsity=0.0, period=2, perturbation=BALL), MOMENTUM)
     sam_of = optax.chain(samx.perturb_if(policies.between(1), samx.sam(0.2)), MOMENTUM)
     assert_same(problem.train(tx, STEPS), problem.train(sam_of, STEPS), atol=0)
@@ -231,7 +231,8 @@ def test_focal_sam_with_one_factor_for_all_classes_is_a_mixture(c):
 
 
 def test_focal_sam_with_factors_of_0_and_1_is_imbalanced_sam():
-    counts = [10**6, 1, 10**6]  # shares of a half, nothing and a half; λ takes the others to 0
+    # shares 1/2, 0 and 1/2; with γ = 60 the factors are about 0, 1 and 0
+    counts = [10**6, 1, 10**6]
     focal = samx.focal_sam(counts, 0.2, 60.0, 1.0)
     imbalanced = samx.imbalanced_sam([1], 0.2)
     assert_same(
@@ -244,7 +245,7 @@ def test_focal_sam_with_factors_of_0_and_1_is_imbalanced_sam():
 @pytest.mark.parametrize("hessian", ["exact", "diag_sq"])
 @pytest.mark.parametrize("base", [MOMENTUM, optax.adamw(0.01)], ids=["momentum", "adamw"])
 def test_lets_with_rate_zero_is_sam_exactly(hessian, base):
-    """To the last bit with a ball of radius 1 that is scaled, as it does."""
+    """Equal to the last bit if SAM scales a ball of radius 1, as LETS does."""
     lets = problem.train(samx.lets(base, 0.2, 0.0, hessian=hessian), STEPS)
     scaled = optax.chain(geometry.metric_ball(1.0), optax.scale(0.2))
     sam_of = problem.train(optax.chain(samx.sam(perturbation=scaled), base), STEPS)
@@ -319,7 +320,7 @@ def test_msam_of_every_example_is_the_mean_of_their_steps():
 
 @pytest.mark.parametrize("how", ["scan", "vmap"])
 def test_msam_weighs_microbatches_by_their_examples(how):
-    """Padding is not the same in all of them, and one has nothing else."""
+    """The microbatches have different amounts of padding, and one has only padding."""
     data, params = problem.make()
     batch = problem.batch_at(data, 0)
     weights = jnp.array([1, 1, 0, 0, 1, 0, 0, 0, 2, 1, 0, 1, 1, 0, 0, 0.5])
@@ -329,7 +330,7 @@ def test_msam_weighs_microbatches_by_their_examples(how):
     loss = 0.0
     for j in range(3):
         part, own = jax.tree.map(lambda x, j=j: x[j::4], (batch, weights))
-        if j == 2:  # all padding: the fourth takes its place
+        if j == 2:  # this one is all padding: take the fourth instead
             part, own = jax.tree.map(lambda x: x[3::4], (batch, weights))
 
         def value_fn(p, part=part, own=own):
@@ -397,7 +398,8 @@ def test_monge_ball_between_a_ball_and_a_step_that_falls(scale):
     g = jax.tree.map(lambda x: scale * x, g)
     eps = ball_step(geometry.monge_ball(0.3), g, params)
     length, climbed = optax.tree.norm(eps), optax.tree.vdot(g, eps)
-    np.testing.assert_allclose(jnp.hypot(length, climbed), 0.3, rtol=1e-8)  # on the graph
+    # The length is measured on the graph of the loss.
+    np.testing.assert_allclose(jnp.hypot(length, climbed), 0.3, rtol=1e-8)
     assert climbed > 0
 
 
@@ -407,7 +409,8 @@ def test_renormalized_gradients_are_as_long_as_the_gradient():
     updates, state = tx.update(g, tx.init(params), params, losses_fn=problem.losses_fn, batch=batch)
     np.testing.assert_allclose(optax.tree.norm(updates), optax.tree.norm(g), rtol=1e-10)
     sharp_norm = float(optax.tree.get(state, "sharp_grad_norm"))
-    assert abs(sharp_norm - float(optax.tree.norm(g))) > 1e-3  # it was not before
+    # Before, the sharp gradient had another length.
+    assert abs(sharp_norm - float(optax.tree.norm(g))) > 1e-3
 
 
 def test_the_gap_falls_across_the_descended_gradient():
@@ -432,7 +435,7 @@ def test_a_radius_that_follows_the_learning_rate():
     np.testing.assert_allclose(jax.vmap(rho)(steps), 2 * jax.vmap(rate)(steps), rtol=1e-6)
     below = samx.schedules.following(rate, 0.8, peak_value=0.4, end_value=0.1)
     radii = np.array(jax.vmap(below)(steps))
-    assert radii[0] == 0  # where the line is below zero
+    assert radii[0] == 0  # the line is below zero
     np.testing.assert_allclose(radii[[10, 30]], [0.8, 0.0], atol=1e-6)
     constant = samx.schedules.following(lambda step: 0.1, 0.8, 0.2, peak_value=0.1, end_value=0.1)
     assert float(constant(3)) == pytest.approx(0.8)
@@ -488,7 +491,7 @@ def test_equal_pairs(name):
 
 
 def test_vsam_is_arsam_whose_reuse_ends():
-    """Over two windows; ARSAM's default never drops h."""
+    """They agree over two windows; ARSAM's default never drops h."""
     controller = {"window": 12, "num_blocks": 2, "warmup_steps": 4, "key": 1}
 
     def arsam(mixing=None):
@@ -504,7 +507,7 @@ def test_vsam_is_arsam_whose_reuse_ends():
     ]
     assert_same(*runs[:2], atol=0)
     same = [np.array_equal(a, b) for a, b in zip(runs[0]["W1"], runs[2]["W1"], strict=True)]
-    assert same == [True] * 10 + [False] * 20  # four steps of the warm-up, six of reuse
+    assert same == [True] * 10 + [False] * 20  # four steps of warm-up, six of reuse
 
 
 def test_weight_of_a_reused_part():
@@ -525,13 +528,13 @@ def test_ratio_of_the_part_that_is_kept():
     ratio = jnp.linalg.norm(g_s - (g @ g_s) / (g @ g) * g) / jnp.linalg.norm(g)
     np.testing.assert_allclose(state.part_ratio, ratio, rtol=1e-12)
     _, state = update(2 * g, state)
-    np.testing.assert_allclose(state.part_ratio, ratio, rtol=1e-12)  # that of the last sharp step
+    np.testing.assert_allclose(state.part_ratio, ratio, rtol=1e-12)  # kept from the last sharp step
 
 
 @pytest.mark.parametrize("size", [1, 2, 1000])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_looksam_reuses_nothing_where_both_gradients_are_parallel(size, dtype):
-    """What is left across `g` is rounding, and would be made as long as `g`."""
+    """The component orthogonal to `g` is only rounding; scaling would make it as long as `g`."""
     w = jnp.asarray(np.random.default_rng(0).normal(size=size), dtype)
     tx = samx.looksam(0.05, period=5)
 
@@ -592,7 +595,7 @@ def test_sampa_at_lam_one_does_not_see_the_radius():
 
 
 def test_sampa_at_lam_zero_is_not_the_published_scripts_degenerate_case():
-    """The script at lam=0 is the base optimizer on the previous batch: no perturbation at all."""
+    """At lam=0 the script is the base optimizer on the previous batch, without a perturbation."""
 
     def run(rho):
         return problem.train(samx.sampa(MOMENTUM, rho, 0.0, batch_like=batch_like()), STEPS)
@@ -652,7 +655,7 @@ def test_layerwise_eta_moves_a_tensor_of_zeros():
 
 
 def test_half_precision_gradients_have_a_float32_norm():
-    g = jnp.full(1000, 1.0234375, jnp.bfloat16)  # its square is halfway between two bfloat16
+    g = jnp.full(1000, 1.0234375, jnp.bfloat16)  # the square is halfway between two bfloat16
     eps = ball_step(geometry.metric_ball(0.5), g, g)
     assert eps.dtype == jnp.float32
     np.testing.assert_allclose(optax.tree.norm(eps), 0.5, rtol=1e-5)
@@ -680,7 +683,7 @@ def test_step_does_not_depend_on_the_scale_of_the_loss():
 
 
 def test_asam_does_not_depend_on_the_scale_of_the_weights():
-    """With eta=0, w -> c w and g -> g / c move to the same function: ε -> c ε."""
+    """With eta=0, scaling w -> c w and g -> g / c gives ε -> c ε, which is the same function."""
     g, params = gradient()
     ball = geometry.metric_ball(0.5, geometry.magnitude(0.0, is_scaled=lambda path, leaf: True))
     scaled = jax.tree.map(lambda x: 10 * x, params)
@@ -753,7 +756,7 @@ def test_weights_are_a_weighted_mean():
 
 
 def test_random_keys_in_the_batch_survive_the_hold():
-    """Masks of examples live in the batch as `[B]` leaves, typed keys included."""
+    """Random keys of examples are `[B]` leaves of the batch; the held batch keeps them."""
     data, params = problem.make()
     batch = problem.batch_at(data, 0) | {"key": jax.random.split(jax.random.key(0), 16)}
 

@@ -1,4 +1,4 @@
-"""The example about LETS: who sees which images, and that what is reported is what happened."""
+"""The LETS example: which images are seen, and whether the report matches the run."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ SMALL = argparse.Namespace(width=8, epochs=1, noise=0.3, base="momentum", asam=F
 
 
 def no_constant(name):
-    raise AssertionError(f"{name} is no JSON")
+    raise AssertionError(f"{name} is not JSON")
 
 
 def test_every_image_has_one_part():
@@ -51,7 +51,7 @@ def test_batches_are_whole_epochs_and_fresh_draws():
 
 
 def run_epoch(method, *rates):
-    """The first epoch of three seeds with each rate."""
+    """Train the first epoch of three seeds with each rate."""
     runs = lets.of_all(range(3, 6), [(0.3, 0.2, rate) for rate in rates])
     trainer = lets.make_trainer(method, SMALL)
     data, params = lets.split(runs.seed, 0.3), digits.initialize(runs.seed, SMALL.width)
@@ -62,7 +62,7 @@ def run_epoch(method, *rates):
 @jax.jit
 @jax.vmap
 def at_the_end(params, data, rows, held_out_rows):
-    """The gap of some rows, that of the whole parts, and the accuracies."""
+    """Return the gap on some rows, the gap on the whole parts, and the accuracies."""
     loss, accuracy = lets.make_losses(SMALL.width)
     held_out = digits.rows_of(data.held_out, held_out_rows)
     return (
@@ -75,7 +75,7 @@ def at_the_end(params, data, rows, held_out_rows):
 
 @pytest.mark.slow
 def test_an_epoch_of_lets():
-    """Rate 0 is SAM; otherwise rho moves, and the gap is that of the right batches."""
+    """Rate 0 is SAM. With other rates rho moves, and the gap is measured on the right batches."""
     _, sam_params, _, sam_seen = run_epoch("sam", 0.0, 0.0)
     epochs = [lets.batches(seed, 0) for seed in (3, 4, 5, 3, 4, 5)]
     last = jax.tree.map(lambda *rows: np.stack(rows)[:, -1], *epochs)
@@ -96,10 +96,10 @@ def test_an_epoch_of_lets():
 
 
 def test_a_tiny_run(tmp_path, monkeypatch, capsys):
-    """Each stage has as many runs, which saves compilation."""
+    """Every stage has the same number of runs, which saves compilation."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lets, "TUNING_SEEDS", range(1000, 1002))
-    candidates = [(1e-3, 0.1), (0.3, 0.1), (0.3, 5.0)]  # the second is the only one that learns
+    candidates = [(1e-3, 0.1), (0.3, 0.1), (0.3, 5.0)]  # only the second one learns
     monkeypatch.setattr(lets, "start_candidates", lambda args: candidates)
     arguments = (
         "--asam --methods exact --rate 0 300 1e7 --seeds 2 --epochs 2 --width 8 --out results"
@@ -155,7 +155,7 @@ def test_a_tiny_run(tmp_path, monkeypatch, capsys):
 
 
 def row(name, factor, rho, gap, accuracy):
-    """A result of two seeds: what they began and ended with."""
+    """Make a result of two seeds, from their values at the start and at the end."""
     return {
         **{"row": name, "factor": factor, "start": 0.2 * factor, "rate": 1.0},
         **{"rho": [[0.2 * factor, end] for end in rho], "F": [[0, end] for end in gap]},
@@ -169,7 +169,7 @@ def test_what_is_told_and_drawn(tmp_path):
     results += [row("exact", 10.0, [0.4, 1.6], [math.nan, math.nan], [0.1, 0.1])]
     lines = lets.table(results).splitlines()
     tuned, first, last = (lines[2 + index].split() for index in (1, 3, 5))
-    # Geometric mean sqrt(0.1 0.4) with the error 0.2 log(4) / 2; the mean F; accuracy; difference.
+    # Columns: geometric mean sqrt(0.1 0.4), error 0.2 log(4) / 2; mean F; accuracy; difference.
     wanted = "exact 0.02 1 0.2000 ± 0.1386 0.15000 ± 0.05000 87.50 ± 7.50 +2.50 ± 2.50"
     assert " ".join(first) == wanted
     assert " ".join(tuned) == "sam 0.2 fixed 0.2000 0.30000 ± 0.10000 85.00 ± 5.00"

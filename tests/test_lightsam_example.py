@@ -1,4 +1,4 @@
-"""The example about LightSAM: what it writes, and which methods bring the gradient norm down."""
+"""The LightSAM example: what it writes, and which methods reduce the gradient norm."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ LIGHT = ("lightsam_norm", "lightsam_adagrad", "lightsam_adam")
 
 
 def no_constant(name):
-    raise AssertionError(f"{name} is no JSON")
+    raise AssertionError(f"{name} is not JSON")
 
 
 def settings(**changes):
@@ -47,7 +47,7 @@ def test_a_tiny_run(tmp_path, monkeypatch, capsys):
         assert result["diverged"] == sum(point["diverged"] for point in points)
         ratios = [point["norm_last_tenth"] / point["norm_at_start"] for point in points]
         np.testing.assert_allclose(result["largest_last_to_start"], max(ratios))
-        for point in points:  # of all images, whatever the batch: the same for all
+        for point in points:  # over all images, so the same for all batch sizes
             np.testing.assert_allclose(point["loss_at_start"], np.log(10), rtol=1e-5)
             np.testing.assert_allclose(point["norm_at_start"], 0.4444, rtol=1e-3)
         line = next(line for line in printed.splitlines() if line.startswith(result["method"]))
@@ -58,7 +58,7 @@ def test_a_tiny_run(tmp_path, monkeypatch, capsys):
 
 
 def test_light_norm_falls_at_all_corners_of_the_grid_and_sam_does_not():
-    """With a learning rate of 100 SAM's steps never get shorter."""
+    """With a learning rate of 100, SAM's steps never get shorter."""
     curves = {
         name: lightsam.train(name, settings(steps=1000), lambda steps: None)
         for name in ("lightsam_norm", "sam + sgd")
@@ -80,8 +80,8 @@ def test_light_norm_falls_at_all_corners_of_the_grid_and_sam_does_not():
     ],
 )
 def test_each_grid_point_is_the_plain_loop(name, make, batch_size, monkeypatch):
-    """Rho and learning rate are not mixed up, and norms are those of all images, step by step."""
-    monkeypatch.setattr(lightsam, "CHUNK", 2)  # the last of the chunks is cut
+    """Rho and learning rate are not swapped, and the norms of all steps are over all images."""
+    monkeypatch.setattr(lightsam, "CHUNK", 2)  # the last chunk is shorter
     monkeypatch.setattr(lightsam, "LOW", -1)
     monkeypatch.setattr(lightsam, "HIGH", 0)
     taken = []

@@ -1,4 +1,4 @@
-"""The example about long tails: its splits, how it chooses, what it trains, and what it writes."""
+"""The long-tail example: its splits, how it chooses, what it trains, and what it writes."""
 
 import json
 import operator
@@ -23,7 +23,7 @@ COUNTS = [100, 59, 35, 21, 12, 7, 4, 2, 1, 1]
 
 
 def no_constant(name):
-    raise AssertionError(f"{name} is no JSON")
+    raise AssertionError(f"{name} is not JSON")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_groups():
     at_the_limits = long_tail.groups_of([21, 20, 4, 3])
     assert at_the_limits == {"many": [0], "medium": [1, 2], "few": [3], "all": [0, 1, 2, 3]}
     np.testing.assert_array_equal(long_tail.tail_classes([100, 20, 19, 1]), [2, 3])
-    samx.imbalanced_sam(long_tail.tail_classes([100] * 10))  # without a tail too
+    samx.imbalanced_sam(long_tail.tail_classes([100] * 10))  # works without a tail, too
 
 
 def test_splits_are_balanced_and_disjoint_and_a_label_is_one_digit():
@@ -97,7 +97,7 @@ def test_batches_have_no_image_twice_and_differ_by_seed_and_epoch():
 
 
 def losses_by_hand(params, x, y, adjustment):
-    """Of the network that `digits.Network` is, with its parameters in a dictionary."""
+    """Losses of `digits.Network`, with its parameters in a dictionary."""
     for layer in ("first", "second"):
         x = jax.nn.relu(x @ params[layer]["kernel"] + params[layer]["bias"][None])
     logits = x @ params["head"]["kernel"] + params["head"]["bias"][None] + adjustment[None]
@@ -112,7 +112,7 @@ def losses_by_hand(params, x, y, adjustment):
     ],
 )
 def test_each_run_is_the_plain_loop(row, loss, variant):
-    """Each with its own seed, learning rate and rho, from the images to the parameters."""
+    """Each run, with its own seed, learning rate and rho, equals a plain loop from images on."""
     width, epochs = 4, 2
     trainer = long_tail.make_trainer(
         long_tail.METHODS[row], "momentum", loss, width, epochs, COUNTS
@@ -161,17 +161,17 @@ def test_each_run_is_the_plain_loop(row, loss, variant):
         ]
         is_right = np.argmin(losses, axis=0) == y
         shares = [is_right[y == label].mean() for label in range(10)]
-        np.testing.assert_allclose(of_class[index], shares, atol=0.021)  # one image of 50
+        np.testing.assert_allclose(of_class[index], shares, atol=0.021)  # one of 50 images
 
 
 def test_values_are_chosen_on_validation_images_of_seeds_of_their_own(monkeypatch, tmp_path):
-    """A trainer that trains nothing: its parameters are the runs, its accuracies are made up."""
+    """The trainer is a fake: its parameters are the runs, and its accuracies are made up."""
     looked = []
 
     def accuracy(runs, part):
         looked.append((runs, part))
         is_best = (runs.learning_rate == np.float32(0.1)) & (runs.rho == np.float32(0.5))
-        # One seed is better elsewhere, by less: it must not decide.
+        # One seed is better elsewhere, but the mean over seeds is not: it must not decide.
         is_lure = (runs.seed == 1001) & (runs.learning_rate == np.float32(0.3))
         level = 0.2 * is_best + 0.3 * is_lure
         return np.asarray(level)[:, None] + np.linspace(0, 0.09, 10)[None]
@@ -264,13 +264,14 @@ def test_tables_and_differences():
     assert head == "method many all gradients lr rho"
     assert row == "sam 85.00 ± 5.00 60.00 ± 10.00 12 0.3 0.1"
     (row,) = long_tail.comparison([imb, sam]).splitlines()[2:]
-    assert " ".join(row.split()) == "imb-sam -10.00 ± 0.00 +15.00 ± 5.00"  # smaller errors: paired
+    # The differences are paired, so their errors are smaller.
+    assert " ".join(row.split()) == "imb-sam -10.00 ± 0.00 +15.00 ± 5.00"
     assert long_tail.comparison([sam]) == long_tail.comparison([imb]) == ""
 
 
 def test_the_end_of_a_grid_is_told():
     inside, low = row_of("base", [1], [1]), row_of("sam", [1], [1], learning_rate=0.1)
-    assert long_tail.at_the_ends([inside]) == []  # a single rho has no ends
+    assert long_tail.at_the_ends([inside]) == []  # a single rho is not a grid
     assert long_tail.at_the_ends([inside, low]) == ["sam: learning rate 0.1 is an end of its grid."]
     high = row_of("sam", [1], [1], learning_rate=1.0)
     assert long_tail.at_the_ends([high]) == ["sam: learning rate 1 is an end of its grid."]

@@ -1,4 +1,4 @@
-"""The example about LSAM: what the clock allows, what is saved, and that it says what happened."""
+"""The LSAM example: what the clock allows, what is saved, and whether the report is right."""
 
 import itertools
 import json
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
-    jax.devices()  # all eight: the example would ask for fewer
+    jax.devices()  # create all 8 devices before the example asks for fewer
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def report_of(folder):
     def no_constant(name):
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
     return json.loads((folder / "results.json").read_text(), parse_constant=no_constant)
 
@@ -50,12 +50,12 @@ def test_streams_are_whole_epochs_of_each_worker_and_go_on_anywhere():
     for other in (first[4:], numbers(1, 0, 4), first[:4, ::-1] + [[[5000], [-5000]]]):
         assert (other != first[:4]).mean() > 0.9
     together = np.asarray(next(example.batches_together(images, runs, args, 2))["x"])[..., 0]
-    np.testing.assert_array_equal(together[:, 0::2], first[0])  # mSAM's micro-batches
+    np.testing.assert_array_equal(together[:, 0::2], first[0])  # mSAM's microbatches
     np.testing.assert_array_equal(together[:, 1::2], numbers(1, 0, 1)[0])
 
 
 def test_a_simulated_run(in_empty_folder, monkeypatch, capsys):
-    """Each stage has two runs, which saves compilation. The times are counted by hand."""
+    """Every stage has two runs, which saves compilation. The expected times are counted by hand."""
     monkeypatch.setattr(example, "TUNING_SEEDS", range(1000, 1001))
     arguments = "--workers 2 --slow 4 --latency 0 --period 2 --batch 50 --gradients 65 --width 32"
     arguments += " --seeds 2 --learning-rate 1e-4 0.3 --rho 0.02 --out results"
@@ -82,7 +82,7 @@ def test_a_simulated_run(in_empty_folder, monkeypatch, capsys):
     assert rows["dp-sam"]["share_of_speed"] == pytest.approx(0.4)
     for name, row in rows.items():
         curve = row["curve"]
-        assert row["learning_rate"] == 0.3  # the other one learns nothing
+        assert row["learning_rate"] == 0.3  # the other rate learns nothing
         assert row["rho"] == (0 if name == "easgd" else 0.02)
         assert np.shape(curve["test_accuracy"]) == (len(curve["time"]), 2)
         steps = {"dp-sam": 16, "dp-sam, own ascent": 16, "dp-sam, same time": 6}
@@ -114,7 +114,7 @@ def test_threads_stop_and_go_on(in_empty_folder, monkeypatch, capsys):
     arguments += " --width 16 --learning-rate 0.1 --rho 0.1 --out run"
     with pytest.raises(SystemExit, match="130"):
         example.main(arguments.split())
-    assert "interrupted; go on with --resume run" in capsys.readouterr().err
+    assert "interrupted; continue with --resume run" in capsys.readouterr().err
     [checkpoint] = (in_empty_folder / "run" / "checkpoints").iterdir()
     assert seen[-1] <= int(checkpoint.name) < 100
     assert not (in_empty_folder / "run" / "results.json").exists()
@@ -153,13 +153,13 @@ def test_threads_stop_and_go_on(in_empty_folder, monkeypatch, capsys):
     assert report["settings"]["step_seconds"] == 0.001
     printed = capsys.readouterr().out
     for text in (
-        f"goes on behind exchange {checkpoint.name} of 100",
+        f"continues after exchange {checkpoint.name} of 100",
         "worker 1 died: RuntimeError: no batch",
     ):
         assert text in printed
 
     for arguments, message in (
-        ("", "--resume run: it is at its end; more --gradients"),
+        ("", "--resume run: the run is finished"),
         ("--batch 20", "--batch: the run in run has 50, got 20"),
         ("--engine simulate", "--resume is for --engine threads and ray"),
         ("--out other", "--out and --resume exclude each other"),
@@ -174,7 +174,7 @@ def test_a_lost_center_is_told(in_empty_folder, monkeypatch):
         raise elastic.CenterLost("the center is gone")
 
     monkeypatch.setattr(example, "run_engine", lose)
-    with pytest.raises(SystemExit, match="the center is gone\ngo on with --resume run"):
+    with pytest.raises(SystemExit, match="the center is gone\ncontinue with --resume run"):
         example.main(["--engine", "threads", "--out", "run"])
 
 
@@ -228,7 +228,7 @@ def test_what_is_told_and_drawn(tmp_path):
         ("--rho -1", "--rho must be finite"),
         ("--engine threads --rho 0.1 0.2", "--rho must be one number for --engine threads"),
         ("--step-seconds -1", "--step-seconds must be 0 to"),
-        ("--resume full", "--resume full: there is no run that could go on"),
+        ("--resume full", "--resume full: there is no run to continue"),
         ("--resume begun", "--resume begun: there is no checkpoint"),
         ("--out full", "--out: full is not empty"),
     ],

@@ -1,4 +1,4 @@
-"""One run on several devices: every strategy, and several processes, take the same steps."""
+"""One run on several devices: every strategy, in one or several processes, takes the same steps."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-LONG = ["--epochs", "2000", "--strategy", "shard_map"]  # to be stopped on the way
+LONG = ["--epochs", "2000", "--strategy", "shard_map"]  # a run to be stopped early
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 
 
 def train(arguments):
-    """Two epochs in float64, in this process."""
+    """Train two epochs in float64, in this process."""
     return data_parallel.main([*arguments.split(), "--float64", "--epochs", "2"])
 
 
@@ -71,7 +71,8 @@ def test_float32_curves_differ_by_rounding():
 @pytest.mark.parametrize(
     ("first", "second", "differ"),
     [
-        ("--variant sampa", "--variant sampa --pair", False),  # who computes it does not matter
+        # It does not matter which device computes it.
+        ("--variant sampa", "--variant sampa --pair", False),
         ("--devices 2", "--ascent local", True),
     ],
 )
@@ -136,17 +137,17 @@ def assert_untouched(folder):
 
 
 class Launched:
-    """The launcher in a process of its own; what it and its workers say goes to two files."""
+    """The launcher in a separate process; its output and its workers' output go to two files."""
 
     def __init__(self, folder, arguments):
         self.out, self.err = folder / "stdout", folder / "stderr"
         with self.out.open("w") as out, self.err.open("w") as err:
             command = [sys.executable, multi_process.__file__, *arguments]
-            environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as in here
+            environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as here
             self.process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
 
     def wait_for(self, path, pattern):
-        """The first match in a file that is being written."""
+        """Wait for a match in a file that is being written; return it."""
         deadline = time.monotonic() + 90
         while not (match := re.search(pattern, path.read_text())):
             said = f"{self.out.read_text()}\n{self.err.read_text()}"
@@ -156,18 +157,18 @@ class Launched:
         return match
 
     def pids(self):
-        """The process ids of both workers."""
+        """Return the process ids of both workers."""
         match = self.wait_for(self.out, r"process 0: pid (\d+), process 1: pid (\d+)\n")
         return [int(pid) for pid in match.groups()]
 
     def wait_until_training(self):
-        """Until both have taken some steps."""
+        """Wait until both workers have taken some steps."""
         self.wait_for(self.err, r"shard_map: .*[1-9]\d*/16000 ")
 
 
 @contextlib.contextmanager
 def launch(folder, *arguments):
-    """A launcher that is stopped in any case, and with it its workers."""
+    """Start a launcher; it and its workers are stopped in any case."""
     launched = Launched(folder, arguments)
     try:
         yield launched
@@ -229,7 +230,7 @@ def test_stopped_by_a_signal(number, code, when, in_empty_folder):
 
 
 def test_what_one_process_refuses_stops_all(in_empty_folder):
-    """Only process 0 looks at --out; the others do not wait for it."""
+    """Only process 0 checks --out; the others do not wait for it."""
     taken(in_empty_folder)
     with launch(in_empty_folder, "--out", "taken") as launched:
         assert launched.process.wait(60) == 1

@@ -1,4 +1,4 @@
-"""Widths: the scales of Flax's layers, and what they are for."""
+"""µP: the scales of Flax's layers, and what they achieve."""
 
 import flax.linen as nn
 import jax
@@ -40,7 +40,7 @@ def shapes(r):
     return jax.eval_shape(Everything(r).init, jax.random.key(0), *arguments)["params"]
 
 
-# By path, for a network r times as wide: the scale, and Adam's learning rate.
+# For each path in a network 4 times as wide: the scale, and Adam's learning rate.
 EXPECTED = {
     "embed/embedding": (4, 1),
     "position": (4, 1),
@@ -118,7 +118,7 @@ def test_nnx_layers():
 
 @pytest.mark.parametrize("of", [nnx.as_pure, lambda state: state, nnx.to_pure_dict])
 def test_scales_in_any_container(of):
-    """`nnx.Optimizer` hands on parameters without their variables."""
+    """`nnx.Optimizer` passes parameters on without their variables."""
     model = Net(16, nnx.Rngs(0))
     base = nnx.state(nnx.eval_shape(lambda: Net(4, nnx.Rngs(0))), nnx.Param)
     scales = layer_scales(of(nnx.state(model, nnx.Param)), of(base))
@@ -185,7 +185,7 @@ SCALES = {"W1": 5.0, "b1": 5.0, "W2": 0.2, "b2": 1.0}
 
 @pytest.mark.parametrize("base", [optax.sgd(0.1), optax.sgd(0.1, momentum=0.9, nesterov=True)])
 def test_it_is_sam_where_the_forward_pass_carries_the_width(base, float64):
-    """Parameters w = √s v: plain SAM and one learning rate for v are µP² for w."""
+    """With w = √s v, plain SAM with one learning rate for v is µP² for w."""
     roots = {k: s**0.5 for k, s in SCALES.items()}
     data, params = problem.make()
 
@@ -207,7 +207,7 @@ def test_it_is_sam_where_the_forward_pass_carries_the_width(base, float64):
 
 
 def test_the_effect_on_the_features_does_not_depend_on_the_width(float64):
-    """One step of one linear layer of each kind, exactly: its effect for r = 1 and r = 9."""
+    """One exact step of one linear layer of each kind has the same effect for r = 1 and r = 9."""
     rng = np.random.default_rng(0)
     x, signs = rng.normal(size=5), rng.choice([-1.0, 1.0], size=4)
 
@@ -215,7 +215,7 @@ def test_the_effect_on_the_features_does_not_depend_on_the_width(float64):
         w = {"in": jnp.tile(signs[:, None], (r, 5)), "head": jnp.tile(signs[None], (1, r)) / r}
         base = {"in": jnp.zeros((4, 5)), "head": jnp.zeros((1, 4))}
 
-        def fans(path, shape):  # [out, in], other than in Flax
+        def fans(path, shape):  # [out, in], unlike Flax
             return shape[::-1]
 
         s = layer_scales(w, base, fans=fans) if scaled else {"in": 1.0, "head": 1.0}

@@ -1,4 +1,4 @@
-"""The example about µP²: what it writes, and that its exponents are those of the theory."""
+"""The µP² example: what it writes, and whether its exponents are those of the theory."""
 
 import json
 
@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_compilation")]
 
 
 def no_constant(name):
-    raise AssertionError(f"{name} is no JSON")
+    raise AssertionError(f"{name} is not JSON")
 
 
 def test_exponents_of_mup_are_zero_and_those_of_sam_are_not(tmp_path):
@@ -24,7 +24,7 @@ def test_exponents_of_mup_are_zero_and_those_of_sam_are_not(tmp_path):
         for result in results
     }
     assert len(found) == len(results) == 2 * 2 * 2 * 3
-    # In the limit of infinite width those of SAM are -3/2, -1/2 and 1/2 at the first step.
+    # In the limit of infinite width, SAM's are -3/2, -1/2 and 1/2 at the first step.
     sam = {"first": (-1.6, -1.1), "second": (-0.7, -0.3), "head": (0.15, 0.7)}
     for (method, *_, layer), result in found.items():
         low, high = sam[layer] if method == "sam" else (-0.1, 0.1)
@@ -35,7 +35,7 @@ def test_exponents_of_mup_are_zero_and_those_of_sam_are_not(tmp_path):
 
 @pytest.mark.parametrize("name", ["mup_sam", "sam"])
 def test_the_effects_are_those_of_the_perturbation(name):
-    """Against the formula, spelled out for the layers of a network an eighth as wide."""
+    """Compare with the formula, written out for the layers of a network an eighth as wide."""
     width, rho = mup_transfer.BASE_WIDTH // 8, 0.3
     batch = jax.tree.map(lambda leaf: leaf[0], mup_transfer.make_data(0, 1).batches)
     assert batch["x"].shape == (mup_transfer.BATCH, 64)
@@ -53,7 +53,7 @@ def test_the_effects_are_those_of_the_perturbation(name):
     eps = jax.tree.map(lambda g, s: np.asarray(rho * s * g / length), g, scales)
 
     def features(layers):
-        """Layer by layer, perturbed where told."""
+        """Return the outputs of all layers; those in `layers` are perturbed."""
         x, out = np.asarray(batch["x"]), []
         for layer in ("first", "second", "head"):
             kernel, bias = (np.asarray(params[layer][key]) for key in ("kernel", "bias"))
@@ -74,7 +74,7 @@ def test_the_effects_are_those_of_the_perturbation(name):
 
 
 def test_the_effects_are_those_after_training():
-    """On the batch that comes next: at a learning rate of 0 those at the start, otherwise not."""
+    """Effects are measured on the next batch. At learning rate 0 they are those at the start."""
     width, rho, name = 16, 0.3, "mup_sam"
     batches = mup_transfer.make_data(0, 3).batches
     probe = mup_transfer.make_probe(name, width, (1, 2))
@@ -97,7 +97,7 @@ def test_the_slope_is_the_power_of_the_width():
 
 @pytest.mark.parametrize("width", [64, 256])
 def test_the_initialization_is_that_of_mup(width):
-    """The head's variance falls with the square of the width; at the base's it is as usual."""
+    """The head's variance falls with the square of the width; at the base width it is as usual."""
     params = jax.jit(mup_transfer.initialize, static_argnums=1)(0, width)
     variances = {layer: float(jnp.var(params[layer]["kernel"])) for layer in params}
     wanted = {"first": 1 / 64, "second": 1 / width, "head": 64 / width**2}
@@ -106,7 +106,7 @@ def test_the_initialization_is_that_of_mup(width):
 
 
 def test_the_best_pair_is_found_and_compared():
-    """A run that diverged, None, is not the best one."""
+    """A diverged run (None) is never the best one."""
     narrow = {"loss": [[3, 2, 1.5], [2, 1, 2]], "accuracy": [[0.1, 0.2, 0.9], [0.3, 0.5, 0.2]]}
     wide = {"loss": [[0.5, 2, 4], [None, 3, None]], "accuracy": [[0.1, 0.2, 0.1], [0.8, 0.3, None]]}
     grids = [
@@ -175,10 +175,10 @@ def test_a_tiny_run(tmp_path, monkeypatch, capsys):
     assert [result["width"] for result in report["grids"]] == [64, 64, 128, 128]
     assert of_base["loss"] == same["loss"]  # at the base width the methods are the same
     assert of_mup["loss"] != of_sam["loss"]
-    assert of_mup["loss"][0] != of_mup["loss"][1]  # of another learning rate
+    assert of_mup["loss"][0] != of_mup["loss"][1]  # another learning rate
     assert np.shape(of_mup["loss"]) == np.shape(of_sam["accuracy"]) == (2, 2)
     for result in report["transfer"]:
-        assert result["narrow"]["rho"] == result["wide"]["rho"] == 0.1  # the other one is absurd
+        assert result["narrow"]["rho"] == result["wide"]["rho"] == 0.1  # the other rho is absurd
     printed = capsys.readouterr().out
     for text in ("device:", "perturbed", "µP²", "SAM", "of 12 exponents are within 0.1 of 0"):
         assert text in printed
@@ -189,7 +189,7 @@ def test_a_tiny_run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("part", mup_transfer.PARTS)
 def test_one_part_alone(part, tmp_path, monkeypatch, capsys):
-    """With a single seed, and a run that diverged: neither the file nor the table has a NaN."""
+    """With a single seed and a diverged run, neither the file nor the table has a NaN."""
     made_up = {
         "exponents": lambda args: {
             name: np.full((2, 1, 1, 2, 3), 0.5) for name in ("mup_sam", "sam")
@@ -220,8 +220,8 @@ def test_one_part_alone(part, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--widths 64", "--widths must be at least two widths"),
-        ("--transfer-widths 64 64", "--transfer-widths must be at least two widths"),
+        ("--widths 64", "--widths must have at least two different widths"),
+        ("--transfer-widths 64 64", "--transfer-widths must have at least two different widths"),
         ("--steps 0", "--steps must be at least 1, got 0"),
         ("--transfer-seeds 0", "--transfer-seeds must be at least 1, got 0"),
         ("--rhos 0.1 -0.2", "--rhos must be finite and above 0"),

@@ -1,6 +1,6 @@
 """Every notebook matches its text, keeps its outputs, and runs from scratch.
 
-The text (`.py`) is what one edits. `python tests/test_notebooks.py` writes the notebooks anew.
+Edit the text (`.py`). Then `python tests/test_notebooks.py` writes the notebooks again.
 """
 
 import time
@@ -19,10 +19,10 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 
 def execute(notebook, folder):
-    """Run all cells in a fresh kernel; raises on the first one that fails."""
+    """Run all cells in a fresh kernel; raise if one fails."""
     client = NotebookClient(
         notebook,
-        timeout=SECONDS,  # of one cell
+        timeout=SECONDS,  # per cell
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
@@ -36,7 +36,7 @@ def code_cells(notebook):
 
 
 def check_outputs(notebook):
-    """All cells ran, in order; nothing went wrong; something was drawn."""
+    """Check that all cells ran in order and without errors, and that there is a figure."""
     cells = code_cells(notebook)
     outputs = [output for cell in cells for output in cell.outputs]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))

@@ -31,7 +31,7 @@ LOCAL = {name: run for name, run in GLOBAL.items() if not name.startswith("jit")
 
 
 def rows_and_regimes(regimes, rows):
-    """What treats examples in its own way in two or all regimes, other rows in one."""
+    """Pair rows with regimes: rows that treat examples specially get two or all, others get one."""
     apart = ("sam", "sampa", "esam", "ausam", "sl_sam", "msam")
     decides = ("two ascent steps", "rst", "looksam", "ae_sam", "fisher_sparse_sam")
 
@@ -63,7 +63,7 @@ def build(name, **changes):
 
 
 def assert_same(history, expected, read=lambda state: state):
-    """1e-12 after one step, 1e-10 after all, state included."""
+    """Compare to 1e-12 after one step and to 1e-10 after all steps, including the state."""
     for step, tolerance in ((0, 1e-12), (-1, 1e-10)):
         found, wanted = (
             jax.tree.map(np.asarray, problem.as_numbers((params, read(state), value)))
@@ -77,7 +77,7 @@ def on_one_device(name):
     return regimes.single(build(name), problem.make()[1], batches())
 
 
-# And rows like others that decide, draw or remember in a way of their own.
+# In addition to APART: rows that decide, draw or remember in another way.
 OF_THEIR_OWN = ("two ascent steps", "ae_sam", "vsam", "ksam", "dynamic_sparse_sam", "async_sam")
 
 
@@ -88,7 +88,7 @@ def test_global_is_the_step_of_one_device(name, regime):
 
 
 def without_readings(state):
-    """Where devices climb on their own, readings are what they are documented to be."""
+    """Clear the readings: with local ascent they are defined differently, as documented."""
     empty = jax.tree.map(lambda x: 0, optax.tree.get(state, "readings"))
     norms = {key: 0 for key in ("selected_loss", "largest_norm") if has(state, key)}
     return optax.tree.set(state, readings=empty, **norms)
@@ -98,7 +98,7 @@ def has(state, key):
     return optax.tree.get(state, key) is not None
 
 
-# What belongs to the whole batch of 8 devices, for one of them; and what decides by the mean.
+# Arguments for one of 8 devices, instead of the whole batch; and a bandit that does not learn.
 SHARD = {"ksam": {"num_selected": 1, "num_groups": 1}, "esam": {"num_groups": 1}}
 LINEAR = {"sl_sam": {"bandit_learning_rate": 0.0}}
 
@@ -109,7 +109,7 @@ def on_every_shard(name, num_shards=regimes.DEVICES):
     return regimes.per_shard(build(name, **changes), problem.make()[1], batches(), num_shards)
 
 
-# Which take the mean of the devices' sharp gradients apart, or decide by the mean gradient.
+# Rows that decompose the mean of the sharp gradients, or decide by the mean gradient.
 NOT_LINEAR = ("ae_sam", "looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam", "ausam")
 NOT_LINEAR += ("gsam", "gsam, clean", "stable_sam", "lets", "fisher_sparse_sam")
 NOT_LINEAR += ("lightsam_norm", "lightsam_adagrad", "lightsam_adam", "adasam")
@@ -126,7 +126,7 @@ def test_local_is_the_mean_of_per_shard_steps(name, regime):
 
 @pytest.mark.parametrize("regime", LOCAL)
 def test_local_ascent_on_all_that_was_drawn(regime):
-    """AUSAM on everything is SAM, and the score table is the same on all devices."""
+    """AUSAM on all examples is SAM, and the score table is the same on all devices."""
     history = LOCAL[regime](
         build("ausam", fraction=1.0), problem.make()[1], batches(), ascent="local"
     )
@@ -135,7 +135,7 @@ def test_local_ascent_on_all_that_was_drawn(regime):
 
 
 def combination(name):
-    """What a row does, for the reference loop."""
+    """Return the combination of a row, for the reference loop."""
     hyper, threshold = VARIANTS[name].hyper, [-0.2] * STEPS
     if name == "ae_sam":
         return reference.sometimes(reference.SquaredNorm(threshold, 0.9))
@@ -180,7 +180,7 @@ def test_local_ascent_decides_and_takes_apart_by_the_mean_gradient(name, regime)
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("ascent", ["global", "groups"])
 def test_several_axes(name, check_vma, ascent):
-    """Two axes are one, or the second holds the groups that climb together."""
+    """Two axes act like one, or the devices along the second axis climb together."""
     history = regimes.shard_map(
         build(name),
         problem.make()[1],
@@ -197,7 +197,7 @@ def test_several_axes(name, check_vma, ascent):
         assert_same(history, on_every_shard(name, 2), without_readings)
 
 
-# Of each device's two examples; the fourth and the last device have none at all.
+# Weights of each device's two examples; those of the fourth and the last device are all 0.
 VALID = [1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0.5, 2, 0, 0]
 
 
@@ -213,7 +213,7 @@ def test_weights_count_examples_not_devices(name, regime):
 
 @pytest.mark.parametrize("regime", LOCAL)
 def test_weights_count_examples_in_local_ascent(regime):
-    """By hand: each device climbs its own weighted mean, and counts by its weights."""
+    """By hand: each device climbs its own weighted mean, and counts by its sum of weights."""
     (_, params), ((batch, weights),) = problem.make(), batches(1, weights=VALID)
     history = LOCAL[regime](
         build("sam", base=optax.sgd(1.0)), params, [(batch, weights)], ascent="local"
@@ -238,7 +238,7 @@ def test_weights_count_examples_in_local_ascent(regime):
 
 
 def test_the_hypergradient_of_lets_with_local_ascent():
-    """By hand: each device climbs its own gradient, and the step moves with all of them."""
+    """By hand: each device climbs its own gradient, and the step depends on all of them."""
     params, batch = first_batch()
     tx = samx.lets(optax.sgd(0.1), 0.3)
     history = regimes.shard_map(lambda _: tx, params, [(batch,)], check_vma=True, ascent="local")
@@ -276,7 +276,7 @@ PAIRED = sampa(pair_sharding=P("pair"))
         *itertools.product(
             ["auto", "explicit", "named", "shard_map", "no vma"], [(2,), (2, 4)], [VALID]
         ),
-        ("pmap", (2,), VALID),  # which has one axis only
+        ("pmap", (2,), VALID),  # pmap has one axis only
         ("auto", (2, 4), None),
         ("shard_map", (2, 4), None),
     ],
@@ -302,14 +302,14 @@ def test_each_group_computes_one_gradient_of_sampa(regime, shape, weights):
     assert_same(history, regimes.single(sampa(), params, data))
 
 
-# ---- By hand: one step on 8 devices, whatever the arguments.
+# ---- By hand: one step on 8 devices, with various arguments.
 
 
 REPLICATED = P()
 
 
 def mapped(fn, regime, num_args, out_specs=REPLICATED):
-    """`fn(params, *examples)` in a regime; the result of the first device, all being equal."""
+    """Map `fn(params, *examples)` in a regime; return the first result, since all are equal."""
     if regime == "pmap":
 
         def call(params, *examples):
@@ -358,7 +358,7 @@ def test_value_and_grad(regime):
         (value, aux), grads = samx.value_and_grad(loss, "data", has_aux=True)(
             params, as_batch(x, y), 2.0
         )
-        total = jax.lax.psum(aux["own"], "data")  # the device's own
+        total = jax.lax.psum(aux["own"], "data")  # the aux is the device's own
 
         def weighted(params):
             own = (weights * problem.losses_fn(params, as_batch(x, y))).sum()
@@ -379,7 +379,7 @@ def test_value_and_grad(regime):
 @pytest.mark.parametrize("regime", LOCAL)
 @pytest.mark.parametrize("name", ["sam", "sampa"])
 def test_what_the_caller_computed_is_ignored(name, regime):
-    """A gradient that arrives summed, a loss of one device, or nonsense: the step is the same."""
+    """The step ignores the caller's values: a summed gradient, one device's loss, or nonsense."""
     params, batch = first_batch()
     whole = VARIANTS[name].build(batch_like=batch)
     specs = samx.state_specs(whole, params, batch_specs=P("data"))
@@ -406,7 +406,7 @@ def test_what_the_caller_computed_is_ignored(name, regime):
 
 
 def scaled_gradient(order):
-    """A user's own variant, with `jax.grad` of the closure, or a Hessian-vector product of it."""
+    """A user-defined variant, with `jax.grad` of the closure, or a Hessian-vector product."""
 
     def update_fn(g, state, params, *, value_fn):
         if order == 1:
@@ -490,7 +490,7 @@ def test_a_line_search_sees_the_mean_loss(regime):
 
 
 def moving_ball():
-    """A perturbation with a state: it climbs a running mean of the gradients."""
+    """A perturbation with a state: it climbs the momentum of the gradients."""
     return samx.sharpness_aware(
         optax.chain(optax.trace(0.9), samx.perturbations.metric_ball(0.05)), ascent_steps=2
     )
@@ -498,13 +498,13 @@ def moving_ball():
 
 @pytest.mark.parametrize("regime", LOCAL)
 def test_local_ascent_keeps_one_state(regime):
-    """The direction is the device's own, the state of the perturbation comes from the mean."""
+    """The direction is the device's own; the perturbation's state comes from the mean gradient."""
     history = LOCAL[regime](
         lambda batch_like: optax.chain(moving_ball(), optax.sgd(0.1)),
         problem.make()[1],
         batches(5),
         ascent="local",
-    )  # which checks that replicas agree to the last bit
+    )  # also checks that replicas agree to the last bit
     trace = optax.tree.zeros_like(history[0][0])
     params = problem.make()[1]
     for (new_params, state, _), (batch,) in zip(history, batches(5), strict=True):
@@ -548,7 +548,7 @@ def test_readings_of_local_ascent_are_means_over_the_devices(regime):
 
 
 def with_statistics(params, batch):
-    """Losses, and an aux as a layer with statistics would keep it."""
+    """Return losses, and an aux like that of a layer with statistics."""
     aux = {
         "mean": batch["x"].mean(0),
         "count": jnp.asarray(-3) + batch["y"].shape[0] * 0,
@@ -618,7 +618,7 @@ def test_in_a_scan_with_donated_arguments(name, ascent):
 
 @pytest.mark.parametrize("ascent", ["global", "local"])
 def test_mapped_over_data_and_sharded_by_the_compiler(ascent):
-    """The axis of the data is mapped, that of the model is left to the compiler."""
+    """The data axis is mapped; the compiler shards over the model axis."""
     (params, batch), mesh = first_batch(), regimes.mesh_of((4, 2), ("data", "model"))
     tx = samx.data_parallel(optax.chain(samx.asam(0.5), optax.sgd(0.1)), "data", ascent)
 
@@ -654,7 +654,7 @@ def test_mapped_over_data_and_sharded_by_the_compiler(ascent):
     ],
 )
 def test_half_precision_and_integers(name, regime, ascent):
-    """Dtypes stay, an integer table is no gradient's business, and replicas agree."""
+    """Dtypes stay, an integer table does not change, and replicas agree."""
     data, params = problem.make(jnp.bfloat16)
     data = [(problem.batch_at(data, t),) for t in range(3)]
     params["table"] = jnp.arange(3)

@@ -22,7 +22,7 @@ MOMENTUM = optax.sgd(0.1, momentum=0.9)
 
 
 def large_problem():
-    """A batch that leaves enough for each of 8 devices: products are still all that counts."""
+    """A larger batch, so that products dominate the cost on each of 8 devices, too."""
     params, batch = wide_problem()
     return params, jax.tree.map(lambda x: jnp.concatenate([x] * 8), batch)
 
@@ -48,7 +48,7 @@ def build(name):
 
 @functools.cache
 def compiled(name, regime, ascent="global", shape=(8,), check_vma=True, returns_value=False):
-    """A step's program, state and readings among its results; axes are "data", "pair" or both."""
+    """Compile a step that returns state and readings, too; axes are "data", "pair" or both."""
     params, batch = large_problem()
     names = ("pair", "data")[: len(shape)] if name == "pair" else ("data",)
     axes = "data" if "data" in names else None
@@ -71,7 +71,7 @@ def compiled(name, regime, ascent="global", shape=(8,), check_vma=True, returns_
 
         def step(*args):
             params, state, value = whole_step(*args)
-            # For a variant that ignores its gradient the value would keep a forward pass alive.
+            # If a variant ignores its gradient, the value would keep a forward pass alive.
             return params, state, value if returns_value else None
 
         if mapped:
@@ -86,7 +86,7 @@ def compiled(name, regime, ascent="global", shape=(8,), check_vma=True, returns_
 
 
 def gradients_of(name):
-    """How many gradients are averaged over the devices, whatever their examples."""
+    """Count the gradients that are averaged over the devices, whichever examples they use."""
     case = VARIANTS[name]
     if "num_groups" in case.static_args:
         return 2
@@ -133,7 +133,7 @@ def assert_bytes(program, copies):
 )
 def test_one_all_reduce_per_gradient(name, regime, check_vma):
     if (name, regime) == ("lets", "auto"):
-        return  # the compiler shares out the derivative along a vector as it likes
+        return  # the compiler shards the directional derivative as it likes
     copies = 1 if name == "plain" else gradients_of(name)
     assert_bytes(compiled(name, regime, check_vma=check_vma), copies)
 
@@ -150,7 +150,7 @@ def test_a_skipped_step_sends_one_pass(name, monkeypatch):
     [("sam", False), *((n, True) for n in PROGRAMS if VARIANTS[n].uses_gradient)],
 )
 def test_local_ascent_sends_one_pass(name, check_vma):
-    """And one more where the mean gradient is needed: to be combined, or for a memory."""
+    """It sends one more where the mean gradient is needed, for a combination or a state."""
     copies = gradients_of(name) - 1 + (name in ("gsam", "lightsam_adam"))
     assert_bytes(compiled(name, "shard_map", "local", check_vma=check_vma), copies)
 
@@ -163,7 +163,7 @@ def test_flops_per_device_are_those_of_its_share(name, regime):
 
 @pytest.mark.parametrize("regime", ["shard_map", "auto"])
 def test_a_device_draws_from_its_share(regime, monkeypatch):
-    """AUSAM behind its warm-up; the score tables are kept alike by a few numbers per example."""
+    """AUSAM after its warm-up; a few numbers per example keep the score tables equal."""
     monkeypatch.setattr(jax.lax, "cond", lambda _, *sides: sides[1]())
     program = compiled.__wrapped__("ausam", regime)
     assert flops(program) == pytest.approx(one_pass(8), rel=0.05)
@@ -181,7 +181,7 @@ def test_a_pair_costs_one_pass(regime, shape):
 
 
 def test_what_the_caller_computes_too_is_merged():
-    """`data_parallel` takes loss and gradient anew, `samx.value_and_grad` took them before."""
+    """`samx.value_and_grad` and `data_parallel` compute the same gradient; XLA merges the two."""
     alone, returned = (compiled("sam", "shard_map", returns_value=value) for value in (False, True))
     assert flops(returned) == flops(alone)
     assert communicated_bytes(returned) == communicated_bytes(alone)
@@ -192,7 +192,7 @@ def test_what_the_caller_computes_too_is_merged():
     [("sam", "global", 2), ("sam", "local", 1), ("sampa", "global", 2)],
 )
 def test_accumulation_sends_each_gradient_once(name, ascent, copies):
-    """The body of the loop is counted once: a quarter of the flops, and nothing unsplit beside."""
+    """XLA counts the loop's body once: a quarter of the flops, and no pass over the whole batch."""
     program = compiled(f"accumulated {name}", "shard_map", ascent)
     assert_bytes(program, copies)
     assert flops(program) / one_pass(8) == pytest.approx(2 / 4, rel=0.1)

@@ -1,4 +1,4 @@
-"""Policies decide as plain Python would; a step that is not sharp costs no call of a closure."""
+"""Policies decide as plain Python would; a step that is not sharp calls no closure."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ MOMENTUM = optax.sgd(0.1, momentum=0.9)
 
 
 def decide(policy, gradients, sharp_gradients=None, state=None):
-    """The decisions on a sequence of gradients, and the states behind them."""
+    """Return the decisions on a sequence of gradients, and the state after each step."""
     gradients = jnp.asarray(gradients)
     sharp_gradients = gradients if sharp_gradients is None else jnp.asarray(sharp_gradients)
 
@@ -98,7 +98,7 @@ def test_random_is_as_frequent_as_it_is_probable(name):
         assert abs(decisions[half].sum() - p[half].sum()) < 3 * deviation
         assert 0 < decisions[half].sum() < len(half)
     lag = np.corrcoef(decisions[1:] - p[1:], decisions[:-1] - p[:-1])[0, 1]
-    assert abs(lag) < 3 / np.sqrt(DRAWS)  # neighbours do not know of each other
+    assert abs(lag) < 3 / np.sqrt(DRAWS)  # successive draws are independent
 
 
 def test_draws_are_made_of_the_key_and_the_step():
@@ -148,14 +148,14 @@ def test_squared_norm_of_zero_gradients_stays_a_number(threshold, is_sharp):
 
 
 def windows(values, window, warmup_steps):
-    """The full windows behind the warm-up; the first one there is a step short."""
+    """Return the full windows after the warm-up; the first one is a step short and left out."""
     values = np.asarray(values)[warmup_steps + window - 1 :]
     return values[: len(values) // window * window].reshape(-1, window, *values.shape[1:])
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 5])
 def test_every_window_has_exactly_its_quota(num_blocks):
-    """Over 40 windows, in which ‖h‖ falls and rises until the quota is at both of its ends."""
+    """Over 40 windows, ‖h‖ falls and rises until the quota reaches both of its limits."""
     steps = np.arange(12 + 9 + 400)
     noise = np.random.default_rng(0).normal(size=len(steps))
     length = np.exp(0.1 * np.abs(steps % 200 - 100) + 0.05 * noise)
@@ -243,11 +243,11 @@ def test_norms_of_a_quota_are_those_of_the_measured_leaves():
     assert (float(state.norms[-1]), float(state.ratios[-1])) == (2.0, pytest.approx(0.4))
 
 
-# `perturb_if`: what it calls, and what it hands on.
+# `perturb_if`: what it calls, and what it passes on.
 
 
 def sharp_gradient(make_eps):
-    """An inner transformation of one's own, without state and readings."""
+    """A user-defined inner transformation, without state and readings."""
 
     def update_fn(g, state, params, *, value_fn):
         return samx.value_and_grad_at(value_fn, params, make_eps(g))[1], state
@@ -256,7 +256,7 @@ def sharp_gradient(make_eps):
 
 
 def from_examples():
-    """One that reads `losses_fn` and `batch`, and nothing else: the worst example's gradient."""
+    """One that reads only `losses_fn` and `batch`: it returns the gradient of the worst example."""
 
     def update_fn(g, state, params, *, losses_fn, batch):
         return jax.grad(lambda p: losses_fn(p, batch).max())(params), state
@@ -348,7 +348,7 @@ def test_readings_of_a_skipped_step():
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
 @pytest.mark.parametrize("name", ["perturb_if", "looksam", "vsam"])
 def test_a_gradient_of_another_dtype_than_the_parameters(name, dtypes):
-    """Both kinds of steps give updates like the parameters."""
+    """Both kinds of steps give updates with the dtype of the parameters."""
     tx = {
         "perturb_if": samx.perturb_if(policies.every(2), samx.sam(0.05)),
         "looksam": samx.looksam(0.05, 2),
@@ -366,7 +366,7 @@ def test_a_gradient_of_another_dtype_than_the_parameters(name, dtypes):
 def test_readings_of_several_transformations_inside():
     inner = optax.chain(samx.sam(0.1), samx.sam(0.2))
     tx = samx.perturb_if(policies.every(2), optax.named_chain(("two", inner)))
-    w = {"readings": jnp.ones(2)}  # a parameter of that name is none
+    w = {"readings": jnp.ones(2)}  # a parameter with this name is not a reading
     state = tx.init(w)
     for is_sharp in (True, False):
         _, state = tx.update(w, state, w, value_fn=lambda w: (w["readings"] ** 4).sum())
@@ -395,7 +395,7 @@ def test_parameters_named_like_a_momentum():
 
 
 def test_an_inner_policy_runs_on_the_optimizers_clock():
-    """Only what both policies want is sharp; the inner one counts all steps."""
+    """A step is sharp if both policies want it; the inner policy counts all steps."""
     inner = samx.perturb_if(policies.every(3), samx.sam(0.1))
     tx, w, sharp = samx.perturb_if(policies.every(2), inner), jnp.array([3.0, 4.0]), []
     state = tx.init(w)
@@ -407,7 +407,7 @@ def test_an_inner_policy_runs_on_the_optimizers_clock():
 
 
 def train_at(policy, calls, steps=6):
-    """The training of one radius, from `init` on, to be mapped over radii."""
+    """Make a training run with one radius, from `init` on, to be mapped over radii."""
     start, scales = jnp.array([0.3, -0.7]), jnp.linspace(0.5, 1.5, steps)
 
     def train(rho):
@@ -429,7 +429,7 @@ def train_at(policy, calls, steps=6):
     return train
 
 
-MAPPED = {  # policy, whether the branch remains one
+MAPPED = {  # policy, whether it is still a branch under `vmap`
     "every": (policies.every(3), True),
     "random": (policies.random(0.5, key=1), True),
     "squared_norm": (policies.squared_norm(0.5, 0.5), False),

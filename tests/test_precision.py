@@ -15,12 +15,12 @@ from cases import VARIANTS
 import samx
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-# Whatever takes its passes in a way of its own.
+# Rows that differ in how they take their passes.
 every_program = pytest.mark.parametrize(
     "name",
     ["sam", "two ascent steps", "sampa", "looksam", "momentum_sam", "esam", "sl_sam", "msam"],
 )
-# Whatever computes something of its own from what the passes give.
+# Rows that differ in what they compute from the passes.
 every_arithmetic = pytest.mark.parametrize(
     "name",
     ["sam", "asam", "two ascent steps", "sampa", "looksam", "momentum_sam", "esam", "msam", "gsam"],
@@ -41,7 +41,7 @@ assert_same = functools.partial(assert_close, rtol=0, atol=0)  # to the last bit
 
 @functools.cache
 def wide(dtype):
-    """Two million parameters and a gradient: a step of length 0.05 is 3.5e-5 of each."""
+    """Two million parameters and a gradient: a step of length 0.05 moves each by 3.5e-5."""
     rng = np.random.default_rng(0)
     shapes = {"W1": (1000, 1000), "b1": (1000,), "W2": (1000, 999)}
     scales = (0.02, 1.0)
@@ -52,7 +52,7 @@ def wide(dtype):
 
 
 def share_of_the_ascent(name, dtype, **changes):
-    """<g, Δ> / <g, ε>, with Δ what reached the closure and ε by hand, in float64."""
+    """Return <g, Δ> / <g, ε>: Δ is the step seen by the closure, ε the step by hand in float64."""
     case, (w, g) = VARIANTS[name], wide(dtype)
     changes |= ONE_EXAMPLE.get(name, {})
     tx = case.build(optax.sgd(0.0, momentum=0.0), batch_like=jnp.ones(1), **changes)
@@ -64,7 +64,8 @@ def share_of_the_ascent(name, dtype, **changes):
         return batch * sum((g[k] * params[k].astype(jnp.float32)).sum() for k in g)
 
     state = tx.init(w)
-    while float(optax.tree.get(state, "perturbation_norm")) == 0:  # not on every step, not at once
+    # Not every step is sharp, and the first one may not be.
+    while float(optax.tree.get(state, "perturbation_norm")) == 0:
         seen.clear()
         _, state = tx.update(g, state, w, losses_fn=losses_fn, batch=jnp.ones(1))
         jax.effects_barrier()
@@ -96,7 +97,7 @@ BY_HAND = {
     "sam": euclidean,
     "asam": in_metric(lambda k, x: 1.0 if k == "b1" else np.abs(x) + 0.01),
     "sampa": euclidean,
-    "two ascent steps": lambda rho, g, w: euclidean(2 * rho, g, w),  # the slope is the same
+    "two ascent steps": lambda rho, g, w: euclidean(2 * rho, g, w),  # both have the same slope
     "l-infinity": lambda rho, g, w: {k: rho * np.sign(g[k]) for k in g},
     "looksam": euclidean,
     "usam": lambda rho, g, w: {k: rho * g[k] for k in g},
@@ -107,7 +108,7 @@ BY_HAND = {
         k: rho * 0.1 * g[k] / np.sqrt(0.99 * 0.1**2 + 0.01 * g[k] ** 2) for k in g
     },
     "momentum_sam": lambda rho, g, w: euclidean(-rho, g, w),
-    "esam": lambda rho, g, w: euclidean(rho / 0.6, g, w),  # of all tensors, on the first step
+    "esam": lambda rho, g, w: euclidean(rho / 0.6, g, w),  # the first step perturbs all tensors
     "sl_sam": lambda rho, g, w: euclidean(rho, {k: g[k] * (k == "W1") for k in g}, w),
 }
 ONE_EXAMPLE = {"esam": {"num_groups": 1}, "msam": {"num_microbatches": 1}}
@@ -121,7 +122,7 @@ def test_half_precision_parameters_see_the_ascent(name, dtype):
 
 @pytest.mark.parametrize("name", ["sam", "asam", "sampa"])
 def test_bfloat16_would_round_the_ascent_away(name):
-    """The same test fails where the point is in the dtype of the parameters."""
+    """The same test fails if the perturbed point has the dtype of the parameters."""
     assert abs(share_of_the_ascent(name, jnp.bfloat16, perturb_dtype=None) - 1) > 0.02
 
 
@@ -141,7 +142,7 @@ def start(dtype=np.float32):
 
 
 def batch_at(step, dtype=np.float32, example=slice(None), **factors):
-    """A batch, and what its activations and its losses are multiplied by in each kind of pass.
+    """Return a batch with factors of its activations and its losses in each kind of pass.
 
     `clean=(activations, losses)`, `sharp=(activations, losses)`; for one `example`, or all.
     """
@@ -153,7 +154,7 @@ def batch_at(step, dtype=np.float32, example=slice(None), **factors):
 
 
 def losses_in(dtype):
-    """The losses, computed in `dtype` whatever the parameters are."""
+    """Return the losses, computed in `dtype` whatever the dtype of the parameters is."""
 
     def losses_fn(params, batch):
         params, x = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, batch["x"]))
@@ -168,10 +169,10 @@ def losses_in(dtype):
 
 @functools.cache
 def program(name, wrapper, dtype):
-    """An optimizer and its step, one for all tests: what goes wrong is in the batch.
+    """Make an optimizer and its step, the same for all tests: the batch causes the overflow.
 
-    Dynamic loss scaling is compiled, and what has a loop or a branch, which would be compiled at
-    every call; the rest is cheaper without.
+    Dynamic loss scaling is compiled. Rows with a loop or a branch are compiled, too; otherwise JAX
+    would compile the loop or branch at every call. The rest is cheaper without compilation.
     """
     tx = WRAPPERS[wrapper](VARIANTS[name].build(batch_like=batch_at(0)))
     step = problem.make_step(tx, losses_in(dtype))
@@ -181,7 +182,7 @@ def program(name, wrapper, dtype):
 
 
 def train(name, wrapper, dtype, batches, **state):
-    """`(params, state)` before the first step and after each."""
+    """Return `(params, state)` before the first step and after each step."""
     tx, step = program(name, wrapper, dtype)
     params = start()
     history = [(params, optax.tree.set(tx.init(params), **state))]
@@ -199,7 +200,7 @@ def four_steps(name, wrapper, dtype):
 
 
 def signature(tree):
-    """What must not change from step to step, or the program is compiled again."""
+    """Return shapes and dtypes. If they change between steps, the program is compiled again."""
     return jax.tree.map(lambda x: (jnp.shape(x), x.dtype, jax.typeof(x).weak_type), tree)
 
 
@@ -208,7 +209,7 @@ def distance(a, b):
 
 
 def roundings(name, state):
-    """How many: LookSAM makes g_v, and the rounding in it, α ‖g‖ / ‖g_v‖ times as long."""
+    """Count the roundings: LookSAM scales g_v, with its rounding error, by α ‖g‖ / ‖g_v‖."""
     if name != "looksam":
         return 2
     return 2 + VARIANTS[name].hyper["alpha"] / float(optax.tree.get(state, "part_ratio"))
@@ -218,7 +219,7 @@ def roundings(name, state):
 @every_program
 @pytest.mark.parametrize("dtype", [jnp.bfloat16])
 def test_half_precision_compute_stays_close(name, dtype):
-    """Roundings of half an eps each add up to some eps of the way that the parameters went."""
+    """Roundings of half an eps add up to a few eps of the distance that the parameters moved."""
     *_, (expected, _) = four_steps(name, "none", jnp.float32)
     *_, (found, state) = four_steps(name, "skip", dtype)
     way = distance(expected, start())
@@ -230,7 +231,8 @@ def test_half_precision_compute_stays_close(name, dtype):
 
 # ---- A scaled loss.
 
-VANISHING = 2.0**-22  # of a loss: cotangents of single examples are below the half of 6e-8
+# The factor of a loss; cotangents of single examples are below half of 6e-8.
+VANISHING = 2.0**-22
 FLOAT16_EPS = float(jnp.finfo(jnp.float16).eps)
 
 
@@ -253,7 +255,7 @@ def test_a_scale_changes_nothing_in_float32(name):
     ],
 )
 def test_every_form_of_the_loss(name, form):
-    """And nothing is read of the incoming gradient."""
+    """The incoming gradient is not read in any of them."""
     batch, losses_fn = batch_at(0), losses_in(jnp.float32)
     weights = jnp.arange(16.0) if form == "weights" else jnp.ones(16)
 
@@ -273,7 +275,7 @@ def test_every_form_of_the_loss(name, form):
 
 @functools.cache
 def vanishing_gradient(name, wrapper, dtype):
-    """What the base optimizer got, as its momentum remembers it, and the state."""
+    """Return the gradients that the base got, as its momentum holds them, and the state."""
     factors = (1, VANISHING)
     *_, (_, state) = train(name, wrapper, dtype, [batch_at(0, clean=factors, sharp=factors)] * 2)
     return optax.tree.get(state, "trace"), state
@@ -318,7 +320,7 @@ def test_map_params(name):
 
 
 def test_scan_and_donation():
-    """SAMPa, whose state holds most."""
+    """SAMPa has the largest state."""
     tx, step = program("sampa", "scale", jnp.float16)
     batches = [batch_at(0), batch_at(1, sharp=OVERFLOW["backward"]), batch_at(2)]
     *_, expected = train("sampa", "scale", jnp.float16, batches)
@@ -337,13 +339,13 @@ def test_scan_and_donation():
 # ---- An overflow skips the step.
 
 OVERFLOW = {"forward": (1e5, 1), "backward": (1, 2.0**24)}  # float16 ends at 65504
-A_GROUP = slice(4, 6)  # of examples, one of which every selection takes
+A_GROUP = slice(4, 6)  # examples; every selection takes one of them
 one_pass = pytest.mark.parametrize("kind", ["clean", "sharp"])
 somewhere = pytest.mark.parametrize("where", OVERFLOW)
 
 
 def assert_skipped(state, before):
-    """One step skipped; moments, schedules, held examples and readings are what they were."""
+    """Check that one step was skipped, and that moments, schedules, examples and readings stay."""
     assert_same(state.inner.inner, before.inner.inner)
     assert float(state.loss_scale) == float(before.loss_scale) / 2
     assert int(state.inner.skipped_steps) == int(before.inner.skipped_steps) + 1
@@ -352,7 +354,7 @@ def assert_skipped(state, before):
 
 
 def has_the_pass(name, kind, batches):
-    """SAMPa has no clean pass, and a policy may leave out the sharp one."""
+    """Return whether a row has this pass. SAMPa has no clean one; policies can skip sharp ones."""
     if kind == "clean":
         return name not in ("sampa", "sampa, separate", "momentum_sam")
     *_, (_, state) = train(name, "none", jnp.float32, batches)
@@ -392,7 +394,7 @@ def test_skip_nonfinite_needs_no_scale_for_it(name, kind, where):
 
 @every_program
 def test_a_scale_that_is_far_too_large_comes_down(name):
-    """Every backward pass overflows for some twenty steps; then training goes on."""
+    """Every backward pass overflows for about twenty steps; then training goes on."""
     batches = [batch_at(t) for t in range(32)]
     history = train(name, "scale", jnp.float16, batches, loss_scale=jnp.float32(2**40))
     is_taken = [int(state.inner.skipped_in_a_row) == 0 for _, state in history[1:]]
@@ -425,12 +427,12 @@ def test_no_sign_and_no_clipping_hides_an_overflow(base, first):
 
 
 def infinite_gradient(w):
-    """A loss of 2e5 with a gradient of 1e5, in float16: infinity, not NaN."""
+    """A loss of 2e5 with a gradient of 1e5, in float16: infinite, not NaN."""
     return 1e5 * w.astype(jnp.float16).sum().astype(jnp.float32)
 
 
 def test_skip_nonfinite_looks_at_moments():
-    """A momentum of infinity, of which Lion takes the sign."""
+    """Lion takes the sign of its momentum, so an infinite momentum gives finite updates."""
     tx, w = samx.skip_nonfinite(optax.lion(0.1)), jnp.ones(2)
     updates, state = tx.update(jax.grad(infinite_gradient)(w), tx.init(w), w)
     assert int(state.skipped_steps) == 1
@@ -439,7 +441,7 @@ def test_skip_nonfinite_looks_at_moments():
 
 
 def test_infinities_that_break_nothing():
-    """Masks in a held batch, and a loss that is unknown."""
+    """An infinite mask in a held batch, or an unknown (infinite) loss, skips no step."""
     batch = {"x": jnp.ones((2, 2)), "mask": jnp.array([0.0, -jnp.inf])}
     keywords = {"losses_fn": lambda w, b: jax.nn.relu(b["x"] @ w + b["mask"]), "batch": batch}
     w, sampa = jnp.ones(2), samx.sampa(optax.sgd(0.1), batch_like=batch)
@@ -453,7 +455,7 @@ def test_infinities_that_break_nothing():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_infinite_gradient_is_no_direction(compiled):
-    """No compiler may take 0 · x for 0: the corner of an L∞ ball is NaN there."""
+    """The compiler must not replace 0 · x by 0: a step of the L∞ ball along infinity is NaN."""
     ball, g = samx.perturbations.linf_ball(0.5), jnp.array([jnp.inf, -2.0, 0.0])
     climb = jax.jit(ball.update) if compiled else ball.update
     np.testing.assert_array_equal(climb(g, ball.init(g), g)[0], [np.nan, -0.5, 0.0])
@@ -461,7 +463,7 @@ def test_an_infinite_gradient_is_no_direction(compiled):
 
 @pytest.mark.parametrize("ball", ["metric_ball", "linf_ball"])
 def test_skip_nonfinite_sees_an_infinity_that_was_climbed(ball):
-    """Of the clean pass alone: the sharp gradient is infinite nowhere."""
+    """The infinity is in the clean pass alone; the sharp gradient is finite."""
     ball = getattr(samx.perturbations, ball)(0.05)
     tx, w = samx.skip_nonfinite(samx.sharpness_aware(ball)), jnp.ones(2)
     g = 2 * w + jax.grad(infinite_gradient)(w)
@@ -472,7 +474,7 @@ def test_skip_nonfinite_sees_an_infinity_that_was_climbed(ball):
 
 
 def test_a_leaf_that_is_not_perturbed_may_overflow_in_the_clean_pass():
-    """Nothing but a reading uses that number; in the sharp pass the same overflow skips."""
+    """Only a reading uses the infinite number. In the sharp pass, the overflow skips the step."""
     ball = samx.perturbations.metric_ball(0.05)
     ball = samx.perturbations.on_leaves(ball, lambda path, leaf: path[-1].key == "W")
     tx = samx.scale_loss(optax.chain(samx.sharpness_aware(ball), optax.sgd(0.1)))
@@ -498,7 +500,7 @@ def test_a_leaf_that_is_not_perturbed_may_overflow_in_the_clean_pass():
 
 
 def quadratic(tx):
-    """A compiled step on a loss that `factor`, if infinite, breaks."""
+    """Compile a step on a quadratic loss; an infinite `factor` breaks the loss."""
 
     @jax.jit
     def step(w, state, factor):
@@ -527,7 +529,7 @@ def test_the_scale_grows_and_backs_off():
 
 
 def test_the_scale_stays_a_number_whose_inverse_is_one():
-    """After hundreds of steps in one direction; a step with the largest scale is still right."""
+    """The scale stops at 2^126 and 2^-126; a step with the largest scale is still right."""
     tx = samx.scale_loss(SAM, growth_interval=1)
     *_, (w, state) = follow(tx, [1.0] * 4, loss_scale=jnp.float32(2.0**124))
     assert float(state.loss_scale) == 2.0**126
@@ -546,7 +548,7 @@ def test_a_fixed_scale():
 
 
 def test_vmap():
-    """Seeds with a scale each: where one overflows, only that one waits."""
+    """Each seed has its own scale; only the seed that overflows skips its step."""
     tx = samx.scale_loss(SAM)
     w = jnp.ones((3, 2))
     state = jax.vmap(tx.init)(w)
@@ -592,7 +594,7 @@ def test_bad_arguments(keyword, value, error):
         samx.scale_loss(SAM, **{keyword: value})
 
 
-# ---- Whatever a closure may be asked for.
+# ---- What a variant may ask of a closure.
 
 
 def test_second_derivatives_inside_a_variant():
@@ -647,7 +649,7 @@ def test_there_is_no_nan_without_an_overflow():
 
 @functools.cache
 def mapped(regime, name, is_scaled, examples, **keywords):
-    """`(params, state, value)` after every step, on two good batches or with a bad one between."""
+    """Return `(params, state, value)` after each step; `examples` can add a bad batch."""
     batches = [batch_at(t, np.float64) for t in range(2)]
     if examples == "one overflows":
         batches.insert(1, batch_at(2, np.float64, example=5, sharp=(1, 1e308)))
@@ -677,7 +679,7 @@ def mapped(regime, name, is_scaled, examples, **keywords):
     ],
 )
 def test_an_overflow_on_one_device_skips_the_step_on_all(name, regime, keywords):
-    """The other steps are those without a scale; `regimes` compares the replicas."""
+    """The other steps equal those without a scale; `regimes` compares the replicas."""
     history = mapped(regime, name, True, "one overflows", **keywords)
     reference = (regime, keywords) if "ascent" in keywords else ("single", {})
     *_, (*expected, _) = mapped(reference[0], name, False, "good", **reference[1])

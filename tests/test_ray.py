@@ -1,7 +1,6 @@
-"""Ray: exact exchanges between processes, whoever dies on the way, and nothing left behind.
+"""Ray: exchanges between processes are exact, whichever process dies, and nothing is left behind.
 
-Ray starts once, for all tests that can share it. Whatever they wait for, they wait in vain for some
-seconds only.
+Ray starts once, for all tests that can share it. Every wait ends after some seconds.
 """
 
 import contextlib
@@ -28,18 +27,18 @@ from samx import elastic
 from samx.elastic import _actors, _center, _ray
 from samx.elastic._engine import Job
 
-LONG = 60  # seconds, for a machine that does much else
+LONG = 60  # seconds, for a busy machine
 
 
 @contextlib.contextmanager
 def bounded():
-    """Nothing hangs forever, whatever is wrong."""
+    """Raise a TimeoutError instead of hanging forever."""
 
     def give_up(number, frame):
         raise TimeoutError("not in time")
 
     handler = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(2 * LONG)
+    signal.alarm(4 * LONG)
     try:
         yield
     finally:
@@ -55,7 +54,7 @@ def bounded_test():
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A cluster for all, and the engine that ends it."""
+    """One cluster for all tests, and the engine that ends it."""
     handler = signal.getsignal(signal.SIGTERM)
     engine = elastic.Ray()
     engine._connect()
@@ -65,7 +64,7 @@ def cluster():
 
 
 def tree_of(engine):
-    """The processes of its cluster."""
+    """Return the processes of the engine's cluster."""
     helper = psutil.Process(engine._helper.pid)
     return [helper, *helper.children(recursive=True)]
 
@@ -73,12 +72,12 @@ def tree_of(engine):
 def maker(delay=0.0, hurry=None):
     """`make_worker` for the tiny problem in float32, SAM and SGD.
 
-    Worker 1 is slow until there is a file `hurry`, if one is named.
+    If `hurry` is given, worker 1 is slow until this file exists.
     """
     precision = jnp.result_type(float)
 
     def make_worker(index):
-        assert jnp.result_type(float) == precision  # jax.enable_x64, as it is here
+        assert jnp.result_type(float) == precision  # the same jax.enable_x64 as in the driver
         data, params = problem.make(np.float32)
         tx = optax.chain(samx.sam(0.05), optax.sgd(0.1))
 
@@ -128,7 +127,7 @@ def wait_until(is_true, seconds=LONG):
 
 
 def in_center(engine, function, shard=0):
-    """What a function says there."""
+    """Call a function in a process of the center."""
     import ray
 
     return ray.get(engine._shards[shard].__ray_call__.remote(function), timeout=LONG)
@@ -136,7 +135,7 @@ def in_center(engine, function, shard=0):
 
 @pytest.mark.parametrize(("num_shards", "num_exchanges"), [(1, 1000), (3, 300)])
 def test_no_exchange_is_lost(cluster, num_shards, num_exchanges):
-    """Four processes at once; what the center moved is the sum of what they were told."""
+    """Four processes exchange at once; the center moves by the sum of the moves that they get."""
     import ray
 
     num_workers, size = 4, 20_000
@@ -145,7 +144,7 @@ def test_no_exchange_is_lost(cluster, num_shards, num_exchanges):
     def hammer(index, shards):
         rng, client = np.random.default_rng(index), _actors.Client(shards)
         count, total = 0, np.zeros(size)
-        # Somebody who ignores the end is stopped, too.
+        # Each process asks for more exchanges than it can get; the center ends this.
         while count < num_exchanges:
             sent = rng.normal(size=size).astype(np.float32)
             move = client.exchange(index, sent, 0.0)
@@ -175,7 +174,7 @@ def test_no_exchange_is_lost(cluster, num_shards, num_exchanges):
 
 
 def test_parts_of_a_center_move_as_one(cluster):
-    """With a leader, too: that all parts be told who leads."""
+    """This includes a leader: all parts must know who leads."""
     rng, size = np.random.default_rng(0), 10
     start, shard, ledger = rng.normal(size=size), (0.3, 0.2, True), (2, 6, None, {})
     whole = _center.Center(_center.Ledger(*ledger), _center.Shard(start, *shard))
@@ -191,7 +190,7 @@ def test_parts_of_a_center_move_as_one(cluster):
             )
             np.testing.assert_array_equal(client.pull(), whole.pull())
         before = engine.pull()
-        assert client.exchange(1, sent, 0.0) is None  # none is left
+        assert client.exchange(1, sent, 0.0) is None  # no exchange is left
         np.testing.assert_array_equal(engine.pull(), before)
         mine, theirs = engine.call("snapshot")[1], whole.call("snapshot")[1]
         assert [record.exchanges for record in mine] == [r.exchanges for r in theirs] == [4, 2]
@@ -200,7 +199,7 @@ def test_parts_of_a_center_move_as_one(cluster):
 
 
 def test_a_request_of_the_dead_is_not_counted():
-    """It may wait in the center for the others while its worker is killed."""
+    """A request may wait in the center for other workers while its own worker is killed."""
     ledger = _center.Ledger(2, 100, max_staleness=1)
     ledger.last = {0: 0, 1: 0}
     assert ledger.admit(0, 1.0) is not None
@@ -216,7 +215,7 @@ def test_a_request_of_the_dead_is_not_counted():
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster):
-    """Two workers and a center in two parts; what is seen of them on the way."""
+    """Train two workers and a center in two parts; also return what the monitor saw."""
     seen, engine = {}, elastic.Ray(num_shards=2)
 
     def monitor(progress):
@@ -258,7 +257,7 @@ def test_training(undisturbed):
     assert seen["places"] == [record.place for record in workers]
     start = problem.make(np.float32)[1]
     assert loss_of(trained.params) < 0.5 * loss_of(start)
-    # It can be asked for when the center is gone, too.
+    # `pull` works after the center is gone, too.
     for one, other in zip(
         *map(jax.tree.leaves, (trained.progress.pull(), trained.params)), strict=True
     ):
@@ -279,7 +278,7 @@ def test_the_center_imports_no_jax(undisturbed):
 
 
 def test_killed_workers(cluster, undisturbed, tmp_path):
-    """The first death is made good, the second one not; the others go on."""
+    """The first killed worker is started again, the second is not; the other worker goes on."""
     pids, hurry = [], tmp_path / "hurry"
 
     def monitor(progress):
@@ -313,7 +312,7 @@ def test_killed_workers(cluster, undisturbed, tmp_path):
 
 
 def test_a_killed_center(cluster):
-    """That of the part without the ledger, even: nobody hangs, no worker is left."""
+    """Even if it is the part without the ledger, nothing hangs and no worker is left."""
     engine, seen = elastic.Ray(num_shards=2), {}
 
     def monitor(progress):
@@ -336,7 +335,7 @@ def test_a_killed_center(cluster):
         )
     assert time.monotonic() - seen["time"] < 15
     wait_until(lambda: not any(map(is_alive, seen["workers"])), 15)
-    engine.close()  # once more does no harm
+    engine.close()  # closing it again does no harm
 
 
 @pytest.mark.filterwarnings("ignore:elastic. worker 0:RuntimeWarning")
@@ -350,7 +349,7 @@ def test_a_worker_that_raises(cluster):
 
 
 def test_a_worker_that_hangs_is_killed(cluster):
-    """It cannot be asked to end."""
+    """A hanging worker cannot be asked to end."""
     params, saved, pids = problem.make(np.float32)[1], [], []
 
     def make_worker(index):
@@ -412,7 +411,7 @@ if __name__ == "__main__":
 
 
 class Driver:
-    """A training in a process of its own, with a cluster of its own."""
+    """A training run in a separate process, with its own cluster."""
 
     def __init__(self, folder):
         folder.mkdir()
@@ -432,7 +431,7 @@ class Driver:
         return (self.folder / "out").read_text() + (self.folder / "err").read_text()
 
     def wait_for_some_exchanges(self):
-        """Until there were ten or more; the folder of its cluster."""
+        """Wait for ten or more exchanges; return the folder of the cluster."""
         line = re.compile(r"^[1-9]\d+ (\d+) .* pid (\d+)$", re.MULTILINE)
         wait_until(lambda: line.search(self.said()) or self.process.poll() is not None)
         assert self.process.poll() is None, self.said()
@@ -445,9 +444,10 @@ class Driver:
         return folder
 
     def stop(self, number):
-        """The exit code, when all its processes have ended."""
+        """Send a signal, wait until all processes have ended, and return the exit code."""
         self.process.send_signal(number)
-        code = self.process.wait(LONG)
+        # The driver waits 10 s for its workers, 30 s for its cluster, and for Ray to shut down.
+        code = self.process.wait(2 * LONG)
         wait_until(lambda: not any(is_alive(process.pid) for process in self.processes))
         return code
 
@@ -459,7 +459,7 @@ class Driver:
 
 
 def test_a_driver_that_is_stopped_leaves_nothing(tmp_path):
-    """No process and no file of Ray's, whatever stops it; after Ctrl-C, a checkpoint."""
+    """No process and no file of Ray is left, whatever stops it; Ctrl-C leaves a checkpoint."""
     drivers = [Driver(tmp_path / name) for name in ("training", "waiting")]
     try:
         folders = [driver.wait_for_some_exchanges() for driver in drivers]

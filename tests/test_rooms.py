@@ -1,4 +1,4 @@
-"""The shape of the package: imports run downwards, variants are short, names are the field's."""
+"""The structure of the package: imports run downwards, variants are short, names are standard."""
 
 import ast
 import pydoc
@@ -40,7 +40,7 @@ def room_of(path):
 
 
 def imported_rooms(path):
-    """The rooms of samx that a file imports, wherever in the file it does so."""
+    """Yield the rooms of samx that a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
@@ -56,7 +56,7 @@ def imported_rooms(path):
 
 
 def update_fns():
-    """Length in lines of every `update_fn` of the variants, by file."""
+    """Yield the length in lines of every `update_fn` of the variants, with its file."""
     for path in VARIANTS:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name == "update_fn":
@@ -78,7 +78,7 @@ def test_no_import_runs_up():
 
 
 def test_variants_import_no_flax_and_no_engine():
-    """What a policy, a perturbation or a variant needs is jax and optax."""
+    """A policy, a perturbation or a variant needs only jax and optax."""
     allowed = {"jax", "optax", "numpy", "samx"}
     for path in [*VARIANTS, *(PACKAGE / "core").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -105,7 +105,7 @@ def test_variant_files_are_short():
     assert statistics.median(papers) <= 120, lengths
 
 
-# What only SAMPa's pair, AsyncSAM's roles, and the microbatches of mSAM and Sparse SAM may know.
+# Only SAMPa's pair, AsyncSAM's roles, and the microbatches of mSAM and Sparse SAM need these.
 WHERE_IT_RUNS = r"\.devices|evaluation|num_microbatches|is_skipped_step|ascent_grad\b|local_axes"
 EXCEPTIONS = {"sampa.py", "async_sam.py", "msam.py", "sparse_sam.py"}
 
@@ -119,7 +119,7 @@ def test_a_variant_does_not_know_where_it_runs(path):
 
 
 class Stop(Exception):
-    """What the loss raises, to see who called it."""
+    """Raised by the loss, to see who called it."""
 
 
 def frames_to_the_loss(update):
@@ -142,7 +142,7 @@ def test_few_frames_stand_between_update_and_the_loss():
 
 @pytest.mark.parametrize("name", ["sam", "asam", "usam", "monge_sam", "momentum_sam", "looksam"])
 def test_help_prints_words_for_types(name):
-    """A radius is the word `Radius`, not the union of types behind it."""
+    """A radius is shown as `Radius`, not as the union of types behind it."""
     help_text = pydoc.render_doc(getattr(samx, name), renderer=pydoc.plaintext)
     signature = re.split(r"\n    \w", help_text.split("\n\n", 1)[1])[0]
     assert "rho: Radius" in signature

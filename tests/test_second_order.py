@@ -1,4 +1,4 @@
-"""The example about the second-order part: what it writes, and how it comes to its numbers."""
+"""The second-order example: what it writes, and how it computes its numbers."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_a_tiny_run(tmp_path, monkeypatch, capsys):
     rows = {result["row"]: result for result in results}
     assert list(rows) == ["base", "sam", "looksam", "arsam"]
 
-    # Of the 60 steps arsam takes the 50 of its warm-up, and none in the window that begins there.
+    # Of 60 steps, arsam takes the 50 of its warm-up, and none in the window that starts there.
     sharp = {
         "base": [0.0] * 6,
         "sam": [1.0] * 6,
@@ -47,7 +47,7 @@ def test_a_tiny_run(tmp_path, monkeypatch, capsys):
         assert [ratio is not None for ratio in row["ratio_by_epoch"]] == has_ratio
         assert all(0 < ratio < 10 for ratio in row["ratio_by_epoch"] if ratio is not None)
     assert rows["base"]["time_to_plain"] == rows["sam"]["time_to_sam"] == [1, 1, 1]
-    np.testing.assert_allclose(  # as long as both take all steps they are the same
+    np.testing.assert_allclose(  # equal while both take all steps
         rows["arsam"]["ratio_by_epoch"][:5], rows["sam"]["ratio_by_epoch"][:5], rtol=1e-3
     )
     printed = capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_a_tiny_run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["sam", "looksam", "rst", "ae-sam"])
 def test_the_ratio_is_that_of_the_second_order_part(name):
-    """Told from the readings of any variant that climbs along the gradient; arsam measures it."""
+    """It follows from the readings of any variant that climbs the gradient; arsam measures it."""
     w = jnp.array([1.0, -2.0, 0.5])
 
     def loss(w):

@@ -28,7 +28,7 @@ INDEX = jnp.arange(16)
 
 
 def rows_of(position, size):
-    """Positions in the batch, from those in its groups."""
+    """Turn positions in the groups into positions in the batch."""
     offsets = np.arange(len(position)) * size // len(position)
     return np.asarray(position) + offsets[:, None]
 
@@ -142,7 +142,7 @@ def test_refused(name):
 @pytest.mark.parametrize("num_groups", [1, 8, 16])
 @pytest.mark.parametrize("axes", [("data",), ("pod", "data")])
 def test_on_a_mesh(axis_type, num_groups, axes):
-    """The same rows; with a group on each device no example is sent."""
+    """The same rows are chosen; if each device has its own groups, no example is sent."""
     scores = jnp.asarray(np.random.default_rng(0).normal(size=64))
     batch = {"x": jnp.arange(128.0).reshape(64, 2), "key": jax.random.split(jax.random.key(0), 64)}
     weights = jnp.ones(64).at[3].set(0)
@@ -195,7 +195,7 @@ def first_batch():
 
 
 def assert_same_steps(found, expected):
-    """Parameters and states after each step."""
+    """Compare parameters and states after each step."""
     for after, wanted in zip(found, expected, strict=True):
         chex.assert_trees_all_close(
             *(jax.tree.map(np.asarray, problem.as_numbers(x[:2])) for x in (after, wanted)),
@@ -213,7 +213,7 @@ def assert_same_steps(found, expected):
     ],
 )
 def test_one_group_over_all_devices(name, axis_type, weights, float64):
-    """A choice from the whole batch, wherever its examples are."""
+    """The choice is from the whole batch, on whichever device its examples are."""
     data, params = problem.make()
     extra = () if weights is None else (jnp.asarray(weights, float),)
     batches = [(problem.batch_at(data, t), *extra) for t in range(4)]
@@ -229,7 +229,7 @@ def test_one_group_over_all_devices(name, axis_type, weights, float64):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_weights_on_devices(name, float64):
-    """Some devices have no example at all; one group on each."""
+    """Some devices have no valid example; each device has one group."""
     data, params = problem.make()
     batches = [(problem.batch_at(data, t), jnp.asarray(PADDED, float)) for t in range(4)]
 
@@ -251,7 +251,7 @@ def test_devices_choose_among_their_own(name):
 
 @pytest.mark.parametrize("name", CHOOSING)
 def test_padding_is_no_share_of_the_batch(name, float64):
-    """Half of a padded batch is half of what is there, whatever stands in the padding."""
+    """Half of a padded batch is half of its valid examples, whatever the padding holds."""
     batch, params = first_batch()
     valid = jax.tree.map(lambda x: x[:6], batch)
     padded = {"x": batch["x"].at[6:].set(100.0), "y": batch["y"]}
@@ -306,7 +306,7 @@ def test_random_leaves_are_drawn_as_often_as_said():
 
     _, (drawn, norms) = jax.jit(lambda: jax.lax.scan(step, ball.init(g), length=2000))()
     assert drawn[0].all()
-    some = drawn[1:][~drawn[1:].all(axis=1)]  # all: also where none was drawn
+    some = drawn[1:][~drawn[1:].all(axis=1)]  # all are perturbed if none was drawn
     np.testing.assert_allclose(norms, 0.1 / 0.3, rtol=1e-4)
     none, every = 0.7**6, 0.3**6
     expected = (0.3 - every) / (1 - every - none)
@@ -324,7 +324,7 @@ def test_random_leaves_refused():
 
 @pytest.mark.parametrize("num_groups", [1, 4])
 def test_strict_selection_leaves_the_smallest_out(num_groups, float64):
-    """By hand, and everything where it would leave nothing."""
+    """Compared with a selection by hand; if nothing would be left, everything stays."""
     batch, params = first_batch()
     losses_fn = problem.losses_fn
     ball = metric_ball(0.1)
@@ -380,7 +380,7 @@ def test_an_index_outside_the_table(outside):
     updates, after = jax.jit(functools.partial(ausam_step, tx))(state, params, index)
     assert all(jnp.isnan(leaf).all() for leaf in jax.tree.leaves(updates))
     np.testing.assert_array_equal(after.total[16:], state.total[16:])
-    weights = jnp.ones(16).at[5].set(0)  # of padding nobody asks where it belongs
+    weights = jnp.ones(16).at[5].set(0)  # the index of padding is not checked
     updates, _ = ausam_step(tx, state, params, index, weights=weights)
     chex.assert_tree_all_finite(updates)
 
@@ -395,7 +395,7 @@ def test_indices_of_another_kind():
 
 
 def test_the_table_keeps_the_mean_of_what_each_loss_rose():
-    """By hand over six steps; an example that comes twice counts twice, in the warm-up too."""
+    """By hand over six steps; an example that occurs twice counts twice, in the warm-up, too."""
     with jax.enable_x64(True):
         batch, params = first_batch()
         tx = make("ausam", fraction=1.0, warmup_steps=2)
@@ -450,9 +450,9 @@ def test_equal_scores_are_drawn_alike():
 
 
 def test_defaults_are_epochs():
-    """One of warm-up, then thirty in which the draws spread."""
+    """One epoch of warm-up, then thirty epochs in which the weights of the draws spread."""
     _, params = first_batch()
-    tx = samx.ausam(0.1, 0.5, num_examples=40)  # three batches of 16
+    tx = samx.ausam(0.1, 0.5, num_examples=40)  # three batches of 16 per epoch
     step, state = jax.jit(functools.partial(ausam_step, tx)), tx.init(params)
     for t in range(5):
         spent = state.readings.gradients_spent

@@ -1,4 +1,4 @@
-"""Under `jax.jit` sharded parameters need nothing of samx's; and every step lowers for a TPU."""
+"""Sharded parameters need nothing from samx under `jax.jit`, and every step lowers for a TPU."""
 
 import functools
 
@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 import samx
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
-# Parameters spread over the data axis and gathered in the loss (FSDP), or over an axis of their
-# own, where the loss computes with shards (tensor parallelism).
+# Parameters are sharded over the data axis and gathered in the loss (FSDP), or sharded over a model
+# axis, where the loss computes with shards (tensor parallelism).
 LAYOUTS = {
     "fully sharded": (
         (8,),
@@ -33,7 +33,7 @@ LAYOUTS = {
 
 
 def losses_fn(params, batch):
-    """The losses of the tiny problem; on an Explicit mesh it says where sums go."""
+    """The losses of the tiny problem; on an Explicit mesh they specify the output sharding."""
     if is_explicit("data") and not is_explicit("model"):
         params = jax.tree.map(lambda w: jax.sharding.reshard(w, P()), params)
     hidden = jax.nn.tanh(batch["x"] @ params["W1"] + params["b1"][None])
@@ -64,7 +64,7 @@ def on_one_device(name):
         for name in APART
         for axis_type in (AxisType.Auto, AxisType.Explicit)
         for layout in LAYOUTS
-        # Two in all combinations, the others where the types must be right, in turn in each layout.
+        # Two rows in all combinations; the others only with Explicit types, in alternating layouts.
         if name in ("sam", "sampa")
         or (axis_type == AxisType.Explicit and layout == list(LAYOUTS)[APART.index(name) % 2])
     ],
@@ -96,7 +96,7 @@ def test_sharded_parameters(name, axis_type, layout, float64):
 
 @pytest.mark.parametrize("pattern", ["structured", (2, 4)])
 def test_patterns_of_a_mask_over_sharded_parameters(pattern, float64):
-    """Entries that belong together may be on two devices."""
+    """Entries of one pattern may be on two devices."""
     shape, names, specs = LAYOUTS["fully sharded"]
     data, params = problem.make()
     params, batch = params | {"table": np.arange(8)}, problem.batch_at(data, 0)
@@ -151,7 +151,7 @@ def check_layout(tree, specs, mesh):
 
 
 def test_state_specs_lay_out_a_compiled_init():
-    """The zeros of a compiled `init` go where the compiler likes, unless told."""
+    """Without `out_shardings`, the compiler chooses where the zeros of a compiled `init` are."""
     _, params = problem.make("float32")
     shape, names, specs = LAYOUTS["tensor parallel"]
     mesh = regimes.mesh_of(shape, names)
@@ -178,7 +178,7 @@ def test_state_specs_of_held_examples_and_factored_moments():
     )
     assert specs.previous == samx.HeldBatch({"x": P("data", "model"), "y": P("data")}, P("data"))
     assert specs.g_y == {"w": P("model", None)}
-    assert optax.tree.get(specs, "v_row") == {"w": P()}  # of another shape than its parameter
+    assert optax.tree.get(specs, "v_row") == {"w": P()}  # its parameter has another shape
     assert specs.readings.loss == specs.step == P()
 
 
@@ -195,7 +195,7 @@ def test_state_specs_that_do_not_match(argument):
     "name", ["sam", "sampa", "looksam", "esam", "ausam", "sl_sam", "fisher_sparse_sam"]
 )
 def test_every_step_lowers_for_every_platform(name):
-    """As one would call it: `jit` on one device, and `shard_map` over two."""
+    """As users call it: `jit` on one device, and `shard_map` over two."""
     data, params = problem.make("float32")
     batch = problem.batch_at(data, 0)
     tx = VARIANTS[name].build(batch_like=batch)

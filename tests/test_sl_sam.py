@@ -1,4 +1,4 @@
-"""SL-SAM: what its groups are, what stays untouched, and how its bandit draws."""
+"""SL-SAM: what its groups are, what stays unchanged, and how its bandit draws."""
 
 import chex
 import jax
@@ -24,7 +24,7 @@ def sizes(*numbers):
 
 
 def names(groups, params):
-    """The layers of each group, all leaves of which must be in it."""
+    """Return the layers of each group; all leaves of a layer must be in its group."""
     found = []
     for active in groups_of(groups, params):
         found.append([int(name[-1]) for name, leaves in active.items() if all(leaves.values())])
@@ -111,7 +111,7 @@ BASES = {
 
 
 def of_layer(state, digit):
-    """The numbers in a state that belong to the parameters of a layer."""
+    """Return the leaves of a state that belong to the parameters of a layer."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return [x for path, x in leaves if jax.tree_util.keystr(path).endswith(f"{digit}']")]
 
@@ -121,7 +121,7 @@ def test_nothing_moves_outside_of_the_active_group(name):
     data, params = problem.make("float32")
     tx = samx.sl_sam(BASES[name], 0.1, first_layer, bandit_learning_rate=0.0)
     step, state, drawn = jax.jit(problem.make_step(tx)), tx.init(params), set()
-    digits = {0: "1", 1: "2"}  # of the group: the layer that a label of True is
+    digits = {0: "1", 1: "2"}  # group 0 has the label True, of layer 1
     for t in range(6):
         before = params, state.base
         params, state = step(params, state, problem.batch_at(data, t))
@@ -170,7 +170,7 @@ def test_the_aux_is_that_of_the_clean_pass():
 
 
 def shares(steps=2000, slopes=(1.0, 4.0, 1.0), **hyper):
-    """How often each of three parameters is drawn, whose gradients are constant."""
+    """Return how often each of three parameters with constant gradients is drawn."""
     slopes, w = jnp.asarray(slopes), {"a": jnp.ones(1), "b": jnp.ones(1), "c": jnp.ones(1)}
     tx = samx.sl_sam(optax.sgd(0.0), 0.1, groups=3, **hyper)
 

@@ -1,4 +1,4 @@
-"""step_cost.py: passes counted while a step runs, branches one by one, and what the table says."""
+"""step_cost.py: passes counted while a step runs, branches one by one, and the table."""
 
 import json
 
@@ -77,7 +77,7 @@ def test_counter_counts_passes_over_a_batch(work):
 
 
 def test_passes_of_whole_steps(fast_compilation, tiny_models, monkeypatch):
-    """One variant of each kind; `test_cost.py` counts those inside of `update` for all of them."""
+    """One variant of each kind; `test_cost.py` counts the passes inside `update` for all."""
     monkeypatch.setattr(step_cost, "VARIANTS", VARIANTS)
     counts = step_cost.count_passes("tiny", ["sam", "sampa", "momentum-sam", "periodic", "rst"])
     share = counts["rst"]["branch_shares"][1]
@@ -93,7 +93,7 @@ def test_passes_of_whole_steps(fast_compilation, tiny_models, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_registry_says_who_reads_the_gradient(name, fast_compilation):
-    """Without reading it nobody notices that it is not a number; AsyncSAM would not climb it."""
+    """A variant that does not read the gradient ignores its NaN; AsyncSAM only stores the NaN."""
     params, batch = make_problem()
     setting = Setting(batch, batch_size=8, num_examples=8)
     tx = optax.with_extra_args_support(VARIANTS[name].make(0.1, BASES["momentum"](0.1), setting))
@@ -113,14 +113,14 @@ def test_registry_says_who_reads_the_gradient(name, fast_compilation):
 
 
 def product(params, batch, times):
-    """So many products: what a branch of so many flops does."""
+    """Multiply `times` times, for a branch with a known number of flops."""
     for _ in range(times):
         params = params @ batch
     return params
 
 
 def forked(fn, params, state, batch):
-    """Bookkeeping on a branch, a switch with the loss on some branches, a fork inside of one."""
+    """A branch without the loss, a switch with the loss on some branches, a branch inside one."""
     state = jax.lax.cond(state % 2 == 0, lambda: state + 1, lambda: state + 1)
 
     def inner():
@@ -165,7 +165,7 @@ def test_forks_leave_jax_as_it_was():
 
 
 def half_batch():
-    """A gradient of its own, over half of the examples, that wants to know which they are."""
+    """A transformation with a gradient of half of the examples; it needs their `index`."""
 
     def init(params):
         return samx.core.readings.no_readings(params)
@@ -187,7 +187,7 @@ def tiny(rngs):
 
 @pytest.fixture
 def tiny_models(monkeypatch, tmp_path):
-    """Two models instead of three, of which one is said to be made of convolutions."""
+    """Two models instead of three; one claims to have convolutions."""
     monkeypatch.chdir(tmp_path)
     models = {
         "tiny": step_cost.Model(tiny, (64,), 32),
@@ -216,7 +216,8 @@ def test_step_cost_measures_every_variant_by_default(
     assert rows["half"]["gradients"] == 0.5
     assert rows["half"]["mean_flops_to_gradient"] == pytest.approx(0.5, abs=0.05)
     assert rows["periodic"]["gradients"] == pytest.approx(1.2)
-    for passes in ("gradients", "forward", "backward"):  # behind the warm-up, where all are sharp
+    # after the warm-up, in which all steps are sharp
+    for passes in ("gradients", "forward", "backward"):
         assert 1 < rows["vsam"][passes] < 1.5
     for name, row in rows.items():
         branches = 2 * (name in conv["left_out"])
@@ -247,7 +248,7 @@ def test_step_cost_takes_all_variants_when_told_to(tiny_models):
 
 @pytest.mark.parametrize("alias", [0, 100])
 def test_peak_is_what_a_run_holds(alias):
-    """A product whose result may lie where an argument was, and one that may not."""
+    """One product's result may reuse the buffer of an argument, the other's may not."""
     x = jnp.ones((64, 64))
     donated = {"donate_argnums": 0} if alias else {}
     step = jax.jit(lambda x, y: jnp.tanh(x @ y) @ x, **donated)

@@ -1,7 +1,7 @@
-"""Every variant takes the very steps that the authors' own code took, in float64.
+"""Every variant takes the same steps as the authors' own code, in float64.
 
-First the recorded runs, then configurations that were not recorded, against the independent loops
-of `reference.py`.
+First come the recorded runs. Then configurations without a recorded run are compared with the
+independent loops of `reference.py`.
 """
 
 import sys
@@ -72,7 +72,7 @@ TWICE_AS_WIDE = {"W1": 2.0, "b1": 2.0, "W2": 0.5, "b2": 1.0}
 
 
 def contiguous_as_strided(num_microbatches=4):
-    """Every batch in an order in which our microbatches are those of the recorded run."""
+    """Reorder every batch so that samx's microbatches are those of the recorded run."""
     data, params = problem.make()
     shape = (-1, num_microbatches, problem.BATCH_SIZE // num_microbatches)
     order = np.arange(len(data["y"])).reshape(shape).swapaxes(1, 2).ravel()
@@ -171,12 +171,12 @@ RECORDED = {
 
 
 def index_at(t):
-    """Where in the data the examples of a step stand."""
+    """Return the positions in the data of the examples of a step."""
     return (t % 4) * problem.BATCH_SIZE + jnp.arange(problem.BATCH_SIZE)
 
 
 def climbs(bound):
-    """The other loss that BiSAM climbs."""
+    """Make keywords with the other loss that BiSAM climbs."""
 
     def further(batch):
         def ascent_fn(params):
@@ -190,7 +190,7 @@ def climbs(bound):
 
 
 def climbs_first(size):
-    """The loss of the first examples of the batch, AsyncSAM's."""
+    """Make keywords with AsyncSAM's ascent loss, on the first examples of the batch."""
 
     def further(batch):
         part = jax.tree.map(lambda x: x[:size], batch)
@@ -208,7 +208,7 @@ FURTHER = {
 
 
 def watch(tx, steps, *names, make=problem.make, further=lambda batch: {}, **start):
-    """The parameters and fields of the state after every step; `start` are some to begin with."""
+    """Return parameters and state fields after every step; `start` sets fields at the beginning."""
     data, params = make()
     state, history = optax.tree.set(tx.init(params), **start), []
 
@@ -232,7 +232,7 @@ def assert_same(trajectory, expected, tolerance=1e-10):
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_run_of_the_authors_code(name, monkeypatch):
     expected, _ = problem.load(name)
-    if "draw" in expected:  # not a number on steps that drew none
+    if "draw" in expected:  # NaN on steps without a draw
         draws = jnp.nan_to_num(jnp.asarray(expected["draw"]))
         monkeypatch.setattr(samx.policies.draws, "uniform_at", lambda key, step: draws[step])
     if "draws_for_next_step" in expected:  # one for each tensor, in the order W1, b1, W2, b2
@@ -256,13 +256,13 @@ def test_recorded_run_of_the_authors_code(name, monkeypatch):
     trajectory, mask, *read = watch(
         tx, steps, "mask", *names.values(), make=make, further=further, **start
     )
-    # LookSAM's projection divides by ‖g‖² + 1e-12 there.
+    # In the authors' code, LookSAM's projection divides by ‖g‖² + 1e-12.
     assert_same(
         trajectory | dict(zip(names, read, strict=True)),
         {key: expected[key] for key in (*trajectory, *names)},
         tolerance=1e-9 if "looksam" in name else 1e-10,
     )
-    for key in mask or ():  # one that is trained along is in the state before its step
+    for key in mask or ():  # SSAM-D's state holds the next step's mask
         later = int("ssamd" in name)
         np.testing.assert_array_equal(mask[key][: steps - later], masks[key][later:])
     if "idx_sampled" in expected:
@@ -273,11 +273,11 @@ def test_recorded_run_of_the_authors_code(name, monkeypatch):
 
 
 def replay_samples(drawn, monkeypatch):
-    """Draw what was drawn; the probabilities that were asked for, by step."""
+    """Replay recorded draws; return the probabilities that samx asks for, by step."""
     asked = {}
 
     def sampled(probabilities, noise, num_selected, **keywords):
-        t = noise[0]  # instead of noise the step comes in
+        t = noise[0]  # the patches below pass the step as noise
         jax.debug.callback(lambda t, p: asked.update({int(t): p}), t, probabilities)
         return drawn[t][None, :num_selected]
 
@@ -292,7 +292,7 @@ def test_every_recorded_run_is_used():
     assert {file.stem for file in problem.TRAJECTORIES.glob("*.npz")} == used
 
 
-# Configurations that nobody recorded: optax base, its reference.
+# Configurations without a recorded run: the optax base, its reference.
 STEPS = 30
 BASES = {
     "nesterov": (
@@ -338,7 +338,7 @@ SAMS = {
 
 
 def in_turn(rows, all_of):
-    """One row with every base, each other one with one of them."""
+    """Pair one row with every base, and each other row with one base."""
     return [
         (row, base)
         for i, row in enumerate(rows)
@@ -394,7 +394,7 @@ def test_schedules_follow_the_step():
 
 
 def test_layerwise_metric_by_hand():
-    """The SAM-ON code has T = ‖w‖ (1 + eta): our radius times (1 + eta), with eta = 0."""
+    """The SAM-ON code has T = ‖w‖ (1 + eta). Here: eta = 0, and the radius times (1 + eta)."""
     data, params = problem.make()
     g = jax.grad(lambda p: problem.losses_fn(p, problem.batch_at(data, 0)).mean())(params)
     g, w = jax.tree.map(np.asarray, (g, params))
@@ -532,7 +532,7 @@ def test_vsam_against_reference_past_several_windows(base):
     np.testing.assert_array_equal(sharp, is_sharp)
     np.testing.assert_allclose(fractions, np.cumsum(is_sharp) / np.arange(1, steps + 1), rtol=1e-5)
     np.testing.assert_allclose(quotas, variant.base_srs, rtol=1e-9)
-    assert ages.max() > 7  # the reuse expired
+    assert ages.max() > 7  # the reuse has expired
     assert len(set(quotas.astype(int))) > 1
     assert_same(trajectory, expected)
 
@@ -643,7 +643,7 @@ def test_schedules_and_memories_go_on_where_no_sharp_gradient_is_taken(name):
     jax.tree.map(np.testing.assert_array_equal, states, sams)
 
 
-# ---- Where the sharp gradient is taken, how far, and what is made of it.
+# ---- Where the sharp gradient is taken, at which radius, and how it is combined.
 
 EVERYWHERE = magnitude(0.0, is_scaled=lambda path, leaf: True)
 ALL = {"W1", "b1", "W2", "b2"}
@@ -757,7 +757,7 @@ def test_formulations_against_reference(name):
 
 
 def test_the_papers_order_of_friendly_sam_is_another_sigma():
-    """What the docstring says: d = g − σ (λ m + (1 − λ) g), up to its length."""
+    """As the docstring says: d = g − σ (λ m + (1 − λ) g), except for its length."""
     sigma, decay = 0.5, 0.8
     m, g = np.array([1.0, -2.0]), np.array([0.5, 3.0])
     papers = g - sigma * (decay * m + (1 - decay) * g)
@@ -834,7 +834,7 @@ def test_optimizers_against_reference(name):
     assert_same(problem.train(make(), STEPS), expected)
 
 
-# ---- Some of the examples, some of the layers.
+# ---- Variants on some of the examples or some of the layers.
 
 
 def esam_draws(key, steps):
