@@ -23,8 +23,8 @@ class SGD:
         d = {k: grads[k] + self.weight_decay * params[k] for k in params}
         buffer = self.buffer or {k: np.zeros_like(params[k]) for k in params}
         self.buffer = {k: self.momentum * buffer[k] + d[k] for k in params}
-        look_ahead = {k: d[k] + self.momentum * self.buffer[k] for k in params}
-        d = look_ahead if self.nesterov else self.buffer
+        ahead = {k: d[k] + self.momentum * self.buffer[k] for k in params}
+        d = ahead if self.nesterov else self.buffer
         return {k: params[k] - lr * d[k] for k in params}
 
 
@@ -85,7 +85,7 @@ def layer_steps(rho, scaling):
     return perturb
 
 
-def gradient_step(rho):
+def unnormalized_step(rho):
     return lambda params, g: {k: rho * g[k] for k in g}
 
 

@@ -21,14 +21,14 @@ PERTURBATIONS = {
     "metric_ball": geometry.metric_ball(0.3, geometry.magnitude()),
     "layerwise": geometry.metric_ball(0.3, geometry.layerwise()),
     "linf_ball": geometry.linf_ball(0.01),
-    "gradient_step": geometry.unnormalized_step(0.3),
+    "unnormalized_step": geometry.unnormalized_step(0.3),
     "monge_ball": geometry.monge_ball(0.3),
     "mup_ball": geometry.mup_ball(0.3, ONES | {"W1": 2.0}),
     "layer_steps": geometry.layer_steps(0.3),
     "on_leaves": geometry.on_leaves(BALL, lambda path, leaf: leaf.ndim == 2),
     "random_leaves": geometry.random_leaves(BALL, 0.5),
     "dynamic_mask": geometry.dynamic_mask(BALL, period=2),
-    "deviation": optax.chain(geometry.subtract_ema(), BALL),
+    "subtract_ema": optax.chain(geometry.subtract_ema(), BALL),
     "a chain of optax's": optax.chain(
         optax.clip_by_global_norm(0.1), geometry.unnormalized_step(0.3)
     ),

@@ -454,7 +454,7 @@ def masked_nnx(tx, masks):
     return step, nnx.as_pure(state)
 
 
-def over_devices(step):
+def mapped_over_devices(step):
     spec = P("data")
     return jax.shard_map(step, mesh=regimes.mesh_of(), in_specs=(P(), spec), out_specs=P())
 
@@ -465,7 +465,7 @@ PLACES = {
     "accumulate": (lambda tx: samx.accumulate(tx, 2), jax.jit),
     "data_parallel": (
         lambda tx: samx.data_parallel(samx.accumulate(tx, 2), "data"),
-        lambda step: jax.jit(over_devices(step)),
+        lambda step: jax.jit(mapped_over_devices(step)),
     ),
 }
 

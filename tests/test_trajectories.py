@@ -693,7 +693,7 @@ FORMULATIONS = {  # samx, the reference's perturbation and combination, base
     ),
     "stable_sam": (
         lambda: samx.stable_sam(0.5),
-        lambda: reference.gradient_step(0.5),
+        lambda: reference.unnormalized_step(0.5),
         reference.renormalized,
         "adamw",
     ),

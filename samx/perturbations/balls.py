@@ -61,7 +61,7 @@ def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
 
     Notes:
         Cost: that of `climb`. A geometry of the parameters alone is a metric, see `metric_ball`.
-        A perturbation with a state of its own is an optax transformation, see `subtract_ema`.
+        A perturbation that keeps a state is an optax transformation, see `subtract_ema`.
         `static_args`: `climb`.
     """
     check_number("rho", rho, 0)

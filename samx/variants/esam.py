@@ -157,7 +157,15 @@ def esam(
     return closure_transformation(init_fn, update_fn, name="esam")
 
 
-def _choose_sharpest(fraction, select, before, weights, num_groups, count, after):
+def _choose_sharpest(
+    fraction: float,
+    select: str,
+    before: jax.Array,
+    weights: Any,
+    num_groups: int,
+    count: int,
+    after: jax.Array,
+) -> tuple[jax.Array, Any]:
     """Return positions and weights of the examples whose losses the perturbation raises most."""
     increase = after - before
     position = largest(increase, num_groups * count, num_groups=num_groups, weights=weights)

@@ -5,12 +5,13 @@ Generalization", ICLR 2021. https://arxiv.org/abs/2010.01412
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
+from samx.core.closures import Closure
 from samx.core.hyperparams import Default, check_count
 from samx.core.readings import UNKNOWN, Readings, extra_gradients, no_readings
 from samx.core.sharp import ascend, sharp_gradient, value_and_grad_at
@@ -101,7 +102,16 @@ def sharpness_aware(
     return closure_transformation(init_fn, update_fn, name=name)
 
 
-def _climb_further(value_fn, perturbation, state, extra, params, eps, num_steps, perturb_dtype):
+def _climb_further(
+    value_fn: Closure,
+    perturbation: optax.GradientTransformationExtraArgs,
+    state: Any,
+    extra: dict[str, Any],
+    params: Any,
+    eps: Any,
+    num_steps: int,
+    perturb_dtype: DType,
+) -> Any:
     """Take further ascent steps, each along the gradient at the point reached so far."""
 
     def climb(_, eps):
