@@ -70,7 +70,8 @@ def closure_transformation(
       optimizer come after it. A variant of shape (ii) takes the base optimizer as an
       argument. It forwards the keywords that are not samx's own to the base. A variant of shape
       (iii) is the optimizer.
-    - `rho` and other numbers may be schedules over the optimizer's steps.
+    - A hyperparameter of type `Radius` or `ScalarOrSchedule` is a number, or a schedule over the
+      optimizer's steps. One of type `float` is a number.
     - `perturbation` replaces the default ball. The radius then belongs to the perturbation, and
       `rho` must be left out.
     - Under `optax.inject_hyperparams` these are `static_args`: `perturbation` (and `rho` if
