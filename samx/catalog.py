@@ -104,7 +104,7 @@ class Catalog(tuple[Entry, ...]):
 
     def __repr__(self) -> str:
         """Return the table as plain text."""
-        head = ("name", "paper", "shape", "closures", "gradients", "state")
+        head = ("name", "published", "shape", "closures", "gradients", "state")
         rows = [
             (
                 entry.name,
@@ -141,10 +141,12 @@ def catalog(pattern: str = "*") -> Catalog:
         catalog("look*")       names and methods that match the pattern
         catalog("sam")         the row of that name
         catalog("long-tail")   names, methods and titles that contain the words
+        catalog("2010.01412")  the rows of a paper, by arXiv number or BibTeX key
 
     Args:
-        pattern: With `*`, `?` or `[`, a pattern for the whole name or method; otherwise a name, or
-            a part of a name, a method or a title. Case does not matter. Default all.
+        pattern: With `*`, `?` or `[`, a pattern for the whole name or method; otherwise a name, an
+            arXiv number, a BibTeX key, or a part of a name, a method or a title. Case does not
+            matter, nor whether words are joined by spaces, `-` or `_`. Default all.
 
     Returns:
         A tuple of rows that prints as a table, empty if nothing matches. A row has the fields
@@ -158,7 +160,7 @@ def catalog(pattern: str = "*") -> Catalog:
     Example:
         >>> import samx
         >>> samx.catalog("look*")
-        name            paper      shape             closures  gradients     state
+        name            published  shape             closures  gradients     state
         --------------  ---------  ----------------  --------  ------------  -----
         looksam         CVPR 2022  first in a chain  value_fn  1 + 1/period  1 P
         look_layer_sam  CVPR 2022  first in a chain  value_fn  1 + 1/period  1 P
@@ -173,16 +175,23 @@ def catalog(pattern: str = "*") -> Catalog:
     """
     if not isinstance(pattern, str):
         raise TypeError(f"catalog: `pattern` must be a string, got {type(pattern).__name__}")
-    wanted = pattern.casefold()
+    wanted = _plain(pattern)
 
     def matches(entry: Entry) -> bool:
-        names = [text.casefold() for text in (entry.name, entry.method)]
+        names = _plain(entry.name), _plain(entry.method)
         if any(sign in wanted for sign in "*?["):
             return any(fnmatchcase(name, wanted) for name in names)
-        return any(wanted in text for text in (*names, entry.paper.casefold()))
+        texts = *names, _plain(entry.paper), entry.arxiv, entry.bibtex
+        return any(wanted in text for text in texts)
 
-    exact = [entry for entry in ENTRIES if entry.name == wanted]
+    exact = [entry for entry in ENTRIES if _plain(entry.name) == wanted]
     return Catalog(exact or filter(matches, ENTRIES))
+
+
+def _plain(text: str) -> str:
+    """Return the text as it is compared: lower case, words joined by `_`, µP² as `mup2`."""
+    text = text.strip().casefold().replace("μ", "mu").replace("²", "2")
+    return text.replace("-", "_").replace(" ", "_")
 
 
 def _published(entry: Entry) -> str:

@@ -435,7 +435,7 @@ def plain(entry: Any) -> Case:
     """Make the row of an entry that has none above; its numbers are the factory's defaults."""
     parameters = inspect.signature(entry.factory).parameters.values()
     hyper = {p.name: float(p.default) for p in parameters if isinstance(p.default, float)}
-    return replace(SAM, **of(entry.name), hyper=hyper, like="sam")
+    return replace(SAM, **of(entry.name), hyper=hyper)
 
 
 ROWS = {case.entry for case in VARIANTS.values()}

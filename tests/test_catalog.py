@@ -122,6 +122,10 @@ def test_search():
     assert names("lightsam") == ["lightsam_norm", "lightsam_adagrad", "lightsam_adam"]
     assert names("Focal-SAM") == ["focal_sam"]
     assert names("long-tailed") == ["focal_sam"]
+    assert names("look-layer-sam") == names(" Look_Layer SAM ") == ["look_layer_sam"]
+    assert names("mup2") == ["mup_sam"]
+    assert names("2203.02714") == ["looksam", "look_layer_sam", "periodic"]
+    assert names("liu2022looksam") == names("2203.02714")
     assert names("no such thing") == []
     assert names("*") == names("") == NAMES
 

@@ -287,7 +287,7 @@ def test_says_where_to_get_what_is_missing(tmp_path):
 def test_asks_which_of_several_to_load(tmp_path):
     pack(tmp_path / CIFAR10.archive, cifar10_files())
     unpack(tmp_path / CIFAR100.folder, cifar100_files())
-    both = "holds several data sets, choose one: cifar-10-python.tar.gz, cifar-100-python"
+    both = "holds several data sets; choose one: cifar-10-python.tar.gz, cifar-100-python"
     with pytest.raises(ValueError, match=both):
         cifar_data.load(tmp_path)
     assert_cifar10(cifar_data.load(tmp_path / CIFAR10.archive))

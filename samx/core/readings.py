@@ -25,15 +25,17 @@ class Readings(NamedTuple):
     separately, `grad_norm`, `perturbation_norm` and `cosine` are means of the devices' values.
 
     Attributes:
-        loss: Loss at the parameters: the caller's `value`, or infinity if it was not passed.
+        loss: Loss at the parameters: the caller's `value`, or infinity if it was not passed. A
+            variant or wrapper that evaluates the loss itself reports its own.
         sharp_loss: Loss at the perturbed point, on the same examples. For `ksam`, on the chosen
             examples; their loss at the parameters is `selected_loss` in its state.
         grad_norm: L2 norm of the gradient at the parameters, ‖g‖.
         sharp_grad_norm: L2 norm of the sharp gradient, ‖g_s‖.
         perturbation_norm: L2 norm of the perturbation that the closure saw, ‖(w + ε) − w‖; 0 if
             half precision rounds the perturbation away.
-        cosine: Cosine of the angle between that perturbation and `g_s`. For an L2 ball it is the
-            cosine between `g` and `g_s`. It is 0 if one of the two is zero.
+        cosine: Cosine of the angle between that perturbation and `g_s`. If SAM's
+            ball climbs `g`, it is the cosine between `g` and `g_s`. It is 0 if one of the two is
+            zero.
         is_sharp: Whether the last step computed a sharp gradient.
         gradients_spent: Gradients computed since `init`, in passes over one batch. The caller's
             gradient counts if the variant uses it. A gradient over half of the examples counts one

@@ -107,7 +107,8 @@ def is_sharp_pass() -> bool:
     the key that it closes over. The passes then differ only in the perturbation.
 
     Returns:
-        A Python bool: True while `value_and_grad_at` calls the closure, otherwise False.
+        A Python bool: True while the closure is called at a perturbed point, with or without a
+        gradient; otherwise False.
 
     Raises:
         Nothing.

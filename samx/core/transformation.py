@@ -62,18 +62,18 @@ def closure_transformation(
     - `g` is the gradient at `params`. Inside `data_parallel`, `g` and the loss and gradient of
       `value_fn` are means over the devices. `losses_fn` gives the losses of the device's own
       examples. If devices climb separately, `value_fn.ascent_grad` is the ascent gradient of this
-      device. Use it only for the direction of the perturbation.
+      device. Use it only for the direction of the perturbation: states must stay equal on all
+      devices.
 
     These rules hold for all variants and are not repeated in their docstrings:
 
-    - A variant of shape (i) stands first in an `optax.chain`: clipping, weight decay and the base
-      optimizer come after it. A variant of shape (ii) takes the base optimizer as an
-      argument. It forwards the keywords that are not samx's own to the base. A variant of shape
-      (iii) is the optimizer.
+    - There are three shapes. Most variants stand first in an `optax.chain`: clipping, weight decay
+      and the base optimizer come after them. Some wrap the base optimizer, which they take as an
+      argument; they forward to it the keywords that are not samx's own. Some are the optimizer.
     - A hyperparameter of type `Radius` or `ScalarOrSchedule` is a number, or a schedule over the
       optimizer's steps. One of type `float` is a number.
-    - `perturbation` replaces the default ball. The radius then belongs to the perturbation, and
-      `rho` must be left out.
+    - `perturbation` replaces the default ball. The radius then belongs to the perturbation:
+      `rho` must be left out, and giving both raises a `ValueError`.
     - Under `optax.inject_hyperparams` these are `static_args`: `perturbation` (and `rho` if
       `perturbation` is given), `perturb_dtype`, `name`, `key`, `aux_like`, `batch_like`, and the
       arguments that a docstring adds.

@@ -31,8 +31,8 @@ def mup_ball(
         scales: Tree like `params` of numbers s ≥ 0, from `samx.mup.layer_scales`.
         normalization: How much each layer contributes to the norm. "decoupled", the default: the
             same at any width. "layerwise": scaled by the same powers of the width as the step,
-            Definition 4 of the paper; in wide networks this is the norm of the input-like layers,
-            including the biases.
+            Definition 4 of the paper; in wide networks only input-like layers and biases
+            matter for this norm.
         width: The width of the network divided by its base width; only with "layerwise".
         norm_eps: Added to the norm; default 1e-12. A zero gradient gives a zero step.
 

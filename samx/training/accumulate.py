@@ -30,9 +30,9 @@ def accumulate(
 
         ∇L(w) = Σ_j ∇L_j(w)       L_j: the share of microbatch j in the mean loss of the batch
 
-    This holds at `w`, at `w + ε` and at every other point. The step is exactly that of the whole
-    batch, but memory holds the activations of one microbatch at a time. Micro-batch SAM is another
-    algorithm, see Notes.
+    All gradients of a step are accumulated in this way, at `w`, at `w + ε` and at other points. The
+    step is exactly that of the whole batch, but memory holds the activations of one microbatch at a
+    time. Micro-batch SAM is another algorithm, see Notes.
 
     Args:
         tx: The whole optimizer: sharpness-aware transformation and base together.

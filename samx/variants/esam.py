@@ -63,8 +63,8 @@ def esam(
             of n examples ⌊γ n⌋ are selected, but at least one.
         select: Two forms of this one paper. "exact", the default: exactly that many examples.
             "strict": those with d_i above the smallest of them, as in the authors' code. That is
-            one example fewer, and more than one where some are equal. All are kept where none would
-            be left, and the whole batch from γ = 0.99 on.
+            one example fewer, or several fewer if losses are equal. If none would remain, all are
+            kept; from γ = 0.99 on the whole batch is.
         sharp_pass: Two forms of ESAM's sharp pass. "subset", the default: another forward pass and
             the backward pass over S alone. "whole": the backward pass of the pass that measured
             d_i, with weight 0 for the other examples. Both give the same numbers, unless examples

@@ -29,7 +29,8 @@ def friendly_sam(
         ε   = ρ d / ‖d‖
         return g_s = ∇L(w + ε)
 
-    The average m estimates the gradient of the whole data set: climbing it would hurt on all data.
+    The average m estimates the gradient of the whole data set: climbing it would raise the
+    loss on all data.
 
     Args:
         rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05. The authors' runs on

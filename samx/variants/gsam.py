@@ -29,7 +29,8 @@ def gsam(
         g_⊥  = g − (⟨g, g_s⟩ / ‖g_s‖²) g_s            (the part of g orthogonal to g_s)
         return g_s − α g_⊥
 
-    Climbing L orthogonally to g_s lowers the gap L(w + ε) − L(w) without changing L(w + ε).
+    Climbing L orthogonally to g_s lowers the gap L(w + ε) − L(w), and to first order does not
+    change L(w + ε).
 
     Args:
         rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05. In the paper it follows
@@ -38,9 +39,9 @@ def gsam(
             AdamW.
         alpha: Weight α ≥ 0; default 0.4, the paper's for ViT-B/16 and ViT-S/32. ResNets: 0.01;
             other transformers and mixers: 0.01 to 1.
-        descend: Two forms of this one paper. "sharp", the default, is the one above: the paper's
-            and the authors' code's. "clean" is the other form of that code and descends the clean
-            loss instead, which is closer to ordinary training: g + α (g_s − (⟨g_s, g⟩ / ‖g‖²) g).
+        descend: Which of the two rules in the authors' code. "sharp", the default, is the rule
+            above. "clean" descends the clean loss instead, which is closer to ordinary training:
+            g + α (g_s − (⟨g_s, g⟩ / ‖g‖²) g).
         perturbation: Replaces the ball and `rho`.
         perturb_dtype: See `sharpness_aware`.
 

@@ -87,8 +87,9 @@ def looksam(
         Cost: 1 + 1/period gradients per step, one copy of the parameters in the state, and one
         transient copy.
         Fidelity: no code of the authors exists, and the paper's own text was not at hand. The rule
-        is the one on which secondary sources and four implementations agree. It matches the one
-        that the authors of Momentum-SAM compared with. `static_args`: `period`, `first`.
+        is the one on which secondary sources and four implementations agree. It matches the
+        LookSAM in the code of the authors of Momentum-SAM, MarlonBecker/MSAM. `static_args`:
+        `period`, `first`.
     """
     ball = ball_of("looksam", rho, perturbation)
     return reuse_orthogonal("looksam", every(period, first), ball, alpha, perturb_dtype)

@@ -1,4 +1,4 @@
-"""Momentum-SAM: perturb against the momentum, at the cost of the base optimizer.
+"""Momentum-SAM: perturb along the momentum step, at the cost of the base optimizer.
 
 Becker, Altrock, Risse. "Momentum-SAM: Sharpness Aware Minimization without Computational
 Overhead", NeurIPS 2025. https://arxiv.org/abs/2401.12033
@@ -48,7 +48,7 @@ def momentum_sam(
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
-    """Momentum-SAM: take the only gradient of a step where the momentum is about to lead.
+    """Momentum-SAM: take the only gradient of a step ahead of w, along the momentum step.
 
         v  = momentum(base state)                      (0 at first)
         ε  = −ρ v / ‖v‖
@@ -66,7 +66,7 @@ def momentum_sam(
             then holds the aux of the pass at `w + ε` (BatchNorm statistics, for example); read it
             with `optax.tree.get(state, "aux")`. Before the first step it holds these arrays, or
             zeros. Default: aux is dropped.
-        perturbation: Replaces the ball and `rho`; it gets −v.
+        perturbation: Replaces the ball and `rho`. Its input is −v.
         perturb_dtype: See `sharpness_aware`.
 
     Returns:

@@ -55,7 +55,7 @@ def msam(
         return Σ_j share_j h_j
 
     The "m" of m-sharpness is the number of examples that share a perturbation: B /
-    num_microbatches. A small m generalizes better than the whole batch.
+    num_microbatches. In the paper, a small m generalizes better than the whole batch.
 
     Args:
         rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.

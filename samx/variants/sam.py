@@ -50,10 +50,11 @@ def sharpness_aware(
         perturbation: An optax transformation from a gradient to a step up the loss, for example
             from `samx.perturbations`.
         ascent_steps: Number n ≥ 1 of ascent steps; default 1. As in `optax.contrib.sam` with
-            `sync_period = n + 1`, steps are not projected back, so the radius adds up to at most
-            n·ρ.
-        perturb_dtype: Lowest precision of the perturbed point; default float32, so that the
-            perturbation is not lost in bfloat16 or float16. `None` keeps the parameters' dtype.
+            `sync_period = n + 1`, steps are not projected back, so the total step is at
+            most n·ρ.
+        perturb_dtype: The closure gets the perturbed point in this dtype, or in a wider one;
+            default float32, so that the perturbation is not lost in bfloat16 or float16. `None`
+            keeps the parameters' dtype.
         name: What error messages call the transformation.
 
     Returns:
@@ -162,9 +163,9 @@ def sam(
 
     Notes:
         `rho=0` is the base optimizer. Cost: 2 gradients per step, one after the other, and one
-        transient copy of the parameters. Put weight decay after SAM in the chain, or inside the
-        loss; there it is part of the ascent, as in google-research/sam. In that code each device
-        climbs along its own gradient; here the ascent gradient is the incoming one.
+        transient copy of the parameters. Put weight decay after SAM in the chain. Inside the
+        loss it is part of the ascent, as in google-research/sam. There each device climbs along its
+        own gradient; here all devices climb the mean gradient, see `data_parallel`.
         Fidelity: matches davda54/sam.
     """
     ball = ball_of("sam", rho, perturbation)
