@@ -1,4 +1,7 @@
-"""The structure of the package: imports run downwards, variants are short, names are standard."""
+"""The structure of the package: imports run downwards, variants are short, names are standard.
+
+`python tests/test_rooms.py` prints the figures.
+"""
 
 import ast
 import inspect
@@ -51,8 +54,8 @@ def imported_rooms(path):
         else:
             continue
         for name in names:
-            if name.startswith("samx."):
-                yield name.split(".")[1]
+            if name.split(".")[0] == "samx":
+                yield (name.split(".") + ["__init__"])[1]
 
 
 def update_fns():
@@ -93,6 +96,12 @@ def test_variants_import_no_flax_and_no_engine():
                 assert root in allowed or standard or path.name == "aliases.py", (path, module)
 
 
+def file_lengths():
+    """Length in lines of the file of each paper."""
+    papers = [path for path in VARIANTS if not path.name.startswith("_")]
+    return [(path.name, len(path.read_text().splitlines())) for path in papers]
+
+
 def test_update_fns_are_short():
     lengths = list(update_fns())
     assert statistics.median(length for _, length in lengths) <= 12, sorted(lengths)
@@ -100,9 +109,7 @@ def test_update_fns_are_short():
 
 
 def test_variant_files_are_short():
-    lengths = {path.name: len(path.read_text().splitlines()) for path in VARIANTS}
-    papers = [length for name, length in lengths.items() if not name.startswith("_")]
-    assert statistics.median(papers) <= 120, lengths
+    assert statistics.median(length for _, length in file_lengths()) <= 120, file_lengths()
 
 
 # Only SAMPa's pair, AsyncSAM's roles, and the microbatches of mSAM and Sparse SAM need these.
@@ -165,3 +172,12 @@ def test_old_names_are_gone(old):
     pattern = re.compile(rf"(?<![\w.]){re.escape(old)}" if old[0].isalpha() else re.escape(old))
     found = [path.name for path in FILES if pattern.search(path.read_text())]
     assert not found
+
+
+if __name__ == "__main__":
+    for what, lengths in (("update_fn", list(update_fns())), ("file", file_lengths())):
+        median = statistics.median(length for _, length in lengths)
+        longest = max(lengths, key=lambda row: row[1])
+        print(
+            f"{what}: {len(lengths)}, median {median:g} lines, longest {longest[1]} ({longest[0]})"
+        )
