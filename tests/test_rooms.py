@@ -55,7 +55,7 @@ def imported_rooms(path):
             continue
         for name in names:
             if name.split(".")[0] == "samx":
-                yield (name.split(".") + ["__init__"])[1]
+                yield ([*name.split("."), "__init__"])[1]
 
 
 def update_fns():
