@@ -505,7 +505,7 @@ def test_a_step_is_differentiable_in_the_radius(name):
                 carry = step(*carry, batch)
             return problem.losses_fn(carry[0], batch).mean()
 
-        rho, h = case.hyper["rho"], 1e-5
+        rho, h = case.hyper.get("rho", 0.05), 1e-5
         slope = jax.jit(jax.grad(loss_after))(rho)
         difference = (loss_after(rho + h) - loss_after(rho - h)) / (2 * h)
         np.testing.assert_allclose(slope, difference, rtol=1e-5)
