@@ -179,12 +179,8 @@ def sl_sam(
         branches = [partial(train, active) for active in groups_of(groups, params)]
         updates, kept, g_norm = jax.lax.switch(group, branches)
         rate = at_step(bandit_learning_rate, state.step)
-        largest = jnp.maximum(state.largest_norm, g_norm)
-        gain = rate * g_norm / jnp.where(largest == 0, 1, largest) / p[group]
-        log_weights = state.log_weights.at[group].add(gain.astype(jnp.float32))
-        log_weights -= jnp.max(log_weights)
-        step = next_step(state.step)
-        return updates, SLSAMState(step, state.key, log_weights, largest, group, *kept)
+        bandit = _reward(state, group, p[group], g_norm, rate)
+        return updates, SLSAMState(next_step(state.step), state.key, *bandit, group, *kept)
 
     return closure_transformation(init_fn, update_fn, name="sl_sam")
 
@@ -192,6 +188,16 @@ def sl_sam(
 def _probabilities(log_weights: jax.Array, exploration: Any) -> jax.Array:
     """Mix the bandit's distribution with the uniform one."""
     return (1 - exploration) * jax.nn.softmax(log_weights) + exploration / len(log_weights)
+
+
+def _reward(
+    state: SLSAMState, group: jax.Array, p: jax.Array, g_norm: jax.Array, rate: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Reward a group that was drawn with probability p: new log weights, and the largest norm."""
+    largest = jnp.maximum(state.largest_norm, g_norm)
+    gain = rate * g_norm / jnp.where(largest == 0, 1, largest) / p
+    log_weights = state.log_weights.at[group].add(gain.astype(jnp.float32))
+    return log_weights - jnp.max(log_weights), largest
 
 
 def _seen_by_part(
