@@ -511,6 +511,18 @@ def test_a_step_is_differentiable_in_the_radius(name):
         np.testing.assert_allclose(slope, difference, rtol=1e-5)
 
 
+@every_variant
+def test_wide_hyperparameters_do_not_widen_the_step(name, float64):
+    """float32 parameters and strong float64 numbers, as `optax.inject_hyperparams` passes them."""
+    del float64
+    case, (batch, params) = VARIANTS[name], fresh(np.float32)
+    wide = {keyword: jnp.asarray(value, jnp.float64) for keyword, value in case.hyper.items()}
+    tx = case.build(batch_like=batch, **wide)
+    state = tx.init(params)
+    after = jax.eval_shape(problem.make_step(tx), params, state, batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, (params, state))
+
+
 @every_kind
 def test_line_search_as_base(name):
     """The base gets `value`, `grad` and a scalar `value_fn`, but none of samx's own keywords."""

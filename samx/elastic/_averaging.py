@@ -125,7 +125,8 @@ def averaging(
             """Return the center after the exchange, and the worker's move; 0 if none is due."""
             is_due = steps % period == 0
             moves = jax.tree.map(
-                lambda d: jnp.where(is_due, weight * d, 0), tree.subtract(w, state.center)
+                lambda d: jnp.where(is_due, weight * d, 0).astype(d.dtype),
+                tree.subtract(w, state.center),
             )
             moves = tree.keep_floating(moves, params)
             added = jax.lax.cond(is_due, total, nothing, moves)

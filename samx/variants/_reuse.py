@@ -1,5 +1,6 @@
 """The state of the variants that reuse a part of the last sharp gradient."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import optax
 from samx.core import tree
 from samx.core.hyperparams import next_step
 from samx.core.readings import Readings, no_readings, skip_readings
-from samx.policies.policy import Policy
+from samx.policies.policy import Policy, branch
 
 
 class ReuseState(NamedTuple):
@@ -74,12 +75,21 @@ def reuse_part(state: ReuseState, value: Any, g: Any) -> ReuseState:
     return state._replace(age=next_step(state.age), readings=readings)
 
 
-def finish_step(
-    state: ReuseState, is_sharp: jax.Array, policy_state: Any, ball_state: Any
-) -> ReuseState:
-    """Count the step, and store the states of the policy and the perturbation."""
+def look_or_skip(
+    policy: Policy,
+    g: Any,
+    state: ReuseState,
+    ball_state: Any,
+    look: Callable[[], tuple[Any, tuple[Any, ReuseState]]],
+    skip: Callable[[], tuple[Any, ReuseState]],
+) -> tuple[Any, ReuseState]:
+    """Do what the policy decides, count the step, and store the states.
+
+    `look()` returns `(g_s, (updates, state))`, and `skip()` returns `(updates, state)`.
+    """
+    is_sharp, (updates, state), policy_state = branch(policy, g, state.policy, look, skip)
     step = next_step(state.step)
     fraction = state.sharp_fraction + (is_sharp - state.sharp_fraction) / step
-    return state._replace(
+    return updates, state._replace(
         step=step, policy=policy_state, perturbation=ball_state, sharp_fraction=fraction
     )

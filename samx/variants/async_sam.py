@@ -146,7 +146,8 @@ def async_sam(
         )
 
     def update_fn(g, state, params, *, value_fn, ascent_fn=None, value=UNKNOWN, **extra):
-        is_given, ascent_fn = ascent_fn is None and role_axis is None, ascent_fn or value_fn
+        is_given = ascent_fn is None and role_axis is None  # the incoming gradient is climbed
+        ascent_fn = value_fn if ascent_fn is None else ascent_fn
 
         def fresh():
             return (value, g) if is_given else _loss_and_grad(ascent_fn, params)
@@ -159,8 +160,8 @@ def async_sam(
         if role_axis is None:
             (loss, a), ((sharp_loss, aux), g_s) = fresh(), sharp(value_fn, params)
         else:
-            roles = _by_role(role_axis, ascent_fn, value_fn, sharp, params)
-            (loss, a), ((sharp_loss, aux), g_s) = roles
+            both = _by_role(role_axis, ascent_fn, value_fn, sharp, params)
+            (loss, a), ((sharp_loss, aux), g_s) = both
         cost = 1 + ascent_share + extra_gradients(ball_state)
         point, last = perturbed(params, eps, perturb_dtype), state.readings
         readings = take_readings(last, loss, sharp_loss, stale, g_s, params, point, cost)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
+from samx.core.closures import LossesClosure
 from samx.core.hyperparams import Default, as_key, check_count, check_number, next_step
 from samx.core.readings import Readings, no_readings
 from samx.core.state import first_aux, kept_aux
@@ -205,7 +206,15 @@ def ausam(
     return closure_transformation(init_fn, update_fn, name="ausam")
 
 
-def _draw(losses_fn, state, place, num_groups, num_drawn, span, weights):
+def _draw(
+    losses_fn: LossesClosure,
+    state: AUSAMState,
+    place: jax.Array,
+    num_groups: int,
+    num_drawn: int,
+    span: tuple[Any, Any],
+    weights: Any,
+) -> jax.Array:
     """Draw examples of each group without replacement; a higher score is drawn more often."""
     p, noise = odds(losses_fn, state, place, num_groups, *span)
     return sampled(p, noise, num_drawn, num_groups=num_groups, weights=weights)

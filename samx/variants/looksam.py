@@ -19,9 +19,9 @@ from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import closure_transformation
 from samx.perturbations.layer_steps import LayerScaling, layer_steps, trust_ratio
 from samx.policies import every
-from samx.policies.policy import Policy, branch, check_policy
+from samx.policies.policy import Policy, check_policy
 from samx.variants._ball import ball_of
-from samx.variants._reuse import finish_step, init_reuse, reuse_part, take_part
+from samx.variants._reuse import init_reuse, look_or_skip, reuse_part, take_part
 
 
 def looksam(
@@ -175,9 +175,7 @@ def reuse_orthogonal(
             updates = tree.add_scaled(g, at_step(alpha, state.step) * g_norm / g_v_norm, state.part)
             return tree.cast_like(updates, params), reuse_part(state, value, g)
 
-        is_sharp, step, policy_state = branch(policy, g, state.policy, look, skip)
-        updates, new_state = step
-        return updates, finish_step(new_state, is_sharp, policy_state, ball_state)
+        return look_or_skip(policy, g, state, ball_state, look, skip)
 
     return closure_transformation(partial(init_reuse, policy, perturbation), update_fn, name=name)
 

@@ -5,13 +5,12 @@ Generalization", ICLR 2021. https://arxiv.org/abs/2010.01412
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
 
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
-from samx.core.closures import Closure
 from samx.core.hyperparams import Default, check_count
 from samx.core.readings import UNKNOWN, Readings, extra_gradients, no_readings
 from samx.core.sharp import ascend, sharp_gradient, value_and_grad_at
@@ -90,10 +89,16 @@ def sharpness_aware(
         return SharpnessAwareState(perturbation.init(params), no_readings(params))
 
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
+        perturb = partial(perturbation.update, value_fn=value_fn, **extra)
+
+        def climb(_, eps):
+            _, g_i = value_and_grad_at(value_fn.ascent, params, eps, perturb_dtype=perturb_dtype)
+            step, _ = perturb(g_i, state.perturbation, optax.apply_updates(params, eps))
+            return optax.tree.add(eps, step)
+
         eps, g_a, ball = ascend(value_fn, perturbation, g, state.perturbation, params, **extra)
         if ascent_steps > 1:
-            climb = partial(_climb_further, value_fn, perturbation, state.perturbation, extra)
-            eps = climb(params, eps, ascent_steps - 1, perturb_dtype)
+            eps = jax.lax.fori_loop(1, ascent_steps, climb, eps)
         cost = 1 + ascent_steps + extra_gradients(ball)
         g_s, readings = sharp(
             value_fn, params, eps, state.readings, loss=value, g=g_a, gradients=cost
@@ -101,27 +106,6 @@ def sharpness_aware(
         return g_s, SharpnessAwareState(ball, readings)
 
     return closure_transformation(init_fn, update_fn, name=name)
-
-
-def _climb_further(
-    value_fn: Closure,
-    perturbation: optax.GradientTransformationExtraArgs,
-    state: Any,
-    extra: dict[str, Any],
-    params: Any,
-    eps: Any,
-    num_steps: int,
-    perturb_dtype: DType,
-) -> Any:
-    """Take further ascent steps, each along the gradient at the point reached so far."""
-
-    def climb(_, eps):
-        _, g_i = value_and_grad_at(value_fn.ascent, params, eps, perturb_dtype=perturb_dtype)
-        point = optax.apply_updates(params, eps)
-        step, _ = perturbation.update(g_i, state, point, value_fn=value_fn, **extra)
-        return optax.tree.add(eps, step)
-
-    return jax.lax.fori_loop(0, num_steps, climb, eps)
 
 
 def sam(

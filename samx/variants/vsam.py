@@ -18,9 +18,9 @@ from samx.core.readings import UNKNOWN
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import closure_transformation
 from samx.policies import quota
-from samx.policies.policy import Policy, branch, check_policy
+from samx.policies.policy import Policy, check_policy
 from samx.variants._ball import ball_of
-from samx.variants._reuse import finish_step, init_reuse, reuse_part, take_part
+from samx.variants._reuse import init_reuse, look_or_skip, reuse_part, take_part
 
 
 def vsam(
@@ -110,8 +110,6 @@ def reuse_second_order(
             updates = tree.add_scaled(g, mixing(kept.age, state.step), state.part)
             return tree.cast_like(updates, params), kept
 
-        is_sharp, step, policy_state = branch(policy, g, state.policy, look, skip)
-        updates, new_state = step
-        return updates, finish_step(new_state, is_sharp, policy_state, ball_state)
+        return look_or_skip(policy, g, state, ball_state, look, skip)
 
     return closure_transformation(partial(init_reuse, policy, perturbation), update_fn, name=name)
