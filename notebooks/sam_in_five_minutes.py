@@ -22,7 +22,7 @@
 #   w \leftarrow w - \eta \, \nabla L(w + \epsilon).$$
 #
 # That is the whole algorithm. `samx.sam(rho)` replaces the gradient by $\nabla L(w + \epsilon)$,
-# and any optax optimizer behind it takes the step.
+# and any optax optimizer after it takes the step.
 
 # %%
 import jax
@@ -364,7 +364,7 @@ for name, (_, curves) in runs.items():
 for axis in axes:
     axis.set(xlabel="gradients spent", xlim=(0, 800))
 axes[0].set(title="Test accuracy, %", ylim=(70, 100))
-axes[1].set(title="Wrong labels learned by heart, %", ylim=(0, 80))
+axes[1].set(title="Wrong labels fitted, %", ylim=(0, 80))
 for axis, name, place in (
     (axes[0], "SAM, lr 0.1", (560, 96)),
     (axes[0], "SGD, lr 0.01", (560, 89.6)),

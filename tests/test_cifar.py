@@ -138,7 +138,7 @@ def test_several_devices_are_one(run):
         ("resnet18", "--width 8 --epochs 8 --learning-rate 0.05"),
     ],
 )
-def test_learns_128_images_by_heart(model, options, run, full_optimization):
+def test_fits_128_images(model, options, run, full_optimization):
     results = run(
         f"--model {model} {options} --images 128 --batch 16 --augment none --out run"
         " --checkpoint-every 1000"  # only the last checkpoint; the default saves one per epoch

@@ -52,6 +52,11 @@ def test_a_complex_gradient_climbs_along_its_conjugate(float64):
     assert state.readings.sharp_loss > state.readings.loss
 
 
+def test_eta_has_no_schedule():
+    with pytest.raises(TypeError, match="fisher_sam: `eta` must be a number, got a schedule"):
+        samx.fisher_sam(0.1, lambda step: 1.0)
+
+
 @pytest.mark.parametrize("eta", [-1.0, -1e-9])
 def test_eta_is_not_negative(eta):
     with pytest.raises(ValueError, match="`eta` must be at least 0"):

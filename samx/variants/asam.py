@@ -36,7 +36,7 @@ def asam(
 
     Raises:
         ValueError: If a number is out of range.
-        TypeError: If a hyperparameter is neither a number nor a schedule.
+        TypeError: If `rho` is neither a number nor a schedule.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
