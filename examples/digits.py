@@ -360,8 +360,10 @@ def print_table(results: list[dict], noise: float, seeds: int) -> None:
         )
     print(
         f"loss increase: L(w + eps) - L(w), |eps| = {SHARPNESS_RADIUS}, mean over training batches "
-        f"of {BATCH}, each up its own gradient"
+        f"of {BATCH}, with eps along the gradient of each batch"
     )
+    if any(result["row"] == "base2x" for result in results):
+        print("base2x: the base optimizer with twice as many epochs, so as many gradients as SAM")
 
 
 def compare(results: list[dict], noise: float) -> None:
@@ -400,7 +402,7 @@ def draw(results: list[dict], noises: list[float], path: Path, title: str) -> No
         left.set_title(describe(noise))
         left.set_xlabel("test accuracy, % (mean ± standard error)")
         left.grid(axis="x", alpha=0.3)
-        right.set_title("along the way, at equal gradients")
+        right.set_title("during training, at equal gradients")
         right.set_xlabel("gradients spent")
         right.set_ylabel("test accuracy, %")
         best = max(max(r["test_accuracy_by_epoch"]) for r in results if r["noise"] == noise)
