@@ -1,12 +1,16 @@
 """Settings of every test: 8 simulated devices; float64 only where a test asks for it."""
 
 import gc
+import signal
 
 import jax
 import pytest
 
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that stay for a while
 jax.config.update("jax_num_cpu_devices", 8)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts `pytest &`
+    # The processes that tests start would ignore it too, and never be stopped by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_numpy_rank_promotion", "warn")  # pytest turns every warning into an error
 
 

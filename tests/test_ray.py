@@ -38,7 +38,7 @@ def bounded():
         raise TimeoutError("not in time")
 
     handler = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(4 * LONG)
+    signal.alarm(2 * LONG)
     try:
         yield
     finally:
@@ -446,8 +446,7 @@ class Driver:
     def stop(self, number):
         """Send a signal, wait until all processes have ended, and return the exit code."""
         self.process.send_signal(number)
-        # The driver waits 10 s for its workers, 30 s for its cluster, and for Ray to shut down.
-        code = self.process.wait(2 * LONG)
+        code = self.process.wait(LONG)
         wait_until(lambda: not any(is_alive(process.pid) for process in self.processes))
         return code
 
