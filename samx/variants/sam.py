@@ -88,17 +88,20 @@ def sharpness_aware(
     def init_fn(params):
         return SharpnessAwareState(perturbation.init(params), no_readings(params))
 
-    def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
+    def climb_further(value_fn, state, params, eps, extra):
         perturb = partial(perturbation.update, value_fn=value_fn, **extra)
 
         def climb(_, eps):
             _, g_i = value_and_grad_at(value_fn.ascent, params, eps, perturb_dtype=perturb_dtype)
-            step, _ = perturb(g_i, state.perturbation, optax.apply_updates(params, eps))
+            step, _ = perturb(g_i, state, optax.apply_updates(params, eps))
             return optax.tree.add(eps, step)
 
+        return jax.lax.fori_loop(1, ascent_steps, climb, eps)
+
+    def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
         eps, g_a, ball = ascend(value_fn, perturbation, g, state.perturbation, params, **extra)
         if ascent_steps > 1:
-            eps = jax.lax.fori_loop(1, ascent_steps, climb, eps)
+            eps = climb_further(value_fn, state.perturbation, params, eps, extra)
         cost = 1 + ascent_steps + extra_gradients(ball)
         g_s, readings = sharp(
             value_fn, params, eps, state.readings, loss=value, g=g_a, gradients=cost
