@@ -14,7 +14,7 @@ import registry
 
 import samx
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENTRIES = samx.catalog()
 NAMES = [entry.name for entry in ENTRIES]
 MADE_OF_OTHERS = {"periodic", "rst", "g_rst"}
