@@ -1,26 +1,80 @@
-"""Settings of every test: 8 simulated devices; float64 only where a test asks for it."""
+"""Settings of every test: 8 simulated devices, fast compilation, and a cache of compiled programs.
+
+float64 only where a test asks for it.
+"""
 
 import gc
+import mmap
+import os
+import shutil
 import signal
+from pathlib import Path
 
 import jax
+import jaxlib
+import psutil
 import pytest
 
+# Most of the time of these tests went into compiling. These flags take most of that away: no
+# optimization, XLA's older and faster emitters, and one module for LLVM instead of many. Flags that
+# the user has set come later, so they win. The processes that tests start get the same flags.
+FAST_COMPILATION = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": "true",
+    "xla_cpu_use_fusion_emitters": "false",
+    "xla_cpu_parallel_codegen_split_count": "1",
+}
+MOST_MEMORY = 3e9  # bytes of one process; then it drops its compiled programs
+LARGEST_CACHE = 1e9  # bytes of all compiled programs on the disk
+
+
+def known_flags(flags):
+    """Return those that this jaxlib has; XLA stops the process at a flag that it does not know."""
+    (library,) = Path(jaxlib.__file__).parent.glob("libjax_common.*")
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return {flag: value for flag, value in flags.items() if text.find(flag.encode()) >= 0}
+
+
+fast = " ".join(f"--{flag}={value}" for flag, value in known_flags(FAST_COMPILATION).items())
+os.environ["XLA_FLAGS"] = f"{fast} {os.environ.get('XLA_FLAGS', '')}"
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects that stay for a while
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "warn")  # pytest turns every warning into an error
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts `pytest &`
     # The processes that tests start would ignore it too, and never be stopped by it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-jax.config.update("jax_numpy_rank_promotion", "warn")  # pytest turns every warning into an error
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Share compiled programs between the tests of a worker; many tests compile the same ones."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+def compilation_cache(request, tmp_path_factory):
+    """Keep compiled programs in a fixed folder, from which the next run takes them.
+
+    JAX's files may be read before they are written to the end. So each worker has a folder of its
+    own. It begins with links to what was kept, and in the end its new files are kept.
+    """
+    kept = request.config.cache.mkdir("compiled_programs")
+    own = tmp_path_factory.mktemp("compiled_programs")
+    link_new(kept, own)
+    jax.config.update("jax_compilation_cache_dir", str(own))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     jax.devices()  # create all 8 devices before an example asks for fewer
+    yield
+    if sum(file.stat().st_size for file in kept.iterdir()) > LARGEST_CACHE:
+        shutil.rmtree(kept)
+        kept.mkdir()
+    link_new(own, kept)
+
+
+def link_new(source, target):
+    """Link every file of `source` into `target`, but for those that are there."""
+    for file in source.iterdir():
+        try:
+            os.link(file, target / file.name)
+        except FileExistsError:
+            pass
+        except OSError:  # no links here, or another worker has removed a file
+            return
 
 
 @pytest.fixture
@@ -29,16 +83,9 @@ def float64():
         yield
 
 
-@pytest.fixture
-def fast_compilation():
-    """Compile faster, for programs that take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def free_memory():
-    """Drop compiled programs after each module; they would hold gigabytes until the end."""
+    """Drop compiled programs if there are too many; they would hold gigabytes until the end."""
     yield
-    jax.clear_caches()
+    if psutil.Process().memory_info().rss > MOST_MEMORY:
+        jax.clear_caches()

@@ -14,7 +14,6 @@ import samx
 from samx import perturbations as geometry
 from samx import policies
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 ONES = dict.fromkeys(("W1", "b1", "W2", "b2"), 1.0)
 BALL = geometry.metric_ball(0.3)
 PERTURBATIONS = {

@@ -19,7 +19,7 @@ import samx
 from samx import perturbations as geometry
 from samx.asynchronous import calibrate_ascent_batch, pipelined
 
-pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
+pytestmark = pytest.mark.usefixtures("float64")
 
 STEPS = 20
 BASES = {"momentum": optax.sgd(0.1, momentum=0.9), "adamw": optax.adamw(0.01)}

@@ -22,7 +22,7 @@ import samx
 from samx import elastic
 from samx.elastic._center import Center, Ledger, Shard, may_exchange
 
-pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
+pytestmark = pytest.mark.usefixtures("float64")
 
 ROUNDS = 12
 

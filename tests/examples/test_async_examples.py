@@ -3,17 +3,16 @@
 import itertools
 import json
 
-import async_cost
-import async_digits
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from registry import VARIANTS, Setting
 
 import samx
+from examples import digits
+from examples.asynchronous import async_cost, async_digits
+from examples.common.registry import VARIANTS, Setting
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

@@ -12,11 +12,11 @@ import problem
 import pytest
 import regimes
 from cases import VARIANTS
-from checkpoints import CheckpointError, Checkpoints
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import samx
+from examples.train.checkpoints import CheckpointError, Checkpoints
 
 STEPS, SAVED = 6, 3
 pytestmark = pytest.mark.usefixtures("fast_compilation")

@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import cifar
 import jax
 import numpy as np
 import pytest
-from cifar_data import load, write_digits
 from jax.sharding import AxisType
+
+from examples.train import cifar
+from examples.train.cifar_data import load, write_digits
 
 EXAMPLE = Path(cifar.__file__)
 TINY = {"resnet18": "--width 8", "vit": "--width 8 --depth 2"}

@@ -11,12 +11,13 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
-import cifar_data
 import jax
 import numpy as np
 import pytest
-from cifar_data import CIFAR10, CIFAR100, Images
 from sklearn.datasets import load_digits
+
+from examples.train import cifar_data
+from examples.train.cifar_data import CIFAR10, CIFAR100, Images
 
 
 def random_rows(count, seed=0):

@@ -3,23 +3,23 @@
 import json
 import re
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import parallel_cost
 import pytest
-import second_order
-import step_cost
-from communication import communicated_bytes
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from output import free_folder
-from registry import BASES, VARIANTS, Setting, check_base
 
 import samx
+from examples import digits
+from examples.claims import second_order
+from examples.common.output import free_folder
+from examples.common.registry import BASES, VARIANTS, Setting, check_base
+from examples.cost import step_cost
+from examples.devices import parallel_cost
+from examples.devices.communication import communicated_bytes
 
 TINY = ["--seeds", "2", "--epochs", "1", "--width", "4"]
 SOME = ["base2x", "sam", "ae-sam", "lightsam-norm"]  # one of each kind

@@ -4,13 +4,14 @@ import argparse
 import json
 import math
 
-import digits
 import jax
 import jax.numpy as jnp
-import lets
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+
+from examples import digits
+from examples.claims import lets
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

@@ -5,12 +5,12 @@ import json
 
 import jax
 import jax.numpy as jnp
-import lightsam
 import numpy as np
 import optax
 import pytest
 
 import samx
+from examples.claims import lightsam
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_compilation")]
 

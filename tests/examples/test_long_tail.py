@@ -5,10 +5,8 @@ import operator
 import re
 from collections import Counter
 
-import digits
 import jax
 import jax.numpy as jnp
-import long_tail
 import numpy as np
 import optax
 import pytest
@@ -16,6 +14,8 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import samx
+from examples import digits
+from examples.train import long_tail
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 

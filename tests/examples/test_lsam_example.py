@@ -4,12 +4,12 @@ import itertools
 import json
 import math
 
-import digits
 import jax
-import lsam_digits as example
 import numpy as np
 import pytest
 
+from examples import digits
+from examples.asynchronous import lsam_digits as example
 from samx import elastic
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")

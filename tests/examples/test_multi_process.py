@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 
-import data_parallel
-import multi_process
 import numpy as np
 import pytest
+
+from examples.devices import data_parallel, multi_process
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")
 LONG = ["--epochs", "2000", "--strategy", "shard_map"]  # a run to be stopped early

@@ -4,9 +4,10 @@ import json
 
 import jax
 import jax.numpy as jnp
-import mup_transfer
 import numpy as np
 import pytest
+
+from examples.claims import mup_transfer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_compilation")]
 

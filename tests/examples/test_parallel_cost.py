@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 import regimes
-import test_cost
 from cases import VARIANTS
-from communication import communicated_bytes
+from costs import STRAIGHT, flops, wide_losses, wide_problem
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from test_cost import STRAIGHT, flops, wide_losses, wide_problem
 
 import samx
+from examples.devices.communication import communicated_bytes
 
 PROGRAMS = [name for name in STRAIGHT if VARIANTS[name].like is None]
 SCALARS = 64  # bytes of losses, norms and shares in a step

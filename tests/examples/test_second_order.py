@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import second_order
-from registry import VARIANTS, Setting
 
 import samx
+from examples.claims import second_order
+from examples.common.registry import VARIANTS, Setting
 from samx import policies
 
 pytestmark = pytest.mark.usefixtures("fast_compilation")

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import step_cost
 from flax import nnx
-from passes import Counter, Forks
-from registry import BASES, VARIANTS, Setting, Variant
 
 import samx
+from examples.common.registry import BASES, VARIANTS, Setting, Variant
+from examples.cost import step_cost
+from examples.cost.passes import Counter, Forks
 
 
 def losses_fn(params, batch):

@@ -22,7 +22,7 @@ import samx
 import samx.flax
 
 STEPS, KEY = 8, 5
-pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def batches(steps=STEPS):

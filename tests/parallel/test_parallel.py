@@ -49,7 +49,7 @@ def rows_and_regimes(regimes, rows):
     ]
 
 
-pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def batches(steps=STEPS, weights=None):

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 import samx
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 # Parameters are sharded over the data axis and gathered in the loss (FSDP), or sharded over a model
 # axis, where the loss computes with shards (tensor parallelism).
 LAYOUTS = {

@@ -11,7 +11,6 @@ from samx import policies
 from samx.combinations import decaying, mix
 from samx.perturbations import layer_steps
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 

@@ -19,7 +19,6 @@ import samx
 from samx.perturbations import metric_ball, random_leaves
 from samx.selection import largest, put, sampled, take
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 INDEX = jnp.arange(16)
 

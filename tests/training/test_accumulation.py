@@ -16,7 +16,7 @@ every_program = pytest.mark.parametrize(
     "name",
     ["sam", "sampa", "looksam", "momentum_sam", "sl_sam", "msam", "bisam", "fisher_sparse_sam"],
 )
-pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def accumulated(name, num_microbatches=4):

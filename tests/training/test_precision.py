@@ -14,7 +14,6 @@ from cases import VARIANTS
 
 import samx
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 # Rows that differ in how they take their passes.
 every_program = pytest.mark.parametrize(
     "name",

@@ -15,7 +15,6 @@ import samx
 
 assert_finite = chex.assert_tree_all_finite
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 MOST_STEPS_BETWEEN = 7  # from one sharp step to the next, in any row
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 # One row of each kind: chained, wrapping, an optimizer; with tables, keys, masks, examples.

@@ -79,7 +79,7 @@ OWN_PASSES = ("two ascent steps", "ksam", "look_layer_sam", "imbalanced_sam", "a
 
 
 @pytest.mark.parametrize("name", [*APART, *OWN_PASSES])
-def test_passes_inside_update(name, fast_compilation):
+def test_passes_inside_update(name):
     """Their sum is in the readings, as `test_contract.py` checks."""
     case = VARIANTS[name]
     forward, backward = case.passes

@@ -15,7 +15,7 @@ import samx
 from samx import losses
 from samx.perturbations import dynamic_mask, fisher_mask, magnitude, metric_ball
 
-pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
+pytestmark = pytest.mark.usefixtures("float64")
 STEPS = 24
 NAMES = ("W1", "b1", "W2", "b2")
 COUNTS = [28, 11, 25]  # class counts of the 64 examples

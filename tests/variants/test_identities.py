@@ -16,7 +16,7 @@ from samx import perturbations as geometry
 from samx import policies
 from samx.combinations import decaying, mix, renormalized, surrogate_gap
 
-pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
+pytestmark = pytest.mark.usefixtures("float64")
 
 STEPS = 8
 MOMENTUM = optax.sgd(0.1, momentum=0.9)

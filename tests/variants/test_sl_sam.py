@@ -12,7 +12,6 @@ import samx
 from samx import policies
 from samx.variants._layer_groups import groups_of
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 
 

@@ -27,7 +27,7 @@ from samx.perturbations import (
     unnormalized_step,
 )
 
-pytestmark = pytest.mark.usefixtures("fast_compilation", "float64")
+pytestmark = pytest.mark.usefixtures("float64")
 
 SGD, MOMENTUM = optax.sgd(0.1), optax.sgd(0.1, momentum=0.9)
 ADAMW = optax.adamw(0.01, weight_decay=0.01)
