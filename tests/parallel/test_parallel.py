@@ -3,7 +3,6 @@
 import functools
 import itertools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,19 +14,23 @@ import regimes
 from cases import APART, VARIANTS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from regimes import (
+    GLOBAL,
+    LOCAL,
+    STEPS,
+    VALID,
+    as_batch,
+    assert_close,
+    assert_same,
+    batches,
+    build,
+    first_batch,
+    mean_loss,
+    on_one_device,
+)
 
 import samx
 from samx import policies
-
-STEPS = 20
-GLOBAL = {
-    "jit, auto": functools.partial(regimes.sharded_jit, axis_type=AxisType.Auto),
-    "jit, explicit": functools.partial(regimes.sharded_jit, axis_type=AxisType.Explicit),
-    "shard_map": functools.partial(regimes.shard_map, check_vma=True),
-    "shard_map, check_vma=False": functools.partial(regimes.shard_map, check_vma=False),
-    "pmap": regimes.pmap,
-}
-LOCAL = {name: run for name, run in GLOBAL.items() if not name.startswith("jit")}
 
 
 def rows_and_regimes(regimes, rows):
@@ -50,31 +53,6 @@ def rows_and_regimes(regimes, rows):
 
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def batches(steps=STEPS, weights=None):
-    data, _ = problem.make()
-    extra = () if weights is None else (jnp.asarray(weights, float),)
-    return [(problem.batch_at(data, t), *extra) for t in range(steps)]
-
-
-def build(name, **changes):
-    return lambda batch_like: VARIANTS[name].build(batch_like=batch_like, **changes)
-
-
-def assert_same(history, expected, read=lambda state: state):
-    """Compare to 1e-12 after one step and to 1e-10 after all steps, including the state."""
-    for step, tolerance in ((0, 1e-12), (-1, 1e-10)):
-        found, wanted = (
-            jax.tree.map(np.asarray, problem.as_numbers((params, read(state), value)))
-            for params, state, value in (history[step], expected[step])
-        )
-        chex.assert_trees_all_close(found, wanted, rtol=tolerance, atol=tolerance)
-
-
-@functools.cache
-def on_one_device(name):
-    return regimes.single(build(name), problem.make()[1], batches())
 
 
 # In addition to APART: rows that decide, draw or remember in another way.
@@ -196,10 +174,6 @@ def test_several_axes(name, check_vma, ascent):
         assert_same(history, on_one_device(name))
     else:
         assert_same(history, on_every_shard(name, 2), without_readings)
-
-
-# Weights of each device's two examples; those of the fourth and the last device are all 0.
-VALID = [1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0.5, 2, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -328,23 +302,6 @@ def mapped(fn, regime, num_args, out_specs=REPLICATED):
             check_vma=regime == "shard_map",
         )
     )
-
-
-def assert_close(found, expected, tolerance=1e-12):
-    chex.assert_trees_all_close(found, expected, rtol=tolerance, atol=tolerance)
-
-
-def first_batch():
-    (batch,) = batches(1)[0]
-    return problem.make()[1], batch
-
-
-def mean_loss(params, batch):
-    return problem.losses_fn(params, batch).mean()
-
-
-def as_batch(x, y):
-    return {"x": x, "y": y}
 
 
 @pytest.mark.parametrize("regime", LOCAL)

@@ -1,18 +1,21 @@
 """One training step in every parallel regime, on global arrays, and on one device."""
 
-from functools import partial
+from functools import cache, partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import problem
+from cases import VARIANTS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import samx
 
 DEVICES = 8
+STEPS = 4  # rows that decide take both kinds of steps; policies, masks and draws have begun
 
 
 def mesh_of(shape=(DEVICES,), names=("data",), axis_type=AxisType.Auto):
@@ -215,3 +218,57 @@ def per_shard(build, params, batches, num_shards=DEVICES):
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), node) if is_held(node) else node
 
     return jax.tree.map(whole, history, is_leaf=is_held)
+
+
+GLOBAL = {
+    "jit, auto": partial(sharded_jit, axis_type=AxisType.Auto),
+    "jit, explicit": partial(sharded_jit, axis_type=AxisType.Explicit),
+    "shard_map": partial(shard_map, check_vma=True),
+    "shard_map, check_vma=False": partial(shard_map, check_vma=False),
+    "pmap": pmap,
+}
+LOCAL = {name: run for name, run in GLOBAL.items() if not name.startswith("jit")}
+# Weights of each device's two examples; those of the fourth and the last device are all 0.
+VALID = [1, 1, 1, 0, 1, 1, 0, 0, 0, 1, 1, 1, 0.5, 2, 0, 0]
+
+
+def batches(steps=STEPS, weights=None):
+    data, _ = problem.make()
+    extra = () if weights is None else (jnp.asarray(weights, float),)
+    return [(problem.batch_at(data, t), *extra) for t in range(steps)]
+
+
+def build(name, **changes):
+    return lambda batch_like: VARIANTS[name].build(batch_like=batch_like, **changes)
+
+
+def assert_same(history, expected, read=lambda state: state):
+    """Compare to 1e-12 after one step and to 1e-10 after all steps, including the state."""
+    for step, tolerance in ((0, 1e-12), (-1, 1e-10)):
+        found, wanted = (
+            jax.tree.map(np.asarray, problem.as_numbers((params, read(state), value)))
+            for params, state, value in (history[step], expected[step])
+        )
+        chex.assert_trees_all_close(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+@cache
+def on_one_device(name):
+    return single(build(name), problem.make()[1], batches())
+
+
+def assert_close(found, expected, tolerance=1e-12):
+    chex.assert_trees_all_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def first_batch():
+    (batch,) = batches(1)[0]
+    return problem.make()[1], batch
+
+
+def mean_loss(params, batch):
+    return problem.losses_fn(params, batch).mean()
+
+
+def as_batch(x, y):
+    return {"x": x, "y": y}
