@@ -31,12 +31,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import nnx
-from output import free_folder
-from registry import BASES, VARIANTS, Setting, Variant, check_base
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import samx
+from examples.common.output import free_folder
+from examples.common.registry import BASES, VARIANTS, Setting, Variant, check_base
 
 TRAIN, VALIDATION, BATCH = 1000, 297, 100  # of 1797 images; the other 500 are the test split
 STEPS_PER_EPOCH = TRAIN // BATCH

@@ -1,8 +1,8 @@
 """Time a step of AsyncSAM on two devices, next to SGD and SAM on one.
 
-    python examples/async_cost.py
-    python examples/async_cost.py --batch 128 --repeats 15
-    JAX_PLATFORMS=cuda,cpu python examples/async_cost.py --devices gpu
+    python examples/asynchronous/async_cost.py
+    python examples/asynchronous/async_cost.py --batch 128 --repeats 15
+    JAX_PLATFORMS=cuda,cpu python examples/asynchronous/async_cost.py --devices gpu
 
 Without a GPU there are two simulated CPU devices. A program of matrix products uses all cores of a
 CPU and would leave nothing for a second device. Therefore the loss here is a loop of small
@@ -36,11 +36,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from output import free_folder
-from step_cost import problem
 from tqdm import tqdm
 
 import samx
+from examples.common.output import free_folder
+from examples.cost.step_cost import problem
 
 RHO, LEARNING_RATE = 0.05, 1e-3
 WIDTH, DEPTH = 128, 4  # numbers per example, operations per checkpoint

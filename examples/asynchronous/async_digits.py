@@ -1,8 +1,8 @@
 """AsyncSAM against SAM and its base optimizer, on handwritten digits with wrong labels.
 
-    python examples/async_digits.py
-    python examples/async_digits.py --seeds 20 --noise 0.5
-    python examples/async_digits.py --base adamw --rho 0.1 0.2
+    python examples/asynchronous/async_digits.py
+    python examples/asynchronous/async_digits.py --seeds 20 --noise 0.5
+    python examples/asynchronous/async_digits.py --base adamw --rho 0.1 0.2
 
 This script does for AsyncSAM what digits.py does for every variant. The ascent batches hold all,
 half or a quarter of the examples. A small network trains with a fraction of wrong labels, and with
@@ -29,18 +29,18 @@ import time
 from functools import partial
 from typing import Any
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from async_cost import describe_ascent_batch
 from flax import nnx
-from output import free_folder
-from registry import BASES, RADII, VARIANTS, Setting, Variant
 from tqdm import tqdm
 
 import samx
+from examples import digits
+from examples.asynchronous.async_cost import describe_ascent_batch
+from examples.common.output import free_folder
+from examples.common.registry import BASES, RADII, VARIANTS, Setting, Variant
 
 SHARES = {"async-sam, b": 1.0, "async-sam, b/2": 0.5, "async-sam, b/4": 0.25}
 

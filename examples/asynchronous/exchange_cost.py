@@ -1,7 +1,7 @@
 """Measure time and memory of an exchange with the center, with threads and with Ray.
 
-    python examples/exchange_cost.py                     # 25 million parameters, about a minute
-    python examples/exchange_cost.py --millions 1 --engine threads --workers 1 4
+    python examples/asynchronous/exchange_cost.py     # 25 million parameters, about a minute
+    python examples/asynchronous/exchange_cost.py --millions 1 --engine threads --workers 1 4
 
 The workers only exchange: their step changes nothing, and every step has an exchange. The time is
 measured in a worker from one step to the next. It includes the copies from jax's arrays to a flat
@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 from matplotlib.figure import Figure
-from output import free_folder
 from tqdm import tqdm
 
 import samx
+from examples.common.output import free_folder
 from samx import elastic
 
 MILLION = 1_000_000

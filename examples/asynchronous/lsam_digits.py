@@ -1,10 +1,10 @@
 """LSAM against data-parallel SAM: elastic averaging of SAM workers that never wait.
 
-    python examples/lsam_digits.py
-    python examples/lsam_digits.py --workers 4 --slow 1 --gradients 1600
-    python examples/lsam_digits.py --engine threads
-    python examples/lsam_digits.py --engine ray --workers 4
-    python examples/lsam_digits.py --resume runs/lsam-digits-001
+    python examples/asynchronous/lsam_digits.py
+    python examples/asynchronous/lsam_digits.py --workers 4 --slow 1 --gradients 1600
+    python examples/asynchronous/lsam_digits.py --engine threads
+    python examples/asynchronous/lsam_digits.py --engine ray --workers 4
+    python examples/asynchronous/lsam_digits.py --resume runs/lsam-digits-001
 
 A small network learns scikit-learn's digits (8x8 pixels) with 30% wrong training labels. There are
 several workers; the last one is four times slower. Every row except "same time" computes the same
@@ -47,20 +47,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import Runs
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
-from output import free_folder
 from tqdm import tqdm
 
 import samx
+from examples import digits
+from examples.common.output import free_folder
+from examples.digits import Runs
 from samx import elastic
 
 TUNING_SEEDS = range(1000, 1004)  # not among the reported seeds

@@ -1,8 +1,8 @@
 """LETS: does a learned radius end where a tuned one is? On digits with wrong labels.
 
-    python examples/lets.py
-    python examples/lets.py --seeds 5 --rate 0.1 1 10
-    python examples/lets.py --asam
+    python examples/claims/lets.py
+    python examples/claims/lets.py --seeds 5 --rate 0.1 1 10
+    python examples/claims/lets.py --asam
 
 LETS (https://arxiv.org/abs/2408.08222) learns SAM's radius rho along with the parameters. It takes
 gradient steps on F = (L_V - L)^2 / 2 with respect to log rho. L_V is the loss on held-out examples
@@ -51,20 +51,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from digits import BATCH, TUNING_SEEDS
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from output import free_folder
-from registry import BASES, VARIANTS, Setting
 from tqdm import tqdm
 
 import samx
+from examples import digits
+from examples.common.output import free_folder
+from examples.common.registry import BASES, VARIANTS, Setting
+from examples.digits import BATCH, TUNING_SEEDS
 
 EVERY = 10  # one of this many training images is held out
 HELD_OUT_BATCH = 50

@@ -1,8 +1,8 @@
 """LightSAM over a grid of radii and learning rates, next to SAM with SGD.
 
-    python examples/lightsam.py
-    python examples/lightsam.py --points 9 --batch-size 100
-    python examples/lightsam.py --points 2 --steps 30000
+    python examples/claims/lightsam.py
+    python examples/claims/lightsam.py --points 9 --batch-size 100
+    python examples/claims/lightsam.py --points 2 --steps 30000
 
 The task is logistic regression with an L2 penalty on scikit-learn's digits. It is convex and
 smooth, and starts from zero. Each method runs at every point of a grid, with rho and learning rate
@@ -52,11 +52,11 @@ import numpy as np
 import optax
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from output import free_folder
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import samx
+from examples.common.output import free_folder
 
 METHODS: dict[str, Callable[[Any, Any], optax.GradientTransformationExtraArgs]] = {
     "lightsam_norm": samx.lightsam_norm,

@@ -1,8 +1,8 @@
 """What µP² keeps when a network becomes wider: the effect of the perturbation, and the best rho.
 
-    python examples/mup_transfer.py
-    python examples/mup_transfer.py --parts exponents --widths 128 256 512 1024 --seeds 5
-    python examples/mup_transfer.py --parts transfer --transfer-seeds 3
+    python examples/claims/mup_transfer.py
+    python examples/claims/mup_transfer.py --parts exponents --widths 128 256 512 1024 --seeds 5
+    python examples/claims/mup_transfer.py --parts transfer --transfer-seeds 3
 
 A network with two hidden layers is initialized in the maximal update parametrization (µP) and gets
 its learning rates from `samx.mup.learning_rates`. It trains with `samx.mup_sam` (µP²) or with
@@ -36,17 +36,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import digits
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from output import free_folder
 from tqdm import tqdm
 
 import samx
+from examples import digits
+from examples.common.output import free_folder
 
 BASE_WIDTH = 64  # where all scales and learning rates are 1
 FEW, BATCH, NOISE, MOMENTUM = 200, 50, 0.3, 0.9

@@ -1,7 +1,7 @@
 """The second-order part of SAM's gradient: how large it is, and what it saves to sample it.
 
-    python examples/second_order.py
-    python examples/second_order.py --variants looksam ae-sam rst --seeds 10 --noise 0
+    python examples/claims/second_order.py
+    python examples/claims/second_order.py --variants looksam ae-sam rst --seeds 10 --noise 0
 
 SAM's gradient is g + h, where g is the gradient at the parameters and h = g_s - g is a second-order
 part. The abstract of ARSAM (https://arxiv.org/abs/2510.03763) says that h matters more and more
@@ -27,17 +27,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from output import free_folder
-from registry import VARIANTS
 from tqdm import tqdm
 
 import samx
+from examples import digits
+from examples.common.output import free_folder
+from examples.common.registry import VARIANTS
 
 REFERENCES = ("base", "sam")
 DEFAULT = ("looksam", "vsam", "arsam")

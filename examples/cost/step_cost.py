@@ -1,9 +1,9 @@
 """Measure what a sharpness-aware step costs: passes, flops, memory and time of every variant.
 
-    python examples/step_cost.py                        # every variant, three models
-    python examples/step_cost.py --variants sam sampa --models dense --repeats 5
-    python examples/step_cost.py --variants sam sampa --batch 1 4 16 64 256
-    python examples/step_cost.py --variants all --models conv   # on the CPU: takes hours
+    python examples/cost/step_cost.py                        # every variant, three models
+    python examples/cost/step_cost.py --variants sam sampa --models dense --repeats 5
+    python examples/cost/step_cost.py --variants sam sampa --batch 1 4 16 64 256
+    python examples/cost/step_cost.py --variants all --models conv   # on the CPU: takes hours
 
 Every row of the table is one jitted training step with SGD and momentum. All rows are compared with
 the plain step, which has no perturbation. In each round every row is timed once, in random order.
@@ -52,12 +52,12 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.figure import Figure
-from output import free_folder
-from passes import Counter, Forks
-from registry import BASES, VARIANTS, Setting
 from tqdm import tqdm
 
 import samx
+from examples.common.output import free_folder
+from examples.common.registry import BASES, VARIANTS, Setting
+from examples.cost.passes import Counter, Forks
 
 LEARNING_RATE = 0.1
 MOMENTUM = 0.9

@@ -1,9 +1,9 @@
 """Train on several devices: jit, pmap and shard_map give the same curve.
 
-    python examples/data_parallel.py
-    python examples/data_parallel.py --strategy pmap shard_map --ascent local --float64
-    python examples/data_parallel.py --variant sampa --pair --devices 4
-    python examples/multi_process.py                    # the same in two processes
+    python examples/devices/data_parallel.py
+    python examples/devices/data_parallel.py --strategy pmap shard_map --ascent local --float64
+    python examples/devices/data_parallel.py --variant sampa --pair --devices 4
+    python examples/devices/multi_process.py                    # the same in two processes
 
 A small Flax network learns scikit-learn's digits. Every batch is sharded over the devices. Each
 strategy starts from the same parameters and sees the same batches, so the loss curves differ only
@@ -34,17 +34,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from digits import LEARNING_RATES, TRAIN, Network, initialize, split
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
-from output import free_folder
-from registry import BASES, VARIANTS, Setting, check_base
 from tqdm import tqdm
 
 import samx
+from examples.common.output import free_folder
+from examples.common.registry import BASES, VARIANTS, Setting, check_base
+from examples.digits import LEARNING_RATES, TRAIN, Network, initialize, split
 
 WIDTH = 64
 GRAPH = nnx.graphdef(nnx.eval_shape(lambda: Network(WIDTH, rngs=nnx.Rngs(0))))

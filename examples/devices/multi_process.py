@@ -1,7 +1,7 @@
 """Run data_parallel.py in several processes on this machine, which train together.
 
-    python examples/multi_process.py
-    python examples/multi_process.py --processes 4 --devices 1 --strategy shard_map --epochs 5
+    python examples/devices/multi_process.py
+    python examples/devices/multi_process.py --processes 4 --devices 1 --strategy jit
 
 Every process has its own simulated devices. Process 0 writes to the terminal. The stderr output of
 the other processes appears after their number. All other arguments go to data_parallel.py.

@@ -1,7 +1,7 @@
 """Count what each of N devices computes, sends and holds in one sharpness-aware step.
 
-    python examples/parallel_cost.py
-    python examples/parallel_cost.py --model conv --batch 256 --devices 2 4
+    python examples/devices/parallel_cost.py
+    python examples/devices/parallel_cost.py --model conv --batch 256 --devices 2 4
 
 The first table shows the flops, the bytes sent and the memory of one device. Each number comes from
 a formula and from a count in the compiled program. The rows are plain training, SAM with global and
@@ -30,16 +30,16 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 import optax
-from communication import communicated_bytes
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
-from output import free_folder
-from registry import BASES
-from step_cost import MODELS, problem
 from tqdm import tqdm
 
 import samx
+from examples.common.output import free_folder
+from examples.common.registry import BASES
+from examples.cost.step_cost import MODELS, problem
+from examples.devices.communication import communicated_bytes
 
 RHO, LEARNING_RATE = 0.05, 0.1
 LEAST_SECONDS = 0.05  # of one measurement

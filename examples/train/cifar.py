@@ -1,9 +1,9 @@
 """Train ResNet-18 or a small ViT on CIFAR-10 or CIFAR-100, with any variant of samx by name.
 
-    python examples/cifar.py --data cifar-10-python.tar.gz --variant sam
-    python examples/cifar.py --data cifar-100-python.tar.gz --model vit --variant sampa
-    python examples/cifar.py --digits --images 256 --epochs 20 --augment none
-    python examples/cifar.py --resume runs/cifar-001
+    python examples/train/cifar.py --data cifar-10-python.tar.gz --variant sam
+    python examples/train/cifar.py --data cifar-100-python.tar.gz --model vit --variant sampa
+    python examples/train/cifar.py --digits --images 256 --epochs 20 --augment none
+    python examples/train/cifar.py --resume runs/cifar-001
 
 The script reads the standard Python archives (https://www.cs.toronto.edu/~kriz/cifar.html), packed
 or unpacked. Without an archive, use --digits: it writes scikit-learn's digits as such an archive.
@@ -32,8 +32,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from checkpoints import CheckpointError, Checkpoints
-from cifar_data import (
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+import samx
+import samx.flax
+from examples.common.output import free_folder
+from examples.common.registry import VARIANTS, Setting
+from examples.common.vision import MODELS, describe
+from examples.train.checkpoints import CheckpointError, Checkpoints
+from examples.train.cifar_data import (
     Cifar,
     load,
     long_tailed,
@@ -44,17 +55,6 @@ from cifar_data import (
     with_label_noise,
     write_digits,
 )
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
-from matplotlib.figure import Figure
-from output import free_folder
-from registry import VARIANTS, Setting
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
-from vision import MODELS, describe
-
-import samx
-import samx.flax
 
 # Defaults of the command line: base of a model; learning rate and weight decay of a base.
 BASES = {"resnet18": "momentum", "vit": "adamw"}

@@ -1,8 +1,8 @@
 """Sharpness-aware training when some digits have few images: SAM, Focal-SAM and ImbSAM.
 
-    python examples/long_tail.py
-    python examples/long_tail.py --loss la --imbalance 50
-    python examples/long_tail.py --variants sam focal-sam --rho 0.1 0.2 0.5 --seeds 20
+    python examples/train/long_tail.py
+    python examples/train/long_tail.py --loss la --imbalance 50
+    python examples/train/long_tail.py --variants sam focal-sam --rho 0.1 0.2 0.5 --seeds 20
 
 A small Flax network learns scikit-learn's digits (8x8 pixels) from a long-tailed training set: 100
 images of the most frequent digit, fewer of each following digit, and 1 of the rarest. Which digits
@@ -36,7 +36,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,12 +43,13 @@ import optax
 from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-from output import free_folder
-from registry import BASES
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import samx
+from examples import digits
+from examples.common.output import free_folder
+from examples.common.registry import BASES
 
 CLASSES, LARGEST, BATCH = 10, 100, 40
 VALIDATION, TEST = 24, 50  # images of each class; digit 8 has 174 in all, enough for all splits

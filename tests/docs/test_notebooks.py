@@ -1,6 +1,6 @@
 """Every notebook matches its text, keeps its outputs, and runs from scratch.
 
-Edit the text (`.py`). Then `python tests/test_notebooks.py` writes the notebooks again.
+Edit the text (`.py`). Then `python tests/docs/test_notebooks.py` writes the notebooks again.
 """
 
 import time
@@ -12,7 +12,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 SECONDS = 120
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

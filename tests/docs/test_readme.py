@@ -13,7 +13,7 @@ import samx
 import samx.flax
 from samx import combinations, elastic, losses, mup, perturbations, policies, schedules, selection
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 SECTIONS = ("Args", "Returns", "Raises", "Example", "References", "Notes")

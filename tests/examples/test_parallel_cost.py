@@ -9,6 +9,7 @@ import pytest
 import regimes
 from cases import VARIANTS
 from costs import STRAIGHT, flops, wide_losses, wide_problem
+from costs import build as build_variant
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -42,7 +43,7 @@ def build(name):
     if name.startswith("accumulated "):
         whole = build(name.removeprefix("accumulated "))
         return lambda batch_like: samx.accumulate(whole(batch_like), 4)
-    return lambda batch_like: test_cost.build(name, MOMENTUM, batch_like)
+    return lambda batch_like: build_variant(name, MOMENTUM, batch_like)
 
 
 @functools.cache
