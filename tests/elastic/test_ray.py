@@ -1,49 +1,23 @@
-"""Ray: exchanges between processes are exact, whichever process dies, and nothing is left behind.
+"""Ray: exchanges between processes are exact, whichever process dies. Ray starts once."""
 
-Ray starts once, for all tests that can share it. Every wait ends after some seconds.
-"""
-
-import contextlib
-import itertools
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import problem
 import psutil
 import pytest
+from ray_runs import LONG, bounded, is_alive, loss_of, maker, wait_until
 
-import samx
 from samx import elastic
 from samx.elastic import _actors, _center, _ray
 from samx.elastic._engine import Job
-
-LONG = 60  # seconds, for a busy machine
-
-
-@contextlib.contextmanager
-def bounded():
-    """Raise a TimeoutError instead of hanging forever."""
-
-    def give_up(number, frame):
-        raise TimeoutError("not in time")
-
-    handler = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(2 * LONG)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
 
 
 @pytest.fixture(autouse=True)
@@ -69,61 +43,8 @@ def tree_of(engine):
     return [helper, *helper.children(recursive=True)]
 
 
-def maker(delay=0.0, hurry=None):
-    """`make_worker` for the tiny problem in float32, SAM and SGD.
-
-    If `hurry` is given, worker 1 is slow until this file exists.
-    """
-    precision = jnp.result_type(float)
-
-    def make_worker(index):
-        assert jnp.result_type(float) == precision  # the same jax.enable_x64 as in the driver
-        data, params = problem.make(np.float32)
-        tx = optax.chain(samx.sam(0.05), optax.sgd(0.1))
-
-        @jax.jit
-        def move(params, state, batch):
-            def value_fn(params):
-                return problem.losses_fn(params, batch).mean()
-
-            value, grads = jax.value_and_grad(value_fn)(params)
-            updates, state = tx.update(grads, state, params, value=value, value_fn=value_fn)
-            return optax.apply_updates(params, updates), state, value
-
-        def step(params, state, batch):
-            is_slow = hurry is not None and index == 1 and not hurry.exists()
-            time.sleep(0.2 if is_slow else delay)
-            return move(params, state, batch)
-
-        def batches(start):
-            return (problem.batch_at(data, n + index) for n in itertools.count(start))
-
-        return elastic.Worker(params, tx.init, step, batches)
-
-    return make_worker
-
-
-def loss_of(params):
-    data, _ = problem.make(np.float32)
-    return float(problem.losses_fn(params, data).mean())
-
-
 def pid_of(record):
     return int(re.search(r" pid (\d+)$", record.place)[1])
-
-
-def is_alive(pid):
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_until(is_true, seconds=LONG):
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.05)
 
 
 def in_center(engine, function, shard=0):
@@ -373,110 +294,6 @@ def test_a_worker_that_hangs_is_killed(cluster):
         )
     wait_until(lambda: not is_alive(pids[0]), 15)
     np.testing.assert_array_equal(saved[0].params["W1"], params["W1"])
-
-
-DRIVER = """
-import os, sys, time
-import numpy as np
-import problem, test_ray
-from samx import elastic
-
-if __name__ == "__main__":
-    engine = elastic.Ray()
-
-    def save(checkpoint):
-        np.savez("saved.npz", W1=checkpoint.params["W1"], n=checkpoint.exchanges)
-
-    def monitor(progress):
-        print(progress.exchanges, engine._helper.pid, progress.workers[0].place, flush=True)
-
-    if sys.argv[1] == "waiting":
-        engine._connect()
-        import ray
-        pid = ray.get(ray.remote(lambda: os.getpid()).remote())
-        print(10, engine._helper.pid, "no training, pid", pid, flush=True)
-        time.sleep(1000)
-
-    elastic.train(
-        test_ray.maker(0.01),
-        problem.make(np.float32)[1],
-        num_workers=1,
-        num_exchanges=10**6,
-        engine=engine,
-        save=save,
-        monitor=monitor,
-        monitor_every=0.1,
-    )
-"""
-
-
-class Driver:
-    """A training run in a separate process, with its own cluster."""
-
-    def __init__(self, folder):
-        folder.mkdir()
-        (folder / "driver.py").write_text(DRIVER)
-        self.folder, self.processes = folder, []
-        path = os.pathsep.join([*sys.path, os.environ.get("PYTHONPATH", "")])
-        with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, "-W", "error", "driver.py", folder.name],
-                cwd=folder,
-                stdout=out,
-                stderr=err,
-                env=os.environ | {"PYTHONPATH": path},
-            )
-
-    def said(self):
-        return (self.folder / "out").read_text() + (self.folder / "err").read_text()
-
-    def wait_for_some_exchanges(self):
-        """Wait for ten or more exchanges; return the folder of the cluster."""
-        line = re.compile(r"^[1-9]\d+ (\d+) .* pid (\d+)$", re.MULTILINE)
-        wait_until(lambda: line.search(self.said()) or self.process.poll() is not None)
-        assert self.process.poll() is None, self.said()
-        helper, worker = map(int, line.search(self.said()).groups())
-        self.processes = [psutil.Process(helper), *psutil.Process(helper).children(recursive=True)]
-        assert worker in {process.pid for process in self.processes}
-        words = itertools.chain.from_iterable(process.cmdline() for process in self.processes)
-        folder = Path(re.search(r"(/\w+)+/samx-\w+", " ".join(words))[0])
-        assert folder.exists()
-        return folder
-
-    def stop(self, number):
-        """Send a signal, wait until all processes have ended, and return the exit code."""
-        self.process.send_signal(number)
-        code = self.process.wait(LONG)
-        wait_until(lambda: not any(is_alive(process.pid) for process in self.processes))
-        return code
-
-    def clean_up(self):
-        for process in [self.process, *self.processes]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait(LONG)
-
-
-def test_a_driver_that_is_stopped_leaves_nothing(tmp_path):
-    """No process and no file of Ray is left, whatever stops it; Ctrl-C leaves a checkpoint."""
-    drivers = [Driver(tmp_path / name) for name in ("training", "waiting")]
-    try:
-        folders = [driver.wait_for_some_exchanges() for driver in drivers]
-        training, waiting = drivers
-        assert waiting.stop(signal.SIGKILL) == -signal.SIGKILL
-        assert training.stop(signal.SIGINT) == -signal.SIGINT, training.said()
-        assert "KeyboardInterrupt" in training.said()
-        wait_until(lambda: not any(folder.exists() for folder in folders))
-        with np.load(training.folder / "saved.npz") as saved:
-            assert saved["n"].sum() >= 10
-            moved = np.abs(saved["W1"] - problem.make(np.float32)[1]["W1"])
-            assert 0.001 < moved.max() < 10
-        for driver in drivers:
-            assert "fork" not in driver.said()
-            assert "(raylet)" not in driver.said()
-    finally:
-        for driver in drivers:
-            driver.clean_up()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import optax
 import problem
 import pytest
 import regimes
-from test_parallel import GLOBAL, VALID, assert_same, batches, build, mean_loss, on_one_device
+from regimes import GLOBAL, VALID, assert_same, batches, build, mean_loss, on_one_device
 
 import samx
 

@@ -1,0 +1,242 @@
+"""Wrong keywords of `update` get an error that names the keyword."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+
+import samx
+from samx.perturbations import (
+    constants,
+    metric_ball,
+    on_leaves,
+)
+
+SGD = optax.sgd(0.1)
+BATCH = jax.eval_shape(lambda: problem.batch_at(problem.make("float32")[0], 0))
+
+
+def losses_fn(params, batch):
+    return problem.losses_fn(params, batch)
+
+
+UPDATES = {
+    "a vector from value_fn": (
+        {"value_fn": lambda p: problem.losses_fn(p, batch())},
+        ValueError,
+        r"`value_fn` must return a scalar.*got shape \(16,\).*losses_fn",
+    ),
+    "an integer from value_fn": (
+        {"value_fn": lambda p: jnp.array(1)},
+        TypeError,
+        "`value_fn` must return real floating numbers, got int32",
+    ),
+    "no function": ({"value_fn": 1.0}, TypeError, "`value_fn` must be a function, got float"),
+    "no function of losses": (
+        {"losses_fn": 1.0, "batch": True},
+        TypeError,
+        "`losses_fn` must be a function, got float",
+    ),
+    "a scalar from losses_fn": (
+        {"losses_fn": lambda p, b: problem.losses_fn(p, b).mean(), "batch": True},
+        ValueError,
+        r"`losses_fn` must return one loss per example, shape \(\d+,\), got \(\)",
+    ),
+    "batch leaves of different length": (
+        {"losses_fn": losses_fn, "batch": {"x": np.ones((16, 10)), "y": np.ones(15)}},
+        ValueError,
+        r"every leaf of `batch`.*\(16, 10\).*\(15,\)",
+    ),
+    "a scalar in the batch": (
+        {"losses_fn": losses_fn, "batch": {"x": np.ones((16, 10)), "y": 1.0}},
+        ValueError,
+        "every leaf of `batch`",
+    ),
+    "an empty batch": ({"losses_fn": losses_fn, "batch": {}}, ValueError, "every leaf of `batch`"),
+    "weights of another length": (
+        {"losses_fn": losses_fn, "batch": True, "weights": np.ones(3)},
+        ValueError,
+        r"`weights`.*\(16,\), got \(3,\)",
+    ),
+}
+
+
+def batch():
+    return problem.batch_at(problem.make("float32")[0], 0)
+
+
+def ksam():
+    return samx.ksam(num_selected=4)
+
+
+def ausam():
+    return samx.ausam(num_examples=16)
+
+
+def sampa():
+    return samx.sampa(SGD, batch_like=BATCH)
+
+
+# SAMPa takes its gradients from `losses_fn`, so a wrong `value_fn` does not matter to it.
+BAD_UPDATES = [(samx.sam, name) for name in UPDATES]
+BAD_UPDATES += [
+    (make, name)
+    for make in (ksam, samx.esam, ausam, samx.msam)
+    for name in UPDATES
+    if "losses_fn" in UPDATES[name][0]
+]
+BAD_UPDATES += [(sampa, name) for name in UPDATES if "losses_fn" in UPDATES[name][0]]
+
+
+@pytest.mark.parametrize(("make", "name"), BAD_UPDATES)
+def test_updates(name, make):
+    keywords, error, message = UPDATES[name]
+    keywords = {k: batch() if v is True else v for k, v in keywords.items()}
+    _, params = problem.make("float32")
+    tx = make()
+    state = tx.init(params)
+    with pytest.raises(error, match=message):
+        tx.update(params, state, params, index=np.arange(16), **keywords)
+    jax.tree.map(np.testing.assert_array_equal, *map(problem.as_numbers, (state, tx.init(params))))
+
+
+FURTHER = {
+    "no labels": (
+        lambda: samx.focal_sam([90, 10, 5]),
+        {},
+        ValueError,
+        r"focal_sam: `labels` is missing.*int\[B\]",
+    ),
+    "too few labels": (
+        lambda: samx.focal_sam([90, 10, 5]),
+        {"labels": np.zeros(3, int)},
+        ValueError,
+        r"`labels` must have one class per example, shape \(16,\), got \(3,\)",
+    ),
+    "labels of no class": (
+        lambda: samx.imbalanced_sam([1]),
+        {"labels": np.zeros(16)},
+        TypeError,
+        "imbalanced_sam: `labels` must be integers, got float",
+    ),
+    "nothing to climb": (samx.bisam, {}, ValueError, "bisam: `ascent_fn` is missing.*to climb"),
+    "a vector to climb": (
+        samx.bisam,
+        {"ascent_fn": lambda p: jnp.ones(3)},
+        ValueError,
+        r"`ascent_fn` must return a scalar.*got shape \(3,\)",
+    ),
+    "nothing held out": (
+        lambda: samx.lets(SGD),
+        {},
+        ValueError,
+        "lets: `validation_fn` is missing.*not trained on",
+    ),
+    "groups that do not divide": (
+        lambda: optax.chain(samx.fisher_sparse_sam(0.1, period=1, pattern=(3, 7)), SGD),
+        {},
+        ValueError,
+        r"`pattern` \(3, 7\) needs leaves whose size is a multiple of 7.*\['W1'\].*\(10, 16\)",
+    ),
+    "microbatches of Fisher information": (
+        lambda: samx.fisher_sparse_sam(period=1, num_microbatches=5),
+        {},
+        ValueError,
+        "`num_microbatches` must divide the 16 examples.*got 5",
+    ),
+    "a batch of nothing": (
+        lambda: samx.fisher_sparse_sam(period=1),
+        {"fisher_batch": {}},
+        ValueError,
+        "fisher_mask: every leaf of `batch` must have",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_further_keywords(name):
+    make, keywords, error, message = FURTHER[name]
+    tx, (_, params) = make(), problem.make("float32")
+    state = tx.init(params)
+    with pytest.raises(error, match=message):
+        tx.update(params, state, params, losses_fn=losses_fn, batch=batch(), **keywords)
+    jax.tree.map(np.testing.assert_array_equal, state, tx.init(params))
+
+
+@pytest.mark.parametrize("make", [samx.fisher_sparse_sam, samx.dynamic_sparse_sam])
+def test_a_mask_unlike_the_parameters(make):
+    tx, (_, params) = make(period=1), problem.make("float32")
+    mask = optax.tree.get(tx.init(params), "mask")
+    wrong = [mask | {"b1": mask["b1"][:3]}, mask | {"b1": 1.0 * mask["b1"]}, {"W1": mask["W1"]}]
+    for other in wrong:
+        state = optax.tree.set(tx.init(params), mask=other)
+        with pytest.raises(ValueError, match="the state's `mask` must hold booleans shaped like"):
+            tx.update(params, state, params, losses_fn=losses_fn, batch=batch())
+
+
+def test_more_selected_than_there_is():
+    _, params = problem.make("float32")
+    for tx in (samx.ksam(0.1, 17), samx.ksam(0.1, 20, num_groups=4)):
+        with pytest.raises(ValueError, match=r"`num_selected` must be at most the 16 examples"):
+            tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=batch())
+    for make in (samx.ksam, samx.esam, samx.ausam):
+        tx, closures = make(num_groups=32), {"losses_fn": losses_fn, "index": np.arange(16)}
+        with pytest.raises(ValueError, match=r"`num_groups` must divide the 16 examples.*got 32"):
+            tx.update(params, tx.init(params), params, batch=batch(), **closures)
+
+
+def test_batch_unlike_batch_like():
+    _, params = problem.make("float32")
+    tx = samx.sampa(SGD, batch_like=BATCH)
+    shorter = jax.tree.map(lambda x: x[:7], batch())
+    with pytest.raises(ValueError, match=r"`batch`.*batch_like.*\(16, 10\).*\(7, 10\).*weights"):
+        tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=shorter)
+
+
+def test_aux_unlike_aux_like():
+    _, params = problem.make("float32")
+    tx = samx.sampa(SGD, batch_like=BATCH, aux_like=jnp.ones(3))
+    for result in (lambda p, b: losses_fn(p, b), lambda p, b: (losses_fn(p, b), jnp.ones(4))):
+        with pytest.raises(ValueError, match=r"`aux`.*aux_like"):
+            tx.update(params, tx.init(params), params, losses_fn=result, batch=batch())
+
+
+def test_aux_unlike_that_of_the_descent():
+    _, params = problem.make("float32")
+    tx = samx.async_sam(aux_like=jnp.ones(3))
+
+    def update(p):
+        return tx.update(p, tx.init(p), p, value_fn=lambda p: (p["b1"].sum(), jnp.ones(4)))
+
+    with pytest.raises(ValueError, match=r"async_sam: `aux`.*aux_like.*\(3,\).*got.*\(4,\)"):
+        jax.eval_shape(update, params)
+
+
+def test_scales_unlike_params():
+    _, params = problem.make("float32")
+    ball = metric_ball(0.1, constants({"W1": 1.0}))
+    with pytest.raises(ValueError, match="`scales` must have the structure of `params`"):
+        ball.update(params, ball.init(params), params)
+
+
+def test_scales_of_other_leaves():
+    _, params = problem.make("float32")
+    tx = samx.mup_sam(0.1, {"W1": 1.0, "b1": 1.0, "W2": 1.0, "head": 1.0})
+    with pytest.raises(ValueError, match=r"`scales`.*`params`.*lacks \[\"\['b2'\]\"\].*head"):
+        tx.update(params, tx.init(params), params, value_fn=lambda p: losses_fn(p, batch()).mean())
+
+
+def test_microbatches_that_do_not_divide():
+    _, params = problem.make("float32")
+    tx = samx.msam(num_microbatches=3)
+    with pytest.raises(ValueError, match=r"must divide the 16 examples of the batch, got 3.*pad"):
+        tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=batch())
+
+
+def test_no_leaf_selected():
+    _, params = problem.make("float32")
+    ball = on_leaves(metric_ball(0.1), lambda path, leaf: False)
+    with pytest.raises(ValueError, match=r"selects none of the leaves.*W1"):
+        ball.update(params, ball.init(params), params)

@@ -1,0 +1,288 @@
+"""Elastic averaging in threads: exact exchanges, speeds, faults, checkpoints and Ctrl-C."""
+
+import contextlib
+import itertools
+import signal
+import threading
+import time
+
+import chex
+import jax
+import numpy as np
+import problem
+import pytest
+from elastic_runs import Eamsgd, loss_of, make_step, make_worker, sharp, simulated, train
+
+from samx import elastic
+from samx.elastic._center import Center, Ledger, Shard
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def test_threads_take_the_steps_of_the_simulation():
+    """With one worker, the order of the events is known."""
+    rule = elastic.Rule(beta=0.5, period=3)
+    trained = train(sharp(), rule, 5, num_workers=1)
+    history = simulated(sharp(), rule, [0], 13)  # the fifth exchange starts step 13
+    chex.assert_trees_all_close(trained.params, history[-1][0], rtol=0, atol=1e-12)
+    assert jax.tree.leaves(trained.params)[0].dtype == np.float64  # as in the caller's thread
+    assert trained.progress.workers[0].exchanges == 5
+
+
+def test_a_center_loses_no_update():
+    """Four threads, 1000 exchanges: the center has moved by the sum of all moves."""
+    start = np.random.default_rng(0).normal(size=70_000)
+    center = Center(Ledger(4, 1000), Shard(start, 0.225, 0.0, True))
+    moves = [np.zeros_like(start) for _ in range(4)]
+
+    def run(i):
+        rng = np.random.default_rng(i)
+        sent = rng.normal(size=start.size).astype(np.float32)
+        center.ledger.join(i, "here")
+        center.wait_for_start(i)
+        while (move := center.exchange(i, sent, 0.0)) is not None:
+            moves[i] += move
+            sent -= move
+        center.leave(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert center.ledger.exchanges == 1000
+    records = center.ledger.snapshot()[1]
+    assert sum(record.exchanges for record in records) == 1000
+    assert {record.status for record in records} == {"done"}
+    np.testing.assert_allclose(center.pull() - start, sum(moves), rtol=0, atol=1e-10)
+
+
+def test_the_center_in_numpy_follows_the_rule():
+    """Leaders, and moves rounded to what was sent before they are added."""
+    rng = np.random.default_rng(0)
+    z, sent = rng.normal(size=100_000), rng.normal(size=(3, 100_000)).astype(np.float32)
+    shard, leader = Shard(z, 0.3, 0.25, True), z
+    for w, is_leader in zip(sent, (True, False, True), strict=True):
+        leader = w if is_leader else leader
+        move = (w - z).astype(np.float32) * np.float32(0.3)
+        pull = np.float32(0.25) * (w - leader)
+        np.testing.assert_allclose(shard.exchange(w, is_leader), move + pull, rtol=0, atol=1e-6)
+        z = z + move
+        np.testing.assert_array_equal(shard.pull(), z)
+    gaussian = Shard(z, 0.3, 0.0, False)
+    np.testing.assert_allclose(gaussian.exchange(sent[0]), z + 0.3 * sent[0], atol=1e-6)
+    np.testing.assert_allclose(gaussian.pull(), z + 0.3 * sent[0], atol=1e-6)
+
+
+def test_threads_smooth_as_the_simulation_does():
+    rule = elastic.Rule(beta=0.5, period=2, smoothing="gaussian", deviation=0.1)
+    trained = train(sharp(), rule, 4, num_workers=1)
+    center, _ = simulated(sharp(), rule, [0], 7)[-1]
+    chex.assert_trees_all_close(trained.params, center, rtol=0, atol=1e-12)
+
+
+def test_threads_are_exact_in_number_and_learn():
+    seen = []
+    trained = train(
+        sharp(), elastic.Rule(period=2), 60, num_workers=3, monitor=seen.append, monitor_every=0.0
+    )
+    progress = trained.progress
+    assert progress.exchanges == sum(worker.exchanges for worker in progress.workers) == 60
+    assert all(worker.exchanges > 0 and worker.status == "done" for worker in progress.workers)
+    assert len({worker.place for worker in progress.workers}) == 3  # one device per worker
+    assert [p.exchanges for p in seen] == sorted(p.exchanges for p in seen)
+    assert loss_of(trained.params) < 0.5 * loss_of(problem.make()[1])
+
+
+def slowed(make, seconds, spent=None):
+    """Slow down the steps of the workers; their start and end times go into `spent`."""
+
+    def make_slow(i):
+        worker = make(i)
+
+        def step(*args):
+            start = time.perf_counter()
+            time.sleep(seconds[i])
+            result = jax.block_until_ready(worker.step(*args))
+            if spent is not None:
+                spent[i].append((start, time.perf_counter()))
+            return result
+
+        return worker._replace(step=step)
+
+    return make_slow
+
+
+def test_in_threads_a_slow_worker_holds_nobody_up():
+    """Workers compute instead of waiting: they reach 0.9 of the sum of their own speeds."""
+    tx, spent = sharp(), [[], [], []]
+    make = slowed(make_worker(tx, jax.jit(make_step(tx)), 3), [0.1, 0.1, 0.4], spent)
+    progress = train(tx, elastic.Rule(), 20, num_workers=3, make=make).progress
+    own_speeds, speeds = [], []
+    for times in (np.array(t[1:]) for t in spent):  # the first step was to compile
+        own_speeds.append(1 / np.median(times[:, 1] - times[:, 0]))
+        speeds.append(len(times) / (times[-1, 1] - times[0, 0]))
+    assert sum(speeds) >= 0.9 * sum(own_speeds)
+    assert 3 * min(own_speeds) <= 0.55 * sum(own_speeds)  # if all waited for the slowest
+    by_fast, _, by_slow = (worker.exchanges for worker in progress.workers)
+    assert by_fast >= 3 * by_slow
+
+
+def test_in_threads_staleness_is_bounded():
+    tx = sharp()
+    make = slowed(make_worker(tx, jax.jit(make_step(tx)), 3), [0.0, 0.0, 0.03])
+    trained = train(tx, elastic.Rule(period=1), 60, num_workers=3, make=make, max_staleness=4)
+    assert trained.progress.exchanges == 60
+    assert 2 <= max(worker.largest_staleness for worker in trained.progress.workers) <= 4
+
+
+def test_staleness_is_that_since_a_resumption():
+    ledger = Ledger(2, 100, None, {0: 10, 1: 20})
+    ledger.open()
+    for i in (0, 1):
+        ledger.wait_for_start(i)
+    for i in (0, 1, 1, 0, 1, 0):
+        ledger.admit(i, 0.0)
+    one, other = ledger.snapshot()[1]
+    assert (one.exchanges, one.mean_staleness) == (13, pytest.approx((0 + 2 + 1) / 3))
+    assert (other.exchanges, other.mean_staleness) == (23, pytest.approx((1 + 0 + 1) / 3))
+
+
+def test_nobody_waits_for_the_dead():
+    ledger = Ledger(3, 20, 2)
+    starts = [threading.Thread(target=ledger.wait_for_start, args=(i,)) for i in range(3)]
+    for thread in starts:
+        thread.start()
+    for thread in starts:
+        thread.join(10)
+    ledger.leave(2, "lost")
+
+    def alternate():
+        for i in range(20):
+            ledger.admit(i % 2, 0.0)
+
+    others = threading.Thread(target=alternate, daemon=True)
+    others.start()
+    others.join(10)
+    assert not others.is_alive()
+    assert ledger.exchanges == 20
+
+
+def failing(make, index, after, times=1):
+    """Make worker `index` raise in its local step `after`, at most `times` times."""
+    left = itertools.count(times, -1)
+
+    def make_failing(i):
+        worker, count = make(i), itertools.count()
+
+        def step(*args):
+            if i == index and next(count) == after and next(left) > 0:
+                raise ValueError("out of cheese")
+            return worker.step(*args)
+
+        return worker._replace(step=step)
+
+    return make_failing
+
+
+def test_a_worker_that_raises_stops_nobody():
+    tx = sharp()
+    make = failing(make_worker(tx, jax.jit(make_step(tx)), 3), 1, 5)
+    with pytest.warns(RuntimeWarning, match="worker 1 .* died after .*ValueError: out of cheese"):
+        trained = train(tx, elastic.Rule(period=2), 60, num_workers=3, make=make)
+    died = trained.progress.workers[1]
+    assert died.status == "died"
+    assert "out of cheese" in died.error
+    assert trained.progress.exchanges == 60
+    assert loss_of(trained.params) < 0.5 * loss_of(problem.make()[1])
+
+
+def test_a_worker_is_started_again_from_the_center():
+    tx, started = sharp(), []
+    make = failing(make_worker(tx, jax.jit(make_step(tx)), 2), 1, 5)
+
+    def make_seen(i):
+        worker = make(i)
+
+        def batches(n):
+            started.append((i, n))
+            return worker.batches(n)
+
+        return worker._replace(batches=batches)
+
+    with pytest.warns(RuntimeWarning, match="is started again"):
+        trained = train(tx, elastic.Rule(period=2), 60, make=make_seen, max_restarts=1)
+    again = trained.progress.workers[1]
+    assert (again.status, again.restarts) == ("done", 1)
+    assert trained.progress.exchanges == 60
+    # It resumes at step 4, after two exchanges: calls 0 to 4 were the warm-up and steps 0 to 3.
+    assert (1, 4) in started
+
+
+def test_when_all_workers_die_the_last_ones_error_is_raised_and_the_center_saved():
+    tx, saved = sharp(), []
+    make = failing(make_worker(tx, jax.jit(make_step(tx)), 1), 0, 3)
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="out of cheese"):
+        train(tx, elastic.Rule(period=1), 60, num_workers=1, make=make, save=saved.append)
+    assert saved[-1].exchanges.tolist() == [2]
+
+
+def test_a_run_goes_on_from_its_checkpoint():
+    saved, rule = [], elastic.Rule(beta=0.5, period=2)
+    first = train(sharp(), rule, 6, num_workers=1, save=saved.append)
+    chex.assert_trees_all_equal(saved[-1].params, first.params)
+    tx, seen = sharp(), []
+    make = make_worker(tx, jax.jit(make_step(tx)), 1)
+
+    def make_seen(i):
+        worker = make(i)
+        return worker._replace(batches=lambda n: (seen.append(n), worker.batches(n))[1])
+
+    rest = train(tx, rule, 12, num_workers=1, make=make_seen, resume=saved[-1])
+    assert rest.progress.exchanges == 12
+    assert seen == [0, 12]  # a warm-up, then on from step 12
+    expected = Eamsgd(1, 0.5, 2, rho=0.05)
+    expected.z = {k: np.asarray(x) for k, x in saved[-1].params.items()}
+    expected.w, expected.n = [dict(expected.z)], [12]
+    for _ in range(11):
+        expected.call(0)
+    chex.assert_trees_all_close(rest.params, expected.z, rtol=0, atol=1e-12)
+
+
+def test_ctrl_c_saves_the_center_and_ends_the_workers():
+    """This holds even if the KeyboardInterrupt is swallowed."""
+    saved, handler = [], signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt(progress):
+        if progress.exchanges >= 3:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+
+    tx = sharp()
+    make = slowed(make_worker(tx, jax.jit(make_step(tx)), 2), [0.3, 0.3])
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            tx,
+            elastic.Rule(period=1),
+            1000,
+            make=make,
+            monitor=interrupt,
+            monitor_every=0.0,
+            save=saved.append,
+        )
+    assert 3 <= saved[-1].exchanges.sum() < 1000
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("worker ")]
+    assert signal.signal(signal.SIGINT, handler) is signal.default_int_handler
+
+
+def test_streams_may_end():
+    tx = sharp()
+    make = make_worker(tx, jax.jit(make_step(tx)), 2)
+
+    def make_short(i):
+        worker = make(i)
+        return worker._replace(batches=lambda n: itertools.islice(worker.batches(n), 10))
+
+    trained = train(tx, elastic.Rule(period=2), 1000, make=make_short)
+    assert trained.progress.exchanges == 10  # two workers, every second of ten steps
+    assert {worker.status for worker in trained.progress.workers} == {"done"}

@@ -1,0 +1,87 @@
+"""What `TrainState` passes on and keeps."""
+
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import core, serialization
+
+import samx
+import samx.flax
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def small_state(tx, cls=samx.flax.TrainState, freeze=dict, **fields):
+    return cls.create(apply_fn=None, params=freeze({"w": jnp.ones(2)}), tx=tx, **fields)
+
+
+GRADS = {"w": np.ones(2)}
+
+
+def test_contract_keywords_reach_the_optimizer_and_unknown_ones_raise():
+    seen = {}
+    tx = optax.GradientTransformationExtraArgs(
+        lambda params: (), lambda g, state, params, **keywords: (g, seen.update(keywords) or ())
+    )
+    names = "value grad value_fn losses_fn batch weights ascent_fn validation_fn labels index"
+    given = {name: i for i, name in enumerate(names.split())}
+    state = small_state(tx).apply_gradients(grads=GRADS, **given, extra_args={"obj": 1})
+    assert seen == given | {"obj": 1}
+    assert state.tx is tx
+    with pytest.raises(TypeError, match=r"\['batch_stat'\] are neither fields of TrainState nor"):
+        state.apply_gradients(grads=GRADS, batch_stat={})
+    plain = small_state(optax.scale(-1.0))  # takes no keywords
+    assert plain.apply_gradients(grads=GRADS, **given).params["w"].tolist() == [0.0, 0.0]
+
+
+def test_extra_args_are_for_the_base():
+    def scaled(g, state, params=None, *, obj_fn, **_):
+        return optax.tree.scale(-obj_fn(params), g), state
+
+    base = optax.GradientTransformationExtraArgs(lambda params: (), scaled)
+    for tx in (optax.chain(samx.sam(0.0), base), samx.with_base(samx.sam(0.0), base)):
+        state = small_state(tx).apply_gradients(
+            grads=GRADS, value_fn=lambda p: p["w"].sum(), extra_args={"obj_fn": lambda p: 3.0}
+        )
+        assert state.params["w"].tolist() == [-2.0, -2.0]
+
+
+class Counting(samx.flax.TrainState):
+    examples: int = 0
+
+
+@pytest.mark.parametrize("freeze", [dict, core.freeze])
+def test_a_state_goes_through_compiled_loops_and_files(freeze):
+    """One program for all steps, also in `scan`; own fields; FrozenDicts; serialization."""
+    tx = optax.chain(samx.sam(0.1), optax.adam(0.1))
+    start = small_state(tx, Counting, freeze, key=jax.random.PRNGKey(0))
+
+    def step(state, _=None):
+        def value_fn(params):
+            return jnp.sum(params["w"] ** 2)
+
+        value, grads = jax.value_and_grad(value_fn)(state.params)
+        state = state.apply_gradients(
+            grads=grads, value=value, value_fn=value_fn, examples=state.examples + 4
+        )
+        return state, value
+
+    start = start.replace(examples=jnp.zeros((), jnp.int32))
+    assert (start.step.dtype, start.step.weak_type) == (jnp.int32, False)
+    compiled, state = jax.jit(step, donate_argnums=0), jax.tree.map(jnp.copy, start)
+    for _ in range(3):
+        state, _ = compiled(state)
+    assert compiled._cache_size() == 1
+    assert (int(state.step), int(state.examples)) == (3, 12)
+    assert jax.tree.structure(state) == jax.tree.structure(start)
+    restored = serialization.from_bytes(start, serialization.to_bytes(state))
+    pickled = pickle.loads(pickle.dumps(serialization.to_state_dict(state)))
+    for same in (restored, serialization.from_state_dict(start, pickled)):
+        chex.assert_trees_all_equal(same, state)
+    by_scan, _ = jax.lax.scan(step, start, length=4)
+    chex.assert_trees_all_close(by_scan, step(restored)[0], rtol=1e-12)
