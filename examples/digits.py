@@ -14,305 +14,26 @@ under `vmap`.
 """
 
 import argparse
-import json
 import math
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-import optax
-from flax import nnx
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-import samx
-from examples.common.output import free_folder
-from examples.common.registry import BASES, VARIANTS, Setting, Variant, check_base
+from examples.common import arguments, figures
+from examples.common.digits_task import BATCH, LEARNING_RATES, STEPS_PER_EPOCH, describe
+from examples.common.registry import BASES, VARIANTS, check_base
+from examples.common.report import Report, mean_and_error
+from examples.common.training import SHARPNESS_RADIUS, measure
+from examples.common.tuning import TUNING_SEEDS
 
-TRAIN, VALIDATION, BATCH = 1000, 297, 100  # of 1797 images; the other 500 are the test split
-STEPS_PER_EPOCH = TRAIN // BATCH
-TUNING_SEEDS = range(1000, 1004)  # none of them is a reported seed
-SHARPNESS_RADIUS = 0.2  # for the reported loss increase; the same for every method
-LEARNING_RATES = {
-    "sgd": (0.1, 0.3, 1.0),
-    "momentum": (0.01, 0.03, 0.1, 0.3),
-    "adamw": (3e-4, 1e-3, 3e-3, 1e-2),
-}
 # Each row of the tables: the variant, and the factor on the number of epochs.
 ROWS = {"base": ("base", 1), "base2x": ("base", 2)} | {
     name: (name, 1) for name in VARIANTS if name not in ("base", "sampa-separate")
 }
 DEFAULT = ("base", "base2x", "sam", "asam", "sampa", "momentum-sam")
-TIMED_STEPS = 100
-
-
-class Network(nnx.Module):
-    """A network with two hidden layers, from 64 pixels to 10 logits."""
-
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.first = nnx.Linear(64, width, rngs=rngs)
-        self.second = nnx.Linear(width, width, rngs=rngs)
-        self.head = nnx.Linear(width, 10, rngs=rngs)
-
-    def __call__(self, x):  # noqa: D102
-        return self.head(nnx.relu(self.second(nnx.relu(self.first(x)))))
-
-
-class Trainer(NamedTuple):
-    """A method's compiled functions. They act on vectors of runs (seed, learning rate, rho)."""
-
-    init: Callable[..., Any]  # runs, params -> state
-    epoch: Callable[..., Any]  # params, state, runs, data, epoch -> params, state, accuracies
-    loss_increase: Callable[..., Any]  # params, data -> [runs]
-    step: Callable[..., Any]  # one step of one run: params, state, run, batch -> params, state
-    accuracy: Callable[..., Any]  # of one run: params, one split -> share of correct predictions
-
-
-class Runs(NamedTuple):
-    """Seed, learning rate and rho of the runs that train together: vectors of equal length."""
-
-    seed: jax.Array
-    learning_rate: jax.Array
-    rho: jax.Array
-
-
-@jax.jit
-@partial(jax.vmap, in_axes=(0, None))
-def split(seed: jax.Array, noise: jax.Array | float):
-    """Return the seed's training, validation and test split.
-
-    A share `noise` of the training labels is wrong.
-    """
-    x, y = load_digits(return_X_y=True)
-    x, y = jnp.asarray(x / 16, jnp.float32), jnp.asarray(y, jnp.int32)
-    order, wrong = jax.random.split(jax.random.fold_in(jax.random.key(0), seed))
-    order = jax.random.permutation(order, len(x))
-    flipped = (y + jax.random.randint(wrong, y.shape, 1, 10)) % 10  # always another digit
-    is_flipped = jnp.arange(TRAIN) < noise * TRAIN
-    train, validation, test = jnp.split(order, [TRAIN, TRAIN + VALIDATION])
-    return (
-        {
-            "x": x[train],
-            "y": jnp.where(is_flipped, flipped[train], y[train]),
-            "index": jnp.arange(TRAIN, dtype=jnp.int32),
-        },
-        {"x": x[validation], "y": y[validation]},
-        {"x": x[test], "y": y[test]},
-    )
-
-
-@partial(jax.jit, static_argnums=1)
-@partial(jax.vmap, in_axes=(0, None))
-def initialize(seed: jax.Array, width: int):
-    """Return the seed's initial parameters."""
-    return nnx.state(Network(width, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
-
-
-def shuffled(seed: jax.Array, epoch: jax.Array | int) -> jax.Array:
-    """Return the seed's batches of one epoch, as indices of training images [steps, batch]."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), seed), epoch)
-    return jax.random.permutation(key, TRAIN).reshape(STEPS_PER_EPOCH, BATCH)
-
-
-def rows_of(data: dict[str, jax.Array], rows: jax.Array) -> dict[str, jax.Array]:
-    """Return the images and labels at the indices `rows`."""
-    return {name: leaf[rows] for name, leaf in data.items()}
-
-
-def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Trainer:
-    """Build the functions that train a vector of runs for one epoch; each compiles once."""
-    graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
-    batch_like = {
-        "x": jax.ShapeDtypeStruct((BATCH, 64), jnp.float32),
-        "y": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
-        "index": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
-    }
-    setting = Setting(batch_like, batch_size=BATCH, num_examples=TRAIN)
-
-    def logits(params, x):
-        return nnx.merge(graph, params)(x)
-
-    def losses_fn(params, batch):
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits(params, batch["x"]), batch["y"]
-        )
-
-    def accuracy(params, data):
-        return jnp.mean(logits(params, data["x"]).argmax(-1) == data["y"])
-
-    def optimizer(run):
-        schedule = optax.cosine_decay_schedule(run.learning_rate, epochs * STEPS_PER_EPOCH)
-        here = setting._replace(learning_rate=schedule)
-        tx = variant.make(run.rho, BASES[base](schedule), here)
-        return optax.with_extra_args_support(tx)
-
-    def init(run, params):
-        return optimizer(run).init(params)
-
-    def step(params, state, run, batch):
-        def value_fn(params):
-            return losses_fn(params, batch).mean()
-
-        def ascent_fn(params):
-            return samx.losses.log_lower_bound(logits(params, batch["x"]), batch["y"]).mean()
-
-        value, grads = jax.value_and_grad(value_fn)(params)
-        updates, state = optimizer(run).update(
-            grads,
-            state,
-            params,
-            value=value,
-            grad=grads,
-            value_fn=value_fn,
-            losses_fn=losses_fn,
-            batch=batch,
-            index=batch["index"],
-            ascent_fn=ascent_fn,
-        )
-        return optax.apply_updates(params, updates), state
-
-    def epoch(params, state, run, data, epoch):
-        def body(carry, rows):
-            params, state = carry
-            return step(params, state, run, rows_of(data[0], rows)), None
-
-        (params, state), _ = jax.lax.scan(body, (params, state), shuffled(run.seed, epoch))
-        return params, state, jnp.stack([accuracy(params, part) for part in data])
-
-    def loss_increase(params, data):
-        batches = jax.tree.map(lambda leaf: leaf.reshape(BATCH, -1, *leaf.shape[1:]), data[0])
-        ball = samx.perturbations.metric_ball(SHARPNESS_RADIUS)
-
-        def of_batch(batch):
-            loss, g = jax.value_and_grad(lambda p: losses_fn(p, batch).mean())(params)
-            eps, _ = ball.update(g, ball.init(params), params)
-            return losses_fn(optax.apply_updates(params, eps), batch).mean() - loss
-
-        return jax.vmap(of_batch, in_axes=1)(batches).mean()
-
-    return Trainer(
-        jax.jit(jax.vmap(init)),
-        jax.jit(jax.vmap(epoch, in_axes=(0, 0, 0, 0, None)), donate_argnums=(0, 1)),
-        jax.jit(jax.vmap(loss_increase)),
-        jax.jit(step),
-        jax.jit(accuracy),
-    )
-
-
-class Trained(NamedTuple):
-    """The final parameters of all runs, and their accuracies and gradients after each epoch."""
-
-    params: Any
-    accuracies: np.ndarray  # [epochs, runs, 3 splits of the data]
-    gradients: np.ndarray  # [epochs, runs], spent since the start
-
-
-def train(
-    trainer: Trainer, params, runs: Runs, data, epochs: int, advance: Callable[[], Any]
-) -> Trained:
-    """Train all runs."""
-    state = trainer.init(runs, params)
-    history, gradients = [], []
-    for index in range(epochs):
-        params, state, accuracies = trainer.epoch(params, state, runs, data, index)
-        history.append(np.asarray(accuracies))
-        spent = optax.tree.get(state, "gradients_spent")
-        if spent is None:  # the base optimizer keeps no readings: one gradient per step
-            spent = np.full(len(runs.seed), (index + 1) * STEPS_PER_EPOCH)
-        gradients.append(np.asarray(spent))
-        advance()
-    return Trained(params, np.stack(history), np.stack(gradients))
-
-
-def choose(trainer, candidates, noise, width, epochs, advance) -> tuple[float, float]:
-    """Return the (learning rate, rho) with the best mean validation accuracy over tuning seeds."""
-    runs = [(seed, *candidate) for candidate in candidates for seed in TUNING_SEEDS]
-    runs = Runs(*map(jnp.asarray, zip(*runs, strict=True)))
-    params, data = initialize(runs.seed, width), split(runs.seed, noise)
-    trained = train(trainer, params, runs, data, epochs, advance)
-    validation = (
-        trained.accuracies[-1, :, 1].reshape(len(candidates), len(TUNING_SEEDS)).mean(axis=1)
-    )
-    return candidates[int(validation.argmax())]
-
-
-def seconds_per_step(trainer: Trainer, params, runs: Runs, data, gradients: float) -> float:
-    """Return the mean seconds per step of one run, without `vmap`.
-
-    Sharp and plain steps are timed separately. The result is the mean of their two medians,
-    weighted by how often each kind occurred in training. This weight follows from `gradients`, the
-    mean number of gradients per step. One median over all steps would be the median of the more
-    frequent kind.
-    """
-    state = trainer.init(runs, params)
-    params, state, run, images = jax.tree.map(lambda x: x[0], (params, state, runs, data[0]))
-    batches = [rows_of(images, rows) for rows in shuffled(run.seed, 0)]
-    jax.block_until_ready(trainer.step(params, state, run, batches[0]))
-    seconds: dict[bool, list[float]] = {}
-    for index in range(TIMED_STEPS):
-        start = time.perf_counter()
-        params, state = trainer.step(params, state, run, batches[index % STEPS_PER_EPOCH])
-        jax.block_until_ready((params, state))
-        stop = time.perf_counter()
-        is_sharp = bool(optax.tree.get(state, "is_sharp", default=False))
-        seconds.setdefault(is_sharp, []).append(stop - start)
-    medians = {kind: float(np.median(times)) for kind, times in seconds.items()}
-    if len(medians) == 1:
-        return next(iter(medians.values()))
-    return (2 - gradients) * medians[False] + (gradients - 1) * medians[True]
-
-
-def measure(row: str, args: argparse.Namespace, noises: list[float], bar: tqdm) -> list[dict]:
-    """Choose the hyperparameters of one row, then train and measure it, for every table."""
-    variant, times = ROWS[row]
-    epochs = times * args.epochs
-    trainer = make_trainer(VARIANTS[variant], args.base, args.width, epochs)
-    candidates = candidates_of(row, args)
-    results = []
-    for noise in noises:
-        bar.set_description(f"{row}, {describe(noise)}")
-        tuning = len(candidates) * len(TUNING_SEEDS)
-        learning_rate, rho = choose(
-            trainer,
-            candidates,
-            noise,
-            args.width,
-            epochs,
-            partial(bar.update, work_of(row, tuning)),
-        )
-        seeds = jnp.arange(args.seeds)
-        runs = Runs(seeds, jnp.full(args.seeds, learning_rate), jnp.full(args.seeds, rho))
-        data = split(seeds, noise)
-        advance = partial(bar.update, work_of(row, args.seeds))
-        trained = train(trainer, initialize(seeds, args.width), runs, data, epochs, advance)
-        accuracies, gradients = trained.accuracies, trained.gradients.mean(axis=1)
-        per_step = float(gradients[-1]) / (epochs * STEPS_PER_EPOCH)
-        params = initialize(seeds, args.width)  # training donated the others
-        results.append(
-            {
-                "row": row,
-                "noise": noise,
-                "learning_rate": learning_rate,
-                "rho": rho,
-                "train_accuracy": accuracies[-1, :, 0].tolist(),
-                "test_accuracy": accuracies[-1, :, 2].tolist(),
-                "test_accuracy_by_epoch": accuracies[:, :, 2].mean(axis=1).tolist(),
-                "loss_increase": trainer.loss_increase(trained.params, data).tolist(),
-                "gradients": float(gradients[-1]),
-                "gradients_by_epoch": gradients.tolist(),
-                "seconds_per_step": seconds_per_step(trainer, params, runs, data, per_step),
-            }
-        )
-    return results
 
 
 def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float]]:
@@ -328,17 +49,6 @@ def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float
 def work_of(row: str, runs: int) -> int:
     """Return the gradients per epoch of `runs` runs; `vmap` computes both sides of a branch."""
     return STEPS_PER_EPOCH * runs * math.ceil(VARIANTS[ROWS[row][0]].gradients)
-
-
-def describe(noise: float) -> str:
-    """Describe the labels of a table."""
-    return f"{noise:.0%} of the training labels wrong" if noise else "clean labels"
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Return the mean and its standard error; the error of a single value is NaN."""
-    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return float(np.mean(values)), float(error)
 
 
 def print_table(results: list[dict], noise: float, seeds: int) -> None:
@@ -382,11 +92,10 @@ def compare(results: list[dict], noise: float) -> None:
 def draw(results: list[dict], noises: list[float], path: Path, title: str) -> None:
     """Draw one row of panels per table: final accuracies left, training curves right."""
     rows = list(dict.fromkeys(r["row"] for r in results))
-    palette = plt.get_cmap("tab10" if len(rows) <= 10 else "tab20")
+    palette = matplotlib.colormaps["tab10" if len(rows) <= 10 else "tab20"]
     colors = {row: palette(position) for position, row in enumerate(rows)}
-    figure, axes = plt.subplots(
-        len(noises), 2, figsize=(11, 1.2 + 3.2 * len(noises)), squeeze=False, layout="constrained"
-    )
+    figure = figures.make_figure(11, 1.2 + 3.2 * len(noises))
+    axes = figure.subplots(len(noises), 2, squeeze=False)
     for (left, right), noise in zip(axes, noises, strict=True):
         for position, result in enumerate(r for r in results if r["noise"] == noise):
             color = colors[result["row"]]
@@ -409,9 +118,7 @@ def draw(results: list[dict], noises: list[float], path: Path, title: str) -> No
         right.set_ylim(100 * best - 15, 100 * best + 1)
         right.grid(alpha=0.3)
         right.legend(loc="lower right", ncols=1 + len(rows) // 9)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figures.save(figure, path, title)
 
 
 def can_have(variant: str, base: str) -> bool:
@@ -431,24 +138,18 @@ def add_settings(parser: argparse.ArgumentParser, seeds: int, name: str) -> None
     parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
     parser.add_argument("--rho", type=float, nargs="+", help="candidate radii for every method")
     parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
-    parser.add_argument("--out", help=f"new folder of the results; default runs/{name}-NNN")
+    arguments.add_out(parser, name)
 
 
 def check_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse numbers that are out of range."""
-    for name in ("seeds", "epochs", "width"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not 0 <= args.noise < 1:
-        parser.error(f"--noise must be in [0, 1), got {args.noise}")
-    if args.rho and not all(0 <= rho < float("inf") for rho in args.rho):
-        parser.error(f"--rho must be finite and at least 0, got {args.rho}")
+    arguments.check_range(parser, args, "seeds", "epochs", "width")
+    arguments.check_share(parser, args, "noise")
+    arguments.check_finite(parser, args, "rho")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.new_parser(__doc__)
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -463,17 +164,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     try:
         for row in args.variants:
             check_base(ROWS[row][0], args.base)
-        args.folder = free_folder(args.out, "digits")
     except ValueError as error:
         parser.error(str(error))
+    arguments.choose_folder(parser, args, "digits")
     return args
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
-    device = f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
-    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
-    start = time.perf_counter()
+    report = Report(args)
     noises = list(dict.fromkeys([args.noise, 0.0]))
     total = sum(
         work_of(row, len(candidates_of(row, args)) * len(TUNING_SEEDS) + args.seeds)
@@ -482,21 +181,29 @@ def main(argv: list[str] | None = None) -> list[dict]:
         * len(noises)
         for row in args.variants
     )
+    results = []
     with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
-        results = [r for row in args.variants for r in measure(row, args, noises, bar)]
+        for row in args.variants:
+            variant, times = ROWS[row]
+            results += measure(
+                row,
+                VARIANTS[variant],
+                candidates_of(row, args),
+                args,
+                times * args.epochs,
+                noises,
+                bar,
+                partial(work_of, row),
+            )
 
     for noise in noises:
         print_table(results, noise, args.seeds)
         compare(results, noise)
 
-    settings = {k: v for k, v in vars(args).items() if k not in ("folder", "out")}
-    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
-    report |= {"settings": settings, "results": results}
-    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    report.save(results=results)
     title = f"Digits: {args.base} and its sharpness-aware versions, {args.seeds} seeds"
     draw(results, noises, args.folder / "digits.png", title)
-    print(f"\n{time.perf_counter() - start:.0f} s in all. Results: {args.folder / 'results.json'}")
-    print(f"Plot: {args.folder / 'digits.png'}")
+    report.end("digits.png")
     return results
 
 

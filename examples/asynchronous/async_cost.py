@@ -23,7 +23,6 @@ results.json and async_cost.png to --out. It takes about a minute on two CPU cor
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import random
 import time
@@ -35,12 +34,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import samx
-from examples.common.output import free_folder
-from examples.cost.step_cost import problem
+from examples.common import arguments, figures
+from examples.common.models import problem
+from examples.common.report import Report
 
 RHO, LEARNING_RATE = 0.05, 1e-3
 WIDTH, DEPTH = 128, 4  # numbers per example, operations per checkpoint
@@ -66,7 +65,7 @@ def elementwise(batch_size: int, length: int) -> tuple[Any, Any, Any]:
 
 
 def dense(batch_size: int) -> tuple[Any, Any, Any]:
-    """Return the same for the dense network of step_cost.py."""
+    """Return the same for the dense network that step_cost.py times."""
     losses_fn, params, batch = problem("dense", batch_size)
     return lambda params, batch: losses_fn(params, batch).mean(), params, batch
 
@@ -194,7 +193,7 @@ def describe_ascent_batch(found: samx.asynchronous.AscentBatch) -> str:
 
 def draw(results: list[dict], path: Path, title: str) -> None:
     """Plot the times of a step relative to SGD."""
-    figure = Figure(figsize=(8, 1 + 0.5 * len(results)), layout="constrained")
+    figure = figures.make_figure(8, 1 + 0.5 * len(results))
     axes = figure.subplots()
     middle, low, high = np.array([result["ratio"] for result in results]).T
     colors = ["0.6" if result["row"] in ("sgd", "sam") else "C0" for result in results]
@@ -206,14 +205,11 @@ def draw(results: list[dict], path: Path, title: str) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlim(0, 1.15 * max(high))
     axes.set_xlabel("time of a step / SGD (median and quartiles)")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path, title)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.new_parser(__doc__)
     parser.add_argument(
         "--devices",
         choices=["cpu", "gpu"],
@@ -223,11 +219,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1000, help="length of the loop on cpu")
     parser.add_argument("--steps", type=int, default=5, help="steps of a row in each round")
     parser.add_argument("--repeats", type=int, default=13, help="rounds")
-    parser.add_argument("--out", help="new folder for the results; default: runs/async-cost-NNN")
+    arguments.add_out(parser, "async-cost")
     args = parser.parse_args(argv)
-    for name in ("length", "steps", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    arguments.check_range(parser, args, "length", "steps", "repeats")
     if args.batch is not None and (args.batch < 4 or args.batch % 4):
         parser.error(f"--batch must be a multiple of 4, got {args.batch}")
     with contextlib.suppress(RuntimeError):  # a running backend cannot be changed
@@ -237,16 +231,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--devices gpu: jax sees none, only {jax.default_backend()}")
     args.devices = args.devices or ("gpu" if has_gpu else "cpu")
     args.batch = args.batch or {"cpu": 64, "gpu": 4096}[args.devices]
-    try:
-        args.folder = free_folder(args.out, "async-cost")
-    except (OSError, ValueError) as error:
-        parser.error(f"--out: {error}")
+    arguments.choose_folder(parser, args, "async-cost")
     return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    begin = time.perf_counter()
     if args.devices == "gpu":
         devices = jax.devices()[0], jax.devices("cpu")[0]
         loss, params, batch = dense(args.batch)
@@ -254,7 +244,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         devices = tuple(jax.devices("cpu")[:2])
         loss, params, batch = elementwise(args.batch, args.length)
     kinds = " and ".join(device.device_kind for device in devices)
-    print(f"devices: {kinds} ({os.cpu_count()} CPU cores), jax {jax.__version__}, b = {args.batch}")
+    report = Report(args, f"{kinds} ({os.cpu_count()} CPU cores)")
     one, other = devices
     found = samx.asynchronous.calibrate_ascent_batch(
         jax.grad(loss), params, batch, descent_device=one, ascent_device=other
@@ -263,14 +253,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results = measure(rows, args.repeats, args.steps)
     print(f"\n{table(results)}\n\n{describe_ascent_batch(found)}")
 
-    settings = {k: v for k, v in vars(args).items() if k not in ("folder", "out")}
     measured = {"results": results, "ascent_batch": found._asdict()}
-    report = {"devices": kinds, "jax": jax.__version__, "samx": samx.__version__}
-    report |= {"settings": settings, **measured}
-    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    report.save(**measured)
     draw(results, args.folder / "async_cost.png", f"AsyncSAM on {kinds}, {args.batch} examples")
-    print(f"\n{time.perf_counter() - begin:.0f} s in all. Results: {args.folder / 'results.json'}")
-    print(f"Plot: {args.folder / 'async_cost.png'}")
+    report.end("async_cost.png")
     return measured
 
 

@@ -23,9 +23,6 @@ It takes about two minutes on two CPU cores.
 
 import argparse
 import contextlib
-import json
-import os
-import time
 from functools import partial
 from typing import Any
 
@@ -39,8 +36,21 @@ from tqdm import tqdm
 import samx
 from examples import digits
 from examples.asynchronous.async_cost import describe_ascent_batch
-from examples.common.output import free_folder
+from examples.common import arguments
+from examples.common.digits_task import (
+    BATCH,
+    LEARNING_RATES,
+    STEPS_PER_EPOCH,
+    Network,
+    initialize,
+    rows_of,
+    shuffled,
+    split,
+)
 from examples.common.registry import BASES, RADII, VARIANTS, Setting, Variant
+from examples.common.report import Report, mean_and_error
+from examples.common.training import measure
+from examples.common.tuning import TUNING_SEEDS
 
 SHARES = {"async-sam, b": 1.0, "async-sam, b/2": 0.5, "async-sam, b/4": 0.25}
 
@@ -63,7 +73,7 @@ def with_share(share: float) -> Variant:
     return Variant(make, RADII, 1 + share, 0.05)
 
 
-def ascent_size(share: float, batch_size: int = digits.BATCH) -> int:
+def ascent_size(share: float, batch_size: int = BATCH) -> int:
     """Return b′, the number of examples in the ascent batch."""
     return round(share * batch_size)
 
@@ -80,48 +90,12 @@ ROWS |= {name: with_share(share) for name, share in SHARES.items()}
 def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float]]:
     """Return the candidates (learning rate, rho); the base optimizer has no rho."""
     radii = tuple(args.rho) if args.rho and row != "base" else ROWS[row].radii
-    return [(rate, rho) for rate in digits.LEARNING_RATES[args.base] for rho in radii]
+    return [(rate, rho) for rate in LEARNING_RATES[args.base] for rho in radii]
 
 
 def work_of(row: str, runs: int) -> float:
     """Return the number of gradients in one epoch of `runs` runs."""
-    return digits.STEPS_PER_EPOCH * runs * ROWS[row].gradients
-
-
-def measure(row: str, args: argparse.Namespace, noises: list[float], bar: tqdm) -> list[dict]:
-    """Tune and train one row of every table."""
-    trainer = digits.make_trainer(ROWS[row], args.base, args.width, args.epochs)
-    candidates, results = candidates_of(row, args), []
-    for noise in noises:
-        bar.set_description(f"{row}, {digits.describe(noise)}")
-        tuning = work_of(row, len(candidates) * len(digits.TUNING_SEEDS))
-        learning_rate, rho = digits.choose(
-            trainer, candidates, noise, args.width, args.epochs, partial(bar.update, tuning)
-        )
-        seeds = jnp.arange(args.seeds)
-        runs = digits.Runs(seeds, *(jnp.full(args.seeds, x) for x in (learning_rate, rho)))
-        data, params = digits.split(seeds, noise), digits.initialize(seeds, args.width)
-        advance = partial(bar.update, work_of(row, args.seeds))
-        trained = digits.train(trainer, params, runs, data, args.epochs, advance)
-        gradients = trained.gradients.mean(axis=1)
-        per_step = float(gradients[-1]) / (args.epochs * digits.STEPS_PER_EPOCH)
-        params = digits.initialize(seeds, args.width)  # training donated the first ones
-        results.append(
-            {
-                "row": row,
-                "noise": noise,
-                "learning_rate": learning_rate,
-                "rho": rho,
-                "train_accuracy": trained.accuracies[-1, :, 0].tolist(),
-                "test_accuracy": trained.accuracies[-1, :, 2].tolist(),
-                "test_accuracy_by_epoch": trained.accuracies[:, :, 2].mean(axis=1).tolist(),
-                "loss_increase": trainer.loss_increase(trained.params, data).tolist(),
-                "gradients": float(gradients[-1]),
-                "gradients_by_epoch": gradients.tolist(),
-                "seconds_per_step": digits.seconds_per_step(trainer, params, runs, data, per_step),
-            }
-        )
-    return results
+    return STEPS_PER_EPOCH * runs * ROWS[row].gradients
 
 
 def compare(results: list[dict], noise: float) -> list[dict]:
@@ -131,7 +105,7 @@ def compare(results: list[dict], noise: float) -> list[dict]:
         {"noise": noise, "row": row, "other": other, "difference": difference, "error": error}
         for row in SHARES
         for other in ("sam", "base")
-        for difference, error in [digits.mean_and_error((rows[row] - rows[other]).tolist())]
+        for difference, error in [mean_and_error((rows[row] - rows[other]).tolist())]
     ]
 
 
@@ -147,7 +121,7 @@ def describe(comparison: dict) -> str:
 
 def loss_of(width: int):
     """Return `(params, batch) -> mean loss` for the network of digits.py."""
-    graph = nnx.graphdef(digits.Network(width, rngs=nnx.Rngs(0)))
+    graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
 
     def loss(params, batch):
         logits = nnx.merge(graph, params)(batch["x"])
@@ -172,10 +146,10 @@ def on_two_devices(result: dict, args: argparse.Namespace) -> dict[str, Any]:
         BASES[args.base](result["learning_rate"]),
     )
     seed = jnp.zeros(1, jnp.int32)
-    inputs = digits.split(seed, result["noise"])[0], digits.initialize(seed, args.width)
+    inputs = split(seed, result["noise"])[0], initialize(seed, args.width)
     images, params = jax.tree.map(lambda leaf: np.asarray(leaf)[0], inputs)
-    order = [np.asarray(digits.shuffled(jnp.int32(0), epoch)) for epoch in range(args.epochs)]
-    batches = [digits.rows_of(images, rows) for epoch in order for rows in epoch]
+    order = [np.asarray(shuffled(jnp.int32(0), epoch)) for epoch in range(args.epochs)]
+    batches = [rows_of(images, rows) for epoch in order for rows in epoch]
 
     def descend(params, state, batch, ascent_grad):
         updates, state = tx.update(ascent_grad, state, params, value_fn=lambda p: loss(p, batch))
@@ -218,12 +192,12 @@ def calibrate(args: argparse.Namespace) -> samx.asynchronous.AscentBatch:
     """Measure which ascent batch these two devices hide."""
     one, other = two_devices()
     seed = jnp.zeros(1, jnp.int32)
-    images, params = digits.split(seed, 0.0)[0], digits.initialize(seed, args.width)
+    images, params = split(seed, 0.0)[0], initialize(seed, args.width)
     batch, params = jax.tree.map(lambda leaf: leaf[0], (images, params))
     return samx.asynchronous.calibrate_ascent_batch(
         jax.grad(loss_of(args.width)),
         params,
-        first_of(batch, digits.BATCH),
+        first_of(batch, BATCH),
         descent_device=one,
         ascent_device=other,
         repeats=21,
@@ -231,34 +205,30 @@ def calibrate(args: argparse.Namespace) -> samx.asynchronous.AscentBatch:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.new_parser(__doc__)
     digits.add_settings(parser, seeds=10, name="async-digits")
     args = parser.parse_args(argv)
     digits.check_settings(parser, args)
-    try:
-        args.folder = free_folder(args.out, "async-digits")
-    except (OSError, ValueError) as error:
-        parser.error(f"--out: {error}")
+    arguments.choose_folder(parser, args, "async-digits")
     return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     one, other = two_devices()
-    device = f"{one.device_kind} ({os.cpu_count()} CPU cores)"
-    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
-    begin = time.perf_counter()
+    report = Report(args)
     noises = list(dict.fromkeys([args.noise, 0.0]))
     total = sum(
-        work_of(row, len(candidates_of(row, args)) * len(digits.TUNING_SEEDS) + args.seeds)
+        work_of(row, len(candidates_of(row, args)) * len(TUNING_SEEDS) + args.seeds)
         * args.epochs
         * len(noises)
         for row in ROWS
     )
     with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
-        results = [r for row in ROWS for r in measure(row, args, noises, bar)]
+        results = []
+        for row in ROWS:
+            candidates, work = candidates_of(row, args), partial(work_of, row)
+            results += measure(row, ROWS[row], candidates, args, args.epochs, noises, bar, work)
 
     comparisons = []
     for noise in noises:
@@ -276,16 +246,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     print(describe_ascent_batch(found))
 
-    settings = {k: v for k, v in vars(args).items() if k not in ("folder", "out")}
     measured = {"results": results, "comparisons": comparisons, "two_devices": repeated}
     measured |= {"ascent_batch": found._asdict()}
-    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
-    report |= {"settings": settings, **measured}
-    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    report.save(**measured)
     title = f"Digits: AsyncSAM, SAM and {args.base}, {args.seeds} seeds"
     digits.draw(results, noises, args.folder / "async_digits.png", title)
-    print(f"\n{time.perf_counter() - begin:.0f} s in all. Results: {args.folder / 'results.json'}")
-    print(f"Plot: {args.folder / 'async_digits.png'}")
+    report.end("async_digits.png")
     return measured
 
 

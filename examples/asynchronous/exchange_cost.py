@@ -13,7 +13,6 @@ and exchange_cost.png to --out.
 
 import argparse
 import itertools
-import json
 import os
 import re
 import time
@@ -25,11 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import samx
-from examples.common.output import free_folder
+from examples.common import arguments, figures
+from examples.common.report import Report
 from samx import elastic
 
 MILLION = 1_000_000
@@ -147,7 +145,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], millions: int, path: Path) -> None:
     """Plot a bar with quartiles for each row."""
-    figure = Figure(figsize=(7, 1.2 + 0.45 * len(rows)), layout="constrained")
+    figure = figures.make_figure(7, 1.2 + 0.45 * len(rows))
     axes = figure.subplots()
     names = [f"{r['engine']}, workers {r['workers']}, shards {r['shards']}" for r in rows]
     quartiles = [np.percentile(row["milliseconds"], [25, 50, 75]) for row in rows]
@@ -157,40 +155,28 @@ def plot(rows: list[dict[str, Any]], millions: int, path: Path) -> None:
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel(f"ms for an exchange of {millions} million parameters, median and quartiles")
-    figure.savefig(path, dpi=150)
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    figures.save(figure, path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--millions", type=positive, default=25, help="parameters; default: 25")
+    parser = arguments.new_parser(__doc__)
+    parser.add_argument("--millions", type=int, default=25, help="parameters; default: 25")
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--workers", type=positive, nargs="+", default=[1, 2])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument(
-        "--shards", type=positive, nargs="+", default=[1, 2], help="shards of Ray's center"
+        "--shards", type=int, nargs="+", default=[1, 2], help="shards of Ray's center"
     )
-    parser.add_argument("--repeats", type=positive, default=15, help="exchanges of each worker")
-    parser.add_argument("--out", help="new or empty folder; default: runs/exchange-cost-NNN")
+    parser.add_argument("--repeats", type=int, default=15, help="exchanges of each worker")
+    arguments.add_out(parser, "exchange-cost")
     args = parser.parse_args(argv)
-    try:
-        args.folder = free_folder(args.out, "exchange-cost")
-    except (OSError, ValueError) as error:
-        parser.error(f"--out: {error}")
+    arguments.check_range(parser, args, "millions", "workers", "shards", "repeats")
+    arguments.choose_folder(parser, args, "exchange-cost")
     return args
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
-    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
-    print(f"{device}, jax {jax.__version__}, samx {samx.__version__}")
+    report = Report(args)
     settings = [
         (engine, workers, shards)
         for engine in dict.fromkeys(args.engine)
@@ -201,11 +187,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     with tqdm(total=total, unit=" exchanges") as bar:
         rows = [measure(*setting, args, bar) for setting in settings]
     print(f"\n{args.millions} million float32 parameters\n\n{table(rows)}\n")
-    about = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
-    about |= {"millions": args.millions, "rows": rows}
-    (args.folder / "results.json").write_text(json.dumps(about, indent=1))
+    report.save(rows=rows)
     plot(rows, args.millions, args.folder / "exchange_cost.png")
-    print(f"Wrote {args.folder / 'results.json'} and {args.folder / 'exchange_cost.png'}")
+    report.end("exchange_cost.png")
     return rows
 
 

@@ -39,7 +39,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -54,16 +53,15 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import samx
-from examples import digits
-from examples.common.output import free_folder
-from examples.digits import Runs
+from examples.common import arguments, figures
+from examples.common.digits_task import TRAIN, Network, describe, initialize, rows_of, split
+from examples.common.report import Report, mean_and_error
+from examples.common.tuning import TUNING_SEEDS, Runs, runs_of, scores_of
 from samx import elastic
 
-TUNING_SEEDS = range(1000, 1004)  # not among the reported seeds
 LEARNING_RATES = (0.03, 0.1, 0.3)  # no row is better with 0.01 or 1
 RADII = (0.1, 0.2, 0.5)
 MOMENTUM = 0.9
@@ -116,7 +114,7 @@ class Curve(NamedTuple):
 
 def make_functions(name: str, args: argparse.Namespace) -> Functions:
     """Return the functions of a row; learning rate and rho differ by run, so the batch has them."""
-    graph = nnx.graphdef(digits.Network(args.width, rngs=nnx.Rngs(0)))
+    graph = nnx.graphdef(Network(args.width, rngs=nnx.Rngs(0)))
 
     def logits(params, x):
         return nnx.merge(graph, params)(x)
@@ -151,14 +149,14 @@ def make_functions(name: str, args: argparse.Namespace) -> Functions:
 @partial(jax.jit, static_argnames="batch")
 def epoch_of(images: Any, seeds: jax.Array, worker: int, epoch: int, batch: int) -> list[Any]:
     """Return the batches of one worker in one of its epochs; each seed has its own shuffle."""
-    steps = digits.TRAIN // batch
+    steps = TRAIN // batch
 
     def of_seed(images, seed):
         key = jax.random.key(2)
         for number in (seed, worker, epoch):
             key = jax.random.fold_in(key, number)
-        rows = jax.random.permutation(key, digits.TRAIN)[: steps * batch].reshape(steps, batch)
-        return digits.rows_of({name: images[name] for name in ("x", "y")}, rows)
+        rows = jax.random.permutation(key, TRAIN)[: steps * batch].reshape(steps, batch)
+        return rows_of({name: images[name] for name in ("x", "y")}, rows)
 
     stacked = jax.vmap(of_seed)(images, seeds)
     return [jax.tree.map(lambda leaf, k=k: leaf[:, k], stacked) for k in range(steps)]
@@ -166,7 +164,7 @@ def epoch_of(images: Any, seeds: jax.Array, worker: int, epoch: int, batch: int)
 
 def stream(images: Any, runs: Runs, args: argparse.Namespace, worker: int, step: int = 0):
     """Yield the batches of a worker from local step `step` on, without end."""
-    steps = digits.TRAIN // args.batch
+    steps = TRAIN // args.batch
     for epoch in itertools.count(step // steps):
         yield from epoch_of(images, runs.seed, worker, epoch, args.batch)[step % steps :]
         step = 0
@@ -201,7 +199,7 @@ def joined(batches: tuple[Any, ...]) -> Any:
 def load(runs: Runs, args: argparse.Namespace) -> tuple[Any, Any]:
     """Return training, validation and test images of the runs, and their initial parameters."""
     seeds = jnp.asarray(runs.seed)
-    return digits.split(seeds, args.noise), digits.initialize(seeds, args.width)
+    return split(seeds, args.noise), initialize(seeds, args.width)
 
 
 def make_worker(
@@ -348,14 +346,6 @@ def marks_of(steps: int, evaluations: int) -> set[int]:
     return {math.ceil(steps * (k + 1) / evaluations) for k in range(evaluations)}
 
 
-def runs_of(seeds: Any, candidates: list[tuple[float, float]]) -> Runs:
-    """Return runs of all seeds with each (learning rate, rho)."""
-    runs = [(seed, *candidate) for candidate in candidates for seed in seeds]
-    seed, *numbers = (np.array(column) for column in zip(*runs, strict=True))
-    vectors: Any = seed.astype(np.int32), *(column.astype(np.float32) for column in numbers)
-    return Runs(*vectors)
-
-
 def candidates_of(name: str, args: argparse.Namespace) -> list[tuple[float, float]]:
     """Return the candidates (learning rate, rho); EASGD has no rho."""
     radii = ROWS[name].radii if 0.0 in ROWS[name].radii else args.rho or ROWS[name].radii
@@ -368,10 +358,11 @@ def measure(name: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
     candidates, validation = candidates_of(name, args), None
     chosen = candidates[0]
     if len(candidates) > 1:
-        tuned = simulate(name, runs_of(TUNING_SEEDS, candidates), args, 1, bar.update)
-        accuracies = tuned.validation[-1].reshape(len(candidates), -1).mean(axis=1)
+        tuned = simulate(name, Runs(*runs_of(TUNING_SEEDS, candidates)), args, 1, bar.update)
+        accuracies = scores_of(tuned.validation[-1], candidates)
         chosen, validation = candidates[accuracies.argmax()], float(accuracies.max())
-    curve = simulate(name, runs_of(range(args.seeds), [chosen]), args, EVALUATIONS, bar.update)
+    runs = Runs(*runs_of(range(args.seeds), [chosen]))
+    curve = simulate(name, runs, args, EVALUATIONS, bar.update)
     speeds = 1 / slowness(args)
     return result_of(name, chosen, curve, speeds.sum()) | {"validation_accuracy": validation}
 
@@ -593,9 +584,8 @@ def train_together(
     return curve
 
 
-def run_engine(args: argparse.Namespace) -> list[dict]:
+def run_engine(args: argparse.Namespace, devices: list[Any]) -> list[dict]:
     """Train LSAM in an engine, then data-parallel SAM."""
-    devices = choose_devices(args)
     print(
         f"workers: {args.workers}, "
         + (
@@ -608,7 +598,7 @@ def run_engine(args: argparse.Namespace) -> list[dict]:
         name: ((args.learning_rate or [rate])[0], (args.rho or [rho])[0])
         for name, (rate, rho) in CHOSEN.items()
     }
-    runs = {name: runs_of([args.seed], [numbers]) for name, numbers in chosen.items()}
+    runs = {name: Runs(*runs_of([args.seed], [numbers])) for name, numbers in chosen.items()}
     functions = make_functions(LSAM, args)  # the same step for all rows
     fast = seconds_alone(functions, runs[LSAM], args)
     seconds = (fast * slowness(args)).tolist()
@@ -644,7 +634,7 @@ def differences_of(results: list[dict]) -> list[dict]:
         for name in accuracies
         if name != LSAM
         for paired in [accuracies[LSAM] - accuracies[name]]
-        for difference, error in [digits.mean_and_error(paired.tolist())]
+        for difference, error in [mean_and_error(paired.tolist())]
     ]
 
 
@@ -655,7 +645,7 @@ def table(results: list[dict], unit: str) -> str:
     head += f" {'gradients/time':>15} {'of all speeds':>14} {'lr':>6} {'rho':>5}"
     lines = [head, "-" * len(head)]
     for result in results:
-        accuracy = with_error(*digits.mean_and_error([100 * a for a in result["test_accuracy"]]))
+        accuracy = with_error(*mean_and_error([100 * a for a in result["test_accuracy"]]))
         rate = result["gradients"] / result["time"]
         lines.append(
             f"{result['row']:<{width}} {accuracy:>14} {result['gradients']:>10}"
@@ -695,7 +685,7 @@ def verdict(results: list[dict], args: argparse.Namespace) -> str:
 
 def draw(results: list[dict], path: Path, title: str, unit: str, is_marked: bool) -> None:
     """Plot accuracy against time (left) and against gradients (right)."""
-    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    figure = figures.make_figure(12, 4.8)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, by, label in zip(
         panels,
@@ -719,14 +709,11 @@ def draw(results: list[dict], path: Path, title: str, unit: str, is_marked: bool
     best = max(100 * np.mean(a) for r in results for a in r["curve"]["test_accuracy"])
     panels[0].set(ylabel="test accuracy of the center, %", ylim=(max(0.0, best - 20), best + 1))
     panels[1].legend(loc="lower right")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path, title)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.new_parser(__doc__)
     add = parser.add_argument
     add("--engine", choices=["simulate", "threads", "ray"], default="simulate")
     add("--workers", type=int, default=8)
@@ -739,7 +726,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rho", type=float, nargs="+", help="candidates; one value for an engine")
     add("--noise", type=float, default=0.3, help="fraction of flipped labels")
     add("--width", type=int, default=64, help="units of each hidden layer")
-    add("--out", help="new folder for the run; default: runs/lsam-digits-NNN")
+    arguments.add_out(parser, "lsam-digits")
     group = parser.add_argument_group("--engine simulate")
     group.add_argument("--seeds", type=int, default=10)
     group.add_argument("--latency", type=float, default=0.1, help="one way, in gradients")
@@ -765,28 +752,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume is not None:
         args = resumed_arguments(parser, args.resume, argv)
-    for name, low, high in (
-        ("workers", 2, math.inf),
-        ("slow", 1, 1e6),
-        ("batch", 1, digits.TRAIN),
-        ("period", 1, math.inf),
-        ("beta", 0, 1),
-        ("width", 1, math.inf),
-        ("seeds", 1, math.inf),
-        ("seed", 0, 999),
-        ("latency", 0, 1e6),
-        ("step_seconds", 0, 1e6),
-        ("save_every", 0, 1e9),
-        ("noise", 0, 0.999),
-    ):
-        value = getattr(args, name)
-        if not low <= value <= high:
-            wanted = f"at least {low}" if high == math.inf else f"{low} to {high:g}"
-            parser.error(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+    arguments.check_range(parser, args, "period", "width", "seeds")
+    arguments.check_range(parser, args, "workers", low=2)
+    arguments.check_range(parser, args, "batch", high=TRAIN)
+    arguments.check_range(parser, args, "slow", high=1e6)
+    arguments.check_range(parser, args, "seed", low=0, high=999)
+    arguments.check_range(parser, args, "beta", low=0, high=1)
+    arguments.check_range(parser, args, "latency", "step_seconds", low=0, high=1e6)
+    arguments.check_range(parser, args, "save_every", low=0, high=1e9)
+    arguments.check_share(parser, args, "noise")
+    arguments.check_finite(parser, args, "learning_rate", "rho")
     for name in ("learning_rate", "rho"):
         option, values = f"--{name.replace('_', '-')}", getattr(args, name)
-        if values and not all(0 <= value < math.inf for value in values):
-            parser.error(f"{option} must be finite and at least 0, got {values}")
         if values and len(values) > 1 and args.engine != "simulate":
             parser.error(f"{option} must be one number for --engine {args.engine}, got {values}")
     unit = 2 * args.workers * args.period  # whole steps of all workers, and whole exchanges
@@ -802,10 +779,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             elastic.Ray()  # only checks that Ray is installed
         except ImportError as error:
             parser.error(f"--engine ray: {error}")
-    try:
-        args.folder = Path(args.resume) if args.resume else free_folder(args.out, "lsam-digits")
-    except (OSError, ValueError) as error:
-        parser.error(f"--out: {error}")
+    if args.resume is None:
+        arguments.choose_folder(parser, args, "lsam-digits")
+    else:
+        args.folder = Path(args.resume)
     return args
 
 
@@ -843,46 +820,31 @@ def resumed_arguments(
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
     is_simulated = args.engine == "simulate"
-    settings = {k: v for k, v in vars(args).items() if k not in ("folder", "out", "resume")}
+    devices = [] if is_simulated else choose_devices(args)
+    report = Report(args, left_out=["resume"])
     if not is_simulated:
-        (args.folder / "config.json").write_text(json.dumps(settings, indent=1))
-    begin = time.perf_counter()
+        (args.folder / "config.json").write_text(json.dumps(report.settings, indent=1))
     try:
-        results = run_simulation(args) if is_simulated else run_engine(args)
+        results = run_simulation(args) if is_simulated else run_engine(args, devices)
     except KeyboardInterrupt:
         after = "" if is_simulated else f"; continue with --resume {args.folder}"
         print(f"\ninterrupted{after}", file=sys.stderr)
         sys.exit(130)
     except elastic.CenterLost as error:
         sys.exit(f"lsam_digits.py: {error}\ncontinue with --resume {args.folder}")
-    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
-    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
     unit = "g" if is_simulated else "s"
     what = f"{args.seeds} seeds" if is_simulated else f"seed {args.seed}, {args.engine}"
-    subject = f"{digits.describe(args.noise)}, {args.workers} workers, {what}"
+    subject = f"{describe(args.noise)}, {args.workers} workers, {what}"
     print(f"\n{subject}\n{table(results, unit)}")
     if is_simulated:
         print("time in g: gradients of a fast worker")
     print(f"\n{verdict(results, args)}")
-    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
-    report |= {"settings": settings, "results": results, "differences": differences_of(results)}
-    text = json.dumps(without_nans(report), indent=1)
-    (args.folder / "results.json").write_text(text)
+    report.save(results=results, differences=differences_of(results))
     long_unit = "gradients of a fast worker" if is_simulated else "seconds"
     title = f"LSAM on digits, {subject}, the last {args.slow:g} times slower"
     draw(results, args.folder / "lsam_digits.png", title, long_unit, not is_simulated)
-    print(f"\n{time.perf_counter() - begin:.0f} s in all. Results: {args.folder / 'results.json'}")
-    print(f"Plot: {args.folder / 'lsam_digits.png'}")
+    report.end("lsam_digits.png")
     return results
-
-
-def without_nans(tree: Any) -> Any:
-    """Replace numbers that are not finite by None, because JSON cannot hold them."""
-    if isinstance(tree, dict):
-        return {name: without_nans(value) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [without_nans(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 if __name__ == "__main__":

@@ -42,10 +42,7 @@ takes about two minutes on two CPU cores.
 """
 
 import argparse
-import json
 import math
-import os
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -56,19 +53,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 import samx
-from examples import digits
-from examples.common.output import free_folder
+from examples.common import arguments, digits_task, figures
+from examples.common.digits_task import (
+    BATCH,
+    LEARNING_RATES,
+    TRAIN,
+    Network,
+    describe,
+    initialize,
+    rows_of,
+)
 from examples.common.registry import BASES, VARIANTS, Setting
-from examples.digits import BATCH, TUNING_SEEDS
+from examples.common.report import Report, mean_and_error
+from examples.common.tuning import TUNING_SEEDS, runs_of, scores_of
 
 EVERY = 10  # one of this many training images is held out
 HELD_OUT_BATCH = 50
-STEPS_PER_EPOCH = (digits.TRAIN - digits.TRAIN // EVERY) // BATCH
+STEPS_PER_EPOCH = (TRAIN - TRAIN // EVERY) // BATCH
 FACTORS = (0.1, 1.0, 10.0)  # the starts, relative to the tuned radius
 RATES = {  # candidates: the smallest move rho visibly, the largest move it far
     "exact": (3.0, 10.0, 30.0, 100.0),
@@ -95,10 +100,10 @@ class Data(NamedTuple):
 class Runs(NamedTuple):
     """Settings of the runs that train together: vectors of equal length."""
 
-    seed: jax.Array
-    learning_rate: jax.Array
-    rho: jax.Array  # for LETS, the initial radius
-    rate: jax.Array  # used by LETS only
+    seed: np.ndarray
+    learning_rate: np.ndarray
+    rho: np.ndarray  # for LETS, the initial radius
+    rate: np.ndarray  # used by LETS only
 
 
 class Rows(NamedTuple):
@@ -126,11 +131,11 @@ class Trainer(NamedTuple):
     epoch: Callable[..., Any]  # params, state, runs, data, epoch -> params, state, Seen
 
 
-def split(seeds: jax.Array, noise: float) -> Data:
+def split(seeds: jax.Array | np.ndarray, noise: float) -> Data:
     """Return the images of each seed: those of digits.py, with some training images held out."""
-    train, validation, test = digits.split(seeds, noise)
+    train, validation, test = digits_task.split(seeds, noise)
     # The order is random, except that images with wrong labels come first.
-    is_held_out = np.arange(digits.TRAIN) % EVERY == 0
+    is_held_out = np.arange(TRAIN) % EVERY == 0
     train, held_out = (
         {name: train[name][:, rows] for name in ("x", "y")} for rows in (~is_held_out, is_held_out)
     )
@@ -143,13 +148,13 @@ def batches(seed: jax.Array, epoch: jax.Array | int) -> Rows:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), seed), epoch)
     order, *draws = jax.random.split(key, 1 + STEPS_PER_EPOCH)
     rows = jax.random.permutation(order, STEPS_PER_EPOCH * BATCH).reshape(STEPS_PER_EPOCH, BATCH)
-    held_out = jax.vmap(partial(jax.random.permutation, x=digits.TRAIN // EVERY))(jnp.stack(draws))
+    held_out = jax.vmap(partial(jax.random.permutation, x=TRAIN // EVERY))(jnp.stack(draws))
     return Rows(rows, jnp.roll(rows, -1, axis=0), held_out[:, :HELD_OUT_BATCH])
 
 
 def make_losses(width: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return functions for the mean loss and the accuracy of the network on some images."""
-    graph = nnx.graphdef(digits.Network(width, rngs=nnx.Rngs(0)))
+    graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
 
     def logits(params, data):
         return nnx.merge(graph, params)(data["x"])
@@ -188,8 +193,8 @@ def make_trainer(method: str, args: argparse.Namespace) -> Trainer:
         return optimizer(run).init(params)
 
     def step(params, state, run, data, rows):
-        batch, following = (digits.rows_of(data.train, of) for of in (rows.batch, rows.following))
-        held_out = digits.rows_of(data.held_out, rows.held_out)
+        batch, following = (rows_of(data.train, of) for of in (rows.batch, rows.following))
+        held_out = rows_of(data.held_out, rows.held_out)
 
         def validation_fn(params):
             held_out_loss = loss(params, held_out)
@@ -235,7 +240,7 @@ def train(
     trainer: Trainer, args: argparse.Namespace, runs: Runs, advance: Callable[[int], Any]
 ) -> Seen:
     """Train all runs; the returned arrays are [runs, 1 + epochs]."""
-    data, params = split(runs.seed, args.noise), digits.initialize(runs.seed, args.width)
+    data, params = split(runs.seed, args.noise), initialize(runs.seed, args.width)
     state = trainer.init(runs, params)
     history = [trainer.look(params, state, runs, data)]
     for index in range(args.epochs):
@@ -245,18 +250,11 @@ def train(
     return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *history)
 
 
-def of_all(seeds: range, candidates: list[tuple[float, float, float]]) -> Runs:
-    """Return runs of every (learning rate, rho, rate) with every seed; the seed varies fastest."""
-    runs = [(seed, *candidate) for candidate in candidates for seed in seeds]
-    seed, *others = zip(*runs, strict=True)
-    return Runs(jnp.asarray(seed), *(jnp.asarray(values, jnp.float32) for values in others))
-
-
 def tune_start(trainer: Trainer, args: argparse.Namespace, advance: Callable[[int], Any]) -> dict:
     """Choose SAM's learning rate and rho by the best mean validation accuracy."""
     candidates = [(rate, rho, 0.0) for rate, rho in start_candidates(args)]
-    seen = train(trainer, args, of_all(TUNING_SEEDS, candidates), advance)
-    accuracy = seen.validation[:, -1].reshape(-1, len(TUNING_SEEDS)).mean(axis=1)
+    seen = train(trainer, args, Runs(*runs_of(TUNING_SEEDS, candidates)), advance)
+    accuracy = scores_of(seen.validation[:, -1], candidates)
     best = int(accuracy.argmax())
     learning_rate, rho, _ = candidates[best]
     return {
@@ -268,7 +266,7 @@ def tune_start(trainer: Trainer, args: argparse.Namespace, advance: Callable[[in
 
 def start_candidates(args: argparse.Namespace) -> list[tuple[float, float]]:
     radii = VARIANTS["asam" if args.asam else "sam"].radii
-    return [(rate, rho) for rate in digits.LEARNING_RATES[args.base] for rho in radii]
+    return [(rate, rho) for rate in LEARNING_RATES[args.base] for rho in radii]
 
 
 def rates_of(method: str, args: argparse.Namespace) -> tuple[float, ...]:
@@ -285,7 +283,7 @@ def try_rates(
     """Train LETS from the tuned start with each rate; return the results."""
     rates = rates_of(method, args)
     candidates = [(start["learning_rate"], start["rho"], rate) for rate in rates]
-    seen = train(trainer, args, of_all(TUNING_SEEDS, candidates), advance)
+    seen = train(trainer, args, Runs(*runs_of(TUNING_SEEDS, candidates)), advance)
     last = jax.tree.map(lambda leaf: leaf[:, -1].reshape(len(rates), -1), seen)
     return [
         {
@@ -327,7 +325,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             bar.set_description(method)
             radii = [factor * start["rho"] for factor in FACTORS]
             candidates = [(start["learning_rate"], radius, rate) for radius in radii]
-            seen = train(trainer, args, of_all(range(args.seeds), candidates), advance)
+            seen = train(trainer, args, Runs(*runs_of(range(args.seeds), candidates)), advance)
             seen = jax.tree.map(lambda leaf: leaf.reshape(len(FACTORS), args.seeds, -1), seen)
             results += [
                 {
@@ -353,15 +351,15 @@ def check(args: argparse.Namespace, learning_rate: float, rho: float) -> dict[st
     """
     loss, _ = make_losses(args.width)
     seeds = jnp.zeros(1, jnp.int32)
-    inputs = (split(seeds, args.noise), digits.initialize(seeds, args.width))
+    inputs = (split(seeds, args.noise), initialize(seeds, args.width))
     data, params = jax.tree.map(lambda leaf: np.asarray(leaf)[0], inputs)
     epoch = jax.tree.map(np.asarray, batches(0, 0))
     base = BASES[args.base](learning_rate)
 
     def one_step(tx, carry, rows):
         params, state = carry
-        batch = digits.rows_of(data.train, rows.batch)
-        held_out = digits.rows_of(data.held_out, rows.held_out)
+        batch = rows_of(data.train, rows.batch)
+        held_out = rows_of(data.held_out, rows.held_out)
         updates, state = tx.update(
             jax.grad(loss)(params, batch),
             state,
@@ -414,7 +412,7 @@ def final(result: dict, name: str) -> np.ndarray:
 
 def geometric(values: np.ndarray) -> tuple[float, float]:
     """Return the geometric mean and its standard error, computed from that of the logarithm."""
-    mean, error = digits.mean_and_error(np.log(values).tolist())
+    mean, error = mean_and_error(np.log(values).tolist())
     return math.exp(mean), math.exp(mean) * error
 
 
@@ -431,10 +429,10 @@ def table(results: list[dict]) -> str:
     tuned = final(of_row(results, "sam", 1.0), "test_accuracy")
     for result in results:
         rho, rho_error = geometric(final(result, "rho"))
-        objective, objective_error = digits.mean_and_error(final(result, "F").tolist())
+        objective, objective_error = mean_and_error(final(result, "F").tolist())
         test = 100 * final(result, "test_accuracy")
-        accuracy, error = digits.mean_and_error(test.tolist())
-        lead, lead_error = digits.mean_and_error((test - 100 * tuned).tolist())
+        accuracy, error = mean_and_error(test.tolist())
+        lead, lead_error = mean_and_error((test - 100 * tuned).tolist())
         rate, radius = f"{result['rate']:g}", f"{rho:>9.4f} ± {rho_error:6.4f}"
         if result["row"] == "sam":
             rate, radius = "fixed", f"{rho:>9.4f}"
@@ -484,7 +482,7 @@ def verdict(results: list[dict], method: str) -> str:
 
 def draw(measured: dict[str, Any], path: Path, title: str) -> None:
     """Plot rho and F over the epochs, and the final rho of each rate from the tuned start."""
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure = figures.make_figure(15, 5)
     left, middle, right = figure.subplots(1, 3)
     for result in measured["results"]:
         color, line = COLORS[result["row"]], LINES[result["factor"]]
@@ -531,8 +529,7 @@ def draw(measured: dict[str, Any], path: Path, title: str) -> None:
         for factor, line in LINES.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path, title)
 
 
 def spread(values: np.ndarray) -> np.ndarray:
@@ -542,9 +539,7 @@ def spread(values: np.ndarray) -> np.ndarray:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.new_parser(__doc__)
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -565,29 +560,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--noise", type=float, default=0.3, help="fraction of flipped labels")
     parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
-    parser.add_argument("--out", help="new folder for the results; default: runs/lets-NNN")
+    arguments.add_out(parser, "lets")
     args = parser.parse_args(argv)
     args.methods = list(dict.fromkeys(args.methods))
-    for name in ("seeds", "epochs", "width"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not 0 <= args.noise < 1:
-        parser.error(f"--noise must be in [0, 1), got {args.noise}")
-    if args.rate and not all(0 <= rate < float("inf") for rate in args.rate):
-        parser.error(f"--rate must be finite and at least 0, got {args.rate}")
+    arguments.check_range(parser, args, "seeds", "epochs", "width")
+    arguments.check_share(parser, args, "noise")
+    arguments.check_finite(parser, args, "rate")
     args.rate = list(dict.fromkeys(args.rate)) if args.rate else None
-    try:
-        args.folder = free_folder(args.out, "lets")
-    except (OSError, ValueError) as error:
-        parser.error(f"--out: {error}")
+    arguments.choose_folder(parser, args, "lets")
     return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
-    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
-    begin = time.perf_counter()
+    report = Report(args)
     measured = measure(args)
     results, start, found = measured["results"], measured["start"], measured["hypergradient"]
     sam = "ASAM" if args.asam else "SAM"
@@ -601,28 +587,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"validation accuracy {100 * start['validation_accuracy']:.2f} %.\nLETS from this start, "
         f"{len(TUNING_SEEDS)} seeds:\n{table_of_rates(measured['rates'])}"
     )
-    print(f"\n{digits.describe(args.noise)}, {args.seeds} seeds (mean ± standard error)")
+    print(f"\n{describe(args.noise)}, {args.seeds} seeds (mean ± standard error)")
     print(f"{table(results)}\n")
     print("\n".join(verdict(results, method) for method in args.methods))
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("folder", "out")}
-    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
-    report |= {"settings": settings, **measured}
-    (args.folder / "results.json").write_text(json.dumps(without_nans(report), indent=1))
-    title = f"LETS on digits, {digits.describe(args.noise)}: {args.seeds} seeds, {args.base}"
+    report.save(**measured)
+    title = f"LETS on digits, {describe(args.noise)}: {args.seeds} seeds, {args.base}"
     draw(measured, args.folder / "lets.png", f"{title}{', ASAM' * args.asam}")
-    print(f"\n{time.perf_counter() - begin:.0f} s in all. Results: {args.folder / 'results.json'}")
-    print(f"Plot: {args.folder / 'lets.png'}")
+    report.end("lets.png")
     return measured
-
-
-def without_nans(tree: Any) -> Any:
-    """Replace numbers that are not finite by None, because JSON cannot hold them."""
-    if isinstance(tree, dict):
-        return {name: without_nans(value) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [without_nans(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 if __name__ == "__main__":

@@ -39,9 +39,6 @@ The script prints a table and a line for each method. It writes results.json and
 """
 
 import argparse
-import json
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,12 +48,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.colors import TwoSlopeNorm
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import samx
-from examples.common.output import free_folder
+from examples.common import arguments, figures
+from examples.common.report import Report
 
 METHODS: dict[str, Callable[[Any, Any], optax.GradientTransformationExtraArgs]] = {
     "lightsam_norm": samx.lightsam_norm,
@@ -285,7 +282,7 @@ def draw(results: list[dict], points: int, path: Path, title: str) -> None:
     values = 10.0 ** np.linspace(LOW, HIGH, points)
     labels = [f"{value:.3g}" for value in values]
     scale = TwoSlopeNorm(0, FLOOR, CEILING)  # white: the norm is the same as at the start
-    figure = Figure(figsize=(4 * len(results) + 1, 4.6), layout="constrained")
+    figure = figures.make_figure(4 * len(results) + 1, 4.6)
     image = None
     for axes, result in zip(figure.subplots(1, len(results), sharey=True), results, strict=True):
         ratios = [ratio(row, "norm_at_start") for row in result["points"]]
@@ -311,30 +308,21 @@ def draw(results: list[dict], points: int, path: Path, title: str) -> None:
     if image is not None:
         label = "log10(gradient norm, last tenth of the steps / start)"
         figure.colorbar(image, ax=figure.axes, extend="both", label=label)
-    figure.suptitle(f"{title}; cross: diverged")
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path, f"{title}; cross: diverged")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.new_parser(__doc__)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--points", type=int, default=5, help="values of rho and of learning rate")
     parser.add_argument("--batch-size", type=int, help="random images per step; default: all")
     parser.add_argument("--l2", type=float, default=1e-3, help="strength of the L2 penalty")
-    parser.add_argument("--out", help="new folder for the results; default: runs/lightsam-NNN")
+    arguments.add_out(parser, "lightsam")
     args = parser.parse_args(argv)
-    for name, least in (("steps", 1), ("points", 2), ("batch_size", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if not 0 <= args.l2 < float("inf"):
-        parser.error(f"--l2 must be finite and at least 0, got {args.l2}")
-    try:
-        args.folder = free_folder(args.out, "lightsam")
-    except (OSError, ValueError) as error:
-        parser.error(f"--out: {error}")
+    arguments.check_range(parser, args, "steps", "batch_size")
+    arguments.check_range(parser, args, "points", low=2)
+    arguments.check_finite(parser, args, "l2")
+    arguments.choose_folder(parser, args, "lightsam")
     return args
 
 
@@ -350,9 +338,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
-    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
-    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
-    start = time.perf_counter()
+    report = Report(args)
     results = measure(args)
     batch = "all images" if args.batch_size is None else f"{args.batch_size} random images"
     title = f"Logistic regression on digits: {args.steps} steps with {batch} each"
@@ -360,13 +346,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print(f"\n{title}, L2 {args.l2:g}, norm at the start {norm}\n{table(results)}\n")
     print("\n".join(verdict(result) for result in results))
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("folder", "out")}
-    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
-    report |= {"settings": settings, "results": results}
-    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    report.save(results=results)
     draw(results, args.points, args.folder / "lightsam.png", title)
-    print(f"\n{time.perf_counter() - start:.0f} s in all. Results: {args.folder / 'results.json'}")
-    print(f"Plot: {args.folder / 'lightsam.png'}")
+    report.end("lightsam.png")
     return results
 
 

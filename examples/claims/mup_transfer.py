@@ -28,10 +28,7 @@ The script takes 3 to 4 minutes on two CPU cores, about a quarter of it for the 
 """
 
 import argparse
-import json
 import math
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,12 +38,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import samx
-from examples import digits
-from examples.common.output import free_folder
+from examples.common import arguments, figures
+from examples.common.digits_task import TRAIN, rows_of, split
+from examples.common.report import Report, mean_and_error
 
 BASE_WIDTH = 64  # where all scales and learning rates are 1
 FEW, BATCH, NOISE, MOMENTUM = 200, 50, 0.3, 0.9
@@ -105,13 +102,13 @@ class Data(NamedTuple):
 
 def make_data(seed: int, steps: int) -> Data:
     """Return the seed's images; few training images, so that wrong labels are soon memorized."""
-    train, *rest = jax.tree.map(lambda leaf: leaf[0], digits.split(jnp.array([seed]), NOISE))
+    train, *rest = jax.tree.map(lambda leaf: leaf[0], split(jnp.array([seed]), NOISE))
     key, epochs = jax.random.key(seed), math.ceil(steps * BATCH / FEW)
-    few = jax.random.permutation(jax.random.fold_in(key, 1), digits.TRAIN)[:FEW]
+    few = jax.random.permutation(jax.random.fold_in(key, 1), TRAIN)[:FEW]
     keys = jax.random.split(jax.random.fold_in(key, 2), epochs)
     rows = jax.vmap(lambda key: jax.random.permutation(key, few))(keys)
     held_out = {name: jnp.concatenate([part[name] for part in rest]) for name in ("x", "y")}
-    return Data(digits.rows_of(train, rows.reshape(-1, BATCH)[:steps]), held_out)
+    return Data(rows_of(train, rows.reshape(-1, BATCH)[:steps]), held_out)
 
 
 def shapes(width: int) -> Any:
@@ -258,7 +255,7 @@ def fit(widths: list[int], steps: tuple[int, ...], found: dict[str, np.ndarray])
         exponents, means = slopes(widths, values), np.exp(np.log(values).mean(axis=1))
         for index in np.ndindex(*exponents.shape[1:]):
             step, perturbed, layer = index
-            exponent, error = digits.mean_and_error(exponents[:, *index].tolist())
+            exponent, error = mean_and_error(exponents[:, *index].tolist())
             results.append(
                 {
                     "method": name,
@@ -449,7 +446,7 @@ def draw_grid(axes: Any, result: dict, rates: list[float], rhos: list[float], li
 def draw(report: dict, args: argparse.Namespace, path: Path) -> None:
     """Plot the effects (top) and the grids (bottom)."""
     rows = [part for part in PARTS if part in args.parts]
-    figure = Figure(figsize=(12, 0.5 + 4.3 * len(rows)), layout="constrained")
+    figure = figures.make_figure(12, 0.5 + 4.3 * len(rows))
     for part, row in zip(rows, figure.subfigures(len(rows), 1, squeeze=False)[:, 0], strict=True):
         if part == "exponents":
             panels = row.subplots(1, len(args.steps), squeeze=False, sharey=True)[0]
@@ -474,13 +471,11 @@ def draw(report: dict, args: argparse.Namespace, path: Path) -> None:
             row.suptitle(
                 f"Loss after {args.transfer_steps} steps, mean over {args.transfer_seeds} seeds"
             )
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.new_parser(__doc__)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: both")
     add("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048], help="for the exponents")
@@ -493,68 +488,55 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--transfer-seeds", type=int, default=5)
     add("--learning-rates", type=float, nargs="+", default=[0.02, 0.04, 0.08, 0.16, 0.32])
     add("--rhos", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4, 0.8])
-    add("--out", help="new folder for the results; default: runs/mup_transfer-NNN")
+    arguments.add_out(parser, "mup_transfer")
     args = parser.parse_args(argv)
     args.steps = tuple(sorted(set(args.steps)))
     for name in ("widths", "transfer_widths", "learning_rates", "rhos"):
         setattr(args, name, sorted(set(getattr(args, name))))
-    for name in ("widths", "steps", "seeds", "transfer_widths", "transfer_steps", "transfer_seeds"):
-        least = min(np.atleast_1d(getattr(args, name)))
-        if least < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {least}")
+    arguments.check_range(parser, args, "widths", "steps", "seeds")
+    arguments.check_range(parser, args, "transfer_widths", "transfer_steps", "transfer_seeds")
     for name in ("widths", "transfer_widths"):
         if len(getattr(args, name)) < 2:
             parser.error(f"--{name.replace('_', '-')} must have at least two different widths")
-    for name in ("learning_rate", "rho", "learning_rates", "rhos"):
-        values = np.atleast_1d(getattr(args, name))
-        if not all(0 < value < float("inf") for value in values):
-            parser.error(f"--{name.replace('_', '-')} must be finite and above 0, got {values}")
-    try:
-        args.folder = free_folder(args.out, "mup_transfer")
-    except (OSError, ValueError) as error:
-        parser.error(f"--out: {error}")
+    names = ("learning_rate", "rho", "learning_rates", "rhos")
+    arguments.check_finite(parser, args, *names, above_zero=True)
+    arguments.choose_folder(parser, args, "mup_transfer")
     return args
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
-    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
-    start = time.perf_counter()
-    settings = {name: value for name, value in vars(args).items() if name not in ("folder", "out")}
-    report: dict[str, Any] = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
-    report["settings"] = settings | {"steps": list(args.steps)}
+    report, found = Report(args), {}
 
     if "exponents" in args.parts:
-        report["exponents"] = fit(args.widths, args.steps, measure_effects(args))
+        found["exponents"] = fit(args.widths, args.steps, measure_effects(args))
         print(
             f"\nPower of the width with which the perturbation changes each layer's features, "
             f"widths {args.widths[0]} to {args.widths[-1]}, {args.seeds} seeds "
             "(mean ± standard error)"
         )
-        print(exponent_table(report["exponents"]))
+        print(exponent_table(found["exponents"]))
         print("perturbed: all layers at once, or only the own parameters of the layer\n")
-        print(exponent_verdict(report["exponents"]))
+        print(exponent_verdict(found["exponents"]))
     if "transfer" in args.parts:
-        report["grids"] = measure_grids(args)
-        report["transfer"] = compare_widths(report["grids"], args.learning_rates, args.rhos)
+        found["grids"] = measure_grids(args)
+        found["transfer"] = compare_widths(found["grids"], args.learning_rates, args.rhos)
         print(
             f"\nAfter {args.transfer_steps} steps, mean over {args.transfer_seeds} seeds; "
             "the best in brackets"
         )
-        for result in without_repeats(report["grids"]):
+        for result in without_repeats(found["grids"]):
             print("\n" + grid_table(result, args.learning_rates, args.rhos))
-        print("\n" + transfer_table(report["transfer"]))
+        print("\n" + transfer_table(found["transfer"]))
         print(
             "kept: what the best pair of the narrow network gives in the wide one\n"
             "at edge: whether one of the two is at the edge of the grid; beyond, better ones may be"
         )
 
-    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
-    draw(report, args, args.folder / "mup_transfer.png")
-    print(f"\n{time.perf_counter() - start:.0f} s in all. Results: {args.folder / 'results.json'}")
-    print(f"Plot: {args.folder / 'mup_transfer.png'}")
-    return report
+    report.save(**found)
+    draw(found, args, args.folder / "mup_transfer.png")
+    report.end("mup_transfer.png")
+    return found
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ narrow networks most of a step's time is not spent on the gradient: see --width.
 """
 
 import argparse
-import json
-import os
 import random
 import time
 from collections.abc import Callable
@@ -31,13 +29,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import samx
-from examples import digits
-from examples.common.output import free_folder
+from examples.common import arguments, figures
+from examples.common.digits_task import (
+    STEPS_PER_EPOCH,
+    describe,
+    initialize,
+    rows_of,
+    shuffled,
+    split,
+)
 from examples.common.registry import VARIANTS
+from examples.common.report import Report, mean_and_error
+from examples.common.training import Trainer, make_trainer
+from examples.common.tuning import Runs, runs_of
 
 REFERENCES = ("base", "sam")
 DEFAULT = ("looksam", "vsam", "arsam")
@@ -84,7 +91,7 @@ def seen(state: Any) -> Seen:
     return Seen(second_order_ratio(readings), readings.is_sharp)
 
 
-def make_epoch(trainer: digits.Trainer) -> Callable[..., Any]:
+def make_epoch(trainer: Trainer) -> Callable[..., Any]:
     """Return a function, compiled once, that trains one run for one epoch.
 
     It returns params, state and the `Seen` of all steps.
@@ -93,12 +100,10 @@ def make_epoch(trainer: digits.Trainer) -> Callable[..., Any]:
     @jax.jit
     def epoch(params, state, run, images, index):
         def body(carry, rows):
-            params, state = trainer.step(*carry, run, digits.rows_of(images, rows))
+            params, state = trainer.step(*carry, run, rows_of(images, rows))
             return (params, state), seen(state)
 
-        (params, state), steps = jax.lax.scan(
-            body, (params, state), digits.shuffled(run.seed, index)
-        )
+        (params, state), steps = jax.lax.scan(body, (params, state), shuffled(run.seed, index))
         return params, state, steps
 
     return epoch
@@ -106,13 +111,10 @@ def make_epoch(trainer: digits.Trainer) -> Callable[..., Any]:
 
 def measure(args: argparse.Namespace) -> dict[str, Row]:
     """Train every variant with every seed; the variants take turns, one epoch each."""
-    seeds = jnp.arange(args.seeds)
-    runs = digits.Runs(
-        seeds, jnp.full(args.seeds, args.learning_rate), jnp.full(args.seeds, args.rho)
-    )
-    data, params = digits.split(seeds, args.noise), digits.initialize(seeds, args.width)
+    runs = Runs(*runs_of(range(args.seeds), [(args.learning_rate, args.rho)]))
+    data, params = split(runs.seed, args.noise), initialize(runs.seed, args.width)
     trainers = {
-        name: digits.make_trainer(VARIANTS[name], "momentum", args.width, args.epochs)
+        name: make_trainer(VARIANTS[name], "momentum", args.width, args.epochs)
         for name in args.rows
     }
     starts = {name: trainer.init(runs, params) for name, trainer in trainers.items()}
@@ -144,9 +146,7 @@ def measure(args: argparse.Namespace) -> dict[str, Row]:
                     row.ratio[at], row.sharp_fraction[at] = over_epoch(name, steps)
                     row.test_accuracy[at], row.seconds[at] = accuracy, seconds
                     spent = optax.tree.get(now[name][1], "gradients_spent")
-                    row.gradients[at] = (
-                        (index + 1) * digits.STEPS_PER_EPOCH if spent is None else spent
-                    )
+                    row.gradients[at] = (index + 1) * STEPS_PER_EPOCH if spent is None else spent
                     bar.update()
     return rows
 
@@ -183,7 +183,7 @@ def masked_mean(part: np.ndarray) -> np.ndarray:
 def summarize(rows: dict[str, Row]) -> list[dict[str, Any]]:
     """Compute what is printed, drawn and saved of every variant."""
     totals = {name: row.seconds.sum(axis=1) for name, row in rows.items()}
-    steps = rows["base"].seconds.shape[1] * digits.STEPS_PER_EPOCH
+    steps = rows["base"].seconds.shape[1] * STEPS_PER_EPOCH
     results = []
     for name, row in rows.items():
         to_plain, to_sam = (totals[name] / totals[reference] for reference in REFERENCES)
@@ -214,7 +214,7 @@ def table(results: list[dict]) -> str:
     second += f" {'of SAM':>9} " + "".join(f"{part:>8}" for part in PARTS)
     lines = [head, second, "-" * len(second)]
     for result in results:
-        accuracy, error = digits.mean_and_error([100 * a for a in result["test_accuracy"]])
+        accuracy, error = mean_and_error([100 * a for a in result["test_accuracy"]])
         ratios = [result["ratio"][part] for part in PARTS]
         lines.append(
             f"{result['row']:<{width}} {accuracy:>7.2f} ± {error:4.2f}"
@@ -238,7 +238,7 @@ def speed_up(result: dict) -> str:
 def verdict(ratio: np.ndarray) -> str:
     """Say whether the second-order part of SAM's gradient grew, paired by seed."""
     start, middle, end = fifths(ratio).T
-    growth, error = digits.mean_and_error((end - start).tolist())
+    growth, error = mean_and_error((end - start).tolist())
     is_clear = abs(growth) > 2 * error  # false for a single seed: its error is NaN
     word = ("grew" if growth > 0 else "fell") if is_clear else "did not clearly change"
     return (
@@ -250,7 +250,7 @@ def verdict(ratio: np.ndarray) -> str:
 
 def draw(results: list[dict], path: Path, title: str) -> None:
     """Plot the ratio and the fraction of sharp steps over the epochs, and the times as bars."""
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    figure = figures.make_figure(15, 4.2)
     ratio, sharp, bars = figure.subplots(1, 3)
     for position, result in enumerate(results):
         name, color = result["row"], f"C{position}"
@@ -285,14 +285,11 @@ def draw(results: list[dict], path: Path, title: str) -> None:
     for axes in (ratio, sharp, bars):
         axes.grid(alpha=0.3, axis="y")
         axes.legend(fontsize="small")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path, title)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.new_parser(__doc__)
     names = [name for name in VARIANTS if name not in REFERENCES]
     parser.add_argument(
         "--variants",
@@ -308,43 +305,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=0.1)
     parser.add_argument("--rho", type=float, default=0.2)
     parser.add_argument("--width", type=int, default=256, help="units of each hidden layer")
-    parser.add_argument("--out", help="new folder for the results; default: runs/second_order-NNN")
+    arguments.add_out(parser, "second_order")
     args = parser.parse_args(argv)
     args.rows = list(dict.fromkeys((*REFERENCES, *args.variants)))
-    for name in ("seeds", "epochs", "width"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not 0 <= args.noise < 1:
-        parser.error(f"--noise must be in [0, 1), got {args.noise}")
-    if not 0 <= args.rho < float("inf"):
-        parser.error(f"--rho must be finite and at least 0, got {args.rho}")
-    if not 0 < args.learning_rate < float("inf"):
-        parser.error(f"--learning-rate must be finite and above 0, got {args.learning_rate}")
-    try:
-        args.folder = free_folder(args.out, "second_order")
-    except (OSError, ValueError) as error:
-        parser.error(f"--out: {error}")
+    arguments.check_range(parser, args, "seeds", "epochs", "width")
+    arguments.check_share(parser, args, "noise")
+    arguments.check_finite(parser, args, "rho")
+    arguments.check_finite(parser, args, "learning_rate", above_zero=True)
+    arguments.choose_folder(parser, args, "second_order")
     return args
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
-    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
-    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
-    start = time.perf_counter()
+    report = Report(args)
     rows = measure(args)
     results = summarize(rows)
-    print(f"\n{digits.describe(args.noise)}, {args.seeds} seeds (mean ± standard error)")
+    print(f"\n{describe(args.noise)}, {args.seeds} seeds (mean ± standard error)")
     print(f"{table(results)}\n\n{verdict(rows['sam'].ratio)}")
 
-    settings = {name: value for name, value in vars(args).items() if name not in ("folder", "out")}
-    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
-    report |= {"settings": settings, "results": results}
-    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
-    title = f"Digits, {digits.describe(args.noise)}: {args.seeds} seeds, width {args.width}"
+    report.save(results=results)
+    title = f"Digits, {describe(args.noise)}: {args.seeds} seeds, width {args.width}"
     draw(results, args.folder / "second_order.png", title)
-    print(f"\n{time.perf_counter() - start:.0f} s in all. Results: {args.folder / 'results.json'}")
-    print(f"Plot: {args.folder / 'second_order.png'}")
+    report.end("second_order.png")
     return results
 
 

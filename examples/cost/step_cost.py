@@ -37,9 +37,7 @@ also prints a summary of each model and writes sizes.png.
 import argparse
 import functools
 import itertools
-import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable
@@ -50,13 +48,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import samx
-from examples.common.output import free_folder
+from examples.common import arguments, figures
+from examples.common.models import CLASSES, MODELS, Model, as_problem
 from examples.common.registry import BASES, VARIANTS, Setting
+from examples.common.report import Report
 from examples.cost.passes import Counter, Forks
 
 LEARNING_RATE = 0.1
@@ -67,7 +64,6 @@ RHO = 0.05  # the same for every row: it does not change the cost
 LEAST_SECONDS = 0.02
 LEAST_CALLS = 5
 REPEATS = 7
-CLASSES = 10  # number of label classes, and of different batches
 # Passes are counted over whole cycles and at least this many steps: enough for random policies.
 COUNTED_STEPS, COUNTED_EXAMPLES = 100, 8
 SAME = 0.005  # branches whose flops differ relatively by less share a number in the table
@@ -81,19 +77,6 @@ COMPARISONS = {
     "Momentum-SAM vs plain": ("momentum-sam", "plain"),
 }
 BY_SIZE = ("plain", "sam", "sampa", "sampa-separate")
-
-
-class Model(NamedTuple):
-    """A model to train, the shape of one input, and the default batch size.
-
-    `narrow` makes a model of the same layers that runs fast. It is used to count passes.
-    """
-
-    make: Callable[[nnx.Rngs], nnx.Module]
-    shape: tuple[int, ...]
-    batch: int
-    narrow: Callable[[nnx.Rngs], nnx.Module] | None = None
-    has_convolutions: bool = False
 
 
 class Row(NamedTuple):
@@ -110,82 +93,6 @@ class Row(NamedTuple):
     outside: int = 0
     cycle: int = 1
     settling: int = 0
-
-
-def dense(rngs: nnx.Rngs, width: int = 1024) -> nnx.Module:
-    layer = functools.partial(nnx.Linear, rngs=rngs)
-    return nnx.Sequential(
-        *(layer(784, width), nnx.relu, layer(width, width), nnx.relu, layer(width, 10))
-    )
-
-
-def conv(rngs: nnx.Rngs, width: int = 32) -> nnx.Module:
-    layer = functools.partial(nnx.Conv, kernel_size=(3, 3), rngs=rngs)
-    return nnx.Sequential(
-        *(layer(3, width), nnx.relu, layer(width, 2 * width, strides=2), nnx.relu),
-        *(layer(2 * width, 4 * width, strides=2), nnx.relu),
-        *(layer(4 * width, 4 * width, strides=2), nnx.relu),
-        *(lambda x: x.mean(axis=(1, 2)), nnx.Linear(4 * width, 10, rngs=rngs)),
-    )
-
-
-class Residual(nnx.Module):
-    """`x + branch(x)`, with layer normalization at the start of the branch."""
-
-    def __init__(self, width: int, *layers: Callable, rngs: nnx.Rngs):
-        self.branch = nnx.Sequential(nnx.LayerNorm(width, rngs=rngs), *layers)
-
-    def __call__(self, x):  # noqa: D102
-        return x + self.branch(x)
-
-
-def transformer(rngs: nnx.Rngs, width: int = 128) -> nnx.Module:
-    layer = functools.partial(nnx.Linear, rngs=rngs)
-
-    def block() -> tuple[nnx.Module, nnx.Module]:
-        attention = nnx.MultiHeadAttention(4, width, decode=False, rngs=rngs)
-        mlp = layer(width, 4 * width), nnx.gelu, layer(4 * width, width)
-        return Residual(width, attention, rngs=rngs), Residual(width, *mlp, rngs=rngs)
-
-    # Position embeddings are left out: they would cost almost nothing.
-    return nnx.Sequential(
-        *(layer(48, width), *block(), *block(), nnx.LayerNorm(width, rngs=rngs)),
-        *(lambda x: x.mean(axis=1), layer(width, 10)),
-    )
-
-
-narrow = functools.partial(functools.partial, width=4)
-
-MODELS = {
-    "dense": Model(dense, (784,), 512, narrow(dense)),
-    "conv": Model(conv, (32, 32, 3), 64, narrow(conv), has_convolutions=True),
-    "transformer": Model(transformer, (64, 48), 16, narrow(transformer)),  # 64 patches of 4 x 4
-}
-
-
-def problem(model: str, size: int) -> tuple[Callable, Any, dict[str, jax.Array]]:
-    """Return the model as `losses_fn(params, batch) -> [B]`, its parameters, and a batch."""
-    return as_problem(MODELS[model], size)
-
-
-def as_problem(model: Model, size: int) -> tuple[Callable, Any, dict[str, jax.Array]]:
-    """Return the same as `problem`, for a model without a name."""
-    make, shape = model.make, model.shape
-    graph, params = nnx.split(make(nnx.Rngs(0)))
-    # Every call flattens its arguments, and an `nnx.State` flattens several times slower than a
-    # dict. For a model of many arrays this would take a large part of a small step's time.
-    params = nnx.to_pure_dict(params)
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32),
-        "label": jnp.asarray(rng.integers(CLASSES, size=size)),
-    }
-
-    def losses_fn(params, batch):
-        logits = nnx.merge(graph, params)(batch["image"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-
-    return losses_fn, params, batch
 
 
 def reference_rows(losses_fn: Callable, params: Any) -> dict[str, Row]:
@@ -562,7 +469,7 @@ def plot(models: list[list[dict]], path: Path) -> None:
     names = list(dict.fromkeys(name for result in results for name in result["rows"]))
     num_sizes = len(models[0])
     size = 2.5 + 4.5 * len(models), num_sizes * (1.6 + 0.4 * len(names))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = figures.make_figure(*size)
     panels = figure.subplots(num_sizes, len(models), sharey=True, squeeze=False)
     for axes, result in zip(panels.T.flat, results, strict=True):
         rows = result["rows"]
@@ -581,18 +488,17 @@ def plot(models: list[list[dict]], path: Path) -> None:
         axes.set_title(heading(result), fontsize="medium")
     panels[0, 0].set_yticks(range(len(names)), names)
     panels[0, 0].set_ylim(len(names) - 0.4, -0.6)
-    figure.suptitle("A training step, relative to the plain step")
     figure.supxlabel(
         "Blue: median time with samx,\ngrey: without; black: quartiles.\n"
         "Light: flops, the mean over the branches taken",
         fontsize="medium",
     )
-    figure.savefig(path, dpi=150)
+    figures.save(figure, path, "A training step, relative to the plain step")
 
 
 def plot_sizes(models: list[list[dict]], path: Path) -> None:
     """Draw steps per second over the batch size: one panel per model."""
-    figure = Figure(figsize=(1 + 4 * len(models), 4), layout="constrained")
+    figure = figures.make_figure(1 + 4 * len(models), 4)
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for axes, results in zip(panels, models, strict=True):
         sizes = [result["batch"] for result in results]
@@ -607,17 +513,10 @@ def plot_sizes(models: list[list[dict]], path: Path) -> None:
         axes.set_title(results[0]["model"])
     panels[0].set_ylabel("steps per second (median)")
     panels[0].legend()
-    figure.savefig(path, dpi=150)
+    figures.save(figure, path)
 
 
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
-
-
-def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     names = every_variant()
     parser.add_argument(
@@ -630,31 +529,27 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     text = f"rounds (default {REPEATS})"
-    parser.add_argument("--repeats", type=positive, default=REPEATS, help=text)
+    parser.add_argument("--repeats", type=int, default=REPEATS, help=text)
     defaults = ", ".join(f"{model.batch} for {name}" for name, model in MODELS.items())
     parser.add_argument(
         "--batch",
-        type=positive,
+        type=int,
         nargs="+",
         metavar="SIZE",
         help=f"one or several sizes (default {defaults})",
     )
-    parser.add_argument("--out", help="new or empty folder (default runs/step_cost-NNN)")
+    arguments.add_out(parser, "step_cost")
     args = parser.parse_args(argv)
     if "all" in (args.variants or []):
         args.variants = names
-    return parser, args
+    arguments.check_range(parser, args, "repeats", "batch")
+    arguments.choose_folder(parser, args, "step_cost")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser, args = parse(argv)
-    try:
-        folder = free_folder(args.out, "step_cost")
-    except (OSError, ValueError) as error:
-        parser.error(f"--out: {error}")
-
-    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
-    print(f"{device}, jax {jax.__version__}, samx {samx.__version__}")
+    args = parse(argv)
+    report = Report(args)
     models = []
     for model in dict.fromkeys(args.models):
         results, counts = [], count_passes(model, args.variants or every_variant())
@@ -669,13 +564,13 @@ def main(argv: list[str] | None = None) -> None:
         if len(results) > 1:
             print(f"\n{model}: steps per second\n\n{summary(results)}\n")
 
-    about = {"device": device, "jax": jax.__version__, "arguments": vars(args)}
-    report = about | {"results": list(itertools.chain(*models))}
-    (folder / "results.json").write_text(json.dumps(report, indent=1))
-    plot(models, folder / "step_cost.png")
+    report.save(results=list(itertools.chain(*models)))
+    plot(models, args.folder / "step_cost.png")
+    plots = ["step_cost.png"]
     if len(models[0]) > 1:
-        plot_sizes(models, folder / "sizes.png")
-    print(f"Wrote {', '.join(str(path) for path in sorted(folder.iterdir()))}")
+        plot_sizes(models, args.folder / "sizes.png")
+        plots.append("sizes.png")
+    report.end(*plots)
 
 
 if __name__ == "__main__":

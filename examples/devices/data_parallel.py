@@ -23,7 +23,6 @@ results.json, the final parameters (params.npz) and data_parallel.png to --out.
 
 import argparse
 import contextlib
-import json
 import re
 import time
 from collections.abc import Callable
@@ -38,13 +37,14 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import samx
+from examples.common import arguments, figures
+from examples.common.digits_task import LEARNING_RATES, TRAIN, Network, initialize, split
 from examples.common.output import free_folder
 from examples.common.registry import BASES, VARIANTS, Setting, check_base
-from examples.digits import LEARNING_RATES, TRAIN, Network, initialize, split
+from examples.common.report import Report
 
 WIDTH = 64
 GRAPH = nnx.graphdef(nnx.eval_shape(lambda: Network(WIDTH, rngs=nnx.Rngs(0))))
@@ -297,7 +297,7 @@ def print_tables(results: list[dict], args: argparse.Namespace) -> None:
 def draw(results: list[dict], path: Path, title: str) -> None:
     """Draw all curves in the same axes, and the difference of each from the first."""
     panels = 3 if len(results) > 1 else 2
-    figure = Figure(figsize=(5 * panels, 4.2), layout="constrained")
+    figure = figures.make_figure(5 * panels, 4.2)
     axes = figure.subplots(1, panels)
     # Equal curves cover each other, so each is thinner than the one below it.
     styles = [("C0", "-", 7.0, 0.35), ("C1", "--", 3.0, 1.0), ("k", ":", 1.5, 1.0)]
@@ -317,15 +317,12 @@ def draw(results: list[dict], path: Path, title: str) -> None:
     for panel in axes:
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path, title)
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Parse and check the arguments; `check_devices` checks what depends on the devices."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.new_parser(__doc__)
     parser.add_argument(
         "--strategy",
         nargs="+",
@@ -360,24 +357,17 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     parser.add_argument("--num-processes", type=int, metavar="N")
     parser.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
-    parser.add_argument("--out", help="new folder of the results; default runs/data_parallel-NNN")
+    arguments.add_out(parser, "data_parallel")
     args = parser.parse_args(argv)
     if args.rho is None:
         args.rho = VARIANTS[args.variant].radii[0]
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES[args.base][1]
-    for name in ("epochs", "devices", "num_processes"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not 1 <= args.batch <= TRAIN:
-        parser.error(f"--batch must be 1 to {TRAIN}, got {args.batch}")
-    if not 0 <= args.seed < 2**31:
-        parser.error(f"--seed must be at least 0 and less than 2**31, got {args.seed}")
-    if not 0 <= args.rho < float("inf"):
-        parser.error(f"--rho must be finite and at least 0, got {args.rho}")
-    if not 0 < args.learning_rate < float("inf"):
-        parser.error(f"--learning-rate must be finite and above 0, got {args.learning_rate}")
+    arguments.check_range(parser, args, "epochs", "devices", "num_processes")
+    arguments.check_range(parser, args, "batch", high=TRAIN)
+    arguments.check_range(parser, args, "seed", low=0, high=2**31 - 1)
+    arguments.check_finite(parser, args, "rho")
+    arguments.check_finite(parser, args, "learning_rate", above_zero=True)
     try:
         check_base(args.variant, args.base)
     except ValueError as error:
@@ -458,17 +448,16 @@ def check_devices(
     args.strategy = list(dict.fromkeys(args.strategy))
 
 
-def create_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path | None:
-    """Create the folder in process 0; if that fails, all processes end and none waits."""
-    folder, trouble = None, ""
+def create_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Set `args.folder`, `None` except in process 0; if that fails, all processes end."""
+    args.folder, trouble = None, ""
     if jax.process_index() == 0:
         try:
-            folder = free_folder(args.out, "data_parallel")
-        except ValueError as error:
-            trouble = str(error)
+            args.folder = free_folder(args.out, "data_parallel")
+        except (OSError, ValueError) as error:
+            trouble = f"--out: {error}"
     if multihost_utils.broadcast_one_to_all(np.array(bool(trouble))):
         parser.error(trouble or "process 0 refused --out")
-    return folder
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -476,42 +465,36 @@ def main(argv: list[str] | None = None) -> list[dict]:
     connect(args)
     devices = choose_devices(parser, args)
     check_devices(parser, args, devices)
-    folder = create_folder(parser, args)
+    create_folder(parser, args)
 
     kind = "simulated" if devices[0].platform == "cpu" else devices[0].device_kind
     described = f"{len(devices)} {kind} devices"
     if jax.process_count() > 1:
         described += f" in {jax.process_count()} processes"
-    if folder:
-        print(f"device: {described}, jax {jax.__version__}, samx {samx.__version__}")
-    start = time.perf_counter()
+    report = Report(args, described, left_out=["dtype"]) if args.folder else None
     total = len(args.strategy) * args.epochs * args.steps
     own_device = next(d for d in devices if d.process_index == jax.process_index())
     with (
         jax.enable_x64(args.float64),
         jax.default_device(own_device),
-        tqdm(total=total, unit=" steps", smoothing=0.1, disable=folder is None) as bar,
+        tqdm(total=total, unit=" steps", smoothing=0.1, disable=report is None) as bar,
     ):
         results = []
         for strategy in args.strategy:
             bar.set_description(strategy)
             results.append(train(strategy, args, devices, bar))
-    if folder is None:
+    if report is None:
         return results
 
     print_tables(results, args)
     params = {result["strategy"]: result.pop("params") for result in results}
     np.savez(
-        folder / "params.npz",
+        report.folder / "params.npz",
         **{f"{name}/{path}": leaf for name, tree in params.items() for path, leaf in tree.items()},
     )
-    settings = {k: v for k, v in vars(args).items() if k not in ("dtype", "out")}
-    report = {"devices": described, "jax": jax.__version__, "samx": samx.__version__}
-    report |= {"settings": settings, "largest_difference": largest_difference(results)}
-    (folder / "results.json").write_text(json.dumps(report | {"results": results}, indent=1))
-    draw(results, folder / "data_parallel.png", f"{args.variant} on {described}")
-    print(f"\n{time.perf_counter() - start:.0f} s in all. Results: {folder / 'results.json'}")
-    print(f"Plot: {folder / 'data_parallel.png'}")
+    report.save(largest_difference=largest_difference(results), results=results)
+    draw(results, report.folder / "data_parallel.png", f"{args.variant} on {described}")
+    report.end("data_parallel.png")
     return results
 
 

@@ -21,7 +21,6 @@ The script prints both tables. It writes results.json and parallel_cost.png to -
 import argparse
 import contextlib
 import functools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,13 +31,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import samx
-from examples.common.output import free_folder
+from examples.common import arguments, figures
+from examples.common.models import MODELS, problem
 from examples.common.registry import BASES
-from examples.cost.step_cost import MODELS, problem
+from examples.common.report import Report
 from examples.devices.communication import communicated_bytes
 
 RHO, LEARNING_RATE = 0.05, 0.1
@@ -277,7 +276,7 @@ def print_times(rows: list[dict], device: str) -> None:
 
 
 def draw(results: list[dict], rows: list[dict], path: Path, title: str) -> None:
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = figures.make_figure(13, 4)
     flops, sent, lead = figure.subplots(1, 3)
     for position, name in enumerate(METHODS):
         mine = [r for r in results if r["method"] == name]
@@ -300,8 +299,7 @@ def draw(results: list[dict], rows: list[dict], path: Path, title: str) -> None:
     lead.set_xlabel("examples of a device, B/n")
     lead.set_title("time of SAM / time of SAMPa on two groups")
     lead.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path, title)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -310,7 +308,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=512, help="a power of two, over all devices")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=int, default=9, help="rounds of the timing")
-    parser.add_argument("--out", help="new or empty folder (default runs/parallel_cost-NNN)")
+    arguments.add_out(parser, "parallel_cost")
     args = parser.parse_args(argv)
     args.devices = sorted(set(args.devices))
     for name in ("batch", "devices"):
@@ -319,12 +317,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} must be powers of two, got {values}")
     if args.batch < max(args.devices):
         parser.error(f"--batch must be at least the number of devices, got {args.batch}")
-    if args.repeats < 1:
-        parser.error(f"--repeats must be at least 1, got {args.repeats}")
-    try:
-        args.folder = free_folder(args.out, "parallel_cost")
-    except ValueError as error:
-        parser.error(f"--out: {error}")
+    arguments.check_range(parser, args, "repeats")
+    arguments.choose_folder(parser, args, "parallel_cost")
     return args
 
 
@@ -333,19 +327,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
     with contextlib.suppress(RuntimeError):  # a running backend stays unchanged
         jax.config.update("jax_num_cpu_devices", args.devices[-1])
     losses_fn, params, batch = problem(args.model, args.batch)
-    device = jax.devices()[0].device_kind
-    print(f"{device}, jax {jax.__version__}, samx {samx.__version__}")
+    report = Report(args)
     results = count(args, losses_fn, params, batch)
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
     print_counts(results, num_parameters, args.batch)
     rows = lead_of_groups(time_shares(losses_fn, params, batch, args.repeats))
-    print_times(rows, device)
-    report = {"device": device, "jax": jax.__version__, "model": args.model, "batch": args.batch}
-    report |= {"parameters": num_parameters, "counts": results, "times": rows}
-    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    print_times(rows, jax.devices()[0].device_kind)
+    report.save(parameters=num_parameters, counts=results, times=rows)
     title = f"{args.model}, {num_parameters:,} parameters, one batch of {args.batch}"
     draw(results, rows, args.folder / "parallel_cost.png", title)
-    print(f"\nWrote {args.folder / 'results.json'} and {args.folder / 'parallel_cost.png'}")
+    report.end("parallel_cost.png")
     return results
 
 

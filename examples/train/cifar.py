@@ -34,12 +34,12 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import samx
 import samx.flax
+from examples.common import arguments, figures
 from examples.common.output import free_folder
 from examples.common.registry import VARIANTS, Setting
 from examples.common.vision import MODELS, describe
@@ -395,7 +395,7 @@ def fingerprint(tree: Any) -> str:
 
 def draw(log: Log, path: Path, title: str) -> None:
     """Plot losses (left) and accuracies (right)."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = figures.make_figure(11, 4)
     left, right = figure.subplots(1, 2)
     steps, epochs = log.of("step"), log.of("epoch")
     for name in ("loss", "sharp_loss"):
@@ -410,14 +410,11 @@ def draw(log: Log, path: Path, title: str) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path, title)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.new_parser(__doc__)
     add = parser.add_argument
     add("--data", metavar="PATH", help="archive of CIFAR-10 or CIFAR-100, packed or unpacked")
     add("--digits", action="store_true", help="train on scikit-learn's digits instead")
@@ -448,7 +445,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--devices", type=int, help="default: all; if too few, simulated on the CPU")
     add("--seed", type=int, default=0)
     add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="default: one epoch")
-    add("--out", help="new folder for the run; default: runs/cifar-NNN")
+    arguments.add_out(parser, "cifar")
     add("--resume", metavar="FOLDER", help="continue this run, with its settings")
     return parser
 
@@ -486,29 +483,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         parser.error("--data and --digits exclude each other")
     if args.data is None and not args.digits:
         parser.error(NO_DATA)
-    for name, low, high in (
-        ("epochs", 1, np.inf),
-        ("batch", 1, np.inf),
-        ("accumulate", 1, np.inf),
-        ("devices", 1, np.inf),
-        ("images", 0, np.inf),
-        ("width", 0, np.inf),
-        ("depth", 0, np.inf),
-        ("checkpoint_every", 0, np.inf),
-        ("seed", 0, 2**31 - 1),
-        ("imbalance", 1, 1e6),
-        ("rho", 0, 1e6),
-        ("learning_rate", 0, 1e6),
-        ("weight_decay", 0, 1e6),
-        ("warmup", 0, 1),
-        ("label_noise", 0, 0.999),
-        ("label_smoothing", 0, 0.999),
-        ("dropout", 0, 0.999),
-    ):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            wanted = f"at least {low}" if high == np.inf else f"{low} to {high:g}"
-            parser.error(f"--{name.replace('_', '-')} must be {wanted}, got {value}")
+    arguments.check_range(parser, args, "epochs", "batch", "accumulate", "devices")
+    arguments.check_range(parser, args, "images", "width", "depth", "checkpoint_every", low=0)
+    arguments.check_range(parser, args, "seed", low=0, high=2**31 - 1)
+    arguments.check_range(parser, args, "imbalance", high=1e6)
+    arguments.check_range(parser, args, "rho", "learning_rate", "weight_decay", low=0, high=1e6)
+    arguments.check_range(parser, args, "warmup", low=0, high=1)
+    shares = ("label_noise", "label_smoothing", "dropout")
+    arguments.check_range(parser, args, *shares, low=0, high=0.999)
     return parser, args
 
 

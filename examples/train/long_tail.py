@@ -28,9 +28,6 @@ long_tail.png to --out. It takes about two minutes on two CPU cores.
 """
 
 import argparse
-import json
-import os
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,19 +38,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import samx
-from examples import digits
-from examples.common.output import free_folder
+from examples.common import arguments, figures
+from examples.common.digits_task import Network, initialize
 from examples.common.registry import BASES
+from examples.common.report import Report, mean_and_error
+from examples.common.tuning import TUNING_SEEDS, Runs, runs_of, scores_of
 
 CLASSES, LARGEST, BATCH = 10, 100, 40
 VALIDATION, TEST = 24, 50  # images of each class; digit 8 has 174 in all, enough for all splits
-TUNING_SEEDS = range(1000, 1004)  # not among the reported seeds
 MANY, FEW = 0.2, 0.04  # fractions of the largest class: "many" is above, "few" is below
 TAIL = 20  # ImbSAM's tail: classes with fewer training images than this, as in its paper
 MAX_NORM = 1.0  # largest norm of the gradient that the base optimizer gets
@@ -163,7 +160,7 @@ def make_trainer(
     method: Method, base: str, loss: str, width: int, epochs: int, counts: list[int]
 ) -> Trainer:
     """Return functions that train a vector of runs for one epoch; each is compiled once."""
-    graph = nnx.graphdef(digits.Network(width, rngs=nnx.Rngs(0)))
+    graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
     size = sum(counts)
     adjustment = jnp.log(jnp.asarray(counts) / size) if loss == "la" else jnp.zeros(CLASSES)
 
@@ -224,7 +221,7 @@ def make_trainer(
 
 
 def train(
-    trainer: Trainer, params, runs: digits.Runs, part: Part, epochs: int, advance: Callable[[], Any]
+    trainer: Trainer, params, runs: Runs, part: Part, epochs: int, advance: Callable[[], Any]
 ) -> tuple[Any, Any]:
     """Train all runs on their training splits; return their parameters and optimizer states."""
     state = trainer.init(runs, params)
@@ -257,23 +254,21 @@ def measure(row: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
     tuning_work, work = work_of(row, args)
 
     bar.set_description(f"{row}, tuning")
-    rows = [(seed, *candidate) for candidate in candidates for seed in TUNING_SEEDS]
-    runs = digits.Runs(*map(jnp.asarray, zip(*rows, strict=True)))
+    runs = Runs(*runs_of(TUNING_SEEDS, candidates))
     train_part, validation, _ = jax.tree.map(
         lambda leaf: jnp.tile(leaf, (len(candidates),) + (1,) * (leaf.ndim - 1)),
         splits(list(TUNING_SEEDS), counts),
     )
-    params = digits.initialize(runs.seed, args.width)
+    params = initialize(runs.seed, args.width)
     params, _ = train(trainer, params, runs, train_part, epochs, partial(bar.update, tuning_work))
     accuracy = np.asarray(trainer.accuracy(params, validation))
-    scores = accuracy.reshape(len(candidates), -1).mean(axis=1)  # over seeds and classes
+    scores = scores_of(accuracy, candidates)  # means over seeds and classes
     learning_rate, rho = candidates[int(scores.argmax())]
 
     bar.set_description(row)
-    seeds = jnp.arange(args.seeds)
-    runs = digits.Runs(seeds, jnp.full(args.seeds, learning_rate), jnp.full(args.seeds, rho))
+    runs = Runs(*runs_of(range(args.seeds), [(learning_rate, rho)]))
     train_part, _, test = splits(list(range(args.seeds)), counts)
-    params = digits.initialize(seeds, args.width)
+    params = initialize(runs.seed, args.width)
     params, state = train(trainer, params, runs, train_part, epochs, partial(bar.update, work))
     test_accuracy = np.asarray(trainer.accuracy(params, test), float)
     spent = optax.tree.get(state, "gradients_spent")
@@ -300,7 +295,7 @@ def measure(row: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
 
 def percent(values: Any) -> tuple[float, float]:
     """Return mean and standard error in percent."""
-    return digits.mean_and_error([100 * value for value in values])
+    return mean_and_error([100 * value for value in values])
 
 
 def cell(values: Any, sign: str = "") -> str:
@@ -355,7 +350,7 @@ def at_the_ends(results: list[dict]) -> list[str]:
 
 def draw(results: list[dict], counts: list[int], path: Path, title: str) -> None:
     """Plot accuracy by group (left) and by the number of training images of a class (right)."""
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    figure = figures.make_figure(13, 5.2)
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     groups = groups_of(counts)
     names = list(results[0]["test_accuracy_by_group"])
@@ -390,8 +385,7 @@ def draw(results: list[dict], counts: list[int], path: Path, title: str) -> None
         axes.grid(alpha=0.3, axis="y")
         axes.set_ylim(low, 103)
     right.legend(loc="lower right")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    figures.save(figure, path, title)
 
 
 def labelled(name: str, classes: list[int], counts: list[int]) -> str:
@@ -402,9 +396,7 @@ def labelled(name: str, classes: list[int], counts: list[int]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.new_parser(__doc__)
     parser.add_argument("--variants", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--base", choices=list(BASES), default="momentum")
     parser.add_argument(
@@ -417,31 +409,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--rho", type=float, nargs="+", help="candidate radii for all methods")
     parser.add_argument("--width", type=int, default=128, help="units of each hidden layer")
-    parser.add_argument("--out", help="new folder for the results; default: runs/long_tail-NNN")
+    arguments.add_out(parser, "long_tail")
     args = parser.parse_args(argv)
     args.variants = list(dict.fromkeys(args.variants))
-    for name in ("seeds", "epochs", "width"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    arguments.check_range(parser, args, "seeds", "epochs", "width")
     if args.seeds > TUNING_SEEDS.start:
         parser.error(f"--seeds must be at most {TUNING_SEEDS.start}, got {args.seeds}")
     if not 1 <= args.imbalance < float("inf"):
         parser.error(f"--imbalance must be finite and at least 1, got {args.imbalance}")
-    if args.rho and not all(0 <= rho < float("inf") for rho in args.rho):
-        parser.error(f"--rho must be finite and at least 0, got {args.rho}")
+    arguments.check_finite(parser, args, "rho")
     args.counts = class_counts(args.imbalance)
-    try:
-        args.folder = free_folder(args.out, "long_tail")
-    except (OSError, ValueError) as error:
-        parser.error(f"--out: {error}")
+    arguments.choose_folder(parser, args, "long_tail")
     return args
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
-    device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
-    print(f"device: {device}, jax {jax.__version__}, samx {samx.__version__}")
-    start = time.perf_counter()
+    report = Report(args, left_out=["counts"])
     total = sum(sum(work_of(row, args)) * METHODS[row].times * args.epochs for row in args.variants)
     with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
         results = [measure(row, args, bar) for row in args.variants]
@@ -455,16 +439,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if lines := at_the_ends(results):
         print("", *lines, sep="\n")
 
-    settings = {k: v for k, v in vars(args).items() if k not in ("folder", "out", "counts")}
-    report = {"device": device, "jax": jax.__version__, "samx": samx.__version__}
-    report |= {"seconds": time.perf_counter() - start, "settings": settings}
-    report |= {"class_counts": args.counts, "groups": groups, "results": results}
-    (args.folder / "results.json").write_text(json.dumps(report, indent=1))
+    report.save(class_counts=args.counts, groups=groups, results=results)
     title = f"Long-tailed digits, imbalance {args.imbalance:g}, {LOSSES[args.loss]}"
     title += f", {args.seeds} seeds"
     draw(results, args.counts, args.folder / "long_tail.png", title)
-    print(f"\n{time.perf_counter() - start:.0f} s in all. Results: {args.folder / 'results.json'}")
-    print(f"Plot: {args.folder / 'long_tail.png'}")
+    report.end("long_tail.png")
     return results
 
 

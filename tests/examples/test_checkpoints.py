@@ -19,7 +19,6 @@ import samx
 from examples.train.checkpoints import CheckpointError, Checkpoints
 
 STEPS, SAVED = 6, 3
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def data_iterator(data):

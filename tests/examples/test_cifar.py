@@ -20,29 +20,6 @@ from examples.train.cifar_data import load, write_digits
 
 EXAMPLE = Path(cifar.__file__)
 TINY = {"resnet18": "--width 8", "vit": "--width 8 --depth 2"}
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Keep compiled programs on disk; these tests compile the same ones again and again."""
-    assert jax.device_count() == 8  # the devices exist now; --devices cannot change that
-    folder = str(tmp_path_factory.mktemp("programs"))
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
-    for name, value in zip(names, (folder, 0.0), strict=True):
-        jax.config.update(name, value)
-    yield {name.upper(): str(value) for name, value in zip(names, (folder, 0.0), strict=True)}
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-
-
-@pytest.fixture
-def full_optimization(fast_compilation):
-    """Optimize fully, for programs that run longer than they compile: bfloat16, many steps."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +28,7 @@ def archive(tmp_path_factory):
 
 
 @pytest.fixture
-def run(cache, archive, tmp_path, monkeypatch):
+def run(archive, tmp_path, monkeypatch):
     """Run the example in an empty folder, in this process, on one device."""
     monkeypatch.chdir(tmp_path)
 
@@ -139,7 +116,7 @@ def test_several_devices_are_one(run):
         ("resnet18", "--width 8 --epochs 8 --learning-rate 0.05"),
     ],
 )
-def test_fits_128_images(model, options, run, full_optimization):
+def test_fits_128_images(model, options, run):
     results = run(
         f"--model {model} {options} --images 128 --batch 16 --augment none --out run"
         " --checkpoint-every 1000"  # only the last checkpoint; the default saves one per epoch
@@ -161,7 +138,7 @@ def test_label_noise_and_imbalance(run, archive):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["resnet18"])
-def test_a_step_at_batch_64_fits_in_4_gb(model, archive, cache):
+def test_a_step_at_batch_64_fits_in_4_gb(model, archive):
     variant = "--variant sampa-separate"  # the variant that needs most memory
     args = cifar.parse(f"--data {archive} --model {model} {variant} --batch 64".split())[1]
     data = cifar.load_data(args)
@@ -183,14 +160,14 @@ KILLS = [(5, ("--out", "killed"))]
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_as_if_nothing_had_happened(cache, archive, tmp_path):
+def test_killed_and_resumed_is_as_if_nothing_had_happened(archive, tmp_path):
     """SIGKILL comes at an arbitrary moment; the resumed run ends like an undisturbed one."""
     command = [sys.executable, str(EXAMPLE), "--data", str(archive), "--checkpoint-every", "1"]
     options = "--variant looksam --devices 2 --dropout 0.1 --base momentum --label-noise 0.2"
     options += f" --imbalance 10 --images 100 --model vit {TINY['vit']} --batch 8 --epochs 2"
     command += options.split()
-    environment = os.environ | cache | {"JAX_PLATFORMS": "cpu"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in this process
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "programs")
 
     def start(*arguments):
         return subprocess.Popen(
@@ -242,7 +219,7 @@ def has_reached(folder, step):
 
 
 @pytest.fixture(scope="module")
-def finished(cache, archive, tmp_path_factory):
+def finished(archive, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
     arguments = f"--data {archive} --devices 1 {tiny('vit')} --variant sam --out {folder}"
     return folder, cifar.main(arguments.split())
@@ -310,8 +287,7 @@ def test_other_data_or_another_checkpoint_is_refused(finished, run, tmp_path, mo
     assert contents(folder) == before
 
 
-def test_digits_are_written_and_read(cache, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_digits_are_written_and_read(in_empty_folder):
     cifar.main(f"--digits {tiny('vit')} --devices 1".split())
-    assert (tmp_path / "runs" / "digits" / "cifar-10-python.tar.gz").exists()
-    assert (tmp_path / "runs" / "cifar-001" / "results.json").exists()
+    assert (in_empty_folder / "runs" / "digits" / "cifar-10-python.tar.gz").exists()
+    assert (in_empty_folder / "runs" / "cifar-001" / "results.json").exists()

@@ -1,6 +1,5 @@
 """The long-tail example: its splits, how it chooses, what it trains, and what it writes."""
 
-import json
 import operator
 import re
 from collections import Counter
@@ -14,16 +13,11 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import samx
-from examples import digits
+from examples.common.digits_task import initialize
+from examples.common.tuning import Runs
 from examples.train import long_tail
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
-
 COUNTS = [100, 59, 35, 21, 12, 7, 4, 2, 1, 1]
-
-
-def no_constant(name):
-    raise AssertionError(f"{name} is not JSON")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +91,7 @@ def test_batches_have_no_image_twice_and_differ_by_seed_and_epoch():
 
 
 def losses_by_hand(params, x, y, adjustment):
-    """Losses of `digits.Network`, with its parameters in a dictionary."""
+    """Losses of the digits network, with its parameters in a dictionary."""
     for layer in ("first", "second"):
         x = jax.nn.relu(x @ params[layer]["kernel"] + params[layer]["bias"][None])
     logits = x @ params["head"]["kernel"] + params["head"]["bias"][None] + adjustment[None]
@@ -117,9 +111,9 @@ def test_each_run_is_the_plain_loop(row, loss, variant):
     trainer = long_tail.make_trainer(
         long_tail.METHODS[row], "momentum", loss, width, epochs, COUNTS
     )
-    runs = digits.Runs(jnp.array([0, 5]), jnp.array([0.1, 0.3]), jnp.array([0.2, 0.5]))
+    runs = Runs(jnp.array([0, 5]), jnp.array([0.1, 0.3]), jnp.array([0.2, 0.5]))
     train, _, test = long_tail.splits([0, 5], COUNTS)
-    start = digits.initialize(runs.seed, width)
+    start = initialize(runs.seed, width)
     taken = []
     params, state = long_tail.train(trainer, start, runs, train, epochs, lambda: taken.append(1))
     assert len(taken) == epochs
@@ -142,7 +136,7 @@ def test_each_run_is_the_plain_loop(row, loss, variant):
         )
         return optax.apply_updates(w, updates), state
 
-    starts = nnx.to_pure_dict(digits.initialize(runs.seed, width))
+    starts = nnx.to_pure_dict(initialize(runs.seed, width))
     found = nnx.to_pure_dict(params)
     for index, (seed, rate, rho) in enumerate(zip(*runs, strict=True)):
         w = jax.tree.map(operator.itemgetter(index), starts)
@@ -202,12 +196,11 @@ def test_values_are_chosen_on_validation_images_of_seeds_of_their_own(monkeypatc
         np.testing.assert_allclose([runs.learning_rate, runs.rho], [[0.1] * 3, [0.5] * 3])
 
 
-def test_a_tiny_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_tiny_run(in_empty_folder, capsys, read_report):
     arguments = "--seeds 2 --epochs 2 --width 4 --rho 0.1 --imbalance 10 --variants base focal-sam"
     results = long_tail.main(arguments.split())
-    folder = tmp_path / "runs" / "long_tail-001"
-    report = json.loads((folder / "results.json").read_text(), parse_constant=no_constant)
+    folder = in_empty_folder / "runs" / "long_tail-001"
+    report = read_report(folder)
     assert report["results"] == results
     assert report["class_counts"] == [100, 77, 59, 46, 35, 27, 21, 16, 12, 10]
     groups = {"many": [*range(7)], "medium": [7, 8, 9], "few": [], "all": [*range(10)]}
@@ -302,17 +295,8 @@ def test_groups_without_classes_and_a_single_seed_are_drawn(imbalance, tmp_path)
         ("--loss mse", "--loss: invalid choice: 'mse'"),
         ("--base adagrad", "--base: invalid choice: 'adagrad'"),
         ("--variants sam sammy", "--variants: invalid choice: 'sammy'"),
-        ("--out full", "--out: full is not empty"),
+        ("--out taken", "--out: taken is not empty"),
     ],
 )
-def test_nonsense_is_refused_before_anything_is_done(
-    arguments, message, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    with pytest.raises(SystemExit) as stop:
-        long_tail.main(arguments.split())
-    assert stop.value.code == 2
-    assert re.search(message, " ".join(capsys.readouterr().err.split()))
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+def test_bad_arguments(arguments, message, refusal):
+    assert re.search(message, refusal(long_tail.main, arguments))

@@ -1,198 +1,70 @@
-"""What each device computes and sends, read from the compiled programs of 8 simulated devices."""
+"""The example that counts what each device does: counts, formulas, and what it refuses."""
 
-import functools
+import re
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
-import regimes
-from cases import VARIANTS
-from costs import STRAIGHT, flops, wide_losses, wide_problem
-from costs import build as build_variant
-from jax.sharding import AxisType
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import samx
+from examples.devices import parallel_cost
 from examples.devices.communication import communicated_bytes
 
-PROGRAMS = [name for name in STRAIGHT if VARIANTS[name].like is None]
-SCALARS = 64  # bytes of losses, norms and shares in a step
-MOMENTUM = optax.sgd(0.1, momentum=0.9)
+
+@pytest.mark.slow
+def test_parallel_cost_counts_what_the_formulas_say(in_empty_folder, capsys, read_report):
+    results = parallel_cost.main(
+        ["--batch", "256", "--devices", "2", "4", "--repeats", "1", "--out", "cost"]
+    )
+    assert len(results) == 2 * len(parallel_cost.METHODS)
+    for result in results:
+        wanted, found = result["formula"], result["counted"]
+        assert found["sent"] == pytest.approx(wanted["sent"], rel=1e-4)
+        assert found["flops"] == pytest.approx(wanted["flops"], rel=0.06)  # plus O(P) work
+        assert found["state"] == pytest.approx(wanted["state"], rel=1e-3)
+        assert found["temporary"] == pytest.approx(wanted["temporary"], rel=0.1)
+    assert (in_empty_folder / "cost" / "parallel_cost.png").stat().st_size > 10_000
+    report = read_report(in_empty_folder / "cost")
+    assert report["counts"] == results
+    assert [row["share"] for row in report["times"]] == [2**i for i in range(7, -1, -1)]
+    printed = capsys.readouterr().out
+    for text in (*parallel_cost.METHODS, "T(2B/n) + 2P", "Where two groups lead", "results.json"):
+        assert text in printed
 
 
-def large_problem():
-    """A larger batch, so that products dominate the cost on each of 8 devices, too."""
-    params, batch = wide_problem()
-    return params, jax.tree.map(lambda x: jnp.concatenate([x] * 8), batch)
-
-
-def parameter_bytes():
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(wide_problem()[0]))
-
-
-def paired(batch_like):
-    return samx.sampa(MOMENTUM, batch_like=batch_like, pair_sharding=P("pair"))
-
-
-def build(name):
-    if name == "plain":
-        return lambda batch_like: optax.with_extra_args_support(MOMENTUM)
-    if name == "pair":
-        return paired
-    if name.startswith("accumulated "):
-        whole = build(name.removeprefix("accumulated "))
-        return lambda batch_like: samx.accumulate(whole(batch_like), 4)
-    return lambda batch_like: build_variant(name, MOMENTUM, batch_like)
-
-
-@functools.cache
-def compiled(name, regime, ascent="global", shape=(8,), check_vma=True, returns_value=False):
-    """Compile a step that returns state and readings, too; axes are "data", "pair" or both."""
-    params, batch = large_problem()
-    names = ("pair", "data")[: len(shape)] if name == "pair" else ("data",)
-    axes = "data" if "data" in names else None
-    spec = P(axes) if axes else P()
-    axis_type = AxisType.Explicit if regime == "explicit" else AxisType.Auto
-    mesh = regimes.mesh_of(shape, names, axis_type)
-    with jax.set_mesh(mesh):
-        batch = regimes.place(batch, mesh, spec)
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch
-        )
-        tx = build(name)(like)
-        mapped = regime in ("shard_map", "pmap")
-        if mapped and axes:
-            tx = samx.data_parallel(tx, axes, ascent)
-        specs = samx.state_specs(tx, params, batch_specs=spec)
-        params = regimes.place(params, mesh, P())
-        state = regimes.place(tx.init(params), mesh, specs)
-        whole_step = regimes.make_step(tx, wide_losses, axes if mapped else None)
-
-        def step(*args):
-            params, state, value = whole_step(*args)
-            # If a variant ignores its gradient, the value would keep a forward pass alive.
-            return params, state, value if returns_value else None
-
-        if mapped:
-            step = jax.shard_map(
-                step,
-                mesh=mesh,
-                in_specs=(P(), specs, spec),
-                out_specs=(P(), specs, P()),
-                check_vma=check_vma,
-            )
-        return jax.jit(step).lower(params, state, batch).compile()
-
-
-def gradients_of(name):
-    """Count the gradients that are averaged over the devices, whichever examples they use."""
-    case = VARIANTS[name]
-    if "num_groups" in case.static_args:
-        return 2
-    return case.passes[1] + case.uses_gradient + (case.curvature > 0)
-
-
-@functools.cache
-def one_pass(num_devices, direction="backward"):
-    """Flops of one gradient, or a forward pass, on one device's share of the batch."""
-    params, batch = large_problem()
-    shard = jax.tree.map(lambda x: x[: len(x) // num_devices], batch)
-
-    def loss(params):
-        return wide_losses(params, shard).mean()
-
-    fn = loss if direction == "forward" else jax.value_and_grad(loss)
-    return flops(jax.jit(fn).lower(params).compile())
-
-
-def share_of(name):
-    """Flops of a step on one of 8 devices."""
-    forward, backward = VARIANTS[name].passes
-    alone = (forward - backward) * one_pass(8, "forward")
-    gradients = backward + VARIANTS[name].uses_gradient + VARIANTS[name].curvature
-    return alone + gradients * one_pass(8)
-
-
-def assert_bytes(program, copies):
-    (operation, size), *others = communicated_bytes(program).items()
-    assert (operation, others) == ("all-reduce", [])
-    assert 0 <= size - copies * parameter_bytes() <= SCALARS
+def test_communicated_bytes_reads_every_operation():
+    """It reads every kind of collective of a known size, and ignores groups of one device."""
+    mesh = jax.make_mesh((2, 1), ("a", "one"))
+    x = jax.device_put(jnp.ones((4, 8)), NamedSharding(mesh, P("a")))
+    kinds = {
+        "all-reduce": (lambda x: jax.lax.psum(x, "a"), 2 * 8 * 4),
+        "all-gather": (lambda x: jax.lax.all_gather(x, "a"), 2 * 2 * 8 * 4),
+        "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "a"), 8 * 4),
+        "collective-permute": (lambda x: jax.lax.ppermute(x, "a", [(0, 1), (1, 0)]), 2 * 8 * 4),
+        "all-to-all": (lambda x: jax.lax.all_to_all(x, "a", 0, 0), 2 * 8 * 4),
+    }
+    for operation, (fn, size) in kinds.items():
+        mapped = jax.shard_map(fn, mesh=mesh, in_specs=P("a"), out_specs=P("a"), check_vma=False)
+        program = jax.jit(mapped).lower(x).compile()
+        assert communicated_bytes(program) == {operation: size}
+    alone = jax.shard_map(
+        lambda x: jax.lax.psum(x, "one"), mesh=mesh, in_specs=P("a"), out_specs=P("a")
+    )
+    assert communicated_bytes(jax.jit(alone).lower(x).compile()) == {}
 
 
 @pytest.mark.parametrize(
-    ("name", "regime", "check_vma"),
+    ("arguments", "message"),
     [
-        *(
-            (name, regime, True)
-            for name in ["plain", *PROGRAMS]
-            for regime in ("shard_map", "auto")
-        ),
-        *((name, "shard_map", False) for name in ("plain", "sam", "sampa", "lets")),
+        ("--batch 12", r"--batch must be powers of two, got \[12\]"),
+        ("--devices 2 3", r"--devices must be powers of two, got \[2, 3\]"),
+        ("--devices 0", "--devices must be powers of two"),
+        ("--batch 4", "--batch must be at least the number of devices, got 4"),
+        ("--repeats 0", "--repeats must be at least 1, got 0"),
+        ("--model mlp", "mlp.*dense"),
+        ("--out taken", "taken.*not empty"),
     ],
 )
-def test_one_all_reduce_per_gradient(name, regime, check_vma):
-    if (name, regime) == ("lets", "auto"):
-        return  # the compiler shards the directional derivative as it likes
-    copies = 1 if name == "plain" else gradients_of(name)
-    assert_bytes(compiled(name, regime, check_vma=check_vma), copies)
-
-
-@pytest.mark.parametrize("name", ["rst", "looksam"])
-def test_a_skipped_step_sends_one_pass(name, monkeypatch):
-    for side, copies in ((0, 2), (1, 1)):
-        monkeypatch.setattr(jax.lax, "cond", lambda _, *sides, side=side: sides[side]())
-        assert_bytes(compiled.__wrapped__(name, "shard_map"), copies)
-
-
-@pytest.mark.parametrize(
-    ("name", "check_vma"),
-    [("sam", False), *((n, True) for n in PROGRAMS if VARIANTS[n].uses_gradient)],
-)
-def test_local_ascent_sends_one_pass(name, check_vma):
-    """It sends one more where the mean gradient is needed, for a combination or a state."""
-    copies = gradients_of(name) - 1 + (name in ("gsam", "lightsam_adam"))
-    assert_bytes(compiled(name, "shard_map", "local", check_vma=check_vma), copies)
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("regime", ["shard_map", "auto"])
-def test_flops_per_device_are_those_of_its_share(name, regime):
-    assert flops(compiled(name, regime)) == pytest.approx(share_of(name), rel=0.05)
-
-
-@pytest.mark.parametrize("regime", ["shard_map", "auto"])
-def test_a_device_draws_from_its_share(regime, monkeypatch):
-    """AUSAM after its warm-up; a few numbers per example keep the score tables equal."""
-    monkeypatch.setattr(jax.lax, "cond", lambda _, *sides: sides[1]())
-    program = compiled.__wrapped__("ausam", regime)
-    assert flops(program) == pytest.approx(one_pass(8), rel=0.05)
-    sent = sum(communicated_bytes(program).values()) - 2 * parameter_bytes()
-    assert 0 < sent <= 6 * 4 * len(large_problem()[1]["y"]) + SCALARS
-
-
-@pytest.mark.parametrize("regime", ["shard_map", "auto", "explicit"])
-@pytest.mark.parametrize("shape", [(2,), (2, 4)])
-def test_a_pair_costs_one_pass(regime, shape):
-    program = compiled("pair", regime, shape=shape)
-    assert_bytes(program, 3 if len(shape) == 2 and regime != "shard_map" else 2)
-    num_groups = shape[1] if len(shape) == 2 else 1
-    assert flops(program) / one_pass(num_groups) == pytest.approx(1, abs=0.05)
-
-
-def test_what_the_caller_computes_too_is_merged():
-    """`samx.value_and_grad` and `data_parallel` compute the same gradient; XLA merges the two."""
-    alone, returned = (compiled("sam", "shard_map", returns_value=value) for value in (False, True))
-    assert flops(returned) == flops(alone)
-    assert communicated_bytes(returned) == communicated_bytes(alone)
-
-
-@pytest.mark.parametrize(
-    ("name", "ascent", "copies"),
-    [("sam", "global", 2), ("sam", "local", 1), ("sampa", "global", 2)],
-)
-def test_accumulation_sends_each_gradient_once(name, ascent, copies):
-    """XLA counts the loop's body once: a quarter of the flops, and no pass over the whole batch."""
-    program = compiled(f"accumulated {name}", "shard_map", ascent)
-    assert_bytes(program, copies)
-    assert flops(program) / one_pass(8) == pytest.approx(2 / 4, rel=0.1)
+def test_bad_arguments(arguments, message, refusal):
+    assert re.search(message, refusal(parallel_cost.main, arguments))

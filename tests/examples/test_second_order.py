@@ -1,6 +1,6 @@
 """The second-order example: what it writes, and how it computes its numbers."""
 
-import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,12 @@ from examples.claims import second_order
 from examples.common.registry import VARIANTS, Setting
 from samx import policies
 
-pytestmark = pytest.mark.usefixtures("fast_compilation")
 
-
-def no_constant(name):
-    raise AssertionError(f"{name} is no JSON")
-
-
-def test_a_tiny_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_tiny_run(in_empty_folder, capsys, read_report):
     arguments = "--variants looksam arsam --seeds 2 --epochs 6 --width 4 --out results"
     results = second_order.main(arguments.split())
-    text = (tmp_path / "results" / "results.json").read_text()
-    report = json.loads(text, parse_constant=no_constant)
-    assert report["results"] == results
-    assert (tmp_path / "results" / "second_order.png").stat().st_size > 10_000
+    assert read_report(in_empty_folder / "results")["results"] == results
+    assert (in_empty_folder / "results" / "second_order.png").stat().st_size > 10_000
     rows = {result["row"]: result for result in results}
     assert list(rows) == ["base", "sam", "looksam", "arsam"]
 
@@ -96,3 +87,20 @@ def test_fifths_pass_over_epochs_without_sharp_steps():
     np.testing.assert_allclose(fifths, [[1, 3, nan], [4, 2, 6]])
     assert second_order.mean_over_seeds(fifths) == [2.5, 2.5, 6]
     assert second_order.mean_over_seeds(np.full((2, 1), nan)) == [None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--seeds 0", "--seeds must be at least 1, got 0"),
+        ("--epochs -1", "--epochs must be at least 1, got -1"),
+        ("--width 0", "--width must be at least 1, got 0"),
+        ("--noise 1", r"--noise must be in \[0, 1\), got 1.0"),
+        ("--rho nan", "--rho must be finite and at least 0, got nan"),
+        ("--learning-rate 0", "--learning-rate must be finite and above 0, got 0.0"),
+        ("--variants sam sammy", "sammy.*choose from.*sampa"),
+        ("--out taken", "taken.*not empty"),
+    ],
+)
+def test_bad_arguments(arguments, message, refusal):
+    assert re.search(message, refusal(second_order.main, arguments))

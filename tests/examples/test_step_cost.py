@@ -1,6 +1,6 @@
 """step_cost.py: passes counted while a step runs, branches one by one, and the table."""
 
-import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +76,8 @@ def test_counter_counts_passes_over_a_batch(work):
     assert counter.passes() == {"forward": forward, "backward": backward}
 
 
-def test_passes_of_whole_steps(fast_compilation, tiny_models, monkeypatch):
-    """One variant of each kind; `test_cost.py` counts the passes inside `update` for all."""
+def test_passes_of_whole_steps(tiny_models, monkeypatch):
+    """One variant of each kind. `tests/variants` counts the passes inside `update` for all."""
     monkeypatch.setattr(step_cost, "VARIANTS", VARIANTS)
     counts = step_cost.count_passes("tiny", ["sam", "sampa", "momentum-sam", "periodic", "rst"])
     share = counts["rst"]["branch_shares"][1]
@@ -92,7 +92,7 @@ def test_passes_of_whole_steps(fast_compilation, tiny_models, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_registry_says_who_reads_the_gradient(name, fast_compilation):
+def test_registry_says_who_reads_the_gradient(name):
     """A variant that does not read the gradient ignores its NaN; AsyncSAM only stores the NaN."""
     params, batch = make_problem()
     setting = Setting(batch, batch_size=8, num_examples=8)
@@ -186,9 +186,8 @@ def tiny(rngs):
 
 
 @pytest.fixture
-def tiny_models(monkeypatch, tmp_path):
+def tiny_models(monkeypatch, in_empty_folder):
     """Two models instead of three; one claims to have convolutions."""
-    monkeypatch.chdir(tmp_path)
     models = {
         "tiny": step_cost.Model(tiny, (64,), 32),
         "tiny conv": step_cost.Model(tiny, (64,), 8, has_convolutions=True),
@@ -200,11 +199,9 @@ def tiny_models(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_step_cost_measures_every_variant_by_default(
-    fast_compilation, tiny_models, tmp_path, capsys
-):
+def test_step_cost_measures_every_variant_by_default(tiny_models, tmp_path, capsys, read_report):
     step_cost.main(["--repeats", "2", "--out", "cost"])
-    report = json.loads((tmp_path / "cost" / "results.json").read_text())
+    report = read_report(tmp_path / "cost")
     tiny, conv = report["results"]
     rows, expected = tiny["rows"], ("sam", "periodic", "vsam", "half")
     assert set(expected) < set(rows)
@@ -242,8 +239,8 @@ def test_step_cost_measures_every_variant_by_default(
 
 def test_step_cost_takes_all_variants_when_told_to(tiny_models):
     every = ["sam", "periodic", "vsam", "half"]
-    assert step_cost.parse(["--variants", "all"])[1].variants == every
-    assert step_cost.parse(["--variants", "half", "sam"])[1].variants == ["half", "sam"]
+    assert step_cost.parse(["--variants", "all"]).variants == every
+    assert step_cost.parse(["--variants", "half", "sam"]).variants == ["half", "sam"]
 
 
 @pytest.mark.parametrize("alias", [0, 100])
@@ -258,11 +255,60 @@ def test_peak_is_what_a_run_holds(alias):
     assert copies <= 5 - bool(alias)
 
 
-@pytest.mark.parametrize("name", step_cost.MODELS)
-def test_narrow_models_have_the_same_layers(name):
-    model = step_cost.MODELS[name]
+@pytest.mark.slow
+def test_step_cost_over_batch_sizes(in_empty_folder, capsys, monkeypatch, read_report):
+    tiny = step_cost.Model(lambda rngs: nnx.Linear(4, 10, rngs=rngs), (4,), 8)
+    monkeypatch.setattr(step_cost, "MODELS", {"one": tiny, "two": tiny})
+    arguments = "--variants sampa sampa-separate --batch 2 1 2 --repeats 1 --out cost"
+    step_cost.main(arguments.split())
+    for name in ("step_cost.png", "sizes.png"):
+        assert (in_empty_folder / "cost" / name).stat().st_size > 10_000
+    report = read_report(in_empty_folder / "cost")
+    assert [(r["model"], r["batch"]) for r in report["results"]] == [
+        ("one", 1),
+        ("one", 2),
+        ("two", 1),
+        ("two", 2),
+    ]
+    for result in report["results"]:
+        assert {"plain", "sampa", "sampa-separate"} <= set(result["rows"])
+        for row in result["rows"].values():
+            np.testing.assert_allclose(row["steps_per_second"], 1 / np.median(row["seconds"]))
+    printed = capsys.readouterr().out
+    for model in ("one", "two"):
+        assert f"{model}: steps per second" in printed
+    assert printed.count("Largest batch at which sampa") == 2
 
-    def leaves(make):
-        return jax.tree.structure(nnx.eval_shape(lambda: nnx.state(make(nnx.Rngs(0)))))
 
-    assert leaves(model.narrow) == leaves(model.make)
+@pytest.mark.parametrize(
+    ("ratios", "largest"),
+    [((1.1, 1.15, 1.3), "4"), ((1.2, 1.9, 2.0), "none of these"), ((1, 1, 1), "16")],
+)
+def test_step_cost_says_where_sampa_costs_one_gradient(ratios, largest):
+    def rows(ratio):
+        return {
+            "plain": {"steps_per_second": 1000.0},
+            "sampa": {"steps_per_second": 1000 / ratio, "time_to_plain": [ratio, ratio, ratio]},
+        }
+
+    results = [{"batch": b, "rows": rows(r)} for b, r in zip((1, 4, 16), ratios, strict=True)]
+    text = step_cost.summary(results)
+    assert text.endswith(f"sampa takes less than 1.2 x plain: {largest}")
+    assert f"{ratios[0]:.2f} [" in text
+    without = [{"batch": r["batch"], "rows": {"plain": r["rows"]["plain"]}} for r in results]
+    assert "sampa" not in step_cost.summary(without)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--repeats 0", "--repeats"),
+        ("--batch 0", "--batch"),
+        ("--batch 4 0", "--batch must be at least 1, got 0"),
+        ("--models mlp", "mlp.*dense"),
+        ("--variants sam sammy", "sammy.*choose from.*sampa"),
+        ("--out taken", "taken.*not empty"),
+    ],
+)
+def test_bad_arguments(arguments, message, refusal):
+    assert re.search(message, refusal(step_cost.main, arguments))

@@ -1,7 +1,6 @@
 """The LETS example: which images are seen, and whether the report matches the run."""
 
 import argparse
-import json
 import math
 
 import jax
@@ -10,16 +9,11 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from examples import digits
 from examples.claims import lets
-
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+from examples.common import digits_task
+from examples.common.tuning import runs_of
 
 SMALL = argparse.Namespace(width=8, epochs=1, noise=0.3, base="momentum", asam=False)
-
-
-def no_constant(name):
-    raise AssertionError(f"{name} is not JSON")
 
 
 def test_every_image_has_one_part():
@@ -53,9 +47,9 @@ def test_batches_are_whole_epochs_and_fresh_draws():
 
 def run_epoch(method, *rates):
     """Train the first epoch of three seeds with each rate."""
-    runs = lets.of_all(range(3, 6), [(0.3, 0.2, rate) for rate in rates])
+    runs = lets.Runs(*runs_of(range(3, 6), [(0.3, 0.2, rate) for rate in rates]))
     trainer = lets.make_trainer(method, SMALL)
-    data, params = lets.split(runs.seed, 0.3), digits.initialize(runs.seed, SMALL.width)
+    data, params = lets.split(runs.seed, 0.3), digits_task.initialize(runs.seed, SMALL.width)
     state = trainer.init(runs, params)
     return data, *trainer.epoch(params, state, runs, data, 0)
 
@@ -65,9 +59,9 @@ def run_epoch(method, *rates):
 def at_the_end(params, data, rows, held_out_rows):
     """Return the gap on some rows, the gap on the whole parts, and the accuracies."""
     loss, accuracy = lets.make_losses(SMALL.width)
-    held_out = digits.rows_of(data.held_out, held_out_rows)
+    held_out = digits_task.rows_of(data.held_out, held_out_rows)
     return (
-        loss(params, held_out) - loss(params, digits.rows_of(data.train, rows)),
+        loss(params, held_out) - loss(params, digits_task.rows_of(data.train, rows)),
         loss(params, data.held_out) - loss(params, data.train),
         accuracy(params, data.validation),
         accuracy(params, data.test),
@@ -96,9 +90,8 @@ def test_an_epoch_of_lets():
         np.testing.assert_allclose(noted, told, rtol=1e-4, atol=1e-6)
 
 
-def test_a_tiny_run(tmp_path, monkeypatch, capsys):
+def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     """Every stage has the same number of runs, which saves compilation."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lets, "TUNING_SEEDS", range(1000, 1002))
     candidates = [(1e-3, 0.1), (0.3, 0.1), (0.3, 5.0)]  # only the second one learns
     monkeypatch.setattr(lets, "start_candidates", lambda args: candidates)
@@ -106,12 +99,11 @@ def test_a_tiny_run(tmp_path, monkeypatch, capsys):
         "--asam --methods exact --rate 0 300 1e7 --seeds 2 --epochs 2 --width 8 --out results"
     )
     measured = lets.main(arguments.split())
-    text = (tmp_path / "results" / "results.json").read_text()
-    report = json.loads(text, parse_constant=no_constant)
+    report = read_report(in_empty_folder / "results")
     assert {name: report[name] for name in measured} == measured
     wanted = {"seeds": 2, "epochs": 2, "width": 8, "rate": [0, 300, 1e7], "methods": ["exact"]}
     assert wanted.items() <= report["settings"].items()
-    assert (tmp_path / "results" / "lets.png").stat().st_size > 20_000
+    assert (in_empty_folder / "results" / "lets.png").stat().st_size > 20_000
 
     assert (measured["start"]["learning_rate"], measured["start"]["rho"]) == (0.3, 0.1)
     found = measured["hypergradient"]
@@ -184,8 +176,6 @@ def test_what_is_told_and_drawn(tmp_path):
     measured = {"start": {"rho": 0.2}, "rates": rates, "results": results}
     lets.draw(measured, tmp_path / "plot.png", "title")
     assert (tmp_path / "plot.png").stat().st_size > 20_000
-    json.dumps(lets.without_nans(results), allow_nan=False)
-    assert lets.without_nans({"a": [1.0, math.inf]}) == {"a": [1.0, None]}
 
 
 @pytest.mark.parametrize(
@@ -199,16 +189,8 @@ def test_what_is_told_and_drawn(tmp_path):
         ("--rate nan", "--rate must be finite"),
         ("--methods sam", "argument --methods: invalid choice"),
         ("--base lamb", "argument --base: invalid choice"),
-        ("--out full", "--out: full is not empty"),
+        ("--out taken", "--out: taken is not empty"),
     ],
 )
-def test_nonsense_is_refused_before_anything_is_done(
-    arguments, message, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    with pytest.raises(SystemExit):
-        lets.main(arguments.split())
-    assert message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+def test_bad_arguments(arguments, message, refusal):
+    assert message in refusal(lets.main, arguments)

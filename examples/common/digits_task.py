@@ -1,0 +1,76 @@
+"""The task of the digits scripts: images with wrong labels, a small network, and its batches."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from sklearn.datasets import load_digits
+
+TRAIN, VALIDATION, BATCH = 1000, 297, 100  # of 1797 images; the other 500 are the test split
+STEPS_PER_EPOCH = TRAIN // BATCH
+LEARNING_RATES = {
+    "sgd": (0.1, 0.3, 1.0),
+    "momentum": (0.01, 0.03, 0.1, 0.3),
+    "adamw": (3e-4, 1e-3, 3e-3, 1e-2),
+}
+
+
+class Network(nnx.Module):
+    """A network with two hidden layers, from 64 pixels to 10 logits."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.first = nnx.Linear(64, width, rngs=rngs)
+        self.second = nnx.Linear(width, width, rngs=rngs)
+        self.head = nnx.Linear(width, 10, rngs=rngs)
+
+    def __call__(self, x):  # noqa: D102
+        return self.head(nnx.relu(self.second(nnx.relu(self.first(x)))))
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(0, None))
+def split(seed: jax.Array, noise: jax.Array | float):
+    """Return the seed's training, validation and test split.
+
+    A share `noise` of the training labels is wrong.
+    """
+    x, y = load_digits(return_X_y=True)
+    x, y = jnp.asarray(x / 16, jnp.float32), jnp.asarray(y, jnp.int32)
+    order, wrong = jax.random.split(jax.random.fold_in(jax.random.key(0), seed))
+    order = jax.random.permutation(order, len(x))
+    flipped = (y + jax.random.randint(wrong, y.shape, 1, 10)) % 10  # always another digit
+    is_flipped = jnp.arange(TRAIN) < noise * TRAIN
+    train, validation, test = jnp.split(order, [TRAIN, TRAIN + VALIDATION])
+    return (
+        {
+            "x": x[train],
+            "y": jnp.where(is_flipped, flipped[train], y[train]),
+            "index": jnp.arange(TRAIN, dtype=jnp.int32),
+        },
+        {"x": x[validation], "y": y[validation]},
+        {"x": x[test], "y": y[test]},
+    )
+
+
+@partial(jax.jit, static_argnums=1)
+@partial(jax.vmap, in_axes=(0, None))
+def initialize(seed: jax.Array, width: int):
+    """Return the seed's initial parameters."""
+    return nnx.state(Network(width, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
+
+
+def shuffled(seed: jax.Array, epoch: jax.Array | int) -> jax.Array:
+    """Return the seed's batches of one epoch, as indices of training images [steps, batch]."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), seed), epoch)
+    return jax.random.permutation(key, TRAIN).reshape(STEPS_PER_EPOCH, BATCH)
+
+
+def rows_of(data: dict[str, jax.Array], rows: jax.Array) -> dict[str, jax.Array]:
+    """Return the images and labels at the indices `rows`."""
+    return {name: leaf[rows] for name, leaf in data.items()}
+
+
+def describe(noise: float) -> str:
+    """Describe the labels of a table."""
+    return f"{noise:.0%} of the training labels wrong" if noise else "clean labels"

@@ -1,0 +1,238 @@
+"""Train many runs of the digits task at once, choose their hyperparameters, and measure them."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+import samx
+from examples.common.digits_task import (
+    BATCH,
+    STEPS_PER_EPOCH,
+    TRAIN,
+    Network,
+    describe,
+    initialize,
+    rows_of,
+    shuffled,
+    split,
+)
+from examples.common.registry import BASES, Setting, Variant
+from examples.common.tuning import TUNING_SEEDS, Runs, runs_of, scores_of
+
+SHARPNESS_RADIUS = 0.2  # for the reported loss increase; the same for every method
+TIMED_STEPS = 100
+
+
+class Trainer(NamedTuple):
+    """A method's compiled functions. They act on vectors of runs (seed, learning rate, rho)."""
+
+    init: Callable[..., Any]  # runs, params -> state
+    epoch: Callable[..., Any]  # params, state, runs, data, epoch -> params, state, accuracies
+    loss_increase: Callable[..., Any]  # params, data -> [runs]
+    step: Callable[..., Any]  # one step of one run: params, state, run, batch -> params, state
+    accuracy: Callable[..., Any]  # of one run: params, one split -> share of correct predictions
+
+
+def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Trainer:
+    """Build the functions that train a vector of runs for one epoch; each compiles once."""
+    graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
+    batch_like = {
+        "x": jax.ShapeDtypeStruct((BATCH, 64), jnp.float32),
+        "y": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+        "index": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+    }
+    setting = Setting(batch_like, batch_size=BATCH, num_examples=TRAIN)
+
+    def logits(params, x):
+        return nnx.merge(graph, params)(x)
+
+    def losses_fn(params, batch):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, batch["x"]), batch["y"]
+        )
+
+    def accuracy(params, data):
+        return jnp.mean(logits(params, data["x"]).argmax(-1) == data["y"])
+
+    def optimizer(run):
+        schedule = optax.cosine_decay_schedule(run.learning_rate, epochs * STEPS_PER_EPOCH)
+        here = setting._replace(learning_rate=schedule)
+        tx = variant.make(run.rho, BASES[base](schedule), here)
+        return optax.with_extra_args_support(tx)
+
+    def init(run, params):
+        return optimizer(run).init(params)
+
+    def step(params, state, run, batch):
+        def value_fn(params):
+            return losses_fn(params, batch).mean()
+
+        def ascent_fn(params):
+            return samx.losses.log_lower_bound(logits(params, batch["x"]), batch["y"]).mean()
+
+        value, grads = jax.value_and_grad(value_fn)(params)
+        updates, state = optimizer(run).update(
+            grads,
+            state,
+            params,
+            value=value,
+            grad=grads,
+            value_fn=value_fn,
+            losses_fn=losses_fn,
+            batch=batch,
+            index=batch["index"],
+            ascent_fn=ascent_fn,
+        )
+        return optax.apply_updates(params, updates), state
+
+    def epoch(params, state, run, data, epoch):
+        def body(carry, rows):
+            params, state = carry
+            return step(params, state, run, rows_of(data[0], rows)), None
+
+        (params, state), _ = jax.lax.scan(body, (params, state), shuffled(run.seed, epoch))
+        return params, state, jnp.stack([accuracy(params, part) for part in data])
+
+    def loss_increase(params, data):
+        batches = jax.tree.map(lambda leaf: leaf.reshape(BATCH, -1, *leaf.shape[1:]), data[0])
+        ball = samx.perturbations.metric_ball(SHARPNESS_RADIUS)
+
+        def of_batch(batch):
+            loss, g = jax.value_and_grad(lambda p: losses_fn(p, batch).mean())(params)
+            eps, _ = ball.update(g, ball.init(params), params)
+            return losses_fn(optax.apply_updates(params, eps), batch).mean() - loss
+
+        return jax.vmap(of_batch, in_axes=1)(batches).mean()
+
+    return Trainer(
+        jax.jit(jax.vmap(init)),
+        jax.jit(jax.vmap(epoch, in_axes=(0, 0, 0, 0, None)), donate_argnums=(0, 1)),
+        jax.jit(jax.vmap(loss_increase)),
+        jax.jit(step),
+        jax.jit(accuracy),
+    )
+
+
+class Trained(NamedTuple):
+    """The final parameters of all runs, and their accuracies and gradients after each epoch."""
+
+    params: Any
+    accuracies: np.ndarray  # [epochs, runs, 3 splits of the data]
+    gradients: np.ndarray  # [epochs, runs], spent since the start
+
+
+def train(
+    trainer: Trainer, params, runs: Runs, data, epochs: int, advance: Callable[[Runs], Any]
+) -> Trained:
+    """Train all runs; `advance` is called with them after each epoch."""
+    state = trainer.init(runs, params)
+    history, gradients = [], []
+    for index in range(epochs):
+        params, state, accuracies = trainer.epoch(params, state, runs, data, index)
+        history.append(np.asarray(accuracies))
+        spent = optax.tree.get(state, "gradients_spent")
+        if spent is None:  # the base optimizer keeps no readings: one gradient per step
+            spent = np.full(len(runs.seed), (index + 1) * STEPS_PER_EPOCH)
+        gradients.append(np.asarray(spent))
+        advance(runs)
+    return Trained(params, np.stack(history), np.stack(gradients))
+
+
+def choose(trainer, candidates, noise, width, epochs, advance) -> tuple[float, float]:
+    """Return the (learning rate, rho) with the best mean validation accuracy over tuning seeds."""
+    runs = Runs(*runs_of(TUNING_SEEDS, candidates))
+    params, data = initialize(runs.seed, width), split(runs.seed, noise)
+    trained = train(trainer, params, runs, data, epochs, advance)
+    return candidates[int(scores_of(trained.accuracies[-1, :, 1], candidates).argmax())]
+
+
+def seconds_per_step(trainer: Trainer, params, runs: Runs, data, gradients: float) -> float:
+    """Return the mean seconds per step of one run, without `vmap`.
+
+    Sharp and plain steps are timed separately. The result is the mean of their two medians,
+    weighted by how often each kind occurred in training. This weight follows from `gradients`, the
+    mean number of gradients per step. One median over all steps would be the median of the more
+    frequent kind.
+    """
+    state = trainer.init(runs, params)
+    params, state, run, images = jax.tree.map(lambda x: x[0], (params, state, runs, data[0]))
+    batches = [rows_of(images, rows) for rows in shuffled(run.seed, 0)]
+    jax.block_until_ready(trainer.step(params, state, run, batches[0]))
+    seconds: dict[bool, list[float]] = {}
+    for index in range(TIMED_STEPS):
+        start = time.perf_counter()
+        params, state = trainer.step(params, state, run, batches[index % STEPS_PER_EPOCH])
+        jax.block_until_ready((params, state))
+        stop = time.perf_counter()
+        is_sharp = bool(optax.tree.get(state, "is_sharp", default=False))
+        seconds.setdefault(is_sharp, []).append(stop - start)
+    medians = {kind: float(np.median(times)) for kind, times in seconds.items()}
+    if len(medians) == 1:
+        return next(iter(medians.values()))
+    return (2 - gradients) * medians[False] + (gradients - 1) * medians[True]
+
+
+def measure(
+    row: str,
+    variant: Variant,
+    candidates: Sequence[tuple[float, float]],
+    settings: Any,
+    epochs: int,
+    noises: list[float],
+    bar: tqdm,
+    work: Callable[[int], float],
+) -> list[dict]:
+    """Choose the hyperparameters of one row, then train and measure it, for every table.
+
+    Args:
+        row: Name of the row.
+        variant: How its optimizer is built.
+        candidates: Pairs (learning rate, rho) to choose from.
+        settings: `base`, `width` and `seeds` of the command line.
+        epochs: Epochs of the row.
+        noises: Shares of wrong labels, one for each table.
+        bar: The progress bar.
+        work: Gradients in one epoch of so many runs, for the progress bar.
+
+    Returns:
+        One result for each share of wrong labels.
+    """
+    trainer = make_trainer(variant, settings.base, settings.width, epochs)
+    results = []
+    for noise in noises:
+        bar.set_description(f"{row}, {describe(noise)}")
+
+        def advance(runs: Runs) -> None:
+            bar.update(work(len(runs.seed)))
+
+        learning_rate, rho = choose(trainer, candidates, noise, settings.width, epochs, advance)
+        runs = Runs(*runs_of(range(settings.seeds), [(learning_rate, rho)]))
+        data = split(runs.seed, noise)
+        params = initialize(runs.seed, settings.width)
+        trained = train(trainer, params, runs, data, epochs, advance)
+        accuracies, gradients = trained.accuracies, trained.gradients.mean(axis=1)
+        per_step = float(gradients[-1]) / (epochs * STEPS_PER_EPOCH)
+        params = initialize(runs.seed, settings.width)  # training donated the others
+        results.append(
+            {
+                "row": row,
+                "noise": noise,
+                "learning_rate": learning_rate,
+                "rho": rho,
+                "train_accuracy": accuracies[-1, :, 0].tolist(),
+                "test_accuracy": accuracies[-1, :, 2].tolist(),
+                "test_accuracy_by_epoch": accuracies[:, :, 2].mean(axis=1).tolist(),
+                "loss_increase": trainer.loss_increase(trained.params, data).tolist(),
+                "gradients": float(gradients[-1]),
+                "gradients_by_epoch": gradients.tolist(),
+                "seconds_per_step": seconds_per_step(trainer, params, runs, data, per_step),
+            }
+        )
+    return results

@@ -1,0 +1,46 @@
+"""What the tests of all examples share."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def in_empty_folder(tmp_path, monkeypatch):
+    """Work in an empty folder: a script without --out writes to `runs/` there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refusal(in_empty_folder, capsys):
+    """Return a function that runs `main` with bad arguments and returns its message, in one line.
+
+    The script must stop with exit code 2 before it writes anything. `--out taken` is a folder with
+    a file in it, which must stay as it is.
+    """
+
+    def run(main, arguments):
+        (in_empty_folder / "taken").mkdir()
+        (in_empty_folder / "taken" / "results.json").write_text("precious")
+        with pytest.raises(SystemExit) as stop:
+            main(arguments.split())
+        assert stop.value.code == 2
+        assert [path.name for path in in_empty_folder.iterdir()] == ["taken"]
+        assert [path.read_text() for path in (in_empty_folder / "taken").iterdir()] == ["precious"]
+        return " ".join(capsys.readouterr().err.split())
+
+    return run
+
+
+@pytest.fixture
+def read_report():
+    """Return a function that reads results.json of a folder; NaN and Infinity are not JSON."""
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    def read(folder):
+        return json.loads((folder / "results.json").read_text(), parse_constant=no_constant)
+
+    return read

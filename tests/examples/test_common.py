@@ -1,0 +1,187 @@
+"""What the examples share: the registry, folders, arguments, reports, tuning, data and models."""
+
+import argparse
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import samx
+from examples.common import arguments, digits_task, models, training
+from examples.common.output import free_folder
+from examples.common.registry import BASES, VARIANTS, Setting, check_base
+from examples.common.report import Report, mean_and_error, without_nans
+from examples.common.tuning import Runs, runs_of, scores_of
+
+
+def test_free_folder_never_overwrites(in_empty_folder):
+    first, second = free_folder(None, "digits"), free_folder(None, "digits")
+    assert (first.name, second.name) == ("digits-001", "digits-002")
+    assert free_folder("new/deep", "digits").is_dir()
+    (in_empty_folder / "file").write_text("")
+    with pytest.raises(ValueError, match="not a folder"):
+        free_folder("file", "digits")
+
+
+def test_registry_shows_what_a_base_lacks():
+    for variant in VARIANTS:
+        for base in BASES:
+            if (variant, base) == ("momentum-sam", "sgd"):
+                with pytest.raises(ValueError, match="must have one momentum"):
+                    check_base(variant, base)
+            else:
+                check_base(variant, base)
+
+
+@pytest.mark.parametrize(("devices", "count"), [(1, 4), (8, 3), (24, 1)])
+def test_registry_takes_microbatches_that_divide_the_examples_of_a_device(
+    devices, count, monkeypatch
+):
+    taken = []
+    monkeypatch.setattr(samx, "msam", lambda rho, count, **_: taken.append(count) or optax.sgd(0.1))
+    setting = Setting(None, batch_size=120, num_examples=120, num_groups=devices)
+    VARIANTS["msam"].make(0.1, optax.sgd(0.1), setting)
+    assert taken == [count]
+
+
+def parsed(**values):
+    """Return the checks of these arguments, and a parser to give to them."""
+    return argparse.ArgumentParser(), argparse.Namespace(**values)
+
+
+def test_arguments_in_range_pass():
+    parser, args = parsed(seeds=1, rho=[0.0, 0.2], none=None, noise=0.0, learning_rate=1e-3)
+    arguments.check_range(parser, args, "seeds", "none")
+    arguments.check_range(parser, args, "seeds", low=0, high=1)
+    arguments.check_share(parser, args, "noise", "none")
+    arguments.check_finite(parser, args, "rho", "none")
+    arguments.check_finite(parser, args, "learning_rate", above_zero=True)
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "message"),
+    [
+        (lambda *to: arguments.check_range(*to), 0, "must be at least 1, got 0"),
+        (lambda *to: arguments.check_range(*to), [3, 0], "must be at least 1, got 0"),
+        (lambda *to: arguments.check_range(*to, low=0, high=0.5), 1, "must be 0 to 0.5, got 1"),
+        (lambda *to: arguments.check_range(*to), math.nan, "must be at least 1, got nan"),
+        (lambda *to: arguments.check_share(*to), 1.0, "must be in [0, 1), got 1.0"),
+        (lambda *to: arguments.check_share(*to), math.nan, "must be in [0, 1), got nan"),
+        (
+            lambda *to: arguments.check_finite(*to),
+            [1, -0.1],
+            "must be finite and at least 0",
+        ),
+        (
+            lambda *to: arguments.check_finite(*to),
+            math.inf,
+            "must be finite and at least 0",
+        ),
+        (
+            lambda *to: arguments.check_finite(*to, above_zero=True),
+            0.0,
+            "must be finite and above 0, got 0.0",
+        ),
+    ],
+)
+def test_arguments_out_of_range_are_refused(check, value, message, capsys):
+    with pytest.raises(SystemExit):
+        check(*parsed(some_name=value), "some_name")
+    assert f"--some-name {message}" in capsys.readouterr().err
+
+
+def test_every_candidate_trains_with_every_seed():
+    candidates = [(0.1, 1.0), (0.2, 2.0), (0.3, 3.0)]
+    runs = Runs(*runs_of(range(7, 9), candidates))
+    np.testing.assert_array_equal(runs.seed, [7, 8] * 3)
+    np.testing.assert_allclose(runs.learning_rate, [0.1, 0.1, 0.2, 0.2, 0.3, 0.3])
+    np.testing.assert_allclose(runs.rho, [1, 1, 2, 2, 3, 3])
+    scores = scores_of(np.array([0.5, 0.7, 0.9, 0.1, 0.6, 0.65]), candidates)
+    np.testing.assert_allclose(scores, [0.6, 0.5, 0.625])
+    assert scores.argmax() == 2
+
+
+def test_a_report_is_json_and_says_where_it_is(tmp_path, capsys, read_report):
+    args = argparse.Namespace(folder=tmp_path, out=None, seeds=3, counts=[1])
+    report = Report(args, left_out=["counts"])
+    report.save(results=[{"a": math.nan, "b": (1.0, math.inf)}])
+    report.end("plot.png")
+    read = read_report(tmp_path)
+    assert read["results"] == [{"a": None, "b": [1.0, None]}]
+    assert read["settings"] == {"seeds": 3}
+    assert (read["jax"], read["samx"]) == (jax.__version__, samx.__version__)
+    printed = capsys.readouterr().out
+    for text in (f"device: {read['device']}", "s in all", "results.json", "plot.png"):
+        assert text in printed
+    assert without_nans({"a": [1.0, math.inf]}) == {"a": [1.0, None]}
+
+
+def test_mean_and_error():
+    assert mean_and_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))
+    mean, error = mean_and_error([2.0])
+    assert mean == 2
+    assert math.isnan(error)
+
+
+def test_flipped_labels_are_wrong_and_only_in_training():
+    seed = np.array([3])
+    clean, noisy = (
+        [{k: v[0] for k, v in part.items()} for part in digits_task.split(seed, noise)]
+        for noise in (0.0, 0.3)
+    )
+    assert int((clean[0]["y"] != noisy[0]["y"]).sum()) == 0.3 * digits_task.TRAIN
+    for part in (1, 2):
+        np.testing.assert_array_equal(clean[part]["y"], noisy[part]["y"])
+    assert [len(part["y"]) for part in clean] == [digits_task.TRAIN, digits_task.VALIDATION, 500]
+
+
+@pytest.mark.parametrize("gradients", [1.0, 1.2, 2.0])
+def test_training_times_sharp_and_plain_steps_by_their_share(gradients, monkeypatch):
+    """On a fake clock, a plain step takes 1 s; every third step is sharp and takes 11 s."""
+    ticks = iter(np.cumsum([0.0, *([1.0, 0.0] * 2 + [11.0, 0.0]) * training.TIMED_STEPS]))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(ticks))
+    trainer = training.Trainer(
+        init=lambda runs, params: {"is_sharp": jnp.zeros(1, bool), "step": jnp.zeros(1)},
+        epoch=training.train,
+        loss_increase=training.train,
+        step=lambda params, state, run, batch: (
+            params,
+            {"is_sharp": state["step"] % 3 == 2, "step": state["step"] + 1},
+        ),
+        accuracy=training.train,
+    )
+    runs = Runs(*(jnp.zeros(1, int) for _ in Runs._fields))
+    data = ({"x": jnp.zeros((1, digits_task.TRAIN, 1))},)
+    seconds = training.seconds_per_step(trainer, {}, runs, data, gradients)
+    assert seconds == pytest.approx(1 + 10 * (gradients - 1))
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_narrow_models_have_the_same_layers(name):
+    model = models.MODELS[name]
+
+    def leaves(make):
+        return jax.tree.structure(nnx.eval_shape(lambda: nnx.state(make(nnx.Rngs(0)))))
+
+    assert leaves(model.narrow) == leaves(model.make)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", models.MODELS)
+def test_every_model_trains(model):
+    losses_fn, params, batch = models.problem(model, 3)
+    losses = losses_fn(params, batch)
+    assert losses.shape == (3,)
+
+    @jax.jit
+    def step(params):
+        loss, g = jax.value_and_grad(lambda params: losses_fn(params, batch).mean())(params)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, params, g), loss
+
+    params, loss = step(params)
+    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-5)
+    assert losses_fn(params, batch).mean() < loss
