@@ -46,13 +46,7 @@ def test_a_scale_changes_nothing_in_float32(name):
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [
-        ("sam", "value_fn"),
-        ("sam", "losses_fn"),
-        ("sam", "weights"),
-        ("sampa", "losses_fn"),
-        ("sampa", "weights"),
-    ],
+    [("sam", "value_fn"), ("sam", "weights"), ("sampa", "weights")],
 )
 def test_every_form_of_the_loss(name, form):
     """The incoming gradient is not read in any of them."""
@@ -65,11 +59,15 @@ def test_every_form_of_the_loss(name, form):
     keywords = {"losses_fn": losses_fn, "batch": batch, "weights": weights}
     if form == "value_fn":
         keywords = {"value_fn": value_fn}
-    params = start()
-    value, g = jax.value_and_grad(value_fn)(params)
     plain, scaled = (program(name, wrapper, jnp.float32)[0] for wrapper in ("none", "scale"))
-    expected = plain.update(g, plain.init(params), params, value=value, **keywords)
-    updates, state = scaled.update(params, scaled.init(params), params, **keywords)
+
+    @jax.jit
+    def both(params):
+        value, g = jax.value_and_grad(value_fn)(params)
+        expected = plain.update(g, plain.init(params), params, value=value, **keywords)
+        return scaled.update(params, scaled.init(params), params, **keywords), expected
+
+    (updates, state), expected = both(start())
     assert_close((updates, state.inner.inner), expected)
 
 
@@ -106,7 +104,7 @@ def test_inside_accumulate_it_raises():
     tx, params = samx.accumulate(samx.scale_loss(SAM), 4), start()
     arguments = {"losses_fn": losses_in(jnp.float32), "batch": batch_at(0)}
     with pytest.raises(ValueError, match="scale_loss: stands inside accumulate; put it around"):
-        tx.update(params, tx.init(params), params, **arguments)
+        jax.eval_shape(lambda: tx.update(params, tx.init(params), params, **arguments))
 
 
 @every_program
@@ -259,8 +257,8 @@ def test_second_derivatives_inside_a_variant():
 
     tx = samx.scale_loss(samx.closure_transformation(lambda params: (), update_fn))
     w = jnp.array([1.0, 2.0])
-    updates, _ = tx.update(w, tx.init(w), w, value_fn=lambda w: (w**4).sum())
-    assert_close(updates, 12 * w**2 * 4 * w**3)
+    step = jax.jit(lambda w: tx.update(w, tx.init(w), w, value_fn=lambda w: (w**4).sum())[0])
+    assert_close(step(w), 12 * w**2 * 4 * w**3)
 
 
 def test_a_step_is_differentiable_in_the_radius():
@@ -269,7 +267,8 @@ def test_a_step_is_differentiable_in_the_radius():
         g = 4 * w**3
         return optax.tree.norm(tx.update(g, tx.init(w), w, value_fn=lambda w: (w**4).sum())[0])
 
-    slopes = [jax.grad(length)(0.05, wrap) for wrap in (WRAPPERS["none"], samx.scale_loss)]
+    slope = jax.jit(jax.grad(length), static_argnums=1)
+    slopes = [slope(0.05, wrap) for wrap in (WRAPPERS["none"], samx.scale_loss)]
     assert slopes[0] > 0
     assert_close(*slopes)
 
@@ -285,11 +284,15 @@ def test_integers_complex_numbers_and_leaves_that_the_loss_does_not_read():
     def value_fn(params):
         return (jnp.abs(params["z"]) ** 4).sum() * (params["w"] ** 2).sum() * params["table"].sum()
 
-    g = jax.grad(value_fn, allow_int=True)(params)
-    plain, scaled = (
-        tx.update(g, tx.init(params), params, value_fn=value_fn)[0]
-        for tx in (SAM, samx.scale_loss(SAM))
-    )
+    @jax.jit
+    def both(params):
+        g = jax.grad(value_fn, allow_int=True)(params)
+        return [
+            tx.update(g, tx.init(params), params, value_fn=value_fn)[0]
+            for tx in (SAM, samx.scale_loss(SAM))
+        ]
+
+    plain, scaled = both(params)
     assert_close(scaled, plain)
     assert signature(scaled) == signature(plain)
 
