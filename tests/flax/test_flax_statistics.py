@@ -30,7 +30,7 @@ def test_update_leaves_the_live_nnx_model_alone():
     moved = samx.flax.statistics(model)
     assert moved["layers"][1]["rngs"]["count"] == 1
     again = value_fn(nnx.state(model, nnx.Param))  # starts where the clean pass started
-    chex.assert_trees_all_close(again, (value, moved), rtol=1e-12)
+    chex.assert_trees_all_close(again, (value, moved), rtol=1e-6)
     optimizer.update(model, grads, value_fn=value_fn)
     samx.flax.keep_aux(model, optimizer)  # there is no aux
     chex.assert_trees_all_equal(samx.flax.statistics(model), moved)

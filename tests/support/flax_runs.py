@@ -66,7 +66,7 @@ def losses_of(model, batch):
 @functools.cache
 def linen_variables():
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-    return in_float64(Linen().init(keys, batches(1)[0]["x"]))
+    return in_float64(jax.jit(Linen().init)(keys, batches(1)[0]["x"]))
 
 
 # ---- By hand: `(params, memory, t, batch) -> (loss, gradient, memory)`. A pass updates `memory`,
