@@ -11,7 +11,7 @@ import problem
 import pytest
 import reference
 import regimes
-from elastic_runs import ROUNDS, gradient, make_step, sharp, simulated
+from elastic_runs import SHARP, compiled_step, gradient, make_step, simulated
 from jax.sharding import PartitionSpec as P
 
 import samx
@@ -20,7 +20,10 @@ from samx import elastic
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def synchronous(regime, tx, num_workers, steps=ROUNDS):
+STEPS = 7  # two whole periods of three steps, and one step more
+
+
+def synchronous(regime, tx, num_workers):
     """Run `tx` with workers along a mapped axis; return the center and the workers at the end."""
     data, params = problem.make()
     step = without_loss(make_step(tx))
@@ -32,11 +35,13 @@ def synchronous(regime, tx, num_workers, steps=ROUNDS):
         step = jax.pmap(step, axis_name="worker")
     else:
         step = on_mesh(step, regimes.mesh_of((num_workers,), ("worker",)), regime == "shard_map")
-    for t in range(steps):
+    for t in range(STEPS):
         batches = [problem.batch_at(data, t * num_workers + i) for i in range(num_workers)]
         params, state = step(params, state, jax.tree.map(lambda *x: jnp.stack(x), *batches))
     centers = optax.tree.get(state, "center")
-    chex.assert_trees_all_equal(*(jax.tree.map(lambda x, i=i: x[i], centers) for i in (0, -1)))
+    first, last = (jax.tree.map(lambda x, i=i: x[i], centers) for i in (0, -1))
+    # Every device runs the same program; `vmap` may compute its first and last row differently.
+    chex.assert_trees_all_close(first, last, rtol=0, atol=1e-12 if regime == "vmap" else 0)
     return jax.tree.map(lambda x: x[0], centers), params
 
 
@@ -55,13 +60,13 @@ def on_mesh(step, mesh, check_vma):
     )
 
 
-def synchronous_loop(num_workers, beta, period, rho, momentum, exchange, steps=ROUNDS):
+def synchronous_loop(num_workers, beta, period, rho, momentum, exchange):
     """All workers exchange at once; "after" as in Leader SGD: first the mean, then both pulls."""
     data, z = problem.make()
     z = {k: np.asarray(x) for k, x in z.items()}
     w = [dict(z) for _ in range(num_workers)]
     bases = [reference.SGD(0.1, momentum) for _ in range(num_workers)]
-    for t in range(steps):
+    for t in range(STEPS):
         stepped = []
         for i in range(num_workers):
             batch = problem.batch_at(data, t * num_workers + i)
@@ -107,8 +112,7 @@ def test_synchronous_form(regime, exchange, num_workers, rho):
 
 def test_synchronous_form_beside_an_axis_of_data():
     """Two workers of four devices each; a worker's batch is split over its devices."""
-    tx = samx.lsam(optax.sgd(0.1), 0.1, period=2, worker_axis="worker")
-    expected = synchronous("vmap", tx, 2)
+    tx = samx.lsam(optax.sgd(0.1), 0.1, beta=0.43, period=2, worker_axis="worker")
     data, params = problem.make()
     mesh = regimes.mesh_of((2, 4), ("worker", "data"))
     inner = without_loss(make_step(samx.data_parallel(tx, "data")))
@@ -121,11 +125,13 @@ def test_synchronous_form_beside_an_axis_of_data():
     step = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=P("worker")))
     params = jax.tree.map(lambda x: jnp.stack([x] * 2), params)
     state = jax.vmap(tx.init)(params)
-    for t in range(ROUNDS):
+    for t in range(STEPS):
         batches = [problem.batch_at(data, t * 2 + i) for i in range(2)]
         params, state = step(params, state, jax.tree.map(lambda *x: jnp.stack(x), *batches))
     center = jax.tree.map(lambda x: x[0], optax.tree.get(state, "center"))
-    chex.assert_trees_all_close((center, params), expected, rtol=0, atol=1e-10)
+    z, w = synchronous_loop(2, 0.43, 2, 0.1, 0.0, "before")
+    w = jax.tree.map(lambda *x: np.stack(x), *w)
+    chex.assert_trees_all_close((center, params), (z, w), rtol=0, atol=1e-10)
 
 
 def test_synchronous_form_sends_nothing_between_exchanges():
@@ -148,7 +154,7 @@ def test_one_worker_with_a_center():
     """Without a worker axis, `beta` is the pull of the center."""
     tx = samx.lsam(optax.sgd(0.1), 0.05, beta=0.5, period=2)
     state = problem.train(tx, 4)
-    center, (params,) = simulated(sharp(), elastic.Rule(beta=0.5, period=2), [0], 4)[-1]
+    center, (params,) = simulated(SHARP, elastic.Rule(beta=0.5, period=2), [0], 4)[-1]
     del center
     chex.assert_trees_all_close(jax.tree.map(lambda x: x[-1], state), params, rtol=0, atol=1e-12)
 
@@ -158,7 +164,7 @@ def test_nesterov_takes_the_gradient_ahead():
     ahead = problem.train(optax.sgd(0.1, momentum=0.9, nesterov=True), 6)
     tx = elastic.nesterov(optax.sgd(0.1), 0.9)
     data, params = problem.make()
-    state, step = tx.init(params), jax.jit(make_step(tx))
+    state, step = tx.init(params), compiled_step(tx)
     for t in range(6):
         params, state, _ = step(params, state, problem.batch_at(data, t))
     found = jax.tree.map(lambda w, v: w + 0.9 * v, params, state.velocity)

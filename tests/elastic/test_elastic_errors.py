@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import problem
 import pytest
-from elastic_runs import make_worker, sharp, train
+from elastic_runs import PLAIN, SHARP, make_worker, train
 
 import samx
 from samx import elastic
@@ -20,14 +20,14 @@ BAD = {
     "leader": (lambda: elastic.Rule(leader=1.0), ValueError, "`leader` must be below 1"),
     "schedule": (lambda: elastic.Rule(beta=lambda t: 0.9), TypeError, "`beta` must be a number"),
     "staleness": (
-        lambda: train(sharp(), elastic.Rule(), 4, num_workers=3, max_staleness=1),
+        lambda: train(SHARP, elastic.Rule(), 4, num_workers=3, max_staleness=1),
         ValueError,
         "`max_staleness` must be at least num_workers − 1 = 2",
     ),
-    "exchanges": (lambda: train(sharp(), elastic.Rule(), 0), ValueError, "`num_exchanges`"),
+    "exchanges": (lambda: train(SHARP, elastic.Rule(), 0), ValueError, "`num_exchanges`"),
     "resume": (
         lambda: train(
-            sharp(), elastic.Rule(), 4, resume=elastic.Checkpoint(None, np.array([1, 2, 3]))
+            SHARP, elastic.Rule(), 4, resume=elastic.Checkpoint(None, np.array([1, 2, 3]))
         ),
         ValueError,
         "`resume` must be of num_workers=2",
@@ -39,7 +39,7 @@ BAD = {
     ),
     "event": (
         lambda: elastic.Simulation(
-            [make_worker(optax.sgd(0.1), None, 1)(0)], problem.make()[1], elastic.Rule()
+            [make_worker(PLAIN, 1)(0)], problem.make()[1], elastic.Rule()
         ).apply(elastic.Event(0.0, 1, "begin")),
         ValueError,
         "a worker index below 1",

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import problem
 import pytest
-from elastic_runs import Eamsgd, loss_of, make_step, make_worker, sharp, simulated, train
+from elastic_runs import SHARP, Eamsgd, loss_of, make_worker, simulated, train
 
 from samx import elastic
 from samx.elastic._center import Center, Ledger, Shard
@@ -22,17 +22,17 @@ pytestmark = pytest.mark.usefixtures("float64")
 def test_threads_take_the_steps_of_the_simulation():
     """With one worker, the order of the events is known."""
     rule = elastic.Rule(beta=0.5, period=3)
-    trained = train(sharp(), rule, 5, num_workers=1)
-    history = simulated(sharp(), rule, [0], 13)  # the fifth exchange starts step 13
-    chex.assert_trees_all_close(trained.params, history[-1][0], rtol=0, atol=1e-12)
+    trained = train(SHARP, rule, 5, num_workers=1)
+    history = simulated(SHARP, rule, [0], 13)  # the fifth exchange starts step 13
+    chex.assert_trees_all_close(trained.params, history[-1][0], rtol=0, atol=1e-10)
     assert jax.tree.leaves(trained.params)[0].dtype == np.float64  # as in the caller's thread
     assert trained.progress.workers[0].exchanges == 5
 
 
 def test_a_center_loses_no_update():
-    """Four threads, 1000 exchanges: the center has moved by the sum of all moves."""
+    """Four threads, 400 exchanges: the center has moved by the sum of all moves."""
     start = np.random.default_rng(0).normal(size=70_000)
-    center = Center(Ledger(4, 1000), Shard(start, 0.225, 0.0, True))
+    center = Center(Ledger(4, 400), Shard(start, 0.225, 0.0, True))
     moves = [np.zeros_like(start) for _ in range(4)]
 
     def run(i):
@@ -50,9 +50,9 @@ def test_a_center_loses_no_update():
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert center.ledger.exchanges == 1000
+    assert center.ledger.exchanges == 400
     records = center.ledger.snapshot()[1]
-    assert sum(record.exchanges for record in records) == 1000
+    assert sum(record.exchanges for record in records) == 400
     assert {record.status for record in records} == {"done"}
     np.testing.assert_allclose(center.pull() - start, sum(moves), rtol=0, atol=1e-10)
 
@@ -76,15 +76,21 @@ def test_the_center_in_numpy_follows_the_rule():
 
 def test_threads_smooth_as_the_simulation_does():
     rule = elastic.Rule(beta=0.5, period=2, smoothing="gaussian", deviation=0.1)
-    trained = train(sharp(), rule, 4, num_workers=1)
-    center, _ = simulated(sharp(), rule, [0], 7)[-1]
-    chex.assert_trees_all_close(trained.params, center, rtol=0, atol=1e-12)
+    trained = train(SHARP, rule, 4, num_workers=1)
+    center, _ = simulated(SHARP, rule, [0], 7)[-1]
+    chex.assert_trees_all_close(trained.params, center, rtol=0, atol=1e-10)
 
 
 def test_threads_are_exact_in_number_and_learn():
     seen = []
     trained = train(
-        sharp(), elastic.Rule(period=2), 60, num_workers=3, monitor=seen.append, monitor_every=0.0
+        SHARP,
+        elastic.Rule(period=2),
+        60,
+        num_workers=3,
+        max_staleness=20,
+        monitor=seen.append,
+        monitor_every=0.0,
     )
     progress = trained.progress
     assert progress.exchanges == sum(worker.exchanges for worker in progress.workers) == 60
@@ -94,19 +100,15 @@ def test_threads_are_exact_in_number_and_learn():
     assert loss_of(trained.params) < 0.5 * loss_of(problem.make()[1])
 
 
-def slowed(make, seconds, spent=None):
-    """Slow down the steps of the workers; their start and end times go into `spent`."""
+def slowed(make, seconds):
+    """Slow down the steps of the workers."""
 
     def make_slow(i):
         worker = make(i)
 
         def step(*args):
-            start = time.perf_counter()
             time.sleep(seconds[i])
-            result = jax.block_until_ready(worker.step(*args))
-            if spent is not None:
-                spent[i].append((start, time.perf_counter()))
-            return result
+            return worker.step(*args)
 
         return worker._replace(step=step)
 
@@ -114,24 +116,35 @@ def slowed(make, seconds, spent=None):
 
 
 def test_in_threads_a_slow_worker_holds_nobody_up():
-    """Workers compute instead of waiting: they reach 0.9 of the sum of their own speeds."""
-    tx, spent = sharp(), [[], [], []]
-    make = slowed(make_worker(tx, jax.jit(make_step(tx)), 3), [0.1, 0.1, 0.4], spent)
-    progress = train(tx, elastic.Rule(), 20, num_workers=3, make=make).progress
-    own_speeds, speeds = [], []
-    for times in (np.array(t[1:]) for t in spent):  # the first step was to compile
-        own_speeds.append(1 / np.median(times[:, 1] - times[:, 0]))
-        speeds.append(len(times) / (times[-1, 1] - times[0, 0]))
-    assert sum(speeds) >= 0.9 * sum(own_speeds)
-    assert 3 * min(own_speeds) <= 0.55 * sum(own_speeds)  # if all waited for the slowest
-    by_fast, _, by_slow = (worker.exchanges for worker in progress.workers)
-    assert by_fast >= 3 * by_slow
+    """While the third worker is inside one step, the other two take 40 steps."""
+    make, steps = make_worker(SHARP, 3), []
+    inside, others = threading.Event(), threading.Event()
+
+    def make_held(i):
+        worker, calls = make(i), itertools.count()
+
+        def step(*args):
+            is_first = next(calls) == 1  # after the warm-up
+            if i == 2 and is_first:
+                inside.set()
+                assert others.wait(60)
+            if i < 2:
+                assert not is_first or inside.wait(60)
+                steps.append(i)
+                if len(steps) >= 42:
+                    others.set()
+            return worker.step(*args)
+
+        return worker._replace(step=step)
+
+    progress = train(SHARP, elastic.Rule(period=1), 60, num_workers=3, make=make_held).progress
+    assert progress.exchanges == 60
+    assert 1 <= progress.workers[2].exchanges <= 20
 
 
 def test_in_threads_staleness_is_bounded():
-    tx = sharp()
-    make = slowed(make_worker(tx, jax.jit(make_step(tx)), 3), [0.0, 0.0, 0.03])
-    trained = train(tx, elastic.Rule(period=1), 60, num_workers=3, make=make, max_staleness=4)
+    make = slowed(make_worker(SHARP, 3), [0.0, 0.0, 0.01])
+    trained = train(SHARP, elastic.Rule(period=1), 60, num_workers=3, make=make, max_staleness=4)
     assert trained.progress.exchanges == 60
     assert 2 <= max(worker.largest_staleness for worker in trained.progress.workers) <= 4
 
@@ -186,10 +199,11 @@ def failing(make, index, after, times=1):
 
 
 def test_a_worker_that_raises_stops_nobody():
-    tx = sharp()
-    make = failing(make_worker(tx, jax.jit(make_step(tx)), 3), 1, 5)
+    make = failing(make_worker(SHARP, 3), 1, 5)
     with pytest.warns(RuntimeWarning, match="worker 1 .* died after .*ValueError: out of cheese"):
-        trained = train(tx, elastic.Rule(period=2), 60, num_workers=3, make=make)
+        trained = train(
+            SHARP, elastic.Rule(period=2), 60, num_workers=3, make=make, max_staleness=10
+        )
     died = trained.progress.workers[1]
     assert died.status == "died"
     assert "out of cheese" in died.error
@@ -198,8 +212,8 @@ def test_a_worker_that_raises_stops_nobody():
 
 
 def test_a_worker_is_started_again_from_the_center():
-    tx, started = sharp(), []
-    make = failing(make_worker(tx, jax.jit(make_step(tx)), 2), 1, 5)
+    started = []
+    make = failing(make_worker(SHARP, 2), 1, 5)
 
     def make_seen(i):
         worker = make(i)
@@ -211,7 +225,9 @@ def test_a_worker_is_started_again_from_the_center():
         return worker._replace(batches=batches)
 
     with pytest.warns(RuntimeWarning, match="is started again"):
-        trained = train(tx, elastic.Rule(period=2), 60, make=make_seen, max_restarts=1)
+        trained = train(
+            SHARP, elastic.Rule(period=2), 60, make=make_seen, max_restarts=1, max_staleness=10
+        )
     again = trained.progress.workers[1]
     assert (again.status, again.restarts) == ("done", 1)
     assert trained.progress.exchanges == 60
@@ -220,25 +236,25 @@ def test_a_worker_is_started_again_from_the_center():
 
 
 def test_when_all_workers_die_the_last_ones_error_is_raised_and_the_center_saved():
-    tx, saved = sharp(), []
-    make = failing(make_worker(tx, jax.jit(make_step(tx)), 1), 0, 3)
+    saved = []
+    make = failing(make_worker(SHARP, 1), 0, 3)
     with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="out of cheese"):
-        train(tx, elastic.Rule(period=1), 60, num_workers=1, make=make, save=saved.append)
+        train(SHARP, elastic.Rule(period=1), 60, num_workers=1, make=make, save=saved.append)
     assert saved[-1].exchanges.tolist() == [2]
 
 
 def test_a_run_goes_on_from_its_checkpoint():
     saved, rule = [], elastic.Rule(beta=0.5, period=2)
-    first = train(sharp(), rule, 6, num_workers=1, save=saved.append)
+    first = train(SHARP, rule, 6, num_workers=1, save=saved.append)
     chex.assert_trees_all_equal(saved[-1].params, first.params)
-    tx, seen = sharp(), []
-    make = make_worker(tx, jax.jit(make_step(tx)), 1)
+    seen = []
+    make = make_worker(SHARP, 1)
 
     def make_seen(i):
         worker = make(i)
         return worker._replace(batches=lambda n: (seen.append(n), worker.batches(n))[1])
 
-    rest = train(tx, rule, 12, num_workers=1, make=make_seen, resume=saved[-1])
+    rest = train(SHARP, rule, 12, num_workers=1, make=make_seen, resume=saved[-1])
     assert rest.progress.exchanges == 12
     assert seen == [0, 12]  # a warm-up, then on from step 12
     expected = Eamsgd(1, 0.5, 2, rho=0.05)
@@ -246,7 +262,7 @@ def test_a_run_goes_on_from_its_checkpoint():
     expected.w, expected.n = [dict(expected.z)], [12]
     for _ in range(11):
         expected.call(0)
-    chex.assert_trees_all_close(rest.params, expected.z, rtol=0, atol=1e-12)
+    chex.assert_trees_all_close(rest.params, expected.z, rtol=0, atol=1e-10)
 
 
 def test_ctrl_c_saves_the_center_and_ends_the_workers():
@@ -258,11 +274,10 @@ def test_ctrl_c_saves_the_center_and_ends_the_workers():
             with contextlib.suppress(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
 
-    tx = sharp()
-    make = slowed(make_worker(tx, jax.jit(make_step(tx)), 2), [0.3, 0.3])
+    make = slowed(make_worker(SHARP, 2), [0.02, 0.02])
     with pytest.raises(KeyboardInterrupt):
         train(
-            tx,
+            SHARP,
             elastic.Rule(period=1),
             1000,
             make=make,
@@ -276,13 +291,12 @@ def test_ctrl_c_saves_the_center_and_ends_the_workers():
 
 
 def test_streams_may_end():
-    tx = sharp()
-    make = make_worker(tx, jax.jit(make_step(tx)), 2)
+    make = make_worker(SHARP, 2)
 
     def make_short(i):
         worker = make(i)
         return worker._replace(batches=lambda n: itertools.islice(worker.batches(n), 10))
 
-    trained = train(tx, elastic.Rule(period=2), 1000, make=make_short)
+    trained = train(SHARP, elastic.Rule(period=2), 1000, make=make_short)
     assert trained.progress.exchanges == 10  # two workers, every second of ten steps
     assert {worker.status for worker in trained.progress.workers} == {"done"}

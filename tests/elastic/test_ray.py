@@ -54,7 +54,7 @@ def in_center(engine, function, shard=0):
     return ray.get(engine._shards[shard].__ray_call__.remote(function), timeout=LONG)
 
 
-@pytest.mark.parametrize(("num_shards", "num_exchanges"), [(1, 1000), (3, 300)])
+@pytest.mark.parametrize(("num_shards", "num_exchanges"), [(1, 400), (3, 300)])
 def test_no_exchange_is_lost(cluster, num_shards, num_exchanges):
     """Four processes exchange at once; the center moves by the sum of the moves that they get."""
     import ray

@@ -1,11 +1,10 @@
 """The simulated timeline: speeds, staleness, and workers that die, join and lose messages."""
 
 import chex
-import jax
 import numpy as np
 import problem
 import pytest
-from elastic_runs import loss_of, make_step, make_worker, sharp
+from elastic_runs import SHARP, loss_of, make_worker
 
 from samx import elastic
 from samx.elastic._center import may_exchange
@@ -74,8 +73,8 @@ def test_workers_die_join_and_lose_messages():
     assert sum(e.kind == "exchange" for e in events) == 12
     staleness(events)
 
-    tx, rule = sharp(), elastic.Rule(beta=0.9, period=2)
-    make = make_worker(tx, jax.jit(make_step(tx)), 3)
+    rule = elastic.Rule(beta=0.9, period=2)
+    make = make_worker(SHARP, 3)
     simulation = elastic.Simulation([make(i) for i in range(3)], problem.make()[1], rule)
     for event in events:
         simulation.apply(event)

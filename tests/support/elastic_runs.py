@@ -1,5 +1,6 @@
 """Elastic averaging of the tiny problem: simulated, in threads, and by an independent loop."""
 
+import functools
 import itertools
 
 import jax
@@ -12,10 +13,7 @@ import samx
 from samx import elastic
 
 ROUNDS = 12
-
-
-def sharp(rho=0.05, base=None):
-    return optax.chain(samx.sam(rho), optax.sgd(0.1) if base is None else base)
+PLAIN, SHARP = optax.sgd(0.1), optax.chain(samx.sam(0.05), optax.sgd(0.1))
 
 
 def make_step(tx):
@@ -31,7 +29,13 @@ def make_step(tx):
     return step
 
 
-def make_worker(tx, step, num_workers):
+@functools.cache
+def compiled_step(tx):
+    """Compile the step of an optimizer once, for simulations and for threads."""
+    return jax.jit(make_step(tx), donate_argnums=(0, 1))
+
+
+def make_worker(tx, num_workers):
     """Worker i takes batch n·P + i at its n-th local step, as in the recorded runs."""
     data, params = problem.make()
 
@@ -39,7 +43,7 @@ def make_worker(tx, step, num_workers):
         return elastic.Worker(
             params,
             tx.init,
-            step,
+            compiled_step(tx),
             lambda n: (problem.batch_at(data, m * num_workers + i) for m in itertools.count(n)),
         )
 
@@ -49,7 +53,7 @@ def make_worker(tx, step, num_workers):
 def simulated(tx, rule, order, num_rounds=ROUNDS):
     """Return the center and the workers after every round of `order`."""
     num_workers = max(order) + 1
-    make = make_worker(tx, jax.jit(make_step(tx), donate_argnums=(0, 1)), num_workers)
+    make = make_worker(tx, num_workers)
     workers = [make(i) for i in range(num_workers)]
     simulation, history = elastic.Simulation(workers, problem.make()[1], rule), []
     for event in elastic.in_order(order * num_rounds, rule.period):
@@ -61,8 +65,8 @@ def simulated(tx, rule, order, num_rounds=ROUNDS):
 
 
 RECORDED = {
-    "lsam_INFERRED__sgd_p2_tau4_a0.45_rho0.05": sharp,
-    "aeasgd__sgd_p2_tau4_a0.45": lambda: optax.sgd(0.1),
+    "lsam_INFERRED__sgd_p2_tau4_a0.45_rho0.05": SHARP,
+    "aeasgd__sgd_p2_tau4_a0.45": PLAIN,
 }
 
 
@@ -105,14 +109,19 @@ def gradient(params, batch):
     return {k: np.asarray(g) for k, g in _gradient(params, batch).items()}
 
 
-def loss_of(params):
-    return float(problem.losses_fn(params, problem.make()[0]).mean())
+@jax.jit
+def _loss(params, batch):
+    return problem.losses_fn(params, batch).mean()
+
+
+def loss_of(params, batch=None):
+    """Return the loss of a batch, or of all examples."""
+    return float(_loss(params, problem.make()[0] if batch is None else batch))
 
 
 def train(tx, rule, num_exchanges, num_workers=2, make=None, **keywords):
-    make = make or make_worker(tx, jax.jit(make_step(tx), donate_argnums=(0, 1)), num_workers)
     return elastic.train(
-        make,
+        make or make_worker(tx, num_workers),
         problem.make()[1],
         num_workers=num_workers,
         num_exchanges=num_exchanges,
