@@ -29,7 +29,7 @@ def test_nothing_known_is_not_climbed(value):
     step, (pair, other) = jax.jit(make_step(tx)), batches(4, steps=2)
     moved, state = step(params, state, *pair)
     g = gradient(params, pair[0])
-    chex.assert_trees_all_close(moved, optax.tree.sub(params, g), atol=1e-14)
+    chex.assert_trees_all_close(moved, optax.tree.sub(params, g), rtol=1e-12, atol=1e-12)
     assert optax.tree.get(state, "perturbation_norm") == 0
     _, state = step(moved, state, *other)
     np.testing.assert_allclose(optax.tree.get(state, "perturbation_norm"), 0.1)
@@ -71,7 +71,7 @@ def test_aux_of_the_descent_is_kept(role_axis):
     state = jax.jit(step)(params, state, batch, ascent_batch)
     point = climbed(params, gradient(params, ascent_batch))
     expected = (np.asarray(batch["x"]) @ point["W1"]).mean(axis=0)
-    np.testing.assert_allclose(optax.tree.get(state, "aux"), expected, atol=1e-12)
+    np.testing.assert_allclose(optax.tree.get(state, "aux"), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_readings_are_those_of_the_step():
@@ -91,7 +91,7 @@ def test_readings_are_those_of_the_step():
     found = [readings.loss, readings.sharp_loss, readings.grad_norm, readings.gradients_spent]
     np.testing.assert_allclose(found, wanted, rtol=1e-10)
     fresh = gradient(before, data[1][1])
-    chex.assert_trees_all_close(optax.tree.get(state, "ascent_grad"), fresh, atol=1e-12)
+    chex.assert_trees_all_close(optax.tree.get(state, "ascent_grad"), fresh, rtol=1e-12, atol=1e-12)
 
 
 def test_one_program_with_random_keys_and_integers():
@@ -103,7 +103,7 @@ def test_one_program_with_random_keys_and_integers():
         kept = jax.random.bernoulli(key, 0.8, batch["x"].shape)
         return loss(params, batch | {"x": kept * batch["x"]}) * params["table"].sum()
 
-    def take(role_axis, check_vma=True):
+    def take(role_axis):
         tx = samx.async_sam(first="sam", role_axis=role_axis, perturbation=draws)
         tx = optax.chain(tx, optax.sgd(0.1))
 
@@ -119,13 +119,10 @@ def test_one_program_with_random_keys_and_integers():
 
         if role_axis:
             mesh = regimes.mesh_of((2,), ("role",))
-            keywords = {"in_specs": P(), "out_specs": P(), "check_vma": check_vma}
-            step = jax.shard_map(step, mesh=mesh, **keywords)
+            step = jax.shard_map(step, mesh=mesh, in_specs=P(), out_specs=P())
         step, carry = jax.jit(step), (params, tx.init(params))
         for t, pair in enumerate(pairs):
             carry = step(*carry, jax.random.key(t), *pair)
         return jax.tree.map(np.asarray, problem.as_numbers(carry))
 
-    expected = take(None)
-    for check_vma in (True, False):
-        chex.assert_trees_all_close(take("role", check_vma), expected, atol=1e-12)
+    chex.assert_trees_all_close(take("role"), take(None), rtol=1e-12, atol=1e-12)

@@ -36,7 +36,8 @@ def sequential(base, first, ascent_size):
 def assert_same(history, expected):
     for step, tolerance in ((0, 1e-12), (-1, 1e-10)):
         found, wanted = (jax.tree.map(np.asarray, h[step]) for h in (history, expected))
-        chex.assert_trees_all_close(without_losses(found), without_losses(wanted), atol=tolerance)
+        found, wanted = without_losses(found), without_losses(wanted)
+        chex.assert_trees_all_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
 def without_losses(result):
@@ -83,10 +84,10 @@ def test_two_devices_take_the_steps_of_one(form):
 @pytest.mark.parametrize("first", ["plain", "sam"])
 def test_two_devices_go_on_from_a_checkpoint(first):
     for number, step in enumerate(on_two_devices("momentum", first, 4)):
-        if number == 6:
+        if number == 2:
             kept = copied(step)
             break
-    history = [copied(s) for s in on_two_devices("momentum", first, 4, *kept, skip=7)]
+    history = [copied(s) for s in on_two_devices("momentum", first, 4, *kept, skip=3)]
     assert_same(history[-1:], sequential("momentum", first, 4)[-1:])
 
 
@@ -134,28 +135,29 @@ def mapped(regime, base, first, ascent_size, shape=(2,), names=("role",)):
 
 
 def mapped_by_pmap(step, params, state, ascent_size):
-    twice = functools.partial(jax.tree.map, lambda x: jnp.stack([x, x]))
+    twice = functools.partial(jax.tree.map, lambda x: np.stack([x, x]))
     step, history = jax.pmap(step, axis_name="role"), []
     params, state = twice(params), twice(state)
     for pair in batches(ascent_size):
         params, state = step(params, state, *twice(pair))
-        first, second = (jax.tree.map(lambda x, i=i: x[i], (params, state)) for i in (0, 1))
+        both = jax.tree.map(np.asarray, (params, state))
+        first, second = (jax.tree.map(lambda x, i=i: x[i], both) for i in (0, 1))
         chex.assert_trees_all_equal(first, second)
         history.append(first)
     return history
 
 
-REGIMES = ["shard_map", "shard_map, check_vma=False", "pmap"]
-
-
-@pytest.mark.parametrize("form", [FORMS[0], FORMS[1]])
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(
+    ("regime", "form"),
+    [("shard_map", FORMS[1]), ("shard_map, check_vma=False", FORMS[0]), ("pmap", FORMS[1])],
+)
 def test_one_program_takes_the_steps_of_one_device(regime, form):
     assert_same(mapped(regime, *form), sequential(*form))
 
 
-@pytest.mark.parametrize("regime", REGIMES[:2])
-@pytest.mark.parametrize("first", ["plain", "sam"])
+@pytest.mark.parametrize(
+    ("regime", "first"), [("shard_map", "plain"), ("shard_map, check_vma=False", "sam")]
+)
 def test_one_program_with_an_axis_of_data(regime, first):
     history = mapped(regime, "momentum", first, 16, shape=(2, 4), names=("role", "data"))
     assert_same(history, sequential("momentum", first, 16))
