@@ -52,7 +52,8 @@ def compilation_cache(request, tmp_path_factory):
     JAX's files may be read before they are written to the end. So each worker has a folder of its
     own. It begins with links to what was kept, and in the end its new files are kept.
     """
-    kept = request.config.cache.mkdir("compiled_programs")
+    kept = request.config.rootpath / ".pytest_cache" / "compiled_programs"
+    kept.mkdir(parents=True, exist_ok=True)
     own = tmp_path_factory.mktemp("compiled_programs")
     link_new(kept, own)
     jax.config.update("jax_compilation_cache_dir", str(own))

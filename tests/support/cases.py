@@ -1,25 +1,30 @@
 """The table of variants, from which every suite is generated.
 
-Every entry of `samx.catalog` has a row here. `plain` makes the row of an entry that needs nothing
-special.
+Every entry of `samx.catalog` has a row here, and every row has an oracle. An entry that needs
+nothing special gets its row from `row(name)`, which takes its oracle from the recorded runs.
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 import problem
+import reference
+from recorded import RECORDED
 
 import samx
 from samx import policies
 from samx.combinations import mix
+from samx.core.aliases import Radius, ScalarOrSchedule
 from samx.perturbations import layerwise, linf_ball, metric_ball
 
 Hyper = dict[str, Any]
+Loop = Callable[[Any, int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -31,47 +36,71 @@ class Case:
         factory: Function of the hyperparameters as keywords (after the base, if it wraps one).
         shape: "chain": stands before its base in a chain. "wraps": takes the base as an argument.
             "optimizer": has no base.
+        needs: Closures without which `update` must fail.
         hyper: Every numeric hyperparameter, with the value that the tests use.
+        schedules: Those that may be schedules.
+        oracle: What tells the right steps, at least one. A string: a recorded run of the authors'
+            code, made with this row's factory. A function `(base, steps) -> trajectory`: an
+            independent loop with the numbers of `hyper`. A limit, such as a radius of 0, is none.
+        limit: The same as a loop for `rho=0`; default the base on the gradient. `None`: nothing
+            simple, as the comment beside it says.
         passes: Forward and backward passes inside one sharp `update`. A pass over some of the
             examples counts as that share of a pass.
-        needs: Closures without which `update` must fail.
+        repeats: `step -> times` that a sharp step takes these passes; steps count from 0.
         uses_gradient: Whether the incoming gradient is read (one more gradient per step).
-        has_base_limit: Whether `rho=0` gives the base optimizer.
+        spent: `(step, state after the step) -> gradients` of a sharp step, if not `gradients`.
+        curvature: Flops that the derivative of a gradient adds, in gradients. The derivative with
+            respect to the input of the first layer is not needed.
+        counts_once: Whether XLA sees every pass once: no loop, and no branch with passes in it.
+        copies: Size of the state beyond that of the base with momentum, in copies of the
+            parameters. `None` if it holds examples.
         needs_batch_like: Whether the factory takes `batch_like`.
         static_args: Arguments that `optax.inject_hyperparams` must leave alone.
         climbs: Whether `sharp_loss` and `loss` are of the same batch, so that `sharp_loss` is
             higher.
-        like: Another row with the same program, except for what is passed in. Suites that compile
-            for a long time test only that row.
-        spent: `(step, state after the step) -> gradients` of a sharp step, if they are not always
-            `gradients`; steps count from 0.
-        curvature: Flops that the derivative of a gradient adds, in gradients. The derivative with
-            respect to the input of the first layer is not needed.
         is_gated: Whether a policy skips the sharp gradient on some steps. There are both kinds of
             steps among the first six.
+        is_mean_of_shards: Whether the step of devices that climb separately is the mean of their
+            own steps. Otherwise something nonlinear is done with the mean gradients.
     """
 
     entry: str
     factory: Callable[..., optax.GradientTransformation]
     shape: Literal["chain", "wraps", "optimizer"]
-    hyper: Hyper
-    passes: tuple[float, float]
     needs: tuple[str, ...]
+    hyper: Hyper
+    schedules: tuple[str, ...]
+    oracle: tuple[str | Loop, ...]
+    limit: Loop | None
+    passes: tuple[float, float] = (1, 1)
+    repeats: Callable[[int], int] = lambda step: 1
     uses_gradient: bool = True
-    has_base_limit: bool = True
+    spent: Callable[[int, Any], float] | None = None
+    curvature: float = 0.0
+    counts_once: bool = True
+    copies: float | None = 0
     needs_batch_like: bool = False
     static_args: tuple[str, ...] = ()
     climbs: bool = True
-    curvature: float = 0.0
     is_gated: bool = False
-    like: str | None = None
-    spent: Callable[[int, Any], float] | None = None
+    is_mean_of_shards: bool = True
 
     @property
     def gradients(self) -> float:
         """Gradients of a sharp step; a forward pass alone counts as a third of one."""
         forward, backward = self.passes
         return backward + (forward - backward) / 3 + self.uses_gradient
+
+    def spent_at(self, step: int, state: Any) -> float:
+        """Gradients of a sharp step, from the state after it."""
+        if self.spent:
+            return self.spent(step, state)
+        return self.repeats(step) * (self.gradients - self.uses_gradient) + self.uses_gradient
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Rows of one kind are handled alike by what stands around a variant."""
+        return self.shape, self.needs, self.is_gated, self.uses_gradient
 
     def build(
         self,
@@ -81,19 +110,24 @@ class Case:
         **changes: Any,
     ) -> optax.GradientTransformationExtraArgs:
         """Build the whole optimizer, with some hyperparameters changed."""
-        base = optax.sgd(0.1, momentum=0.9) if base is None else base
         hyper = self.hyper | changes
         if self.needs_batch_like:
             if batch_like is None:
                 batch_like = jax.eval_shape(lambda: problem.batch_at(problem.make("float32")[0], 0))
             hyper["batch_like"] = batch_like
+        return self.make(optax.sgd(0.1, momentum=0.9) if base is None else base, hyper, inject)
+
+    def make(
+        self, base: optax.GradientTransformation | None, arguments: Hyper, inject: bool = False
+    ) -> optax.GradientTransformationExtraArgs:
+        """Build the whole optimizer from these arguments of the factory."""
         factory = self.factory
         if inject:
             factory = optax.inject_hyperparams(factory, static_args=self.static_args)
         if self.shape == "chain":
-            return optax.chain(factory(**hyper), base)
-        base = (base,) if self.shape == "wraps" else ()
-        return optax.with_extra_args_support(factory(*base, **hyper))
+            return optax.chain(factory(**arguments), base)
+        wrapped = (base,) if self.shape == "wraps" else ()
+        return optax.with_extra_args_support(factory(*wrapped, **arguments))
 
     def at_rest(self, **changes: Any) -> optax.GradientTransformationExtraArgs:
         """Build the whole optimizer with a learning rate of zero."""
@@ -102,342 +136,434 @@ class Case:
         return self.build(optax.sgd(0.0, momentum=0.9), **changes)
 
 
-def _ball(make: Callable[..., Any], ascent_steps: int = 1) -> Callable[..., Any]:
-    return lambda rho: samx.sharpness_aware(make(rho), ascent_steps)
+def row(
+    entry: str,
+    hyper: Hyper | None = None,
+    *,
+    factory: Callable[..., Any] | None = None,
+    fixed: Hyper | None = None,
+    oracle: Loop | None = None,
+    **fields: Any,
+) -> Case:
+    """Make a row of the table.
+
+    Args:
+        entry: Name of the entry in the catalog.
+        hyper: Every numeric hyperparameter with its value; default the factory's defaults.
+        factory: Replaces the entry's factory.
+        fixed: Further arguments of the factory, which no test changes.
+        oracle: A loop; default every recorded run of the entry.
+        **fields: Other fields of `Case`.
+    """
+    (found,) = samx.catalog(entry)
+    parameters = inspect.signature(factory or found.factory).parameters.values()
+    if hyper is None:
+        hyper = {p.name: float(p.default) for p in parameters if isinstance(p.default, float)}
+    oracles = (oracle,) if oracle else tuple(n for n, run in RECORDED.items() if run.entry == entry)
+    if not oracles:
+        raise ValueError(f"{entry}: no recorded run; its row needs an `oracle`")
+    scheduled = [p.name for p in parameters if p.annotation in (Radius, ScalarOrSchedule)]
+    return Case(
+        entry=entry,
+        factory=partial(factory or found.factory, **fixed or {}),
+        shape=found.shape,
+        needs=found.closures,
+        hyper=hyper,
+        schedules=tuple(name for name in scheduled if name in hyper),
+        oracle=oracles,
+        **{"limit": base_alone} | fields,
+    )
 
 
-def _is_weight(path: Any, leaf: Any) -> bool:
+# ---- Oracles: loops of `reference.py` with the numbers of the row, and a radius.
+
+
+def base_alone(base, steps):
+    return reference.train_sam(base, reference.ball(0.0), steps)
+
+
+def climbing(perturb, combine=lambda: lambda t, g, look: look()):
+    """A loop that combines the gradient and the sharp gradient at the point of `perturb`."""
+    return lambda base, steps: reference.train_gated(base, perturb, combine(), steps)[0]
+
+
+def every_second(t, g):
+    return t % 2 == 0
+
+
+def drawn(t, g):
+    """The draws of `policies.random`, from its definition."""
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(KEY), t)) < 0.8
+
+
+def sampa_without_radius(base, steps):
+    return reference.train_sampa(base, 0.0, 0.2, steps)
+
+
+def sl_sam_loop(rho):
+    def draw(t, p):
+        key = jax.random.fold_in(jax.random.key(0), t)
+        return int(jax.random.categorical(key, jnp.log(jnp.asarray(p, jnp.float32))))
+
+    def train(base, steps):
+        groups = [["W1"], ["W2", "b1", "b2"]]
+        return reference.train_sl_sam(base, reference.ball(rho), groups, draw, 0.5, 0.2, steps)[0]
+
+    return train
+
+
+def lsam_loop(rho):
+    return lambda base, steps: reference.train_lsam(base, reference.ball(rho), 0.9, 2, steps)
+
+
+def lets_loop(base, steps):
+    return reference.train_lets(
+        base, reference.ball(1.0), 0.1, 50.0, steps, held_out=reference.shrunk
+    )[0]
+
+
+def without_radius(make_optimizer):
+    """The limit of a variant that is the optimizer."""
+    return lambda base, steps: reference.train_sam(make_optimizer(), reference.ball(0.0), steps)
+
+
+def factors_alone(plain, sharp):
+    """The limit of a variant that weighs classes: the sum of both parts of the loss."""
+    return lambda base, steps: reference.train_split(
+        base, reference.ball(0.0), (plain, sharp), steps
+    )
+
+
+# ---- Factories of rows that are more than one call.
+
+
+def ball_of(make: Callable[..., Any], ascent_steps: int = 1) -> Callable[..., Any]:
+    def factory(rho: Radius) -> optax.GradientTransformation:
+        return samx.sharpness_aware(make(rho), ascent_steps)
+
+    return factory
+
+
+def is_weight(path: Any, leaf: Any) -> bool:
     return path[-1].key.startswith("W")
 
 
-def _random(rho: Any, probability: Any, weight: Any = None) -> optax.GradientTransformation:
-    sam = samx.sam(rho) if weight is None else mix(samx.sam(rho), weight)
-    return samx.perturb_if(policies.random(probability, KEY), sam)
+def periodic(rho: Radius) -> optax.GradientTransformation:
+    return samx.perturb_if(policies.every(2), samx.sam(rho))
 
 
-def of(entry: str, **fixed: Any) -> dict[str, Any]:
-    """Return what a row takes from the catalog; `fixed` are fixed arguments of its factory."""
-    (found,) = samx.catalog(entry)
-    factory = partial(found.factory, **fixed) if fixed else found.factory
-    return {
-        "entry": entry,
-        "factory": factory,
-        "shape": found.shape,
-        "needs": found.closures,
-    }
+def rst(rho: Radius, p: ScalarOrSchedule) -> optax.GradientTransformation:
+    return samx.perturb_if(policies.random(p, KEY), samx.sam(rho))
+
+
+def g_rst(
+    rho: Radius, probability: ScalarOrSchedule, weight: ScalarOrSchedule
+) -> optax.GradientTransformation:
+    return samx.perturb_if(policies.random(probability, KEY), mix(samx.sam(rho), weight))
 
 
 KEY = 7  # makes the second step sharp with a probability of 0.8, but not of 0.4
-SAMPA = Case(
-    **of("sampa"),
-    hyper={"rho": 0.1, "lam": 0.2},
-    passes=(2, 2),
-    uses_gradient=False,
-    has_base_limit=False,
-    needs_batch_like=True,
-    static_args=("batch_like",),
-    climbs=False,
-)
-SAM = Case(**of("sam"), hyper={"rho": 0.05}, passes=(1, 1))
-GATED = replace(SAM, is_gated=True)
-VARIANTS = {
-    "sam": SAM,
-    "asam": replace(
-        SAM,
-        **of("asam"),
-        hyper={"rho": 0.5, "eta": 0.01},
-        static_args=("is_scaled",),
-        like="sam",
-    ),
-    "sampa": SAMPA,
-    # The same, computed or measured differently. Every row must keep the whole contract.
-    "sampa, separate": replace(SAMPA, **of("sampa", gradients="separate"), like="sampa"),
-    "two ascent steps": replace(
-        SAM,
-        entry="sharpness_aware",
-        factory=_ball(metric_ball, ascent_steps=2),
-        passes=(2, 2),
-        like="sam",
-    ),
-    "layerwise": replace(
-        SAM,
-        entry="sharpness_aware",
-        factory=_ball(lambda rho: metric_ball(rho, layerwise())),
-        hyper={"rho": 0.1},
-        like="sam",
-    ),
-    "l-infinity": replace(
-        SAM, entry="sharpness_aware", factory=_ball(linf_ball), hyper={"rho": 0.005}, like="sam"
-    ),
-    "sam_on": replace(  # no normalization layers here, so only the weights
-        SAM,
-        **of("sam_on", is_perturbed=_is_weight),
-        static_args=("is_perturbed",),
-        like="sam",
-    ),
-    "periodic": replace(
-        GATED,
-        entry="periodic",
-        factory=lambda rho: samx.perturb_if(policies.every(2), samx.sam(rho)),
-        like="rst",
-    ),
-    "rst": replace(
-        GATED, entry="rst", factory=lambda rho, p: _random(rho, p), hyper={"rho": 0.05, "p": 0.8}
-    ),
-    "g-rst": replace(
-        GATED,
-        entry="g_rst",
-        factory=_random,
-        hyper={"rho": 0.05, "probability": 0.8, "weight": 2.0},
-        like="rst",
-    ),
-    "ae_sam": replace(
-        GATED,
-        **of("ae_sam"),
-        hyper={"rho": 0.05, "threshold": -0.2, "decay": 0.9},
-        like="rst",
-    ),
-    "looksam": replace(
-        GATED,
-        **of("looksam", period=2),
-        hyper={"rho": 0.05, "alpha": 0.7},
-        static_args=("period", "first"),
-    ),
-    "look_layer_sam": replace(
-        GATED,
-        **of("look_layer_sam", period=2),
-        hyper={"rho": 0.05, "alpha": 0.7},
-        static_args=("period", "first", "scaling"),
-        like="looksam",
-    ),
-    "ae_looksam": replace(
-        GATED,
-        **of("ae_looksam"),
-        hyper={"rho": 0.05, "threshold": -0.2, "alpha": 0.7, "decay": 0.9},
-        like="looksam",
-    ),
-    "vsam": replace(
-        GATED,
-        **of("vsam", policy=policies.quota(window=4, num_blocks=2, warmup_steps=1)),
-        hyper={"rho": 0.05, "decay": 0.7},
-        static_args=("reuse_steps", "policy"),
-        like="looksam",
-    ),
-    "arsam": replace(GATED, **of("arsam", policy=policies.every(2)), like="looksam"),
-    "momentum_sam": replace(
-        SAM,
-        **of("momentum_sam"),
-        hyper={"rho": 0.3},
-        uses_gradient=False,
-        climbs=False,
-    ),
+GATED = {"is_gated": True, "counts_once": False}
+REUSING = GATED | {"copies": 1, "is_mean_of_shards": False}
+SELECTING = {"uses_gradient": False, "climbs": False}
+SAMPA = {
+    "passes": (2, 2),
+    "limit": sampa_without_radius,
+    "uses_gradient": False,
+    "copies": None,
+    "needs_batch_like": True,
+    "static_args": ("batch_like",),
+    "climbs": False,
 }
-SL_SHARES = (160 / 227, 67 / 227)  # of the parameters: W1, and the others
-SELECTING = replace(SAM, uses_gradient=False, has_base_limit=False)
-VARIANTS |= {
-    # One group per device, with two examples each.
-    "ksam": replace(
-        SELECTING,
-        **of("ksam", num_selected=8, num_groups=8),
-        passes=(2, 1),
-        climbs=False,
-        like="ausam",
-        static_args=("num_selected", "num_groups"),
+VARIANTS = {
+    "sam": row("sam", {"rho": 0.05}),
+    "asam": row("asam", {"rho": 0.5, "eta": 0.01}, static_args=("is_scaled",)),
+    "sampa": row("sampa", {"rho": 0.1, "lam": 0.2}, **SAMPA),
+    # The same, computed or measured differently. Every row must keep the whole contract.
+    "sampa, separate": row(
+        "sampa", {"rho": 0.1, "lam": 0.2}, fixed={"gradients": "separate"}, **SAMPA
     ),
-    "esam": replace(
-        SELECTING,
-        **of("esam", selected_fraction=0.5, num_groups=8),
-        hyper={"rho": 0.05, "perturbed_fraction": 0.6},
+    "two ascent steps": row(
+        "sharpness_aware",
+        {"rho": 0.05},
+        factory=ball_of(metric_ball, ascent_steps=2),
+        oracle=lambda base, steps: reference.train_sam(base, reference.ball(0.05), steps, 2),
+        passes=(2, 2),
+        counts_once=False,
+    ),
+    "layerwise": row(
+        "sharpness_aware",
+        {"rho": 0.1},
+        factory=ball_of(lambda rho: metric_ball(rho, layerwise())),
+        oracle=climbing(reference.layer_ball(0.1, {"W1", "W2"})),
+    ),
+    "l-infinity": row(
+        "sharpness_aware",
+        {"rho": 0.005},
+        factory=ball_of(linf_ball),
+        oracle=climbing(reference.sign_ball(0.005)),
+    ),
+    "sam_on": row(  # no normalization layers here, so only the weights
+        "sam_on",
+        {"rho": 0.05},
+        fixed={"is_perturbed": is_weight},
+        static_args=("is_perturbed",),
+    ),
+    "periodic": row(
+        "periodic",
+        {"rho": 0.05},
+        factory=periodic,
+        oracle=climbing(reference.ball(0.05), lambda: reference.sometimes(every_second)),
+        **GATED,
+    ),
+    "rst": row(
+        "rst",
+        {"rho": 0.05, "p": 0.8},
+        factory=rst,
+        oracle=climbing(reference.ball(0.05), lambda: reference.sometimes(drawn)),
+        **GATED,
+    ),
+    "g-rst": row(
+        "g_rst",
+        {"rho": 0.05, "probability": 0.8, "weight": 2.0},
+        factory=g_rst,
+        oracle=climbing(reference.ball(0.05), lambda: reference.sometimes(drawn, gamma=2.0)),
+        **GATED,
+    ),
+    "ae_sam": row(
+        "ae_sam",
+        {"rho": 0.05, "threshold": -0.2, "decay": 0.9},
+        is_mean_of_shards=False,
+        **GATED,
+    ),
+    "looksam": row(
+        "looksam",
+        {"rho": 0.05, "alpha": 0.7},
+        fixed={"period": 2},
+        static_args=("period", "first"),
+        **REUSING,
+    ),
+    "look_layer_sam": row(
+        "look_layer_sam",
+        {"rho": 0.05, "alpha": 0.7},
+        fixed={"period": 2},
+        oracle=climbing(
+            reference.layer_steps(0.05, lambda w, g, total: w / g / total),
+            lambda: reference.LookSAM(every_second, 0.7),
+        ),
+        static_args=("period", "first", "scaling"),
+        **REUSING,
+    ),
+    "ae_looksam": row(
+        "ae_looksam",
+        {"rho": 0.05, "threshold": -0.2, "alpha": 0.7, "decay": 0.9},
+        **REUSING,
+    ),
+    "vsam": row(
+        "vsam",
+        {"rho": 0.05, "decay": 0.7},
+        fixed={"policy": policies.quota(window=4, num_blocks=2, warmup_steps=1)},
+        static_args=("reuse_steps", "policy"),
+        **REUSING,
+    ),
+    "arsam": row(
+        "arsam",
+        {"rho": 0.05},
+        fixed={"policy": policies.every(2)},
+        oracle=climbing(reference.ball(0.05), lambda: reference.Reuse(every_second, 0.7)),
+        **REUSING,
+    ),
+    "momentum_sam": row("momentum_sam", {"rho": 0.3}, **SELECTING),
+    # One group per device, with two examples each.
+    "ksam": row(
+        "ksam",
+        {"rho": 0.05},
+        fixed={"num_selected": 8, "num_groups": 8},
+        limit=lambda base, steps: reference.train_on_examples(
+            base, reference.ksam(reference.ball(0.0), 1, num_groups=8), steps
+        ),
+        passes=(2, 1),
+        static_args=("num_selected", "num_groups"),
+        **SELECTING,
+    ),
+    "esam": row(
+        "esam",
+        {"rho": 0.05, "perturbed_fraction": 0.6},
+        fixed={"selected_fraction": 0.5, "num_groups": 8},
+        limit=None,  # no loss rises, so the choice of examples is one of equals
         passes=(2.5, 1.5),
+        uses_gradient=False,
         static_args=("selected_fraction", "select", "sharp_pass", "num_groups", "key"),
     ),
-    "ausam": replace(
-        SELECTING,
-        **of("ausam", fraction=0.5, num_examples=64, warmup_steps=1, num_groups=8),
-        hyper={"rho": 0.05, "low": 0.1, "high": 0.5},
-        passes=(1, 1),  # after the first step, which takes twice as many
-        spent=lambda t, state: 2.0 if t == 0 else 1.0,
-        climbs=False,
+    "ausam": row(
+        "ausam",
+        {"rho": 0.05, "low": 0.1, "high": 0.5},
+        fixed={
+            "fraction": 0.5,
+            "num_examples": 64,
+            "warmup_steps": 1,
+            "ramp_steps": 2,
+            "num_groups": 8,
+        },
+        limit=None,  # all scores are equal
+        repeats=lambda step: 2 if step == 0 else 1,  # the first step takes the whole batch
+        copies=None,
+        counts_once=False,
+        is_mean_of_shards=False,
         static_args=(
             *("fraction", "num_examples", "warmup_steps", "ramp_steps"),
             *("num_groups", "key", "aux_like"),
         ),
+        **SELECTING,
     ),
-    "sl_sam": replace(
-        SAM,
-        **of("sl_sam", groups=2),
-        hyper={"rho": 0.05, "bandit_learning_rate": 0.5, "exploration": 0.2},
+    "sl_sam": row(
+        "sl_sam",
+        {"rho": 0.05, "bandit_learning_rate": 0.5, "exploration": 0.2},
+        fixed={"groups": 2},
+        oracle=sl_sam_loop(0.05),
+        limit=sl_sam_loop(0.0),
         passes=(2, 2),  # only through some of the layers
-        spent=lambda t, state: (4 + 2 * SL_SHARES[int(optax.tree.get(state, "group"))]) / 3,
-        uses_gradient=False,
-        has_base_limit=False,
-        climbs=False,
+        spent=lambda step, state: (4 + 2 * SL_SHARES[int(optax.tree.get(state, "group"))]) / 3,
+        counts_once=False,
         static_args=("groups", "key", "aux_like"),
+        **SELECTING,
     ),
-}
-WIDER = {"W1": 4.0, "b1": 4.0, "W2": 0.25, "b2": 1.0}
-VARIANTS |= {
-    "gsam": replace(
-        SAM,
-        **of("gsam"),
-        hyper={"rho": 0.05, "alpha": 0.4},
+    "gsam": row(
+        "gsam", {"rho": 0.05, "alpha": 0.4}, is_mean_of_shards=False, static_args=("descend",)
+    ),
+    "gsam, clean": row(
+        "gsam",
+        {"rho": 0.05, "alpha": 0.4},
+        fixed={"descend": "clean"},
+        oracle=climbing(reference.ball(0.05), lambda: reference.gsam(0.4, clean=True)),
+        is_mean_of_shards=False,
         static_args=("descend",),
     ),
-    "gsam, clean": replace(
-        SAM,
-        **of("gsam", descend="clean"),
-        hyper={"rho": 0.05, "alpha": 0.4},
-        static_args=("descend",),
-        like="gsam",
+    "coupled_wsam": row("coupled_wsam", {"rho": 0.05, "gamma": 0.9}),
+    "wsam": row("wsam", {"learning_rate": 0.1, "rho": 0.05, "gamma": 0.9}),
+    "stable_sam": row(
+        "stable_sam", {"rho": 0.05}, is_mean_of_shards=False, static_args=("normalize",)
     ),
-    "coupled_wsam": replace(
-        SAM, **of("coupled_wsam"), hyper={"rho": 0.05, "gamma": 0.9}, like="gsam"
-    ),
-    "wsam": replace(
-        SAM,
-        **of("wsam"),
-        hyper={"learning_rate": 0.1, "rho": 0.05, "gamma": 0.9},
-        like="gsam",
-    ),
-    "stable_sam": replace(
-        SAM,
-        **of("stable_sam"),
-        has_base_limit=False,  # not to the last bit
-        static_args=("normalize",),
-        like="gsam",
-    ),
-    "usam": replace(
-        SAM,
-        **of("usam"),
-        like="sam",
-    ),
-    "friendly_sam": replace(
-        SAM,
-        **of("friendly_sam"),
-        hyper={"rho": 0.05, "sigma": 0.8, "decay": 0.9},
-        like="lightsam_adam",
-    ),
-    "monge_sam": replace(SAM, **of("monge_sam"), like="sam"),
-    "mup_sam": replace(
-        SAM,
-        **of("mup_sam", scales=WIDER),
+    "usam": row("usam", {"rho": 0.05}),
+    "friendly_sam": row("friendly_sam", {"rho": 0.05, "sigma": 0.8, "decay": 0.9}, copies=1),
+    "monge_sam": row("monge_sam", {"rho": 0.05}),
+    "mup_sam": row(
+        "mup_sam",
+        {"rho": 0.05},
+        fixed={"scales": {"W1": 4.0, "b1": 4.0, "W2": 0.25, "b2": 1.0}},
         static_args=("scales", "normalization", "width"),
-        like="sam",
     ),
-    "msam": replace(
-        SAM,
-        **of("msam", num_microbatches=2),
+    "msam": row(
+        "msam",
+        {"rho": 0.05},
+        fixed={"num_microbatches": 2},
         passes=(2, 2),
-        uses_gradient=False,
-        has_base_limit=False,
-        climbs=False,
+        counts_once=False,
         static_args=("num_microbatches", "how", "aux_like"),
+        **SELECTING,
     ),
-    "lightsam_norm": replace(
-        SAM,
-        **of("lightsam_norm", eps=0.1),
-        hyper={"learning_rate": 0.1, "rho": 0.05},
-        has_base_limit=False,
-        like="lightsam_adam",
+    "lightsam_norm": row(
+        "lightsam_norm",
+        {"learning_rate": 0.1, "rho": 0.05},
+        fixed={"eps": 0.1},
+        limit=without_radius(lambda: reference.AdaGradNorm(0.1, 0.1)),
+        copies=-1,
+        is_mean_of_shards=False,
     ),
-    "lightsam_adagrad": replace(
-        SAM,
-        **of("lightsam_adagrad", eps=0.1),
-        hyper={"learning_rate": 0.1, "rho": 0.01},
-        has_base_limit=False,
-        like="lightsam_adam",
+    "lightsam_adagrad": row(
+        "lightsam_adagrad",
+        {"learning_rate": 0.1, "rho": 0.01},
+        fixed={"eps": 0.1},
+        limit=without_radius(lambda: reference.AdaGrad(0.1, 0.1)),
+        copies=1,
+        is_mean_of_shards=False,
     ),
-    "lightsam_adam": replace(
-        SAM,
-        **of("lightsam_adam", eps=0.1),
-        hyper={"learning_rate": 0.01, "rho": 0.01, "b1": 0.9, "b2": 0.99},
-        has_base_limit=False,
+    "lightsam_adam": row(
+        "lightsam_adam",
+        {"learning_rate": 0.01, "rho": 0.01, "b1": 0.9, "b2": 0.99},
+        fixed={"eps": 0.1},
+        limit=without_radius(lambda: reference.RawAdam(0.01, 0.9, 0.99, 0.1)),
+        copies=3,
+        is_mean_of_shards=False,
     ),
-    "adasam": replace(
-        SAM,
-        **of("adasam", eps=0.1),
-        hyper={"learning_rate": 0.01, "rho": 0.05, "b1": 0.9, "b2": 0.99},
-        has_base_limit=False,
-        like="lightsam_adam",
+    "adasam": row(
+        "adasam",
+        {"learning_rate": 0.01, "rho": 0.05, "b1": 0.9, "b2": 0.99},
+        fixed={"eps": 0.1},
+        limit=without_radius(lambda: reference.RawAdam(0.01, 0.9, 0.99, 0.1, largest=True)),
+        copies=2,
+        is_mean_of_shards=False,
     ),
-}
-FOCAL = replace(
-    SAM,
-    **of("focal_sam", class_counts=[28, 11, 25]),
-    hyper={"rho": 0.05, "gamma": 2.0, "sharpness": 0.8},
-    passes=(2, 3),
-    uses_gradient=False,
-    has_base_limit=False,
-    static_args=("class_counts",),
-)
-VARIANTS |= {
-    "bisam": replace(
-        SAM,
-        **of("bisam"),
-        passes=(2, 2),
-        uses_gradient=False,
-        climbs=False,
-    ),
-    "lsam": replace(
-        SAM,
-        **of("lsam", period=2),
-        hyper={"rho": 0.05, "beta": 0.9},
-        has_base_limit=False,  # the limit is elastic averaging
+    "bisam": row("bisam", {"rho": 0.05}, passes=(2, 2), **SELECTING),
+    "lsam": row(
+        "lsam",
+        {"rho": 0.05, "beta": 0.9},
+        fixed={"period": 2},
+        oracle=lsam_loop(0.05),
+        limit=lsam_loop(0.0),  # elastic averaging
+        copies=1,
         static_args=("period", "worker_axis", "exchange"),
-        like="sam",
     ),
-    "async_sam": replace(
-        SAM,
-        **of("async_sam"),
-        passes=(2, 2),
-        uses_gradient=False,  # because `ascent_fn` is given
-        climbs=False,
+    "async_sam": row(
+        "async_sam",
+        {"rho": 0.05},
+        passes=(2, 2),  # because `ascent_fn` is given
+        copies=1,
         static_args=("first", "ascent_share", "role_axis", "aux_like", "perturb_dtype"),
-        like="bisam",  # except that it climbs a step later
+        **SELECTING,
     ),
-    "focal_sam": FOCAL,
-    "imbalanced_sam": replace(
-        FOCAL,
-        **of("imbalanced_sam", tail_classes=[1]),
-        hyper={"rho": 0.05, "tail_weight": 2.0},
+    "focal_sam": row(
+        "focal_sam",
+        {"rho": 0.05, "gamma": 2.0, "sharpness": 0.8},
+        fixed={"class_counts": [28, 11, 25]},
+        limit=base_alone,  # the parts add up to the loss
+        passes=(2, 3),
+        uses_gradient=False,
+        static_args=("class_counts",),
+    ),
+    "imbalanced_sam": row(
+        "imbalanced_sam",
+        {"rho": 0.05, "tail_weight": 2.0},
+        fixed={"tail_classes": [1]},
+        limit=factors_alone([1, 0, 1], [0, 2, 0]),
+        passes=(2, 3),
         static_args=("tail_classes",),
-        climbs=False,
-        like="focal_sam",
+        **SELECTING,
     ),
-    "fisher_sparse_sam": replace(
-        SAM,
-        **of("fisher_sparse_sam", period=3, num_microbatches=2),
-        hyper={"rho": 0.05, "sparsity": 0.6},
-        static_args=("period", "pattern", "num_microbatches"),
-        spent=lambda t, state: 3.0 if t % 3 == 1 else 2.0,
+    "fisher_sparse_sam": row(
+        "fisher_sparse_sam",
+        {"rho": 0.05, "sparsity": 0.6},
+        fixed={"period": 3, "num_microbatches": 2},
+        repeats=lambda step: 2 if step % 3 == 1 else 1,
+        counts_once=False,
+        copies=1 / 4,  # a mask has one byte per entry
         climbs=False,  # except on its first step
+        is_mean_of_shards=False,
+        static_args=("period", "pattern", "num_microbatches"),
     ),
-    "dynamic_sparse_sam": replace(
-        SAM,
-        **of("dynamic_sparse_sam", period=3),
-        hyper={"rho": 0.05, "sparsity": 0.6, "drop_rate": 0.4},
+    "dynamic_sparse_sam": row(
+        "dynamic_sparse_sam",
+        {"rho": 0.05, "sparsity": 0.6, "drop_rate": 0.4},
+        fixed={"period": 3},
+        counts_once=False,
+        copies=1 / 4,
+        is_mean_of_shards=False,
         static_args=("period", "drop", "grow", "key"),
-        like="fisher_sparse_sam",
     ),
-    "lets": replace(
-        SAM,
-        **of("lets", rho=0.05),
-        hyper={"rho_learning_rate": 1.0},
+    "lets": row(
+        "lets",
+        {"rho_learning_rate": 50.0},
+        fixed={"rho": 0.1},
+        oracle=lets_loop,
+        limit=None,  # its radius is not a hyperparameter
         passes=(3, 3),
-        has_base_limit=False,
         curvature=2 - 1 / 3,
-        spent=lambda t, state: 6.0,  # two more for the derivative of the sharp gradient
+        spent=lambda step, state: 6.0,  # two more for the derivative of the sharp gradient
+        is_mean_of_shards=False,
     ),
 }
-
-
-def plain(entry: Any) -> Case:
-    """Make the row of an entry that has none above; its numbers are the factory's defaults."""
-    parameters = inspect.signature(entry.factory).parameters.values()
-    hyper = {p.name: float(p.default) for p in parameters if isinstance(p.default, float)}
-    return replace(SAM, **of(entry.name), hyper=hyper)
-
-
+SL_SHARES = (160 / 227, 67 / 227)  # of the parameters: W1, and the others
 ROWS = {case.entry for case in VARIANTS.values()}
-VARIANTS |= {entry.name: plain(entry) for entry in samx.catalog() if entry.name not in ROWS}
-APART = [name for name, case in VARIANTS.items() if case.like is None]
+VARIANTS |= {entry.name: row(entry.name) for entry in samx.catalog() if entry.name not in ROWS}
+# The first row of each kind.
+KINDS = list({case.kind: name for name, case in reversed(VARIANTS.items())}.values())[::-1]

@@ -70,6 +70,17 @@ def adaptive_ball(rho, eta, scaled):
     return perturb
 
 
+def layer_ball(rho, scaled):
+    """The ball of SAM-ON's layer-wise metric, with η = 0."""
+
+    def perturb(params, g):
+        t = {k: np.sqrt(np.sum(params[k] ** 2)) if k in scaled else 1.0 for k in g}
+        length = global_norm({k: t[k] * g[k] for k in g}) + 1e-12
+        return {k: rho * t[k] * t[k] * g[k] / length for k in g}
+
+    return perturb
+
+
 def sign_ball(rho):
     return lambda params, g: {k: rho * np.sign(g[k]) for k in g}
 
@@ -296,6 +307,21 @@ class LookSAM:
         return {k: g[k] + alpha * ratio * self.g_v[k] for k in g}
 
 
+class Reuse:
+    """ARSAM: the second-order part of the last sharp step, at a weight that decays with its age."""
+
+    def __init__(self, decide, decay):
+        self.decide, self.decay, self.h, self.age = decide, decay, None, 0
+
+    def __call__(self, t, g, look):
+        if self.decide(t, g):
+            g_s, self.age = look(), 0
+            self.h = {k: g_s[k] - g[k] for k in g}
+            return g_s
+        self.age += 1
+        return {k: g[k] + self.decay**self.age * self.h[k] for k in g}
+
+
 def listed(decisions):
     return lambda t, g: bool(decisions[t])
 
@@ -406,6 +432,22 @@ def train_async_sam(base, perturb, ascent_size, steps, first="plain"):
     return _stack(trajectory)
 
 
+def train_lsam(base, perturb, beta, period, steps):
+    """Train with LSAM, one worker and its center; an exchange comes before every period."""
+    data, w = _start()
+    gradient, trajectory, center = _gradient(problem.losses_fn), [], copy.deepcopy(w)
+    for t in range(steps):
+        batch, move = problem.batch_at(data, t), {k: np.zeros_like(w[k]) for k in w}
+        if t % period == 0:
+            move = {k: beta * (w[k] - center[k]) for k in w}
+        g_s = gradient(moved(w, perturb(w, gradient(w, batch))), batch)
+        center = moved(center, move)
+        after = base.step(w, g_s)
+        w = {k: after[k] - move[k] for k in w}
+        trajectory.append(w)
+    return _stack(trajectory)
+
+
 def train_wsam(base, lr, perturb, gamma, steps, losses_fn=problem.losses_fn):
     """Train with WSAM: the sharpness term is added after the base; `lr` may depend on the step."""
     data, params = _start()
@@ -497,9 +539,13 @@ def moved(params, eps):
     return {k: params[k] + eps[k] for k in params}
 
 
-def ksam(perturb, k):
+def ksam(perturb, k, num_groups=1):
+    """K-SAM; the k worst examples of each group of neighbours."""
+
     def sharp_gradient(t, params, batch, index, losses, gradient):
-        worst = sorted(range(len(index)), key=lambda i: -losses(params, batch)[i])[:k]
+        values = losses(params, batch)
+        groups = np.split(np.arange(len(index)), num_groups)
+        worst = [i for group in groups for i in sorted(group, key=lambda i: -values[i])[:k]]
         chosen = rows_of(batch, worst)
         return gradient(moved(params, perturb(params, gradient(params, chosen))), chosen)
 
@@ -707,10 +753,21 @@ def train_dynamic_sparse(base, perturb, mask, sparsity, rates, period, scores, s
     return _stack(trajectory), _stack(masks)
 
 
-def train_lets(base, perturb, rho, rate, steps, approximate=False):
+def next_batch(data, t):
+    return problem.batch_at(data, t + 1)
+
+
+def shrunk(data, t):
+    """The held-out examples of `problem.further`."""
+    batch = problem.batch_at(data, t)
+    return batch | {"x": 0.8 * batch["x"]}
+
+
+def train_lets(base, perturb, rho, rate, steps, approximate=False, held_out=next_batch):
     """Train with LETS and SGD, whose step is −lr times the sharp gradient; also return the radii.
 
-    `perturb` has radius 1. The whole Hessian is computed.
+    `perturb` has radius 1. The whole Hessian is computed. `held_out(data, t)` gives the validation
+    examples.
     """
     data, params = _start()
     losses = _losses(problem.losses_fn)
@@ -721,7 +778,7 @@ def train_lets(base, perturb, rho, rate, steps, approximate=False):
         return jax.hessian(lambda p: problem.losses_fn(p, batch).mean())(params)
 
     for t in range(steps):
-        batch, held_out = problem.batch_at(data, t), problem.batch_at(data, t + 1)
+        batch, other = problem.batch_at(data, t), held_out(data, t)
         radii.append(rho)
         v = perturb(params, gradient(params, batch))
         point = moved(params, {k: rho * v[k] for k in v})
@@ -732,8 +789,8 @@ def train_lets(base, perturb, rho, rate, steps, approximate=False):
             h = hessian(point, batch)
             along = {k: sum(np.tensordot(h[k][j], v[j], v[j].ndim) for j in v) for k in v}
         params = base.step(params, g_s)
-        gap = losses(params, held_out).mean() - losses(params, batch).mean()
-        slopes = gradient(params, held_out), gradient(params, batch)
+        gap = losses(params, other).mean() - losses(params, batch).mean()
+        slopes = gradient(params, other), gradient(params, batch)
         change = sum(np.sum((slopes[0][k] - slopes[1][k]) * -base.lr * along[k]) for k in v)
         rho = np.exp(np.log(rho) - rate * rho * gap * change)
         trajectory.append(params)

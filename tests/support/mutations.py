@@ -1,0 +1,287 @@
+"""Small mistakes in samx's modules, and the rows of the table that must notice them.
+
+A mutation changes one expression of one file. samx is imported anew with it, in this process. Rows that run through the changed line must fail one of `checks.py`.
+"""
+
+import ast
+import contextlib
+import functools
+import importlib
+import importlib.machinery
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cases
+import jax
+import problem
+import recorded
+
+import samx
+
+PACKAGE = Path(samx.__file__).parent
+FOLDERS = ("variants", "perturbations", "policies", "core", "selection")
+FILES = [
+    *(f for folder in FOLDERS for f in sorted((PACKAGE / folder).glob("*.py"))),
+    PACKAGE / "combinations.py",
+]
+WITH_SAMX = ("cases", "checks", "recorded", "regimes")  # helpers that are imported anew with it
+MOST_ROWS = 4  # that are tried for one mutation
+SECONDS = 120  # after which a check has failed
+AVERAGES = ("mean", "pmean", "mean_loss", "nanmean", "average")
+ORDERED = ("where", "cond", "branch", "clip", "sub", "subtract", "divide", "minimum", "maximum")
+PARTNERS = {"minimum": "maximum", "maximum": "minimum"}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One changed expression.
+
+    Attributes:
+        file: The file, relative to the package.
+        function: The function that holds the expression, with those around it.
+        line: Its line.
+        kind: What was done.
+        before: The expression.
+        after: What takes its place.
+        source: The whole changed file.
+    """
+
+    file: str
+    function: str
+    line: int
+    kind: str
+    before: str
+    after: str
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.function}: {self.before} -> {self.after}"
+
+
+def mutations_of(path: Path) -> list[Mutation]:
+    """Generate every mutation of a file."""
+    text = path.read_text()
+    found, lines = [], text.encode().splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+
+    def segment(node):
+        return " ".join(ast.get_source_segment(text, node).split())
+
+    def visit(node, function):
+        if isinstance(node, ast.FunctionDef):
+            function = f"{function}.{node.name}" if function else node.name
+            children = node.body  # no decorators, defaults and annotations
+        elif is_guard(node):
+            children = []  # what wrong input raises has tests of its own
+        elif isinstance(node, ast.AnnAssign):
+            children = [node.value] if node.value else []
+        else:
+            children = ast.iter_child_nodes(node)
+        if function:
+            for kind, after in changes(node):
+                start = starts[node.lineno - 1] + node.col_offset
+                end = starts[node.end_lineno - 1] + node.end_col_offset
+                changed = b"".join(lines)
+                changed = changed[:start] + f"({after})".encode() + changed[end:]
+                where = str(path.relative_to(PACKAGE))
+                found.append(
+                    Mutation(
+                        *(where, function, node.lineno, kind, segment(node), after),
+                        changed.decode(),
+                    )
+                )
+        for child in children:
+            visit(child, function)
+
+    visit(ast.parse(text), "")
+    return found
+
+
+def is_guard(node: ast.AST) -> bool:
+    """Whether a statement only checks its input."""
+    if isinstance(node, ast.Raise):
+        return True
+    if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise):
+        return True
+    call = node.value if isinstance(node, ast.Expr) else None
+    return isinstance(call, ast.Constant) or (
+        isinstance(call, ast.Call) and name_of(call.func).startswith("check")
+    )
+
+
+def is_text(node: ast.AST) -> bool:
+    """Whether an operand is a text or a list of things."""
+    is_number = isinstance(getattr(node, "value", None), int | float)
+    return isinstance(node, ast.JoinedStr | ast.Tuple | ast.List) or (
+        isinstance(node, ast.Constant) and not is_number
+    )
+
+
+def name_of(node: ast.AST) -> str:
+    return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def changes(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """Generate what may take the place of an expression: its kind, and the new text."""
+    new = ast.unparse
+    if isinstance(node, ast.BinOp):
+        left, right = new(node.left), new(node.right)
+        if any(map(is_text, (node.left, node.right))):
+            return
+        if isinstance(node.op, ast.Add):
+            yield "flip a sign", f"({left}) - ({right})"
+            if "eps" in name_of(node.right) or "TINY" in name_of(node.right):
+                yield "drop an epsilon", left
+            if isinstance(node.left, ast.BinOp) and isinstance(node.right, ast.BinOp):
+                yield "skip an average", right
+        elif isinstance(node.op, ast.Sub):
+            yield "flip a sign", f"({left}) + ({right})"
+        elif isinstance(node.op, ast.Mult):
+            yield "drop a factor", left
+        elif isinstance(node.op, ast.Div):
+            yield "drop a factor", left
+        elif isinstance(node.op, ast.Pow):
+            yield "drop a power", left
+    elif isinstance(node, ast.UnaryOp):
+        if isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
+            yield "flip a sign", new(node.operand)
+        elif isinstance(node.op, ast.Not):
+            yield "turn a condition", new(node.operand)
+    elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+        if not isinstance(node.ops[0], ast.Is | ast.IsNot | ast.In | ast.NotIn):
+            yield "turn a condition", f"({new(node)}) ^ True"  # for arrays too
+    elif isinstance(node, ast.Call):
+        name, arguments = name_of(node.func), [new(a) for a in node.args]
+        function = new(node.func)
+        keywords = [new(k) for k in node.keywords]
+        if name == "at_step":
+            value, step = arguments
+            yield "freeze a schedule", f"{function}({value}, 0 * {step})"
+        if name in AVERAGES and arguments:
+            yield "skip an average", arguments[-1]
+        if name in ORDERED and len(arguments) >= 2:
+            swapped = [*arguments[:-2], arguments[-1], arguments[-2]]
+            if name not in PARTNERS:
+                yield "swap two arguments", f"{function}({', '.join([*swapped, *keywords])})"
+        if name in PARTNERS:
+            other = function[: -len(name)] + PARTNERS[name]
+            yield "take the other function", f"{other}({', '.join([*arguments, *keywords])})"
+
+
+class Loader(importlib.machinery.SourceFileLoader):
+    """Load a module from another text than that of its file."""
+
+    def __init__(self, name, path, text):
+        super().__init__(name, path)
+        self.text = text
+
+    def get_code(self, fullname):
+        return compile(self.text, self.path, "exec", dont_inherit=True)
+
+
+class Finder:
+    """Find one file's module with a changed text."""
+
+    def __init__(self, mutation):
+        self.path, self.text = str(PACKAGE / mutation.file), mutation.source
+
+    def find_spec(self, fullname, path=None, target=None):
+        if not fullname.startswith("samx"):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.origin == self.path:
+            spec.loader = Loader(fullname, self.path, self.text)
+        return spec
+
+
+@contextlib.contextmanager
+def applied(mutation: Mutation):
+    """Import samx and the helpers with a mutation; behind this, everything is as it was."""
+
+    def ours():
+        return [n for n in sys.modules if n.split(".")[0] in ("samx", *WITH_SAMX)]
+
+    kept, finder = {name: sys.modules.pop(name) for name in ours()}, Finder(mutation)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in ours():
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+@functools.cache
+def lines_of(name: str) -> frozenset[tuple[str, int]]:
+    """Return the lines of samx that a row runs through, as (file, line)."""
+    seen = set()
+
+    def trace(frame, event, arg):
+        file = frame.f_code.co_filename
+        if not file.startswith(str(PACKAGE)):
+            return None
+
+        def local(frame, event, arg):
+            seen.add((file[len(str(PACKAGE)) + 1 :], frame.f_lineno))
+            return local
+
+        return local(frame, event, arg)
+
+    case, (data, params) = cases.VARIANTS[name], problem.make()
+    batch, before = problem.batch_at(data, 0), sys.gettrace()
+    runs = [recorded.RECORDED[oracle] for oracle in case.oracle if isinstance(oracle, str)]
+    sys.settrace(trace)
+    try:
+        built = [
+            case.build(batch_like=batch),
+            *(case.make(run.base, run.arguments) for run in runs),
+        ]
+        for tx in built:
+            state = jax.eval_shape(tx.init, params)
+            with contextlib.suppress(Exception):  # a run with other parameters
+                jax.eval_shape(problem.make_step(tx), params, state, batch)
+    finally:
+        sys.settrace(before)
+    return frozenset(seen)
+
+
+def rows_through(mutation: Mutation) -> Iterator[str]:
+    """Generate rows that run through a mutation: first those whose factory is in its file."""
+    module = "samx." + mutation.file.removesuffix(".py").replace("/", ".")
+    last = len(mutation.before.split("\n"))
+    names = sorted(cases.VARIANTS, key=lambda n: not made_in(cases.VARIANTS[n], module))
+    for name in names:
+        lines = lines_of(name)
+        if any((mutation.file, mutation.line + i) in lines for i in range(last)):
+            yield name
+
+
+def made_in(case, module: str) -> bool:
+    return getattr(case.factory.func, "__module__", "") == module
+
+
+def is_caught(mutation: Mutation, names: list[str]) -> bool:
+    """Whether one of the rows fails one of its checks, or the package cannot be imported."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"no end after {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        with applied(mutation), jax.enable_x64(True):
+            for check in importlib.import_module("checks").CHECKS:
+                for name in names:
+                    check(name)
+    except Exception:
+        return True
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return False

@@ -1,0 +1,169 @@
+"""LETS against an independent loop, and what moves its radius."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+import reference
+from formulations import STEPS, train
+from recorded import assert_same
+
+import samx
+from samx.perturbations import magnitude, metric_ball
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+LETS = {  # arguments, the reference's perturbation, momentum, radius, rate
+    "exact": ({}, reference.ball(1.0), 0.9, 0.1, 50.0),
+    "approximate": ({"hessian": "diag_sq"}, reference.ball(1.0), 0.0, 0.3, 300.0),
+    "adaptive": (
+        {"perturbation": metric_ball(1.0, magnitude(0.01))},
+        reference.adaptive_ball(1.0, 0.01, {"W1", "W2"}),
+        0.0,
+        0.4,
+        40.0,
+    ),
+}
+
+
+def held_out(data, batch, t):
+    start = ((t + 1) % 4) * problem.BATCH_SIZE
+    other = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, problem.BATCH_SIZE), data)
+    return {"validation_fn": lambda params: problem.losses_fn(params, other).mean()}
+
+
+@pytest.mark.parametrize("name", LETS)
+def test_lets_against_reference(name):
+    keywords, perturb, momentum, rho, rate = LETS[name]
+    tx = samx.lets(optax.sgd(0.1, momentum=momentum), rho, rate, **keywords)
+    expected, radii = reference.train_lets(
+        reference.SGD(0.1, momentum), perturb, rho, rate, STEPS, name == "approximate"
+    )
+    found, after = train(tx, held_out, "rho")
+    assert_same(found, expected)
+    np.testing.assert_allclose(after[:-1], radii[1:], rtol=1e-9)
+    assert np.ptp(np.log(radii)) > 0.05
+
+
+def first_batches():
+    data, params = problem.make()
+    train, held_out = problem.batch_at(data, 0), problem.batch_at(data, 1)
+    return params, *(
+        lambda params, batch=batch: problem.losses_fn(params, batch).mean()
+        for batch in (train, held_out)
+    )
+
+
+def test_the_hypergradient_of_the_notes():
+    """SGD with learning rate 0.1 and ρ = 0.05; others computed these values, three times."""
+    params, value_fn, validation_fn = first_batches()
+    for hessian, expected in (
+        ("exact", 0.010609708745719907),
+        ("diag_sq", 4.440634729973349e-04),
+    ):
+        tx = samx.lets(optax.sgd(0.1), 0.05, hessian=hessian)
+        _, state = tx.update(
+            jax.grad(value_fn)(params),
+            tx.init(params),
+            params,
+            value_fn=value_fn,
+            validation_fn=validation_fn,
+        )
+        np.testing.assert_allclose(state.hypergradient, expected, rtol=1e-9)
+        assert float(state.rho) < 0.05  # the gap grows with ρ
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        optax.sgd(0.1, momentum=0.9, nesterov=True),
+        optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.01)),
+        optax.rmsprop(0.01),
+    ],
+    ids=["nesterov", "clipped adamw", "rmsprop"],
+)
+def test_the_hypergradient_is_the_slope_of_the_objective(base):
+    """Compared with central differences, through any base, after its first steps."""
+    params, value_fn, validation_fn = first_batches()
+    closures = {"value_fn": value_fn, "validation_fn": validation_fn}
+    tx, g = samx.lets(base, 0.2, rho_learning_rate=0.0), jax.grad(value_fn)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(g(params), state, params, **closures)
+        params = optax.apply_updates(params, updates)
+    _, after = tx.update(g(params), state, params, **closures)
+
+    def objective(rho):
+        sam = samx.sam(rho)
+        g_s, _ = sam.update(g(params), sam.init(params), params, value_fn=value_fn)
+        updates, _ = base.update(g_s, state.base, params)
+        moved = optax.apply_updates(params, updates)
+        return (validation_fn(moved) - value_fn(moved)) ** 2 / 2
+
+    h = 1e-4
+    around = [objective(0.2 + i * h) for i in (-2, -1, 1, 2)]
+    slope = (around[0] - 8 * around[1] + 8 * around[2] - around[3]) / (12 * h)
+    np.testing.assert_allclose(after.hypergradient, slope, rtol=1e-6)
+
+
+@pytest.mark.parametrize("hessian", ["exact", "diag_sq"])
+def test_units_that_are_dead_do_not_stop_the_learning(hessian):
+    """Adam has no derivative where both moments are 0; this must not affect other entries."""
+    params, value_fn, validation_fn = first_batches()
+    params |= {"dead": jnp.ones(3)}
+    tx = samx.lets(optax.adam(0.01), 0.1, hessian=hessian)
+    g = jax.grad(value_fn)(params)
+    closures = {"value_fn": value_fn, "validation_fn": validation_fn}
+    _, state = jax.jit(lambda g, s, p: tx.update(g, s, p, **closures))(g, tx.init(params), params)
+    del params["dead"], g["dead"]
+    _, without = tx.update(g, tx.init(params), params, **closures)
+    np.testing.assert_allclose(state.hypergradient, without.hypergradient, rtol=1e-7)
+    assert abs(float(state.hypergradient)) > 1e-12
+
+
+@pytest.mark.parametrize("hessian", ["exact", "diag_sq"])
+def test_a_loss_without_any_gradient_leaves_the_radius_alone(hessian):
+    """Adam has no derivative where both of its moments are 0."""
+    params, value_fn, validation_fn = first_batches()
+    tx = samx.lets(optax.adam(0.01), 0.1, hessian=hessian)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(
+            optax.tree.zeros_like(params),
+            state,
+            params,
+            value_fn=lambda p: 0.0 * value_fn(p),
+            validation_fn=validation_fn,
+        )
+        assert (float(state.rho), float(state.hypergradient)) == (0.1, 0.0)
+        assert all(bool((x == 0).all()) for x in jax.tree.leaves(updates))
+
+
+def test_a_radius_stays_in_its_bounds():
+    params, value_fn, validation_fn = first_batches()
+    for rate, bound in ((1e6, 0.01), (1e-9, 0.05)):
+        tx = samx.lets(optax.sgd(0.1), 0.05, rate, bounds=(0.01, 0.06))
+        _, state = tx.update(
+            jax.grad(value_fn)(params),
+            tx.init(params),
+            params,
+            value_fn=value_fn,
+            validation_fn=validation_fn,
+        )
+        assert float(state.rho) == pytest.approx(bound, rel=1e-6)
+
+
+def test_a_validation_loss_that_is_no_number_leaves_the_radius_alone():
+    params, value_fn, _ = first_batches()
+    tx = samx.lets(optax.sgd(0.1), 0.05)
+    _, state = tx.update(
+        jax.grad(value_fn)(params),
+        tx.init(params),
+        params,
+        value_fn=value_fn,
+        validation_fn=lambda p: jnp.nan * value_fn(p),
+    )
+    assert float(state.rho) == 0.05
+    assert np.isnan(state.hypergradient)

@@ -1,0 +1,256 @@
+"""Sparse SAM against independent loops, and its masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+import reference
+from formulations import BASES, EVERY_LEAF, EVERY_LEAF_BY_HAND, NAMES, STEPS, train
+from recorded import assert_same
+
+import samx
+from samx.perturbations import dynamic_mask, fisher_mask, metric_ball
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def fisher_run(make, base="momentum and decay", examples=None):
+    def further(data, batch, t):
+        chosen = None if examples is None else jax.tree.map(lambda x: x[examples], data)
+        return {"fisher_batch": chosen}
+
+    return train(optax.chain(make(), BASES[base][0]), further, "mask")
+
+
+FISHERS = {
+    "the current batch": (
+        lambda: samx.fisher_sparse_sam(0.1, 0.5, period=4),
+        (reference.ball(0.1), reference.unstructured(0.5), 4),
+        None,
+        "adamw",
+    ),
+    "sparse, rarely": (
+        lambda: samx.fisher_sparse_sam(0.2, 0.9, period=8, num_microbatches=4),
+        (reference.ball(0.2), reference.unstructured(0.9), 8),
+        np.arange(0, 64, 2),
+        "momentum and decay",
+    ),
+    "adaptive": (
+        lambda: samx.fisher_sparse_sam(sparsity=0.3, period=5, perturbation=EVERY_LEAF),
+        (EVERY_LEAF_BY_HAND, reference.unstructured(0.3), 5),
+        None,
+        "sgd",
+    ),
+    "structured": (
+        lambda: samx.fisher_sparse_sam(0.1, 0.5, period=4, pattern="structured"),
+        (reference.ball(0.1), reference.structured(0.5), 4),
+        None,
+        "momentum and decay",
+    ),
+    "structured, sparse": (
+        lambda: samx.fisher_sparse_sam(0.1, 0.9, period=4, pattern="structured"),
+        (reference.ball(0.1), reference.structured(0.9), 4),
+        np.arange(64),
+        "momentum and decay",
+    ),
+    "1 of 4": (
+        lambda: samx.fisher_sparse_sam(0.2, period=3, pattern=(1, 4)),
+        (reference.ball(0.2), reference.n_of_m(1, 4), 3),
+        None,
+        "adam",
+    ),
+    "3 of 8": (
+        lambda: samx.fisher_sparse_sam(0.2, period=7, pattern=(3, 8), num_microbatches=1),
+        (reference.ball(0.2), reference.n_of_m(3, 8), 7),
+        None,
+        "sgd",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FISHERS)
+def test_fisher_sparse_sam_against_reference(name):
+    make, (perturb, choose, period), examples, base = FISHERS[name]
+    expected, masks = reference.train_fisher_sparse(
+        BASES[base][1](), perturb, choose, period, STEPS, examples
+    )
+    found, mask = fisher_run(make, base, examples)
+    for key in NAMES:
+        np.testing.assert_array_equal(mask[key], masks[key])
+    assert_same(found, expected, 1e-8)  # 1e-7 is added to the norm
+
+
+def drawn(key, step, purpose):
+    """Recompute the scores of `dynamic_mask`, which promises nothing about how they are drawn."""
+    _, params = problem.make()
+    part = jax.random.split(jax.random.key(key), 3)[purpose]
+    names = sorted(params)
+    part = jax.random.fold_in(part, step)
+    return {
+        name: np.asarray(jax.random.uniform(jax.random.fold_in(part, i), params[name].shape))
+        for i, name in enumerate(names)
+    }
+
+
+def gradient(t, g, point):
+    return g
+
+
+def weight(t, g, point):
+    return point
+
+
+RATES = [0.25 * (1 + np.cos(np.pi * t / STEPS)) for t in range(STEPS)]
+
+DYNAMICS = {  # sparsity, period, drop, grow, the same by hand, base
+    "weight, gradient": (0.8, 4, "weight", "gradient", (weight, gradient), "momentum and decay"),
+    "gradient, random": (
+        0.5,
+        3,
+        "gradient",
+        "random",
+        (gradient, lambda t, g, point: drawn(5, t, 2)),
+        "adam",
+    ),
+    "random, weight": (
+        0.2,
+        1,
+        "random",
+        "weight",
+        (lambda t, g, point: drawn(5, t, 1), weight),
+        "sgd",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DYNAMICS)
+def test_dynamic_sparse_sam_against_reference(name):
+    sparsity, period, drop, grow, scores, base = DYNAMICS[name]
+    rate = optax.cosine_decay_schedule(0.5, STEPS)
+    tx, make_reference = BASES[base]
+    tx = optax.chain(
+        samx.dynamic_sparse_sam(0.1, sparsity, rate, period=period, drop=drop, grow=grow, key=5), tx
+    )
+    state = tx.init(problem.make()[1])
+    first = {k: np.asarray(v) for k, v in optax.tree.get(state, "mask").items()}
+    size = reference.flat(first).size
+    assert reference.flat(first).sum() == size - np.ceil(size * sparsity)
+    expected, masks = reference.train_dynamic_sparse(
+        make_reference(), reference.ball(0.1), first, sparsity, RATES, period, scores, STEPS
+    )
+    found, mask = train(tx, lambda data, batch, t: {}, "mask", state=state)
+    for key in NAMES:  # the state holds the mask of the next step
+        np.testing.assert_array_equal(mask[key][:-1], masks[key][1:])
+    assert_same(found, expected, 1e-8)
+
+
+def test_masks_of_other_seeds_differ_and_are_drawn_again():
+    _, params = problem.make()
+
+    def first(key):
+        return dynamic_mask(metric_ball(0.1), period=1, key=key).init(params).mask["W1"]
+
+    assert np.any(first(0) != first(1))
+    np.testing.assert_array_equal(first(2), first(jax.random.key(2)))
+
+
+def test_equal_scores_are_taken_in_order():
+    """Dead units have Fisher information 0: ties go in order, and the mask is never too large."""
+    params = (jnp.zeros((3, 4)), jnp.zeros(5))
+    ball = fisher_mask(metric_ball(1.0), 0.5, period=1)
+    batch = jnp.ones((2, 1))
+    state = ball.init(params)
+    for _ in range(2):
+        _, state = ball.update(
+            params, state, params, losses_fn=lambda p, x: p[1][4] * x[:, 0], batch=batch
+        )
+    np.testing.assert_array_equal(state.mask[0].ravel(), np.arange(12) < 7)
+    np.testing.assert_array_equal(state.mask[1], np.arange(5) == 4)
+
+
+def test_a_mask_that_is_smaller_than_what_is_to_be_kept_is_kept():
+    params, g = jnp.ones(10), jnp.arange(1.0, 11.0)
+    ball = dynamic_mask(metric_ball(1.0), 0.2, 0.0, period=1, grow="gradient")
+    few = jnp.arange(10) < 3
+    _, state = ball.update(g, ball.init(params)._replace(mask=few), params)
+    np.testing.assert_array_equal(state.mask, few)  # 8 may stay, nothing grows
+
+
+def test_a_look_waits_for_a_sharp_gradient():
+    """A skipped step has no gradients of single examples, so the mask waits for a sharp step."""
+    data, params = problem.make()
+    fisher = samx.fisher_sparse_sam(0.1, 0.8, period=5)
+    tx = optax.chain(samx.perturb_if(samx.policies.every(5), fisher), optax.sgd(0.1))
+    step, carry, spent = jax.jit(problem.make_step(tx)), (params, tx.init(params)), []
+    for t in range(11):
+        before, batch = carry[0], problem.batch_at(data, t)
+        carry = step(*carry, batch)
+        spent.append(float(optax.tree.get(carry[1], "gradients_spent")))
+        if t in (0, 4, 9):
+            seen = optax.tree.get(carry[1], "mask")
+            assert any(bool(x.any()) for x in jax.tree.leaves(seen)) == (t == 9)
+        if t in (5, 10):
+            alone = fisher.init(before)
+            alone = optax.tree.set(alone, step=jnp.ones((), jnp.int32))
+            g = jax.grad(lambda p, b=batch: problem.losses_fn(p, b).mean())(before)
+            closures = {"losses_fn": problem.losses_fn, "batch": batch}
+            _, alone = fisher.update(g, alone, before, **closures)
+            for a, b in zip(
+                *(jax.tree.leaves(optax.tree.get(s, "mask")) for s in (carry[1], alone)),
+                strict=True,
+            ):
+                np.testing.assert_array_equal(a, b)
+    assert spent == [2, 3, 4, 5, 6, 9, 10, 11, 12, 13, 16]  # new masks on steps 5 and 10
+
+
+def looked(ball, w, gradient, **fields):
+    """Return the state after a mask update; the loss of the only example has this gradient."""
+
+    def losses_fn(w, x):
+        return x[:, 0] * optax.tree.vdot(w, gradient)
+
+    state = ball.init(w)._replace(step=jnp.ones((), jnp.int32))._replace(**fields)
+    return ball.update(w, state, w, losses_fn=losses_fn, batch=jnp.ones((1, 1)))[1]
+
+
+@pytest.mark.parametrize(("step", "next_look"), [(1, 5), (2, 5), (3, 5), (4, 5), (5, 9)])
+def test_a_late_look_does_not_put_off_the_next_one(step, next_look):
+    ball, w = fisher_mask(metric_ball(0.1), period=4), jnp.ones(4)
+    state = looked(ball, w, w, step=jnp.asarray(step, jnp.int32))
+    assert int(state.next_look) == next_look
+
+
+def test_whole_leaves_stop_where_the_share_is_reached():
+    ball = fisher_mask(metric_ball(0.1), 0.5, period=1, pattern="structured")
+    w = {name: jnp.ones(2) for name in "abcd"}
+    gradient = {name: scale * jnp.ones(2) for name, scale in zip("abcd", (1, 4, 2, 3), strict=True)}
+    mask = looked(ball, w, gradient).mask
+    assert {name: bool(x.all()) for name, x in mask.items()} == {
+        "a": False,
+        "b": True,
+        "c": False,
+        "d": True,
+    }
+
+
+def test_fisher_information_of_examples_that_count():
+    """Padding has no weight, and `fisher_batch` replaces the batch."""
+    data, params = problem.make()
+    batch, ball = problem.batch_at(data, 0), fisher_mask(metric_ball(0.1), 0.7, period=1)
+    spoilt = batch | {"x": batch["x"].at[8:].set(50.0)}
+    weights = (jnp.arange(16) < 8).astype(float)
+    g = jax.grad(lambda p: problem.losses_fn(p, batch).mean())(params)
+
+    def mask_of(**keywords):
+        state = ball.init(params)._replace(step=jnp.ones((), jnp.int32))
+        _, state = ball.update(g, state, params, losses_fn=problem.losses_fn, **keywords)
+        return state.mask
+
+    half = jax.tree.map(lambda x: x[:8], batch)
+    expected = mask_of(batch=half)
+    for key, found in mask_of(batch=spoilt, weights=weights).items():
+        np.testing.assert_array_equal(found, expected[key])
+    other = mask_of(batch=half, fisher_batch=spoilt)
+    assert any(np.any(other[key] != expected[key]) for key in NAMES)
