@@ -23,7 +23,8 @@ def check_range(
     high: float = math.inf,
 ) -> None:
     """Refuse a number outside `low` to `high`, also one of a list; `None` is not checked."""
-    wanted = f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+    limit = high if isinstance(high, int) else f"{high:g}"
+    wanted = f"at least {low:g}" if high == math.inf else f"{low:g} to {limit}"
     for name in names:
         for value in _values(args, name):
             if not low <= value <= high:

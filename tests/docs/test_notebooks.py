@@ -3,10 +3,14 @@
 Edit the text (`.py`). Then `python tests/docs/test_notebooks.py` writes the notebooks again.
 """
 
+import io
 import time
 from pathlib import Path
 
+import jax
 import jupytext
+import matplotlib
+import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -15,6 +19,17 @@ from nbclient.exceptions import CellExecutionError
 FOLDER = Path(__file__).parents[2] / "notebooks"
 SECONDS = 120
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+# The default run executes a smaller form: the text on the left, which occurs once, becomes that on
+# the right. `-m slow` executes the notebook as it is.
+SMALLER = {
+    "sam_in_five_minutes": {
+        "BATCH, SEEDS = 1000, 500, 100, 10\n": "BATCH, SEEDS = 1000, 500, 100, 2\n",
+        "EPOCHS = 40\n": "EPOCHS = 2\n",
+        "jnp.linspace(-2, 2, 41), jnp.linspace(-1, 2, 31)": "jnp.zeros(3), jnp.linspace(-1, 2, 3)",
+        "descend(tx, w, 600)": "descend(tx, w, 20)",
+        "jax.random.split(jax.random.key(3), 10)": "jax.random.split(jax.random.key(3), 2)",
+    }
+}
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -66,6 +81,36 @@ def test_outputs_are_kept(path):
     assert [o.text for o in outputs if o.get("name") == "stderr"] == []  # no warnings
 
 
+def smaller(notebook, changes):
+    """Change the text of a notebook, so that it computes less."""
+    for old, new in changes.items():
+        [cell] = [cell for cell in code_cells(notebook) if old in cell.source + "\n"]
+        cell.source = (cell.source + "\n").replace(old, new)
+    return notebook
+
+
+@every_notebook
+def test_a_smaller_form_runs(path, monkeypatch):
+    """In this process, where much of it is compiled already. A warning is an error."""
+    notebook = smaller(jupytext.read(path.with_suffix(".py")), SMALLER[path.stem])
+    drawn, namespace = [], {}
+
+    def show():
+        drawn.append(io.BytesIO())
+        plt.savefig(drawn[-1])
+        plt.close()
+
+    monkeypatch.setattr(plt, "show", show)
+    with matplotlib.rc_context(), jax.numpy_rank_promotion("allow"):
+        plt.switch_backend("agg")
+        for cell in code_cells(notebook):
+            exec(compile(cell.source, path.stem, "exec"), namespace)
+    figures = [cell for cell in code_cells(notebook) if "plt.show()" in cell.source]
+    assert len(drawn) == len(figures) > 0
+    assert min(len(figure.getvalue()) for figure in drawn) > 10_000
+
+
+@pytest.mark.slow
 @every_notebook
 def test_runs_from_scratch(path, tmp_path):
     start = time.perf_counter()

@@ -15,6 +15,7 @@ def train(arguments):
     return data_parallel.main([*arguments.split(), "--float64", "--epochs", "2"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "strategies"),
     [
@@ -81,7 +82,7 @@ def test_what_changes_the_curve(first, second, differ):
         ("--batch 100", "--batch must be a multiple of 8, .* got 100"),
         ("--devices 0", "--devices must be at least 1, got 0"),
         ("--devices 1000", "--devices must be at most 8 in process 0, got 1000"),
-        ("--seed -1", "--seed must be at least 0"),
+        ("--seed -1", "--seed must be 0 to 2147483647, got -1"),
         ("--rho nan", "--rho must be finite and at least 0, got nan"),
         ("--learning-rate 0", "--learning-rate must be finite and above 0, got 0"),
         ("--ascent local --strategy jit", "--ascent local needs .* shard_map, not jit"),

@@ -14,15 +14,33 @@ import pytest
 from examples.devices import data_parallel, multi_process
 
 LONG = ["--epochs", "2000", "--strategy", "shard_map"]  # a run to be stopped early
+# A worker that starts in no time: it does what its number is told to do.
+WORKER = """
+import sys, time
+number = sys.argv[sys.argv.index("--process-id") + 1]
+print("ready", number, file=sys.stderr, flush=True)
+if number in sys.argv[1].split(","):
+    sys.exit(2)
+time.sleep(60)
+"""
+LAUNCHER = """
+import pathlib, sys
+from examples.devices import multi_process
+multi_process.WORKER = pathlib.Path(sys.argv.pop(1))
+sys.exit(multi_process.main())
+"""
 
 
 class Launched:
     """The launcher in a separate process; its output and its workers' output go to two files."""
 
-    def __init__(self, folder, arguments):
+    def __init__(self, folder, arguments, worker=None):
         self.out, self.err = folder / "stdout", folder / "stderr"
+        command = [sys.executable, multi_process.__file__, *arguments]
+        if worker is not None:
+            (folder / "worker.py").write_text(worker)
+            command = [sys.executable, "-c", LAUNCHER, folder / "worker.py", *arguments]
         with self.out.open("w") as out, self.err.open("w") as err:
-            command = [sys.executable, multi_process.__file__, *arguments]
             self.process = subprocess.Popen(command, stdout=out, stderr=err)
 
     def wait_for(self, path, pattern):
@@ -46,9 +64,9 @@ class Launched:
 
 
 @contextlib.contextmanager
-def launch(folder, *arguments):
+def launch(folder, *arguments, worker=None):
     """Start a launcher; it and its workers are stopped in any case."""
-    launched = Launched(folder, arguments)
+    launched = Launched(folder, arguments, worker)
     try:
         yield launched
     finally:
@@ -78,6 +96,52 @@ def test_two_processes_end_where_one_does(in_empty_folder):
             np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-12)
 
 
+def check_stopped(launched, pids, message):
+    """Check that no worker lives, and that the launcher has said why."""
+    assert not any(map(is_alive, pids))
+    said = launched.err.read_text()
+    assert said.splitlines()[-1] == message
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_stops_all_workers(number, code, in_empty_folder):
+    with launch(in_empty_folder, "none", worker=WORKER) as launched:
+        pids = launched.pids()
+        launched.wait_for(launched.err, "ready 0")
+        launched.process.send_signal(number)
+        assert launched.process.wait(20) == code
+    check_stopped(launched, pids, f"{number.name}: stopped all processes")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_worker_stops_the_others(victim, in_empty_folder):
+    with launch(in_empty_folder, "none", worker=WORKER) as launched:
+        pids = launched.pids()
+        launched.wait_for(launched.err, "ready 0")
+        os.kill(pids[victim], signal.SIGKILL)
+        assert launched.process.wait(20) == 1
+    check_stopped(launched, pids, f"process {victim} was killed by SIGKILL; stopped the others")
+
+
+def test_a_worker_that_fails_stops_the_others(in_empty_folder):
+    with launch(in_empty_folder, "1", worker=WORKER) as launched:
+        pids = launched.pids()
+        assert launched.process.wait(20) == 1
+    check_stopped(launched, pids, "process 1 ended with exit code 2; stopped the others")
+    assert "process 1: ready 1" in launched.err.read_text()
+
+
+def test_workers_that_end_well(in_empty_folder):
+    worker = "import sys; sys.exit(0)"
+    with launch(in_empty_folder, "--processes", "3", worker=worker) as launched:
+        assert launched.process.wait(20) == 0
+    assert launched.err.read_text() == ""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0])
 def test_a_killed_process_stops_the_others(victim, in_empty_folder):
     with launch(in_empty_folder, *LONG) as launched:
@@ -85,11 +149,10 @@ def test_a_killed_process_stops_the_others(victim, in_empty_folder):
         launched.wait_until_training()
         os.kill(pids[victim], signal.SIGKILL)
         assert launched.process.wait(20) == 1
-    message = f"process {victim} was killed by SIGKILL; stopped the others"
-    assert launched.err.read_text().splitlines()[-1] == message
-    assert not any(map(is_alive, pids))
+    check_stopped(launched, pids, f"process {victim} was killed by SIGKILL; stopped the others")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "when"),
     [(signal.SIGINT, 130, "training"), (signal.SIGTERM, 143, "starting")],
@@ -101,11 +164,30 @@ def test_stopped_by_a_signal(number, code, when, in_empty_folder):
             launched.wait_until_training()
         launched.process.send_signal(number)
         assert launched.process.wait(20) == code
-    assert not any(map(is_alive, pids))
-    assert launched.err.read_text().splitlines()[-1] == f"{number.name}: stopped all processes"
-    assert "Traceback" not in launched.err.read_text()
+    check_stopped(launched, pids, f"{number.name}: stopped all processes")
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_all_processes_refuse_what_process_0_refuses(number, monkeypatch, in_empty_folder, capsys):
+    """Only process 0 looks at --out; it tells the others, which do not wait for it."""
+    (in_empty_folder / "taken").mkdir()
+    (in_empty_folder / "taken" / "file").touch()
+    told = []
+    monkeypatch.setattr(data_parallel.jax, "process_index", lambda: number)
+    monkeypatch.setattr(
+        data_parallel.multihost_utils,
+        "broadcast_one_to_all",
+        lambda value: told.append(bool(value)) or True,
+    )
+    parser, args = data_parallel.parse(["--out", "taken"])
+    with pytest.raises(SystemExit):
+        data_parallel.create_folder(parser, args)
+    assert told == [number == 0]
+    message = "--out: taken is not empty" if number == 0 else "process 0 refused --out"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_what_one_process_refuses_stops_all(in_empty_folder):
     """Only process 0 checks --out; the others do not wait for it."""
     (in_empty_folder / "taken").mkdir()
