@@ -1,5 +1,7 @@
 """What closures see: dtypes, keywords for the base, and one objective."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,17 +22,18 @@ def test_dtype_failure_at_the_perturbed_point_names_the_way_out():
             p, jnp.ones(3, jnp.bfloat16)
         ).sum().astype(jnp.float32)
 
+    def updates_of(tx, w, value_fn):
+        return jax.eval_shape(lambda: tx.update(w, tx.init(w), w, value_fn=value_fn)[0])
+
     with pytest.raises(TypeError, match="perturb_dtype=None"):
-        samx.sam(0.5).update(w, samx.sam().init(w), w, value_fn=strict)
-    tx = samx.sam(0.5, perturb_dtype=None)
-    updates, _ = tx.update(w, tx.init(w), w, value_fn=strict)
-    assert updates.dtype == jnp.bfloat16
+        updates_of(samx.sam(0.5), w, strict)
+    assert updates_of(samx.sam(0.5, perturb_dtype=None), w, strict).dtype == jnp.bfloat16
 
     def broken(p):
         raise TypeError("not a matter of precision")
 
     with pytest.raises(TypeError, match="not a matter of precision"):
-        samx.sam().update(jnp.ones(3), samx.sam().init(jnp.ones(3)), jnp.ones(3), value_fn=broken)
+        updates_of(samx.sam(), jnp.ones(3), broken)
 
 
 def test_opting_out_of_float32_is_visible_in_the_readings():
@@ -38,7 +41,8 @@ def test_opting_out_of_float32_is_visible_in_the_readings():
     norms = {}
     for dtype in (jnp.float32, None):
         tx = samx.sam(0.05, perturb_dtype=dtype)
-        _, state = tx.update(w, tx.init(w), w, value_fn=lambda p: p.sum().astype(jnp.float32))
+        update = functools.partial(tx.update, value_fn=lambda p: p.sum().astype(jnp.float32))
+        _, state = jax.jit(update)(w, tx.init(w), w)
         norms[dtype] = float(optax.tree.get(state, "perturbation_norm"))
     assert norms[jnp.float32] == pytest.approx(0.05, rel=1e-2)
     assert norms[None] == 0.0
@@ -63,7 +67,7 @@ def test_with_base_hides_samx_keywords():
     seen = []
 
     def update_fn(updates, state, params=None, **keywords):
-        seen.append(keywords)
+        seen.append((set(keywords), jnp.shape(keywords["value_fn"](params))))
         return updates, state
 
     base = optax.GradientTransformationExtraArgs(lambda params: (), update_fn)
@@ -72,11 +76,10 @@ def test_with_base_hides_samx_keywords():
     given = {"losses_fn": problem.losses_fn, "batch": BATCH, "index": jnp.arange(16), "mine": 1}
     for tx in (samx.with_base(samx.sam(), base), samx.sampa(base, batch_like=BATCH)):
         seen.clear()
-        tx.update(params, tx.init(params), params, value=1.0, **closure, **given)
+        update = functools.partial(tx.update, value=1.0, **closure, **given)
+        jax.eval_shape(update, params, tx.init(params), params)
         assert seen
-        for keywords in seen:
-            assert set(keywords) == {"value", "value_fn", "mine"}
-            assert jnp.shape(keywords["value_fn"](params)) == ()
+        assert all(one == ({"value", "value_fn", "mine"}, ()) for one in seen)
 
 
 def test_magnitude_scales_by_name():

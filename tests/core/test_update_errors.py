@@ -8,23 +8,26 @@ import problem
 import pytest
 
 import samx
-from samx.perturbations import (
-    constants,
-    metric_ball,
-    on_leaves,
-)
+from samx.perturbations import constants, metric_ball, on_leaves
 
 SGD = optax.sgd(0.1)
-BATCH = jax.eval_shape(lambda: problem.batch_at(problem.make("float32")[0], 0))
+DATA, PARAMS = problem.make("float32")
+BATCH = problem.batch_at(DATA, 0)
 
 
 def losses_fn(params, batch):
     return problem.losses_fn(params, batch)
 
 
+def trace_update(tx, state=None, **keywords):
+    """Trace one update; wrong input shows before anything is compiled."""
+    state = jax.eval_shape(tx.init, PARAMS) if state is None else state
+    return jax.eval_shape(lambda state: tx.update(PARAMS, state, PARAMS, **keywords), state)
+
+
 UPDATES = {
     "a vector from value_fn": (
-        {"value_fn": lambda p: problem.losses_fn(p, batch())},
+        {"value_fn": lambda p: problem.losses_fn(p, BATCH)},
         ValueError,
         r"`value_fn` must return a scalar.*got shape \(16,\).*losses_fn",
     ),
@@ -63,10 +66,6 @@ UPDATES = {
 }
 
 
-def batch():
-    return problem.batch_at(problem.make("float32")[0], 0)
-
-
 def ksam():
     return samx.ksam(num_selected=4)
 
@@ -93,13 +92,12 @@ BAD_UPDATES += [(sampa, name) for name in UPDATES if "losses_fn" in UPDATES[name
 @pytest.mark.parametrize(("make", "name"), BAD_UPDATES)
 def test_updates(name, make):
     keywords, error, message = UPDATES[name]
-    keywords = {k: batch() if v is True else v for k, v in keywords.items()}
-    _, params = problem.make("float32")
+    keywords = {k: BATCH if v is True else v for k, v in keywords.items()}
     tx = make()
-    state = tx.init(params)
+    state = tx.init(PARAMS)
     with pytest.raises(error, match=message):
-        tx.update(params, state, params, index=np.arange(16), **keywords)
-    jax.tree.map(np.testing.assert_array_equal, *map(problem.as_numbers, (state, tx.init(params))))
+        trace_update(tx, state, index=np.arange(16), **keywords)
+    jax.tree.map(np.testing.assert_array_equal, *map(problem.as_numbers, (state, tx.init(PARAMS))))
 
 
 FURTHER = {
@@ -158,85 +156,75 @@ FURTHER = {
 @pytest.mark.parametrize("name", FURTHER)
 def test_further_keywords(name):
     make, keywords, error, message = FURTHER[name]
-    tx, (_, params) = make(), problem.make("float32")
-    state = tx.init(params)
+    tx = make()
+    state = tx.init(PARAMS)
     with pytest.raises(error, match=message):
-        tx.update(params, state, params, losses_fn=losses_fn, batch=batch(), **keywords)
-    jax.tree.map(np.testing.assert_array_equal, state, tx.init(params))
+        trace_update(tx, state, losses_fn=losses_fn, batch=BATCH, **keywords)
+    jax.tree.map(np.testing.assert_array_equal, state, tx.init(PARAMS))
 
 
 @pytest.mark.parametrize("make", [samx.fisher_sparse_sam, samx.dynamic_sparse_sam])
 def test_a_mask_unlike_the_parameters(make):
-    tx, (_, params) = make(period=1), problem.make("float32")
-    mask = optax.tree.get(tx.init(params), "mask")
-    wrong = [mask | {"b1": mask["b1"][:3]}, mask | {"b1": 1.0 * mask["b1"]}, {"W1": mask["W1"]}]
+    tx = make(period=1)
+    start = jax.eval_shape(tx.init, PARAMS)
+    mask = optax.tree.get(start, "mask")
+    wrong = [mask | {"b1": np.ones(3, bool)}, mask | {"b1": np.ones(16)}, {"W1": mask["W1"]}]
     for other in wrong:
-        state = optax.tree.set(tx.init(params), mask=other)
+        state = optax.tree.set(start, mask=other)
         with pytest.raises(ValueError, match="the state's `mask` must hold booleans shaped like"):
-            tx.update(params, state, params, losses_fn=losses_fn, batch=batch())
+            trace_update(tx, state, losses_fn=losses_fn, batch=BATCH)
 
 
 def test_more_selected_than_there_is():
-    _, params = problem.make("float32")
     for tx in (samx.ksam(0.1, 17), samx.ksam(0.1, 20, num_groups=4)):
         with pytest.raises(ValueError, match=r"`num_selected` must be at most the 16 examples"):
-            tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=batch())
+            trace_update(tx, losses_fn=losses_fn, batch=BATCH)
     for make in (samx.ksam, samx.esam, samx.ausam):
         tx, closures = make(num_groups=32), {"losses_fn": losses_fn, "index": np.arange(16)}
         with pytest.raises(ValueError, match=r"`num_groups` must divide the 16 examples.*got 32"):
-            tx.update(params, tx.init(params), params, batch=batch(), **closures)
+            trace_update(tx, batch=BATCH, **closures)
 
 
 def test_batch_unlike_batch_like():
-    _, params = problem.make("float32")
     tx = samx.sampa(SGD, batch_like=BATCH)
-    shorter = jax.tree.map(lambda x: x[:7], batch())
+    shorter = jax.tree.map(lambda x: x[:7], BATCH)
     with pytest.raises(ValueError, match=r"`batch`.*batch_like.*\(16, 10\).*\(7, 10\).*weights"):
-        tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=shorter)
+        trace_update(tx, losses_fn=losses_fn, batch=shorter)
 
 
 def test_aux_unlike_aux_like():
-    _, params = problem.make("float32")
     tx = samx.sampa(SGD, batch_like=BATCH, aux_like=jnp.ones(3))
     for result in (lambda p, b: losses_fn(p, b), lambda p, b: (losses_fn(p, b), jnp.ones(4))):
         with pytest.raises(ValueError, match=r"`aux`.*aux_like"):
-            tx.update(params, tx.init(params), params, losses_fn=result, batch=batch())
+            trace_update(tx, losses_fn=result, batch=BATCH)
 
 
 def test_aux_unlike_that_of_the_descent():
-    _, params = problem.make("float32")
     tx = samx.async_sam(aux_like=jnp.ones(3))
 
-    def update(p):
-        return tx.update(p, tx.init(p), p, value_fn=lambda p: (p["b1"].sum(), jnp.ones(4)))
-
     with pytest.raises(ValueError, match=r"async_sam: `aux`.*aux_like.*\(3,\).*got.*\(4,\)"):
-        jax.eval_shape(update, params)
+        trace_update(tx, value_fn=lambda p: (p["b1"].sum(), jnp.ones(4)))
 
 
 def test_scales_unlike_params():
-    _, params = problem.make("float32")
     ball = metric_ball(0.1, constants({"W1": 1.0}))
     with pytest.raises(ValueError, match="`scales` must have the structure of `params`"):
-        ball.update(params, ball.init(params), params)
+        trace_update(ball)
 
 
 def test_scales_of_other_leaves():
-    _, params = problem.make("float32")
     tx = samx.mup_sam(0.1, {"W1": 1.0, "b1": 1.0, "W2": 1.0, "head": 1.0})
     with pytest.raises(ValueError, match=r"`scales`.*`params`.*lacks \[\"\['b2'\]\"\].*head"):
-        tx.update(params, tx.init(params), params, value_fn=lambda p: losses_fn(p, batch()).mean())
+        trace_update(tx, value_fn=lambda p: losses_fn(p, BATCH).mean())
 
 
 def test_microbatches_that_do_not_divide():
-    _, params = problem.make("float32")
     tx = samx.msam(num_microbatches=3)
     with pytest.raises(ValueError, match=r"must divide the 16 examples of the batch, got 3.*pad"):
-        tx.update(params, tx.init(params), params, losses_fn=losses_fn, batch=batch())
+        trace_update(tx, losses_fn=losses_fn, batch=BATCH)
 
 
 def test_no_leaf_selected():
-    _, params = problem.make("float32")
     ball = on_leaves(metric_ball(0.1), lambda path, leaf: False)
     with pytest.raises(ValueError, match=r"selects none of the leaves.*W1"):
-        ball.update(params, ball.init(params), params)
+        trace_update(ball)

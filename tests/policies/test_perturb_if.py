@@ -1,5 +1,7 @@
 """`perturb_if`: what it calls, and what it passes on."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,7 +108,7 @@ def test_readings_of_a_skipped_step():
         spent += 1 + is_sharp
         assert bool(readings.is_sharp) == is_sharp
         assert float(readings.gradients_spent) == spent
-        assert float(readings.loss) == float(loss(w))
+        np.testing.assert_allclose(readings.loss, loss(w), rtol=1e-6)
         assert float(readings.grad_norm) == pytest.approx(float(optax.tree.norm(g)))
         assert bool(jnp.isinf(readings.sharp_loss)) == (not is_sharp)
         for reading in (readings.perturbation_norm, readings.sharp_grad_norm, readings.cosine):
@@ -123,11 +125,10 @@ def test_a_gradient_of_another_dtype_than_the_parameters(name, dtypes):
         "vsam": samx.vsam(policy=policies.quota(4, num_blocks=2, warmup_steps=1)),
     }[name]
     w, g = (jnp.ones(3, dtype) for dtype in dtypes)
-    state = tx.init(w)
+    keywords = {"value_fn": lambda w: (w.astype(jnp.float32) ** 4).sum()}
+    state, step = tx.init(w), jax.jit(functools.partial(tx.update, **keywords))
     for _ in range(2):
-        updates, state = tx.update(
-            g, state, w, value_fn=lambda w: (w.astype(jnp.float32) ** 4).sum()
-        )
+        updates, state = step(g, state, w)
         assert updates.dtype == w.dtype
 
 
