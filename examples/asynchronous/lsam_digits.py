@@ -36,6 +36,7 @@ The script prints a table and the differences. It writes results.json and lsam_d
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -81,14 +82,20 @@ class Row(NamedTuple):
     rounds: int = 2  # all-reduces per synchronous step
 
 
+def sam(rho: Any, num_workers: int) -> Any:
+    """Return SAM, the same for all rows that use it."""
+    del num_workers
+    return samx.sam(rho)
+
+
 ROWS = {
-    DATA_PARALLEL: Row("together", lambda rho, n: samx.sam(rho)),
-    SAME_TIME: Row("together", lambda rho, n: samx.sam(rho)),
+    DATA_PARALLEL: Row("together", sam),
+    SAME_TIME: Row("together", sam),
     # Each worker computes its perturbation from the gradient of its own batch.
     "dp-sam, own ascent": Row("together", lambda rho, n: samx.msam(rho, n), rounds=1),
-    LSAM: Row("elastic", lambda rho, n: samx.sam(rho)),
+    LSAM: Row("elastic", sam),
     "easgd": Row("elastic", lambda rho, n: optax.identity(), 1, (0.0,)),
-    "sam, one worker": Row("alone", lambda rho, n: samx.sam(rho)),
+    "sam, one worker": Row("alone", sam),
 }
 # For the engines: learning rate and rho that the simulation chooses by default.
 CHOSEN = {LSAM: (0.3, 0.2), DATA_PARALLEL: (0.1, 0.2), SAME_TIME: (0.3, 0.1)}
@@ -112,9 +119,13 @@ class Curve(NamedTuple):
     facts: dict[str, Any]  # further results
 
 
-def make_functions(name: str, args: argparse.Namespace) -> Functions:
-    """Return the functions of a row; learning rate and rho differ by run, so the batch has them."""
-    graph = nnx.graphdef(Network(args.width, rngs=nnx.Rngs(0)))
+@functools.cache
+def make_functions(front: Callable[[Any, int], Any], num_workers: int, width: int) -> Functions:
+    """Return the functions of rows that share `front`; they are compiled once.
+
+    Learning rate and rho differ by run, so the batch has them.
+    """
+    graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
 
     def logits(params, x):
         return nnx.merge(graph, params)(x)
@@ -128,7 +139,7 @@ def make_functions(name: str, args: argparse.Namespace) -> Functions:
         return jnp.mean(logits(params, data["x"]).argmax(-1) == data["y"])
 
     def optimizer(rho):
-        tx = optax.chain(ROWS[name].front(rho, args.workers), optax.trace(MOMENTUM))
+        tx = optax.chain(front(rho, num_workers), optax.trace(MOMENTUM))
         return optax.with_extra_args_support(tx)
 
     def init(params):
@@ -297,7 +308,7 @@ def simulate(
     """Train the runs of a row on the simulated clock."""
     row, curve = ROWS[name], Curve([], [], [], [], {})
     data, params = load(runs, args)
-    functions = make_functions(name, args)
+    functions = make_functions(row.front, args.workers, args.width)
 
     def evaluate(params, time, gradients):
         curve.time.append(float(time))
@@ -599,7 +610,7 @@ def run_engine(args: argparse.Namespace, devices: list[Any]) -> list[dict]:
         for name, (rate, rho) in CHOSEN.items()
     }
     runs = {name: Runs(*runs_of([args.seed], [numbers])) for name, numbers in chosen.items()}
-    functions = make_functions(LSAM, args)  # the same step for all rows
+    functions = make_functions(sam, args.workers, args.width)  # the same step for all rows
     fast = seconds_alone(functions, runs[LSAM], args)
     seconds = (fast * slowness(args)).tolist()
     speed = ROWS[LSAM].gradients * sum(1 / s for s in seconds)

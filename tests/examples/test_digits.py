@@ -18,6 +18,7 @@ def test_digits_runs_variants_of_every_kind(in_empty_folder, capsys, read_report
     """Every stage has the same number of runs, which saves compilation."""
     for module in (digits, training):
         monkeypatch.setattr(module, "TUNING_SEEDS", range(1000, 1001))
+    monkeypatch.setattr(training, "TIMED_STEPS", 5)
     monkeypatch.setitem(LEARNING_RATES, "adamw", (1e-3, 1e-2))
     light = VARIANTS["lightsam-norm"]._replace(learning_rates=(1.0, 10.0))
     monkeypatch.setitem(VARIANTS, "lightsam-norm", light)
