@@ -51,9 +51,13 @@ def test_strategies_give_the_same_curve(
         assert text in printed
 
 
-def test_float32_curves_differ_by_rounding():
-    results = data_parallel.main(["--epochs", "2"])
+def test_a_tiny_run_whose_curves_differ_by_rounding(in_empty_folder, capsys, read_report):
+    results = data_parallel.main(["--epochs", "2", "--out", "out"])
+    assert [result["strategy"] for result in results] == ["jit", "pmap", "shard_map"]
     assert data_parallel.largest_difference(results) < 1e-4
+    assert read_report(in_empty_folder / "out")["results"] == results
+    assert (in_empty_folder / "out" / "data_parallel.png").stat().st_size > 10_000
+    assert "largest difference between the loss curves" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -64,7 +68,8 @@ def test_float32_curves_differ_by_rounding():
         ("--devices 2", "--ascent local", True),
     ],
 )
-def test_what_changes_the_curve(first, second, differ):
+def test_what_changes_the_curve(first, second, differ, monkeypatch):
+    monkeypatch.setattr(data_parallel, "draw", lambda *args: None)
     (one,), (other,) = (train(f"{args} --strategy shard_map") for args in (first, second))
     difference = np.abs(np.subtract(one["loss"], other["loss"])).max()
     assert difference > 1e-4 if differ else difference < 1e-12

@@ -14,7 +14,7 @@ TINY = ["--seeds", "2", "--epochs", "1", "--width", "4"]
 SOME = ["base2x", "sam", "ae-sam", "lightsam-norm"]  # one of each kind
 
 
-def test_digits_runs_variants_of_every_kind(in_empty_folder, capsys, read_report, monkeypatch):
+def test_a_tiny_run_of_every_kind_of_variant(in_empty_folder, capsys, read_report, monkeypatch):
     """Every stage has the same number of runs, which saves compilation."""
     for module in (digits, training):
         monkeypatch.setattr(module, "TUNING_SEEDS", range(1000, 1001))

@@ -12,8 +12,6 @@ import pytest
 import samx
 from examples.claims import lightsam
 
-pytestmark = pytest.mark.slow
-
 LIGHT = ("lightsam_norm", "lightsam_adagrad", "lightsam_adam")
 
 
@@ -51,6 +49,7 @@ def test_a_tiny_run(in_empty_folder, capsys, read_report):
         assert text in printed
 
 
+@pytest.mark.slow
 def test_light_norm_falls_at_all_corners_of_the_grid_and_sam_does_not():
     """With a learning rate of 100, SAM's steps never get shorter."""
     curves = {
@@ -66,6 +65,7 @@ def test_light_norm_falls_at_all_corners_of_the_grid_and_sam_does_not():
     assert (sam["norm_last_tenth"] > 2 * sam["norm_at_start"])[2:].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "make", "batch_size"),
     [

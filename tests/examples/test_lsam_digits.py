@@ -36,7 +36,7 @@ def test_streams_are_whole_epochs_of_each_worker_and_go_on_anywhere():
     np.testing.assert_array_equal(together[:, 1::2], numbers(1, 0, 1)[0])
 
 
-def test_a_simulated_run(in_empty_folder, monkeypatch, capsys, read_report):
+def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     """Every stage has two runs, which saves compilation. The expected times are counted by hand."""
     monkeypatch.setattr(example, "TUNING_SEEDS", range(1000, 1001))
     arguments = "--workers 2 --slow 4 --latency 0 --period 2 --batch 50 --gradients 65 --width 32"
@@ -102,6 +102,7 @@ def test_threads_stop_and_go_on(in_empty_folder, monkeypatch, capsys, read_repor
     assert not (in_empty_folder / "run" / "results.json").exists()
 
     monkeypatch.setattr(example.Bars, "show", show)
+    monkeypatch.setattr(example, "draw", lambda *args: None)
     monkeypatch.setattr(example, "EVALUATE_EVERY", 0.5)
     make_worker = example.make_worker
 

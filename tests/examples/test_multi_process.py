@@ -82,18 +82,7 @@ def is_alive(pid):
     return True
 
 
-def test_two_processes_end_where_one_does(in_empty_folder):
-    with launch(in_empty_folder, "--float64", "--epochs", "2", "--out", "two") as launched:
-        data_parallel.main(["--float64", "--epochs", "2", "--devices", "4", "--out", "one"])
-        assert launched.process.wait(90) == 0, launched.err.read_text()
-    printed = launched.out.read_text()
-    assert printed.count("device: 4 simulated devices in 2 processes") == 1  # process 0 only
-    assert "process 1:" not in launched.err.read_text()
-    with np.load("one/params.npz") as one, np.load("two/params.npz") as two:
-        assert set(one) == set(two)
-        assert {name.split("/")[0] for name in one} == set(data_parallel.STRATEGIES)
-        for name in one:
-            np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-12)
+ALL = ["jit", "pmap", "shard_map"]
 
 
 def check_stopped(launched, pids, message):
@@ -102,6 +91,24 @@ def check_stopped(launched, pids, message):
     said = launched.err.read_text()
     assert said.splitlines()[-1] == message
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("strategies", [["shard_map"], pytest.param(ALL, marks=pytest.mark.slow)])
+def test_a_tiny_run_ends_where_one_process_does(strategies, in_empty_folder, monkeypatch):
+    few = ["--float64", "--epochs", "2", "--batch", "500"]  # two steps an epoch
+    few += ["--strategy", *strategies]
+    monkeypatch.setattr(data_parallel, "draw", lambda *args: None)
+    with launch(in_empty_folder, *few, "--out", "two") as launched:
+        data_parallel.main([*few, "--devices", "4", "--out", "one"])
+        assert launched.process.wait(90) == 0, launched.err.read_text()
+    printed = launched.out.read_text()
+    assert printed.count("device: 4 simulated devices in 2 processes") == 1  # process 0 only
+    assert "process 1:" not in launched.err.read_text()
+    with np.load("one/params.npz") as one, np.load("two/params.npz") as two:
+        assert set(one) == set(two)
+        assert {name.split("/")[0] for name in one} == set(strategies)
+        for name in one:
+            np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ import pytest
 
 from examples.claims import mup_transfer
 
-pytestmark = pytest.mark.slow
 
-
+@pytest.mark.slow
 def test_exponents_of_mup_are_zero_and_those_of_sam_are_not(tmp_path):
     arguments = "--widths 256 512 1024 --seeds 2 --steps 1 10 --out"
     args = mup_transfer.parse([*arguments.split(), str(tmp_path)])
@@ -28,6 +27,7 @@ def test_exponents_of_mup_are_zero_and_those_of_sam_are_not(tmp_path):
         assert (len(result["exponent_by_seed"]), len(result["effect_by_width"])) == (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mup_sam", "sam"])
 def test_the_effects_are_those_of_the_perturbation(name):
     """Compare with the formula, written out for the layers of a network an eighth as wide."""
@@ -68,6 +68,7 @@ def test_the_effects_are_those_of_the_perturbation(name):
     np.testing.assert_allclose(effects, [of_all, of_own], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_effects_are_those_after_training():
     """Effects are measured on the next batch. At learning rate 0 they are those at the start."""
     width, rho, name = 16, 0.3, "mup_sam"
@@ -90,6 +91,7 @@ def test_the_slope_is_the_power_of_the_width():
     np.testing.assert_allclose(mup_transfer.slopes(widths, effects), powers, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [64, 256])
 def test_the_initialization_is_that_of_mup(width):
     """The head's variance falls with the square of the width; at the base width it is as usual."""

@@ -8,8 +8,30 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from examples.common.models import MODELS, as_problem
 from examples.devices import parallel_cost
 from examples.devices.communication import communicated_bytes
+
+
+def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
+    """Of a narrow model: the arrays that are sent and kept are as many as the formulas say."""
+    narrow = MODELS["dense"]._replace(make=MODELS["dense"].narrow)
+    monkeypatch.setattr(parallel_cost, "problem", lambda model, size: as_problem(narrow, size))
+    monkeypatch.setattr(parallel_cost, "LEAST_SECONDS", 1e-3)
+    arguments = "--batch 4 --devices 2 --repeats 1 --out cost"
+    results = parallel_cost.main(arguments.split())
+    assert [result["method"] for result in results] == [*parallel_cost.METHODS]
+    for result in results:
+        wanted, found = result["formula"], result["counted"]
+        assert found["sent"] == pytest.approx(wanted["sent"], abs=64)  # losses and norms
+        assert found["state"] == pytest.approx(wanted["state"], abs=64)
+    assert (in_empty_folder / "cost" / "parallel_cost.png").stat().st_size > 10_000
+    report = read_report(in_empty_folder / "cost")
+    assert report["counts"] == results
+    assert [row["share"] for row in report["times"]] == [2, 1]
+    printed = capsys.readouterr().out
+    for text in (*parallel_cost.METHODS, "T(2B/n) + 2P", "Where two groups lead", "results.json"):
+        assert text in printed
 
 
 @pytest.mark.slow

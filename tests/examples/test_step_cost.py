@@ -255,8 +255,7 @@ def test_peak_is_what_a_run_holds(alias):
     assert copies <= 5 - bool(alias)
 
 
-@pytest.mark.slow
-def test_step_cost_over_batch_sizes(in_empty_folder, capsys, monkeypatch, read_report):
+def test_a_tiny_run_over_batch_sizes(in_empty_folder, capsys, monkeypatch, read_report):
     tiny = step_cost.Model(lambda rngs: nnx.Linear(4, 10, rngs=rngs), (4,), 8)
     monkeypatch.setattr(step_cost, "MODELS", {"one": tiny, "two": tiny})
     arguments = "--variants sampa sampa-separate --batch 2 1 2 --repeats 1 --out cost"
