@@ -72,7 +72,7 @@ def copied(step):
     return jax.tree.map(np.asarray, (step.params, step.opt_state))
 
 
-FORMS = [("momentum", "plain", 16), ("momentum", "sam", 4), ("adamw", "plain", 8)]
+FORMS = [("adamw", "plain", 16), ("momentum", "sam", 4)]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -155,9 +155,7 @@ def test_one_program_takes_the_steps_of_one_device(regime, form):
     assert_same(mapped(regime, *form), sequential(*form))
 
 
-@pytest.mark.parametrize(
-    ("regime", "first"), [("shard_map", "plain"), ("shard_map, check_vma=False", "sam")]
-)
+@pytest.mark.parametrize(("regime", "first"), [("shard_map", "sam")])
 def test_one_program_with_an_axis_of_data(regime, first):
     history = mapped(regime, "momentum", first, 16, shape=(2, 4), names=("role", "data"))
     assert_same(history, sequential("momentum", first, 16))

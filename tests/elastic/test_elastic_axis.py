@@ -4,7 +4,6 @@ import functools
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import problem
@@ -27,8 +26,8 @@ def synchronous(regime, tx, num_workers):
     """Run `tx` with workers along a mapped axis; return the center and the workers at the end."""
     data, params = problem.make()
     step = without_loss(make_step(tx))
-    params = jax.tree.map(lambda x: jnp.stack([x] * num_workers), params)
-    state = jax.vmap(tx.init)(params)
+    params = jax.tree.map(lambda x: np.stack([x] * num_workers), params)
+    state = jax.jit(jax.vmap(tx.init))(params)
     if regime == "vmap":
         step = jax.jit(functools.partial(jax.vmap, axis_name="worker")(step))
     elif regime == "pmap":
@@ -37,8 +36,8 @@ def synchronous(regime, tx, num_workers):
         step = on_mesh(step, regimes.mesh_of((num_workers,), ("worker",)), regime == "shard_map")
     for t in range(STEPS):
         batches = [problem.batch_at(data, t * num_workers + i) for i in range(num_workers)]
-        params, state = step(params, state, jax.tree.map(lambda *x: jnp.stack(x), *batches))
-    centers = optax.tree.get(state, "center")
+        params, state = step(params, state, jax.tree.map(lambda *x: np.stack(x), *batches))
+    centers, params = jax.tree.map(np.asarray, (optax.tree.get(state, "center"), params))
     first, last = (jax.tree.map(lambda x, i=i: x[i], centers) for i in (0, -1))
     # Every device runs the same program; `vmap` may compute its first and last row differently.
     chex.assert_trees_all_close(first, last, rtol=0, atol=1e-12 if regime == "vmap" else 0)
@@ -91,9 +90,8 @@ def synchronous_loop(num_workers, beta, period, rho, momentum, exchange):
 
 SYNCHRONOUS = [
     ("vmap", "before", 4, 0.1),
-    ("vmap", "after", 4, 0.0),
     ("shard_map", "before", 2, 0.1),
-    ("shard_map, check_vma=False", "after", 2, 0.1),
+    ("shard_map, check_vma=False", "after", 2, 0.0),
     ("pmap", "before", 2, 0.1),
 ]
 
@@ -123,12 +121,12 @@ def test_synchronous_form_beside_an_axis_of_data():
 
     specs = (P("worker"), P("worker"), P("worker", "data"))
     step = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=P("worker")))
-    params = jax.tree.map(lambda x: jnp.stack([x] * 2), params)
-    state = jax.vmap(tx.init)(params)
+    params = jax.tree.map(lambda x: np.stack([x] * 2), params)
+    state = jax.jit(jax.vmap(tx.init))(params)
     for t in range(STEPS):
         batches = [problem.batch_at(data, t * 2 + i) for i in range(2)]
-        params, state = step(params, state, jax.tree.map(lambda *x: jnp.stack(x), *batches))
-    center = jax.tree.map(lambda x: x[0], optax.tree.get(state, "center"))
+        params, state = step(params, state, jax.tree.map(lambda *x: np.stack(x), *batches))
+    center = jax.tree.map(lambda x: np.asarray(x)[0], optax.tree.get(state, "center"))
     z, w = synchronous_loop(2, 0.43, 2, 0.1, 0.0, "before")
     w = jax.tree.map(lambda *x: np.stack(x), *w)
     chex.assert_trees_all_close((center, params), (z, w), rtol=0, atol=1e-10)
@@ -140,9 +138,9 @@ def test_synchronous_form_sends_nothing_between_exchanges():
     data, params = problem.make()
     mesh = regimes.mesh_of((2,), ("worker",))
     step = on_mesh(without_loss(make_step(tx)), mesh, True)
-    params = jax.tree.map(lambda x: jnp.stack([x] * 2), params)
-    state = jax.vmap(tx.init)(params)
-    batch = jax.tree.map(lambda x: jnp.stack([x] * 2), problem.batch_at(data, 0))
+    params = jax.tree.map(lambda x: np.stack([x] * 2), params)
+    state = jax.jit(jax.vmap(tx.init))(params)
+    batch = jax.tree.map(lambda x: np.stack([x] * 2), problem.batch_at(data, 0))
     text = step.lower(params, state, batch).as_text()
     before, _, after = text.partition("stablehlo.case")
     assert "all_reduce" in after

@@ -1,5 +1,6 @@
 """A quota: exact in every window, with the statistics that it grows by."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_a_quota_grows_with_the_relative_changes(ratios, variances, growth):
         ratios=jnp.array(ratios, jnp.float32),
         variances=jnp.array(variances, jnp.float32),
     )
-    assert float(policy.decide(jnp.ones(2), state)[1].quota) == pytest.approx(2 * growth)
+    assert float(jax.jit(policy.decide)(jnp.ones(2), state)[1].quota) == pytest.approx(2 * growth)
 
 
 def test_norms_of_a_quota_are_those_of_the_measured_leaves():

@@ -113,16 +113,10 @@ def nnx_pass(model, wrt=nnx.Param):
     return one_pass, *start
 
 
-def climb(name, params, g):
-    def metric(path, w):
-        return np.abs(w) + 0.01 if "bias" not in str(path[-1]) else np.ones_like(w)
-
-    rho = {"asam": 0.5, "sampa": 0.1, "momentum_sam": 0.3}.get(name, 0.05)
-    t = jax.tree.map(np.ones_like, params)
-    if name == "asam":
-        t = jax.tree_util.tree_map_with_path(metric, params)
-    length = np.sqrt(sum(np.sum((t * g) ** 2) for t, g in zip(*map(leaves, (t, g)), strict=True)))
-    return jax.tree.map(lambda t, g: rho * t * t * g / (length + 1e-12), t, g)
+def climb(name, g):
+    rho = {"sampa": 0.1, "momentum_sam": 0.3}.get(name, 0.05)
+    length = np.sqrt(sum(np.sum(leaf**2) for leaf in leaves(g)))
+    return jax.tree.map(lambda g: rho * np.asarray(g) / (length + 1e-12), g)
 
 
 def leaves(tree):
@@ -140,19 +134,19 @@ def by_hand(name, one_pass, params, memory, batches):
     for t, batch in enumerate(batches):
         if name == "sampa":
             y = add(params, add(g_y, buffer, 0.9), -0.1) if t else params
-            x = add(params, climb(name, params, g_y))
+            x = add(params, climb(name, g_y))
             _, g_x, _ = one_pass(x, memory, t, previous)
             loss, g_y, memory = one_pass(y, memory, t, batch)
             g, previous = add(g_x, add(g_y, g_x, -1), 0.2), batch
         elif name == "momentum_sam":
-            point = add(params, climb(name, params, buffer), -1)
+            point = add(params, climb(name, buffer), -1)
             loss, g, memory = one_pass(point, memory, t, batch)
         else:
             loss, g, moved = one_pass(params, memory, t, batch)
             point = params
             ascent_steps = {"two ascent steps": 2, "periodic": 1 - t % 2}.get(name, 1)
             for _ in range(ascent_steps):
-                point = add(point, climb(name, point, g))
+                point = add(point, climb(name, g))
                 _, g, _ = one_pass(point, memory, t, batch)
             memory = moved
         buffer = add(g, buffer, 0.9)

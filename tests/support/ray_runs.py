@@ -68,9 +68,13 @@ def maker(delay=0.0, hurry=None):
     return make_worker
 
 
+@jax.jit
+def _loss(params, batch):
+    return problem.losses_fn(params, batch).mean()
+
+
 def loss_of(params):
-    data, _ = problem.make(np.float32)
-    return float(problem.losses_fn(params, data).mean())
+    return float(_loss(params, problem.make(np.float32)[0]))
 
 
 def is_alive(pid):

@@ -16,7 +16,7 @@ import samx
 
 every_program = pytest.mark.parametrize(
     "name",
-    ["sam", "sampa", "looksam", "momentum_sam", "sl_sam", "msam", "bisam", "fisher_sparse_sam"],
+    ["sam", "sampa", "looksam", "sl_sam", "msam", "bisam", "fisher_sparse_sam"],
 )
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -38,7 +38,7 @@ def with_weights(name):
 
 @pytest.mark.parametrize(
     ("name", "num_microbatches"),
-    [("sam", 1), ("sam", 2), ("sam", 16), ("two ascent steps", 16), ("sampa", 2)],
+    [("sam", 1), ("sam", 2), ("sam", 16), ("sampa", 2)],
 )
 def test_weights_and_any_number_of_microbatches(name, num_microbatches):
     """Some microbatches hold no valid example."""

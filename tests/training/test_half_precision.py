@@ -10,8 +10,6 @@ import pytest
 from cases import VARIANTS
 from half_precision import distance, every_program, four_steps, roundings, start
 
-half_precision = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-
 
 @functools.cache
 def wide(dtype):
@@ -95,8 +93,13 @@ BY_HAND = {
 ONE_EXAMPLE = {"esam": {"num_groups": 1}, "msam": {"num_microbatches": 1}}
 
 
-@pytest.mark.parametrize("name", BY_HAND)
-@half_precision
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, jnp.bfloat16) for name in BY_HAND),
+        *((name, jnp.float16) for name in ("sam", "asam", "sampa", "l-infinity", "lightsam_adam")),
+    ],
+)
 def test_half_precision_parameters_see_the_ascent(name, dtype):
     np.testing.assert_allclose(share_of_the_ascent(name, dtype), 1, atol=0.02)
 
