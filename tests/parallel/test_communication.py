@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 import regimes
-from cases import VARIANTS
+from cases import KINDS, VARIANTS
 from costs import STRAIGHT, flops, wide_losses, wide_problem
 from costs import build as build_variant
 from jax.sharding import AxisType
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 import samx
 from examples.devices.communication import communicated_bytes
 
-PROGRAMS = [name for name in STRAIGHT if VARIANTS[name].like is None]
+PROGRAMS = [name for name in STRAIGHT if name in KINDS]
 SCALARS = 64  # bytes of losses, norms and shares in a step
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 
@@ -131,11 +131,13 @@ def assert_bytes(program, copies):
         *((name, "shard_map", False) for name in ("plain", "sam", "sampa", "lets")),
     ],
 )
-def test_one_all_reduce_per_gradient(name, regime, check_vma):
+def test_one_all_reduce_and_the_flops_of_its_share_per_gradient(name, regime, check_vma):
     if (name, regime) == ("lets", "auto"):
         return  # the compiler shards the directional derivative as it likes
-    copies = 1 if name == "plain" else gradients_of(name)
-    assert_bytes(compiled(name, regime, check_vma=check_vma), copies)
+    program = compiled(name, regime, check_vma=check_vma)
+    assert_bytes(program, 1 if name == "plain" else gradients_of(name))
+    if name != "plain":
+        assert flops(program) == pytest.approx(share_of(name), rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["rst", "looksam"])
@@ -146,19 +148,18 @@ def test_a_skipped_step_sends_one_pass(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "check_vma"),
-    [("sam", False), *((n, True) for n in PROGRAMS if VARIANTS[n].uses_gradient)],
+    ("name", "check_vma", "copies"),
+    [
+        ("sam", False, 1),
+        ("sam", True, 1),
+        # One more where the mean gradient is needed, for a combination or a state.
+        ("gsam", True, 2),
+        ("lightsam_adam", True, 2),
+        ("lets", True, 4),
+    ],
 )
-def test_local_ascent_sends_one_pass(name, check_vma):
-    """It sends one more where the mean gradient is needed, for a combination or a state."""
-    copies = gradients_of(name) - 1 + (name in ("gsam", "lightsam_adam"))
+def test_local_ascent_sends_one_pass(name, check_vma, copies):
     assert_bytes(compiled(name, "shard_map", "local", check_vma=check_vma), copies)
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.parametrize("regime", ["shard_map", "auto"])
-def test_flops_per_device_are_those_of_its_share(name, regime):
-    assert flops(compiled(name, regime)) == pytest.approx(share_of(name), rel=0.05)
 
 
 @pytest.mark.parametrize("regime", ["shard_map", "auto"])

@@ -11,13 +11,12 @@ import problem
 import pytest
 import reference
 import regimes
-from cases import APART, VARIANTS
+from cases import CLOSURES, KINDS, VARIANTS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from regimes import (
     GLOBAL,
     LOCAL,
-    STEPS,
     VALID,
     as_batch,
     assert_close,
@@ -34,32 +33,19 @@ from samx import policies
 
 
 def rows_and_regimes(regimes, rows):
-    """Pair rows with regimes: rows that treat examples specially get two or all, others get one."""
-    apart = ("sam", "sampa", "esam", "ausam", "sl_sam", "msam")
-    decides = ("two ascent steps", "rst", "looksam", "ae_sam", "fisher_sparse_sam")
-
-    def regimes_of(name):
-        if name in ("sam", "sampa"):
-            return regimes
-        if name in apart:
-            return [r for r in regimes if r in ("jit, explicit", "shard_map")]
-        return ["pmap"] if name in decides else ["shard_map"]
-
+    """Pair one row for each set of closures with every regime, and the other rows with one."""
     return [
         pytest.param(name, regime, id=f"{regime}-{name}")
-        for name in rows
-        for regime in regimes_of(name)
+        for i, name in enumerate(rows)
+        for j, regime in enumerate(regimes)
+        if name in CLOSURES or j == i % len(regimes)
     ]
 
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-# In addition to APART: rows that decide, draw or remember in another way.
-OF_THEIR_OWN = ("two ascent steps", "ae_sam", "vsam", "ksam", "dynamic_sparse_sam", "async_sam")
-
-
-@pytest.mark.parametrize(("name", "regime"), rows_and_regimes(GLOBAL, [*APART, *OF_THEIR_OWN]))
+@pytest.mark.parametrize(("name", "regime"), rows_and_regimes(GLOBAL, KINDS))
 def test_global_is_the_step_of_one_device(name, regime):
     history = GLOBAL[regime](build(name), problem.make()[1], batches())
     assert_same(history, on_one_device(name))
@@ -87,13 +73,7 @@ def on_every_shard(name, num_shards=regimes.DEVICES):
     return regimes.per_shard(build(name, **changes), problem.make()[1], batches(), num_shards)
 
 
-# Rows that decompose the mean of the sharp gradients, or decide by the mean gradient.
-NOT_LINEAR = ("ae_sam", "looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam", "ausam")
-NOT_LINEAR += ("gsam", "gsam, clean", "stable_sam", "lets", "fisher_sparse_sam")
-NOT_LINEAR += ("lightsam_norm", "lightsam_adagrad", "lightsam_adam", "adasam")
-
-
-LINEAR_ROWS = ["two ascent steps", *(name for name in APART if name not in NOT_LINEAR)]
+LINEAR_ROWS = [name for name in KINDS if VARIANTS[name].is_mean_of_shards]
 
 
 @pytest.mark.parametrize(("name", "regime"), rows_and_regimes(LOCAL, LINEAR_ROWS))
@@ -113,15 +93,20 @@ def test_local_ascent_on_all_that_was_drawn(regime):
     assert_close([params for params, _, _ in history], sams, 1e-10)
 
 
+DECISIONS = 14  # steps in which policies decide both ways
+
+
 def combination(name):
     """Return the combination of a row, for the reference loop."""
-    hyper, threshold = VARIANTS[name].hyper, [-0.2] * STEPS
+    hyper, threshold = VARIANTS[name].hyper, [-0.2] * DECISIONS
     if name == "ae_sam":
         return reference.sometimes(reference.SquaredNorm(threshold, 0.9))
     if name == "vsam":
-        draws = [float(samx.policies.draws.uniform_at(jax.random.key(0), t)) for t in range(STEPS)]
+        draws = [
+            float(samx.policies.draws.uniform_at(jax.random.key(0), t)) for t in range(DECISIONS)
+        ]
         return reference.VSAM(draws, (4, 2), 0.8, (0.13, 0.13), 0.7, 4, ["W1", "b1", "W2", "b2"])
-    every_second = reference.listed([t % 2 == 0 for t in range(STEPS)])
+    every_second = reference.listed([t % 2 == 0 for t in range(DECISIONS)])
     return reference.LookSAM(every_second, hyper["alpha"])
 
 
@@ -132,7 +117,7 @@ def local_loop(name):
         reference.SGD(0.1, 0.9),
         reference.ball(rho),
         combination(name),
-        STEPS,
+        DECISIONS,
         num_shards=regimes.DEVICES,
     )
 
@@ -145,7 +130,9 @@ def test_local_ascent_decides_and_takes_apart_by_the_mean_gradient(name, regime)
     changes = {}
     if name == "vsam":  # the reference needs full statistics
         changes["policy"] = policies.quota(4, num_blocks=2, warmup_steps=4)
-    history = LOCAL[regime](build(name, **changes), problem.make()[1], batches(), ascent="local")
+    history = LOCAL[regime](
+        build(name, **changes), problem.make()[1], batches(DECISIONS), ascent="local"
+    )
     found = [bool(optax.tree.get(state, "is_sharp")) for _, state, _ in history]
     assert found == [bool(x) for x in are_sharp]
     assert len(set(found)) == 2
@@ -205,7 +192,7 @@ def test_weights_count_examples_in_local_ascent(regime):
         eps = optax.tree.scale(0.05 / (optax.tree.norm(g) + 1e-12), g)
         g_s = jax.grad(loss)(optax.tree.add(params, eps))
         expected = optax.tree.add_scale(expected, -own.sum() / weights.sum(), g_s)
-    chex.assert_trees_all_close(history[0][0], expected, rtol=1e-12, atol=1e-12)
+    assert_close(history[0][0], expected)
     norm = optax.tree.get(
         history[0][1], "perturbation_norm"
     )  # devices without examples do not count

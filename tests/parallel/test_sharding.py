@@ -9,7 +9,7 @@ import optax
 import problem
 import pytest
 import regimes
-from cases import APART, VARIANTS
+from cases import KINDS, VARIANTS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -60,12 +60,12 @@ def on_one_device(name):
     ("name", "axis_type", "layout"),
     [
         (name, axis_type, layout)
-        for name in APART
+        for name in KINDS
         for axis_type in (AxisType.Auto, AxisType.Explicit)
         for layout in LAYOUTS
         # Two rows in all combinations; the others only with Explicit types, in alternating layouts.
         if name in ("sam", "sampa")
-        or (axis_type == AxisType.Explicit and layout == list(LAYOUTS)[APART.index(name) % 2])
+        or (axis_type == AxisType.Explicit and layout == list(LAYOUTS)[KINDS.index(name) % 2])
     ],
 )
 def test_sharded_parameters(name, axis_type, layout, float64):

@@ -100,7 +100,7 @@ class Case:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Rows of one kind are handled alike by what stands around a variant."""
-        return self.shape, self.needs, self.is_gated, self.uses_gradient
+        return self.shape, self.needs, self.is_gated, self.uses_gradient, self.counts_once
 
     def build(
         self,
@@ -565,5 +565,15 @@ VARIANTS = {
 SL_SHARES = (160 / 227, 67 / 227)  # of the parameters: W1, and the others
 ROWS = {case.entry for case in VARIANTS.values()}
 VARIANTS |= {entry.name: row(entry.name) for entry in samx.catalog() if entry.name not in ROWS}
-# The first row of each kind.
-KINDS = list({case.kind: name for name, case in reversed(VARIANTS.items())}.values())[::-1]
+
+
+def first_of_each(key: Callable[[Case], Any]) -> list[str]:
+    """Return the first row for each value of `key`."""
+    firsts = {}
+    for name, case in VARIANTS.items():
+        firsts.setdefault(key(case), name)
+    return list(firsts.values())
+
+
+KINDS = first_of_each(lambda case: case.kind)
+CLOSURES = first_of_each(lambda case: case.needs)

@@ -131,8 +131,4 @@ def flops(program):
 
 
 # XLA counts a loop's body once, however often it runs, and of a branch the more expensive side.
-GATED = [name for name in VARIANTS if VARIANTS[name].is_gated]
-MASKS = ["fisher_sparse_sam", "dynamic_sparse_sam"]
-BRANCHES = [*GATED, *MASKS, "ausam", "sl_sam"]
-LOOPS = ["two ascent steps", "msam"]
-STRAIGHT = [name for name in VARIANTS if name not in (*LOOPS, *BRANCHES)]
+STRAIGHT = [name for name, case in VARIANTS.items() if case.counts_once]

@@ -141,9 +141,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, str]]:
                 yield "skip an average", right
         elif isinstance(node.op, ast.Sub):
             yield "flip a sign", f"({left}) + ({right})"
-        elif isinstance(node.op, ast.Mult):
-            yield "drop a factor", left
-        elif isinstance(node.op, ast.Div):
+        elif isinstance(node.op, ast.Mult) or isinstance(node.op, ast.Div):
             yield "drop a factor", left
         elif isinstance(node.op, ast.Pow):
             yield "drop a power", left

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from cases import APART, VARIANTS
+from cases import VARIANTS
 from costs import (
-    MASKS,
     STRAIGHT,
     build,
     compiled,
@@ -19,18 +18,14 @@ from costs import (
 import samx
 from samx import policies
 
-OWN_PASSES = ("two ascent steps", "ksam", "look_layer_sam", "imbalanced_sam", "async_sam")
 
-
-@pytest.mark.parametrize("name", [*APART, *OWN_PASSES])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_passes_inside_update(name):
-    """Their sum is in the readings, as `test_contract.py` checks."""
+    """Their sum is in the readings, as `checks.py` has it."""
     case = VARIANTS[name]
     forward, backward = case.passes
-    for t, (passes, state) in enumerate(count_passes(case.build(), 5)):
-        times = int(optax.tree.get(state, "is_sharp"))
-        if (name, t) in (("ausam", 0), ("fisher_sparse_sam", 1), ("fisher_sparse_sam", 4)):
-            times = 2
+    for t, (passes, state) in enumerate(count_passes(case.build(), 3)):
+        times = case.repeats(t) * int(optax.tree.get(state, "is_sharp"))
         assert passes == {"forward": times * forward, "backward": times * backward}
 
 
@@ -85,9 +80,7 @@ def flops_of(name):
     return alone + gradients * flops(compiled("gradient"))
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in STRAIGHT if VARIANTS[n].like is None or n in (*OWN_PASSES, "wsam")]
-)
+@pytest.mark.parametrize("name", STRAIGHT)
 def test_flops_are_those_of_the_passes(name):
     assert flops(compiled(name)) == pytest.approx(flops_of(name), rel=0.02)
 
@@ -123,7 +116,7 @@ def test_ausam_takes_half_of_both_gradients_behind_its_warm_up(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", ["fisher_sparse_sam", "dynamic_sparse_sam"])
 def test_a_mask_costs_nothing_but_where_it_is_made(name, monkeypatch):
     """A mask does not save anything either: both passes need all parameters."""
     sam = flops(compiled("sam"))
@@ -217,17 +210,7 @@ def test_a_quarter_of_the_layers_costs_less_work_and_less_memory(monkeypatch):
     assert flops(whole) / flops(sam) == pytest.approx(max(branches), rel=0.02)
 
 
-# The state of each row beyond the state of its base, in copies of the parameters.
-HELD = {name: 1 for name in ("looksam", "look_layer_sam", "ae_looksam", "vsam", "arsam")}
-HELD |= {"async_sam": 1, "lsam": 1}
-# A mask has one byte per entry.
-HELD |= {"friendly_sam": 1, "fisher_sparse_sam": 1 / 4, "dynamic_sparse_sam": 1 / 4}
-# These have no base; they are compared with a base whose momentum is one copy.
-HELD |= {"lightsam_norm": -1, "lightsam_adagrad": 1, "lightsam_adam": 3, "adasam": 2}
-WITH_TABLES = ("sampa", "sampa, separate", "ausam")  # they hold examples or a table of them
-
-
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in WITH_TABLES])
+@pytest.mark.parametrize("name", [n for n, case in VARIANTS.items() if case.copies is not None])
 def test_size_of_the_state(name):
     params, batch = wide_problem()
 
@@ -238,7 +221,7 @@ def test_size_of_the_state(name):
     base = optax.sgd(0.1, momentum=0.9)
     copy = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     extra = size(build(name, base, batch)) - size(base)
-    assert 0 < extra - HELD.get(name, 0) * copy < 160  # readings, clocks and windows
+    assert 0 < extra - VARIANTS[name].copies * copy < 160  # readings, clocks and windows
 
 
 @pytest.mark.parametrize("donate", [False, True])
