@@ -109,7 +109,7 @@ def test_readings_of_a_skipped_step():
         assert bool(readings.is_sharp) == is_sharp
         assert float(readings.gradients_spent) == spent
         np.testing.assert_allclose(readings.loss, loss(w), rtol=1e-6)
-        assert float(readings.grad_norm) == pytest.approx(float(optax.tree.norm(g)))
+        assert float(readings.grad_norm) == pytest.approx(float(optax.tree.norm(g)), rel=1e-5)
         assert bool(jnp.isinf(readings.sharp_loss)) == (not is_sharp)
         for reading in (readings.perturbation_norm, readings.sharp_grad_norm, readings.cosine):
             assert (float(reading) == 0) == (not is_sharp)

@@ -25,6 +25,7 @@ every_arithmetic = pytest.mark.parametrize(
     ["sam", "sampa", "looksam", "momentum_sam", "esam", "msam", "gsam"],
 )
 
+needs_float16 = pytest.mark.usefixtures("float16")
 SAM = optax.chain(samx.sam(0.05), optax.sgd(0.1))
 OVERFLOW = {"forward": (1e5, 1), "backward": (1, 2.0**24)}  # float16 ends at 65504
 A_GROUP = slice(4, 6)  # examples; every selection takes one of them

@@ -100,7 +100,9 @@ ONE_EXAMPLE = {"esam": {"num_groups": 1}, "msam": {"num_microbatches": 1}}
         *((name, jnp.float16) for name in ("sam", "asam", "sampa", "l-infinity", "lightsam_adam")),
     ],
 )
-def test_half_precision_parameters_see_the_ascent(name, dtype):
+def test_half_precision_parameters_see_the_ascent(name, dtype, request):
+    if dtype == jnp.float16:
+        request.getfixturevalue("float16")
     np.testing.assert_allclose(share_of_the_ascent(name, dtype), 1, atol=0.02)
 
 

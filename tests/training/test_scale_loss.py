@@ -21,6 +21,7 @@ from half_precision import (
     every_program,
     four_steps,
     losses_in,
+    needs_float16,
     program,
     roundings,
     signature,
@@ -79,6 +80,7 @@ def vanishing_gradient(name, wrapper, dtype):
     return optax.tree.get(state, "trace"), state
 
 
+@needs_float16
 @every_arithmetic
 def test_gradients_that_vanish_in_float16_are_kept_by_a_scale(name):
     vanished, _ = vanishing_gradient(name, "skip", jnp.float16)
@@ -89,6 +91,7 @@ def test_gradients_that_vanish_in_float16_are_kept_by_a_scale(name):
     assert distance(kept, expected) < bound
 
 
+@needs_float16
 @pytest.mark.parametrize("name", ["sam", "sampa"])
 def test_around_accumulate(name):
     """Every microbatch is scaled, and one that overflows skips the step."""
@@ -117,6 +120,7 @@ def test_map_params(name):
     assert float(mapped.loss_scale) == float(state.loss_scale)
 
 
+@needs_float16
 def test_scan_and_donation():
     """SAMPa has the largest state."""
     tx, step = program("sampa", "scale", jnp.float16)
@@ -134,6 +138,7 @@ def test_scan_and_donation():
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(carry[0]))
 
 
+@needs_float16
 @every_program
 def test_a_scale_that_is_far_too_large_comes_down(name):
     """Every backward pass overflows for about twenty steps; then training goes on."""

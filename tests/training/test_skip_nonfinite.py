@@ -22,6 +22,7 @@ from half_precision import (
     every_program,
     infinite_gradient,
     losses_in,
+    needs_float16,
     start,
     train,
 )
@@ -41,6 +42,7 @@ def has_the_pass(name, kind, batches):
     return bool(optax.tree.get(state, "is_sharp"))
 
 
+@needs_float16
 @every_program
 @one_pass
 @somewhere
@@ -60,6 +62,7 @@ def test_an_overflow_is_as_if_its_batch_had_never_come(name, kind, where):
     assert int(last[1].finite_steps) == 1
 
 
+@needs_float16
 @every_program
 @one_pass
 @somewhere
@@ -79,6 +82,7 @@ HIDING = {
 }
 
 
+@needs_float16
 @pytest.mark.parametrize("base", HIDING)
 @pytest.mark.parametrize("first", ["plain", "sam", "l-infinity"])
 def test_no_sign_and_no_clipping_hides_an_overflow(base, first):
@@ -90,6 +94,7 @@ def test_no_sign_and_no_clipping_hides_an_overflow(base, first):
     assert not np.any(updates)
 
 
+@needs_float16
 def test_skip_nonfinite_looks_at_moments():
     """Lion takes the sign of its momentum, so an infinite momentum gives finite updates."""
     tx, w = samx.skip_nonfinite(optax.lion(0.1)), jnp.ones(2)
@@ -121,6 +126,7 @@ def test_an_infinite_gradient_is_no_direction(compiled):
     np.testing.assert_array_equal(climb(g, ball.init(g), g)[0], [np.nan, -0.5, 0.0])
 
 
+@needs_float16
 @pytest.mark.parametrize("ball", ["metric_ball", "linf_ball"])
 def test_skip_nonfinite_sees_an_infinity_that_was_climbed(ball):
     """The infinity is in the clean pass alone; the sharp gradient is finite."""
@@ -133,6 +139,7 @@ def test_skip_nonfinite_sees_an_infinity_that_was_climbed(ball):
     assert not np.any(updates)
 
 
+@needs_float16
 def test_a_leaf_that_is_not_perturbed_may_overflow_in_the_clean_pass():
     """Only a reading uses the infinite number. In the sharp pass, the overflow skips the step."""
     ball = samx.perturbations.metric_ball(0.05)
