@@ -90,6 +90,7 @@ def test_restored_from_nothing_but_the_disk(name, tmp_path):
 
 
 def assert_same(a, b):
+    """Compare to the last bit: both are results of one compiled step, with equal placements."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
         assert x.dtype == y.dtype

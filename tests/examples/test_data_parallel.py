@@ -35,7 +35,9 @@ def test_strategies_give_the_same_curve(
     first = results[0]
     assert first["loss_by_epoch"][1] < first["loss_by_epoch"][0]
     for result in results:
-        assert result["test_accuracy_by_epoch"] == first["test_accuracy_by_epoch"]
+        # One of the 500 images may lie so close to a border that rounding decides.
+        wanted = pytest.approx(first["test_accuracy_by_epoch"], abs=1 / 500)
+        assert result["test_accuracy_by_epoch"] == wanted
         assert result["steps_per_second"] > 0
 
     report = read_report(in_empty_folder / "out")

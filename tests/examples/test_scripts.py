@@ -34,6 +34,12 @@ def test_there_are_scripts():
     assert len(NAMES) >= 15
 
 
+def test_the_list_has_every_script():
+    text = (EXAMPLES / "README.md").read_text()
+    commands = re.findall(r"^\|[^|]*\| `([\w/]+\.py)[ `]", text, re.MULTILINE)
+    assert sorted(set(commands)) == NAMES
+
+
 @every_script
 def test_help(path, monkeypatch, capsys, in_empty_folder):
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
