@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 import problem
 import pytest
-import registry
 
 import samx
+from examples.common import registry
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = samx.catalog()

@@ -11,11 +11,11 @@ import optax
 import problem
 import pytest
 import regimes
-from communication import communicated_bytes
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import samx
+from examples.devices.communication import communicated_bytes
 from samx.perturbations import metric_ball, random_leaves
 from samx.selection import largest, put, sampled, take
 
