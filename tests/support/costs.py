@@ -98,7 +98,7 @@ def build(name, base, batch):
 
 
 @functools.cache
-def compiled(name, with_gradient=True, donate=False):
+def compiled(name, donate=False):
     """Compile the step of a variant or its base ("plain"), or one pass ("gradient", "forward")."""
     params, batch = wide_problem()
 
@@ -114,9 +114,7 @@ def compiled(name, with_gradient=True, donate=False):
     tx = optax.with_extra_args_support(tx)
 
     def step(params, state, batch):
-        value, grads = None, params
-        if with_gradient:
-            value, grads = gradient(params, batch)
+        value, grads = gradient(params, batch)
         further = problem.further(batch, wide_losses)
         closures = {"losses_fn": wide_losses, "batch": batch, **further}
         updates, state = tx.update(grads, state, params, value=value, **closures)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from cases import VARIANTS
+from cases import KINDS, VARIANTS
 from costs import (
     STRAIGHT,
     build,
@@ -18,8 +18,11 @@ from costs import (
 import samx
 from samx import policies
 
+# One row of each kind, and those that take other passes than SAM.
+COUNTED = [n for n, case in VARIANTS.items() if n in KINDS or case.passes != (1, 1)]
 
-@pytest.mark.parametrize("name", VARIANTS)
+
+@pytest.mark.parametrize("name", COUNTED)
 def test_passes_inside_update(name):
     """Their sum is in the readings, as `checks.py` has it."""
     case = VARIANTS[name]
@@ -80,18 +83,13 @@ def flops_of(name):
     return alone + gradients * flops(compiled("gradient"))
 
 
-@pytest.mark.parametrize("name", STRAIGHT)
+@pytest.mark.parametrize("name", [n for n in STRAIGHT if n in COUNTED or VARIANTS[n].copies])
 def test_flops_are_those_of_the_passes(name):
+    """Where the incoming gradient is not read, the compiler removes it."""
     assert flops(compiled(name)) == pytest.approx(flops_of(name), rel=0.02)
 
 
-@pytest.mark.parametrize("name", [n for n in STRAIGHT if not VARIANTS[n].uses_gradient])
-def test_an_ignored_gradient_costs_nothing(name):
-    ignored, absent = flops(compiled(name)), flops(compiled(name, with_gradient=False))
-    assert ignored == pytest.approx(absent, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", ["rst", "ae_sam", "looksam", "vsam"])
+@pytest.mark.parametrize("name", ["rst", "looksam"])  # which share their branches with others
 def test_each_side_of_a_branch_alone(name, monkeypatch):
     """A skipped step costs one gradient, a sharp step two; XLA counts the more expensive side."""
     gradient = flops(compiled("gradient"))
@@ -160,9 +158,9 @@ def test_msam_in_a_loop_needs_the_memory_of_one_microbatch():
         program = jax.jit(update).lower(params, tx.init(params), batch).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    sixteenth = temporary(samx.msam(0.05, 16)) / temporary(samx.msam(0.05, 1))
-    assert sixteenth < 0.4
-    assert temporary(samx.msam(0.05, 16, how="vmap")) > temporary(samx.msam(0.05, 16))
+    in_a_loop = temporary(samx.msam(0.05, 16))
+    assert in_a_loop < 0.4 * temporary(samx.msam(0.05, 1))
+    assert temporary(samx.msam(0.05, 16, how="vmap")) > in_a_loop
 
 
 def deep_problem():
@@ -224,9 +222,9 @@ def test_size_of_the_state(name):
     assert 0 < extra - VARIANTS[name].copies * copy < 160  # readings, clocks and windows
 
 
-@pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize(
-    ("name", "copies"), [("sam", 1), ("asam", 1), ("gsam", 2), ("coupled_wsam", 2), ("wsam", 3)]
+    ("name", "copies", "donate"),
+    [("sam", 1, False), ("gsam", 2, False), ("gsam", 2, True), ("wsam", 3, False)],
 )
 def test_memory_is_some_copies_of_the_parameters_above_the_plain_step(name, copies, donate):
     params, _ = wide_problem()
