@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,7 +119,7 @@ def test_readings_of_a_skipped_step():
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
 @pytest.mark.parametrize("name", ["perturb_if", "looksam", "vsam"])
 def test_a_gradient_of_another_dtype_than_the_parameters(name, dtypes):
-    """Both kinds of steps give updates with the dtype of the parameters."""
+    """Both kinds of steps give updates with the dtype of the parameters, and the same state."""
     tx = {
         "perturb_if": samx.perturb_if(policies.every(2), samx.sam(0.05)),
         "looksam": samx.looksam(0.05, 2),
@@ -126,10 +127,10 @@ def test_a_gradient_of_another_dtype_than_the_parameters(name, dtypes):
     }[name]
     w, g = (jnp.ones(3, dtype) for dtype in dtypes)
     keywords = {"value_fn": lambda w: (w.astype(jnp.float32) ** 4).sum()}
-    state, step = tx.init(w), jax.jit(functools.partial(tx.update, **keywords))
-    for _ in range(2):
-        updates, state = step(g, state, w)
-        assert updates.dtype == w.dtype
+    state = jax.eval_shape(tx.init, w)
+    updates, after = jax.eval_shape(functools.partial(tx.update, **keywords), g, state, w)
+    assert updates.dtype == w.dtype
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
 def test_readings_of_several_transformations_inside():
