@@ -4,12 +4,13 @@ import functools
 
 import chex
 import jax
+import numpy as np
 import optax
 import problem
 
 import samx
 
-STEPS = 8
+STEPS = 14
 
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 
@@ -23,10 +24,12 @@ def ball_step(ball, g, params):
     return ball.update(g, ball.init(params), params)[0]
 
 
+@functools.cache
 def gradient():
+    """Return the gradient of the first batch, and the parameters."""
     data, params = problem.make()
     batch = problem.batch_at(data, 0)
-    return jax.grad(lambda p: problem.losses_fn(p, batch).mean())(params), params
+    return jax.jit(jax.grad(lambda p: problem.losses_fn(p, batch).mean()))(params), params
 
 
 def batch_like():
@@ -36,6 +39,24 @@ def batch_like():
 @functools.cache
 def trained(make, steps=STEPS):
     return problem.train(optax.chain(make(), MOMENTUM), steps)
+
+
+def runner(build):
+    """Compile the step of `build(**numbers)`; return a function of the numbers that trains."""
+
+    @jax.jit
+    def step(params, state, batch, numbers):
+        return problem.make_step(build(**numbers))(params, state, batch)
+
+    def run(steps=STEPS, **numbers):
+        data, params = problem.make()
+        state, trajectory = build(**numbers).init(params), []
+        for t in range(steps):
+            params, state = step(params, state, problem.batch_at(data, t), numbers)
+            trajectory.append(params)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *trajectory)
+
+    return run
 
 
 def sam():
