@@ -1,7 +1,5 @@
 """Bases and numbers of the tests that compare a variant with an independent loop."""
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import reference
@@ -32,27 +30,8 @@ BASES = {
 WEIGHTS = {"W1", "W2"}
 
 
-def in_turn(rows, all_of):
-    """Pair one row with every base, and each other row with one base."""
-    return [
-        (row, base)
-        for i, row in enumerate(rows)
-        for j, base in enumerate(BASES)
-        if row == all_of or j == i % len(BASES)
-    ]
-
-
 def every(period, first=0):
     return reference.listed([t >= first and (t - first) % period == 0 for t in range(STEPS)])
-
-
-def drawn(probability, key):
-    """The draws of `policies.random`, from its definition."""
-    steps = jnp.arange(STEPS)
-    draws = jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(jax.random.key(key), t)))(
-        steps
-    )
-    return reference.listed(draws < probability)
 
 
 def linear(start, stop, steps):
@@ -60,8 +39,6 @@ def linear(start, stop, steps):
     values = np.linspace(start, stop, steps, endpoint=False).tolist()
     return optax.linear_schedule(start, stop, steps), values
 
-
-ALPHA, ALPHAS = linear(0.0, 1.0, STEPS)
 
 EVERYWHERE = magnitude(0.0, is_scaled=lambda path, leaf: True)
 
