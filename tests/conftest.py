@@ -84,7 +84,7 @@ def float64():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def free_memory():
     """Drop compiled programs if there are too many; they would hold gigabytes until the end."""
     yield

@@ -7,7 +7,7 @@ Formulation", ICML 2024. https://arxiv.org/abs/2407.12993
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import evaluate
 from samx.core.hyperparams import Default
-from samx.core.readings import UNKNOWN, no_readings
+from samx.core.readings import UNKNOWN, extra_gradients, no_readings
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import closure_transformation
 from samx.variants._ball import ball_of
@@ -76,7 +76,11 @@ def bisam(
         ascent_fn, q = seen["value_fn"], seen["grad"]
         eps, q_a, ball_state = ascend(ascent_fn, ball, q, state.perturbation, params, **extra)
         g_s, readings = sharp_gradient(
-            value_fn, params, eps, state.readings, loss=value, g=q_a, perturb_dtype=perturb_dtype
+            *(value_fn, params, eps, state.readings),
+            loss=value,
+            g=q_a,
+            gradients=2 + extra_gradients(ball_state),
+            perturb_dtype=perturb_dtype,
         )
         return g_s, SharpnessAwareState(ball_state, readings)
 

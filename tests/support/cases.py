@@ -21,7 +21,7 @@ import samx
 from samx import policies
 from samx.combinations import mix
 from samx.core.aliases import Radius, ScalarOrSchedule
-from samx.perturbations import layerwise, linf_ball, metric_ball
+from samx.perturbations import layerwise, linf_ball, magnitude, metric_ball, unnormalized_step
 
 Hyper = dict[str, Any]
 Loop = Callable[[Any, int], dict[str, Any]]
@@ -249,7 +249,15 @@ def is_weight(path: Any, leaf: Any) -> bool:
 
 
 def periodic(rho: Radius) -> optax.GradientTransformation:
-    return samx.perturb_if(policies.every(2), samx.sam(rho))
+    return samx.perturb_if(policies.every(3, first=1), samx.sam(rho))
+
+
+def between(rho: Radius) -> optax.GradientTransformation:
+    return samx.perturb_if(policies.between(1, 4), samx.sam(rho))
+
+
+def adaptive_usam(rho: Radius) -> optax.GradientTransformation:
+    return samx.usam(perturbation=unnormalized_step(rho, magnitude(0.1)))
 
 
 def rst(rho: Radius, p: ScalarOrSchedule) -> optax.GradientTransformation:
@@ -294,14 +302,14 @@ VARIANTS = {
     "layerwise": row(
         "sharpness_aware",
         {"rho": 0.1},
-        factory=ball_of(lambda rho: metric_ball(rho, layerwise())),
-        oracle=climbing(reference.layer_ball(0.1, {"W1", "W2"})),
+        factory=ball_of(lambda rho: metric_ball(rho, layerwise(0.2))),
+        oracle=climbing(reference.layer_ball(0.1, 0.2, {"W1", "W2"})),
     ),
     "l-infinity": row(
         "sharpness_aware",
         {"rho": 0.005},
-        factory=ball_of(linf_ball),
-        oracle=climbing(reference.sign_ball(0.005)),
+        factory=ball_of(lambda rho: linf_ball(rho, magnitude(0.1))),
+        oracle=climbing(reference.adaptive_sign_ball(0.005, 0.1, {"W1", "W2"})),
     ),
     "sam_on": row(  # no normalization layers here, so only the weights
         "sam_on",
@@ -313,7 +321,18 @@ VARIANTS = {
         "periodic",
         {"rho": 0.05},
         factory=periodic,
-        oracle=climbing(reference.ball(0.05), lambda: reference.sometimes(every_second)),
+        oracle=climbing(
+            reference.ball(0.05), lambda: reference.sometimes(lambda t, g: t % 3 == 1)
+        ),
+        **GATED,
+    ),
+    "between": row(
+        "periodic",
+        {"rho": 0.05},
+        factory=between,
+        oracle=climbing(
+            reference.ball(0.05), lambda: reference.sometimes(lambda t, g: 1 <= t < 4)
+        ),
         **GATED,
     ),
     "rst": row(
@@ -445,6 +464,12 @@ VARIANTS = {
         "stable_sam", {"rho": 0.05}, is_mean_of_shards=False, static_args=("normalize",)
     ),
     "usam": row("usam", {"rho": 0.05}),
+    "usam, adaptive": row(
+        "usam",
+        {"rho": 0.5},
+        factory=adaptive_usam,
+        oracle=climbing(reference.adaptive_step(0.5, 0.1, {"W1", "W2"})),
+    ),
     "friendly_sam": row("friendly_sam", {"rho": 0.05, "sigma": 0.8, "decay": 0.9}, copies=1),
     "monge_sam": row("monge_sam", {"rho": 0.05}),
     "mup_sam": row(

@@ -203,6 +203,8 @@ def reads_what_it_did(name):
         spent += case.spent_at(t, carry[1]) if found.is_sharp else 1
         np.testing.assert_allclose(found.gradients_spent, spent, rtol=1e-6)
         assert float(optax.tree.get(carry[1], "sharp_loss")) == float(found.sharp_loss)
+        share = optax.tree.get(carry[1], "sharp_fraction", np.mean(are_sharp))
+        np.testing.assert_allclose(share, np.mean(are_sharp), rtol=1e-6)
         if case.climbs:
             loss, grads = mean_loss_and_grad(params, batch)
             np.testing.assert_allclose(found.loss, loss, rtol=1e-6)

@@ -1,6 +1,8 @@
-"""Small mistakes in samx's modules, and the rows of the table that must notice them.
+"""Small mistakes in samx's modules, and the tests that must notice them.
 
-A mutation changes one expression of one file. samx is imported anew with it, in this process. Rows that run through the changed line must fail one of `checks.py`.
+A mutation changes one expression of one file. samx is imported anew with it, in this process. Rows
+of the table that run through the changed line must fail one of `checks.py`, or a test of the file's
+own suites must fail.
 """
 
 import ast
@@ -8,6 +10,9 @@ import contextlib
 import functools
 import importlib
 import importlib.machinery
+import importlib.util
+import inspect
+import itertools
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,6 +22,7 @@ from pathlib import Path
 import cases
 import jax
 import problem
+import pytest
 import recorded
 
 import samx
@@ -27,11 +33,45 @@ FILES = [
     *(f for folder in FOLDERS for f in sorted((PACKAGE / folder).glob("*.py"))),
     PACKAGE / "combinations.py",
 ]
-WITH_SAMX = ("cases", "checks", "recorded", "regimes")  # helpers that are imported anew with it
-MOST_ROWS = 4  # that are tried for one mutation
+SUPPORT = Path(__file__).parent
+WITHOUT_SAMX = ("mutations", "problem", "reference")  # the other helpers are imported anew with it
+MOST_ROWS = 8  # that are tried for one mutation
 SECONDS = 120  # after which a check has failed
-AVERAGES = ("mean", "pmean", "mean_loss", "nanmean", "average")
+AVERAGES = ("mean", "_mean", "pmean", "mean_loss", "nanmean", "average")
 ORDERED = ("where", "cond", "branch", "clip", "sub", "subtract", "divide", "minimum", "maximum")
+LOOPS = "variants/test_formulation_loops.py", "variants/test_sam_loops.py"
+BALLS = "perturbations/test_geometry.py", "perturbations/test_ball.py", *LOOPS
+MASKS = ("variants/test_sparse_sam.py",)
+EXAMPLES = "variants/test_example_loops.py", "selection/test_selection.py"
+LAYERS = "variants/test_sl_sam.py", "variants/test_example_loops.py"
+REUSE = "variants/test_reuse.py", "variants/test_gated_loops.py"
+DEVICES = "core/test_closures.py", "parallel/test_parallel.py", "training/test_accumulation.py"
+# Tests of a file, or of all files of a folder, beyond those of the rows.
+SUITES = {
+    "variants/_layer_groups.py": LAYERS,
+    "variants/_reuse.py": REUSE,
+    "variants/async_sam.py": ("variants/test_stale_loops.py", "variants/test_identities.py"),
+    "variants/ausam.py": EXAMPLES,
+    "variants/esam.py": EXAMPLES,
+    "variants/ksam.py": EXAMPLES,
+    "variants/lets.py": ("variants/test_lets.py",),
+    "variants/looksam.py": REUSE,
+    "variants/sl_sam.py": LAYERS,
+    "perturbations/dynamic_mask.py": MASKS,
+    "perturbations/fisher_mask.py": MASKS,
+    "perturbations/patterns.py": MASKS,
+    "perturbations/top_entries.py": MASKS,
+    "perturbations/": BALLS,
+    "policies/": (
+        "policies/test_policies.py",
+        "policies/test_quota.py",
+        "policies/test_perturb_if.py",
+        *REUSE,
+    ),
+    "core/": DEVICES,
+    "selection/": EXAMPLES,
+    "combinations.py": REUSE,
+}
 PARTNERS = {"minimum": "maximum", "maximum": "minimum"}
 
 
@@ -141,7 +181,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, str]]:
                 yield "skip an average", right
         elif isinstance(node.op, ast.Sub):
             yield "flip a sign", f"({left}) + ({right})"
-        elif isinstance(node.op, ast.Mult) or isinstance(node.op, ast.Div):
+        elif isinstance(node.op, ast.Mult | ast.Div):
             yield "drop a factor", left
         elif isinstance(node.op, ast.Pow):
             yield "drop a power", left
@@ -201,8 +241,10 @@ class Finder:
 def applied(mutation: Mutation):
     """Import samx and the helpers with a mutation; behind this, everything is as it was."""
 
+    helpers = {path.stem for path in SUPPORT.glob("*.py")} - {*WITHOUT_SAMX}
+
     def ours():
-        return [n for n in sys.modules if n.split(".")[0] in ("samx", *WITH_SAMX)]
+        return [n for n in sys.modules if n.split(".")[0] in ("samx", *helpers)]
 
     kept, finder = {name: sys.modules.pop(name) for name in ours()}, Finder(mutation)
     sys.meta_path.insert(0, finder)
@@ -252,11 +294,9 @@ def lines_of(name: str) -> frozenset[tuple[str, int]]:
 def rows_through(mutation: Mutation) -> Iterator[str]:
     """Generate rows that run through a mutation: first those whose factory is in its file."""
     module = "samx." + mutation.file.removesuffix(".py").replace("/", ".")
-    last = len(mutation.before.split("\n"))
-    names = sorted(cases.VARIANTS, key=lambda n: not made_in(cases.VARIANTS[n], module))
-    for name in names:
-        lines = lines_of(name)
-        if any((mutation.file, mutation.line + i) in lines for i in range(last)):
+    own = [name for name, case in cases.VARIANTS.items() if made_in(case, module)]
+    for name in dict.fromkeys([*own, *cases.KINDS, *cases.VARIANTS]):
+        if (mutation.file, mutation.line) in lines_of(name):
             yield name
 
 
@@ -264,8 +304,11 @@ def made_in(case, module: str) -> bool:
     return getattr(case.factory.func, "__module__", "") == module
 
 
-def is_caught(mutation: Mutation, names: list[str]) -> bool:
-    """Whether one of the rows fails one of its checks, or the package cannot be imported."""
+def is_caught(mutation: Mutation) -> bool:
+    """Whether a row fails one of its checks, a suite fails, or the package cannot be imported."""
+    with jax.enable_x64(True):
+        rows = list(itertools.islice(rows_through(mutation), MOST_ROWS))
+    suites = next((files for start, files in SUITES.items() if mutation.file.startswith(start)), ())
 
     def stop(number, frame):
         raise TimeoutError(f"no end after {SECONDS} s")
@@ -273,13 +316,60 @@ def is_caught(mutation: Mutation, names: list[str]) -> bool:
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
-        with applied(mutation), jax.enable_x64(True):
+        with applied(mutation):
             for check in importlib.import_module("checks").CHECKS:
-                for name in names:
-                    check(name)
+                for name in rows:
+                    with jax.enable_x64(True):
+                        check(name)
+            for file in suites:
+                run_suite(SUPPORT.parent / file)
     except Exception:
         return True
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     return False
+
+
+def run_suite(file: Path, only: str = "test_") -> None:
+    """Run the quick tests of a file in this process, with the modules that are imported now."""
+    spec = importlib.util.spec_from_file_location(f"mutated_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    common = as_list(getattr(module, "pytestmark", []))
+    for name, function in vars(module).items():
+        marks = [*common, *getattr(function, "pytestmark", [])]
+        if not name.startswith(only) or any(mark.name == "slow" for mark in marks):
+            continue
+        used = [argument for mark in marks if mark.name == "usefixtures" for argument in mark.args]
+        wanted = set(inspect.signature(function).parameters)
+        for arguments in every_setting(marks):
+            fixtures = {*wanted, *used} - set(arguments)
+            if fixtures - {"float64", "float16", "monkeypatch", "request"}:
+                continue
+            with jax.enable_x64("float64" in fixtures), pytest.MonkeyPatch.context() as patch:
+                given = {"float64": None, "request": None, "monkeypatch": patch}
+                function(**arguments, **{k: given[k] for k in fixtures & wanted})
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def every_setting(marks):
+    """Generate the arguments of every setting of a test."""
+    tables = []
+    for mark in marks:
+        if mark.name == "parametrize":
+            names, values = mark.args
+            names = (
+                names if isinstance(names, tuple | list) else [n.strip() for n in names.split(",")]
+            )
+            rows = [getattr(value, "values", value) for value in values]
+            rows = [
+                row if len(names) > 1 or hasattr(value, "values") else (row,)
+                for row, value in zip(rows, values, strict=True)
+            ]
+            tables.append([dict(zip(names, row, strict=True)) for row in rows])
+    for rows in itertools.product(*tables):
+        yield {name: value for row in rows for name, value in row.items()}

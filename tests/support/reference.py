@@ -63,18 +63,18 @@ def ball(rho):
 
 def adaptive_ball(rho, eta, scaled):
     def perturb(params, g):
-        t = {k: np.abs(params[k]) + eta if k in scaled else np.ones_like(params[k]) for k in g}
+        t = scales_of(params, eta, scaled)
         length = global_norm({k: t[k] * g[k] for k in g}) + 1e-12
         return {k: rho * t[k] * t[k] * g[k] / length for k in g}
 
     return perturb
 
 
-def layer_ball(rho, scaled):
-    """The ball of SAM-ON's layer-wise metric, with η = 0."""
+def layer_ball(rho, eta, scaled):
+    """The ball of a metric with one number for each tensor."""
 
     def perturb(params, g):
-        t = {k: np.sqrt(np.sum(params[k] ** 2)) if k in scaled else 1.0 for k in g}
+        t = {k: np.sqrt(np.sum(params[k] ** 2)) + eta if k in scaled else 1.0 for k in g}
         length = global_norm({k: t[k] * g[k] for k in g}) + 1e-12
         return {k: rho * t[k] * t[k] * g[k] / length for k in g}
 
@@ -83,6 +83,19 @@ def layer_ball(rho, scaled):
 
 def sign_ball(rho):
     return lambda params, g: {k: rho * np.sign(g[k]) for k in g}
+
+
+def scales_of(params, eta, scaled):
+    """The metric of ASAM."""
+    return {k: np.abs(w) + eta if k in scaled else np.ones_like(w) for k, w in params.items()}
+
+
+def adaptive_sign_ball(rho, eta, scaled):
+    def perturb(params, g):
+        t = scales_of(params, eta, scaled)
+        return {k: rho * t[k] * np.sign(g[k]) for k in g}
+
+    return perturb
 
 
 def layer_steps(rho, scaling):
@@ -100,8 +113,12 @@ def unnormalized_step(rho):
     return lambda params, g: {k: rho * g[k] for k in g}
 
 
-def adaptive_step(rho):
-    return lambda params, g: {k: rho * params[k] ** 2 * g[k] for k in g}
+def adaptive_step(rho, eta, scaled):
+    def perturb(params, g):
+        t = scales_of(params, eta, scaled)
+        return {k: rho * t[k] ** 2 * g[k] for k in g}
+
+    return perturb
 
 
 def fisher_ball(rho, eta):

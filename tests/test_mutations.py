@@ -1,0 +1,169 @@
+"""Mistakes in samx, generated and deliberate, turn the tests red that are there for them."""
+
+import contextlib
+import dataclasses
+import importlib
+
+import jax
+import mutations
+import pytest
+from mutations import PACKAGE, Mutation, mutations_of
+
+MUTATIONS = [m for file in mutations.FILES for m in mutations_of(file)]
+# Mutations that change nothing on which anybody may rely, and why.
+EQUIVALENT = {}
+STEP = 45  # the default run takes every 45th
+
+
+def ids(mutation):
+    return f"{mutation.file}:{mutation.line}: {mutation.kind}: {mutation.before}"[:120]
+
+
+def is_equivalent(mutation):
+    return (mutation.file, str(mutation)) in EQUIVALENT
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS[::STEP], ids=ids)
+def test_a_sample_is_caught(mutation):
+    assert mutations.is_caught(mutation) != is_equivalent(mutation), str(mutation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if not is_equivalent(m)], ids=ids)
+def test_every_mutation_is_caught(mutation):
+    assert mutations.is_caught(mutation), str(mutation)
+
+
+def test_there_are_hundreds_of_every_folder():
+    assert len(MUTATIONS) > 400
+    assert {m.file.split("/")[0] for m in MUTATIONS} == {*mutations.FOLDERS, "combinations.py"}
+
+
+def test_every_excuse_is_for_a_mutation_that_exists():
+    assert set(EQUIVALENT) <= {(m.file, str(m)) for m in MUTATIONS}
+
+
+def test_the_unchanged_package_is_green():
+    """Imported anew in the same way, it passes what the mutations fail."""
+    source = (PACKAGE / "variants/fisher_sam.py").read_text()
+    nothing = Mutation("variants/fisher_sam.py", "fisher_sam.climb", 64, "", "", "", source)
+    with jax.enable_x64(True):
+        assert "fisher_sam" in list(mutations.rows_through(nothing))
+    assert not mutations.is_caught(nothing)
+
+
+# Mistakes that no generator makes: file, right, wrong, the tests that must notice.
+DELIBERATE = {
+    "the perturbation is not undone": (
+        "variants/sam.py",
+        "return g_s, SharpnessAwareState(ball, readings)",
+        "return optax.tree.sub(g_s, eps), SharpnessAwareState(ball, readings)",
+        ("variants/test_sam_loops.py", "test_sam_against_reference"),
+    ),
+    "AsyncSAM waits for the gradient that it climbs": (
+        "variants/async_sam.py",
+        "state.step == 0, state.ascent_grad\n",
+        "state.step == 0, fresh()[1]\n",
+        ("variants/test_stale_loops.py", "test_async_sam_against_reference"),
+    ),
+    "the center is pulled at, but stays": (
+        "elastic/_rule.py",
+        "lambda z, d: (z + d).astype(z.dtype), center, move)",
+        "lambda z, d: z, center, move)",
+        ("elastic/test_elastic.py", "test_recorded_runs"),
+    ),
+    "the mean over the devices is left out": (
+        "core/devices.py",
+        "(_mean(axes, cotangent, share), None)",
+        "(cotangent, None)",
+        ("parallel/test_parallel.py", "test_global_is_the_step_of_one_device"),
+    ),
+    "the state of the perturbation drifts": (
+        "core/sharp.py",
+        "_, new_state = perturb(g, state, params)",
+        "_, new_state = perturb(ascent_grad, state, params)",
+        ("parallel/test_parallel.py", "test_local_ascent_keeps_one_state"),
+    ),
+    "each group computes both gradients": (
+        "parallel/pairs.py",
+        "result = fn(*tree.where(side == 0, *pair))\n        results = [result, result]",
+        "results = [fn(*args) for args in pair]",
+        ("parallel/test_communication.py", "test_a_pair_costs_one_pass"),
+    ),
+    "the ascent is rounded away": (
+        "core/sharp.py",
+        "return w.astype(jnp.promote_types(w.dtype, dtype))",
+        "return w",
+        ("training/test_half_precision.py", "test_half_precision_parameters_see_the_ascent"),
+    ),
+    "a skipped step leaves its state": (
+        "training/skip_nonfinite.py",
+        "inner=tree.where(is_finite, inner_state, state.inner)",
+        "inner=inner_state",
+        ("variants/test_contract.py", "test_skip_nonfinite_skips"),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DELIBERATE)
+def test_a_deliberate_mistake_is_caught(name):
+    file, right, wrong, (suite, test) = DELIBERATE[name]
+    source = (PACKAGE / file).read_text()
+    assert source.count(right) == 1, f"{file} no longer has the line {right!r}"
+    mutation = Mutation(file, "", 1, "", "", "", source.replace(right, wrong))
+    path = mutations.SUPPORT.parent / suite
+    mutations.run_suite(path, test)  # green without the mistake
+    with mutations.applied(mutation), pytest.raises(Exception, match=""):
+        mutations.run_suite(path, test)
+
+
+# Fisher SAM broken in three ways, and what its row may say to hide it.
+WRONG = {
+    "formula": ("g / (1 + eta * jnp.abs(g) ** 2)", "g / (1 + eta * jnp.abs(g))"),
+    "NaN at a zero gradient": ("(jnp.sqrt(tree.dot(g, natural)) + 1e-12)", "tree.norm(natural)"),
+    "frozen schedule": ("ball(rho, climb)", "ball(rho(0) if callable(rho) else rho, climb)"),
+}
+SAYS = {
+    "what it should": {},
+    "that SAM's recorded run is its own": {"oracle": ("sam__sgd_rho0.05",)},
+    "that no limit is known and nothing climbs": {"limit": None, "climbs": False},
+    "that its radius is no schedule": {"schedules": ()},
+}
+
+
+@pytest.mark.parametrize("says", SAYS)
+def test_a_variant_that_is_wrong_in_three_ways_is_caught_whatever_its_row_says(says):
+    assert fails(WRONG, SAYS[says])
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_each_of_the_three_is_caught(name):
+    assert fails({name: WRONG[name]}, {})
+
+
+def fails(changes, says):
+    """Whether a check of Fisher SAM's row fails with these changes in its file."""
+    source = (PACKAGE / "variants/fisher_sam.py").read_text()
+    for right, wrong in changes.values():
+        assert source.count(right) == 1
+        source = source.replace(right, wrong)
+    mutation = Mutation("variants/fisher_sam.py", "fisher_sam", 1, "", "", "", source)
+    with mutations.applied(mutation), jax.enable_x64(True):
+        checks = importlib.import_module("checks")
+        row = checks.VARIANTS["fisher_sam"]
+        checks.VARIANTS["fisher_sam"] = dataclasses.replace(row, **says)
+        for check in checks.CHECKS:
+            try:
+                check("fisher_sam")
+            except Exception:
+                return True
+    return False
+
+
+def test_an_oracle_is_required():
+    cases = importlib.import_module("cases")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.raises(ValueError, match="its row needs an `oracle`"))
+        cases.row("rst", {"rho": 0.05})
+    assert all(case.oracle for case in cases.VARIANTS.values())
