@@ -4,6 +4,7 @@ Wang, Jiang, Fu, Zhang. "Enhancing Sharpness-Aware Minimization by Learning Pert
 ECML-PKDD 2024. https://arxiv.org/abs/2408.08222
 """
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
