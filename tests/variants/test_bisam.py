@@ -26,34 +26,17 @@ def smoothed(params, batch):
     return optax.safe_softmax_cross_entropy(problem.logits_of(params, batch), targets)
 
 
-BISAMS = {
-    "log, smoothed, adamw": (
-        lambda: samx.bisam(0.2),
-        reference.ball(0.2),
-        of_logits(losses.log_lower_bound, mu=3.0),
-        smoothed,
-        "adamw",
-    ),
-    "tanh, adaptive, decay": (
-        lambda: samx.bisam(perturbation=EVERY_LEAF),
-        EVERY_LEAF_BY_HAND,
-        of_logits(losses.tanh_lower_bound, mu=1.0, alpha=0.3),
-        problem.losses_fn,
-        "momentum and decay",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BISAMS)
-def test_bisam_against_reference(name):
-    make, perturb, climbed, losses_fn, base = BISAMS[name]
-    tx, make_reference = BASES[base]
-    expected = reference.train_bisam(make_reference(), perturb, climbed, STEPS, losses_fn)
+def test_bisam_against_reference():
+    """In another geometry, and with another loss than that of the recorded runs."""
+    climbed = of_logits(losses.tanh_lower_bound, mu=1.0, alpha=0.3)
+    tx, make_reference = BASES["adamw"]
+    expected = reference.train_bisam(make_reference(), EVERY_LEAF_BY_HAND, climbed, STEPS, smoothed)
 
     def further(data, batch, t):
         return {"ascent_fn": lambda params: climbed(params, batch).mean()}
 
-    (found,) = train(optax.chain(make(), tx), further, losses_fn=losses_fn)
+    bisam = samx.bisam(perturbation=EVERY_LEAF)
+    (found,) = train(optax.chain(bisam, tx), further, losses_fn=smoothed)
     assert_same(found, expected)
 
 

@@ -45,13 +45,10 @@ ON_EXAMPLES = {  # samx, the reference, base
         lambda: reference.ksam(reference.adaptive_ball(0.5, 0.01, WEIGHTS), 4),
         "momentum and decay",
     ),
-    "msam": (
-        lambda: samx.msam(0.2, 2, how="vmap"),
-        lambda: reference.msam(reference.ball(0.2), 2),
-        "adam",
-    ),
     "msam, every example, adaptive": (
-        lambda: samx.msam(num_microbatches=16, perturbation=metric_ball(0.5, magnitude(0.01))),
+        lambda: samx.msam(
+            num_microbatches=16, how="vmap", perturbation=metric_ball(0.5, magnitude(0.01))
+        ),
         lambda: reference.msam(reference.adaptive_ball(0.5, 0.01, WEIGHTS), 16),
         "momentum and decay",
     ),

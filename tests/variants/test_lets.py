@@ -15,8 +15,8 @@ from samx.perturbations import magnitude, metric_ball
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+# The row in `cases.py` has the exact form, with momentum.
 LETS = {  # arguments, the reference's perturbation, momentum, radius, rate
-    "exact": ({}, reference.ball(1.0), 0.9, 0.1, 50.0),
     "approximate": ({"hessian": "diag_sq"}, reference.ball(1.0), 0.0, 0.3, 300.0),
     "adaptive": (
         {"perturbation": metric_ball(1.0, magnitude(0.01))},
@@ -56,6 +56,17 @@ def first_batches():
     )
 
 
+def update_of(tx, value_fn, validation_fn):
+    """Compile `(params, state) -> (updates, state)` for these losses."""
+
+    @jax.jit
+    def update(params, state):
+        closures = {"value_fn": value_fn, "validation_fn": validation_fn}
+        return tx.update(jax.grad(value_fn)(params), state, params, **closures)
+
+    return update
+
+
 def test_the_hypergradient_of_the_notes():
     """SGD with learning rate 0.1 and ρ = 0.05; others computed these values, three times."""
     params, value_fn, validation_fn = first_batches()
@@ -64,13 +75,7 @@ def test_the_hypergradient_of_the_notes():
         ("diag_sq", 4.440634729973349e-04),
     ):
         tx = samx.lets(optax.sgd(0.1), 0.05, hessian=hessian)
-        _, state = tx.update(
-            jax.grad(value_fn)(params),
-            tx.init(params),
-            params,
-            value_fn=value_fn,
-            validation_fn=validation_fn,
-        )
+        _, state = update_of(tx, value_fn, validation_fn)(params, tx.init(params))
         np.testing.assert_allclose(state.hypergradient, expected, rtol=1e-9)
         assert float(state.rho) < 0.05  # the gap grows with ρ
 
@@ -78,26 +83,25 @@ def test_the_hypergradient_of_the_notes():
 @pytest.mark.parametrize(
     "base",
     [
-        optax.sgd(0.1, momentum=0.9, nesterov=True),
         optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(0.01)),
         optax.rmsprop(0.01),
     ],
-    ids=["nesterov", "clipped adamw", "rmsprop"],
+    ids=["clipped adamw", "rmsprop"],
 )
 def test_the_hypergradient_is_the_slope_of_the_objective(base):
     """Compared with central differences, through any base, after its first steps."""
     params, value_fn, validation_fn = first_batches()
-    closures = {"value_fn": value_fn, "validation_fn": validation_fn}
-    tx, g = samx.lets(base, 0.2, rho_learning_rate=0.0), jax.grad(value_fn)
-    state = tx.init(params)
+    tx = samx.lets(base, 0.2, rho_learning_rate=0.0)
+    update, state = update_of(tx, value_fn, validation_fn), tx.init(params)
     for _ in range(2):
-        updates, state = tx.update(g(params), state, params, **closures)
+        updates, state = update(params, state)
         params = optax.apply_updates(params, updates)
-    _, after = tx.update(g(params), state, params, **closures)
+    _, after = update(params, state)
 
+    @jax.jit
     def objective(rho):
-        sam = samx.sam(rho)
-        g_s, _ = sam.update(g(params), sam.init(params), params, value_fn=value_fn)
+        sam, g = samx.sam(rho), jax.grad(value_fn)(params)
+        g_s, _ = sam.update(g, sam.init(params), params, value_fn=value_fn)
         updates, _ = base.update(g_s, state.base, params)
         moved = optax.apply_updates(params, updates)
         return (validation_fn(moved) - value_fn(moved)) ** 2 / 2
@@ -112,13 +116,11 @@ def test_the_hypergradient_is_the_slope_of_the_objective(base):
 def test_units_that_are_dead_do_not_stop_the_learning(hessian):
     """Adam has no derivative where both moments are 0; this must not affect other entries."""
     params, value_fn, validation_fn = first_batches()
-    params |= {"dead": jnp.ones(3)}
     tx = samx.lets(optax.adam(0.01), 0.1, hessian=hessian)
-    g = jax.grad(value_fn)(params)
-    closures = {"value_fn": value_fn, "validation_fn": validation_fn}
-    _, state = jax.jit(lambda g, s, p: tx.update(g, s, p, **closures))(g, tx.init(params), params)
-    del params["dead"], g["dead"]
-    _, without = tx.update(g, tx.init(params), params, **closures)
+    update = update_of(tx, value_fn, validation_fn)
+    _, without = update(params, tx.init(params))
+    params |= {"dead": jnp.ones(3)}
+    _, state = update(params, tx.init(params))
     np.testing.assert_allclose(state.hypergradient, without.hypergradient, rtol=1e-7)
     assert abs(float(state.hypergradient)) > 1e-12
 
@@ -128,42 +130,28 @@ def test_a_loss_without_any_gradient_leaves_the_radius_alone(hessian):
     """Adam has no derivative where both of its moments are 0."""
     params, value_fn, validation_fn = first_batches()
     tx = samx.lets(optax.adam(0.01), 0.1, hessian=hessian)
-    state = tx.init(params)
+    update, state = update_of(tx, lambda p: 0.0 * value_fn(p), validation_fn), tx.init(params)
     for _ in range(2):
-        updates, state = tx.update(
-            optax.tree.zeros_like(params),
-            state,
-            params,
-            value_fn=lambda p: 0.0 * value_fn(p),
-            validation_fn=validation_fn,
-        )
+        updates, state = update(params, state)
         assert (float(state.rho), float(state.hypergradient)) == (0.1, 0.0)
         assert all(bool((x == 0).all()) for x in jax.tree.leaves(updates))
 
 
 def test_a_radius_stays_in_its_bounds():
     params, value_fn, validation_fn = first_batches()
-    for rate, bound in ((1e6, 0.01), (1e-9, 0.05)):
+
+    @jax.jit
+    def radius_after(rate):
         tx = samx.lets(optax.sgd(0.1), 0.05, rate, bounds=(0.01, 0.06))
-        _, state = tx.update(
-            jax.grad(value_fn)(params),
-            tx.init(params),
-            params,
-            value_fn=value_fn,
-            validation_fn=validation_fn,
-        )
-        assert float(state.rho) == pytest.approx(bound, rel=1e-6)
+        return update_of(tx, value_fn, validation_fn)(params, tx.init(params))[1].rho
+
+    for rate, bound in ((1e6, 0.01), (1e-9, 0.05)):
+        assert float(radius_after(rate)) == pytest.approx(bound, rel=1e-6)
 
 
 def test_a_validation_loss_that_is_no_number_leaves_the_radius_alone():
     params, value_fn, _ = first_batches()
     tx = samx.lets(optax.sgd(0.1), 0.05)
-    _, state = tx.update(
-        jax.grad(value_fn)(params),
-        tx.init(params),
-        params,
-        value_fn=value_fn,
-        validation_fn=lambda p: jnp.nan * value_fn(p),
-    )
+    _, state = update_of(tx, value_fn, lambda p: jnp.nan * value_fn(p))(params, tx.init(params))
     assert float(state.rho) == 0.05
     assert np.isnan(state.hypergradient)

@@ -1,64 +1,51 @@
 """mSAM by hand: means over microbatches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import problem
 import pytest
-from identities import assert_same, trained
+from identities import assert_same, batch_like
 
 import samx
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-@pytest.mark.parametrize("num_microbatches", [2, 4])
-def test_msam_forms_are_the_same(num_microbatches):
-    one, other = (
-        trained(lambda how=how: samx.msam(0.2, num_microbatches, how=how))
-        for how in ("scan", "vmap")
-    )
-    assert_same(one, other)
+def first_update(tx, losses_fn=problem.losses_fn, **keywords):
+    """Take the first update on the first batch."""
+    params, update = problem.make()[1], functools.partial(tx.update, losses_fn=losses_fn)
+    return jax.jit(update)(params, tx.init(params), params, batch=batch_like(), **keywords)
 
 
-def test_msam_of_every_example_is_the_mean_of_their_steps():
-    data, params = problem.make()
-    batch, tx, sams = problem.batch_at(data, 0), samx.msam(0.3, 16), samx.sam(0.3)
-    step, _ = tx.update(params, tx.init(params), params, losses_fn=problem.losses_fn, batch=batch)
+@jax.jit
+def sam_of(batch, weights):
+    """Return loss, sharp gradient and readings of SAM on these examples."""
+    params, sam = problem.make()[1], samx.sam(0.3)
 
-    def alone(example):
-        def value_fn(p):
-            return problem.losses_fn(p, jax.tree.map(lambda x: x[None], example))[0]
+    def value_fn(p):
+        return jnp.average(problem.losses_fn(p, batch), weights=weights)
 
-        return sams.update(jax.grad(value_fn)(params), sams.init(params), params, value_fn=value_fn)
-
-    each, _ = jax.vmap(alone)(batch)
-    assert_same(step, jax.tree.map(lambda x: x.mean(0), each))
+    value, g = jax.value_and_grad(value_fn)(params)
+    g_s, state = sam.update(g, sam.init(params), params, value=value, value_fn=value_fn)
+    return value, g_s, state.readings
 
 
 @pytest.mark.parametrize("how", ["scan", "vmap"])
 def test_msam_weighs_microbatches_by_their_examples(how):
     """The microbatches have different amounts of padding, and one has only padding."""
-    data, params = problem.make()
-    batch = problem.batch_at(data, 0)
+    batch, params = batch_like(), problem.make()[1]
     weights = jnp.array([1, 1, 0, 0, 1, 0, 0, 0, 2, 1, 0, 1, 1, 0, 0, 0.5])
-    closures = {"losses_fn": problem.losses_fn, "batch": batch, "weights": weights}
-    tx, expected = samx.msam(0.3, 4, how=how), optax.tree.zeros_like(params)
-    step, state = tx.update(params, tx.init(params), params, **closures)
-    loss = 0.0
-    for j in range(3):
+    expected, loss = optax.tree.zeros_like(params), 0.0
+    step, state = first_update(samx.msam(0.3, 4, how=how), weights=weights)
+    for j in (0, 1, 3):  # the third one is all padding
         part, own = jax.tree.map(lambda x, j=j: x[j::4], (batch, weights))
-        if j == 2:  # this one is all padding: take the fourth instead
-            part, own = jax.tree.map(lambda x: x[3::4], (batch, weights))
-
-        def value_fn(p, part=part, own=own):
-            return jnp.average(problem.losses_fn(p, part), weights=own)
-
-        value, g = jax.value_and_grad(value_fn)(params)
-        g_s, _ = samx.sam(0.3).update(g, samx.sam(0.3).init(params), params, value_fn=value_fn)
+        value, g_s, _ = sam_of(part, own)
         share = own.sum() / weights.sum()
-        expected = jax.tree.map(lambda e, x, share=share: e + share * x, expected, g_s)
+        expected = optax.tree.add_scale(expected, share, g_s)
         loss += share * value
     assert_same(step, expected)
     np.testing.assert_allclose(state.readings.loss, loss, rtol=1e-12)
@@ -69,29 +56,16 @@ def test_msam_keeps_the_aux_of_its_clean_passes():
         aux = {"mean": batch["x"].mean(0), "W1": params["W1"][0], "count": jnp.int32(len(batch))}
         return problem.losses_fn(params, batch), aux
 
-    data, params = problem.make()
-    batch = problem.batch_at(data, 0)
-    expected = with_aux(params, batch)[1]
+    expected = with_aux(problem.make()[1], batch_like())[1]
     for how in ("scan", "vmap"):
         tx = samx.msam(0.3, 4, how=how, aux_like=expected)
-        _, state = tx.update(params, tx.init(params), params, losses_fn=with_aux, batch=batch)
+        _, state = first_update(tx, losses_fn=with_aux)
         assert_same(state.aux, expected)
 
 
 def test_readings_of_msam_are_means_over_the_microbatches():
-    data, params = problem.make()
-    batch, tx = problem.batch_at(data, 0), samx.msam(0.3, 4)
-    closures = {"losses_fn": problem.losses_fn, "batch": batch}
-    _, state = tx.update(params, tx.init(params), params, **closures)
-    sams = []
-    for j in range(4):
-        part, sam = jax.tree.map(lambda x, j=j: x[j::4], batch), samx.sam(0.3)
-
-        def value_fn(p, part=part):
-            return problem.losses_fn(p, part).mean()
-
-        value, g = jax.value_and_grad(value_fn)(params)
-        _, own = sam.update(g, sam.init(params), params, value=value, value_fn=value_fn)
-        sams.append(own.readings)
+    _, state = first_update(samx.msam(0.3, 4))
+    parts = [jax.tree.map(lambda x, j=j: x[j::4], batch_like()) for j in range(4)]
+    sams = [sam_of(part, jnp.ones(4))[2] for part in parts]
     expected = jax.tree.map(lambda *x: sum(x) / 4, *sams)._replace(gradients_spent=2.0)
     assert_same(jax.tree.map(float, state.readings), jax.tree.map(float, expected))

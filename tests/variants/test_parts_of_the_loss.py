@@ -16,12 +16,6 @@ pytestmark = pytest.mark.usefixtures("float64")
 COUNTS = [28, 11, 25]  # class counts of the 64 examples
 
 
-def logit_adjusted(params, batch):
-    shares = jnp.asarray(COUNTS) / sum(COUNTS)
-    logits = problem.logits_of(params, batch) + jnp.log(shares + 1e-9)[None]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
-
-
 def vector_scaled(params, batch):
     counts = jnp.asarray(COUNTS, float)
     temperature = (counts.max() / counts) ** 0.3
@@ -36,25 +30,11 @@ def focal(gamma, sharpness):
 
 
 SPLITS = {
-    "focal, adamw": (
-        lambda: samx.focal_sam(COUNTS, 0.05, 1.5, 0.7),
-        reference.ball(0.05),
-        focal(1.5, 0.7),
-        problem.losses_fn,
-        "adamw",
-    ),
     "focal, adaptive": (
         lambda: samx.focal_sam(COUNTS, perturbation=EVERY_LEAF),
         EVERY_LEAF_BY_HAND,
         focal(2.0, 0.8),
         problem.losses_fn,
-        "momentum and decay",
-    ),
-    "focal, logit adjustment": (
-        lambda: samx.focal_sam(COUNTS, 0.3, 3.2, 0.8),
-        reference.ball(0.3),
-        focal(3.2, 0.8),
-        logit_adjusted,
         "momentum and decay",
     ),
     "focal, vector scaling, above 1": (
@@ -70,13 +50,6 @@ SPLITS = {
         ([1, 0, 0], [0, 2, 2]),
         problem.losses_fn,
         "momentum and decay",
-    ),
-    "imbalanced, adam": (
-        lambda: samx.imbalanced_sam(np.array([1]), 0.1),
-        reference.ball(0.1),
-        ([1, 0, 1], [0, 1, 0]),
-        problem.losses_fn,
-        "adam",
     ),
 }
 

@@ -6,6 +6,7 @@ import optax
 import problem
 import pytest
 import reference
+from identities import gradient
 from loops import BASES, STEPS, WEIGHTS
 from recorded import BATCH_LIKE, assert_same
 
@@ -81,13 +82,12 @@ def test_l2_inside_the_loss_is_part_of_the_ascent():
 
 def test_layerwise_metric_by_hand():
     """The SAM-ON code has T = ‖w‖ (1 + eta). Here: eta = 0, and the radius times (1 + eta)."""
-    data, params = problem.make()
-    g = jax.grad(lambda p: problem.losses_fn(p, problem.batch_at(data, 0)).mean())(params)
+    g, params = gradient()
     g, w = jax.tree.map(np.asarray, (g, params))
     scales = {k: np.linalg.norm(w[k]) * 1.01 for k in w}
     length = np.sqrt(sum(scales[k] ** 2 * np.sum(g[k] ** 2) for k in g))
     ball = metric_ball(0.3 * 1.01, layerwise(is_scaled=lambda path, leaf: True))
-    eps, _ = ball.update(g, ball.init(params), params)
+    eps, _ = jax.jit(ball.update)(g, ball.init(params), params)
     for name in g:
         expected = 0.3 * scales[name] ** 2 * g[name] / length
         np.testing.assert_allclose(eps[name], expected, rtol=1e-12)

@@ -1,4 +1,6 @@
-"""SAMPa: both forms, the limits of its share, its aux, its held batch."""
+"""SAMPa: the limits of its share, its aux, its held batch."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,43 +8,34 @@ import numpy as np
 import optax
 import problem
 import pytest
-from identities import MOMENTUM, STEPS, assert_same, batch_like
+from identities import MOMENTUM, assert_same, batch_like, runner
 
 import samx
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def test_sampa_forms_are_the_same():
-    runs = [
-        problem.train(samx.sampa(MOMENTUM, 0.3, batch_like=batch_like(), gradients=form), STEPS)
-        for form in ("vmap", "separate")
-    ]
-    assert_same(*runs)
+@functools.cache
+def train():
+    """Return a function of steps, `rho` and `lam`; other tests have both forms."""
+    return runner(lambda rho, lam: samx.sampa(MOMENTUM, rho, lam, batch_like=batch_like()))
 
 
 def test_sampa_starts_with_the_step_of_its_base():
+    expected = problem.train(MOMENTUM, 1)
     for lam in (0.0, 0.2, 1.0):
-        first = problem.train(samx.sampa(MOMENTUM, 0.3, lam, batch_like=batch_like()), 1)
-        assert_same(first, problem.train(MOMENTUM, 1))
+        assert_same(train()(1, rho=0.3, lam=lam), expected)
 
 
 def test_sampa_at_lam_one_does_not_see_the_radius():
-    runs = [
-        problem.train(samx.sampa(MOMENTUM, rho, 1.0, batch_like=batch_like()), STEPS)
-        for rho in (0.0, 0.5)
-    ]
-    assert_same(*runs)
+    assert_same(train()(rho=0.0, lam=1.0), train()(rho=0.5, lam=1.0))
 
 
 def test_sampa_at_lam_zero_is_not_the_published_scripts_degenerate_case():
     """At lam=0 the script is the base optimizer on the previous batch, without a perturbation."""
-
-    def run(rho):
-        return problem.train(samx.sampa(MOMENTUM, rho, 0.0, batch_like=batch_like()), STEPS)
-
-    assert_same(run(0.0)["W1"][:2], run(0.5)["W1"][:2], atol=1e-2)
-    assert np.abs(run(0.0)["W1"][2:] - run(0.5)["W1"][2:]).max() > 1e-3
+    flat, sharp = (train()(rho=rho, lam=0.0)["W1"] for rho in (0.0, 0.5))
+    assert_same(flat[:2], sharp[:2], atol=1e-2)
+    assert np.abs(flat[2:] - sharp[2:]).max() > 1e-3
 
 
 def test_sampa_keeps_the_aux_at_y_on_the_current_batch():
@@ -55,10 +48,11 @@ def test_sampa_keeps_the_aux_at_y_on_the_current_batch():
     for form in ("vmap", "separate"):
         tx = samx.sampa(base, 0.3, batch_like=batch_like(), aux_like=like, gradients=form)
         params, state = x, tx.init(x)
+        update = jax.jit(functools.partial(tx.update, losses_fn=losses_fn))
         for t in range(3):
             y = optax.apply_updates(params, base.update(state.g_y, state.base, params)[0])
             batch = problem.batch_at(data, t)
-            updates, state = tx.update(params, state, params, losses_fn=losses_fn, batch=batch)
+            updates, state = update(params, state, params, batch=batch)
             aux = optax.tree.get(state, "aux")
             np.testing.assert_allclose(aux["W1"], y["W1"] if t else params["W1"], rtol=1e-12)
             np.testing.assert_allclose(aux["x"], batch["x"].mean(), rtol=1e-12)

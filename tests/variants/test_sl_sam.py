@@ -1,5 +1,7 @@
 """SL-SAM: what its groups are, what stays unchanged, and how its bandit draws."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -94,14 +96,11 @@ def decay_of_weights(params):
 
 
 BASES = {
-    "momentum": MOMENTUM,
     "adamw": optax.adamw(0.01, weight_decay=0.1, mask=decay_of_weights),
-    "lion": optax.lion(0.01),
     "adafactor": optax.adafactor(0.01, min_dim_size_to_factor=2),
     "a base for each kind": optax.partition(
         {"W": optax.adam(0.01), "b": MOMENTUM}, {"W1": "W", "W2": "W", "b1": "b", "b2": "b"}
     ),
-    "clipped": optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.01)),
     "line search": optax.chain(
         optax.sgd(1.0, momentum=0.9),
         optax.scale_by_backtracking_linesearch(max_backtracking_steps=5),
@@ -168,9 +167,10 @@ def test_the_aux_is_that_of_the_clean_pass():
 # ---- The bandit.
 
 
-def shares(steps=2000, slopes=(1.0, 4.0, 1.0), **hyper):
-    """Return how often each of three parameters with constant gradients is drawn."""
-    slopes, w = jnp.asarray(slopes), {"a": jnp.ones(1), "b": jnp.ones(1), "c": jnp.ones(1)}
+@functools.partial(jax.jit, static_argnames="steps")
+def drawn(slopes, steps, **hyper):
+    """Draw with three parameters of constant gradients; return the groups and the weights."""
+    w = {"a": jnp.ones(1), "b": jnp.ones(1), "c": jnp.ones(1)}
     tx = samx.sl_sam(optax.sgd(0.0), 0.1, groups=3, **hyper)
 
     def value_fn(w):
@@ -180,7 +180,17 @@ def shares(steps=2000, slopes=(1.0, 4.0, 1.0), **hyper):
         _, state = tx.update(w, state, w, value_fn=value_fn)
         return state, (state.group, state.log_weights)
 
-    _, (groups, weights) = jax.jit(lambda: jax.lax.scan(step, tx.init(w), length=steps))()
+    return jax.lax.scan(step, tx.init(w), length=steps)[1]
+
+
+def shares(bandit_learning_rate, exploration=0.2, slopes=(1.0, 4.0, 1.0), steps=2000):
+    """Return how often each parameter is drawn."""
+    groups, weights = drawn(
+        jnp.asarray(slopes),
+        steps,
+        bandit_learning_rate=bandit_learning_rate,
+        exploration=exploration,
+    )
     assert np.isfinite(weights).all()
     assert (weights.max(axis=1) == 0).all()
     return np.bincount(groups[steps // 2 :], minlength=3) / (steps - steps // 2)
