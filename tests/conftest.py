@@ -57,6 +57,7 @@ def compilation_cache(request, tmp_path_factory):
     own = tmp_path_factory.mktemp("compiled_programs")
     link_new(kept, own)
     jax.config.update("jax_compilation_cache_dir", str(own))
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # their path is in the key
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     jax.devices()  # create all 8 devices before an example asks for fewer

@@ -126,7 +126,7 @@ def shard_map(
 
 def pmap(build, params, batches, ascent="global", losses_fn=problem.losses_fn):
     """Run under `jax.pmap`, with the examples split over its axis; return global arrays."""
-    batches = jax.tree.map(lambda x: x.reshape(DEVICES, -1, *x.shape[1:]), batches)
+    batches = jax.tree.map(lambda x: np.asarray(x).reshape(DEVICES, -1, *x.shape[1:]), batches)
     tx = build(jax.tree.map(lambda x: x[0], batches[0][0]))
     tx = samx.data_parallel(tx, "data", ascent)
     return run_pmap(tx, params, batches, "data", DEVICES, make_step(tx, losses_fn, "data"))
@@ -145,8 +145,7 @@ def pmap_pair(build, params, batches):
 
 
 def run_pmap(tx, params, batches, name, num_devices, step):
-    params = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_devices, *x.shape)), params)
-    state = jax.pmap(tx.init, axis_name=name)(params)
+    params, state = jax.tree.map(partial(copies, num_devices), (params, tx.init(params)))
     step = jax.pmap(step, axis_name=name)
 
     def whole(node):
@@ -157,6 +156,13 @@ def run_pmap(tx, params, batches, name, num_devices, step):
         return node[0]
 
     return jax.tree.map(whole, run(step, params, state, batches), is_leaf=is_held)
+
+
+def copies(num_devices, x):
+    """Repeat an array on a leading axis; in NumPy, where nothing is compiled."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(x, (num_devices, *x.shape))
+    return np.broadcast_to(np.asarray(x), (num_devices, *x.shape))
 
 
 def is_held(node):
@@ -272,3 +278,36 @@ def mean_loss(params, batch):
 
 def as_batch(x, y):
     return {"x": x, "y": y}
+
+
+gradient = jax.jit(jax.grad(mean_loss))
+
+
+def sampa(**keywords):
+    base = optax.sgd(0.1, momentum=0.9)
+    return lambda batch_like: samx.sampa(base, 0.1, 0.2, batch_like=batch_like, **keywords)
+
+
+PAIRED = sampa(pair_sharding=P("pair"))
+REPLICATED = P()
+
+
+def mapped(fn, regime, num_args, out_specs=REPLICATED):
+    """Map `fn(params, *examples)` in a regime; return the first result, since all are equal."""
+    if regime == "pmap":
+
+        def call(params, *examples):
+            split = [x.reshape(DEVICES, -1, *x.shape[1:]) for x in examples]
+            result = jax.pmap(fn, axis_name="data", in_axes=(None, *[0] * num_args))(params, *split)
+            return jax.tree.map(lambda x: x[0], result)
+
+        return call
+    return jax.jit(
+        jax.shard_map(
+            fn,
+            mesh=mesh_of(),
+            in_specs=(P(), *[P("data")] * num_args),
+            out_specs=out_specs,
+            check_vma=regime == "shard_map",
+        )
+    )
