@@ -3,7 +3,9 @@
 float64 only where a test asks for it.
 """
 
+import collections
 import gc
+import itertools
 import mmap
 import os
 import shutil
@@ -26,6 +28,47 @@ FAST_COMPILATION = {
 }
 MOST_MEMORY = 3e9  # bytes of one process; then it drops its compiled programs
 LARGEST_CACHE = 1e9  # bytes of all compiled programs on the disk
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("samx")
+    group.addoption("--costs", action="store_true", help="print the processor seconds of each room")
+    group.addoption("--every", type=int, default=1, metavar="N", help="run every N-th test only")
+
+
+def pytest_collection_modifyitems(config, items):
+    items[:] = items[:: config.getoption("--every")]
+
+
+def processor_seconds():
+    """Return what this process and those that it started and that have ended have computed."""
+    return sum(os.times()[:4])
+
+
+seen = processor_seconds()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport():
+    """Note in each report what was computed since the one before."""
+    global seen
+    report = (yield).get_result()
+    now = processor_seconds()
+    report.processor_seconds, seen = now - seen, now
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--costs"):
+        return
+    costs, tests = collections.Counter(), collections.Counter()
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        if hasattr(report, "processor_seconds"):
+            room = report.nodeid.split("::")[0].removeprefix("tests/").split("/")[0]
+            costs[room] += report.processor_seconds
+            tests[room] += report.when == "call"
+    for room, seconds in costs.most_common():
+        terminalreporter.write_line(f"{seconds:8.1f} s {tests[room]:6} tests  {room}")
+    terminalreporter.write_line(f"{costs.total():8.1f} s {tests.total():6} tests")
 
 
 def known_flags(flags):

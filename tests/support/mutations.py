@@ -36,27 +36,43 @@ FILES = [
 SUPPORT = Path(__file__).parent
 WITHOUT_SAMX = ("mutations", "problem", "reference")  # the other helpers are imported anew with it
 MOST_ROWS = 8  # that are tried for one mutation
-SECONDS = 120  # after which a check has failed
+SECONDS = 120  # of computing, after which the rows' checks have failed
 AVERAGES = ("mean", "_mean", "pmean", "mean_loss", "nanmean", "average")
 ORDERED = ("where", "cond", "branch", "clip", "sub", "subtract", "divide", "minimum", "maximum")
-LOOPS = "variants/test_formulation_loops.py", "variants/test_sam_loops.py"
-BALLS = "perturbations/test_geometry.py", "perturbations/test_ball.py", *LOOPS
+BALLS = "perturbations/test_geometry.py", "variants/test_formulation_loops.py::test_formulations"
 MASKS = ("variants/test_sparse_sam.py",)
-EXAMPLES = "variants/test_example_loops.py", "selection/test_selection.py"
-LAYERS = "variants/test_sl_sam.py", "variants/test_example_loops.py"
-REUSE = "variants/test_reuse.py", "variants/test_gated_loops.py"
-DEVICES = "core/test_closures.py", "parallel/test_parallel.py", "training/test_accumulation.py"
+EXAMPLES = (
+    "selection/test_selection.py::test_defaults_are_epochs",
+    "selection/test_selection.py::test_ausam",
+    "selection/test_selection.py::test_ksam",
+    "selection/test_selection.py::test_padding",
+    "selection/test_selection.py::test_the_table",
+    "selection/test_selection.py::test_one_group",
+    "selection/test_selection.py::test_an_index",
+    "variants/test_example_loops.py::test_on_examples",
+)
+DEVICES = (
+    "parallel/test_parallel_by_hand.py::test_value_and_grad",
+    "parallel/test_parallel.py::test_weights",
+    "parallel/test_parallel_by_hand.py::test_weights",
+    "parallel/test_parallel_by_hand.py::test_readings",
+    "parallel/test_parallel_by_hand.py::test_aux",
+)
 # Tests of a file, or of all files of a folder, beyond those of the rows.
 SUITES = {
-    "variants/_layer_groups.py": LAYERS,
-    "variants/_reuse.py": REUSE,
-    "variants/async_sam.py": ("variants/test_stale_loops.py", "variants/test_identities.py"),
+    "variants/_layer_groups.py": ("variants/test_sl_sam.py",),
+    "variants/_reuse.py": ("variants/test_reuse.py",),
+    "variants/async_sam.py": (
+        "variants/test_stale_loops.py::test_async",
+        "perturbations/test_extra_gradients.py",
+    ),
     "variants/ausam.py": EXAMPLES,
     "variants/esam.py": EXAMPLES,
     "variants/ksam.py": EXAMPLES,
-    "variants/lets.py": ("variants/test_lets.py",),
-    "variants/looksam.py": REUSE,
-    "variants/sl_sam.py": LAYERS,
+    "variants/lets.py": ("variants/test_lets.py", "perturbations/test_extra_gradients.py"),
+    "variants/looksam.py": ("variants/test_reuse.py", "perturbations/test_extra_gradients.py"),
+    "variants/sl_sam.py": ("variants/test_sl_sam.py",),
+    "variants/": ("perturbations/test_extra_gradients.py",),
     "perturbations/dynamic_mask.py": MASKS,
     "perturbations/fisher_mask.py": MASKS,
     "perturbations/patterns.py": MASKS,
@@ -66,11 +82,11 @@ SUITES = {
         "policies/test_policies.py",
         "policies/test_quota.py",
         "policies/test_perturb_if.py",
-        *REUSE,
     ),
-    "core/": DEVICES,
+    "core/microbatches.py": ("training/test_accumulation.py",),
+    "core/": ("core/test_closures.py", *DEVICES),
     "selection/": EXAMPLES,
-    "combinations.py": REUSE,
+    "combinations.py": ("variants/test_reuse.py",),
 }
 PARTNERS = {"minimum": "maximum", "maximum": "minimum"}
 
@@ -309,26 +325,34 @@ def is_caught(mutation: Mutation) -> bool:
     with jax.enable_x64(True):
         rows = list(itertools.islice(rows_through(mutation), MOST_ROWS))
     suites = next((files for start, files in SUITES.items() if mutation.file.startswith(start)), ())
+    try:
+        with applied(mutation):
+            with time_limit(), jax.enable_x64(True):
+                for check in importlib.import_module("checks").CHECKS:
+                    for name in rows:
+                        check(name)
+            for suite in suites:
+                file, _, only = suite.partition("::")
+                run_suite(SUPPORT.parent / file, only or "test_")
+    except Exception:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def time_limit():
+    """Raise if this process has computed for too long: a loop without an end is a failure too."""
 
     def stop(number, frame):
         raise TimeoutError(f"no end after {SECONDS} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
-        with applied(mutation):
-            for check in importlib.import_module("checks").CHECKS:
-                for name in rows:
-                    with jax.enable_x64(True):
-                        check(name)
-            for file in suites:
-                run_suite(SUPPORT.parent / file)
-    except Exception:
-        return True
+        yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    return False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def run_suite(file: Path, only: str = "test_") -> None:
