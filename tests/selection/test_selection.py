@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import sys
 
 import chex
 import jax
@@ -11,6 +12,7 @@ import optax
 import problem
 import pytest
 import regimes
+from cases import VARIANTS
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -446,6 +448,26 @@ def test_equal_scores_are_drawn_alike():
         ).mean(0)
     )()
     np.testing.assert_allclose(drawn - 1, 0.25, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["ksam", "esam", "ausam"])
+def test_readings_of_several_examples_in_a_group(name):
+    """One group of 16: the same share of the batch as in the groups of two of the row."""
+    case, (batch, params) = VARIANTS[name], first_batch()
+    tx = case.build(num_groups=1, **{"warmup_steps": 0} if name == "ausam" else {})
+    _, state = jax.jit(problem.make_step(tx))(params, tx.init(params), batch)
+    assert float(optax.tree.get(state, "gradients_spent")) == pytest.approx(case.gradients)
+
+
+def test_the_default_ramp_is_thirty_epochs(monkeypatch):
+    seen, module = [], sys.modules["samx.variants.ausam"]
+    monkeypatch.setattr(
+        module, "weight_range", lambda low, high, step, ramp: seen.append(ramp) or (low, high)
+    )
+    _, params = first_batch()
+    tx = samx.ausam(0.1, 0.5, num_examples=40)  # three batches of 16 per epoch
+    jax.eval_shape(functools.partial(ausam_step, tx), tx.init(params), params, INDEX)
+    assert seen == [90]
 
 
 def test_defaults_are_epochs():

@@ -42,14 +42,14 @@ ORDERED = ("where", "cond", "branch", "clip", "sub", "subtract", "divide", "mini
 BALLS = "perturbations/test_geometry.py", "variants/test_formulation_loops.py::test_formulations"
 MASKS = ("variants/test_sparse_sam.py",)
 EXAMPLES = (
-    "selection/test_selection.py::test_defaults_are_epochs",
+    "selection/test_selection.py::test_the_default",
+    "selection/test_selection.py::test_readings",
+    "selection/test_selection.py::test_defaults",
     "selection/test_selection.py::test_ausam",
     "selection/test_selection.py::test_ksam",
     "selection/test_selection.py::test_padding",
     "selection/test_selection.py::test_the_table",
-    "selection/test_selection.py::test_one_group",
     "selection/test_selection.py::test_an_index",
-    "variants/test_example_loops.py::test_on_examples",
 )
 DEVICES = (
     "parallel/test_parallel_by_hand.py::test_value_and_grad",
