@@ -1,0 +1,260 @@
+"""One step on 8 devices by hand, with various arguments of `update`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import problem
+import pytest
+import regimes
+from cases import VARIANTS
+from jax.sharding import PartitionSpec as P
+from regimes import (
+    LOCAL,
+    VALID,
+    as_batch,
+    assert_close,
+    batches,
+    build,
+    first_batch,
+    gradient,
+    mapped,
+    mean_loss,
+    on_one_device,
+)
+
+import samx
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+# `test_value_and_grad` and `test_parallel.py` try all of them.
+some_regimes = pytest.mark.parametrize("regime", ["shard_map", "pmap"])
+
+
+@pytest.mark.parametrize("regime", LOCAL)
+def test_value_and_grad(regime):
+    params, batch = first_batch()
+    weights = jnp.asarray(VALID)
+
+    def fn(params, x, y, weights):
+        def loss(params, batch, scale):
+            return scale * mean_loss(params, batch), {"own": batch["x"].sum()}
+
+        (value, aux), grads = samx.value_and_grad(loss, "data", has_aux=True)(
+            params, as_batch(x, y), 2.0
+        )
+        total = jax.lax.psum(aux["own"], "data")  # the aux is the device's own
+
+        def weighted(params):
+            own = (weights * problem.losses_fn(params, as_batch(x, y))).sum()
+            return own / jnp.where(weights.sum() == 0, 0.0, weights.sum())  # 0/0 without examples
+
+        return value, grads, total, samx.value_and_grad(weighted, ["data"], weights=weights)(params)
+
+    value, grads, total, weighted = mapped(fn, regime, 3)(params, batch["x"], batch["y"], weights)
+    assert_close((value, grads), jax.value_and_grad(lambda p: 2 * mean_loss(p, batch))(params))
+    assert_close(total, batch["x"].sum())
+
+    def expected(params):
+        return (weights * problem.losses_fn(params, batch)).sum() / weights.sum()
+
+    assert_close(weighted, jax.value_and_grad(expected)(params))
+
+
+@pytest.mark.parametrize(("name", "regime"), [("sam", "pmap"), ("sampa", "shard_map")])
+def test_what_the_caller_computed_is_ignored(name, regime):
+    """The step ignores the caller's values: a summed gradient, one device's loss, or nonsense."""
+    params, batch = first_batch()
+    whole = VARIANTS[name].build(batch_like=batch)
+    specs = samx.state_specs(whole, params, batch_specs=P("data"))
+
+    def fn(params, x, y):
+        batch = as_batch(x, y)
+        tx = samx.data_parallel(VARIANTS[name].build(batch_like=batch), "data")
+        nonsense = jax.tree.map(lambda w: w * x.sum(), params)
+        updates, state = tx.update(
+            nonsense,
+            tx.init(params),
+            params,
+            value=x.sum(),
+            grad=nonsense,
+            losses_fn=problem.losses_fn,
+            batch=batch,
+        )
+        return optax.apply_updates(params, updates), state
+
+    found = mapped(fn, regime, 2, (P(), specs))(params, batch["x"], batch["y"])
+    expected = on_one_device(name)[0]
+    assert_close(found[0], expected[0])
+    assert_close(*(optax.tree.get(state, "readings") for state in (found[1], expected[1])))
+
+
+@some_regimes
+def test_weights_count_examples_in_local_ascent(regime):
+    """By hand: each device climbs its own weighted mean, and counts by its sum of weights."""
+    (_, params), ((batch, weights),) = problem.make(), batches(1, weights=VALID)
+    history = LOCAL[regime](
+        build("sam", base=optax.sgd(1.0)), params, [(batch, weights)], ascent="local"
+    )
+
+    @jax.jit
+    def step(shard, own):
+        def loss(p):
+            return (own * problem.losses_fn(p, shard)).sum() / jnp.maximum(own.sum(), 1e-30)
+
+        g = jax.grad(loss)(params)
+        eps = optax.tree.scale(0.05 / (optax.tree.norm(g) + 1e-12), g)
+        return jax.grad(loss)(optax.tree.add(params, eps))
+
+    expected = params
+    for start in range(0, len(weights), 2):
+        shard = jax.tree.map(lambda x, i=start: x[i : i + 2], batch)
+        own = weights[start : start + 2]
+
+        g_s = step(shard, own)
+        expected = optax.tree.add_scale(expected, -own.sum() / weights.sum(), g_s)
+    assert_close(history[0][0], expected)
+    norm = optax.tree.get(history[0][1], "perturbation_norm")  # no examples, no weight
+    np.testing.assert_allclose(norm, 0.05, rtol=1e-10)
+
+
+def test_the_hypergradient_of_lets_with_local_ascent():
+    """By hand: each device climbs its own gradient, and the step depends on all of them."""
+    params, batch = first_batch()
+    tx = samx.lets(optax.sgd(0.1), 0.3)
+    history = regimes.shard_map(lambda _: tx, params, [(batch,)], check_vma=True, ascent="local")
+    shards = [jax.tree.map(lambda x, i=i: x[i : i + 2], batch) for i in range(0, 16, 2)]
+    directions = []
+    for shard in shards:
+        g = gradient(params, shard)
+        directions.append(optax.tree.scale(1 / optax.tree.norm(g), g))
+
+    @jax.jit
+    def objective(rho):
+        after = params
+        for shard, v in zip(shards, directions, strict=True):
+            g_s = jax.grad(mean_loss)(optax.tree.add_scale(params, rho, v), shard)
+            after = optax.tree.add_scale(after, -0.1 / len(shards), g_s)
+        held_out = problem.further(batch)["validation_fn"](after)
+        return (held_out - mean_loss(after, batch)) ** 2 / 2
+
+    slope = (objective(0.3 + 1e-5) - objective(0.3 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(optax.tree.get(history[0][1], "hypergradient"), slope, rtol=1e-6)
+
+
+def scaled_gradient(order):
+    """A user-defined variant, with `jax.grad` of the closure, or a Hessian-vector product."""
+
+    def update_fn(g, state, params, *, value_fn):
+        if order == 1:
+            return jax.tree.map(lambda x: 2 * x, jax.grad(value_fn)(params)), state
+        _, curvature = jax.jvp(jax.grad(value_fn), (params,), (g,))
+        return curvature, state
+
+    return samx.closure_transformation(lambda params: optax.EmptyState(), update_fn)
+
+
+@some_regimes
+def test_a_variant_of_ones_own(regime):
+    params, batch = first_batch()
+    orders = (1, 2)
+
+    def fn(params, x, y):
+        closures = {"losses_fn": problem.losses_fn, "batch": as_batch(x, y)}
+        found = []
+        for order in orders:
+            for ascent in ("global", "local"):
+                tx = samx.data_parallel(scaled_gradient(order), "data", ascent)
+                found.append(tx.update(params, tx.init(params), params, **closures)[0])
+        return found
+
+    @jax.jit
+    def on_one_device(params):
+        g, expected = jax.grad(mean_loss)(params, batch), []
+        for order in orders:
+            tx = scaled_gradient(order)
+            step = tx.update(g, tx.init(params), params, value_fn=lambda p: mean_loss(p, batch))
+            expected += [step[0]] * 2
+        return expected
+
+    assert_close(mapped(fn, regime, 2)(params, batch["x"], batch["y"]), on_one_device(params))
+
+
+@some_regimes
+def test_one_broken_device_skips_the_step_on_all(regime):
+    params, batch = first_batch()
+    broken = batch["x"].at[5, 2].set(jnp.nan)
+    inner = optax.chain(samx.sam(0.05), optax.sgd(0.1, momentum=0.9))
+
+    def fn(params, x, y):
+        closures = {"losses_fn": problem.losses_fn, "batch": as_batch(x, y)}
+        inside = samx.data_parallel(samx.skip_nonfinite(inner), "data")
+        outside = samx.skip_nonfinite(samx.data_parallel(inner, "data"))
+        return [tx.update(params, tx.init(params), params, **closures) for tx in (inside, outside)]
+
+    step = mapped(fn, regime, 2)
+    for updates, state in step(params, broken, batch["y"]):
+        assert_close(updates, optax.tree.zeros_like(params), 0)
+        assert int(state.skipped_steps) == 1
+    for updates, state in step(params, batch["x"], batch["y"]):
+        assert int(state.skipped_steps) == 0
+        assert_close(optax.apply_updates(params, updates), on_one_device("sam")[0][0])
+
+
+@some_regimes
+def test_a_line_search_sees_the_mean_loss(regime):
+    params, batch = first_batch()
+
+    def search():
+        search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=12)
+        return samx.with_base(samx.sam(0.05), optax.chain(optax.sgd(20.0), search))
+
+    def fn(params, x, y):
+        tx = samx.data_parallel(search(), "data")
+        updates, _ = tx.update(
+            params, tx.init(params), params, losses_fn=problem.losses_fn, batch=as_batch(x, y)
+        )
+        return updates
+
+    @jax.jit
+    def on_one_device(params):
+        value, g = jax.value_and_grad(mean_loss)(params, batch)
+        closures = {"losses_fn": problem.losses_fn, "batch": batch}
+        tx = search()
+        return tx.update(g, tx.init(params), params, value=value, grad=g, **closures)[0]
+
+    assert_close(mapped(fn, regime, 2)(params, batch["x"], batch["y"]), on_one_device(params))
+
+
+def test_readings_of_local_ascent_are_means_over_the_devices():
+    params, batch = first_batch()
+    ((_, state, _),) = LOCAL["shard_map"](build("asam"), params, [(batch,)], ascent="local")
+
+    @jax.jit
+    def alone(shard):
+        loss, g = jax.value_and_grad(mean_loss)(params, shard)
+        ball = samx.perturbations.metric_ball(0.5, samx.perturbations.magnitude(0.01))
+        eps, _ = ball.update(g, ball.init(params), params)
+        sharp_loss, g_s = jax.value_and_grad(mean_loss)(optax.tree.add(params, eps), shard)
+        return (loss, sharp_loss, optax.tree.norm(g), optax.tree.norm(eps)), eps, g_s
+
+    shards = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
+    seen, steps, sharp = jax.vmap(alone)(shards)
+    g_s = jax.tree.map(lambda x: x.mean(0), sharp)
+    length = optax.tree.norm(g_s)
+    cosines = [
+        optax.tree.vdot(eps, g_s) / norm / length
+        for eps, norm in ((jax.tree.map(lambda x, i=i: x[i], steps), seen[3][i]) for i in range(8))
+    ]
+    loss, sharp_loss, grad_norm, perturbation_norm = (x.mean() for x in seen)
+    expected = {
+        "loss": loss,
+        "sharp_loss": sharp_loss,
+        "grad_norm": grad_norm,
+        "sharp_grad_norm": length,
+        "perturbation_norm": perturbation_norm,
+        "cosine": np.mean(cosines),
+        "is_sharp": True,
+        "gradients_spent": 2.0,
+    }
+    assert_close(optax.tree.get(state, "readings")._asdict(), expected)
