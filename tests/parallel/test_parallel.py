@@ -11,7 +11,7 @@ import problem
 import pytest
 import reference
 import regimes
-from cases import KINDS, VARIANTS, first_of_each
+from cases import VARIANTS, first_of_each
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from regimes import (
@@ -47,7 +47,16 @@ def rows_and_regimes(regimes, rows):
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-@pytest.mark.parametrize(("name", "regime"), rows_and_regimes(GLOBAL, KINDS))
+def takes(case):
+    """What a row takes from its closures, and how."""
+    num_groups = "num_groups" in case.static_args
+    return case.needs, case.uses_gradient, case.counts_once, num_groups, case.is_gated
+
+
+ROWS = first_of_each(takes)
+
+
+@pytest.mark.parametrize(("name", "regime"), rows_and_regimes(GLOBAL, ROWS))
 def test_global_is_the_step_of_one_device(name, regime):
     history = GLOBAL[regime](build(name), problem.make()[1], batches())
     assert_same(history, on_one_device(name))
@@ -75,8 +84,7 @@ def on_every_shard(name, num_shards=regimes.DEVICES):
     return regimes.per_shard(build(name, **changes), problem.make()[1], batches(), num_shards)
 
 
-PASSES = first_of_each(lambda case: (case.needs, case.uses_gradient, case.counts_once))
-LINEAR_ROWS = [name for name in PASSES if VARIANTS[name].is_mean_of_shards]
+LINEAR_ROWS = [name for name in ROWS if VARIANTS[name].is_mean_of_shards]
 
 
 @pytest.mark.parametrize(("name", "regime"), rows_and_regimes(LOCAL, LINEAR_ROWS))

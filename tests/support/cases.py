@@ -321,18 +321,14 @@ VARIANTS = {
         "periodic",
         {"rho": 0.05},
         factory=periodic,
-        oracle=climbing(
-            reference.ball(0.05), lambda: reference.sometimes(lambda t, g: t % 3 == 1)
-        ),
+        oracle=climbing(reference.ball(0.05), lambda: reference.sometimes(lambda t, g: t % 3 == 1)),
         **GATED,
     ),
     "between": row(
         "periodic",
         {"rho": 0.05},
         factory=between,
-        oracle=climbing(
-            reference.ball(0.05), lambda: reference.sometimes(lambda t, g: 1 <= t < 4)
-        ),
+        oracle=climbing(reference.ball(0.05), lambda: reference.sometimes(lambda t, g: 1 <= t < 4)),
         **GATED,
     ),
     "rst": row(

@@ -229,15 +229,13 @@ def mean_loss_and_grad(params, batch):
 
 def keeps_dtypes(name):
     """Updates and state keep shapes and dtypes, also with numbers wider than the parameters."""
-    for dtype, wide in (
-        (jnp.float16, False),
-        (jnp.bfloat16, False),
-        (jnp.float32, True),
-        (jnp.float64, False),
-    ):
-        case, (data, params) = VARIANTS[name], problem.make(dtype)
+    case, (params, state) = VARIANTS[name], program(name).run(1)[0]
+    assert signature((params, state)) == signature((problem.make()[1], program(name).state))
+    for dtype in (jnp.bfloat16, jnp.float32):
+        data, params = problem.make(dtype)
         batch = problem.batch_at(data, 0)
-        hyper = {k: jnp.asarray(v, float) for k, v in case.hyper.items()} if wide else {}
+        is_wide = dtype == jnp.float32
+        hyper = {k: jnp.asarray(v, float) for k, v in case.hyper.items()} if is_wide else {}
         tx = case.build(batch_like=batch, **hyper)
         before = params, jax.eval_shape(tx.init, params)
         after = jax.eval_shape(problem.make_step(tx), *before, batch)

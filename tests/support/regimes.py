@@ -145,14 +145,19 @@ def pmap_pair(build, params, batches):
 
 
 def run_pmap(tx, params, batches, name, num_devices, step):
-    params, state = jax.tree.map(partial(copies, num_devices), (params, tx.init(params)))
+    """Run `step` under `jax.pmap`; all arrays begin where the step leaves them."""
+    mesh = mesh_of((num_devices,), (name,))
+    carry = jax.tree.map(partial(copies, num_devices), (params, tx.init(params)))
+    (params, state), batches = place((carry, batches), mesh, P(name))
     step = jax.pmap(step, axis_name=name)
 
     def whole(node):
         if is_held(node):
-            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), node)
-        if not jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
-            np.testing.assert_array_equal(*np.broadcast_arrays(node, node[:1]))
+            return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), node)
+        if jnp.issubdtype(node.dtype, jax.dtypes.prng_key):
+            return node[0]
+        node = np.asarray(node)
+        np.testing.assert_array_equal(*np.broadcast_arrays(node, node[:1]))
         return node[0]
 
     return jax.tree.map(whole, run(step, params, state, batches), is_leaf=is_held)
