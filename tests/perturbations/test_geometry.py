@@ -13,7 +13,7 @@ from samx import perturbations as geometry
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_monge_ball_between_a_ball_and_a_step_that_falls(scale):
     g, params = gradient()
     g = jax.tree.map(lambda x: scale * x, g)

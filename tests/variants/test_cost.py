@@ -22,9 +22,9 @@ from samx import policies
 COUNTED = [n for n, case in VARIANTS.items() if n in KINDS or case.passes != (1, 1)]
 
 
-@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("name", [n for n in COUNTED if n not in STRAIGHT])
 def test_passes_inside_update(name):
-    """Their sum is in the readings, as `checks.py` has it."""
+    """In loops and branches, where no flops can be read. `checks.py` has their sum in readings."""
     case = VARIANTS[name]
     forward, backward = case.passes
     for t, (passes, state) in enumerate(count_passes(case.build(), 3)):
@@ -128,7 +128,6 @@ def test_esam_on_the_whole_batch_takes_no_forward_pass_more():
         return counted["forward"], counted["backward"]
 
     assert passes(sharp_pass="whole") == passes(selected_fraction=1.0) == (2, 2)
-    assert passes() == (2.5, 1.5)
 
 
 @pytest.mark.parametrize(("how", "times"), [("vmap", 1), ("scan", 4)])

@@ -42,10 +42,7 @@ EQUAL_TO_SAM = {
     "looksam, period 1": lambda: samx.looksam(0.2, period=1),
     "ae_sam, no threshold": lambda: samx.ae_sam(0.2, -jnp.inf),
     "always": lambda: samx.perturb_if(policies.between(), samx.sam(0.2)),
-    "probability 1": lambda: samx.perturb_if(policies.random(1.0), samx.sam(0.2)),
-    "ksam of everything": lambda: samx.ksam(0.2, 16, num_groups=4),
     "ksam in groups of one": lambda: samx.ksam(0.2, 16, num_groups=16),
-    "esam of everything": lambda: samx.esam(0.2, 1.0, 1.0),
     "esam of everything, strictly": lambda: samx.esam(0.2, 1.0, 0.99, select="strict"),
     "ausam of everything": lambda: samx.ausam(0.2, 1.0, 64, warmup_steps=3),
     "random leaves, all of them": lambda: samx.sharpness_aware(
