@@ -142,13 +142,6 @@ def test_every_numeric_hyperparameter_can_be_injected(name):
         assert id(program.invars[number]) in read, key
 
 
-@one_of_each_shape
-def test_float16_stays_finite(name):
-    """That every row keeps its dtypes is one of `checks.py`."""
-    tx, (batch, params) = VARIANTS[name].build(batch_like=fresh(jnp.float16)[0]), fresh(jnp.float16)
-    assert_finite(jax.jit(functools.partial(updates_of, tx))(params, batch)[0])
-
-
 @every_variant
 def test_missing_closures_are_named(name):
     case, (batch, params) = VARIANTS[name], fresh()

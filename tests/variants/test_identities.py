@@ -194,7 +194,7 @@ def test_the_gap_falls_across_the_descended_gradient():
         updates, _ = first_step(samx.gsam(0.5, 0.7, descend=descend))
         taken = optax.tree.sub(updates, kept)
         other = g if descend == "sharp" else g_s
-        assert abs(float(optax.tree.vdot(taken, kept))) < 1e-15
+        assert abs(float(optax.tree.vdot(taken, kept))) < 1e-12
         assert sign * float(optax.tree.vdot(taken, other)) > 1e-6
 
 
@@ -268,7 +268,7 @@ def test_equal_to_optax_contrib_sam():
     for t in range(STEPS):
         carry = step(*carry, problem.batch_at(data, t))
     ours = trained(lambda: samx.sharpness_aware(geometry.metric_ball(0.1), ascent_steps))
-    assert_same({key: x[-1] for key, x in ours.items()}, carry[0], atol=1e-11)
+    assert_same({key: x[-1] for key, x in ours.items()}, carry[0])
 
 
 def test_norm_of_the_sharp_gradient_is_that_of_the_updates():
@@ -291,4 +291,4 @@ def test_weights_are_a_weighted_mean():
             for keywords in ({"value_fn": value_fn}, closures)
         ]
 
-    assert_same(*both(params))
+    assert_same(*both(params), atol=1e-12)
