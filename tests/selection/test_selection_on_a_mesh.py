@@ -1,0 +1,49 @@
+"""Positions in a batch that is spread over devices, and what is sent for them."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problem
+import pytest
+import regimes
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from examples.devices.communication import communicated_bytes
+from samx.selection import largest, put, take
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("num_groups", "axes"),
+    [(1, ("data",)), (8, ("pod", "data")), (16, ("data",)), (1, ("pod", "data"))],
+)
+def test_on_a_mesh(axis_type, num_groups, axes):
+    """The same rows are chosen; if each device has its own groups, no example is sent."""
+    scores = jnp.asarray(np.random.default_rng(0).normal(size=64))
+    batch = {"x": jnp.arange(128.0).reshape(64, 2), "key": jax.random.split(jax.random.key(0), 64)}
+    weights = jnp.ones(64).at[3].set(0)
+
+    def choose(scores, batch, weights):
+        position = largest(scores, 16, num_groups=num_groups, weights=weights)
+        chosen = take(batch, position)
+        return chosen, put(chosen["x"].sum(1), position, 64)
+
+    expected = jax.jit(choose)(scores, batch, weights)
+    mesh = regimes.mesh_of((8,) if len(axes) == 1 else (2, 4), axes, axis_type)
+    with jax.set_mesh(mesh):
+        args = regimes.place((scores, batch, weights), mesh, P(axes))
+        program = jax.jit(choose).lower(*args).compile()
+        found = program(*args)
+    chex.assert_trees_all_equal(*map(problem.as_numbers, (found, expected)))
+    assert bool(communicated_bytes(program)) == (num_groups == 1)
+
+
+def test_few_examples_on_many_devices_are_not_spread():
+    mesh = regimes.mesh_of(axis_type=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        x = regimes.place(jnp.arange(16.0), mesh, P("data"))
+        chosen = jax.jit(lambda x: take(x, largest(x, 3)))(x)
+    assert chosen.tolist() == [15.0, 14.0, 13.0]
+    assert jax.typeof(chosen).sharding.spec == P(None)
