@@ -26,7 +26,7 @@ FAST_COMPILATION = {
     "xla_cpu_use_fusion_emitters": "false",
     "xla_cpu_parallel_codegen_split_count": "1",
 }
-MOST_MEMORY = 3e9  # bytes of one process; then it drops its compiled programs
+MOST_MEMORY = 2e9  # bytes by which a process may grow before it drops its compiled programs
 LARGEST_CACHE = 1e9  # bytes of all compiled programs on the disk
 
 
@@ -130,7 +130,12 @@ def float64():
 
 @pytest.fixture(autouse=True)
 def free_memory():
-    """Drop compiled programs if there are too many; they would hold gigabytes until the end."""
+    """Drop compiled programs if many came; they would hold gigabytes until the end."""
     yield
-    if psutil.Process().memory_info().rss > MOST_MEMORY:
+    global held
+    if psutil.Process().memory_info().rss > held + MOST_MEMORY:
         jax.clear_caches()
+        held = psutil.Process().memory_info().rss
+
+
+held = 0  # bytes of this process after it last dropped its programs

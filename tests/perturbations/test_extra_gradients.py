@@ -17,6 +17,10 @@ TAKERS = {
     "vsam": (samx.vsam, 2),  # in its warm-up
     "async_sam": (samx.async_sam, 2),
     "bisam": (samx.bisam, 2),
+    "sl_sam": (
+        lambda perturbation: samx.sl_sam(optax.sgd(0.1), groups=1, perturbation=perturbation),
+        2,
+    ),
     "lets": (partial(samx.lets, optax.sgd(0.1)), 6),
     "wsam": (partial(samx.wsam, optax.sgd(0.1), 0.1), 2),
 }

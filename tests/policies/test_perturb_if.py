@@ -1,6 +1,7 @@
 """`perturb_if`: what it calls, and what it passes on."""
 
 import functools
+import sys
 
 import chex
 import jax
@@ -223,3 +224,15 @@ def test_under_vmap_the_branch_remains_where_the_decision_is_common(name):
         expected, spent_alone = alone(rho)
         assert spent_alone == spent[i]
         np.testing.assert_allclose(mapped[i], expected, rtol=1e-5)
+
+
+def test_a_skipped_step_hands_on_the_linear_loss():
+    """L(w) + ⟨g, v − w⟩, for every example too; integers do not move."""
+    w, g = {"w": jnp.array([1.0, 2.0]), "n": jnp.array(3)}, {"w": jnp.array([0.5, -1.0]), "n": 0}
+    moved = w | {"w": w["w"] + jnp.array([0.2, 0.3])}
+    linear = sys.modules["samx.policies.perturb_if"]._linear
+    closures = linear(g, w, jnp.array(7.0), {"losses_fn": None})
+    np.testing.assert_allclose(closures["value_fn"](w), 7.0)
+    np.testing.assert_allclose(closures["value_fn"](moved), 7.0 + 0.1 - 0.3, rtol=1e-6)
+    losses = closures["losses_fn"](moved, jnp.zeros((4, 1)))
+    np.testing.assert_allclose(losses, [6.8] * 4, rtol=1e-6)

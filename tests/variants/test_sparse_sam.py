@@ -114,14 +114,14 @@ def test_dynamic_sparse_sam_against_reference(name):
     rate = optax.cosine_decay_schedule(0.5, STEPS)
     tx, make_reference = BASES[base]
     tx = optax.chain(
-        samx.dynamic_sparse_sam(0.1, sparsity, rate, period=period, drop=drop, grow=grow, key=5), tx
+        samx.dynamic_sparse_sam(0.2, sparsity, rate, period=period, drop=drop, grow=grow, key=5), tx
     )
     state = tx.init(problem.make()[1])
     first = {k: np.asarray(v) for k, v in optax.tree.get(state, "mask").items()}
     size = reference.flat(first).size
     assert reference.flat(first).sum() == size - np.ceil(size * sparsity)
     expected, masks = reference.train_dynamic_sparse(
-        make_reference(), reference.ball(0.1), first, sparsity, RATES, period, scores, STEPS
+        make_reference(), reference.ball(0.2), first, sparsity, RATES, period, scores, STEPS
     )
     found, mask = train(tx, lambda data, batch, t: {}, "mask", state=state)
     for key in NAMES:  # the state holds the mask of the next step
@@ -221,6 +221,19 @@ def test_whole_leaves_stop_where_the_share_is_reached():
         "b": True,
         "c": False,
         "d": True,
+    }
+
+
+def test_integers_are_no_share_of_whole_leaves():
+    """Half of 4 entries is one leaf of 2, however large the table of integers is."""
+    ball = fisher_mask(metric_ball(0.1), 0.5, period=1, pattern="structured")
+    w = {"a": jnp.ones(2), "b": jnp.ones(2), "table": jnp.arange(100)}
+    gradient = {"a": jnp.ones(2), "b": 2 * jnp.ones(2), "table": jnp.zeros(100, int)}
+    mask = looked(ball, w, gradient)().mask
+    assert {name: bool(x.any()) for name, x in mask.items()} == {
+        "a": False,
+        "b": True,
+        "table": False,
     }
 
 
