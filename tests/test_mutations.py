@@ -11,8 +11,33 @@ from mutations import PACKAGE, Mutation, mutations_of
 
 MUTATIONS = [m for file in mutations.FILES for m in mutations_of(file)]
 # Mutations that change nothing on which anybody may rely, and why.
-EQUIVALENT = {}
-STEP = 45  # the default run takes every 45th
+TINY = "the small number beside a norm is below every tolerance; that it is there is tested"
+SIGN = "a metric is not negative, so it does not change the sign"
+EQUIVALENT = {
+    ("variants/fisher_sam.py", "fisher_sam.climb", "jnp.sqrt(tree.dot(g, natural)) + 1e-12"): TINY,
+    ("perturbations/balls.py", "metric_ball.climb", "tree.norm(scaled) + norm_eps"): TINY,
+    ("perturbations/balls.py", "monge_ball.climb", "length + norm_eps"): TINY,
+    ("perturbations/layer_steps.py", "layer_steps.climb", "tree.norm(g) + norm_eps"): TINY,
+    ("perturbations/layer_steps.py", "layer_steps.climb.step", "tree.norm(g) + norm_eps"): TINY,
+    ("perturbations/mup_ball.py", "mup_ball.climb", "length + norm_eps"): TINY,
+    ("perturbations/balls.py", "linf_ball.climb.corner", "g * t"): SIGN,
+    (
+        "perturbations/balls.py",
+        "linf_ball.climb.corner",
+        "jnp.sign(scaled) + 0 * scaled",
+    ): "zero, or NaN where an entry is infinite, with either sign",
+    (
+        "perturbations/dynamic_mask.py",
+        "_draws",
+        "jax.random.uniform(jax.random.fold_in(key, i), leaf.shape)"
+        " + jnp.zeros_like(leaf, jnp.float32)",
+    ): "zeros, which only give the draws the sharding of the leaf",
+    (
+        "policies/quota.py",
+        "quota.observe",
+        "tree.subtract(g_s, g)",
+    ): "only the length of the difference is used",
+}
 
 
 def ids(mutation):
@@ -20,12 +45,19 @@ def ids(mutation):
 
 
 def is_equivalent(mutation):
-    return (mutation.file, str(mutation)) in EQUIVALENT
+    """Epsilons may change their sign, but not be dropped."""
+    key = (mutation.file, mutation.function, mutation.before)
+    return key in EQUIVALENT and mutation.kind != "drop an epsilon"
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS[::STEP], ids=ids)
+# Each file of a paper, by turns with each kind: its own row must notice, without other suites.
+PAPERS = [m for m in MUTATIONS if m.file.startswith("variants/") and "/_" not in m.file]
+SAMPLE = [m for m in PAPERS if not is_equivalent(m)][::17]
+
+
+@pytest.mark.parametrize("mutation", SAMPLE, ids=ids)
 def test_a_sample_is_caught(mutation):
-    assert mutations.is_caught(mutation) != is_equivalent(mutation), str(mutation)
+    assert mutations.is_caught(mutation), str(mutation)
 
 
 @pytest.mark.slow
@@ -40,7 +72,7 @@ def test_there_are_hundreds_of_every_folder():
 
 
 def test_every_excuse_is_for_a_mutation_that_exists():
-    assert set(EQUIVALENT) <= {(m.file, str(m)) for m in MUTATIONS}
+    assert set(EQUIVALENT) <= {(m.file, m.function, m.before) for m in MUTATIONS}
 
 
 def test_the_unchanged_package_is_green():
@@ -114,7 +146,7 @@ def test_a_deliberate_mistake_is_caught(name):
     mutation = Mutation(file, "", 1, "", "", "", source.replace(right, wrong))
     path = mutations.SUPPORT.parent / suite
     mutations.run_suite(path, test)  # green without the mistake
-    with mutations.applied(mutation), pytest.raises(Exception, match=""):
+    with mutations.applied(mutation), pytest.raises(Exception):  # noqa: PT011, B017
         mutations.run_suite(path, test)
 
 
