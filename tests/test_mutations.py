@@ -75,6 +75,14 @@ def test_every_excuse_is_for_a_mutation_that_exists():
     assert set(EQUIVALENT) <= {(m.file, m.function, m.before) for m in MUTATIONS}
 
 
+def test_every_suite_exists():
+    suites = {suite for files in mutations.SUITES.values() for suite in files}
+    suites |= {f"{file}::{test}" for *_, (file, test) in DELIBERATE.values()}
+    for suite in suites:
+        file, _, only = suite.partition("::")
+        assert f"def {only or 'test_'}" in (mutations.SUPPORT.parent / file).read_text(), suite
+
+
 def test_the_unchanged_package_is_green():
     """Imported anew in the same way, it passes what the mutations fail."""
     source = (PACKAGE / "variants/fisher_sam.py").read_text()

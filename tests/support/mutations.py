@@ -56,7 +56,7 @@ DEVICES = (
     "parallel/test_parallel.py::test_weights",
     "parallel/test_parallel_by_hand.py::test_weights",
     "parallel/test_parallel_by_hand.py::test_readings",
-    "parallel/test_parallel_by_hand.py::test_aux",
+    "parallel/test_parallel.py::test_aux",
 )
 # Tests of a file, or of all files of a folder, beyond those of the rows.
 SUITES = {
