@@ -249,7 +249,7 @@ def is_weight(path: Any, leaf: Any) -> bool:
 
 
 def periodic(rho: Radius) -> optax.GradientTransformation:
-    return samx.perturb_if(policies.every(3, first=1), samx.sam(rho))
+    return samx.perturb_if(policies.every(2), samx.sam(rho))
 
 
 def between(rho: Radius) -> optax.GradientTransformation:
@@ -308,8 +308,8 @@ VARIANTS = {
     "l-infinity": row(
         "sharpness_aware",
         {"rho": 0.005},
-        factory=ball_of(lambda rho: linf_ball(rho, magnitude(0.1))),
-        oracle=climbing(reference.adaptive_sign_ball(0.005, 0.1, {"W1", "W2"})),
+        factory=ball_of(linf_ball),
+        oracle=climbing(reference.sign_ball(0.005)),
     ),
     "sam_on": row(  # no normalization layers here, so only the weights
         "sam_on",
@@ -321,7 +321,7 @@ VARIANTS = {
         "periodic",
         {"rho": 0.05},
         factory=periodic,
-        oracle=climbing(reference.ball(0.05), lambda: reference.sometimes(lambda t, g: t % 3 == 1)),
+        oracle=climbing(reference.ball(0.05), lambda: reference.sometimes(every_second)),
         **GATED,
     ),
     "between": row(

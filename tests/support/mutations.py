@@ -68,7 +68,7 @@ SUITES = {
     ),
     "variants/ausam.py": EXAMPLES,
     "variants/ksam.py": EXAMPLES,
-    "variants/lets.py": ("variants/test_lets.py", "perturbations/test_extra_gradients.py"),
+    "variants/lets.py": ("variants/test_lets_radius.py", "perturbations/test_extra_gradients.py"),
     "variants/looksam.py": ("variants/test_reuse.py", "perturbations/test_extra_gradients.py"),
     "variants/sl_sam.py": ("variants/test_sl_sam.py",),
     "variants/": ("perturbations/test_extra_gradients.py",),

@@ -90,14 +90,6 @@ def scales_of(params, eta, scaled):
     return {k: np.abs(w) + eta if k in scaled else np.ones_like(w) for k, w in params.items()}
 
 
-def adaptive_sign_ball(rho, eta, scaled):
-    def perturb(params, g):
-        t = scales_of(params, eta, scaled)
-        return {k: rho * t[k] * np.sign(g[k]) for k in g}
-
-    return perturb
-
-
 def layer_steps(rho, scaling):
     def perturb(params, g):
         total, eps = global_norm(g), {}
