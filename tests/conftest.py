@@ -4,6 +4,7 @@ float64 only where a test asks for it.
 """
 
 import collections
+import contextlib
 import gc
 import itertools
 import mmap
@@ -89,37 +90,40 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts `pyte
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(request, tmp_path_factory):
+def compiled_programs(request, tmp_path_factory):
     """Keep compiled programs in a fixed folder, from which the next run takes them.
 
     JAX's files may be read before they are written to the end. So each worker has a folder of its
-    own. It begins with links to what was kept, and in the end its new files are kept.
+    own, and links to the files of the others.
     """
     kept = request.config.rootpath / ".pytest_cache" / "compiled_programs"
     kept.mkdir(parents=True, exist_ok=True)
     own = tmp_path_factory.mktemp("compiled_programs")
-    link_new(kept, own)
+    if sum(file.stat().st_size for file in kept.iterdir()) > LARGEST_CACHE:
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(own))
     jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # their path is in the key
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     jax.devices()  # create all 8 devices before an example asks for fewer
+    return own, kept
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_programs(compiled_programs):
+    """Take what other workers have compiled, and give them what this one has."""
+    own, kept = compiled_programs
+    link_new(kept, own)
     yield
-    if sum(file.stat().st_size for file in kept.iterdir()) > LARGEST_CACHE:
-        shutil.rmtree(kept)
-        kept.mkdir()
     link_new(own, kept)
 
 
 def link_new(source, target):
     """Link every file of `source` into `target`, but for those that are there."""
-    for file in source.iterdir():
-        try:
-            os.link(file, target / file.name)
-        except FileExistsError:
-            pass
-        except OSError:  # no links here, or another worker has removed a file
-            return
+    for name in set(os.listdir(source)) - set(os.listdir(target)):
+        with contextlib.suppress(OSError):  # no links here, or another worker was faster
+            os.link(source / name, target / name)
 
 
 @pytest.fixture
