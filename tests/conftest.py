@@ -73,10 +73,10 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def known_flags(flags):
-    """Return those that this jaxlib has; XLA stops the process at a flag that it does not know."""
+    """Return those that this jaxlib has; XLA ends the process at a flag that it does not know."""
     (library,) = Path(jaxlib.__file__).parent.glob("libjax_common.*")
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        return {flag: value for flag, value in flags.items() if text.find(flag.encode()) >= 0}
+        return {f: value for f, value in flags.items() if text.find(f"\0{f}\0".encode()) >= 0}
 
 
 fast = " ".join(f"--{flag}={value}" for flag, value in known_flags(FAST_COMPILATION).items())
