@@ -41,12 +41,6 @@ def test_looksam_takes_a_fifth_of_a_gradient_more():
     assert extra_gradients(samx.looksam(0.05, period=5), 20) == [1, 0, 0, 0, 0] * 4
 
 
-def test_randomized_training_takes_p_gradients_more():
-    p, steps = 0.3, 300
-    share = sum(extra_gradients(samx.perturb_if(policies.random(p), samx.sam(0.05)), steps)) / steps
-    assert abs(share - p) < 3 * (p * (1 - p) / steps) ** 0.5
-
-
 def test_ae_sam_takes_a_gradient_more_where_its_rule_says_so():
     mean, variance, expected = 0.0, jnp.exp(-10.0), []
     tx = optax.chain(samx.ae_sam(0.05, threshold=-0.3), optax.sgd(0.1))
@@ -89,9 +83,9 @@ def test_flops_are_those_of_the_passes(name):
     assert flops(compiled(name)) == pytest.approx(flops_of(name), rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["rst", "looksam"])  # which share their branches with others
-def test_each_side_of_a_branch_alone(name, monkeypatch):
+def test_each_side_of_a_branch_alone(monkeypatch):
     """A skipped step costs one gradient, a sharp step two; XLA counts the more expensive side."""
+    name = "rst"  # all policies share its branch
     gradient = flops(compiled("gradient"))
     assert flops(compiled(name)) / gradient == pytest.approx(2, rel=0.02)
     for side, gradients in ((0, 2), (1, 1)):
@@ -163,8 +157,8 @@ def test_msam_in_a_loop_needs_the_memory_of_one_microbatch():
 
 
 def deep_problem():
-    """Eight equal layers; a group has two of them."""
-    keys = jax.random.split(jax.random.key(0), 8)
+    """Four equal layers, one for each group."""
+    keys = jax.random.split(jax.random.key(0), 4)
     params = {f"layer{i}": jax.random.normal(key, (64, 64)) / 8 for i, key in enumerate(keys)}
     return params, {"x": jnp.ones((256, 64)), "y": jnp.zeros(256, jnp.int32)}
 
