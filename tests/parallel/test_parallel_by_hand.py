@@ -17,7 +17,6 @@ from regimes import (
     batches,
     build,
     first_batch,
-    gradient,
     mapped,
     mean_loss,
     on_one_device,
@@ -26,9 +25,6 @@ from regimes import (
 import samx
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-# `test_value_and_grad` and `test_parallel.py` try all of them.
-some_regimes = pytest.mark.parametrize("regime", ["shard_map", "pmap"])
 
 
 @pytest.mark.parametrize("regime", LOCAL)
@@ -52,13 +48,16 @@ def test_value_and_grad(regime):
         return value, grads, total, samx.value_and_grad(weighted, ["data"], weights=weights)(params)
 
     value, grads, total, weighted = mapped(fn, regime, 3)(params, batch["x"], batch["y"], weights)
-    assert_close((value, grads), jax.value_and_grad(lambda p: 2 * mean_loss(p, batch))(params))
+    expected = jax.jit(jax.value_and_grad(lambda p: 2 * mean_loss(p, batch)))(params)
+    assert_close((value, grads), expected)
     assert_close(total, batch["x"].sum())
 
+    @jax.jit
+    @jax.value_and_grad
     def expected(params):
         return (weights * problem.losses_fn(params, batch)).sum() / weights.sum()
 
-    assert_close(weighted, jax.value_and_grad(expected)(params))
+    assert_close(weighted, expected(params))
 
 
 @pytest.mark.parametrize(("name", "regime"), [("sam", "pmap"), ("sampa", "shard_map")])
@@ -89,7 +88,7 @@ def test_what_the_caller_computed_is_ignored(name, regime):
     assert_close(*(optax.tree.get(state, "readings") for state in (found[1], expected[1])))
 
 
-@some_regimes
+@pytest.mark.parametrize("regime", ["shard_map", "pmap"])
 def test_weights_count_examples_in_local_ascent(regime):
     """By hand: each device climbs its own weighted mean, and counts by its sum of weights."""
     (_, params), ((batch, weights),) = problem.make(), batches(1, weights=VALID)
@@ -123,18 +122,17 @@ def test_the_hypergradient_of_lets_with_local_ascent():
     params, batch = first_batch()
     tx = samx.lets(optax.sgd(0.1), 0.3)
     history = regimes.shard_map(lambda _: tx, params, [(batch,)], check_vma=True, ascent="local")
-    shards = [jax.tree.map(lambda x, i=i: x[i : i + 2], batch) for i in range(0, 16, 2)]
-    directions = []
-    for shard in shards:
-        g = gradient(params, shard)
-        directions.append(optax.tree.scale(1 / optax.tree.norm(g), g))
+    shards = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
 
     @jax.jit
     def objective(rho):
-        after = params
-        for shard, v in zip(shards, directions, strict=True):
-            g_s = jax.grad(mean_loss)(optax.tree.add_scale(params, rho, v), shard)
-            after = optax.tree.add_scale(after, -0.1 / len(shards), g_s)
+        def sharp_gradient(shard):
+            g = jax.grad(mean_loss)(params, shard)
+            point = optax.tree.add_scale(params, rho / optax.tree.norm(g), g)
+            return jax.grad(mean_loss)(point, shard)
+
+        mean = jax.tree.map(lambda x: x.mean(0), jax.vmap(sharp_gradient)(shards))
+        after = optax.tree.add_scale(params, -0.1, mean)
         held_out = problem.further(batch)["validation_fn"](after)
         return (held_out - mean_loss(after, batch)) ** 2 / 2
 
@@ -154,8 +152,7 @@ def scaled_gradient(order):
     return samx.closure_transformation(lambda params: optax.EmptyState(), update_fn)
 
 
-@some_regimes
-def test_a_variant_of_ones_own(regime):
+def test_a_variant_of_ones_own():
     params, batch = first_batch()
     orders = (1, 2)
 
@@ -177,11 +174,10 @@ def test_a_variant_of_ones_own(regime):
             expected += [step[0]] * 2
         return expected
 
-    assert_close(mapped(fn, regime, 2)(params, batch["x"], batch["y"]), on_one_device(params))
+    assert_close(mapped(fn, "shard_map", 2)(params, batch["x"], batch["y"]), on_one_device(params))
 
 
-@some_regimes
-def test_one_broken_device_skips_the_step_on_all(regime):
+def test_one_broken_device_skips_the_step_on_all():
     params, batch = first_batch()
     broken = batch["x"].at[5, 2].set(jnp.nan)
     inner = optax.chain(samx.sam(0.05), optax.sgd(0.1, momentum=0.9))
@@ -192,7 +188,7 @@ def test_one_broken_device_skips_the_step_on_all(regime):
         outside = samx.skip_nonfinite(samx.data_parallel(inner, "data"))
         return [tx.update(params, tx.init(params), params, **closures) for tx in (inside, outside)]
 
-    step = mapped(fn, regime, 2)
+    step = mapped(fn, "pmap", 2)
     for updates, state in step(params, broken, batch["y"]):
         assert_close(updates, optax.tree.zeros_like(params), 0)
         assert int(state.skipped_steps) == 1
@@ -201,8 +197,7 @@ def test_one_broken_device_skips_the_step_on_all(regime):
         assert_close(optax.apply_updates(params, updates), on_one_device("sam")[0][0])
 
 
-@some_regimes
-def test_a_line_search_sees_the_mean_loss(regime):
+def test_a_line_search_sees_the_mean_loss():
     params, batch = first_batch()
 
     def search():
@@ -223,14 +218,13 @@ def test_a_line_search_sees_the_mean_loss(regime):
         tx = search()
         return tx.update(g, tx.init(params), params, value=value, grad=g, **closures)[0]
 
-    assert_close(mapped(fn, regime, 2)(params, batch["x"], batch["y"]), on_one_device(params))
+    assert_close(mapped(fn, "shard_map", 2)(params, batch["x"], batch["y"]), on_one_device(params))
 
 
 def test_readings_of_local_ascent_are_means_over_the_devices():
     params, batch = first_batch()
     ((_, state, _),) = LOCAL["shard_map"](build("asam"), params, [(batch,)], ascent="local")
 
-    @jax.jit
     def alone(shard):
         loss, g = jax.value_and_grad(mean_loss)(params, shard)
         ball = samx.perturbations.metric_ball(0.5, samx.perturbations.magnitude(0.01))
@@ -239,13 +233,11 @@ def test_readings_of_local_ascent_are_means_over_the_devices():
         return (loss, sharp_loss, optax.tree.norm(g), optax.tree.norm(eps)), eps, g_s
 
     shards = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
-    seen, steps, sharp = jax.vmap(alone)(shards)
-    g_s = jax.tree.map(lambda x: x.mean(0), sharp)
-    length = optax.tree.norm(g_s)
-    cosines = [
-        optax.tree.vdot(eps, g_s) / norm / length
-        for eps, norm in ((jax.tree.map(lambda x, i=i: x[i], steps), seen[3][i]) for i in range(8))
-    ]
+    seen, steps, sharp = jax.tree.map(np.asarray, jax.jit(jax.vmap(alone))(shards))
+    g_s = {key: x.mean(0) for key, x in sharp.items()}
+    length = np.sqrt(sum((x**2).sum() for x in g_s.values()))
+    along = sum((steps[key] * x[None]).reshape(8, -1).sum(1) for key, x in g_s.items())
+    cosines = along / seen[3] / length
     loss, sharp_loss, grad_norm, perturbation_norm = (x.mean() for x in seen)
     expected = {
         "loss": loss,
@@ -253,7 +245,7 @@ def test_readings_of_local_ascent_are_means_over_the_devices():
         "grad_norm": grad_norm,
         "sharp_grad_norm": length,
         "perturbation_norm": perturbation_norm,
-        "cosine": np.mean(cosines),
+        "cosine": cosines.mean(),
         "is_sharp": True,
         "gradients_spent": 2.0,
     }

@@ -7,7 +7,7 @@ import optax
 import problem
 import pytest
 import regimes
-from cases import KINDS, VARIANTS
+from cases import CLOSURES, KINDS, VARIANTS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from regimes import batches, on_one_device
@@ -49,12 +49,12 @@ def is_explicit(axis):
     ("name", "axis_type", "layout"),
     [
         (name, axis_type, layout)
-        for name in KINDS
+        for name in CLOSURES
         for axis_type in (AxisType.Auto, AxisType.Explicit)
         for layout in LAYOUTS
         # The first row in all combinations; the others with Explicit types, in alternating layouts.
-        if name == KINDS[0]
-        or (axis_type == AxisType.Explicit and layout == list(LAYOUTS)[KINDS.index(name) % 2])
+        if name == CLOSURES[0]
+        or (axis_type == AxisType.Explicit and layout == list(LAYOUTS)[CLOSURES.index(name) % 2])
     ],
 )
 def test_sharded_parameters(name, axis_type, layout, float64):
@@ -76,6 +76,30 @@ def test_sharded_parameters(name, axis_type, layout, float64):
         )
     check_layout(history[-1][0], specs, mesh)
     check_layout(history[-1][1], layouts, mesh)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in CLOSURES])
+def test_explicit_types_keep_the_layout(name, float64):
+    """JAX decides Explicit layouts, and raises where it cannot, as it traces."""
+    shape, names, specs = LAYOUTS[list(LAYOUTS)[KINDS.index(name) % 2]]
+    mesh = regimes.mesh_of(shape, names, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params, batch = regimes.place(
+            (problem.make()[1], batches(1)[0][0]), mesh, (specs, P("data"))
+        )
+        tx = VARIANTS[name].build(batch_like=like(batch))
+        state = jax.eval_shape(tx.init, params)
+        layouts = samx.state_specs(tx, params, batch_specs=P("data"), param_specs=specs)
+        found = jax.eval_shape(regimes.make_step(tx, losses_fn), params, state, batch)
+
+    def same(leaf, spec):
+        return leaf.sharding.spec == P(*spec, *[None] * (leaf.ndim - len(spec)))
+
+    def check(leaf, spec):
+        replicated = leaf.sharding is None  # where JAX leaves it to the mesh
+        assert spec == P() if replicated else same(leaf, spec), (leaf, spec)
+
+    jax.tree.map(check, found[:2], (specs, layouts))
 
 
 @pytest.mark.parametrize("pattern", ["structured", (2, 4)])
