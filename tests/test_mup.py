@@ -116,10 +116,15 @@ def test_nnx_layers():
     assert scales["head"] == {"kernel": 1 / 4, "bias": 1}
 
 
+@nnx.jit
+def wide_net():
+    return Net(16, nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("of", [nnx.as_pure, lambda state: state, nnx.to_pure_dict])
 def test_scales_in_any_container(of):
     """`nnx.Optimizer` passes parameters on without their variables."""
-    model = Net(16, nnx.Rngs(0))
+    model = wide_net()
     base = nnx.state(nnx.eval_shape(lambda: Net(4, nnx.Rngs(0))), nnx.Param)
     scales = layer_scales(of(nnx.state(model, nnx.Param)), of(base))
     optimizer = nnx.Optimizer(

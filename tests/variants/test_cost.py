@@ -16,7 +16,6 @@ from costs import (
 )
 
 import samx
-from samx import policies
 
 # One row of each kind, and those that take other passes than SAM.
 COUNTED = [n for n, case in VARIANTS.items() if n in KINDS or case.passes != (1, 1)]
@@ -38,35 +37,7 @@ def extra_gradients(tx, steps):
 
 
 def test_looksam_takes_a_fifth_of_a_gradient_more():
-    assert extra_gradients(samx.looksam(0.05, period=5), 20) == [1, 0, 0, 0, 0] * 4
-
-
-def test_ae_sam_takes_a_gradient_more_where_its_rule_says_so():
-    mean, variance, expected = 0.0, jnp.exp(-10.0), []
-    tx = optax.chain(samx.ae_sam(0.05, threshold=-0.3), optax.sgd(0.1))
-    history = count_passes(tx, 30)
-    for _, state in history:
-        s = float(optax.tree.get(state, "grad_norm")) ** 2
-        mean = 0.9 * mean + 0.1 * s
-        variance = 0.9 * variance + 0.1 * (s - mean) ** 2
-        expected.append(int(s >= mean - 0.3 * variance**0.5))
-    assert [passes["backward"] for passes, _ in history] == expected
-    assert 0 < sum(expected) < 30
-
-
-def test_vsam_takes_exactly_its_quota_in_every_window():
-    window, warmup = 10, 12
-    policy = policies.quota(
-        window, num_blocks=2, ratio_gain=1.0, variance_gain=1.0, warmup_steps=warmup
-    )
-    history = count_passes(samx.vsam(0.05, policy=policy), warmup + window - 1 + 8 * window)
-    gradients = [passes["backward"] for passes, _ in history]
-    assert gradients[: warmup + window - 1] == [1] * warmup + [0] * (window - 1)
-    quotas = []
-    for start in range(warmup + window - 1, len(history), window):
-        quotas.append(int(optax.tree.get(history[start][1], "quota")))
-        assert sum(gradients[start : start + window]) == quotas[-1]
-    assert len(set(quotas)) > 1
+    assert extra_gradients(samx.looksam(0.05, period=5), 10) == [1, 0, 0, 0, 0] * 2
 
 
 def flops_of(name):
@@ -77,7 +48,7 @@ def flops_of(name):
     return alone + gradients * flops(compiled("gradient"))
 
 
-@pytest.mark.parametrize("name", [n for n in STRAIGHT if n in COUNTED or VARIANTS[n].copies])
+@pytest.mark.parametrize("name", [n for n in STRAIGHT if n in COUNTED])
 def test_flops_are_those_of_the_passes(name):
     """Where the incoming gradient is not read, the compiler removes it."""
     assert flops(compiled(name)) == pytest.approx(flops_of(name), rel=0.02)

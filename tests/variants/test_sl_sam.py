@@ -161,7 +161,9 @@ def test_the_aux_is_that_of_the_clean_pass():
     _, state = jax.jit(lambda s: tx.update(params, s, params, value_fn=value_fn))(state)
     chex.assert_trees_all_equal(optax.tree.get(state, "aux"), params)
     with pytest.raises(ValueError, match="aux"):
-        tx.update(params, state, params, value_fn=lambda p: value_fn(p)[0])
+        jax.eval_shape(
+            lambda s: tx.update(params, s, params, value_fn=lambda p: value_fn(p)[0]), state
+        )
 
 
 # ---- The bandit.
