@@ -36,9 +36,7 @@ every_api = pytest.mark.parametrize("api", TRAININGS)
     [
         ("linen", "sam"),
         ("linen", "sampa"),
-        ("linen", "periodic"),
         ("nnx", "sam"),
-        ("nnx", "sampa"),
         ("nnx", "momentum_sam"),
         ("nnx", "two ascent steps"),
     ],
@@ -120,7 +118,6 @@ def data_parallel(tx):
     ("regime", "api", "name"),
     [
         ("shard_map", "nnx", "sampa"),
-        ("shard_map, no vma", "linen", "sam"),
         ("pmap", "linen", "sam"),
     ],
 )
@@ -161,8 +158,7 @@ def mapped_hand_run(api, name):
     ("regime", "api", "name"),
     [
         ("shard_map", "linen", "sampa"),
-        ("shard_map", "nnx", "sam"),
-        ("pmap", "nnx", "sam"),
+        ("shard_map, no vma", "nnx", "sam"),
     ],
 )
 def test_statistics_and_masks_of_each_device(regime, api, name):

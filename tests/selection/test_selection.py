@@ -249,9 +249,9 @@ def test_ksam_says_what_its_losses_are():
     tx = samx.ksam(0.1, 4)
     update = jax.jit(functools.partial(tx.update, losses_fn=problem.losses_fn, batch=batch))
     _, state = update(params, tx.init(params), params)
-    losses = problem.losses_fn(params, batch)
+    losses = np.asarray(jax.jit(problem.losses_fn)(params, batch))
     np.testing.assert_allclose(state.readings.loss, losses.mean(), rtol=1e-5)
-    np.testing.assert_allclose(state.selected_loss, jnp.sort(losses)[-4:].mean(), rtol=1e-5)
+    np.testing.assert_allclose(state.selected_loss, np.sort(losses)[-4:].mean(), rtol=1e-5)
     assert state.readings.sharp_loss > state.selected_loss > state.readings.loss
 
 
@@ -284,8 +284,7 @@ def test_random_leaves_refused():
         random_leaves(0.1, 0.5)
 
 
-@pytest.mark.parametrize("num_groups", [1, 4])
-def test_strict_selection_leaves_the_smallest_out(num_groups, float64):
+def test_strict_selection_leaves_the_smallest_out(float64):
     """Compared with a selection by hand; if nothing would be left, everything stays."""
     batch, params = first_batch()
     losses_fn = problem.losses_fn
@@ -301,7 +300,7 @@ def test_strict_selection_leaves_the_smallest_out(num_groups, float64):
         return jax.grad(lambda p: losses_fn(p, batch) @ chosen / chosen.sum())(point)
 
     point, increase = climbed(params)
-    for fraction, kept in ((0.5, 8 // num_groups - 1), (1 / 16, 1)):
+    for fraction, num_groups, kept in ((0.5, 4, 1), (1 / 16, 1, 1)):
         tx = samx.esam(0.1, 1.0, fraction, select="strict", num_groups=num_groups)
         update = jax.jit(functools.partial(tx.update, losses_fn=losses_fn, batch=batch))
         g_s, _ = update(params, tx.init(params), params)
@@ -473,5 +472,6 @@ def test_ausam_keeps_the_aux_of_the_drawn_examples():
     aux = optax.tree.get(state, "aux")
     np.testing.assert_allclose(aux["mean"], batch["x"][drawn].mean(0), rtol=1e-5)
     np.testing.assert_array_equal(aux["W1"], params["W1"])
+    without_aux = functools.partial(tx.update, **closures | {"losses_fn": problem.losses_fn})
     with pytest.raises(ValueError, match="aux"):
-        tx.update(params, state, params, **closures | {"losses_fn": problem.losses_fn})
+        jax.eval_shape(without_aux, params, state, params)

@@ -47,7 +47,7 @@ def test_a_scale_changes_nothing_in_float32(name):
 
 @pytest.mark.parametrize(
     ("name", "form"),
-    [("sam", "value_fn"), ("sam", "weights"), ("sampa", "weights")],
+    [("sam", "value_fn"), ("sampa", "weights")],
 )
 def test_every_form_of_the_loss(name, form):
     """The incoming gradient is not read in any of them."""
@@ -81,7 +81,7 @@ def vanishing_gradient(name, wrapper, dtype):
 
 
 @needs_float16
-@every_arithmetic
+@pytest.mark.parametrize("name", ["sam", "sampa", "looksam", "esam"])
 def test_gradients_that_vanish_in_float16_are_kept_by_a_scale(name):
     vanished, _ = vanishing_gradient(name, "skip", jnp.float16)
     assert not any(map(np.any, vanished.values()))
@@ -139,7 +139,7 @@ def test_scan_and_donation():
 
 
 @needs_float16
-@every_program
+@pytest.mark.parametrize("name", ["sam", "sampa", "looksam", "sl_sam"])
 def test_a_scale_that_is_far_too_large_comes_down(name):
     """Every backward pass overflows for about twenty steps; then training goes on."""
     batches = [batch_at(t) for t in range(32)]
@@ -211,7 +211,7 @@ def test_vmap():
     tx = samx.scale_loss(SAM)
     w = jnp.ones((3, 2))
     state = jax.vmap(tx.init)(w)
-    new, state = jax.vmap(quadratic(tx))(w, state, jnp.array([1.0, jnp.inf, 2.0]))
+    new, state = jax.jit(jax.vmap(quadratic(tx)))(w, state, jnp.array([1.0, jnp.inf, 2.0]))
     assert state.inner.skipped_steps.tolist() == [0, 1, 0]
     assert state.loss_scale.tolist() == [2.0**16, 2.0**15, 2.0**16]
     assert np.any(new != w, axis=1).tolist() == [True, False, True]
@@ -304,5 +304,5 @@ def test_integers_complex_numbers_and_leaves_that_the_loss_does_not_read():
 
 def test_there_is_no_nan_without_an_overflow():
     with jax.debug_nans(True):
-        for name in ("sam", "l-infinity", "sampa"):
+        for name in ("sam", "l-infinity"):
             train(name, "scale", jnp.float32, [batch_at(0)])
