@@ -25,7 +25,7 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     rows = {name: row for name, row in async_digits.ROWS.items() if name in kept}
     monkeypatch.setattr(async_digits, "ROWS", rows)
     monkeypatch.setattr(async_digits, "SHARES", {"async-sam, b/2": 0.5})
-    arguments = "--seeds 2 --epochs 2 --width 8 --noise 0.2 --rho 0.1 --out results"
+    arguments = "--seeds 2 --epochs 1 --width 8 --noise 0.2 --rho 0.1 --out results"
     measured = async_digits.main(arguments.split())
     report = read_report(in_empty_folder / "results")
     assert report["results"] == measured["results"]
@@ -35,7 +35,7 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     results = measured["results"]
     assert {(r["row"], r["noise"]) for r in results} == {*itertools.product(rows, (0.2, 0.0))}
     for result in results:
-        assert result["gradients"] == pytest.approx(20 * rows[result["row"]].gradients)
+        assert result["gradients"] == pytest.approx(10 * rows[result["row"]].gradients)
         assert result["learning_rate"] == 0.3
         assert np.shape(result["test_accuracy"]) == (2,)
     of = {(r["row"], r["noise"]): 100 * np.array(r["test_accuracy"]) for r in results}
@@ -44,7 +44,7 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
         assert found["difference"] == pytest.approx(difference.mean())
         assert found["error"] == pytest.approx(abs(difference[0] - difference[1]) / 2)
     repeated = measured["two_devices"]
-    assert repeated["steps"] == 20
+    assert repeated["steps"] == 10
     assert len(set(repeated["devices"])) == 2
     assert repeated["difference"] < 1e-10
     assert repeated["moved"] > 0.01

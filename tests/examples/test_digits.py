@@ -10,7 +10,7 @@ from examples.common import training
 from examples.common.digits_task import LEARNING_RATES, STEPS_PER_EPOCH
 from examples.common.registry import VARIANTS
 
-TINY = ["--seeds", "2", "--epochs", "1", "--width", "4"]
+TINY = ["--seeds", "2", "--epochs", "1", "--width", "4", "--noise", "0"]
 SOME = ["base2x", "sam", "ae-sam", "lightsam-norm"]  # one of each kind
 
 
@@ -26,9 +26,7 @@ def test_a_tiny_run_of_every_kind_of_variant(in_empty_folder, capsys, read_repor
     results = digits.main([*tiny, "--variants", *SOME, "--rho", "0.1", "--out", "results"])
     report = read_report(in_empty_folder / "results")
     assert [r["row"] for r in report["results"]] == [r["row"] for r in results]
-    assert {(r["row"], r["noise"]) for r in results} == {
-        (row, noise) for row in SOME for noise in (0.3, 0.0)
-    }
+    assert {(r["row"], r["noise"]) for r in results} == {(row, 0.0) for row in SOME}
     for result in results:
         variant, times = digits.ROWS[result["row"]]
         steps = times * STEPS_PER_EPOCH
