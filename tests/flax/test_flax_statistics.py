@@ -65,11 +65,11 @@ def averaging_state(aux_like, name="mean", wrap=lambda tx: tx, freeze=dict):
     return step, state
 
 
-def test_linen_statistics_are_the_aux_that_was_kept():
-    """Also inside a wrapper, and where Flax froze the statistics."""
-    step, state = averaging_state(
-        core.freeze({"mean": jnp.ones(())}), wrap=samx.skip_nonfinite, freeze=core.freeze
-    )
+@pytest.mark.parametrize(
+    ("wrap", "freeze"), [(lambda tx: tx, core.freeze), (samx.skip_nonfinite, dict)]
+)
+def test_linen_statistics_are_the_aux_that_was_kept(wrap, freeze):
+    step, state = averaging_state(freeze({"mean": jnp.ones(())}), wrap=wrap, freeze=freeze)
     for mean in (1.0, 2.0):
         state = step(state, jnp.full(4, mean), batch_stats={"mean": jnp.asarray(jnp.nan)})
         assert state.batch_stats == {"mean": mean}
