@@ -26,7 +26,21 @@ SMALLER = {
         "BATCH, SEEDS = 1000, 500, 100, 10\n": "BATCH, SEEDS = 1000, 500, 100, 2\n",
         "EPOCHS = 40\n": "EPOCHS = 2\n",
         "jnp.linspace(-2, 2, 41), jnp.linspace(-1, 2, 31)": "jnp.zeros(3), jnp.linspace(-1, 2, 3)",
+        "jnp.array([-0.5, 0.8]), 2000)": "jnp.array([-0.5, 0.8]), 200)",
         "descend(tx, w, 600)": "descend(tx, w, 20)",
+        # One program instead of one for each operation, and figures of numpy arrays.
+        "jax.vmap(jax.grad(surface))(sam_path)": "jax.jit(jax.vmap(jax.grad(surface)))(sam_path)",
+        "jax.vmap(surface)(section)": "jax.jit(jax.vmap(surface))(section)",
+        "jax.vmap(worst, (0, None))": "jax.jit(jax.vmap(worst, (0, None)))",
+        '"SGD, lr 0.1": sgd(0.1, 0.3),\n}\n': '"SGD, lr 0.1": sgd(0.1, 0.3),\n}\n'
+        "runs = jax.device_get(runs)\n",
+        "landscape(jax.tree.map(lambda leaf: leaf[0], params))": (
+            "jax.device_get(landscape(jax.tree.map(lambda leaf: leaf[0], params)))"
+        ),
+        "jnp.linspace(-0.5, 0.5, 41), jnp.linspace(0, 1, 21)": (
+            "jnp.linspace(-0.5, 0.5, 5), jnp.linspace(0, 1, 5)"
+        ),
+        '"figure.constrained_layout.use": True': '"figure.constrained_layout.use": False',
         "jax.random.split(jax.random.key(3), 10)": "jax.random.split(jax.random.key(3), 2)",
     }
 }

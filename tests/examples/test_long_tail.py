@@ -127,6 +127,10 @@ def test_each_run_is_the_plain_loop(row, loss, variant):
         return optax.chain(variant(rho), optax.clip_by_global_norm(1.0), sgd)
 
     @jax.jit
+    def init(w, rate, rho):
+        return optimizer(rate, rho).init(w)
+
+    @jax.jit
     def step(w, state, rate, rho, x, y):
         updates, state = optimizer(rate, rho).update(
             *(w, state, w),  # the gradient is not read
@@ -136,21 +140,22 @@ def test_each_run_is_the_plain_loop(row, loss, variant):
         )
         return optax.apply_updates(w, updates), state
 
-    starts = nnx.to_pure_dict(initialize(runs.seed, width))
-    found = nnx.to_pure_dict(params)
+    of_label = jax.jit(losses_by_hand)
+    starts = jax.device_get(nnx.to_pure_dict(initialize(runs.seed, width)))
+    found, train, test = jax.device_get((nnx.to_pure_dict(params), train, test))
     for index, (seed, rate, rho) in enumerate(zip(*runs, strict=True)):
         w = jax.tree.map(operator.itemgetter(index), starts)
-        state = optimizer(rate, rho).init(w)
+        state = init(w, rate, rho)
         for epoch in range(epochs):
-            for rows in long_tail.shuffled(seed, epoch, 242):
+            for rows in np.asarray(long_tail.shuffled(seed, epoch, 242)):
                 w, state = step(w, state, rate, rho, train.x[index][rows], train.y[index][rows])
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
             *(w, jax.tree.map(operator.itemgetter(index), found)),
         )
-        y = np.asarray(test.y[index])
+        y = test.y[index]
         losses = [
-            losses_by_hand(w, test.x[index], jnp.full(500, label), np.zeros(10))
+            of_label(w, test.x[index], np.full(500, label), np.zeros(10, np.float32))
             for label in range(10)
         ]
         is_right = np.argmin(losses, axis=0) == y
