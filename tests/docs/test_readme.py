@@ -80,11 +80,30 @@ def test_no_public_name_takes_any_keyword():
             assert inspect.Parameter.VAR_KEYWORD not in kinds, name
 
 
-def test_readme_python_blocks():
+# One program instead of one for each operation; `-m slow` runs the blocks as they are.
+JITTED = {
+    """tx.update(
+        params, tx.init(params), params, losses_fn=losses_fn, """
+    """batch={"x": jnp.eye(4, 3), "y": jnp.ones(4)}
+    )""": """jax.jit(lambda w: tx.update(
+        w, tx.init(w), w, losses_fn=losses_fn, batch={"x": jnp.eye(4, 3), "y": jnp.ones(4)}
+    ))(params)""",
+    "tx.update(params, opt_state, params, value_fn=half)": """jax.jit(
+        lambda w, state: tx.update(w, state, w, value_fn=half)
+    )(params, opt_state)""",
+}
+
+
+@pytest.mark.parametrize("changes", [JITTED, pytest.param({}, marks=pytest.mark.slow)])
+def test_readme_python_blocks(changes):
     namespace = {}
     blocks = [code for language, code in BLOCKS if language == "python"]
     assert blocks
+    for old in changes:
+        assert sum(code.count(old) for code in blocks) == 1
     for code in blocks:
+        for old, new in changes.items():
+            code = code.replace(old, new)
         exec(compile(code, "README.md", "exec"), namespace)
 
 
