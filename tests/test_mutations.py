@@ -19,6 +19,12 @@ EQUIVALENT = {
     ("perturbations/balls.py", "monge_ball.climb", "length + norm_eps"): TINY,
     ("perturbations/layer_steps.py", "layer_steps.climb", "tree.norm(g) + norm_eps"): TINY,
     ("perturbations/layer_steps.py", "layer_steps.climb.step", "tree.norm(g) + norm_eps"): TINY,
+    ("combinations.py", "renormalized.update_fn", "tree.norm(g_s) + 1e-12"): TINY,
+    (
+        "core/closures.py",
+        "unit_weights",
+        "1 + jnp.zeros_like(leaf, dtype).sum(axis=tuple(range(1, leaf.ndim)))",
+    ): "zeros, which only give the ones the sharding of the batch",
     ("perturbations/mup_ball.py", "mup_ball.climb", "length + norm_eps"): TINY,
     ("perturbations/balls.py", "linf_ball.climb.corner", "g * t"): SIGN,
     (

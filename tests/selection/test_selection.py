@@ -475,3 +475,12 @@ def test_ausam_keeps_the_aux_of_the_drawn_examples():
     without_aux = functools.partial(tx.update, **closures | {"losses_fn": problem.losses_fn})
     with pytest.raises(ValueError, match="aux"):
         jax.eval_shape(without_aux, params, state, params)
+
+
+def test_strict_selection_of_99_percent_takes_everything():
+    """As the authors' code does: two gradients and no forward pass more, on 256 examples."""
+    data, params = problem.make("float32")
+    batch = jax.tree.map(lambda x: jnp.concatenate([x] * 4), data)
+    tx = samx.esam(0.1, 1.0, 0.99, select="strict")
+    _, state = jax.jit(problem.make_step(tx))(params, tx.init(params), batch)
+    assert float(state.readings.gradients_spent) == pytest.approx(2)
