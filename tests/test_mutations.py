@@ -39,6 +39,11 @@ EQUIVALENT = {
         " + jnp.zeros_like(leaf, jnp.float32)",
     ): "zeros, which only give the draws the sharding of the leaf",
     (
+        "perturbations/patterns.py",
+        "_whole_leaves",
+        "x.size * ok",
+    ): "integers come last in the order, so their size is before no other leaf",
+    (
         "policies/quota.py",
         "quota.observe",
         "tree.subtract(g_s, g)",

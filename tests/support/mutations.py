@@ -348,7 +348,7 @@ def is_caught(mutation: Mutation) -> bool:
     """Whether a row fails one of its checks, a suite fails, or the package cannot be imported."""
     with jax.enable_x64(True):
         rows = list(itertools.islice(rows_through(mutation), MOST_ROWS))
-    suites = next((files for start, files in SUITES.items() if mutation.file.startswith(start)), ())
+    suites = SUITES[max((start for start in SUITES if mutation.file.startswith(start)), key=len)]
     try:
         with applied(mutation):
             with time_limit(), jax.enable_x64(True):

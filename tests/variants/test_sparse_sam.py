@@ -154,6 +154,14 @@ def test_equal_scores_are_taken_in_order():
     np.testing.assert_array_equal(state.mask[1], np.arange(5) == 4)
 
 
+def test_weights_are_those_at_the_perturbed_point():
+    """The smaller weight stays, because the step makes it the larger one."""
+    ball = dynamic_mask(metric_ball(0.3), 0.5, 0.0, period=1, drop="weight", grow="gradient")
+    w, g = jnp.array([1.0, 1.1]), jnp.array([1.0, 0.0])
+    state = ball.init(w)._replace(mask=jnp.ones(2, bool))
+    np.testing.assert_array_equal(ball.update(g, state, w)[1].mask, [True, False])
+
+
 def test_a_mask_that_is_smaller_than_what_is_to_be_kept_is_kept():
     ball = dynamic_mask(metric_ball(1.0), 0.2, 0.0, period=1, grow="gradient")
     few = jnp.arange(10) < 3
