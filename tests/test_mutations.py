@@ -19,7 +19,7 @@ EQUIVALENT = {
     ("perturbations/balls.py", "monge_ball.climb", "length + norm_eps"): TINY,
     ("perturbations/layer_steps.py", "layer_steps.climb", "tree.norm(g) + norm_eps"): TINY,
     ("perturbations/layer_steps.py", "layer_steps.climb.step", "tree.norm(g) + norm_eps"): TINY,
-    ("combinations.py", "renormalized.update_fn", "tree.norm(g_s) + 1e-12"): TINY,
+    ("combinations.py", "renormalized.combine", "tree.norm(g_s) + 1e-12"): TINY,
     (
         "core/closures.py",
         "unit_weights",
