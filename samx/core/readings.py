@@ -84,10 +84,12 @@ def take_readings(
     params: Any,
     point: Any,
     gradients: float,
+    ball: Any,
     mean_of_ascents: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> Readings:
     """Return the readings of a step that took `g_s` at `point`, at the cost of `gradients`.
 
+    `ball` is the perturbation's state after the step; its own gradients are added to the cost.
     The perturbation is measured as a difference from `point`, which the backward pass needs anyway.
     Keeping `g` for this purpose would cost a copy of the parameters. One shared difference would
     cost a copy too: XLA computes the norm before the sharp pass, and would keep the difference
@@ -106,7 +108,7 @@ def take_readings(
         perturbation_norm=mean_of_ascents(moved_norm),
         cosine=mean_of_ascents(cosine),
         is_sharp=jnp.ones((), bool),
-        gradients_spent=last.gradients_spent + gradients,
+        gradients_spent=last.gradients_spent + gradients + extra_gradients(ball),
     )
     return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), taken, last)
 

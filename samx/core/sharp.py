@@ -195,6 +195,7 @@ def sharp_gradient(
     *,
     loss: Any,
     g: Any,
+    ball: Any,
     gradients: Any = 2,
     perturb_dtype: Any,
     has_aux: bool = False,
@@ -208,7 +209,8 @@ def sharp_gradient(
         last_readings: The readings of the previous step.
         loss: The loss at w.
         g: The ascent gradient.
-        gradients: Cost of the step, in gradients; default 2.
+        ball: The perturbation's state after the step; gradients of its own are counted too.
+        gradients: Cost of the step without those, in gradients; default 2.
         perturb_dtype: As in `value_and_grad_at`.
         has_aux: Whether to return the aux of the pass at w + ε too.
 
@@ -227,6 +229,7 @@ def sharp_gradient(
         params=params,
         point=perturbed(params, eps, perturb_dtype),
         gradients=gradients,
+        ball=ball,
         mean_of_ascents=value_fn.mean_of_ascents,
     )
     return (g_s, readings, aux) if has_aux else (g_s, readings)

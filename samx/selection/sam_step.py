@@ -63,6 +63,7 @@ def sam_step(
         *(value_fn, params, eps, state.readings),
         loss=seen["value"],
         g=g_a,
+        ball=ball,
         gradients=gradients,
         perturb_dtype=perturb_dtype,
         has_aux=True,

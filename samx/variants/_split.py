@@ -54,7 +54,7 @@ def split_sam(
         sharp_fn, q = climbed["value_fn"], climbed["grad"]
         eps, q_a, ball = ascend(sharp_fn, perturbation, q, state.perturbation, params, **extra)
         loss, g_a = plain["value"] + climbed["value"], optax.tree.add(plain["grad"], q_a)
-        q_s, readings = sharp(sharp_fn, params, eps, state.readings, loss=loss, g=g_a)
+        q_s, readings = sharp(sharp_fn, params, eps, state.readings, loss=loss, g=g_a, ball=ball)
         sharp_loss = plain["value"] + readings.sharp_loss
         readings = readings._replace(sharp_loss=sharp_loss.astype(readings.loss.dtype))
         updates = optax.tree.add(plain["grad"], q_s)

@@ -16,7 +16,7 @@ from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import Closure, evaluate, local_loss_and_grad
 from samx.core.devices import ONE_DEVICE
 from samx.core.hyperparams import Default, check_share, next_step
-from samx.core.readings import UNKNOWN, Readings, extra_gradients, no_readings, take_readings
+from samx.core.readings import UNKNOWN, Readings, no_readings, take_readings
 from samx.core.sharp import perturbed, value_and_grad_at
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
@@ -162,9 +162,10 @@ def async_sam(
         else:
             both = _by_role(role_axis, ascent_fn, value_fn, sharp, params)
             (loss, a), ((sharp_loss, aux), g_s) = both
-        cost = 1 + ascent_share + extra_gradients(ball_state)
         point, last = perturbed(params, eps, perturb_dtype), state.readings
-        readings = take_readings(last, loss, sharp_loss, stale, g_s, params, point, cost)
+        readings = take_readings(
+            *(last, loss, sharp_loss, stale, g_s, params, point), 1 + ascent_share, ball_state
+        )
         aux = kept_aux("async_sam", aux, aux_like, state.aux)
         return g_s, AsyncSAMState(next_step(state.step), a, ball_state, aux, readings)
 

@@ -7,7 +7,7 @@ Formulation", ICML 2024. https://arxiv.org/abs/2407.12993
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import evaluate
 from samx.core.hyperparams import Default
-from samx.core.readings import UNKNOWN, extra_gradients, no_readings
+from samx.core.readings import UNKNOWN, no_readings
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import closure_transformation
 from samx.variants._ball import ball_of
@@ -79,7 +79,7 @@ def bisam(
             *(value_fn, params, eps, state.readings),
             loss=value,
             g=q_a,
-            gradients=2 + extra_gradients(ball_state),
+            ball=ball_state,
             perturb_dtype=perturb_dtype,
         )
         return g_s, SharpnessAwareState(ball_state, readings)

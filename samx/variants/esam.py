@@ -148,7 +148,11 @@ def esam(
             sharp_fn, after = _loss_of_sharpest(losses_fn, batch, choose, score, sharp_pass)
         cost = 2.0 if after is None else 1 + FORWARD + count / size
         g_s, readings, aux = sharp(
-            sharp_fn, params, eps, state.readings, loss=seen["value"], g=g_a, gradients=cost
+            *(sharp_fn, params, eps, state.readings),
+            loss=seen["value"],
+            g=g_a,
+            ball=ball_state,
+            gradients=cost,
         )
         after = aux[1].examples if after is None else after
         sharp_loss = mean_over_batch(losses_fn, after, weights).astype(readings.loss.dtype)

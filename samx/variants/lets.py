@@ -16,7 +16,7 @@ from samx.core import tree
 from samx.core.aliases import DType, Perturbation, ScalarOrSchedule, Transformation
 from samx.core.closures import Closure, evaluate
 from samx.core.hyperparams import at_step, check_number, next_step
-from samx.core.readings import UNKNOWN, Readings, extra_gradients, no_readings
+from samx.core.readings import UNKNOWN, Readings, no_readings
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.perturbations.balls import metric_ball
@@ -141,7 +141,7 @@ def lets(
     perturbation = metric_ball(1.0) if perturbation is None else perturbation
     perturbation = as_transformation("lets", "perturbation", perturbation)
     cost, differentiate = (6, _exact) if hessian == "exact" else (4, _diagonal)
-    sharp = partial(sharp_gradient, perturb_dtype=perturb_dtype)
+    sharp = partial(sharp_gradient, gradients=cost, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
         readings = no_readings(params)
@@ -161,10 +161,8 @@ def lets(
         keywords = base_keywords("lets", {"value_fn": value_fn, **given, **extra})
 
         def sharp_at(rho):
-            point, spent = tree.scaled(rho, v), cost + extra_gradients(ball)
-            return sharp(
-                value_fn, params, point, state.readings, loss=value, g=g_a, gradients=spent
-            )
+            eps, last = tree.scaled(rho, v), state.readings
+            return sharp(value_fn, params, eps, last, loss=value, g=g_a, ball=ball)
 
         def base_step(g_s):
             return base.update(g_s, state.base, params, **keywords)

@@ -14,7 +14,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default, at_step, check_number
-from samx.core.readings import UNKNOWN, extra_gradients
+from samx.core.readings import UNKNOWN
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import closure_transformation
 from samx.perturbations.layer_steps import LayerScaling, layer_steps, trust_ratio
@@ -166,9 +166,8 @@ def reuse_orthogonal(
 
         def look():
             eps, g_a, ball = climb()
-            cost = 2 + extra_gradients(ball)
             g_s, readings = sharp(
-                value_fn, params, eps, state.readings, loss=value, g=g_a, gradients=cost
+                value_fn, params, eps, state.readings, loss=value, g=g_a, ball=ball
             )
             g_v = _orthogonal(g_s, g)
             return g_s, (g_s, take_part(state, g_v, g_norm, params, readings))

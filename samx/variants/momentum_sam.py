@@ -119,7 +119,9 @@ def momentum_sam(
     def update_fn(_, state, params, *, value_fn, **keywords):
         v = momentum_of(state.base)
         eps, ball_state = ball.update(optax.tree.scale(-1, v), state.perturbation, params)
-        g_s, readings, aux = sharp(value_fn, params, eps, state.readings, loss=UNKNOWN, g=v)
+        g_s, readings, aux = sharp(
+            value_fn, params, eps, state.readings, loss=UNKNOWN, g=v, ball=ball_state
+        )
         readings = readings._replace(loss=readings.sharp_loss)
         aux = kept_aux("momentum_sam", aux, aux_like, state.aux)
         keywords = base_keywords("momentum_sam", {"value_fn": value_fn, **keywords})

@@ -12,7 +12,7 @@ import optax
 
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.hyperparams import Default, check_count
-from samx.core.readings import UNKNOWN, Readings, extra_gradients, no_readings
+from samx.core.readings import UNKNOWN, Readings, no_readings
 from samx.core.sharp import ascend, sharp_gradient, value_and_grad_at
 from samx.core.transformation import as_transformation, closure_transformation
 from samx.variants._ball import ball_of
@@ -83,7 +83,7 @@ def sharpness_aware(
     """
     check_count("ascent_steps", ascent_steps)
     perturbation = as_transformation(name, "perturbation", perturbation)
-    sharp = partial(sharp_gradient, perturb_dtype=perturb_dtype)
+    sharp = partial(sharp_gradient, gradients=1 + ascent_steps, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
         return SharpnessAwareState(perturbation.init(params), no_readings(params))
@@ -102,10 +102,7 @@ def sharpness_aware(
         eps, g_a, ball = ascend(value_fn, perturbation, g, state.perturbation, params, **extra)
         if ascent_steps > 1:
             eps = climb_further(value_fn, state.perturbation, params, eps, extra)
-        cost = 1 + ascent_steps + extra_gradients(ball)
-        g_s, readings = sharp(
-            value_fn, params, eps, state.readings, loss=value, g=g_a, gradients=cost
-        )
+        g_s, readings = sharp(value_fn, params, eps, state.readings, loss=value, g=g_a, ball=ball)
         return g_s, SharpnessAwareState(ball, readings)
 
     return closure_transformation(init_fn, update_fn, name=name)

@@ -186,7 +186,9 @@ def sampa(
         updates, base_state = base.update(mixed, state.base, params, **keywords)
 
         point, last = perturbed(params, eps, perturb_dtype), state.readings
-        readings = take_readings(last, loss, sharp_loss, state.g_y, g_s, params, point, gradients=2)
+        readings = take_readings(
+            last, loss, sharp_loss, state.g_y, g_s, params, point, 2, ball_state
+        )
         aux, step = kept_aux("sampa", aux, aux_like, state.aux, "losses_fn"), next_step(state.step)
         return updates, SAMPaState(step, base_state, ball_state, g_y, current, aux, readings)
 

@@ -14,7 +14,7 @@ from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.closures import Closure, evaluate
 from samx.core.hyperparams import Default, as_key, at_step, check_number, next_step
-from samx.core.readings import FORWARD, Readings, extra_gradients, no_readings
+from samx.core.readings import FORWARD, Readings, no_readings
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
@@ -162,7 +162,8 @@ def sl_sam(
             *(part_fn, part, eps, state.readings),
             loss=seen["value"],
             g=g_a,
-            gradients=cost + extra_gradients(ball_state),
+            ball=ball_state,
+            gradients=cost,
             perturb_dtype=perturb_dtype,
         )
         keywords = base_keywords("sl_sam", {"value_fn": value_fn, **extra})

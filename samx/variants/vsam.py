@@ -14,7 +14,7 @@ from samx.combinations import Mixing, decaying
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default, check_count
-from samx.core.readings import UNKNOWN, extra_gradients
+from samx.core.readings import UNKNOWN
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import closure_transformation
 from samx.policies import quota
@@ -100,9 +100,8 @@ def reuse_second_order(
 
         def look():
             eps, g_a, ball = climb()
-            cost = 2 + extra_gradients(ball)
             g_s, readings = sharp(
-                value_fn, params, eps, state.readings, loss=value, g=g_a, gradients=cost
+                value_fn, params, eps, state.readings, loss=value, g=g_a, ball=ball
             )
             updates = tree.on_line(g, g_s, mixing(jnp.zeros_like(state.step), state.step))
             h = tree.subtract(g_s, g)
