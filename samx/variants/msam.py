@@ -16,7 +16,7 @@ from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import batch_size
 from samx.core.hyperparams import Default, check_count
 from samx.core.microbatches import Means, means_over
-from samx.core.readings import Readings, no_readings
+from samx.core.readings import Readings, extra_gradients, no_readings
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
 from samx.selection.sam_step import sam_step
@@ -134,7 +134,7 @@ def msam(
         )
         g_s, g = (tree.cast_like(gradient, params) for gradient in both)
         _, ball_state = ball.update(g, state.perturbation, params, **extra)
-        spent = state.readings.gradients_spent + 2
+        spent = state.readings.gradients_spent + 2 + extra_gradients(ball_state)
         readings = readings._replace(is_sharp=jnp.ones((), bool), gradients_spent=spent)
         aux = kept_aux("msam", aux, aux_like, state.aux, "losses_fn")
         return g_s, MSAMState(ball_state, aux, readings)

@@ -1,44 +1,68 @@
 """A perturbation that takes gradients of its own is counted in the readings of any variant."""
 
-from functools import partial
+import inspect
+from typing import NamedTuple
 
 import jax
 import optax
 import problem
 import pytest
+from cases import VARIANTS, first_of_each
 
 import samx
 from samx.perturbations import fisher_mask, metric_ball
 
-# A factory, and the gradients of one of its steps.
-TAKERS = {
-    "sam": (samx.sam, 2),
-    "looksam": (lambda perturbation: samx.looksam(period=1, perturbation=perturbation), 2),
-    "vsam": (samx.vsam, 2),  # in its warm-up
-    "async_sam": (samx.async_sam, 2),
-    "bisam": (samx.bisam, 2),
-    "sl_sam": (
-        lambda perturbation: samx.sl_sam(optax.sgd(0.1), groups=1, perturbation=perturbation),
-        2,
-    ),
-    "lets": (partial(samx.lets, optax.sgd(0.1)), 6),
-    "wsam": (partial(samx.wsam, optax.sgd(0.1), 0.1), 2),
-}
 
-
-@pytest.mark.parametrize("name", TAKERS)
-def test_a_mask_takes_one_more_gradient_on_the_step_that_makes_it(name):
-    make, each = TAKERS[name]
-    tx = make(perturbation=fisher_mask(metric_ball(0.1), period=2))
+def test_a_mask_takes_one_more_gradient_on_the_step_that_makes_it():
+    mask = fisher_mask(metric_ball(0.1), period=2)
+    tx = optax.chain(samx.sam(perturbation=mask), optax.sgd(0.1))
     data, params = problem.make("float32")
-    batch = problem.batch_at(data, 0)
+    carry, step, spent = (params, tx.init(params)), jax.jit(problem.make_step(tx)), []
+    for t in range(3):
+        carry = step(*carry, problem.batch_at(data, t))
+        spent.append(float(optax.tree.get(carry[1], "gradients_spent")))
+    assert spent == [2, 5, 7]
+
+
+class Costly(NamedTuple):
+    extra_gradients: jax.Array
+
+
+def costly(extra):
+    """A ball that says that it took `extra` gradients."""
+
+    def update_fn(g, state, params=None):
+        del state
+        return jax.tree.map(lambda x: 0.01 * x, g), Costly(extra)
+
+    return optax.GradientTransformation(lambda params: Costly(extra), update_fn)
+
+
+def takes_a_perturbation(case):
+    return "perturbation" in inspect.signature(case.factory).parameters
+
+
+# The files that take readings: one row for each, besides one of each kind.
+TAKERS = {name: case for name, case in VARIANTS.items() if takes_a_perturbation(case)}
+ROWS = [
+    name
+    for name in first_of_each(lambda case: (case.kind, getattr(case.factory.func, "__module__", 0)))
+    if name in TAKERS
+]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_variant_counts_what_its_perturbation_says(name):
+    case, (data, params) = VARIANTS[name], problem.make("float32")
+    batch, hyper = problem.batch_at(data, 0), {k: v for k, v in case.hyper.items() if k != "rho"}
+    hyper |= {"batch_like": batch} if case.needs_batch_like else {}
 
     @jax.jit
-    def spent(params):
-        def step(carry, _):
-            after = problem.make_step(tx)(*carry, batch)
-            return after, optax.tree.get(after[1], "gradients_spent")
+    def spent(extra):
+        tx = case.make(optax.sgd(0.1, momentum=0.9), hyper | {"perturbation": costly(extra)})
+        _, state = problem.make_step(tx)(params, tx.init(params), batch)
+        return optax.tree.get(state, "readings")
 
-        return jax.lax.scan(step, (params, tx.init(params)), length=3)[1]
-
-    assert spent(params).tolist() == [each, 2 * each + 1, 3 * each + 1]
+    none, some = spent(0.0), spent(0.5)
+    assert bool(none.is_sharp)
+    assert float(some.gradients_spent - none.gradients_spent) == pytest.approx(0.5)
