@@ -11,7 +11,7 @@ import problem
 import pytest
 import reference
 import regimes
-from cases import CLOSURES, VARIANTS
+from cases import KINDS, VARIANTS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from regimes import (
@@ -33,25 +33,29 @@ import samx
 from samx import policies
 
 
-def rows_and_regimes(regimes, rows):
-    """Pair the first row with every regime, and each other row with one."""
-    first, *others = rows
+def pairs(regimes):
+    """Pair rows with regimes: SAM with all, one row of each kind with a mapped one.
+
+    Variants that choose among the examples, or divide them, also run on an Explicit mesh; there
+    samx has more to do than `jax.jit`.
+    """
     regimes = list(regimes)
-    pairs = [
-        *((first, regime) for regime in regimes),
-        *((name, regimes[i % len(regimes)]) for i, name in enumerate(others)),
-    ]
-    return [pytest.param(name, regime, id=f"{regime}-{name}") for name, regime in pairs]
+    found = [("sam", regime) for regime in regimes]
+    for i, name in enumerate(name for name in KINDS if name != "sam"):
+        found.append((name, ("shard_map", "pmap")[i % 2]))
+        if "losses_fn" in VARIANTS[name].needs and "jit, explicit" in regimes:
+            found.append((name, "jit, explicit"))
+    return [pytest.param(name, regime, id=f"{regime}-{name}") for name, regime in found]
+
+
+def linear(pairs):
+    return [pair for pair in pairs if VARIANTS[pair.values[0]].is_mean_of_shards]
 
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-# One row for each set of closures; a loop, a share of the examples, and a mask from microbatches.
-ROWS = [*CLOSURES, "two ascent steps", "ksam", "fisher_sparse_sam"]
-
-
-@pytest.mark.parametrize(("name", "regime"), rows_and_regimes(GLOBAL, ROWS))
+@pytest.mark.parametrize(("name", "regime"), pairs(GLOBAL))
 def test_global_is_the_step_of_one_device(name, regime):
     history = GLOBAL[regime](build(name), problem.make()[1], batches())
     assert_same(history, on_one_device(name))
@@ -70,20 +74,19 @@ def has(state, key):
 
 # Arguments for one of 8 devices, instead of the whole batch.
 SHARD = {"ksam": {"num_selected": 1, "num_groups": 1}}
+LINEAR = {"sl_sam": {"bandit_learning_rate": 0.0}}  # a bandit that does not learn
 
 
 @functools.cache
 def on_every_shard(name, num_shards=regimes.DEVICES):
-    tx = build(name, **SHARD.get(name, {}))
+    tx = build(name, **SHARD.get(name, {}) | LINEAR.get(name, {}))
     return regimes.per_shard(tx, problem.make()[1], batches(), num_shards)
 
 
-LINEAR_ROWS = [name for name in ROWS if VARIANTS[name].is_mean_of_shards]
-
-
-@pytest.mark.parametrize(("name", "regime"), rows_and_regimes(LOCAL, LINEAR_ROWS))
+@pytest.mark.parametrize(("name", "regime"), linear(pairs(LOCAL)))
 def test_local_is_the_mean_of_per_shard_steps(name, regime):
-    history = LOCAL[regime](build(name), problem.make()[1], batches(), ascent="local")
+    tx = build(name, **LINEAR.get(name, {}))
+    history = LOCAL[regime](tx, problem.make()[1], batches(), ascent="local")
     assert_same(history, on_every_shard(name), without_readings)
 
 

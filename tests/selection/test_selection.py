@@ -3,6 +3,7 @@
 import functools
 import itertools
 import sys
+import types
 
 import chex
 import jax
@@ -484,3 +485,10 @@ def test_strict_selection_of_99_percent_takes_everything():
     tx = samx.esam(0.1, 1.0, 0.99, select="strict")
     _, state = jax.jit(problem.make_step(tx))(params, tx.init(params), batch)
     assert float(state.readings.gradients_spent) == pytest.approx(2)
+
+
+def test_an_epoch_counts_the_examples_of_all_devices():
+    devices = types.SimpleNamespace(count=8)
+    losses_fn = types.SimpleNamespace(evaluation=types.SimpleNamespace(devices=devices))
+    assert samx.selection.score_table.steps_per_epoch(losses_fn, 640, 16) == 5
+    assert samx.selection.score_table.steps_per_epoch(losses_fn, 641, 16) == 6

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from examples.devices.communication import communicated_bytes
 from samx.selection import largest, put, take
+from samx.selection.examples import weights_of
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
@@ -38,6 +39,20 @@ def test_on_a_mesh(axis_type, num_groups, axes):
         found = program(*args)
     chex.assert_trees_all_equal(*map(problem.as_numbers, (found, expected)))
     assert bool(communicated_bytes(program)) == (num_groups == 1)
+
+
+def test_what_is_chosen_is_spread_if_the_shards_divide_it():
+    """16 of 64 examples in one group, on 8 devices: examples and their weights."""
+    mesh = regimes.mesh_of(axis_type=AxisType.Explicit)
+
+    def choose(x, weights):
+        position = largest(x, 16)
+        return take(x, position), weights_of(position, weights)
+
+    with jax.set_mesh(mesh):
+        x = regimes.place(jnp.arange(64.0), mesh, P("data"))
+        chosen = jax.eval_shape(jax.jit(choose), x, x)
+    assert [leaf.sharding.spec for leaf in chosen] == [P("data"), P("data")]
 
 
 def test_few_examples_on_many_devices_are_not_spread():

@@ -53,6 +53,7 @@ EXAMPLES = (
 )
 DEVICES = (
     "parallel/test_parallel_by_hand.py::test_value_and_grad",
+    "parallel/test_parallel_by_hand.py::test_a_line_search",
     "parallel/test_parallel.py::test_weights",
     "parallel/test_parallel_by_hand.py::test_weights",
     "parallel/test_parallel_by_hand.py::test_readings",
@@ -99,9 +100,14 @@ SUITES = {
         "selection/test_selection.py::test_devices",
         "selection/test_selection.py::test_weights",
         "asynchronous/test_async_state.py",
+        "parallel/test_parallel.py::test_global",
     ),
-    "core/hyperparams.py": ("core/test_factory_errors.py", "policies/test_policies.py"),
-    "core/microbatches.py": ("variants/test_msam.py", "training/test_accumulation.py"),
+    "core/hyperparams.py": ("core/test_keys.py",),
+    "core/microbatches.py": (
+        "variants/test_msam.py",
+        "training/test_accumulation.py",
+        "variants/test_cost.py::test_msam",
+    ),
     "core/sharp.py": ("variants/test_contract.py::test_integer", *DEVICES),
     "core/transformation.py": (
         "core/test_transformation.py",

@@ -64,6 +64,27 @@ def test_with_local_ascent(name, check_vma):
     assert_same(history, regimes.shard_map(build(name), *arguments, check_vma, "local"))
 
 
+@pytest.mark.parametrize("name", ["sam", "ksam", "esam"])
+def test_no_pass_sees_more_than_a_microbatch(name):
+    """Also where a variant asks for the losses of examples, without a gradient."""
+    data, params = problem.make()
+    batch = problem.batch_at(data, 0)
+
+    def largest_pass(tx):
+        sizes = []
+
+        def losses_fn(params, batch):
+            sizes.append(len(batch["y"]))
+            return problem.losses_fn(params, batch)
+
+        closures = {"losses_fn": losses_fn, "batch": batch}
+        jax.eval_shape(lambda: tx.update(params, tx.init(params), params, **closures))
+        return max(sizes)
+
+    assert largest_pass(accumulated(name)(batch)) == 4
+    assert largest_pass(build(name)(batch)) == 16
+
+
 def test_microbatches_are_strided():
     seen = []
 
