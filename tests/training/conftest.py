@@ -7,8 +7,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def float16():
-    """Skip where XLA cannot compile float16: on x86 processors without its instructions (F16C)."""
+    """Skip on x86 processors without float16 (F16C); any other error is one."""
     try:
         jax.jit(lambda x: x.astype(jnp.float16).astype(jnp.float32))(jnp.ones(3))
     except jax.errors.JaxRuntimeError as error:
-        pytest.skip(f"no float16 here: {str(error).splitlines()[0]}")
+        if "Failed to materialize symbols" not in str(error):
+            raise
+        pytest.skip("XLA has no float16 for this processor")
