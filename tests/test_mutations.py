@@ -86,12 +86,21 @@ def test_every_excuse_is_for_a_mutation_that_exists():
     assert set(EQUIVALENT) <= {(m.file, m.function, m.before) for m in MUTATIONS}
 
 
+ALL_SUITES = sorted({suite for files in mutations.SUITES.values() for suite in files})
+
+
 def test_every_suite_exists():
-    suites = {suite for files in mutations.SUITES.values() for suite in files}
-    suites |= {f"{file}::{test}" for *_, (file, test) in DELIBERATE.values()}
+    suites = {*ALL_SUITES} | {f"{file}::{test}" for *_, (file, test) in DELIBERATE.values()}
     for suite in suites:
         file, _, only = suite.partition("::")
         assert f"def {only or 'test_'}" in (mutations.SUPPORT.parent / file).read_text(), suite
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ALL_SUITES)
+def test_a_suite_is_green_without_a_mistake(suite):
+    """Otherwise, it would catch everything."""
+    mutations.run_suites([suite])
 
 
 def test_the_unchanged_package_is_green():
@@ -163,10 +172,10 @@ def test_a_deliberate_mistake_is_caught(name):
     source = (PACKAGE / file).read_text()
     assert source.count(right) == 1, f"{file} no longer has the line {right!r}"
     mutation = Mutation(file, "", 1, "", "", "", source.replace(right, wrong))
-    path = mutations.SUPPORT.parent / suite
-    mutations.run_suite(path, test)  # green without the mistake
+    suites = [f"{suite}::{test}"]
+    mutations.run_suites(suites)  # green without the mistake
     with mutations.applied(mutation), pytest.raises(Exception):  # noqa: PT011, B017
-        mutations.run_suite(path, test)
+        mutations.run_suites(suites)
 
 
 # Fisher SAM broken in three ways, and what its row may say to hide it.

@@ -15,7 +15,7 @@ import inspect
 import itertools
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,13 +108,28 @@ SUITES = {
         "training/test_accumulation.py",
         "variants/test_cost.py::test_msam",
     ),
-    "core/sharp.py": ("variants/test_contract.py::test_integer", *DEVICES),
+    "core/readings.py": (
+        "core/test_closures.py",
+        "perturbations/test_extra_gradients.py",
+        *DEVICES,
+    ),
+    "core/sharp.py": (
+        "variants/test_contract.py::test_integer",
+        "training/test_half_precision.py::test_half_precision_parameters",
+        *DEVICES,
+    ),
     "core/transformation.py": (
         "core/test_transformation.py",
+        "core/test_closures.py",
         "variants/test_contract.py::test_padding",
         *DEVICES,
     ),
     "core/": ("core/test_closures.py", *DEVICES),
+    "selection/sam_step.py": (
+        "variants/test_example_loops.py",
+        "selection/test_selection.py",
+        "selection/test_selection.py::test_weights_on_devices",
+    ),
     "selection/": ("selection/test_selection.py", "selection/test_selection_on_a_mesh.py"),
     "combinations.py": ("variants/test_reuse.py",),
 }
@@ -361,9 +376,7 @@ def is_caught(mutation: Mutation) -> bool:
                 for check in importlib.import_module("checks").CHECKS:
                     for name in rows:
                         check(name)
-            for suite in suites:
-                file, _, only = suite.partition("::")
-                run_suite(SUPPORT.parent / file, only or "test_")
+            run_suites(suites)
     except Exception:
         return True
     return False
@@ -385,24 +398,34 @@ def time_limit():
         signal.signal(signal.SIGPROF, before)
 
 
-def run_suite(file: Path, only: str = "test_") -> None:
-    """Run the quick tests of a file in this process, with the modules that are imported now."""
+def run_suites(suites: Sequence[str]) -> None:
+    """Run tests in this process, with the modules that are imported now.
+
+    A suite is `file` or `file::how their names begin`. Slow ones run if it is the whole name.
+    """
+    for suite in suites:
+        file, _, only = suite.partition("::")
+        run_suite(SUPPORT.parent / file, only or "test_")
+
+
+def run_suite(file: Path, only: str) -> None:
     spec = importlib.util.spec_from_file_location(f"mutated_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     common = as_list(getattr(module, "pytestmark", []))
     for name, function in vars(module).items():
         marks = [*common, *getattr(function, "pytestmark", [])]
-        if not name.startswith(only) or any(mark.name == "slow" for mark in marks):
+        is_slow = any(mark.name == "slow" for mark in marks)
+        if not (name == only if is_slow else name.startswith(only)):
             continue
         used = [argument for mark in marks if mark.name == "usefixtures" for argument in mark.args]
         wanted = set(inspect.signature(function).parameters)
         for arguments in every_setting(marks):
             fixtures = {*wanted, *used} - set(arguments)
-            if fixtures - {"float64", "float16", "monkeypatch", "request"}:
+            if fixtures - {"float64", "monkeypatch"}:
                 continue
             with jax.enable_x64("float64" in fixtures), pytest.MonkeyPatch.context() as patch:
-                given = {"float64": None, "request": None, "monkeypatch": patch}
+                given = {"float64": None, "monkeypatch": patch}
                 function(**arguments, **{k: given[k] for k in fixtures & wanted})
 
 
