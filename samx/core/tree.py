@@ -40,11 +40,16 @@ def dot(a: Any, b: Any) -> jax.Array:
     """Return the real inner product `Re Σ conj(a)·b` of two trees, one scalar."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     products = [
-        jnp.sum(jnp.real(jnp.conj(widen(x)) * widen(y)), dtype=real_dtype(x, y))
+        jnp.sum(_real_product(widen(x), widen(y)), dtype=real_dtype(x, y))
         for x, y in pairs
         if is_inexact(x)
     ]
     return sum(products, start=jnp.zeros((), real_dtype(*jax.tree.leaves(a))))
+
+
+def _real_product(x, y):
+    is_complex = jnp.iscomplexobj(x) or jnp.iscomplexobj(y)
+    return jnp.real(jnp.conj(x) * y) if is_complex else x * y
 
 
 def norm(tree: Any) -> jax.Array:

@@ -37,7 +37,7 @@ def losses_fn(params, batch):
     hidden = jax.nn.tanh(batch["x"] @ params["W1"] + params["b1"][None])
     out = P("data", None) if is_explicit("data") else None
     logits = jax.numpy.dot(hidden, params["W2"], out_sharding=out) + params["b2"][None]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    return problem.cross_entropy(logits, batch["y"])
 
 
 def is_explicit(axis):

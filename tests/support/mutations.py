@@ -352,13 +352,16 @@ def lines_of(name: str) -> frozenset[tuple[str, int]]:
     return frozenset(seen)
 
 
-def rows_through(mutation: Mutation) -> Iterator[str]:
-    """Generate rows that run through a mutation: first those whose factory is in its file."""
+def rows_through(mutation: Mutation) -> list[str]:
+    """Return rows that run through a mutation: those of its file, or else those of other files."""
     module = "samx." + mutation.file.removesuffix(".py").replace("/", ".")
-    own = [name for name, case in cases.VARIANTS.items() if made_in(case, module)]
-    for name in dict.fromkeys([*own, *cases.KINDS, *cases.VARIANTS]):
-        if (mutation.file, mutation.line) in lines_of(name):
-            yield name
+
+    def through(names):
+        return (name for name in names if (mutation.file, mutation.line) in lines_of(name))
+
+    own = [*through(name for name, case in cases.VARIANTS.items() if made_in(case, module))]
+    others = dict.fromkeys([*cases.KINDS, *cases.VARIANTS])
+    return own or [*itertools.islice(through(others), MOST_ROWS)]
 
 
 def made_in(case, module: str) -> bool:
@@ -368,7 +371,7 @@ def made_in(case, module: str) -> bool:
 def is_caught(mutation: Mutation) -> bool:
     """Whether a row fails one of its checks, a suite fails, or the package cannot be imported."""
     with jax.enable_x64(True):
-        rows = list(itertools.islice(rows_through(mutation), MOST_ROWS))
+        rows = rows_through(mutation)
     suites = SUITES[max((start for start in SUITES if mutation.file.startswith(start)), key=len)]
     try:
         with applied(mutation):

@@ -21,7 +21,7 @@ def vector_scaled(params, batch):
     temperature = (counts.max() / counts) ** 0.3
     shift = jnp.log(counts / counts.sum())
     logits = problem.logits_of(params, batch) / temperature[None] + shift[None]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    return problem.cross_entropy(logits, batch["y"])
 
 
 def focal(gamma, sharpness):
