@@ -36,20 +36,21 @@ def widen(leaf: Any) -> jax.Array:
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
+def conj(tree: Any) -> Any:
+    """Return the complex conjugate; real leaves stay as they are, without an operation."""
+    return jax.tree.map(lambda x: jnp.conj(x) if jnp.iscomplexobj(x) else x, tree)
+
+
 def dot(a: Any, b: Any) -> jax.Array:
     """Return the real inner product `Re Σ conj(a)·b` of two trees, one scalar."""
+
+    def product(x, y):
+        z = conj(widen(x)) * widen(y)
+        return jnp.sum(z.real if jnp.iscomplexobj(z) else z, dtype=real_dtype(x, y))
+
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    products = [
-        jnp.sum(_real_product(widen(x), widen(y)), dtype=real_dtype(x, y))
-        for x, y in pairs
-        if is_inexact(x)
-    ]
+    products = [product(x, y) for x, y in pairs if is_inexact(x)]
     return sum(products, start=jnp.zeros((), real_dtype(*jax.tree.leaves(a))))
-
-
-def _real_product(x, y):
-    is_complex = jnp.iscomplexobj(x) or jnp.iscomplexobj(y)
-    return jnp.real(jnp.conj(x) * y) if is_complex else x * y
 
 
 def norm(tree: Any) -> jax.Array:

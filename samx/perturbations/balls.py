@@ -74,7 +74,7 @@ def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
 
     def update_fn(updates, state, params=None, **extra):
         del extra
-        g = jax.tree.map(lambda x: jnp.conj(tree.widen(x)), updates)
+        g = tree.conj(jax.tree.map(tree.widen, updates))
         eps = climb(g, params, at_step(rho, state.step))
         return tree.cast_like(eps, g), BallState(next_step(state.step))
 

@@ -68,10 +68,13 @@ def saved_sam(tmp_path_factory):
     return folder, kept
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["sam", "sampa", "looksam", "ausam", "sl_sam", "dynamic_sparse_sam", "async_sam", "vsam"],
-)
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("sam", "looksam", "sl_sam", "async_sam", "vsam")
+]
+
+
+@pytest.mark.parametrize("name", ["sampa", "ausam", "dynamic_sparse_sam", *SLOW])
 def test_restored_from_nothing_but_the_disk(name, tmp_path):
     undisturbed = Training(name).run(STEPS)
 
