@@ -212,13 +212,14 @@ def test_under_vmap_the_branch_remains_where_the_decision_is_common(name):
     policy, is_common = MAPPED[name]
     radii, calls = jnp.array([0.01, 0.1, 0.3]), []
     train = train_at(policy, calls)
-    mapped, spent = jax.jit(jax.vmap(train))(radii)
+    traced = jax.jit(jax.vmap(train)).trace(radii)
+    mapped, spent = traced.lower().compile()(radii)
     jax.block_until_ready(mapped)
     jax.effects_barrier()
     sharp_steps = np.asarray(spent) - 6
     assert np.all((sharp_steps > 0) & (sharp_steps < 6))
     assert len(calls) == (sharp_steps.sum() if is_common else 6 * len(radii))
-    assert ("cond[" in str(jax.make_jaxpr(jax.vmap(train))(radii))) == is_common
+    assert ("cond[" in str(traced.jaxpr)) == is_common
     alone = jax.jit(train)
     for i, rho in enumerate(radii):
         expected, spent_alone = alone(rho)

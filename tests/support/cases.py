@@ -142,7 +142,7 @@ def row(
     *,
     factory: Callable[..., Any] | None = None,
     fixed: Hyper | None = None,
-    oracle: Loop | None = None,
+    oracle: str | Loop | None = None,
     **fields: Any,
 ) -> Case:
     """Make a row of the table.
@@ -152,7 +152,7 @@ def row(
         hyper: Every numeric hyperparameter with its value; default the factory's defaults.
         factory: Replaces the entry's factory.
         fixed: Further arguments of the factory, which no test changes.
-        oracle: A loop; default every recorded run of the entry.
+        oracle: One recorded run, or a loop; default every recorded run of the entry.
         **fields: Other fields of `Case`.
     """
     (found,) = samx.catalog(entry)
@@ -289,7 +289,11 @@ VARIANTS = {
     "sampa": row("sampa", {"rho": 0.1, "lam": 0.2}, **SAMPA),
     # The same, computed or measured differently. Every row must keep the whole contract.
     "sampa, separate": row(
-        "sampa", {"rho": 0.1, "lam": 0.2}, fixed={"gradients": "separate"}, **SAMPA
+        "sampa",
+        {"rho": 0.1, "lam": 0.2},
+        fixed={"gradients": "separate"},
+        oracle="sampa__sgdm_lam0.2_rho0.1",
+        **SAMPA,
     ),
     "two ascent steps": row(
         "sharpness_aware",
