@@ -41,35 +41,39 @@ def pytest_collection_modifyitems(config, items):
     items[:] = items[:: config.getoption("--every")]
 
 
+def pytest_configure(config):
+    config.pluginmanager.register(Costs())  # for the doctests of samx/ too
+
+
 def processor_seconds():
     """Return what this process and those that it started and that have ended have computed."""
     return sum(os.times()[:4])
 
 
-seen = processor_seconds()
+class Costs:
+    """Note in each report what was computed since the one before; sum it up by rooms."""
 
+    def __init__(self):
+        self.seen = processor_seconds()
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport():
-    """Note in each report what was computed since the one before."""
-    global seen
-    report = (yield).get_result()
-    now = processor_seconds()
-    report.processor_seconds, seen = now - seen, now
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self):
+        report = (yield).get_result()
+        now = processor_seconds()
+        report.processor_seconds, self.seen = now - self.seen, now
 
-
-def pytest_terminal_summary(terminalreporter, config):
-    if not config.getoption("--costs"):
-        return
-    costs, tests = collections.Counter(), collections.Counter()
-    for report in itertools.chain(*terminalreporter.stats.values()):
-        if hasattr(report, "processor_seconds"):
-            room = report.nodeid.split("::")[0].removeprefix("tests/").split("/")[0]
-            costs[room] += report.processor_seconds
-            tests[room] += report.when == "call"
-    for room, seconds in costs.most_common():
-        terminalreporter.write_line(f"{seconds:8.1f} s {tests[room]:6} tests  {room}")
-    terminalreporter.write_line(f"{costs.total():8.1f} s {tests.total():6} tests")
+    def pytest_terminal_summary(self, terminalreporter, config):
+        if not config.getoption("--costs"):
+            return
+        costs, tests = collections.Counter(), collections.Counter()
+        for report in itertools.chain(*terminalreporter.stats.values()):
+            if hasattr(report, "processor_seconds"):
+                room = report.nodeid.split("::")[0].removeprefix("tests/").split("/")[0]
+                costs[room] += report.processor_seconds
+                tests[room] += report.when == "call"
+        for room, seconds in costs.most_common():
+            terminalreporter.write_line(f"{seconds:8.1f} s {tests[room]:6} tests  {room}")
+        terminalreporter.write_line(f"{costs.total():8.1f} s {tests.total():6} tests")
 
 
 def known_flags(flags):
