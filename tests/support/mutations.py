@@ -116,6 +116,7 @@ SUITES = {
     "core/sharp.py": (
         "variants/test_contract.py::test_integer",
         "training/test_half_precision.py::test_half_precision_parameters",
+        "core/test_closures.py",
         *DEVICES,
     ),
     "core/transformation.py": (
@@ -359,13 +360,15 @@ def rows_through(mutation: Mutation) -> list[str]:
     def through(names):
         return (name for name in names if (mutation.file, mutation.line) in lines_of(name))
 
-    own = [*through(name for name, case in cases.VARIANTS.items() if made_in(case, module))]
+    made_here = [name for name, case in cases.VARIANTS.items() if module == module_of(case)]
+    own = [*through(made_here)]
     others = dict.fromkeys([*cases.KINDS, *cases.VARIANTS])
     return own or [*itertools.islice(through(others), MOST_ROWS)]
 
 
-def made_in(case, module: str) -> bool:
-    return getattr(case.factory.func, "__module__", "") == module
+def module_of(case) -> str:
+    (entry,) = samx.catalog(case.entry)
+    return entry.factory.__module__
 
 
 def is_caught(mutation: Mutation, by_suites: bool = True) -> bool:
