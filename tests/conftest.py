@@ -17,6 +17,7 @@ import jax
 import jaxlib
 import psutil
 import pytest
+from processor import can_run
 
 # Most of the time of these tests went into compiling. These flags take most of that away: no
 # optimization, XLA's older and faster emitters, and one module for LLVM instead of many. Flags that
@@ -42,7 +43,18 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure(config):
-    config.pluginmanager.register(Costs())  # for the doctests of samx/ too
+    config.pluginmanager.register(Doctests())  # they are outside of this folder
+    config.pluginmanager.register(Costs())
+
+
+class Doctests:
+    """Skip those that the processor cannot run."""
+
+    def pytest_runtest_setup(self, item):
+        if isinstance(item, pytest.DoctestItem):
+            code = "".join(example.source for example in item.dtest.examples)
+            if not can_run(code):
+                pytest.skip("XLA has no float16 for this processor")
 
 
 def processor_seconds():
