@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from samx.core.closures import batch_size
-from samx.core.hyperparams import check_count
+from samx.core.hyperparams import as_count
 from samx.variants.async_sam import AsyncSAMState
 
 __all__ = ["AscentBatch", "PipelinedStep", "calibrate_ascent_batch", "pipelined"]
@@ -212,8 +212,8 @@ def calibrate_ascent_batch(
         The size is found by bisection: about log₂(b / multiple) sizes are compiled, and each runs
         `repeats` times. If a device slows down while the other one works, this is not measured.
     """
-    check_count("multiple", multiple)
-    check_count("repeats", repeats)
+    multiple = as_count("multiple", multiple)
+    repeats = as_count("repeats", repeats)
     whole = batch_size("calibrate_ascent_batch", batch)
     sizes = [*range(multiple, whole, multiple), whole]
     gradient = jax.jit(grad_fn)

@@ -9,7 +9,7 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
-from samx.core.hyperparams import at_step, check_count, check_number, next_step
+from samx.core.hyperparams import as_count, at_step, check_choice, check_hyperparam, next_step
 from samx.core.transformation import as_transformation, check_in_front, closure_transformation
 
 __all__ = ["decaying", "mix", "renormalized", "surrogate_gap"]
@@ -67,7 +67,7 @@ def mix(
         Cost: that of `inner`, and elementwise work. G-RST's line is inferred from its abstract.
         `static_args`: `inner`.
     """
-    check_number("weight", weight, 0)
+    check_hyperparam("weight", weight, 0)
 
     def combine(g, g_s, step):
         return tree.on_line(g, g_s, at_step(weight, step))
@@ -121,9 +121,8 @@ def surrogate_gap(
         The second term decreases the gap without a first-order change of the loss that is
         descended. Cost: that of `inner`, and two inner products. `static_args`: `inner`, `descend`.
     """
-    check_number("alpha", alpha, 0)
-    if descend not in ("sharp", "clean"):
-        raise ValueError(f"{name}: `descend` must be 'sharp' or 'clean', got {descend!r}")
+    check_hyperparam("alpha", alpha, 0)
+    check_choice("descend", descend, ("sharp", "clean"))
 
     def combine(g, g_s, step):
         if descend == "clean":
@@ -223,9 +222,9 @@ def decaying(decay: ScalarOrSchedule = 0.7, last: int | None = None) -> Mixing:
     Notes:
         Cost: none. `static_args`: `last`.
     """
-    check_number("decay", decay, 0, 1)
+    check_hyperparam("decay", decay, 0, 1)
     if last is not None:
-        check_count("last", last, 0)
+        last = as_count("last", last, 0)
 
     def weight(age, step):
         power = jnp.asarray(at_step(decay, jnp.asarray(step)), float) ** age

@@ -23,6 +23,7 @@ from flax import core, nnx
 from flax.training import train_state
 
 from samx.core.closures import loss_and_aux
+from samx.core.hyperparams import check_choice
 from samx.core.readings import Readings
 from samx.core.sharp import is_sharp_pass
 from samx.core.transformation import OWN_KEYWORDS
@@ -146,7 +147,7 @@ class TrainState(train_state.TrainState):
             The keys are the same on all devices of `jax.shard_map` and `jax.pmap`, unless `key`
             differs between them. They are the same for all microbatches of `accumulate`.
         """
-        _check_masks("TrainState.rngs", masks)
+        check_choice("masks", masks, ("same", "fresh"))
         if self.key is None:
             raise ValueError("TrainState.rngs: the state has no `key`; pass create(..., key=...)")
         key = jax.random.fold_in(self.key, self.step)
@@ -214,7 +215,7 @@ def closure(
         device; masks are then the same on all devices, unless the model's keys differ. Masks are
         the same for all microbatches of `accumulate`.
     """
-    _check_masks("closure", masks)
+    check_choice("masks", masks, ("same", "fresh"))
     graph, own_params, keys, rest = nnx.split(nnx.clone(model), wrt, nnx.RngKey, ...)
     num_own = len(jax.tree.leaves(own_params))
 
@@ -314,11 +315,6 @@ def _fold(key: jax.Array) -> jax.Array:
     """Return another key for each key of an array (`nnx.split_rngs` makes arrays of keys)."""
     folded = jax.vmap(lambda k: jax.random.fold_in(k, _SHARP))(key.reshape(-1))
     return folded.reshape(key.shape)
-
-
-def _check_masks(name: str, masks: str) -> None:
-    if masks not in ("same", "fresh"):
-        raise ValueError(f"{name}: `masks` must be 'same' or 'fresh', got {masks!r}")
 
 
 def _kept_aux(opt_state: Any, statistics: Any) -> Any:

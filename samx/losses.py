@@ -49,7 +49,7 @@ def tanh_lower_bound(logits: Any, labels: Any, mu: Any = 10.0, alpha: Any = 0.1)
         The authors' code leaves out the factor 1/μ, which does not change the perturbation of a
         ball. Cost: that of a softmax.
     """
-    check_number("mu", mu, 0)
+    check_number("mu", mu, 0, excluded=0)
     check_number("alpha", alpha, 0)
     return _smooth_maximum(jnp.tanh(alpha * _margins("tanh_lower_bound", logits, labels)), mu)
 
@@ -69,7 +69,7 @@ def log_lower_bound(logits: Any, labels: Any, mu: Any = 1.0) -> jax.Array:
         `float[...]`, one number per example, in float32 or wider.
 
     Raises:
-        ValueError: If `mu` is negative, or the shape of `labels` is not that of `logits` without
+        ValueError: If `mu` is not above 0, or the shape of `labels` is not that of `logits` without
             the last axis.
         TypeError: If `labels` are not integers.
 
@@ -88,7 +88,7 @@ def log_lower_bound(logits: Any, labels: Any, mu: Any = 1.0) -> jax.Array:
         φ(0) = 0. The authors' code leaves out the factor 1/μ, which does not change the
         perturbation of a ball. Cost: that of a softmax.
     """
-    check_number("mu", mu, 0)
+    check_number("mu", mu, 0, excluded=0)
     margins = _margins("log_lower_bound", logits, labels)
     return _smooth_maximum(1 - jnp.logaddexp(0.0, math.log(math.e - 1) - margins), mu)
 

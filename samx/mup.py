@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from samx.core.hyperparams import check_choice
 from samx.perturbations.metrics import names_of
 from samx.perturbations.mup_ball import matched
 
@@ -175,8 +176,7 @@ def learning_rates(
         Use these rates with the initialization of µP: variance 1 / fan_in, as in `lecun_normal`,
         except for the output layer, whose variance is 1 / r of that, or zero. Cost: none.
     """
-    if optimizer not in ("sgd", "adam"):
-        raise ValueError(f"learning_rates: `optimizer` must be 'sgd' or 'adam', got {optimizer!r}")
+    check_choice("optimizer", optimizer, ("sgd", "adam"))
 
     def rate(growth_in, growth_out):
         return (growth_out if optimizer == "sgd" else 1.0) / growth_in

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx.core.hyperparams import check_number
+from samx.core.hyperparams import check_static_number
 
 __all__ = ["following"]
 
@@ -59,10 +59,10 @@ def following(
             f"following: `learning_rate` must be a schedule, step -> number, got {learning_rate!r};"
             " with a constant learning rate, pass a number as `rho`"
         )
-    check_number("rho_max", rho_max, 0)
-    check_number("rho_min", rho_min, 0, rho_max)
-    check_number("peak_value", peak_value, 0)
-    check_number("end_value", end_value, 0, peak_value)
+    check_static_number("rho_max", rho_max, 0)
+    check_static_number("rho_min", rho_min, 0, rho_max)
+    check_static_number("peak_value", peak_value, 0)
+    check_static_number("end_value", end_value, 0, peak_value)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         if peak_value == end_value:

@@ -1,13 +1,22 @@
-"""Hyperparameters: numbers or schedules; Python numbers are checked."""
+"""Arguments of factories: each kind has one rule, which checks a value before anything is built.
 
-from collections.abc import Callable
+Python and NumPy numbers and arrays of rank 0 are all numbers. A traced number is checked for its
+rank and dtype only. A schedule is checked when it is evaluated.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from samx.core.aliases import ScalarOrSchedule
+
+INFINITY = float("inf")
 
 
 class Default(float):
@@ -22,9 +31,15 @@ def next_step(step: jax.Array) -> jax.Array:
 def at_step(value: ScalarOrSchedule, step: jax.Array) -> Any:
     """Return a hyperparameter at the optimizer's step: the number, or the value of the schedule.
 
+    Raises a `TypeError` or a `ValueError` if a schedule does not return one number.
+
     In 64-bit mode the schedule gets the step as int64: division of an int32 rounds to float32.
     """
-    return value(step.astype(int)) if callable(value) else value
+    if not callable(value):
+        return value
+    found = value(step.astype(int))
+    _known("schedule(step)", found, "a number")
+    return found
 
 
 def map_schedule(value: ScalarOrSchedule, fn: Callable[[Any], Any]) -> Any:
@@ -32,38 +47,141 @@ def map_schedule(value: ScalarOrSchedule, fn: Callable[[Any], Any]) -> Any:
     return (lambda step: fn(value(step))) if callable(value) else fn(value)
 
 
-def check_number(name: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Require a Python number to be in `[low, high]`; schedules and arrays are not checked."""
-    if isinstance(value, str) or value is None:
-        raise TypeError(f"`{name}` must be a number or a schedule, got {value!r}")
-    if isinstance(value, int | float) and not low <= value <= high:
-        wanted = f"at least {low:g}" if high == float("inf") else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
+def check_number(
+    name: str, value: Any, low: float, high: float = INFINITY, *, excluded: float | None = None
+) -> None:
+    """Require a number in `[low, high]`, without the end that is `excluded`.
+
+    It must be finite, unless `low` is minus infinity.
+    """
+    _check_range(name, _known(name, value, "a number"), low, high, excluded, value)
 
 
-def check_share(name: str, value: Any) -> None:
-    """Require a Python number to be in `(0, 1]`; schedules and arrays are not checked."""
-    check_number(name, value, 0, 1)
-    if isinstance(value, int | float) and value == 0:
-        raise ValueError(f"`{name}` must be in (0, 1], got {value!r}")
+def check_hyperparam(
+    name: str, value: Any, low: float, high: float = INFINITY, *, excluded: float | None = None
+) -> None:
+    """Require a schedule, or a number as `check_number` does."""
+    if not callable(value):
+        known = _known(name, value, "a number or a schedule")
+        _check_range(name, known, low, high, excluded, value)
 
 
-def as_key(name: str, key: Any) -> jax.Array:
+def check_static_number(
+    name: str, value: Any, low: float, high: float = INFINITY, *, excluded: float | None = None
+) -> None:
+    """Require a number of Python or NumPy, which is known while tracing."""
+    if isinstance(value, jax.Array):
+        raise TypeError(_is_an_array(name, "a Python number"))
+    check_number(name, value, low, high, excluded=excluded)
+
+
+def as_count(name: str, value: Any, low: int = 1) -> int:
+    """Return a whole number of at least `low` as a Python int; it fixes the compiled program."""
+    if isinstance(value, jax.Array):
+        raise TypeError(_is_an_array(name, "a Python int"))
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or isinstance(value, bool | np.bool_) or jnp.ndim(value):
+        raise TypeError(f"`{name}` must be a Python int, got {_shown(value)}")
+    if count < low:
+        raise ValueError(f"`{name}` must be at least {low}, got {count}")
+    return count
+
+
+def as_key(key: int | jax.Array) -> jax.Array:
     """Return a random key for a state: made from a seed, or a copy of a given key."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return jnp.array(key, copy=True)
-    is_seed = isinstance(key, int) or (isinstance(key, jax.Array) and key.ndim == 0)
-    if isinstance(key, bool) or not (is_seed and jnp.issubdtype(jnp.result_type(key), jnp.integer)):
-        raise TypeError(f"{name}: `key` must be a seed or a key from jax.random.key, got {key!r}")
-    return jax.random.key(key)
+    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return jnp.array(key, copy=True) if is_key else jax.random.key(key)
 
 
-def check_count(name: str, value: Any, low: int = 1) -> None:
-    """Require a Python integer of at least `low`; it fixes the compiled program."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"`{name}` must be a Python int, got {type(value).__name__}; under "
-            f"optax.inject_hyperparams pass static_args=({name!r},)"
-        )
-    if value < low:
-        raise ValueError(f"`{name}` must be at least {low}, got {value}")
+def check_key(key: Any) -> None:
+    """Require a seed of 64 bits, or one key from `jax.random.key`."""
+    is_array = isinstance(key, jax.Array | np.ndarray | np.generic)
+    if is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.shape:
+            raise ValueError(f"`key` must be one key, got keys of shape {key.shape}")
+        return
+    is_number = is_array or isinstance(key, int)
+    is_seed = is_number and jnp.ndim(key) == 0 and not isinstance(key, bool | np.bool_)
+    if not (is_seed and (isinstance(key, int) or jnp.issubdtype(key.dtype, jnp.integer))):
+        raise TypeError(f"`key` must be a seed or a key from jax.random.key, got {_shown(key)}")
+    if isinstance(key, int) and not -(2**63) <= key < 2**63:
+        raise ValueError(f"`key` must be a seed of 64 bits, got {key}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Require one of these strings."""
+    if not isinstance(value, str) or value not in choices:
+        *most, last = map(repr, choices)
+        raise ValueError(f"`{name}` must be {', '.join(most)} or {last}, got {_shown(value)}")
+
+
+def check_function(name: str, value: Any) -> None:
+    """Require a function."""
+    if not callable(value):
+        raise TypeError(f"`{name}` must be a function, got {_shown(value)}")
+
+
+def check_floating(name: str, dtype: Any) -> None:
+    """Require a floating dtype, its name, or `None`."""
+    try:
+        is_floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
+        raise TypeError(f"`{name}` must be a floating dtype or None, got {_shown(dtype)}")
+
+
+def _known(name: str, value: Any, wanted: str) -> float | None:
+    """Return the value of a real number, or `None` while it is traced; raise for anything else."""
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+            raise TypeError(f"`{name}` must be {wanted}, got {_shown(value)}")
+        if value.shape:
+            raise ValueError(f"`{name}` must be one number, got an array of shape {value.shape}")
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be {wanted}, got {_shown(value)}")
+    if isinstance(value, Tracer):
+        return None
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return None  # its value is on other processes
+    try:
+        return float(value)
+    except OverflowError:
+        return INFINITY
+
+
+def _check_range(
+    name: str, known: float | None, low: float, high: float, excluded: float | None, value: Any
+) -> None:
+    is_free = low == -INFINITY
+    if known is None or (
+        low <= known <= high and known != excluded and (is_free or abs(known) < INFINITY)
+    ):
+        return
+    if is_free:
+        wanted = "a number that is not NaN"
+    elif high == INFINITY:
+        wanted = f"{'above' if excluded == low else 'at least'} {low:g}"
+        wanted += " and finite" if known == INFINITY else ""
+    else:
+        brackets = "(" if excluded == low else "[", ")" if excluded == high else "]"
+        wanted = f"in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
+    raise ValueError(f"`{name}` must be {wanted}, got {value!r}")
+
+
+def _is_an_array(name: str, wanted: str) -> str:
+    return (
+        f"`{name}` must be {wanted}, since it fixes the compiled program, got an array of JAX; "
+        f"under optax.inject_hyperparams pass static_args=({name!r},)"
+    )
+
+
+def _shown(value: Any) -> str:
+    """Return an argument in a message: a short one as it is, of a long one the type."""
+    if callable(value):
+        return f"the function {getattr(value, '__name__', type(value).__name__)}"
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"

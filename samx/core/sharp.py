@@ -13,6 +13,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import DType
 from samx.core.closures import Closure, LossesClosure, scalar_closure
+from samx.core.hyperparams import check_floating
 from samx.core.readings import Readings, take_readings
 
 _IS_SHARP_PASS = ContextVar("is_sharp_pass", default=False)
@@ -159,6 +160,7 @@ def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> o
 
 def _widened(w: Any, dtype: Any) -> jax.Array:
     w = jnp.asarray(w)
+    check_floating("perturb_dtype", dtype)
     if dtype is None or not tree.is_inexact(w):
         return w
     return w.astype(jnp.promote_types(w.dtype, dtype))

@@ -71,7 +71,9 @@ def closure_transformation(
       and the base optimizer come after them. Some wrap the base optimizer, which they take as an
       argument; they forward to it the keywords that are not samx's own. Some are the optimizer.
     - A hyperparameter of type `Radius` or `ScalarOrSchedule` is a number, or a schedule over the
-      optimizer's steps. One of type `float` is a number.
+      optimizer's steps. One of type `float` is a number. Numbers are those of Python, NumPy and JAX
+      (rank 0), and finite; of a traced number and of a schedule only rank and dtype are checked.
+      Counts, which fix the compiled program, are integers of Python or NumPy.
     - `perturbation` replaces the default ball. The radius then belongs to the perturbation:
       `rho` must be left out, and giving both raises a `ValueError`.
     - Under `optax.inject_hyperparams` these are `static_args`: `perturbation` (and `rho` if

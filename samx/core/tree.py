@@ -94,6 +94,12 @@ def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
 
 
+def if_finite(new: Any, old: Any) -> Any:
+    """Return `new` if all its numbers are finite, else `old`: what a state keeps of a bad step."""
+    is_finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new) if is_inexact(x)]
+    return where(jnp.all(jnp.stack(is_finite)), new, old)
+
+
 def keep(tree: Any, chosen: Any) -> Any:
     """Return `tree` with zeros in the leaves where the tree of booleans `chosen` is false."""
     return jax.tree.map(lambda x, is_kept: x if is_kept else jnp.zeros_like(x), tree, chosen)

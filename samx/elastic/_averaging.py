@@ -9,7 +9,14 @@ import optax
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
 from samx.core.closures import evaluate
-from samx.core.hyperparams import at_step, check_count, check_number, next_step
+from samx.core.hyperparams import (
+    as_count,
+    at_step,
+    check_choice,
+    check_hyperparam,
+    check_number,
+    next_step,
+)
 from samx.core.transformation import as_transformation, closure_transformation
 
 
@@ -97,10 +104,9 @@ def averaging(
         does what Leader SGD's code does.
         `static_args`: `tx`, `worker_axis`, `period`, `exchange`.
     """
-    check_number("beta", beta, 0, 1)
-    check_count("period", period)
-    if exchange not in ("before", "after"):
-        raise ValueError(f"{name}: `exchange` must be 'before' or 'after', got {exchange!r}")
+    check_hyperparam("beta", beta, 0, 1)
+    period = as_count("period", period)
+    check_choice("exchange", exchange, ("before", "after"))
     if worker_axis is not None and not isinstance(worker_axis, str):
         raise TypeError(f"{name}: `worker_axis` must be the name of an axis, got {worker_axis!r}")
     tx = as_transformation(name, "tx", tx)
@@ -155,7 +161,7 @@ class NesterovState(NamedTuple):
     base: optax.OptState
 
 
-def nesterov(tx: optax.GradientTransformation, momentum: ScalarOrSchedule = 0.9) -> Transformation:
+def nesterov(tx: optax.GradientTransformation, momentum: float = 0.9) -> Transformation:
     """Nesterov momentum with the gradient taken at the look-ahead point: EAMSGD's local rule.
 
         u = w + momentum v

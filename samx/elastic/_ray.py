@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from samx.core.hyperparams import check_count, check_number
+from samx.core.hyperparams import as_count, check_static_number
 from samx.elastic import _actors, _center
 from samx.elastic._actors import Client, get, joined
 from samx.elastic._center import CenterLost, WorkerRecord
@@ -101,13 +101,11 @@ class Ray:
         address: str | None = None,
         grace: float = 10.0,
     ):
-        check_count("num_shards", num_shards)
+        num_shards = as_count("num_shards", num_shards)
         numbers = {"num_cpus_per_worker": num_cpus_per_worker}
         numbers |= {"num_gpus_per_worker": num_gpus_per_worker, "grace": grace}
         for name, value in numbers.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"Ray: `{name}` must be a number, got {value!r}")
-            check_number(name, value, 0)
+            check_static_number(name, value, 0)
         if address is not None and not isinstance(address, str):
             raise TypeError(f"Ray: `address` must be HOST:PORT, got {address!r}")
         if worker_options is not None and not isinstance(worker_options, Mapping):

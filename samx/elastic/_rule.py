@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from samx.core import tree
-from samx.core.hyperparams import check_count, check_number
+from samx.core.hyperparams import as_count, check_choice, check_static_number
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,11 @@ class Rule:
     leader: float = 0.0
 
     def __post_init__(self):
-        for name, high in (("beta", 1.0), ("leader", 1.0), ("deviation", float("inf"))):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"Rule: `{name}` must be a number, got {value!r}")
-            check_number(name, value, 0, high)
-        check_count("period", self.period)
-        if self.smoothing not in ("elastic", "gaussian"):
-            raise ValueError(
-                f"Rule: `smoothing` must be 'elastic' or 'gaussian', got {self.smoothing!r}"
-            )
-        if self.leader == 1:
-            raise ValueError("Rule: `leader` must be below 1, got 1")
+        check_static_number("beta", self.beta, 0, 1)
+        check_static_number("leader", self.leader, 0, 1, excluded=1)
+        check_static_number("deviation", self.deviation, 0)
+        object.__setattr__(self, "period", as_count("period", self.period))
+        check_choice("smoothing", self.smoothing, ("elastic", "gaussian"))
         if self.smoothing == "elastic" and self.deviation:
             raise ValueError("Rule: `deviation` belongs to smoothing='gaussian'")
         if self.smoothing == "gaussian" and self.leader:

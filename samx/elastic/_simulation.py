@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from samx.core.hyperparams import check_count, check_number
+from samx.core.hyperparams import as_count, check_static_number
 from samx.elastic._center import check_staleness, may_exchange, rank
 from samx.elastic._rule import Rule, apply_move, exchange
 from samx.elastic._worker import Local, Worker, copied, mean_of
@@ -68,7 +68,7 @@ class Simulation:
     """
 
     def __init__(self, workers: Sequence[Worker], center: Any, rule: Rule):
-        check_count("number of workers", len(workers))
+        as_count("number of workers", len(workers))
         self.rule, self.center, self.exchanges = rule, center, 0
         self.workers = [Local(worker, rule, i, center) for i, worker in enumerate(workers)]
         self._weight = rule.weight(len(workers))
@@ -166,7 +166,7 @@ def in_order(order: Iterable[int], period: int) -> Iterator[Event]:
     Notes:
         Cost: none.
     """
-    check_count("period", period)
+    period = as_count("period", period)
     steps, last, version = {}, {}, 0
     for time, i in enumerate(order):
         yield Event(time, i, "begin")
@@ -235,10 +235,10 @@ def timeline(
         Cost: none; no step is computed.
     """
     num_workers = len(seconds_per_step)
-    check_count("number of workers", num_workers)
-    check_count("period", period)
-    check_count("num_exchanges", num_exchanges)
-    check_number("latency", latency, 0)
+    as_count("number of workers", num_workers)
+    period = as_count("period", period)
+    num_exchanges = as_count("num_exchanges", num_exchanges)
+    check_static_number("latency", latency, 0)
     check_staleness("timeline", max_staleness, num_workers)
     for seconds in seconds_per_step:
         if not 0 < seconds < float("inf"):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from samx.core.hyperparams import check_count, check_number
+from samx.core.hyperparams import as_count, check_number
 from samx.elastic._center import CenterLost, WorkerRecord, check_staleness
 from samx.elastic._engine import Engine, Job, Threads
 from samx.elastic._rule import Rule
@@ -170,9 +170,9 @@ def train(
         with a leader), and a flat copy of the parameters in each worker. Every death of a worker is
         reported by a RuntimeWarning and in `Progress.workers`; the others do its share.
     """
-    check_count("num_workers", num_workers)
-    check_count("num_exchanges", num_exchanges)
-    check_count("max_restarts", max_restarts, 0)
+    num_workers = as_count("num_workers", num_workers)
+    num_exchanges = as_count("num_exchanges", num_exchanges)
+    max_restarts = as_count("max_restarts", max_restarts, 0)
     check_staleness("train", max_staleness, num_workers)
     numbers = {"start_timeout": start_timeout, "monitor_every": monitor_every}
     for name, seconds in (numbers | {"save_every": save_every}).items():

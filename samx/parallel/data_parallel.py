@@ -12,7 +12,7 @@ from samx.core.aliases import Transformation
 from samx.core.closures import evaluate, local_value_and_grad, scalar_closure
 from samx.core.devices import Devices, is_mapped
 from samx.core.state import HeldBatch
-from samx.core.transformation import SCALAR_CLOSURES, closure_transformation
+from samx.core.transformation import SCALAR_CLOSURES, as_transformation, closure_transformation
 
 REPLICATED = PartitionSpec()
 
@@ -84,7 +84,7 @@ def data_parallel(
     """
     axes = _axes("data_parallel", "axis_name", axis_name)
     devices = Devices(axes, _local_axes(ascent, axes))
-    inner = optax.with_extra_args_support(tx)
+    inner = as_transformation("data_parallel", "tx", tx)
 
     def update_fn(updates, state, params, *, value_fn, weights=None, **extra):
         del updates

@@ -9,7 +9,7 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import Radius, Transformation
-from samx.core.hyperparams import at_step, check_number, next_step
+from samx.core.hyperparams import at_step, check_function, check_hyperparam, check_number, next_step
 from samx.perturbations.metrics import Metric, identity
 
 
@@ -64,9 +64,8 @@ def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
         A perturbation that keeps a state is an optax transformation, see `subtract_ema`.
         `static_args`: `climb`.
     """
-    check_number("rho", rho, 0)
-    if not callable(climb):
-        raise TypeError(f"ball: `climb` must be a function, got {climb!r}")
+    check_hyperparam("rho", rho, 0)
+    check_function("climb", climb)
 
     def init_fn(params):
         del params
@@ -121,7 +120,8 @@ def metric_ball(
         One norm over all leaves, accumulated in float32 or wider. A complex leaf climbs along the
         conjugate of JAX's gradient. Cost: one norm, elementwise work. `static_args`: `metric`.
     """
-    metric = identity() if metric is None else metric
+    metric = _metric(metric)
+    check_number("norm_eps", norm_eps, 0)
 
     def climb(g, params, radius):
         scales = metric(params)
@@ -165,7 +165,7 @@ def linf_ball(rho: Radius, metric: Metric | None = None) -> Transformation:
         Radii are per element: smaller than those of an L2 ball by a factor of about √(number of
         parameters). Cost: elementwise work. `static_args`: `metric`.
     """
-    metric = identity() if metric is None else metric
+    metric = _metric(metric)
 
     def climb(g, params, radius):
         def corner(g, t):
@@ -214,7 +214,7 @@ def unnormalized_step(rho: Radius, metric: Metric | None = None) -> Transformati
         gradient is used as it comes, so anything that scales gradients may stand before it in a
         chain. Cost: elementwise work. `static_args`: `metric`.
     """
-    metric = identity() if metric is None else metric
+    metric = _metric(metric)
 
     def climb(g, params, radius):
         return jax.tree.map(lambda g, t: g * t * t * _as_real(radius, g), g, metric(params))
@@ -259,6 +259,7 @@ def monge_ball(rho: Radius, *, norm_eps: float = 1e-12) -> Transformation:
         gradient. So it depends on the scale of the loss, mean or sum. Cost: one norm, elementwise
         work.
     """
+    check_number("norm_eps", norm_eps, 0)
 
     def climb(g, params, radius):
         del params
@@ -272,3 +273,10 @@ def monge_ball(rho: Radius, *, norm_eps: float = 1e-12) -> Transformation:
 def _as_real(x: Any, like: jax.Array) -> jax.Array:
     """Return a number in the precision of a leaf, which may be complex."""
     return jnp.asarray(x, like.real.dtype)
+
+
+def _metric(metric: Any) -> Metric:
+    if metric is None:
+        return identity()
+    check_function("metric", metric)
+    return metric

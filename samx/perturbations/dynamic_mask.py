@@ -8,7 +8,16 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
-from samx.core.hyperparams import as_key, at_step, check_count, check_number, next_step
+from samx.core.hyperparams import (
+    as_count,
+    as_key,
+    at_step,
+    check_choice,
+    check_hyperparam,
+    check_key,
+    check_number,
+    next_step,
+)
 from samx.core.transformation import as_transformation
 from samx.perturbations.top_entries import check_mask, num_entries, rounded_down, top_entries
 
@@ -106,17 +115,15 @@ def dynamic_mask(
     """
     name = "dynamic_mask"
     check_number("sparsity", sparsity, 0, 1)
-    if callable(sparsity):
-        raise TypeError(f"{name}: `sparsity` must be a number, got a schedule")
-    check_number("drop_rate", drop_rate, 0, 1)
-    check_count("period", period)
-    for keyword, score in (("drop", drop), ("grow", grow)):
-        if score not in SCORES:
-            raise ValueError(f"{name}: `{keyword}` must be one of {SCORES}, got {score!r}")
+    check_hyperparam("drop_rate", drop_rate, 0, 1)
+    period = as_count("period", period)
+    check_choice("drop", drop, SCORES)
+    check_choice("grow", grow, SCORES)
+    check_key(key)
     perturbation = as_transformation(name, "perturbation", perturbation)
 
     def init_fn(params):
-        first = as_key(name, key)
+        first = as_key(key)
         size = num_entries(name, params)
         drawn = _draws(jax.random.split(first)[0], 0, params)
         num_left_out = rounded_down(-(-size * sparsity // 1))  # rounded up

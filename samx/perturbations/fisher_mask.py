@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
 from samx.core.closures import LossesClosure, batch_size, unit_weights
-from samx.core.hyperparams import Default, at_step, check_count, check_number, next_step
+from samx.core.hyperparams import Default, as_count, at_step, check_hyperparam, next_step
 from samx.core.microbatches import strided
 from samx.core.transformation import as_transformation, closure_transformation
 from samx.perturbations.patterns import Pattern, check_pattern, chosen
@@ -113,10 +113,10 @@ def fisher_mask(
         example of a microbatch. `static_args`: `period`, `pattern`, `num_microbatches`.
     """
     name = "fisher_mask"
-    check_number("sparsity", sparsity, 0, 1)
-    check_count("period", period)
+    check_hyperparam("sparsity", sparsity, 0, 1)
+    period = as_count("period", period)
     if num_microbatches is not None:
-        check_count("num_microbatches", num_microbatches)
+        num_microbatches = as_count("num_microbatches", num_microbatches)
     check_pattern(name, pattern, sparsity)
     perturbation = as_transformation(name, "perturbation", perturbation)
 

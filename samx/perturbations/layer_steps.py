@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from samx.core import tree
 from samx.core.aliases import Radius, Transformation
+from samx.core.hyperparams import check_function, check_number
 from samx.perturbations.balls import ball
 
 LayerScaling: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], Any]
@@ -83,8 +84,8 @@ def layer_steps(
         A scaling with the factor ‖w_l‖ does not move a tensor of zeros, such as a new bias. Cost:
         two norms per tensor, elementwise work. `static_args`: `scaling`.
     """
-    if not callable(scaling):
-        raise TypeError(f"layer_steps: `scaling` must be a function, got {scaling!r}")
+    check_function("scaling", scaling)
+    check_number("norm_eps", norm_eps, 0)
 
     def climb(g, params, radius):
         total = tree.norm(g) + norm_eps

@@ -8,7 +8,15 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
-from samx.core.hyperparams import as_key, at_step, check_share, next_step
+from samx.core.hyperparams import (
+    as_key,
+    at_step,
+    check_choice,
+    check_function,
+    check_hyperparam,
+    check_key,
+    next_step,
+)
 from samx.core.transformation import as_transformation
 from samx.perturbations.metrics import LeafPredicate
 
@@ -62,8 +70,8 @@ def on_leaves(
         The sharp gradient still covers all parameters. Cost: none beyond `perturbation`.
         `static_args`: `is_perturbed`, `norm`.
     """
-    if norm not in ("selected", "all"):
-        raise ValueError(f"on_leaves: `norm` must be 'selected' or 'all', got {norm!r}")
+    check_function("is_perturbed", is_perturbed)
+    check_choice("norm", norm, ("selected", "all"))
     perturbation = as_transformation("on_leaves", "perturbation", perturbation)
 
     def update_fn(updates, state, params=None, **extra):
@@ -143,11 +151,12 @@ def random_leaves(
         `perturbation`. It saves no gradients: the drawn leaves are known at run time only, so XLA
         cannot leave out the gradients of the others.
     """
-    check_share("fraction", fraction)
+    check_hyperparam("fraction", fraction, 0, 1, excluded=0)
+    check_key(key)
     perturbation = as_transformation("random_leaves", "perturbation", perturbation)
 
     def init_fn(params):
-        key_of_draws = as_key("random_leaves", key)
+        key_of_draws = as_key(key)
         return RandomLeavesState(jnp.zeros((), jnp.int32), key_of_draws, perturbation.init(params))
 
     def update_fn(updates, state, params=None, **extra):

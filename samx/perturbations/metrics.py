@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from samx.core import tree
-from samx.core.hyperparams import check_number
+from samx.core.hyperparams import check_function, check_number
 
 Metric: TypeAlias = Callable[[Any], Any]
 LeafPredicate: TypeAlias = Callable[[Any, Any], bool]
@@ -154,6 +154,7 @@ def magnitude(eta: float = 0.01, *, is_scaled: LeafPredicate = is_not_bias) -> M
         Cost: elementwise work. `eta` may be a traced array.
     """
     check_number("eta", eta, 0)
+    check_function("is_scaled", is_scaled)
     return _scaled(lambda w: jnp.abs(tree.widen(w)) + eta, is_scaled)
 
 
@@ -188,6 +189,7 @@ def layerwise(eta: float = 0.0, *, is_scaled: LeafPredicate = is_not_bias) -> Me
         scaled, `eta=0` with the radius `(1 + η)·rho` matches it. Cost: one norm per leaf.
     """
     check_number("eta", eta, 0)
+    check_function("is_scaled", is_scaled)
     return _scaled(lambda w: tree.norm(w) + eta, is_scaled)
 
 

@@ -8,7 +8,7 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
-from samx.core.hyperparams import at_step, check_number, next_step
+from samx.core.hyperparams import at_step, check_hyperparam, next_step
 
 
 class SubtractEMAState(NamedTuple):
@@ -63,10 +63,11 @@ def subtract_ema(sigma: ScalarOrSchedule = 1.0, decay: ScalarOrSchedule = 0.9) -
 
     Notes:
         With `sigma=1` and a constant gradient, d is only rounding error, which a ball then scales
-        to its full radius. Cost: elementwise work, one copy of the parameters.
+        to its full radius. A gradient that is not finite does not enter the average. Cost:
+        elementwise work, one copy of the parameters.
     """
-    check_number("sigma", sigma, 0)
-    check_number("decay", decay, 0, 1)
+    check_hyperparam("sigma", sigma, 0)
+    check_hyperparam("decay", decay, 0, 1)
 
     def init_fn(params):
         wide = jax.tree.map(tree.widen, params)
@@ -79,6 +80,7 @@ def subtract_ema(sigma: ScalarOrSchedule = 1.0, decay: ScalarOrSchedule = 0.9) -
         d = tree.add_scaled(g, -1 * sigma_t, state.average)
         decay_t = jnp.where(state.step == 0, 0, decay_t)
         average = tree.on_line(state.average, g, 1 - decay_t)
-        return d, SubtractEMAState(next_step(state.step), tree.cast_like(average, state.average))
+        average = tree.if_finite(tree.cast_like(average, state.average), state.average)
+        return d, SubtractEMAState(next_step(state.step), average)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from samx.core import tree
 from samx.core.aliases import Radius, Transformation
+from samx.core.hyperparams import check_choice, check_number, check_static_number
 from samx.perturbations.balls import ball
 
 
@@ -62,17 +63,15 @@ def mup_ball(
         "decoupled" is `metric_ball` with the metric `constants(√s)`. Cost: one norm, elementwise
         work. `static_args`: `scales`, `normalization`, `width`.
     """
-    if normalization not in ("decoupled", "layerwise"):
-        raise ValueError(
-            f"mup_ball: `normalization` must be 'decoupled' or 'layerwise', got {normalization!r}"
-        )
+    check_choice("normalization", normalization, ("decoupled", "layerwise"))
+    check_number("norm_eps", norm_eps, 0)
     if (width is None) == (normalization == "layerwise"):
         raise ValueError(
             "mup_ball: `width`, how many times as wide as its base the network is, must be given "
             f"with normalization='layerwise' and only there, got {width!r}"
         )
-    if width is not None and not 0 < width < math.inf:
-        raise ValueError(f"mup_ball: `width` must be above 0 and finite, got {width!r}")
+    if width is not None:
+        check_static_number("width", width, 0, excluded=0)
     _check_scales(scales)
 
     def weight(s):
@@ -110,8 +109,4 @@ def matched(name: str, keyword: str, tree: Any, other: str, like: Any) -> Any:
 
 def _check_scales(scales: Any) -> None:
     for path, s in jax.tree_util.tree_leaves_with_path(scales):
-        where = f"mup_ball: `scales`{jax.tree_util.keystr(path)}"
-        if isinstance(s, bool) or not isinstance(s, int | float):
-            raise TypeError(f"{where} must be a Python number, got {s!r}")
-        if not 0 <= s < math.inf:
-            raise ValueError(f"{where} must be at least 0 and finite, got {s!r}")
+        check_static_number(f"scales{jax.tree_util.keystr(path)}", s, 0)

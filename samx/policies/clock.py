@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from samx.core.aliases import ScalarOrSchedule
-from samx.core.hyperparams import as_key, at_step, check_count, check_number, next_step
+from samx.core.hyperparams import as_count, as_key, at_step, check_hyperparam, check_key, next_step
 from samx.policies import draws
 from samx.policies.policy import Policy, check_policy
 
@@ -80,8 +80,8 @@ def every(period: int, first: int = 0) -> Policy:
         Cost: 1 + 1/period gradients per step with `perturb_if(every(period), sam())`.
         `static_args`: all.
     """
-    check_count("period", period)
-    check_count("first", first, 0)
+    period = as_count("period", period)
+    first = as_count("first", first, 0)
 
     def init(params):
         del params
@@ -126,9 +126,9 @@ def between(start: int = 0, stop: int | None = None, policy: Policy | None = Non
     Notes:
         Cost: none beyond `policy`. `static_args`: all.
     """
-    check_count("start", start, 0)
+    start = as_count("start", start, 0)
     if stop is not None:
-        check_count("stop", stop, start)
+        stop = as_count("stop", stop, start)
     policy = every(1) if policy is None else policy
     check_policy("between", policy)
 
@@ -178,11 +178,12 @@ def random(probability: ScalarOrSchedule, key: int | jax.Array = 0) -> Policy:
         The paper's schedules are optax's constant, piecewise and linear schedules; the paper's
         names for them were not read. Cost: 1 + probability gradients per step on average.
     """
-    check_number("probability", probability, 0, 1)
+    check_hyperparam("probability", probability, 0, 1)
+    check_key(key)
 
     def init(params):
         del params
-        return RandomState(jnp.zeros((), jnp.int32), as_key("random", key))
+        return RandomState(jnp.zeros((), jnp.int32), as_key(key))
 
     def decide(g, state):
         del g

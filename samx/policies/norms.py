@@ -7,8 +7,10 @@ import jax.numpy as jnp
 
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule
-from samx.core.hyperparams import at_step, check_number, next_step
+from samx.core.hyperparams import at_step, check_hyperparam, next_step
 from samx.policies.policy import Policy
+
+LARGEST_RISE = 100  # of a squared norm over its average, as the averages count it
 
 
 class SquaredNormState(NamedTuple):
@@ -57,10 +59,12 @@ def squared_norm(threshold: ScalarOrSchedule = 0.0, decay: ScalarOrSchedule = 0.
     Notes:
         The first steps are sharp, because μ starts at 0. The rule follows two secondary
         transcriptions, which agree. `decay`, λ and the initial values are from memory, not read.
-        Cost: one norm.
+        One spike does not turn SAM off: once the averages have run for 1/(1 − decay) steps, s
+        enters them as at most 100 μ, which ordinary steps do not reach. An s that is not finite
+        does not enter. Cost: one norm.
     """
-    check_number("threshold", threshold, float("-inf"))
-    check_number("decay", decay, 0, 1)
+    check_hyperparam("threshold", threshold, float("-inf"))
+    check_hyperparam("decay", decay, 0, 1)
 
     def init(params):
         dtype = tree.real_dtype(*jax.tree.leaves(params))
@@ -70,8 +74,12 @@ def squared_norm(threshold: ScalarOrSchedule = 0.0, decay: ScalarOrSchedule = 0.
 
     def decide(g, state):
         s, kept = tree.dot(g, g).astype(state.mean.dtype), at_step(decay, state.step)
-        mean = kept * state.mean + (1 - kept) * s
-        variance = kept * state.variance + (1 - kept) * (s - mean) ** 2
+        is_settled = (state.step * (1 - kept) >= 1) & (state.mean > 0)
+        is_spike = is_settled & jnp.isfinite(s) & (s > LARGEST_RISE * state.mean)
+        counted = jnp.where(is_spike, LARGEST_RISE * state.mean, s)
+        mean = kept * state.mean + (1 - kept) * counted
+        variance = kept * state.variance + (1 - kept) * (counted - mean) ** 2
+        mean, variance = tree.if_finite((mean, variance), (state.mean, state.variance))
         # Never 0: an infinite threshold times 0 would be NaN.
         deviation = jnp.sqrt(jnp.maximum(variance, jnp.finfo(variance.dtype).tiny))
         is_sharp = s >= mean + at_step(threshold, state.step) * deviation

@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from samx.core import tree
-from samx.core.hyperparams import as_key, check_count, check_number, next_step
+from samx.core.hyperparams import (
+    as_count,
+    as_key,
+    check_function,
+    check_key,
+    check_number,
+    check_static_number,
+    next_step,
+)
 from samx.perturbations.metrics import LeafPredicate
 from samx.policies import draws
 from samx.policies.policy import Policy
@@ -91,16 +99,19 @@ def quota(
 
     Notes:
         Follows ajiaaa/vSAM. As in that code, the first window after the warm-up is one step short.
-        It has no sharp step: the quota starts at 1, and the warm-up has used it. Cost: two norms on
-        sharp steps. `static_args`: `window`, `num_blocks`, `max_fraction`, `warmup_steps`,
-        `is_measured`.
+        It has no sharp step: the quota starts at 1, and the warm-up has used it. A measurement that
+        is not finite is left out. Cost: two norms on sharp steps. `static_args`: `window`,
+        `num_blocks`, `max_fraction`, `warmup_steps`, `is_measured`.
     """
-    check_count("window", window, 2)
-    check_count("num_blocks", num_blocks)
-    check_count("warmup_steps", warmup_steps, 0)
-    check_number("max_fraction", max_fraction, 1 / window, 1)
+    window = as_count("window", window, 2)
+    num_blocks = as_count("num_blocks", num_blocks)
+    warmup_steps = as_count("warmup_steps", warmup_steps, 0)
+    check_static_number("max_fraction", max_fraction, 1 / window, 1)
     check_number("ratio_gain", ratio_gain, 0)
     check_number("variance_gain", variance_gain, 0)
+    check_key(key)
+    if is_measured is not None:
+        check_function("is_measured", is_measured)
     if window % num_blocks or window < 2 * num_blocks:
         raise ValueError(
             "quota: `num_blocks` must cut `window` into equal blocks of two or more, got "
@@ -112,7 +123,7 @@ def quota(
         dtype = tree.real_dtype(*jax.tree.leaves(params))
         return QuotaState(
             step=jnp.zeros((), jnp.int32),
-            key=as_key("quota", key),
+            key=as_key(key),
             quota=jnp.ones((), dtype),
             taken=jnp.zeros((), jnp.int32),
             norms=jnp.zeros(window, dtype),
@@ -148,11 +159,10 @@ def quota(
         length, g_norm = tree.norm(tree.subtract(g_s, g)), tree.norm(g)
         norms = _push(state.norms, length)
         blocks = jnp.sort(norms).reshape(num_blocks, -1)
-        return state._replace(
-            norms=norms,
-            ratios=_push(state.ratios, length / jnp.where(g_norm == 0, 1, g_norm)),
-            variances=_push(state.variances, jnp.var(blocks, axis=1, ddof=1).mean()),
-        )
+        ratios = _push(state.ratios, length / jnp.where(g_norm == 0, 1, g_norm))
+        variances = _push(state.variances, jnp.var(blocks, axis=1, ddof=1).mean())
+        measured = state._replace(norms=norms, ratios=ratios, variances=variances)
+        return tree.if_finite(measured, state)
 
     return Policy(init, decide, observe)
 

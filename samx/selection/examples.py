@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from samx.core.closures import batch_size
-from samx.core.hyperparams import check_count
+from samx.core.hyperparams import as_count
 
 
 def largest(
@@ -52,7 +52,7 @@ def largest(
         scores; no communication if every group lies on one device.
     """
     scores = jnp.asarray(scores)
-    check_count("num_selected", num_selected)
+    num_selected = as_count("num_selected", num_selected)
     size = group_size("largest", scores, num_groups)
     count = _count("largest", num_selected, num_groups, size)
     if weights is not None and jnp.shape(weights) != scores.shape:
@@ -200,7 +200,7 @@ def put(values: Any, position: Any, size: int) -> jax.Array:
         Cost: one array of `B` numbers.
     """
     num_groups, count = jnp.shape(position)
-    check_count("size", size)
+    size = as_count("size", size)
     values = jnp.asarray(values)
     if values.shape != (num_groups * count,) or size % num_groups:
         raise ValueError(
@@ -261,7 +261,7 @@ def above_the_smallest(scores: jax.Array, weights: Any, num_groups: int) -> jax.
 
 def group_size(name: str, batch: Any, num_groups: int) -> int:
     """Return the number of examples in each group; require that the groups are equal."""
-    check_count("num_groups", num_groups)
+    num_groups = as_count("num_groups", num_groups)
     size = batch_size(name, batch)
     if size % num_groups:
         raise ValueError(

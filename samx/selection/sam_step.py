@@ -10,7 +10,7 @@ import optax
 from samx.core import tree
 from samx.core.closures import Closure, LossesClosure, evaluate, mean_loss
 from samx.core.devices import PerExample
-from samx.core.hyperparams import check_count
+from samx.core.hyperparams import as_count
 from samx.core.readings import Readings
 from samx.core.sharp import ascend, sharp_gradient
 from samx.selection.examples import group_size, put
@@ -105,25 +105,14 @@ def groups_here(
     return here, group_size(name, batch, here)
 
 
-def check_groups(keyword: str, num_selected: int, num_groups: int) -> None:
-    """Require Python ints of at least 1, and that `num_groups` divides `num_selected`."""
-    check_count(keyword, num_selected)
-    check_count("num_groups", num_groups)
+def as_groups(keyword: str, num_selected: int, num_groups: int) -> tuple[int, int]:
+    """Return both counts; require that `num_groups` divides `num_selected`."""
+    num_selected, num_groups = as_count(keyword, num_selected), as_count("num_groups", num_groups)
     if num_selected % num_groups:
         raise ValueError(
             f"`{keyword}` must be a multiple of `num_groups`, {num_groups}, got {num_selected}"
         )
-
-
-def check_fraction(keyword: str, fraction: Any) -> None:
-    """Require a Python number in (0, 1]; it fixes array shapes."""
-    if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-        raise TypeError(
-            f"`{keyword}` must be a Python number, got {type(fraction).__name__}; under "
-            f"optax.inject_hyperparams pass static_args=({keyword!r},)"
-        )
-    if not 0 < fraction <= 1:
-        raise ValueError(f"`{keyword}` must be in (0, 1], got {fraction!r}")
+    return num_selected, num_groups
 
 
 def count_of(fraction: float, size: int) -> int:

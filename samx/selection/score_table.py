@@ -92,7 +92,8 @@ def recorded(
     """
     devices = losses_fn.evaluation.devices
     rise, is_drawn = devices.all_gather(rise), devices.all_gather(is_drawn)
-    place = jnp.where(is_drawn != 0, place, len(state.total))
+    is_known = (is_drawn != 0) & jnp.isfinite(rise)
+    place = jnp.where(is_known, place, len(state.total))
 
     def grown(table, more):
         old = jnp.where(restarts, 0, table.at[place].get(mode="clip"))

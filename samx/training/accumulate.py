@@ -6,9 +6,9 @@ import optax
 
 from samx.core.aliases import Transformation
 from samx.core.closures import batch_size, evaluate, mean_loss
-from samx.core.hyperparams import check_count
+from samx.core.hyperparams import as_count
 from samx.core.state import first_aux, kept_aux
-from samx.core.transformation import closure_transformation
+from samx.core.transformation import as_transformation, closure_transformation
 
 
 class AccumulateState(NamedTuple):
@@ -85,8 +85,8 @@ def accumulate(
         Cost: the gradients of `tx`, each in K pieces, and one more copy of the parameters.
         `static_args`: all arguments.
     """
-    check_count("num_microbatches", num_microbatches)
-    inner = optax.with_extra_args_support(tx)
+    num_microbatches = as_count("num_microbatches", num_microbatches)
+    inner = as_transformation("accumulate", "tx", tx)
 
     def init_fn(params):
         state = inner.init(params)

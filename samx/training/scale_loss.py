@@ -12,7 +12,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import Transformation
 from samx.core.closures import evaluate
-from samx.core.hyperparams import check_count, check_number
+from samx.core.hyperparams import as_count, check_number
 from samx.core.transformation import SCALAR_CLOSURES, closure_transformation
 from samx.training.skip_nonfinite import SkipNonfiniteState, skip_nonfinite
 
@@ -100,7 +100,7 @@ def scale_loss(
     check_number("scale", scale, SMALLEST, LARGEST)
     check_number("growth_factor", growth_factor, 1, LARGEST)
     check_number("backoff_factor", backoff_factor, SMALLEST, 1)
-    check_count("growth_interval", growth_interval)
+    growth_interval = as_count("growth_interval", growth_interval)
     inner: Any = skip_nonfinite(tx)  # optax.OptState does not declare the fields
 
     def init_fn(params):

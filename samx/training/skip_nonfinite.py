@@ -10,6 +10,7 @@ from samx.core import tree
 from samx.core.aliases import Transformation
 from samx.core.readings import Readings
 from samx.core.state import HeldBatch
+from samx.core.transformation import as_transformation
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -68,7 +69,7 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> Transformation:
         infinities, for example in masks.
         Cost: one pass over updates and state, and a select of the state.
     """
-    inner = optax.with_extra_args_support(tx)
+    inner = as_transformation("skip_nonfinite", "tx", tx)
 
     def init_fn(params):
         zeros = (jnp.zeros((), jnp.int32) for _ in range(2))

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from samx.core.aliases import Transformation
-from samx.core.transformation import base_keywords
+from samx.core.transformation import as_transformation, base_keywords
 
 
 def with_base(
@@ -50,7 +50,8 @@ def with_base(
         `fisher_batch` and `validation_fn`. If only `losses_fn` and `batch` are given, the base gets
         a `value_fn` that is the mean of the losses. Cost: none.
     """
-    base = optax.with_extra_args_support(base)
+    tx = as_transformation("with_base", "tx", tx)
+    base = as_transformation("with_base", "base", base)
 
     def update_fn(updates, state, params=None, **extra: Any):
         return base.update(updates, state, params, **base_keywords("with_base", extra))

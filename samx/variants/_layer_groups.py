@@ -7,21 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from samx.core import tree
-from samx.core.hyperparams import check_count
+from samx.core.hyperparams import as_count
 
 LayerGroups: TypeAlias = int | Callable[[Any, Any], Hashable]
 
 
-def check_groups(name: str, groups: Any) -> None:
-    """Require a Python int or a function."""
-    if callable(groups):
-        return
-    if isinstance(groups, bool) or not isinstance(groups, int):
-        raise TypeError(
-            f"{name}: `groups` must be a Python int or a function `(path, leaf) -> label`, "
-            f"got {groups!r}; under optax.inject_hyperparams pass static_args=('groups',)"
-        )
-    check_count("groups", groups)
+def as_groups(groups: Any) -> LayerGroups:
+    """Return a function as it is, and a count as a Python int."""
+    return groups if callable(groups) else as_count("groups", groups)
 
 
 def groups_of(groups: LayerGroups, params: Any) -> list[Any]:

@@ -13,7 +13,7 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import Transformation
-from samx.core.hyperparams import check_number
+from samx.core.hyperparams import check_hyperparam, check_number
 
 
 def adagrad_norm(eps: Any) -> optax.GradientTransformation:
@@ -117,7 +117,7 @@ def optimizer(
 
     It is a chain whose state has a field `base`, which shows that it contains a base optimizer.
     """
-    check_number("learning_rate", learning_rate, 0)
+    check_hyperparam("learning_rate", learning_rate, 0)
     base = optax.chain(
         moments, optax.scale_by_learning_rate(learning_rate), optax.stateless(tree.cast_like)
     )
@@ -134,9 +134,7 @@ def optimizer(
 
 
 def _check_eps(eps: Any) -> None:
-    check_number("eps", eps, 0)
-    if isinstance(eps, int | float) and eps == 0:
-        raise ValueError("`eps` must be above 0, got 0: a zero gradient would give 0 / 0")
+    check_number("eps", eps, 0, excluded=0)  # a zero gradient would give 0 / 0
 
 
 def _check_decays(b1: Any, b2: Any) -> None:

@@ -6,7 +6,7 @@ Minimization", 2025. https://arxiv.org/abs/2510.03763
 
 from samx.combinations import Mixing, decaying
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
-from samx.core.hyperparams import Default
+from samx.core.hyperparams import Default, check_function
 from samx.policies import Policy, quota
 from samx.variants._ball import ball_of
 from samx.variants.vsam import reuse_second_order
@@ -65,7 +65,6 @@ def arsam(
     """
     policy = quota() if policy is None else policy
     mixing = decaying() if mixing is None else mixing
-    if not callable(mixing):
-        raise TypeError(f"arsam: `mixing` must be a function (age, step) -> weight, got {mixing!r}")
+    check_function("mixing", mixing)
     ball = ball_of("arsam", rho, perturbation)
     return reuse_second_order("arsam", policy, ball, mixing, perturb_dtype)

@@ -15,7 +15,7 @@ from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import Closure, evaluate, local_loss_and_grad
 from samx.core.devices import ONE_DEVICE
-from samx.core.hyperparams import Default, check_share, next_step
+from samx.core.hyperparams import Default, check_choice, check_number, next_step
 from samx.core.readings import UNKNOWN, Readings, no_readings, take_readings
 from samx.core.sharp import perturbed, value_and_grad_at
 from samx.core.state import first_aux, kept_aux
@@ -129,9 +129,8 @@ def async_sam(
         ρ, and that the ascent batch is a part of the descent batch. Matches an independent loop of
         that reading. `static_args`: `first`, `ascent_share`, `role_axis`.
     """
-    if first not in ("plain", "sam"):
-        raise ValueError(f"async_sam: `first` must be 'plain' or 'sam', got {first!r}")
-    check_share("ascent_share", ascent_share)
+    check_choice("first", first, ("plain", "sam"))
+    check_number("ascent_share", ascent_share, 0, 1, excluded=0)
     if role_axis is not None and not isinstance(role_axis, str):
         raise TypeError(f"async_sam: `role_axis` must be the name of an axis, got {role_axis!r}")
     ball = ball_of("async_sam", rho, perturbation)

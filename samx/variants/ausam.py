@@ -13,12 +13,20 @@ import optax
 
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.closures import LossesClosure
-from samx.core.hyperparams import Default, as_key, check_count, check_number, next_step
+from samx.core.hyperparams import (
+    Default,
+    as_count,
+    as_key,
+    check_hyperparam,
+    check_key,
+    check_static_number,
+    next_step,
+)
 from samx.core.readings import Readings, no_readings
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
 from samx.selection.examples import put, sampled, take, weights_of
-from samx.selection.sam_step import check_fraction, count_of, groups_here, sam_step
+from samx.selection.sam_step import count_of, groups_here, sam_step
 from samx.selection.score_table import (
     nan_if_outside,
     odds,
@@ -138,29 +146,32 @@ def ausam(
         Under `jax.jit` an index outside the table cannot raise an error. It makes the updates NaN
         instead, so that the mistake shows. Both means are plain means: high scores are drawn up to
         high/low times as often, and nothing corrects for it. If all scores of a batch are equal,
-        draws are uniform; the authors' code gives NaN there. The reading `loss` is that of the
-        drawn examples. After the warm-up nothing evaluates the whole batch, so do not return a loss
-        of your own. The groups divide the whole batch on any number of devices, see `ksam`.
+        draws are uniform; the authors' code gives NaN there. A rise that is not finite is not
+        recorded. The reading `loss` is that of the drawn examples. After the warm-up nothing
+        evaluates the whole batch, so do not return a loss of your own. The groups divide the whole
+        batch on any number of devices, see `ksam`.
         Fidelity: matches ajiaaa/AUSAM, score table and probabilities included, its draws replayed.
         The paper was not read. The code's ramp rises once per epoch; for that pass `high` as a
         schedule and `ramp_steps=0`. `static_args`: `fraction`, `num_examples`, `warmup_steps`,
         `ramp_steps`, `num_groups`.
     """
-    check_fraction("fraction", fraction)
-    check_count("num_examples", num_examples)
-    check_count("num_groups", num_groups)
-    for keyword, steps in (("warmup_steps", warmup_steps), ("ramp_steps", ramp_steps)):
-        if steps is not None:
-            check_count(keyword, steps, 0)
-    check_number("low", low, 0)
-    check_number("high", high, low if isinstance(low, int | float) else 0)
+    check_static_number("fraction", fraction, 0, 1, excluded=0)
+    num_examples = as_count("num_examples", num_examples)
+    num_groups = as_count("num_groups", num_groups)
+    if warmup_steps is not None:
+        warmup_steps = as_count("warmup_steps", warmup_steps, 0)
+    if ramp_steps is not None:
+        ramp_steps = as_count("ramp_steps", ramp_steps, 0)
+    check_key(key)
+    check_hyperparam("low", low, 0)
+    check_hyperparam("high", high, low if isinstance(low, int | float) else 0)
     ball = ball_of("ausam", rho, perturbation)
     sam_on = partial(sam_step, perturbation=ball, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
         return AUSAMState(
             step=jnp.zeros((), jnp.int32),
-            key=as_key("ausam", key),
+            key=as_key(key),
             total=jnp.ones(num_examples),
             count=jnp.ones(num_examples),
             perturbation=ball.init(params),

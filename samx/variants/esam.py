@@ -12,13 +12,19 @@ import optax
 
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.closures import Closure, LossesClosure, evaluate, mean_loss, mean_over_batch
-from samx.core.hyperparams import Default, check_count, check_share
+from samx.core.hyperparams import (
+    Default,
+    as_count,
+    check_choice,
+    check_hyperparam,
+    check_static_number,
+)
 from samx.core.readings import FORWARD, Readings, no_readings
 from samx.core.sharp import ascend, scores_at, sharp_gradient
 from samx.core.transformation import closure_transformation
 from samx.perturbations.leaves import random_leaves
 from samx.selection.examples import above_the_smallest, largest, take, weights_of
-from samx.selection.sam_step import check_fraction, count_of, groups_here, selected_loss
+from samx.selection.sam_step import count_of, groups_here, selected_loss
 from samx.variants._ball import ball_of
 
 
@@ -114,17 +120,11 @@ def esam(
         secondary sources say that it selects a fraction of exactly γ, as "exact" does.
         `static_args`: `selected_fraction`, `select`, `sharp_pass`, `num_groups`.
     """
-    check_share("perturbed_fraction", perturbed_fraction)
-    check_fraction("selected_fraction", selected_fraction)
-    check_count("num_groups", num_groups)
-    for keyword, value, allowed in (
-        ("select", select, ("exact", "strict")),
-        ("sharp_pass", sharp_pass, ("subset", "whole")),
-    ):
-        if value not in allowed:
-            raise ValueError(
-                f"esam: `{keyword}` must be {allowed[0]!r} or {allowed[1]!r}, got {value!r}"
-            )
+    check_hyperparam("perturbed_fraction", perturbed_fraction, 0, 1, excluded=0)
+    check_static_number("selected_fraction", selected_fraction, 0, 1, excluded=0)
+    num_groups = as_count("num_groups", num_groups)
+    check_choice("select", select, ("exact", "strict"))
+    check_choice("sharp_pass", sharp_pass, ("subset", "whole"))
     ball = random_leaves(ball_of("esam", rho, perturbation), perturbed_fraction, key=key)
     is_all = select == "strict" and selected_fraction >= 0.99
     choose_sharpest = partial(_choose_sharpest, selected_fraction, select)

@@ -57,8 +57,6 @@ def fisher_sam(
         paper's text was not read.
     """
     check_number("eta", eta, 0)
-    if callable(eta):
-        raise TypeError("fisher_sam: `eta` must be a number, got a schedule")
 
     def climb(g, params, radius):
         del params

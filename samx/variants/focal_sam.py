@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
-from samx.core.hyperparams import Default, at_step, check_number
+from samx.core.hyperparams import Default, at_step, check_hyperparam
 from samx.variants._ball import ball_of
 from samx.variants._split import of_class, split_sam
 
@@ -83,8 +83,8 @@ def focal_sam(
             "focal_sam: `class_counts` must be one number above 0 for each class, got "
             f"{class_counts!r}"
         )
-    check_number("gamma", gamma, 0)
-    check_number("sharpness", sharpness, 0)
+    check_hyperparam("gamma", gamma, 0)
+    check_hyperparam("sharpness", sharpness, 0)
     ball = ball_of("focal_sam", rho, perturbation)
     shares = counts / counts.sum()
 

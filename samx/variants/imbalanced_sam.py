@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
-from samx.core.hyperparams import Default, at_step, check_number
+from samx.core.hyperparams import Default, at_step, check_hyperparam
 from samx.variants._ball import ball_of
 from samx.variants._split import split_sam
 
@@ -77,7 +77,7 @@ def imbalanced_sam(
             "imbalanced_sam: `tail_classes` must be a sequence of classes, integers, got "
             f"{tail_classes!r}"
         )
-    check_number("tail_weight", tail_weight, 0)
+    check_hyperparam("tail_weight", tail_weight, 0)
     ball = ball_of("imbalanced_sam", rho, perturbation)
 
     def factors_of(labels, step):

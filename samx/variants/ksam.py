@@ -17,7 +17,7 @@ from samx.core.hyperparams import Default
 from samx.core.readings import FORWARD, Readings, no_readings
 from samx.core.transformation import closure_transformation
 from samx.selection.examples import largest, take, weights_of
-from samx.selection.sam_step import check_groups, groups_here, sam_step
+from samx.selection.sam_step import as_groups, groups_here, sam_step
 from samx.variants._ball import ball_of
 
 
@@ -100,7 +100,7 @@ def ksam(
         loss; that the second uses those of the first is inferred. Matches an independent
         implementation of these equations. `static_args`: `num_selected`, `num_groups`.
     """
-    check_groups("num_selected", num_selected, num_groups)
+    num_selected, num_groups = as_groups("num_selected", num_selected, num_groups)
     ball = ball_of("ksam", rho, perturbation)
     sam_on = partial(sam_step, perturbation=ball, perturb_dtype=perturb_dtype)
 

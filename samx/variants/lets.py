@@ -15,7 +15,14 @@ import optax
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, ScalarOrSchedule, Transformation
 from samx.core.closures import Closure, evaluate
-from samx.core.hyperparams import at_step, check_number, next_step
+from samx.core.hyperparams import (
+    at_step,
+    check_choice,
+    check_hyperparam,
+    check_number,
+    check_static_number,
+    next_step,
+)
 from samx.core.readings import UNKNOWN, Readings, no_readings
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
@@ -128,15 +135,16 @@ def lets(
         `data_parallel` its mean over the devices has equal shares. `static_args`: `base`, `rho`,
         `hessian`, `bounds`.
     """
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise TypeError(f"lets: `bounds` must be two numbers, got {bounds!r}")
     least, largest = bounds
-    if not 0 < least <= largest:
+    check_static_number("bounds", least, 0, excluded=0)
+    check_static_number("bounds", largest, 0, excluded=0)
+    if largest < least:
         raise ValueError(f"lets: `bounds` must be 0 < least <= largest, got {bounds}")
-    if callable(rho):
-        raise TypeError("lets: `rho` must be a number, the radius to begin with, got a schedule")
     check_number("rho", rho, least, largest)
-    check_number("rho_learning_rate", rho_learning_rate, 0)
-    if hessian not in ("exact", "diag_sq"):
-        raise ValueError(f"lets: `hessian` must be 'exact' or 'diag_sq', got {hessian!r}")
+    check_hyperparam("rho_learning_rate", rho_learning_rate, 0)
+    check_choice("hessian", hessian, ("exact", "diag_sq"))
     base = as_transformation("lets", "base", base)
     perturbation = metric_ball(1.0) if perturbation is None else perturbation
     perturbation = as_transformation("lets", "perturbation", perturbation)

@@ -13,7 +13,7 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
-from samx.core.hyperparams import Default, at_step, check_number
+from samx.core.hyperparams import Default, at_step, check_hyperparam
 from samx.core.readings import UNKNOWN
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import closure_transformation
@@ -156,7 +156,7 @@ def reuse_orthogonal(
 ) -> Transformation:
     """LookSAM with any policy: reuse the component of the sharp gradient orthogonal to `g`."""
     check_policy(name, policy)
-    check_number("alpha", alpha, 0)
+    check_hyperparam("alpha", alpha, 0)
     sharp = partial(sharp_gradient, perturb_dtype=perturb_dtype)
 
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
-from samx.core.hyperparams import Default
+from samx.core.hyperparams import Default, check_function
 from samx.core.readings import UNKNOWN, Readings, no_readings
 from samx.core.sharp import sharp_gradient
 from samx.core.state import first_aux, kept_aux
@@ -108,6 +108,8 @@ def momentum_sam(
     """
     ball = ball_of("momentum_sam", rho, perturbation)
     base = as_transformation("momentum_sam", "base", base)
+    if momentum is not None:
+        check_function("momentum", momentum)
     momentum_of = find_momentum if momentum is None else momentum
     sharp = partial(sharp_gradient, gradients=1, perturb_dtype=perturb_dtype, has_aux=True)
 

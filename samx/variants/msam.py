@@ -14,7 +14,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import batch_size
-from samx.core.hyperparams import Default, check_count
+from samx.core.hyperparams import Default, as_count, check_choice
 from samx.core.microbatches import Means, means_over
 from samx.core.readings import Readings, extra_gradients, no_readings
 from samx.core.state import first_aux, kept_aux
@@ -112,9 +112,8 @@ def msam(
         microbatch, which agrees with the loop of tml-epfl/understanding-sam. The microbatches of
         both are contiguous. `static_args`: `num_microbatches`, `how`.
     """
-    check_count("num_microbatches", num_microbatches)
-    if how not in ("scan", "vmap"):
-        raise ValueError(f"msam: `how` must be 'scan' or 'vmap', got {how!r}")
+    num_microbatches = as_count("num_microbatches", num_microbatches)
+    check_choice("how", how, ("scan", "vmap"))
     ball = ball_of("msam", rho, perturbation)
     sam_on = partial(sam_step, gradients=2, perturbation=ball, perturb_dtype=perturb_dtype)
 

@@ -11,7 +11,7 @@ import jax
 import optax
 
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
-from samx.core.hyperparams import Default, check_count
+from samx.core.hyperparams import Default, as_count
 from samx.core.readings import UNKNOWN, Readings, no_readings
 from samx.core.sharp import ascend, sharp_gradient, value_and_grad_at
 from samx.core.transformation import as_transformation, closure_transformation
@@ -81,7 +81,7 @@ def sharpness_aware(
         state advances once per optimizer step, from the gradient at the parameters, whatever
         `ascent_steps` is. `static_args`: `ascent_steps`.
     """
-    check_count("ascent_steps", ascent_steps)
+    ascent_steps = as_count("ascent_steps", ascent_steps)
     perturbation = as_transformation(name, "perturbation", perturbation)
     sharp = partial(sharp_gradient, gradients=1 + ascent_steps, perturb_dtype=perturb_dtype)
 

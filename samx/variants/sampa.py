@@ -15,7 +15,7 @@ from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.closures import batch_size, mean_loss, unit_weights
 from samx.core.devices import ONE_DEVICE
-from samx.core.hyperparams import Default, at_step, check_number, next_step
+from samx.core.hyperparams import Default, at_step, check_choice, check_hyperparam, next_step
 from samx.core.readings import Readings, no_readings, take_readings
 from samx.core.sharp import perturbed, value_and_grad_at
 from samx.core.state import HeldBatch, check_like, first_aux, kept_aux
@@ -134,9 +134,8 @@ def sampa(
         With Adam there is no published code: the trial step through the base is our reading.
         `static_args`: `base`, `gradients`, `pair_sharding`.
     """
-    check_number("lam", lam, 0, 1)
-    if gradients not in ("vmap", "separate"):
-        raise ValueError(f"sampa: `gradients` must be 'vmap' or 'separate', got {gradients!r}")
+    check_hyperparam("lam", lam, 0, 1)
+    check_choice("gradients", gradients, ("vmap", "separate"))
     check_pair_sharding("sampa", pair_sharding)
     if pair_sharding is not None and gradients == "separate":
         raise ValueError("sampa: `pair_sharding` needs gradients='vmap', got 'separate'")

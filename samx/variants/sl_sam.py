@@ -13,13 +13,13 @@ import optax
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.closures import Closure, evaluate
-from samx.core.hyperparams import Default, as_key, at_step, check_number, next_step
+from samx.core.hyperparams import Default, as_key, at_step, check_hyperparam, check_key, next_step
 from samx.core.readings import FORWARD, Readings, no_readings
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.variants._ball import ball_of
-from samx.variants._layer_groups import LayerGroups, check_groups, filled, groups_of, only
+from samx.variants._layer_groups import LayerGroups, as_groups, filled, groups_of, only
 
 
 class SLSAMState(NamedTuple):
@@ -131,17 +131,18 @@ def sl_sam(
         update of EXP3. Its rate, floor and reward are our choices, and so are groups as the arms.
         The paper reports 21% to 47% of active parameters. `static_args`: `base`, `groups`.
     """
-    check_number("bandit_learning_rate", bandit_learning_rate, 0)
-    check_number("exploration", exploration, 0, 1)
+    check_hyperparam("bandit_learning_rate", bandit_learning_rate, 0)
+    check_hyperparam("exploration", exploration, 0, 1)
     ball = ball_of("sl_sam", rho, perturbation)
     base = as_transformation("sl_sam", "base", base)
-    check_groups("sl_sam", groups)
+    groups = as_groups(groups)
+    check_key(key)
 
     def init_fn(params):
         readings = no_readings(params)
         return SLSAMState(
             step=jnp.zeros((), jnp.int32),
-            key=as_key("sl_sam", key),
+            key=as_key(key),
             log_weights=jnp.zeros(len(groups_of(groups, params)), jnp.float32),
             largest_norm=jnp.zeros_like(readings.grad_norm),
             group=jnp.full((), -1, jnp.int32),
@@ -198,7 +199,8 @@ def _reward(
     largest = jnp.maximum(state.largest_norm, g_norm)
     gain = rate * g_norm / jnp.where(largest == 0, 1, largest) / p
     log_weights = state.log_weights.at[group].add(gain.astype(jnp.float32))
-    return log_weights - jnp.max(log_weights), largest
+    learned = log_weights - jnp.max(log_weights), largest
+    return tree.if_finite(learned, (state.log_weights, state.largest_norm))
 
 
 def _seen_by_part(

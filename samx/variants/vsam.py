@@ -13,7 +13,7 @@ import optax
 from samx.combinations import Mixing, decaying
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
-from samx.core.hyperparams import Default, check_count
+from samx.core.hyperparams import Default, as_count
 from samx.core.readings import UNKNOWN
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import closure_transformation
@@ -76,7 +76,7 @@ def vsam(
         give NaN; here a missing sample counts as no change. For some `decay` (0.9 is one), rounding
         makes that code reuse h a seventh time. `static_args`: `reuse_steps`, `policy`.
     """
-    check_count("reuse_steps", reuse_steps, 0)
+    reuse_steps = as_count("reuse_steps", reuse_steps, 0)
     policy = quota() if policy is None else policy
     ball = ball_of("vsam", rho, perturbation)
     return reuse_second_order("vsam", policy, ball, decaying(decay, reuse_steps), perturb_dtype)

@@ -13,7 +13,7 @@ import optax
 from samx.combinations import mix
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
-from samx.core.hyperparams import Default, at_step, check_number, map_schedule, next_step
+from samx.core.hyperparams import Default, at_step, check_hyperparam, map_schedule, next_step
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
@@ -89,7 +89,7 @@ def wsam(
         Fidelity: matches the class `WeightedSAM` that the authors kept in dlrover, with its default
         `decouple=True`. `static_args`: `base`.
     """
-    check_number("learning_rate", learning_rate, 0)
+    check_hyperparam("learning_rate", learning_rate, 0)
     alpha = _weight(gamma)
     base = as_transformation("wsam", "base", base)
     ball = ball_of("wsam", rho, perturbation)
@@ -159,7 +159,5 @@ def coupled_wsam(
 
 def _weight(gamma: ScalarOrSchedule) -> Any:
     """Return the weight α of the sharpness, where the loss has weight 1."""
-    check_number("gamma", gamma, 0, 1)
-    if isinstance(gamma, int | float) and gamma == 1:
-        raise ValueError("`gamma` must be in [0, 1): 1 leaves nothing of the loss")
+    check_hyperparam("gamma", gamma, 0, 1, excluded=1)  # 1 leaves nothing of the loss
     return map_schedule(gamma, lambda gamma: gamma / (1 - gamma))

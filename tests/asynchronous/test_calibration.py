@@ -67,7 +67,7 @@ def test_few_sizes_are_tried(monkeypatch):
     [
         (3, {}, ValueError, r"calibrate_ascent_batch: every leaf of `batch`.*\(4, 2\).*\(3,\)"),
         (4, {"multiple": 0}, ValueError, "`multiple` must be at least 1, got 0"),
-        (4, {"repeats": 0.5}, TypeError, "`repeats` must be a Python int, got float"),
+        (4, {"repeats": 0.5}, TypeError, "`repeats` must be a Python int, got 0.5"),
     ],
 )
 def test_calibration_of_nonsense(size, keywords, error, message):

@@ -135,7 +135,7 @@ FACTORIES = {
     "which loss to descend": (
         lambda: samx.gsam(descend="both"),
         ValueError,
-        "gsam: `descend` must be 'sharp' or 'clean', got 'both'",
+        "`descend` must be 'sharp' or 'clean', got 'both'",
     ),
     "a number renormalized": (
         lambda: combinations.renormalized(0.05),
@@ -160,12 +160,12 @@ FACTORIES = {
     "gamma beyond one": (
         lambda: samx.coupled_wsam(gamma=1.5),
         ValueError,
-        r"`gamma` must be in \[0, 1\], got 1.5",
+        r"`gamma` must be in \[0, 1\), got 1.5",
     ),
     "nothing of the loss": (
         lambda: samx.wsam(SGD, 0.1, gamma=1),
         ValueError,
-        r"`gamma` must be in \[0, 1\): 1 leaves nothing of the loss",
+        r"`gamma` must be in \[0, 1\), got 1",
     ),
     "negative learning rate": (
         lambda: samx.wsam(SGD, -0.1),
@@ -182,7 +182,7 @@ FACTORIES = {
     "half a microbatch": (
         lambda: samx.msam(num_microbatches=0.5),
         TypeError,
-        "`num_microbatches` must be a Python int, got float",
+        "`num_microbatches` must be a Python int, got 0.5",
     ),
     "how microbatches are taken": (
         lambda: samx.msam(how="loop"),
@@ -197,12 +197,12 @@ FACTORIES = {
     "a negative scale": (
         lambda: mup_ball(0.1, {"a": 1.0, "b": -1.0}),
         ValueError,
-        r"`scales`\['b'\] must be at least 0 and finite, got -1.0",
+        r"`scales\['b'\]` must be at least 0, got -1.0",
     ),
     "a scale of no number": (
         lambda: samx.mup_sam(0.1, {"a": "wide"}),
         TypeError,
-        r"`scales`\['a'\] must be a Python number, got 'wide'",
+        r"`scales\['a'\]` must be a number, got 'wide'",
     ),
     "normalization": (
         lambda: samx.mup_sam(0.1, {}, normalization="global"),
@@ -222,7 +222,7 @@ FACTORIES = {
     "no width": (
         lambda: samx.mup_sam(0.1, {}, normalization="layerwise", width=0),
         ValueError,
-        "`width` must be above 0 and finite, got 0",
+        "`width` must be above 0, got 0",
     ),
     "following no schedule": (
         lambda: schedules.following(0.1, 0.2, peak_value=0.1),
@@ -242,7 +242,7 @@ FACTORIES = {
     "first step of async_sam": (
         lambda: samx.async_sam(first="base"),
         ValueError,
-        "async_sam: `first` must be 'plain' or 'sam', got 'base'",
+        "`first` must be 'plain' or 'sam', got 'base'",
     ),
     "no share of the ascent": (
         lambda: samx.async_sam(ascent_share=0.0),
@@ -252,7 +252,7 @@ FACTORIES = {
     "more than the whole batch": (
         lambda: samx.async_sam(ascent_share=2),
         ValueError,
-        r"`ascent_share` must be in \[0, 1\], got 2",
+        r"`ascent_share` must be in \(0, 1\], got 2",
     ),
     "two role axes": (
         lambda: samx.async_sam(role_axis=("role", "data")),
@@ -299,7 +299,7 @@ FACTORIES = {
     "half a period": (
         lambda: samx.dynamic_sparse_sam(period=0.5),
         TypeError,
-        "`period` must be a Python int, got float",
+        "`period` must be a Python int, got 0.5",
     ),
     "pattern": (
         lambda: samx.fisher_sparse_sam(period=1, pattern="2:4"),
@@ -329,7 +329,7 @@ FACTORIES = {
     "a schedule of the sparsity": (
         lambda: samx.dynamic_sparse_sam(sparsity=lambda t: 0.5, period=1),
         TypeError,
-        "`sparsity` must be a number, got a schedule",
+        "`sparsity` must be a number, got the function",
     ),
     "drop rate": (
         lambda: samx.dynamic_sparse_sam(drop_rate=1.5, period=1),
@@ -339,17 +339,17 @@ FACTORIES = {
     "by what to drop": (
         lambda: samx.dynamic_sparse_sam(period=1, drop="fisher"),
         ValueError,
-        "`drop` must be one of .*'gradient', 'weight', 'random'.*got 'fisher'",
+        "`drop` must be 'gradient', 'weight' or 'random', got 'fisher'",
     ),
     "by what to grow": (
         lambda: samx.dynamic_sparse_sam(period=1, grow=None),
         ValueError,
-        "`grow` must be one of .*got None",
+        "`grow` must be .*got None",
     ),
     "a key of no number": (
         lambda: samx.dynamic_sparse_sam(period=1, key="seed").init(jnp.ones(2)),
         TypeError,
-        "dynamic_mask: `key` must be a seed or a key from jax.random.key, got 'seed'",
+        "`key` must be a seed or a key from jax.random.key, got 'seed'",
     ),
     "a radius to learn from 0": (
         lambda: samx.lets(SGD, 0.0),
@@ -359,7 +359,7 @@ FACTORIES = {
     "a schedule to learn": (
         lambda: samx.lets(SGD, lambda t: 0.1),
         TypeError,
-        "`rho` must be a number, the radius to begin with, got a schedule",
+        "`rho` must be a number, got the function",
     ),
     "negative rate of lets": (
         lambda: samx.lets(SGD, rho_learning_rate=-1),

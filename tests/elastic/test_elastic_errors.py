@@ -17,7 +17,11 @@ BAD = {
     "period": (lambda: elastic.Rule(period=0), ValueError, "`period` must be at least 1"),
     "smoothing": (lambda: elastic.Rule(smoothing="median"), ValueError, "'elastic' or 'gaussian'"),
     "deviation": (lambda: elastic.Rule(deviation=0.1), ValueError, "belongs to smoothing"),
-    "leader": (lambda: elastic.Rule(leader=1.0), ValueError, "`leader` must be below 1"),
+    "leader": (
+        lambda: elastic.Rule(leader=1.0),
+        ValueError,
+        r"`leader` must be in \[0, 1\)",
+    ),
     "schedule": (lambda: elastic.Rule(beta=lambda t: 0.9), TypeError, "`beta` must be a number"),
     "staleness": (
         lambda: train(SHARP, elastic.Rule(), 4, num_workers=3, max_staleness=1),
@@ -67,7 +71,7 @@ BAD = {
     "exchange": (
         lambda: samx.lsam(optax.sgd(0.1), exchange="never"),
         ValueError,
-        "lsam: `exchange` must be 'before' or 'after'",
+        "`exchange` must be 'before' or 'after'",
     ),
     "momentum": (
         lambda: elastic.nesterov(optax.sgd(0.1), 1.5),

@@ -300,7 +300,7 @@ def test_a_worker_that_hangs_is_killed(cluster):
     ("options", "error", "message"),
     [
         ({"num_shards": 0}, ValueError, "`num_shards` must be at least 1, got 0"),
-        ({"num_shards": 1.5}, TypeError, "`num_shards` must be a Python int, got float"),
+        ({"num_shards": 1.5}, TypeError, "`num_shards` must be a Python int, got 1.5"),
         ({"num_cpus_per_worker": -1}, ValueError, "`num_cpus_per_worker` must be at least 0"),
         ({"num_gpus_per_worker": "all"}, TypeError, "`num_gpus_per_worker` must be a number"),
         ({"grace": float("nan")}, ValueError, "`grace` must be at least 0, got nan"),

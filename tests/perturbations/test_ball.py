@@ -69,7 +69,7 @@ def test_any_variant_takes_it():
     [
         (lambda: ball(-0.1, lambda g, w, r: g), ValueError, "`rho` must be at least 0, got -0.1"),
         (lambda: ball("0.1", lambda g, w, r: g), TypeError, "`rho` must be a number or a schedule"),
-        (lambda: ball(0.1, 3), TypeError, "ball: `climb` must be a function, got 3"),
+        (lambda: ball(0.1, 3), TypeError, "`climb` must be a function, got 3"),
     ],
 )
 def test_refused(make, error, message):

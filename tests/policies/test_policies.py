@@ -109,3 +109,48 @@ def test_squared_norm_of_zero_gradients_stays_a_number(threshold, is_sharp):
     decisions, states = decide(policies.squared_norm(threshold), np.zeros((2000, 3), np.float32))
     assert np.all(decisions == is_sharp)
     assert np.all(np.isfinite(states.variance))
+
+
+@pytest.mark.parametrize("spike", [np.nan, np.inf, 1e25, 1e10, 1e4])
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_one_spike_does_not_turn_the_squared_norm_off(spike, threshold):
+    """70 steps later, it takes the sharp steps that it takes without the spike."""
+    gradients = np.random.default_rng(0).normal(size=(200, 3))
+    policy = policies.squared_norm(threshold)
+    expected, _ = decide(policy, gradients)
+    gradients[50] *= spike
+    found, states = decide(policy, gradients)
+    assert np.all(np.isfinite(states.mean))
+    assert np.all(np.isfinite(states.variance))
+    if not spike < 1e19:  # its square overflows
+        np.testing.assert_array_equal(states.mean[50], states.mean[49])
+    assert found[120:].sum() >= 0.8 * expected[120:].sum() > 5
+
+
+def test_a_gradient_that_stays_long_is_learned():
+    gradients = np.random.default_rng(0).normal(size=(300, 3))
+    gradients[100:] *= 1e4
+    found, states = decide(policies.squared_norm(), gradients)
+    assert 0.3e8 < states.mean[-1] / states.mean[99] < 3e8
+    assert 0.1 < found[150:].mean() < 0.9
+
+
+def test_an_average_of_zeros_does_not_stay():
+    gradients = np.zeros((60, 3))
+    gradients[30:] = 1.0
+    _, states = decide(policies.squared_norm(), gradients)
+    np.testing.assert_allclose(states.mean[-1], 3.0, rtol=0.1)
+
+
+def test_the_averages_begin_without_a_limit():
+    """In the first 1 / (1 - decay) steps a squared norm may be 10,000 times its average."""
+    gradients = np.full(12, 0.01)
+    gradients[4] = 1.0
+    _, states = decide(policies.squared_norm(decay=0.8), gradients)
+    by_hand = 0.0
+    for t, g in enumerate(gradients):
+        by_hand = 0.8 * by_hand + 0.2 * g**2
+        np.testing.assert_allclose(states.mean[t], by_hand, rtol=1e-5)
+    gradients = np.roll(gradients, 1)  # one step later there is one
+    _, states = decide(policies.squared_norm(decay=0.8), gradients)
+    np.testing.assert_allclose(states.mean[5], (0.8 + 0.2 * 100) * states.mean[4], rtol=1e-5)

@@ -114,3 +114,17 @@ def test_norms_of_a_quota_are_those_of_the_measured_leaves():
     policy = policies.quota(is_measured=lambda path, leaf: path[-1].key == "a")
     state = policy.observe(g, g_s, policy.init(g))
     assert (float(state.norms[-1]), float(state.ratios[-1])) == (2.0, pytest.approx(0.4))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_one_bad_sharp_gradient_does_not_turn_the_quota_off(bad):
+    """What it measured there is left out; everything else is as without the bad step."""
+    g, g_s = np.random.default_rng(0).normal(size=(2, 120, 3))
+    policy = policies.quota(10, num_blocks=2, warmup_steps=12)
+    expected, states = decide(policy, g, g_s)
+    at = 12 + 10 + int(np.flatnonzero(expected[22:])[0])
+    g_s[at] = bad
+    found, poisoned = decide(policy, g, g_s)
+    assert all(np.all(np.isfinite(x)) for x in poisoned if x.dtype == np.float32)
+    np.testing.assert_array_equal(poisoned.norms[at], states.norms[at - 1])
+    assert found[22:].sum() >= 0.8 * expected[22:].sum() > 6

@@ -77,7 +77,7 @@ def program(name) -> Program:
 
     @jax.jit
     def step(params, state, batch, numbers, slopes, rate, factor):
-        base = optax.sgd(rate, momentum=0.9)
+        base = optax.chain(optax.zero_nans(), optax.sgd(rate, momentum=0.9))
         tx = case.build(base, batch_like=batch_like, **arguments(case, numbers, slopes))
 
         def losses_fn(params, batch):
@@ -86,7 +86,8 @@ def program(name) -> Program:
         return problem.make_step(tx, losses_fn)(params, state, batch)
 
     flat = dict.fromkeys(case.hyper, 0.0)
-    tx = case.build(batch_like=batch_like, **arguments(case, case.hyper, flat))
+    base = optax.chain(optax.zero_nans(), optax.sgd(0.1, momentum=0.9))
+    tx = case.build(base, batch_like=batch_like, **arguments(case, case.hyper, flat))
     return Program(case, tx.init(params), step)
 
 
@@ -147,6 +148,18 @@ def stays_finite_at_a_zero_gradient(name):
     assert float(readings(history[-1]).perturbation_norm) == 0
     for params, state in program(name).run(5, factor=[1.0, 1.0, 0.0, 0.0, 1.0]):
         assert_finite((params, without_sharp_loss(state)))
+
+
+def recovers_from_a_bad_batch(name):
+    """One step is not a number, and the base gets zeros: no state remembers it for ever."""
+    if "learning_rate" in VARIANTS[name].hyper:
+        return  # it takes a step itself, which the base cannot clear
+    factors = [1.0] * (2 * MOST_STEPS_BETWEEN)
+    for bad in (1, 2, 3):
+        factors[bad] = np.nan
+        for params, state in program(name).run(len(factors), factor=factors)[-2:]:
+            assert_finite((params, without_sharp_loss(state)))
+        factors[bad] = 1.0
 
 
 def follows_schedules(name):
@@ -247,6 +260,7 @@ def signature(tree):
 CHECKS = (
     follows_its_oracle,
     stays_finite_at_a_zero_gradient,
+    recovers_from_a_bad_batch,
     follows_schedules,
     has_its_limit_without_a_radius,
     stays_at_a_learning_rate_of_zero,

@@ -102,7 +102,12 @@ SUITES = {
         "asynchronous/test_async_state.py",
         "parallel/test_parallel.py::test_global",
     ),
-    "core/hyperparams.py": ("core/test_keys.py",),
+    "core/hyperparams.py": (
+        "core/test_keys.py",
+        "core/test_arguments.py",
+        "core/test_factory_errors.py",
+    ),
+    "policies/norms.py": ("policies/test_policies.py",),
     "core/microbatches.py": (
         "variants/test_msam.py",
         "training/test_accumulation.py",

@@ -53,7 +53,7 @@ def test_a_complex_gradient_climbs_along_its_conjugate(float64):
 
 
 def test_eta_has_no_schedule():
-    with pytest.raises(TypeError, match="fisher_sam: `eta` must be a number, got a schedule"):
+    with pytest.raises(TypeError, match="`eta` must be a number, got the function"):
         samx.fisher_sam(0.1, lambda step: 1.0)
 
 

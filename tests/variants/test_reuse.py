@@ -41,7 +41,7 @@ def test_vsam_is_arsam_whose_reuse_ends():
 def test_weight_of_a_reused_part():
     weight = decaying(optax.linear_schedule(1.0, 0.0, 10), last=2)
     steps, ages = jnp.arange(4), jnp.array([0, 1, 2, 3])
-    np.testing.assert_allclose(weight(ages, steps), [1.0, 0.9, 0.64, 0.0])
+    np.testing.assert_allclose(jax.vmap(weight)(ages, steps), [1.0, 0.9, 0.64, 0.0])
 
 
 def test_ratio_of_the_part_that_is_kept():
