@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from samx.core import tree
@@ -96,6 +97,7 @@ class Closure:
 
     def _checked(self, result: Any) -> tuple[jax.Array, Any]:
         loss, aux = loss_and_aux(result)
+        _check_array(self.name, self.keyword, "a scalar or (scalar, aux)", loss)
         if jnp.shape(loss) != ():
             raise ValueError(
                 f"{self.name}: `{self.keyword}` must return a scalar (or (scalar, aux)), got shape "
@@ -129,6 +131,7 @@ class LossesClosure:
     def with_aux(self, params: Any, batch: Any) -> tuple[jax.Array, Any]:
         """Return `(losses, aux)`, checked."""
         losses, aux = loss_and_aux(self.fn(params, batch))
+        _check_array(self.name, "losses_fn", "losses [B] or (losses, aux)", losses)
         size = batch_size(self.name, batch)
         if jnp.shape(losses) != (size,):
             raise ValueError(
@@ -169,6 +172,13 @@ def losses_closure(name: str, fn: Callable[..., Any]) -> LossesClosure:
     return fn if isinstance(fn, LossesClosure) else LossesClosure(fn, name)
 
 
+def _check_array(name: str, keyword: str, wanted: str, loss: Any) -> None:
+    if not isinstance(loss, jax.Array | np.ndarray | np.generic | float | int):
+        kind = f"a tuple of {len(loss)}" if isinstance(loss, tuple) else f"a {type(loss).__name__}"
+        got = "nothing (None)" if loss is None else kind
+        raise TypeError(f"{name}: `{keyword}` must return {wanted}, got {got}")
+
+
 def _check_floating(name: str, keyword: str, loss: Any) -> None:
     dtype = jnp.result_type(loss)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -185,7 +195,10 @@ def batch_size(name: str, batch: Any) -> int:
         raise ValueError(
             f"{name}: every leaf of `batch` must have the same leading axis [B], got {shapes}"
         )
-    return next(iter(shapes.values()))[0]
+    size = next(iter(shapes.values()))[0]
+    if size == 0:
+        raise ValueError(f"{name}: `batch` must hold at least one example, got {shapes}")
+    return size
 
 
 def unit_weights(batch: Any, dtype: Any) -> jax.Array:

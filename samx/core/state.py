@@ -38,12 +38,23 @@ def check_like(name: str, keyword: str, value: Any, like: Any, fix: str) -> None
     """Require the shapes and dtypes of `like`, which a state holds."""
 
     def describe(tree):
-        return jax.tree.map(lambda x: (jnp.shape(x), str(jnp.result_type(x))), tree)
+        """Return a shape and a dtype for each path; containers need not be comparable."""
+        return {
+            jax.tree_util.keystr(path) or keyword: (jnp.shape(x), str(jnp.result_type(x)))
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
 
-    if describe(value) != describe(like):
+    got, wanted = describe(value), describe(like)
+    if got != wanted:
         raise ValueError(
             f"{name}: `{keyword}` must have the shapes and dtypes of `{keyword}_like`, "
-            f"{describe(like)}, got {describe(value)}; {fix}"
+            f"{wanted}, got {got}; {fix}"
+        )
+    structures = jax.tree.structure(value), jax.tree.structure(like)
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"{name}: `{keyword}` must have the structure of `{keyword}_like`, {structures[1]}, "
+            f"got {structures[0]}; {fix}"
         )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 import problem
 import pytest
+from cases import CLOSURES, VARIANTS
 
 import samx
 from samx.perturbations import magnitude
@@ -88,3 +89,109 @@ def test_magnitude_scales_by_name():
     scales = metric(params | {"count": jnp.arange(2)})
     assert float(scales["kernel"][0]) == 0.5
     assert (scales["bias"], scales["in_bias"], scales["count"]) == (1.0, 1.0, 1.0)
+
+
+NO_LOSS = {  # what a closure may return by mistake, and how the message calls it
+    "nothing": (lambda loss: None, "nothing"),
+    "three": (lambda loss: (loss, 1, 2), "a tuple of 3"),
+    "one in a tuple": (lambda loss: (loss,), "a tuple of 1"),
+    "a list": (lambda loss: [loss], "a list"),
+    "a dict": (lambda loss: {"loss": loss}, "a dict"),
+    "a text": (lambda loss: "loss", "a str"),
+    "the aux first": (lambda loss: ({"acc": loss}, loss), "a dict"),
+    "nothing and an aux": (lambda loss: (None, loss), "nothing"),
+}
+
+
+@pytest.mark.parametrize("what", NO_LOSS)
+@pytest.mark.parametrize("name", CLOSURES)
+def test_what_is_no_loss_is_refused_by_name(name, what):
+    """In every closure that a variant takes, while tracing."""
+    (broken, kind), (_, params) = NO_LOSS[what], problem.make("float32")
+    tx = VARIANTS[name].build()
+    state = jax.eval_shape(tx.init, params)
+    closures = {"value_fn": lambda p: problem.losses_fn(p, BATCH).mean(), "batch": BATCH}
+    closures |= {"losses_fn": problem.losses_fn} | problem.further(BATCH)
+    functions = {"value_fn", "losses_fn", "ascent_fn", "validation_fn"}
+    for keyword in functions & {*VARIANTS[name].needs}:
+        right = closures[keyword]
+        wrong = closures | {keyword: lambda *args, right=right: broken(right(*args))}
+        with pytest.raises(TypeError, match=rf"`{keyword}` must return .*, got {kind}"):
+            jax.eval_shape(functools.partial(tx.update, **wrong), params, state, params)
+
+
+@pytest.mark.parametrize("name", ["sampa", "msam", "ksam", "esam", "ausam", "fisher_sparse_sam"])
+def test_an_empty_batch_is_refused(name):
+    _, params = problem.make("float32")
+    empty = jax.tree.map(lambda x: x[:0], BATCH)
+    tx = VARIANTS[name].build()
+    state = jax.eval_shape(tx.init, params)
+    closures = {"losses_fn": problem.losses_fn, "batch": empty, **problem.further(empty)}
+    with pytest.raises(ValueError, match="`batch` must hold at least one example"):
+        jax.eval_shape(functools.partial(tx.update, **closures), params, state, params)
+
+
+@jax.tree_util.register_pytree_node_class
+class Box:
+    """A container without structural equality, like those of Equinox."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def tree_flatten(self):
+        return (self.x,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def with_box(params, batch):
+    return problem.losses_fn(params, batch["box"].x), Box(batch["box"].x["x"].mean(0))
+
+
+BOXES = {
+    "sampa": lambda: samx.sampa(
+        optax.sgd(0.1), batch_like={"box": Box(BATCH)}, aux_like=Box(jnp.zeros(10))
+    ),
+    "momentum_sam": lambda: samx.momentum_sam(
+        optax.sgd(0.1, momentum=0.9), aux_like=Box(jnp.zeros(10))
+    ),
+    "msam": lambda: samx.msam(0.1, aux_like=Box(jnp.zeros(10))),
+    "sl_sam": lambda: samx.sl_sam(optax.sgd(0.1), aux_like=Box(jnp.zeros(10))),
+    "accumulate": lambda: samx.accumulate(samx.sam(), 2, aux_like=Box(jnp.zeros(10))),
+}
+
+
+@pytest.mark.parametrize("name", BOXES)
+def test_containers_that_cannot_be_compared(name):
+    tx, (_, params) = BOXES[name](), problem.make("float32")
+    batch = {"box": Box(BATCH)}
+
+    def value_fn(p):
+        losses, aux = with_box(p, batch)
+        return losses.mean(), aux
+
+    closures = {"losses_fn": with_box, "batch": batch}
+    closures |= {} if name == "accumulate" else {"value_fn": value_fn}
+    update = functools.partial(tx.update, **closures)
+    state = jax.eval_shape(tx.init, params)
+    _, after = jax.eval_shape(update, params, state, params)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_an_aux_of_another_shape_or_structure():
+    _, params = problem.make("float32")
+
+    def update(aux_like, aux):
+        tx = samx.momentum_sam(optax.sgd(0.1, momentum=0.9), aux_like=aux_like)
+        state = jax.eval_shape(tx.init, params)
+        keywords = {"value_fn": lambda p: (p["W1"].sum(), aux)}
+        jax.eval_shape(functools.partial(tx.update, **keywords), params, state, params)
+
+    update([jnp.zeros(2)], [jnp.zeros(2)])
+    for wrong in ([jnp.zeros(3)], [jnp.zeros(2, int)], {"a": jnp.zeros(2)}, None, []):
+        with pytest.raises(ValueError, match="`aux` must have the shapes and dtypes of `aux_like`"):
+            update([jnp.zeros(2)], wrong)
+    with pytest.raises(ValueError, match="`aux` must have the structure of `aux_like`"):
+        update([jnp.zeros(2)], (jnp.zeros(2),))
