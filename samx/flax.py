@@ -26,7 +26,7 @@ from samx.core.closures import loss_and_aux
 from samx.core.hyperparams import check_choice
 from samx.core.readings import Readings
 from samx.core.sharp import is_sharp_pass
-from samx.core.transformation import OWN_KEYWORDS
+from samx.core.transformation import OWN_KEYWORDS, as_transformation
 from samx.training.accumulate import AccumulateState
 
 __all__ = ["TrainState", "closure", "keep_aux", "statistics"]
@@ -102,27 +102,32 @@ class TrainState(train_state.TrainState):
             extra_args: Keywords that only the base optimizer knows.
             **kwargs: The keywords of the contract (`value_fn`, `losses_fn`, `batch`, `weights`,
                 `value`, ...), which go to the optimizer. And fields of this state, which replace
-                the old ones, for example the `batch_stats` of your own forward pass.
+                the old ones, for example the `batch_stats` of your own forward pass. A name that
+                is both does both.
 
         Returns:
             The state after the step. If the optimizer keeps the aux of a pass (`aux_like`), this
             aux is the new `batch_stats`, whatever you passed.
 
         Raises:
-            TypeError: If a keyword is neither of the two.
+            TypeError: If a keyword is neither of the two, or is in `extra_args` too.
             ValueError: If `tx` raises it, or if the aux that the optimizer keeps does not have the
                 structure of `batch_stats`.
         """
-        changes = {f.name: kwargs.pop(f.name) for f in fields(self) if f.name in kwargs}
-        unknown = kwargs.keys() - _UPDATE_KEYWORDS
+        changes = {f.name: kwargs[f.name] for f in fields(self) if f.name in kwargs}
+        keywords = {key: value for key, value in kwargs.items() if key in _UPDATE_KEYWORDS}
+        unknown = kwargs.keys() - changes.keys() - keywords.keys()
         if unknown:
             raise TypeError(
                 f"apply_gradients: {sorted(unknown)} are neither fields of {type(self).__name__} "
                 f"nor keywords of the contract ({', '.join(sorted(_UPDATE_KEYWORDS))}); pass what "
                 "only the base optimizer knows as extra_args={...}"
             )
-        update = optax.with_extra_args_support(self.tx).update
-        told = partial(update, **kwargs, **(extra_args or {}))
+        twice = sorted(keywords.keys() & (extra_args or {}).keys())
+        if twice:
+            raise TypeError(f"apply_gradients: {twice} are keywords and in `extra_args` too")
+        update = as_transformation("TrainState", "tx", self.tx).update
+        told = partial(update, **keywords, **(extra_args or {}))
         state = self.replace(tx=optax.GradientTransformation(self.tx.init, told))
         state = super(TrainState, state).apply_gradients(grads=grads, **changes)
         aux = _kept_aux(state.opt_state, self.batch_stats)

@@ -230,11 +230,16 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
 def as_transformation(name: str, keyword: str, tx: Any) -> Transformation:
     """Return `tx` as a transformation that takes every keyword.
 
-    Raises a `TypeError` if `tx` is not an optax transformation.
+    An `update` with `**keywords` gets them, whatever the type of `tx` is: `optax.MultiSteps` is no
+    `GradientTransformationExtraArgs`. Raises a `TypeError` if `tx` is not an optax transformation.
     """
     if not (hasattr(tx, "init") and hasattr(tx, "update")):
         kind = type(tx).__name__
-        raise TypeError(f"{name}: `{keyword}` must be an optax transformation, got {kind}")
+        hint = f"; call {tx.__name__}(...)" if inspect.isfunction(tx) else ""
+        raise TypeError(f"{name}: `{keyword}` must be an optax transformation, got {kind}{hint}")
+    kinds = {parameter.kind for parameter in inspect.signature(tx.update).parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
     return optax.with_extra_args_support(tx)
 
 

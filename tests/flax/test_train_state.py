@@ -85,3 +85,63 @@ def test_a_state_goes_through_compiled_loops_and_files(freeze):
         chex.assert_trees_all_equal(same, state)
     by_scan, _ = jax.lax.scan(step, start, length=4)
     chex.assert_trees_all_close(by_scan, step(restored)[0], rtol=1e-12)
+
+
+class Weighted(samx.flax.TrainState):
+    weights: object = None
+    labels: object = None
+
+
+def test_a_name_that_is_a_field_and_a_keyword_does_both():
+    """The loss is (batch · w)², and the second example has no weight."""
+    tx = optax.chain(samx.sam(0.05), optax.sgd(0.1))
+    x, weights = jnp.array([1.0, 100.0]), jnp.array([1.0, 0.0])
+
+    def losses_fn(params, x):
+        return (x * params["w"].sum()) ** 2
+
+    def step(state, **given):
+        grads = jax.grad(lambda p: (losses_fn(p, x) * weights).sum())(state.params)
+        return state.apply_gradients(grads=grads, losses_fn=losses_fn, batch=x, **given)
+
+    expected = step(small_state(tx), weights=weights)
+    found = step(small_state(tx, Weighted), weights=weights, labels=jnp.arange(2))
+    np.testing.assert_allclose(found.params["w"], expected.params["w"], rtol=1e-12)
+    assert abs(float(found.params["w"][0])) < 10
+    np.testing.assert_array_equal(found.weights, weights)
+    np.testing.assert_array_equal(found.labels, [0, 1])
+
+
+def test_a_keyword_in_extra_args_too():
+    with pytest.raises(TypeError, match=r"\['value'\] are keywords and in `extra_args` too"):
+        small_state(optax.sgd(0.1)).apply_gradients(
+            grads=GRADS, value=1.0, extra_args={"value": 2.0}
+        )
+
+
+AROUND = {
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 1),
+    "MultiSteps as a transformation": lambda tx: optax.MultiSteps(tx, 1).gradient_transformation(),
+    "MultiSteps inside": lambda tx: samx.skip_nonfinite(optax.MultiSteps(tx, 1)),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "apply_if_finite and MultiSteps": lambda tx: optax.apply_if_finite(
+        samx.skip_nonfinite(optax.MultiSteps(tx, 1)), 3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_wrappers_of_optax_get_the_keywords(name):
+    def step(tx):
+        state = small_state(tx)
+
+        def value_fn(params):
+            return (params["w"] ** 4).sum()
+
+        for _ in range(3):
+            grads = jax.grad(value_fn)(state.params)
+            state = state.apply_gradients(grads=grads, value_fn=value_fn)
+        return state.params["w"]
+
+    tx = optax.chain(samx.sam(0.1), optax.sgd(0.05, momentum=0.9))
+    np.testing.assert_allclose(step(AROUND[name](tx)), step(tx), rtol=1e-12)
