@@ -14,7 +14,7 @@ MUTATIONS = [m for file in mutations.FILES for m in mutations_of(file)]
 TINY = "the small number beside a norm is below every tolerance; that it is there is tested"
 SIGN = "a metric is not negative, so it does not change the sign"
 EQUIVALENT = {
-    ("variants/fisher_sam.py", "fisher_sam.climb", "jnp.sqrt(tree.dot(g, natural)) + 1e-12"): TINY,
+    ("variants/fisher_sam.py", "fisher_sam.climb", "tree.sqrt(tree.dot(g, natural)) + 1e-12"): TINY,
     ("perturbations/balls.py", "metric_ball.climb", "tree.norm(scaled) + norm_eps"): TINY,
     ("perturbations/balls.py", "monge_ball.climb", "length + norm_eps"): TINY,
     ("perturbations/layer_steps.py", "layer_steps.climb", "tree.norm(g) + norm_eps"): TINY,
@@ -181,7 +181,7 @@ def test_a_deliberate_mistake_is_caught(name):
 # Fisher SAM broken in three ways, and what its row may say to hide it.
 WRONG = {
     "formula": ("g / (1 + eta * jnp.abs(g) ** 2)", "g / (1 + eta * jnp.abs(g))"),
-    "NaN at a zero gradient": ("(jnp.sqrt(tree.dot(g, natural)) + 1e-12)", "tree.norm(natural)"),
+    "NaN at a zero gradient": ("(tree.sqrt(tree.dot(g, natural)) + 1e-12)", "tree.norm(natural)"),
     "frozen schedule": ("ball(rho, climb)", "ball(rho(0) if callable(rho) else rho, climb)"),
 }
 SAYS = {

@@ -53,9 +53,15 @@ def dot(a: Any, b: Any) -> jax.Array:
     return sum(products, start=jnp.zeros((), real_dtype(*jax.tree.leaves(a))))
 
 
+def sqrt(x: jax.Array) -> jax.Array:
+    """Return the square root; its derivative at 0 is 0, since a zero gradient gives no step."""
+    is_zero = x == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
+
+
 def norm(tree: Any) -> jax.Array:
     """Return the global L2 norm over all leaves, one scalar."""
-    return jnp.sqrt(dot(tree, tree))
+    return sqrt(dot(tree, tree))
 
 
 def subtract(a: Any, b: Any) -> Any:

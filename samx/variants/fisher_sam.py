@@ -61,7 +61,7 @@ def fisher_sam(
     def climb(g, params, radius):
         del params
         natural = jax.tree.map(lambda g: g / (1 + eta * jnp.abs(g) ** 2), g)
-        factor = radius / (jnp.sqrt(tree.dot(g, natural)) + 1e-12)
+        factor = radius / (tree.sqrt(tree.dot(g, natural)) + 1e-12)
         return jax.tree.map(lambda x: x * factor, natural)
 
     return sharpness_aware(ball(rho, climb), perturb_dtype=perturb_dtype, name="fisher_sam")
