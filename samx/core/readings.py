@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from samx.core import tree
+from samx.core.state import is_field
 
 FORWARD = 1 / 3  # cost of a forward pass alone, in gradients, by convention
 UNKNOWN = float("inf")  # a loss that was not computed; NaN would trigger jax_debug_nans
@@ -51,6 +52,11 @@ class Readings(NamedTuple):
         [12.5, 13.005, 5.0]
         >>> round(float(optax.tree.get(state, "perturbation_norm")), 3)
         0.1
+
+        If one of your parameters is called "readings", the type tells them apart:
+
+        >>> is_ours = lambda path, value: isinstance(value, samx.Readings)
+        >>> readings = optax.tree.get(state, "readings", filtering=is_ours)
     """
 
     loss: jax.Array
@@ -131,4 +137,5 @@ def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
 
 def extra_gradients(state: Any) -> Any:
     """Return the gradients that a perturbation took in its last step, in passes over one batch."""
-    return sum(spent for _, spent in optax.tree.get_all_with_path(state, "extra_gradients"))
+    found = optax.tree.get_all_with_path(state, "extra_gradients", filtering=is_field)
+    return sum(spent for _, spent in found)

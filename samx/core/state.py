@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 class HeldBatch(NamedTuple):
@@ -22,6 +23,12 @@ class HeldBatch(NamedTuple):
 
     batch: Any
     weights: jax.Array
+
+
+def is_field(path: Any, value: Any) -> bool:
+    """Return whether the path ends in a field of a state, not in a parameter of that name."""
+    del value
+    return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
 
 
 def first_aux(aux_like: Any) -> Any:

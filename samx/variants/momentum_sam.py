@@ -16,7 +16,7 @@ from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.hyperparams import Default, check_function
 from samx.core.readings import UNKNOWN, Readings, no_readings
 from samx.core.sharp import sharp_gradient
-from samx.core.state import first_aux, kept_aux
+from samx.core.state import first_aux, is_field, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.variants._ball import ball_of
 
@@ -138,7 +138,7 @@ def find_momentum(state: optax.OptState) -> Any:
     found = [
         (jax.tree_util.keystr(path), value)
         for name in MOMENTUM_NAMES
-        for path, value in optax.tree.get_all_with_path(state, name, filtering=_is_field)
+        for path, value in optax.tree.get_all_with_path(state, name, filtering=is_field)
     ]
     if len(found) != 1:
         where = ", ".join(path for path, _ in found) or "none"
@@ -148,12 +148,6 @@ def find_momentum(state: optax.OptState) -> Any:
             "`momentum=`, a function from the state of the base to the momentum"
         )
     return found[0][1]
-
-
-def _is_field(path: Any, value: Any) -> bool:
-    """Return whether the path ends in a field of a state, not in a parameter of that name."""
-    del value
-    return isinstance(path[-1], optax.tree_utils.NamedTupleKey)
 
 
 def _check_momentum(v: Any, params: Any) -> None:
