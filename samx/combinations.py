@@ -227,7 +227,7 @@ def decaying(decay: ScalarOrSchedule = 0.7, last: int | None = None) -> Mixing:
         last = as_count("last", last, 0)
 
     def weight(age, step):
-        power = jnp.asarray(at_step(decay, jnp.asarray(step)), float) ** age
+        power = jax.lax.pow(jnp.asarray(at_step(decay, jnp.asarray(step)), float), jnp.asarray(age))
         return power if last is None else jnp.where(age <= last, power, 0)
 
     return weight

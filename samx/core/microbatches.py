@@ -161,7 +161,12 @@ def means_over(
     else:
         means = jax.vmap(of_part)((*parts, shares))
         gradients = jax.tree.map(lambda g: jnp.sum(g, 0), means.gradients)
-    numbers = jax.tree.map(lambda x: jnp.sum((shares * x).astype(x.dtype)), means.numbers)
+
+    def mean(x):
+        dtype = tree.common_dtype(shares.dtype, x.dtype)
+        return jnp.sum((shares.astype(dtype) * x.astype(dtype)).astype(x.dtype))
+
+    numbers = jax.tree.map(mean, means.numbers)
     return Means(gradients, numbers, joined_aux(means.aux))
 
 

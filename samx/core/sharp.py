@@ -153,7 +153,8 @@ def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> o
         w = _widened(w, perturb_dtype)
         if not tree.is_inexact(w):
             return w
-        return (w.astype(jnp.promote_types(w.dtype, jnp.result_type(e))) + e).astype(w.dtype)
+        dtype = tree.common_dtype(w.dtype, e.dtype)
+        return (w.astype(dtype) + e.astype(dtype)).astype(w.dtype)
 
     return jax.tree.map(move, params, eps)
 
@@ -163,7 +164,7 @@ def _widened(w: Any, dtype: Any) -> jax.Array:
     check_floating("perturb_dtype", dtype)
     if dtype is None or not tree.is_inexact(w):
         return w
-    return w.astype(jnp.promote_types(w.dtype, dtype))
+    return w.astype(tree.common_dtype(w.dtype, dtype))
 
 
 def ascend(

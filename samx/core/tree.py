@@ -19,10 +19,16 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
+def common_dtype(*dtypes: Any) -> Any:
+    """Return the dtype that holds all of these, also if the user has made promotion strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 def real_dtype(*leaves: Any) -> Any:
     """Return the dtype of norms, losses and readings: float32, or float64 if a leaf is so wide."""
     wide = [jnp.finfo(jnp.result_type(leaf)).dtype for leaf in leaves if is_inexact(leaf)]
-    return jnp.result_type(jnp.float32, *wide)
+    return common_dtype(jnp.float32, *wide)
 
 
 def coarsest_eps(tree: Any) -> float:
@@ -33,7 +39,7 @@ def coarsest_eps(tree: Any) -> float:
 def widen(leaf: Any) -> jax.Array:
     """Return a half-precision leaf as float32, and every other leaf unchanged."""
     leaf = jnp.asarray(leaf)
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return leaf.astype(common_dtype(leaf.dtype, jnp.float32))
 
 
 def conj(tree: Any) -> Any:

@@ -154,7 +154,7 @@ def scattered(params: Any, key: jax.Array, deviation: float) -> Any:
     keys = jax.random.split(key, len(leaves))
 
     def draw(w, key):
-        noise = deviation * jax.random.normal(key, w.shape, jnp.promote_types(w.dtype, jnp.float32))
+        noise = deviation * jax.random.normal(key, w.shape, tree.common_dtype(w.dtype, jnp.float32))
         return (w + noise).astype(w.dtype)
 
     return jax.tree.unflatten(

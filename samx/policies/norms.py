@@ -74,7 +74,7 @@ def squared_norm(threshold: ScalarOrSchedule = 0.0, decay: ScalarOrSchedule = 0.
 
     def decide(g, state):
         s, kept = tree.dot(g, g).astype(state.mean.dtype), at_step(decay, state.step)
-        is_settled = (state.step * (1 - kept) >= 1) & (state.mean > 0)
+        is_settled = (state.step.astype(state.mean.dtype) * (1 - kept) >= 1) & (state.mean > 0)
         is_spike = is_settled & jnp.isfinite(s) & (s > LARGEST_RISE * state.mean)
         counted = jnp.where(is_spike, LARGEST_RISE * state.mean, s)
         mean = kept * state.mean + (1 - kept) * counted

@@ -143,7 +143,7 @@ def quota(
         lacking = quota.astype(jnp.int32) - taken
         is_drawn = draws.uniform_at(state.key, state.step) >= 1 - quota / window
         is_sharp = is_warmup | ((lacking > 0) & is_drawn) | (window - position <= lacking)
-        taken = jnp.where(is_warmup, 1, taken + is_sharp)
+        taken = jnp.where(is_warmup, 1, taken + is_sharp.astype(taken.dtype))
         return is_sharp, state._replace(
             step=next_step(state.step),
             quota=quota.astype(state.quota.dtype),

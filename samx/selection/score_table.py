@@ -32,7 +32,8 @@ def probabilities(
     largest = jnp.max(scores, axis=1, keepdims=True, where=is_there, initial=-jnp.inf)
     spread = largest - smallest
     scaled = (scores - smallest) / jnp.where(spread > 0, spread, 1)
-    weights = jnp.where(is_there & (spread > 0), low + scaled * (high - low), is_there)
+    equal = is_there.astype(scores.dtype)
+    weights = jnp.where(is_there & (spread > 0), low + scaled * (high - low), equal)
     return (weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-30)).reshape(-1)
 
 

@@ -89,7 +89,8 @@ def look_or_skip(
     """
     is_sharp, (updates, state), policy_state = branch(policy, g, state.policy, look, skip)
     step = next_step(state.step)
-    fraction = state.sharp_fraction + (is_sharp - state.sharp_fraction) / step
+    share = state.sharp_fraction
+    fraction = share + (is_sharp.astype(share.dtype) - share) / step.astype(share.dtype)
     return updates, state._replace(
         step=step, policy=policy_state, perturbation=ball_state, sharp_fraction=fraction
     )

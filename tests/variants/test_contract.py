@@ -146,6 +146,16 @@ def test_every_numeric_hyperparameter_can_be_injected(name):
 
 
 @every_variant
+def test_strict_promotion(name):
+    """With float32 parameters no dtypes are mixed, for users who have this forbidden."""
+    tx, (batch, params) = VARIANTS[name].build(), fresh()
+    with jax.numpy_dtype_promotion("strict"):
+        state = jax.eval_shape(tx.init, params)
+        _, after = jax.eval_shape(problem.make_step(tx), params, state, batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
+@every_variant
 def test_missing_closures_are_named(name):
     case, (batch, params) = VARIANTS[name], fresh()
     tx = case.build()
