@@ -41,32 +41,27 @@ def first_aux(aux_like: Any) -> Any:
     return jax.tree.map(first, aux_like)
 
 
-def check_like(name: str, keyword: str, value: Any, like: Any, fix: str) -> None:
-    """Require the shapes and dtypes of `like`, which a state holds."""
+def as_like(name: str, keyword: str, value: Any, like: Any, fix: str) -> Any:
+    """Return `value` in the containers of `like`, which a state holds.
+
+    Its paths, shapes and dtypes must be the same. The containers need not be comparable.
+    """
 
     def describe(tree):
-        """Return a shape and a dtype for each path; containers need not be comparable."""
-        return {
-            jax.tree_util.keystr(path) or keyword: (jnp.shape(x), str(jnp.result_type(x)))
+        return [
+            (jax.tree_util.keystr(path) or keyword, jnp.shape(x), str(jnp.result_type(x)))
             for path, x in jax.tree_util.tree_leaves_with_path(tree)
-        }
+        ]
 
-    got, wanted = describe(value), describe(like)
-    if got != wanted:
+    if describe(value) != describe(like):
         raise ValueError(
             f"{name}: `{keyword}` must have the shapes and dtypes of `{keyword}_like`, "
-            f"{wanted}, got {got}; {fix}"
+            f"{describe(like)}, got {describe(value)}; {fix}"
         )
-    structures = jax.tree.structure(value), jax.tree.structure(like)
-    if structures[0] != structures[1]:
-        raise ValueError(
-            f"{name}: `{keyword}` must have the structure of `{keyword}_like`, {structures[1]}, "
-            f"got {structures[0]}; {fix}"
-        )
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(value))
 
 
 def kept_aux(name: str, aux: Any, aux_like: Any, held: Any, closure: str = "value_fn") -> Any:
     """Return the aux for a state, checked against `held`; `None` if `aux_like` is `None`."""
     aux = None if aux_like is None else aux
-    check_like(name, "aux", aux, held, f"it is the aux of `{closure}`")
-    return aux
+    return as_like(name, "aux", aux, held, f"it is the aux of `{closure}`")

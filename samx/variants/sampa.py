@@ -18,7 +18,7 @@ from samx.core.devices import ONE_DEVICE
 from samx.core.hyperparams import Default, at_step, check_choice, check_hyperparam, next_step
 from samx.core.readings import Readings, no_readings, take_readings
 from samx.core.sharp import perturbed, value_and_grad_at
-from samx.core.state import HeldBatch, check_like, first_aux, kept_aux
+from samx.core.state import HeldBatch, as_like, first_aux, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.parallel.pairs import check_pair_sharding, evaluate_pair, with_pair_axis
 from samx.variants._ball import ball_of
@@ -196,7 +196,7 @@ def sampa(
 
 def _held(batch: Any, weights: Any, like: HeldBatch) -> HeldBatch:
     """Return a batch to hold for the next step; without `weights`, its weights are ones."""
-    check_like("sampa", "batch", batch, like.batch, "pad ragged batches and pass `weights`")
+    batch = as_like("sampa", "batch", batch, like.batch, "pad ragged batches and pass `weights`")
     dtype = like.weights.dtype
     weights = unit_weights(batch, dtype) if weights is None else jnp.asarray(weights, dtype)
     return HeldBatch(batch, weights)
