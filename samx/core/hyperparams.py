@@ -66,6 +66,12 @@ def check_hyperparam(
         _check_range(name, known, low, high, excluded, value)
 
 
+def as_bound(value: ScalarOrSchedule, otherwise: float) -> float:
+    """Return a checked hyperparameter as a bound of another one, if it is a number now."""
+    known = None if callable(value) else _known("bound", value, "a number")
+    return otherwise if known is None else known
+
+
 def check_static_number(
     name: str, value: Any, low: float, high: float = INFINITY, *, excluded: float | None = None
 ) -> None:

@@ -108,8 +108,10 @@ def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
 
 def if_finite(new: Any, old: Any) -> Any:
     """Return `new` if all its numbers are finite, else `old`: what a state keeps of a bad step."""
-    is_finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(new) if is_inexact(x)]
-    return where(jnp.all(jnp.stack(is_finite)), new, old)
+    is_finite = jnp.asarray(True)
+    for x in filter(is_inexact, jax.tree.leaves(new)):
+        is_finite &= jnp.all(jnp.isfinite(x))
+    return where(is_finite, new, old)
 
 
 def keep(tree: Any, chosen: Any) -> Any:

@@ -15,6 +15,7 @@ from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Tra
 from samx.core.closures import LossesClosure
 from samx.core.hyperparams import (
     Default,
+    as_bound,
     as_count,
     as_key,
     check_hyperparam,
@@ -164,7 +165,7 @@ def ausam(
         ramp_steps = as_count("ramp_steps", ramp_steps, 0)
     check_key(key)
     check_hyperparam("low", low, 0)
-    check_hyperparam("high", high, low if isinstance(low, int | float) else 0)
+    check_hyperparam("high", high, as_bound(low, 0))
     ball = ball_of("ausam", rho, perturbation)
     sam_on = partial(sam_step, perturbation=ball, perturb_dtype=perturb_dtype)
 

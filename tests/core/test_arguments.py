@@ -255,7 +255,13 @@ def test_a_count_may_be_of_numpy(name, keyword):
 def test_a_seed_may_be_of_numpy(name):
     for key in (np.int64(3), np.uint32(3), np.array(3), jnp.array(3), 2**40, -1):
         call(name, key=key)
-    jax.random.key(np.int64(3))
+
+
+@pytest.mark.parametrize("form", [float, np.float32, np.array, jnp.array])
+def test_a_bound_may_come_in_any_form(form):
+    with pytest.raises(ValueError, match=r"`high` must be at least 0.5, got 0.1"):
+        samx.ausam(low=form(0.5), high=0.1)
+    samx.ausam(low=lambda step: 0.5, high=0.1)
 
 
 @pytest.mark.parametrize("value", [None, "0.1", [0.1], True, 0.1j, np.array([0.1, 0.2]), SGD])

@@ -195,3 +195,13 @@ def test_an_aux_of_another_shape_or_structure():
             update([jnp.zeros(2)], wrong)
     held = jax.tree.structure(update([jnp.zeros(2)], [jnp.zeros(2)]))
     assert jax.tree.structure(update([jnp.zeros(2)], (jnp.zeros(2),))) == held
+
+
+@pytest.mark.parametrize("name", ["friendly_sam", "vsam", "ae_sam"])
+def test_parameters_that_are_all_integers(name):
+    """Nothing has a gradient, and nothing moves."""
+    params, batch = {"W1": jnp.arange(3)}, {"x": jnp.ones((16, 3)), "y": BATCH["y"]}
+    tx = optax.chain(VARIANTS[name].factory(), optax.scale(-1))
+    update = functools.partial(tx.update, value_fn=lambda p: batch["x"].mean())
+    updates, _ = jax.jit(update)(params, tx.init(params), params)
+    assert updates["W1"].tolist() == [0, 0, 0]
