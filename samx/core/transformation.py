@@ -11,6 +11,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import Transformation
 from samx.core.closures import batch_size, losses_closure, mean_loss, scalar_closure
+from samx.core.hyperparams import check_function
 
 # The keywords of `update` that are samx's own. optax knows `value`, `grad` and `value_fn` too.
 OWN_KEYWORDS = frozenset(
@@ -95,8 +96,8 @@ def closure_transformation(
             `update`, if a required closure is missing, `value_fn` does not return a scalar,
             `losses_fn` does not return `[B]`, batch leaves differ in length, or `weights` is not
             `[B]`. The message names the transformation, the argument and the fix.
-        TypeError: In `update`, if a closure is not callable, or its loss is not a real floating
-            number.
+        TypeError: If `init_fn` or `update_fn` is not a function. In `update`, if a closure is not
+            callable, or its loss is not a real floating number.
 
     Example:
         The gradient at a point drawn from a sphere, in seven lines:
@@ -122,6 +123,8 @@ def closure_transformation(
     Notes:
         Cost: none; all checks run at trace time.
     """
+    check_function("init_fn", init_fn)
+    check_function("update_fn", update_fn)
     name = name or update_fn.__qualname__.split(".")[0]
     keywords = inspect.signature(update_fn).parameters.values()
     declared = {p.name for p in keywords if p.kind is p.KEYWORD_ONLY}

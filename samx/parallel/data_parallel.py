@@ -292,6 +292,8 @@ def _axes(name: str, keyword: str, axes: Any) -> tuple[str, ...]:
     axes = (axes,) if isinstance(axes, str) else axes
     if not isinstance(axes, Sequence) or not all(isinstance(axis, str) for axis in axes):
         raise TypeError(f"{name}: `{keyword}` must be the name of an axis, or several, got {axes}")
+    if not axes:
+        raise ValueError(f"{name}: `{keyword}` must name at least one axis, got {axes}")
     return tuple(axes)
 
 

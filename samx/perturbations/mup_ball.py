@@ -108,5 +108,9 @@ def matched(name: str, keyword: str, tree: Any, other: str, like: Any) -> Any:
 
 
 def _check_scales(scales: Any) -> None:
+    if not jax.tree.leaves(scales):
+        raise ValueError(
+            f"mup_ball: `scales` must have a number for each parameter, got {scales!r}"
+        )
     for path, s in jax.tree_util.tree_leaves_with_path(scales):
         check_static_number(f"scales{jax.tree_util.keystr(path)}", s, 0)

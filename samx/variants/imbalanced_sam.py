@@ -72,9 +72,10 @@ def imbalanced_sam(
         `tail_classes`.
     """
     tail = np.asarray(tail_classes)
-    if tail.ndim != 1 or not (tail.size == 0 or np.issubdtype(tail.dtype, np.integer)):
+    is_whole = tail.size == 0 or np.issubdtype(tail.dtype, np.integer)
+    if tail.ndim != 1 or not is_whole or np.any(tail < 0):
         raise ValueError(
-            "imbalanced_sam: `tail_classes` must be a sequence of classes, integers, got "
+            "imbalanced_sam: `tail_classes` must be a sequence of classes, integers from 0, got "
             f"{tail_classes!r}"
         )
     check_hyperparam("tail_weight", tail_weight, 0)

@@ -87,6 +87,19 @@ FACTORIES = {
         ValueError,
         "`rho` together with `perturbation`",
     ),
+    "no functions": (
+        lambda: samx.closure_transformation(3, lambda g, s, p: (g, s)),
+        TypeError,
+        "`init_fn` must be a function, got 3",
+    ),
+    "no update": (
+        lambda: samx.closure_transformation(lambda p: (), None),
+        TypeError,
+        "`update_fn` must be a function, got None",
+    ),
+    "no axis": (lambda: samx.data_parallel(SGD, ()), ValueError, "`axis_name` must name at least"),
+    "a class below 0": (lambda: samx.imbalanced_sam([-1]), ValueError, "integers from 0, got"),
+    "no scales": (lambda: mup_ball(0.1, None), ValueError, "`scales` must have a number for each"),
     "nothing selected": (lambda: samx.ksam(0.1, 0), ValueError, "`num_selected` must be at least"),
     "half an example": (lambda: samx.ksam(0.1, 0.5), TypeError, "`num_selected` must be a Python"),
     "unequal groups": (
