@@ -72,8 +72,11 @@ def imbalanced_sam(
         `tail_classes`.
     """
     tail = np.asarray(tail_classes)
-    is_whole = tail.size == 0 or np.issubdtype(tail.dtype, np.integer)
-    if tail.ndim != 1 or not is_whole or np.any(tail < 0):
+    if (
+        tail.ndim != 1
+        or not (tail.size == 0 or np.issubdtype(tail.dtype, np.integer))
+        or np.any(tail < 0)
+    ):
         raise ValueError(
             "imbalanced_sam: `tail_classes` must be a sequence of classes, integers from 0, got "
             f"{tail_classes!r}"

@@ -292,7 +292,7 @@ FACTORIES = {
     "half a class": (
         lambda: samx.imbalanced_sam([0.5]),
         ValueError,
-        r"`tail_classes` must be a sequence of classes, integers, got \[0.5\]",
+        r"`tail_classes` must be a sequence of classes, integers from 0, got \[0.5\]",
     ),
     "negative weight of the tail": (
         lambda: samx.imbalanced_sam([1], tail_weight=-1),
