@@ -63,8 +63,8 @@ def pipelined(
         descend: `(params, opt_state, batch, ascent_grad) -> (params, opt_state, out)`: your step.
             It passes `ascent_grad` to `tx.update` as the incoming gradient, and passes no
             `ascent_fn`. `tx` contains an `async_sam`. `pipelined` compiles `descend`.
-        ascend: `(params, ascent_batch) -> gradient`, `jax.grad` of your mean loss. `pipelined`
-            compiles `ascend`.
+        ascend: `(params, ascent_batch) -> gradient`, `jax.grad` of your mean loss; conjugate it if
+            parameters are complex. `pipelined` compiles `ascend`.
         params: The parameters; they are copied.
         opt_state: `tx.init(params)`, or a state from a checkpoint; it is copied.
         batches: Pairs of a batch and its ascent batch, pytrees of host or device arrays. The next

@@ -216,15 +216,16 @@ def local_value_and_grad(closure: Closure, params: optax.Params) -> tuple[Any, o
 
 
 def local_loss_and_grad(closure: Closure, params: optax.Params) -> tuple[jax.Array, optax.Updates]:
-    """Return this device's loss and gradient; gradients of integers are zero."""
+    """Return this device's loss and gradient, as `update` takes it; at integers it is zero."""
     (loss, _), grads = local_value_and_grad(closure, params)
-    return loss, tree.keep_floating(grads, params)
+    return loss, tree.conj(tree.keep_floating(grads, params))
 
 
 def evaluate(closure: Closure, params: optax.Params) -> tuple[dict[str, Any], Any]:
     """Evaluate the loss and its gradient at `params` once.
 
-    Returns the keywords `value`, `grad` and `value_fn` for `update`, and the aux.
+    Returns the keywords `value`, `grad` and `value_fn` for `update`, and the aux. The gradient of
+    complex leaves is conjugated, as optax's callers do.
     """
     (local_value, local_aux), local_grad = local_value_and_grad(closure, params)
     devices = closure.evaluation.devices
@@ -237,6 +238,7 @@ def as_update_keywords(
 ) -> dict[str, Any]:
     """Return the keywords for `update`, given each device's loss and gradient at `params`."""
     devices, weights = closure.evaluation.devices, closure.weights
+    local_grad = tree.conj(local_grad)
     value, g = devices.mean((local_value, local_grad), devices.share(weights))
     if devices.local_axes:
         ascent_grad = devices.ascent.mean(local_grad, devices.ascent.share(weights))

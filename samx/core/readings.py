@@ -105,7 +105,7 @@ def take_readings(
     moved_norm = tree.norm(jax.tree.map(jnp.subtract, params, point))
     sharp_grad_norm = tree.norm(g_s)
     product = moved_norm * sharp_grad_norm
-    cosine = tree.dot(tree.conj(moved), g_s) / jnp.where(product == 0, 1, product)
+    cosine = tree.dot(moved, g_s) / jnp.where(product == 0, 1, product)
     taken = Readings(
         loss=loss,
         sharp_loss=sharp_loss,

@@ -31,7 +31,8 @@ def value_and_grad_at(
 
         L(w + ε), ∇L(w + ε)
 
-    The gradient has the dtypes of `params`. The closure gets half-precision leaves as
+    The gradient has the dtypes of `params`. At complex leaves it is conjugated, as `update` takes
+    and returns gradients: it points uphill. The closure gets half-precision leaves as
     `perturb_dtype(w) + ε`. A step of radius 0.05 spread over many weights is below half a unit in
     the last place of bfloat16, so in bfloat16 it would round to zero. The closure gets integer
     leaves unchanged; their gradient is zero.
@@ -86,7 +87,7 @@ def value_and_grad_at(
             "away. Make the closure accept that dtype (float32 parameters with half-precision "
             "compute do), or opt out with perturb_dtype=None."
         ) from error
-    grads = tree.keep_floating(grads, params)  # float0 at the integers
+    grads = tree.conj(tree.keep_floating(grads, params))  # float0 at the integers
     grads = jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
     return value if has_aux else value[0], grads
 

@@ -60,11 +60,13 @@ def closure_transformation(
       losses, weighted by `weights` if given.
     - `value` is the loss at `params`, for the readings. If the caller does not pass it, the reading
       `loss` is infinite.
-    - `g` is the gradient at `params`. Inside `data_parallel`, `g` and the loss and gradient of
-      `value_fn` are means over the devices. `losses_fn` gives the losses of the device's own
-      examples. If devices climb separately, `value_fn.ascent_grad` is the ascent gradient of this
-      device. Use it only for the direction of the perturbation: states must stay equal on all
-      devices.
+    - `g` is the gradient at `params`. At complex leaves it is the conjugate of `jax.grad`'s: as
+      everywhere in optax, the caller conjugates, and what `update_fn` returns is conjugated too.
+      Then `w + t g` climbs. `samx.value_and_grad_at` returns gradients in this form. Inside
+      `data_parallel`, `g` and the loss and gradient of `value_fn` are means over the devices.
+      `losses_fn` gives the losses of the device's own examples. If devices climb separately,
+      `value_fn.ascent_grad` is the ascent gradient of this device. Use it only for the direction of
+      the perturbation: states must stay equal on all devices.
 
     These rules hold for all variants and are not repeated in their docstrings:
 

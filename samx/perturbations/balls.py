@@ -26,13 +26,13 @@ class BallState(NamedTuple):
 def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
     """Any geometry: a perturbation that depends on the gradient, the parameters and the radius.
 
-        ε = climb(conj(g), w, ρ)
+        ε = climb(g, w, ρ)
 
     Args:
         rho: Radius ρ ≥ 0, a number or a schedule over the optimizer's steps.
         climb: `(g, params, radius) -> ε`, trees like `params`. `g` is at least float32, and
-            conjugated if it is complex, so that `w + t g` climbs. Add a small number to a norm
-            before you divide by it: a zero gradient must give a zero step.
+            `w + t g` climbs. Add a small number to a norm before you divide by it: a zero gradient
+            must give a zero step.
 
     Returns:
         An optax transformation `g -> ε`. Half-precision gradients give a float32 step.
@@ -73,7 +73,7 @@ def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
 
     def update_fn(updates, state, params=None, **extra):
         del extra
-        g = tree.conj(jax.tree.map(tree.widen, updates))
+        g = jax.tree.map(tree.widen, updates)
         eps = climb(g, params, at_step(rho, state.step))
         return tree.cast_like(eps, g), BallState(next_step(state.step))
 
@@ -117,8 +117,8 @@ def metric_ball(
         Kwon et al., ICML 2021, https://arxiv.org/abs/2102.11600 (the form with T).
 
     Notes:
-        One norm over all leaves, accumulated in float32 or wider. A complex leaf climbs along the
-        conjugate of JAX's gradient. Cost: one norm, elementwise work. `static_args`: `metric`.
+        One norm over all leaves, accumulated in float32 or wider. Cost: one norm, elementwise
+        work. `static_args`: `metric`.
     """
     metric = _metric(metric)
     check_number("norm_eps", norm_eps, 0)

@@ -123,7 +123,7 @@ def _linear(g: Any, params: Any, value: Any, extra: dict[str, Any]) -> dict[str,
         moved = jax.tree.map(
             lambda v, w: tree.widen(v) - w if tree.is_inexact(w) else w, point, params
         )
-        return value + tree.dot(tree.conj(g), moved)
+        return value + tree.dot(g, moved)
 
     def losses_at(point, batch):
         return jnp.full(batch_size("perturb_if", batch), loss_at(point))

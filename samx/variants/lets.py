@@ -208,7 +208,7 @@ def _hypergradient(
     held_out, _ = evaluate(validation_fn, after)
     gap = held_out["value"] - train["value"]
     slope = tree.subtract(held_out["grad"], train["grad"])
-    return gap, gap * tree.dot(tree.conj(slope), _without_nans(moved, slope))
+    return gap, gap * tree.dot(slope, _without_nans(moved, slope))
 
 
 def _finite_or_zero(x: jax.Array) -> jax.Array:
@@ -220,7 +220,7 @@ def _square_along(g_s: jax.Array, v: jax.Array) -> Any:
     if not tree.is_inexact(g_s):
         return np.zeros(g_s.shape, jax.dtypes.float0)
     square = jnp.abs(tree.widen(g_s)) ** 2
-    return (square * tree.conj(tree.widen(v))).astype(g_s.dtype)
+    return (square * tree.widen(v)).astype(g_s.dtype)
 
 
 def _without_nans(moved: Any, like: Any) -> Any:

@@ -84,6 +84,7 @@ def make_step(tx, losses_fn=losses_fn, **keywords):
             return losses_fn(params, batch).mean()
 
         value, grads = jax.value_and_grad(value_fn)(params)
+        grads = jax.tree.map(jnp.conj, grads)  # changes complex leaves only
         updates, state = tx.update(
             grads,
             state,
