@@ -68,13 +68,22 @@ class Closure:
     ) -> tuple[jax.Array, Any]:
         """Return `(loss, aux)` at `move(params)`, a point that may differ between devices."""
         devices = self.evaluation.devices
-        share = devices.share(self.weights)
-        loss, aux = self._checked(self.fn(move(devices.spread(params, share))))
-        return devices.mean_loss(loss, share), devices.mean(aux, share)
+        loss, aux = self._checked(self.fn(move(devices.spread(params, self.weights))))
+        aux = devices.mean(aux, devices.share(self.weights))
+        return devices.mean_loss(loss, self.weights), aux
 
     def local(self, params: Any) -> tuple[jax.Array, Any]:
         """Return this device's `(loss, aux)`."""
         return self._checked(self.fn(params))
+
+    def alone(self) -> "Closure":
+        """Return the closure of this device: its loss, and `Devices.weight` times its gradient."""
+
+        def local(params):
+            loss, aux = self.local(params)
+            return self.evaluation.devices.scale_cotangent(loss, self.weights), aux
+
+        return replace(self.on(ONE_DEVICE), fn=local)
 
     def on(self, devices: Devices, weights: jax.Array | None = None) -> "Closure":
         """Return the closure with means over these devices."""
@@ -210,13 +219,16 @@ def unit_weights(batch: Any, dtype: Any) -> jax.Array:
 
 
 def local_value_and_grad(closure: Closure, params: optax.Params) -> tuple[Any, optax.Updates]:
-    """Return this device's `(loss, aux)` and gradient; gradients of integers are float0."""
-    value_and_grad = jax.value_and_grad(closure.local, has_aux=True, allow_int=True)
+    """Return this device's `(loss, aux)`, and `Devices.weight` times its gradient.
+
+    Gradients of integers are float0.
+    """
+    value_and_grad = jax.value_and_grad(closure.alone().local, has_aux=True, allow_int=True)
     return value_and_grad(closure.evaluation.devices.pcast(params))
 
 
 def local_loss_and_grad(closure: Closure, params: optax.Params) -> tuple[jax.Array, optax.Updates]:
-    """Return this device's loss and gradient, as `update` takes it; at integers it is zero."""
+    """Return this device's loss, and `Devices.weight` times its gradient, as `update` takes it."""
     (loss, _), grads = local_value_and_grad(closure, params)
     return loss, tree.conj(tree.keep_floating(grads, params))
 
@@ -236,12 +248,13 @@ def evaluate(closure: Closure, params: optax.Params) -> tuple[dict[str, Any], An
 def as_update_keywords(
     closure: Closure, local_value: jax.Array, local_grad: optax.Updates, params: optax.Params
 ) -> dict[str, Any]:
-    """Return the keywords for `update`, given each device's loss and gradient at `params`."""
+    """Return the keywords for `update`, given the results of `local_value_and_grad`."""
     devices, weights = closure.evaluation.devices, closure.weights
+    value = devices.mean(local_value, devices.share(weights))
     local_grad = tree.conj(local_grad)
-    value, g = devices.mean((local_value, local_grad), devices.share(weights))
+    g = devices.mean_grad(local_grad, weights)
     if devices.local_axes:
-        ascent_grad = devices.ascent.mean(local_grad, devices.ascent.share(weights))
+        ascent_grad = devices.mean_ascent_grad(local_grad, weights)
         closure = replace(closure, ascent_grad=tree.keep_floating(ascent_grad, params))
     return {"value": value, "grad": tree.keep_floating(g, params), "value_fn": closure}
 
@@ -313,11 +326,13 @@ def evaluate_factors(
         losses = tree.widen(losses_fn(params, batch))
         return [weighted_mean(factor * losses, weights) for factor in factors]
 
-    values, pull = jax.vjp(local, losses_fn.evaluation.devices.pcast(params))
+    devices = losses_fn.evaluation.devices
+    values, pull = jax.vjp(local, devices.pcast(params))
     zeros = jax.tree.map(jnp.zeros_like, values)
     seen = []
     for i, fn in enumerate(fns):
-        cotangents = [*zeros[:i], jnp.ones_like(values[i]), *zeros[i + 1 :]]
+        ones = jnp.ones_like(values[i]) * devices.weight(weights)
+        cotangents = [*zeros[:i], ones, *zeros[i + 1 :]]
         (local_grad,) = pull(cotangents)
         seen.append(as_update_keywords(fn, values[i], local_grad, params))
     return seen

@@ -5,7 +5,10 @@ gradients in both, with `check_vma` on and off: cast the parameters to varying, 
 gradient, average it. Two conjugate operators do this inside a loss closure:
 
     spread      parameters → devices     forward: pcast     backward: mean of the cotangents
-    mean_loss   devices → one number     forward: mean      backward: pcast
+    mean_loss   devices → one number     forward: mean      backward: pcast, times `weight`
+
+The weight of a device stands before its backward pass, not behind it. So the gradient is also right
+where the losses of the devices depend on one another, as with synchronized BatchNorm.
 """
 
 from functools import partial
@@ -56,6 +59,45 @@ class Devices(NamedTuple):
         total = jax.lax.psum(local, self.axes)
         return jnp.where(total == 0, equal, local / jnp.where(total == 0, 1, total))
 
+    def weight(self, weights: jax.Array | None) -> Any:
+        """Return this device's share times the number of devices; 1 where shares are equal."""
+        return 1.0 if weights is None or not self.axes else self.share(weights) * self.count
+
+    def scale_cotangent(self, loss: jax.Array, weights: jax.Array | None) -> jax.Array:
+        """Return the loss; gradients of it are `weight` times those of the loss."""
+        weight = self.weight(weights)
+        return loss if isinstance(weight, float) else _scale_cotangent(loss, weight)
+
+    def mean_grad(self, grads: Any, weights: jax.Array | None) -> Any:
+        """Return the mean over the devices of gradients that are already scaled by `weight`."""
+        return self.sum(self.part_of_mean_grad(grads, weights))
+
+    def mean_ascent_grad(self, grads: Any, weights: jax.Array | None) -> Any:
+        """Return the mean gradient of the devices that climb together; as `mean_grad`."""
+        mean, weight = self.ascent.mean_grad(grads, weights), self.weight(weights)
+        if isinstance(weight, float):
+            return mean
+        weight = self.ascent.psum(weight) / self.ascent.count
+        return tree.scaled(1 / jnp.where(weight == 0, 1, weight), mean)
+
+    def part_of_mean_grad(self, grads: Any, weights: jax.Array | None) -> Any:
+        """Return this device's part of `mean_grad`. NaNs of a device without examples are 0."""
+        if not self.axes:
+            return grads
+        weight = self.weight(weights)
+
+        def part(g):
+            own = (tree.widen(g) / self.count).astype(g.dtype)
+            if isinstance(weight, float):
+                return own
+            return jnp.where((weight == 0) & ~jnp.isfinite(own), jnp.zeros_like(own), own)
+
+        return _on_floating(part, grads)
+
+    def sum(self, tree: Any) -> Any:
+        """Return the sum of the floating leaves over the devices."""
+        return _on_floating(self.psum, tree)
+
     def pcast(self, tree: Any) -> Any:
         """Cast the floating leaves to varying, so that gradients at them stay local."""
         return _on_floating(partial(_pcast, self.axes), tree)
@@ -69,15 +111,18 @@ class Devices(NamedTuple):
         left_out = tuple(axis for axis in self.local_axes if axis not in self.axes)
         return _on_floating(partial(_pcast, left_out), tree)
 
-    def spread(self, params: Any, share: Any) -> Any:
+    def spread(self, params: Any, weights: jax.Array | None) -> Any:
         """Pass parameters to the local loss; the backward pass averages the gradient."""
         if not self.axes:
             return params
-        return _on_floating(lambda x: _spread(self.axes, x, share), params)
+        return _on_floating(lambda x: _spread(self, x, weights), params)
 
-    def mean_loss(self, loss: jax.Array, share: Any) -> jax.Array:
+    def mean_loss(self, loss: jax.Array, weights: jax.Array | None) -> jax.Array:
         """Return the mean of the local losses."""
-        return _mean_loss(self.axes, loss, share) if self.axes else loss
+        if not self.axes:
+            return loss
+        loss = self.scale_cotangent(loss, weights)
+        return _mean_loss(self.axes, loss, self.share(weights))
 
     def mean(self, tree: Any, share: Any) -> Any:
         """Return the mean over the devices by their shares; a device with share 0 is ignored.
@@ -157,14 +202,26 @@ def _mean(axes, x, share):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _spread(axes, x, share):
-    del share
-    return _pcast(axes, x)
+def _spread(devices, x, weights):
+    del weights
+    return _pcast(devices.axes, x)
 
 
 _spread.defvjp(
-    lambda axes, x, share: (_pcast(axes, x), share),
-    lambda axes, share, cotangent: (_mean(axes, cotangent, share), None),
+    lambda devices, x, weights: (_pcast(devices.axes, x), weights),
+    lambda devices, weights, cotangent: (devices.mean_grad(cotangent, weights), None),
+)
+
+
+@jax.custom_vjp
+def _scale_cotangent(x, scale):
+    del scale
+    return x
+
+
+_scale_cotangent.defvjp(
+    lambda x, scale: (x, scale),
+    lambda scale, cotangent: ((scale * cotangent).astype(cotangent.dtype), None),
 )
 
 

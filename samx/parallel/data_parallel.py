@@ -159,8 +159,8 @@ def value_and_grad(
     def mean_value_and_grad(params, *args):
         _check_mapped("value_and_grad", devices.axes)
         closure = scalar_closure("value_and_grad", "value_fn", lambda p: value_fn(p, *args))
-        (loss, aux), grads = local_value_and_grad(closure.on(devices), params)
-        loss, grads = devices.mean((loss, grads), devices.share(weights))
+        (loss, aux), grads = local_value_and_grad(closure.on(devices, weights), params)
+        loss, grads = devices.mean(loss, devices.share(weights)), devices.mean_grad(grads, weights)
         return (loss, aux) if has_aux else loss, grads
 
     return mean_value_and_grad

@@ -59,9 +59,10 @@ def evaluate_roles(
     devices: Devices,
     axis: str,
 ) -> list[Any]:
-    """Evaluate two functions, one on each group along a mapped axis; return means by their shares.
+    """Evaluate two functions, one on each group along a mapped axis; return their means.
 
-    A group has zeros in place of the results of the other function, with share 0.
+    They return `(values, gradients)`, as in `evaluate_pair`. A group has zeros in place of the
+    results of the other function, with share 0.
     """
     role = jax.lax.axis_index(axis)
     shapes = [jax.eval_shape(fn) for fn in (first, second)]
@@ -76,7 +77,18 @@ def evaluate_roles(
 
     results = jax.lax.cond(role == 0, only(0, first), only(1, second))
     shares = [jnp.where(role == i, share, 0.0) for i, share in enumerate(shares)]
-    return [devices.mean(r, share) for r, share in zip(results, shares, strict=True)]
+    return _means(devices, results, shares)
+
+
+def _means(devices: Devices, results: Sequence[Any], shares: Sequence[Any]) -> list[Any]:
+    """Return the means of values and the sums of gradients, `(values, gradients)` in each result.
+
+    Values are weighted by the shares. Gradients are parts of a mean already.
+    """
+    return [
+        (devices.mean(values, share), devices.sum(grads))
+        for (values, grads), share in zip(results, shares, strict=True)
+    ]
 
 
 def evaluate_pair(
@@ -88,7 +100,10 @@ def evaluate_pair(
     how: Literal["vmap", "separate"],
     pair_sharding: NamedSharding | PartitionSpec | None,
 ) -> list[Any]:
-    """Evaluate `fn` on two argument tuples; return means over the devices of both groups."""
+    """Evaluate `fn` on two argument tuples; return means over the devices of both groups.
+
+    `fn` returns `(values, gradients)`, where the gradients are the device's part of their mean.
+    """
     axis = None if pair_sharding is None else _spec(pair_sharding)[0]
     if pair_sharding is None:
         if how == "vmap":
@@ -100,10 +115,11 @@ def evaluate_pair(
         results = _sharded(fn, pair, pair_sharding)
     else:
         side = jax.lax.axis_index(axis)
-        result = fn(*tree.where(side == 0, *pair))
-        results = [result, result]  # the other group has share 0
+        values, grads = fn(*tree.where(side == 0, *pair))
+        nothing = optax.tree.zeros_like(grads)
+        results = [(values, tree.where(side == i, grads, nothing)) for i in (0, 1)]
         shares = [jnp.where(side == i, share, 0.0) for i, share in enumerate(shares)]
-    return [devices.mean(r, share) for r, share in zip(results, shares, strict=True)]
+    return _means(devices, results, shares)
 
 
 def _sharded(fn, pair, sharding):

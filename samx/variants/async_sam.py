@@ -14,7 +14,6 @@ import optax
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import Closure, evaluate, local_loss_and_grad
-from samx.core.devices import ONE_DEVICE
 from samx.core.hyperparams import Default, check_choice, check_number, next_step
 from samx.core.readings import UNKNOWN, Readings, no_readings, take_readings
 from samx.core.sharp import perturbed, value_and_grad_at
@@ -187,11 +186,20 @@ def _ascent_gradient(state: AsyncSAMState, first: str, fresh: Any) -> tuple[Any,
 
 def _by_role(axis: str, ascent_fn: Closure, value_fn: Closure, sharp: Any, params: Any) -> Any:
     """Take the ascent gradient on one half of the devices, the sharp gradient on the other."""
-    devices = with_axis("async_sam", "role_axis", value_fn.evaluation.devices, axis)
+    group = value_fn.evaluation.devices
+    devices = with_axis("async_sam", "role_axis", group, axis)
+
+    def descent():
+        values, g_s = sharp(value_fn.alone(), devices.pcast(params))
+        return values, group.part_of_mean_grad(g_s, value_fn.weights)
+
+    def ascent():
+        loss, a = local_loss_and_grad(ascent_fn, devices.pcast(params))
+        return loss, group.part_of_mean_grad(a, ascent_fn.weights)
+
     descent, ascent = evaluate_roles(
-        lambda: sharp(value_fn.on(ONE_DEVICE), devices.pcast(params)),
-        lambda: local_loss_and_grad(ascent_fn.on(devices), params),
-        [fn.evaluation.devices.share(fn.weights) for fn in (value_fn, ascent_fn)],
+        *(descent, ascent),
+        [group.share(fn.weights) for fn in (value_fn, ascent_fn)],
         devices=devices,
         axis=axis,
     )

@@ -14,7 +14,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.closures import batch_size, mean_loss, unit_weights
-from samx.core.devices import ONE_DEVICE
 from samx.core.hyperparams import Default, at_step, check_choice, check_hyperparam, next_step
 from samx.core.readings import Readings, no_readings, take_readings
 from samx.core.sharp import perturbed, value_and_grad_at
@@ -156,16 +155,18 @@ def sampa(
         )
 
     def both_gradients(losses_fn, params, pair):
-        devices = with_pair_axis(losses_fn.evaluation.devices, pair_sharding)
+        group = losses_fn.evaluation.devices
+        devices = with_pair_axis(group, pair_sharding)
 
         def gradient(delta, held):
-            value_fn = mean_loss(losses_fn.evaluated(devices=ONE_DEVICE), *held)
+            value_fn = mean_loss(losses_fn, *held).alone()
             (loss, aux), grads = value_and_grad_at(
                 value_fn, devices.pcast(params), delta, has_aux=True, perturb_dtype=perturb_dtype
             )
-            return loss, None if aux_like is None else aux, grads
+            aux = None if aux_like is None else aux
+            return (loss, aux), group.part_of_mean_grad(grads, held.weights)
 
-        shares = [losses_fn.evaluation.devices.share(held.weights) for _, held in pair]
+        shares = [group.share(held.weights) for _, held in pair]
         return evaluate_pair(
             gradient, pair, shares, devices=devices, how=gradients, pair_sharding=pair_sharding
         )
@@ -180,7 +181,7 @@ def sampa(
         previous = tree.where(is_first, current, state.previous)
 
         pair = (eps, previous), (trial, current)
-        (sharp_loss, _, g_s), (loss, aux, g_y) = both_gradients(losses_fn, params, pair)
+        ((sharp_loss, _), g_s), ((loss, aux), g_y) = both_gradients(losses_fn, params, pair)
         mixed = jax.tree.map(lambda s, y: ((1 - lam_t) * s + lam_t * y).astype(s.dtype), g_s, g_y)
         updates, base_state = base.update(mixed, state.base, params, **keywords)
 

@@ -23,6 +23,7 @@ from regimes import (
 )
 
 import samx
+from samx.core.devices import is_mapped
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -250,3 +251,57 @@ def test_readings_of_local_ascent_are_means_over_the_devices():
         "gradients_spent": 2.0,
     }
     assert_close(optax.tree.get(state, "readings")._asdict(), expected)
+
+
+def synchronized(params, batch):
+    """Losses of a network whose hidden layer is normalized over the examples of all devices."""
+    hidden = batch["x"] @ params["W1"] + params["b1"][None]
+
+    def mean(x):
+        x = x.mean(0, keepdims=True)
+        return jax.lax.pmean(x, "data") if is_mapped("data") else x
+
+    centered = hidden - mean(hidden)
+    normalized = centered / jnp.sqrt(mean(centered**2) + 1e-3)
+    logits = jnp.tanh(normalized) @ params["W2"] + params["b2"][None]
+    return problem.cross_entropy(logits, batch["y"])
+
+
+@pytest.mark.parametrize(
+    ("name", "regime"),
+    [
+        ("sam", "shard_map"),
+        ("sam", "pmap"),
+        ("sampa", "shard_map, check_vma=False"),
+        ("focal_sam", "pmap"),
+        pytest.param("sampa", "shard_map", marks=pytest.mark.slow),
+        pytest.param("momentum_sam", "pmap", marks=pytest.mark.slow),
+        pytest.param("bisam", "shard_map, check_vma=False", marks=pytest.mark.slow),
+        pytest.param("async_sam", "shard_map", marks=pytest.mark.slow),
+        pytest.param("imbalanced_sam", "shard_map", marks=pytest.mark.slow),
+    ],
+)
+def test_the_losses_of_one_device_depend_on_the_examples_of_another(name, regime):
+    """Synchronized BatchNorm and unequal weights: the step of one device on the whole batch."""
+    weights = [1, 1, 1, 0, 1, 1, 0.5, 0, 0, 1, 1, 1, 0.5, 2, 0, 3]
+    params, weighted = problem.make()[1], batches(2, weights=weights)
+    expected = regimes.single(build(name), params, weighted, synchronized)
+    history = LOCAL[regime](build(name), params, weighted, losses_fn=synchronized)
+    assert_close([p for p, *_ in history], [p for p, *_ in expected])
+
+
+@pytest.mark.parametrize("regime", LOCAL)
+def test_value_and_grad_where_devices_depend_on_one_another(regime):
+    """Three examples of eight count: the mean of (x w - mean(x) w)^2, by hand."""
+    x, weights = jnp.arange(1.0, 9.0), jnp.array([1.0, 1.0, 1.0, 0, 0, 0, 0, 0])
+
+    def fn(w, x, weights):
+        def loss(w):
+            losses = (w * x - jax.lax.pmean((w * x).mean(), "data")) ** 2
+            return (losses * weights).sum() / jnp.maximum(weights.sum(), 1e-30)
+
+        return samx.value_and_grad(loss, "data", weights=weights)(w)
+
+    value, grad = mapped(fn, regime, 2)(jnp.float64(0.5), x, weights)
+    mean_square = np.mean((np.array([1.0, 2.0, 3.0]) - 4.5) ** 2)
+    np.testing.assert_allclose([value, grad], [0.25 * mean_square, mean_square], rtol=1e-12)
