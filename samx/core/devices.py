@@ -95,8 +95,12 @@ class Devices(NamedTuple):
         return _on_floating(part, grads)
 
     def sum(self, tree: Any) -> Any:
-        """Return the sum of the floating leaves over the devices."""
-        return _on_floating(self.psum, tree)
+        """Return the sum over the devices; gradients of integers (float0) do not change."""
+
+        def is_number(x):
+            return jnp.issubdtype(x.dtype, jnp.number)
+
+        return jax.tree.map(lambda x: self.psum(x) if is_number(x) else x, tree)
 
     def pcast(self, tree: Any) -> Any:
         """Cast the floating leaves to varying, so that gradients at them stay local."""
