@@ -124,10 +124,14 @@ def surrogate_gap(
     check_hyperparam("alpha", alpha, 0)
     check_choice("descend", descend, ("sharp", "clean"))
 
+    def orthogonal(a, b, scale):
+        return tree.add_scaled(a, -tree.along(a, b, scale), b)
+
     def combine(g, g_s, step):
+        scale = tree.length(g).scale
         if descend == "clean":
-            return tree.add_scaled(g, at_step(alpha, step), tree.reject(g_s, g))
-        return tree.add_scaled(g_s, -1 * at_step(alpha, step), tree.reject(g, g_s))
+            return tree.add_scaled(g, at_step(alpha, step), orthogonal(g_s, g, scale))
+        return tree.add_scaled(g_s, -1 * at_step(alpha, step), orthogonal(g, g_s, scale))
 
     return _combination(name, inner, combine)
 
@@ -160,14 +164,15 @@ def renormalized(
         Strategy", JMLR 2025, https://arxiv.org/abs/2401.07250 (cltan023/stablesam2024)
 
     Notes:
-        1e-12 is added to the norm of the sharp gradient. Optimizers that divide by the size of
+        A sharp gradient of zero stays zero. Optimizers that divide by the size of
         gradients, such as Adam, undo most of the rescaling. Cost: that of `inner`, and two norms.
         `static_args`: `inner`.
     """
 
     def combine(g, g_s, step):
         del step
-        ratio = tree.norm(g) / (tree.norm(g_s) + 1e-12)
+        length = tree.length(g)
+        ratio = tree.ratio(length.norm, tree.scaled_norm(length.scale, g_s))
         return jax.tree.map(lambda x: tree.widen(x) * jnp.asarray(ratio, tree.real_dtype(x)), g_s)
 
     return _combination(name, inner, combine)

@@ -101,11 +101,9 @@ def take_readings(
     cost a copy too: XLA computes the norm before the sharp pass, and would keep the difference
     until the dot product after it. So the code takes two differences, of opposite sign.
     """
-    moved = jax.tree.map(jnp.subtract, point, params)
-    moved_norm = tree.norm(jax.tree.map(jnp.subtract, params, point))
-    sharp_grad_norm = tree.norm(g_s)
-    product = moved_norm * sharp_grad_norm
-    cosine = tree.dot(moved, g_s) / jnp.where(product == 0, 1, product)
+    moved, back = (jax.tree.map(jnp.subtract, *pair) for pair in ((point, params), (params, point)))
+    moved_norm, sharp_grad_norm = tree.plain_norm(back), tree.plain_norm(g_s)
+    cosine = tree.ratio(tree.dot(moved, g_s), moved_norm * sharp_grad_norm)
     taken = Readings(
         loss=loss,
         sharp_loss=sharp_loss,

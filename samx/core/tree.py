@@ -1,11 +1,11 @@
-"""Tree arithmetic that `optax.tree` lacks: inner products accumulated in float32 or wider.
+"""Tree arithmetic that `optax.tree` lacks: inner products and norms in float32 or wider.
 
 `optax.tree.norm` accumulates a bfloat16 tree in bfloat16. `optax.tree.vdot` ravels its leaves,
 which is an error for explicitly sharded arrays. The sums of products here do neither. Integer
 leaves have no gradient and are ignored.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +65,82 @@ def sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
 
 
+def plain_norm(tree: Any) -> jax.Array:
+    """Return the global L2 norm of a tree whose squares are known to be in range."""
+    return sqrt(dot(tree, tree))
+
+
+def ratio(x: Any, y: Any) -> jax.Array:
+    """Return `x / y`; where `y` is 0, the ratio and its derivative are 0."""
+    is_zero = y == 0
+    return jnp.where(is_zero, 0, x / jnp.where(is_zero, 1, y))
+
+
+class Length(NamedTuple):
+    """The L2 norm of a tree as a fraction, `norm / scale`.
+
+    The squares of `scale * tree` neither overflow nor underflow. `scale` is 1 for every tree whose
+    own squares do neither, else a power of 2.
+    """
+
+    scale: jax.Array
+    norm: jax.Array
+
+
 def norm(tree: Any) -> jax.Array:
     """Return the global L2 norm over all leaves, one scalar."""
-    return sqrt(dot(tree, tree))
+    scale, norm = length(tree)
+    return norm / scale
+
+
+def length(tree: Any) -> Length:
+    """Return the global L2 norm over all leaves; it is measured again if squares are out of range.
+
+    The compiler merges the lengths of one tree.
+    """
+    usual = dot(tree, tree)
+    limits = jnp.finfo(usual.dtype)
+    size = sum(jnp.size(x) for x in jax.tree.leaves(tree) if is_inexact(x))
+    is_small = usual < size * float(limits.tiny) / float(limits.eps)  # lost squares would count
+    up, down = 2.0 ** (limits.maxexp * 5 // 8), 2.0 ** -(limits.maxexp * 45 // 64)
+    scale = jnp.where(usual < jnp.inf, jnp.where(is_small, up, 1.0), down).astype(usual.dtype)
+
+    def again():
+        # The barrier keeps the compiler from moving the factor behind the square.
+        return plain_norm(jax.lax.optimization_barrier(_times(scale, tree)))
+
+    if isinstance(scale, jax.core.Tracer):
+        return Length(scale, jax.lax.cond(scale == 1, lambda: sqrt(usual), again))
+    return Length(scale, sqrt(usual) if scale == 1 else again())  # an eager `cond` would compile
+
+
+def scaled_norm(scale: jax.Array, tree: Any) -> jax.Array:
+    """Return the global L2 norm of `scale * tree`, in range for trees about as long as a `Length`.
+
+    `scale` is that of the `Length`. So only the gradient needs the branch of `length`.
+    """
+    return plain_norm(_times(scale, tree))
+
+
+def _times(scale: jax.Array, tree: Any) -> Any:
+    def scaled(x):
+        return scale * x.astype(common_dtype(x.dtype, scale.dtype)) if is_inexact(x) else x
+
+    return jax.tree.map(scaled, jax.lax.optimization_barrier(tree))
+
+
+def with_length(tree: Any, new: Any, old: Length, norm_eps: Any = 0.0) -> Any:
+    """Return the tree in a new length, in float32 or wider; zeros stay zeros.
+
+    `norm_eps` is added to the old length before the division.
+    """
+    factor = ratio(new, old.norm + old.scale * norm_eps)
+
+    def resized(x):
+        x = widen(x)
+        return x * old.scale.astype(x.real.dtype) * factor.astype(x.real.dtype)
+
+    return jax.tree.map(lambda x: resized(x) if is_inexact(x) else x, tree)
 
 
 def subtract(a: Any, b: Any) -> Any:
@@ -85,10 +158,12 @@ def add_scaled(a: Any, scale: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: (widen(x) + scale * widen(y)).astype(x.dtype), a, b)
 
 
-def reject(a: Any, b: Any) -> Any:
-    """Return the component of `a` orthogonal to `b`, `a − (⟨b, a⟩ / ‖b‖²) b`, in `a`'s dtypes."""
-    square = dot(b, b)
-    return add_scaled(a, -dot(b, a) / jnp.where(square == 0, 1, square), b)
+def along(a: Any, b: Any, scale: jax.Array) -> jax.Array:
+    """Return `⟨b, a⟩ / ‖b‖²`, so that `a − along·b` is orthogonal to `b`; 0 if `b` is zero.
+
+    `scale` is that of the `Length` of a tree about as long.
+    """
+    return scale * ratio(dot(b, _times(scale, a)), scaled_norm(scale, b) ** 2)
 
 
 def on_line(a: Any, b: Any, weight: Any) -> Any:

@@ -47,7 +47,7 @@ def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
         >>> import jax, jax.numpy as jnp, optax, samx
         >>> def climb(g, params, rho, eta=1.0):
         ...     f = jax.tree.map(lambda g: g / (1 + eta * jnp.abs(g) ** 2), g)
-        ...     length = jnp.sqrt(optax.tree.vdot(g, f).real) + 1e-12
+        ...     length = jnp.sqrt(optax.tree.vdot(g, f).real) + 1e-30
         ...     return jax.tree.map(lambda f: rho * f / length, f)
         >>> tx = samx.sharpness_aware(samx.perturbations.ball(0.1, climb))
         >>> w = jnp.array([0.6, 0.8])
@@ -81,7 +81,7 @@ def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
 
 
 def metric_ball(
-    rho: Radius, metric: Metric | None = None, *, norm_eps: float = 1e-12
+    rho: Radius, metric: Metric | None = None, *, norm_eps: float = 0.0
 ) -> Transformation:
     """Climb to the edge of an L2 ball, in the geometry of a metric.
 
@@ -94,7 +94,7 @@ def metric_ball(
     Args:
         rho: Radius ρ ≥ 0, a number or a schedule over the optimizer's steps.
         metric: `params -> T`; default `identity()`.
-        norm_eps: Added to the norm; default 1e-12. A zero gradient gives a zero step.
+        norm_eps: Added to the norm; default 0. A zero gradient gives a zero step.
 
     Returns:
         An optax transformation `g -> ε`. Half-precision gradients give a float32 step.
@@ -126,8 +126,8 @@ def metric_ball(
     def climb(g, params, radius):
         scales = metric(params)
         scaled = jax.tree.map(lambda g, t: g * t, g, scales)
-        factor = radius / (tree.norm(scaled) + norm_eps)
-        return jax.tree.map(lambda s, t: s * t * _as_real(factor, s), scaled, scales)
+        step = tree.with_length(scaled, radius, tree.length(scaled), norm_eps)
+        return jax.tree.map(lambda s, t: s * t, step, scales)
 
     return ball(rho, climb)
 
@@ -169,8 +169,7 @@ def linf_ball(rho: Radius, metric: Metric | None = None) -> Transformation:
 
     def climb(g, params, radius):
         def corner(g, t):
-            scaled = g * t
-            sign = jnp.sign(scaled) + 0 * scaled  # an overflow has no direction: inf gives NaN
+            sign = jnp.sign(g) + 0 * g  # an overflow has no direction: inf gives NaN
             return sign * t * _as_real(radius, sign)
 
         return jax.tree.map(corner, g, metric(params))
@@ -222,7 +221,7 @@ def unnormalized_step(rho: Radius, metric: Metric | None = None) -> Transformati
     return ball(rho, climb)
 
 
-def monge_ball(rho: Radius, *, norm_eps: float = 1e-12) -> Transformation:
+def monge_ball(rho: Radius, *, norm_eps: float = 0.0) -> Transformation:
     """Climb to the edge of a ball on the graph of the loss: a short step where the loss is steep.
 
         ε = ρ g / ((‖g‖ + norm_eps) √(1 + ‖g‖²))       so that  ε·(I + g gᵀ) ε = ρ²
@@ -230,7 +229,7 @@ def monge_ball(rho: Radius, *, norm_eps: float = 1e-12) -> Transformation:
     Args:
         rho: Radius ρ ≥ 0 on the surface of the loss, a number or a schedule over the optimizer's
             steps.
-        norm_eps: Added to the norm; default 1e-12. A zero gradient gives a zero step.
+        norm_eps: Added to the norm; default 0. A zero gradient gives a zero step.
 
     Returns:
         An optax transformation `g -> ε`. Half-precision gradients give a float32 step.
@@ -263,9 +262,9 @@ def monge_ball(rho: Radius, *, norm_eps: float = 1e-12) -> Transformation:
 
     def climb(g, params, radius):
         del params
-        length = tree.norm(g)
-        factor = radius / ((length + norm_eps) * jnp.sqrt(1 + length**2))
-        return jax.tree.map(lambda g: g * _as_real(factor, g), g)
+        length = tree.length(g)
+        on_surface = radius / jnp.hypot(1.0, length.norm / length.scale)
+        return tree.with_length(g, on_surface, length, norm_eps)
 
     return ball(rho, climb)
 

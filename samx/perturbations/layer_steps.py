@@ -46,7 +46,7 @@ def trust_ratio(w_norm: jax.Array, g_norm: jax.Array, total: jax.Array) -> jax.A
 
 
 def layer_steps(
-    rho: Radius, scaling: LayerScaling = trust_ratio, *, norm_eps: float = 1e-12
+    rho: Radius, scaling: LayerScaling = trust_ratio, *, norm_eps: float = 0.0
 ) -> Transformation:
     """Scale the step of each tensor separately, without a common ball.
 
@@ -58,7 +58,8 @@ def layer_steps(
             `lambda w, g, total: w / g` (every tensor moves by ρ times its own norm),
             `lambda w, g, total: 1 / g` (every tensor moves by ρ), and
             `lambda w, g, total: w / g**2` (a port that divides twice).
-        norm_eps: Added to the norms of gradients; default 1e-12.
+        norm_eps: Added to the norms of gradients; default 0. A tensor without a gradient does not
+            move.
 
     Returns:
         An optax transformation `g -> ε`. Half-precision gradients give a float32 step.
@@ -88,12 +89,16 @@ def layer_steps(
     check_number("norm_eps", norm_eps, 0)
 
     def climb(g, params, radius):
-        total = tree.norm(g) + norm_eps
+        length = tree.length(g)
+        total = length.norm / length.scale
 
         def step(g, w):
             if not tree.is_inexact(w):
                 return g
-            factor = radius * scaling(tree.norm(w), tree.norm(g) + norm_eps, total)
+            g_norm = tree.scaled_norm(length.scale, g) / length.scale
+            is_zero, w_norm = g_norm == 0, tree.plain_norm(w)
+            norms = (jnp.where(is_zero, 1, norm + norm_eps) for norm in (g_norm, total))
+            factor = jnp.where(is_zero, 0, radius * scaling(w_norm, *norms))
             return g * jnp.asarray(factor, g.real.dtype)
 
         return jax.tree.map(step, g, params)

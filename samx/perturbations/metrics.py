@@ -190,7 +190,7 @@ def layerwise(eta: float = 0.0, *, is_scaled: LeafPredicate = is_not_bias) -> Me
     """
     check_number("eta", eta, 0)
     check_function("is_scaled", is_scaled)
-    return _scaled(lambda w: tree.norm(w) + eta, is_scaled)
+    return _scaled(lambda w: tree.plain_norm(w) + eta, is_scaled)
 
 
 def constants(scales: Any) -> Metric:

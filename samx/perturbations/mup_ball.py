@@ -5,7 +5,6 @@ import re
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 
 from samx.core import tree
 from samx.core.aliases import Radius, Transformation
@@ -19,7 +18,7 @@ def mup_ball(
     *,
     normalization: Literal["decoupled", "layerwise"] = "decoupled",
     width: float | None = None,
-    norm_eps: float = 1e-12,
+    norm_eps: float = 0.0,
 ) -> Transformation:
     """Perturb so that the effect on the features of each layer does not depend on the width.
 
@@ -35,7 +34,7 @@ def mup_ball(
             Definition 4 of the paper; in wide networks only input-like layers and biases
             matter for this norm.
         width: The width of the network divided by its base width; only with "layerwise".
-        norm_eps: Added to the norm; default 1e-12. A zero gradient gives a zero step.
+        norm_eps: Added to the norm; default 0. A zero gradient gives a zero step.
 
     Returns:
         An optax transformation `g -> ε`. Half-precision gradients give a float32 step.
@@ -79,9 +78,9 @@ def mup_ball(
 
     def climb(g, params, radius):
         s = matched("mup_ball", "scales", scales, "params", params)
-        length = tree.norm(jax.tree.map(lambda g, s: g * weight(s), g, s))
-        factor = radius / (length + norm_eps)
-        return jax.tree.map(lambda g, s: g * s * jnp.asarray(factor, g.real.dtype), g, s)
+        length = tree.length(jax.tree.map(lambda g, s: g * weight(s), g, s))
+        step = tree.with_length(g, radius, length, norm_eps)
+        return jax.tree.map(lambda x, s: x * s, step, s)
 
     return ball(rho, climb)
 

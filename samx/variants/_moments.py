@@ -17,17 +17,18 @@ from samx.core.hyperparams import check_hyperparam, check_number
 
 
 def adagrad_norm(eps: Any) -> optax.GradientTransformation:
-    """Scale like AdaGrad-Norm: `u = u + ‖g‖²;  g / √u`, with one number `u`."""
+    """Scale like AdaGrad-Norm: `u = u + ‖g‖²;  g / √u`, with one number √u, which is in range."""
     _check_eps(eps)
 
     def init_fn(params):
-        return jnp.full((), eps**2, tree.real_dtype(*jax.tree.leaves(params)))
+        return jnp.full((), eps, tree.real_dtype(*jax.tree.leaves(params)))
 
     def update_fn(updates, state, params=None):
         del params
         g = jax.tree.map(tree.widen, updates)
-        u = state + tree.dot(g, g)
-        return _over_root(g, jax.tree.map(lambda _: u, g)), u
+        scale, norm = tree.length(g)
+        root = jnp.hypot(scale * state, norm)
+        return tree.with_length(g, 1.0, tree.Length(scale, root)), root / scale
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -56,15 +56,17 @@ def init_reuse(policy: Policy, perturbation: Any, params: Any) -> ReuseState:
 
 
 def take_part(
-    state: ReuseState, part: Any, g_norm: jax.Array, params: Any, readings: Readings
+    state: ReuseState, part: Any, length: tree.Length, g_length: tree.Length, readings: Readings
 ) -> ReuseState:
-    """Store the part of a sharp gradient for the next steps."""
-    length = tree.norm(part)
+    """Store the part of a sharp gradient for the next steps.
+
+    `length` is that of the part, and `g_length` that of the gradient, with the same scale.
+    """
     return state._replace(
         age=jnp.zeros_like(state.age),
-        part=tree.cast_like(part, params),
-        part_norm=length,
-        part_ratio=length / jnp.where(g_norm == 0, 1, g_norm),
+        part=tree.cast_like(part, state.part),
+        part_norm=length.norm / length.scale,
+        part_ratio=tree.ratio(length.norm, g_length.norm),
         readings=readings,
     )
 

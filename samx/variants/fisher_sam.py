@@ -21,7 +21,7 @@ def fisher_sam(
 
         g   = ∇L(w)                              (the incoming updates)
         F   = 1 + eta g²                         (elementwise)
-        ε   = ρ F⁻¹g / (√⟨g, F⁻¹g⟩ + 1e-12)      so that  ⟨ε, F ε⟩ = ρ²
+        ε   = ρ F⁻¹g / √⟨g, F⁻¹g⟩                so that  ⟨ε, F ε⟩ = ρ²
         g_s = ∇L(w + ε)
         return g_s
 
@@ -60,8 +60,12 @@ def fisher_sam(
 
     def climb(g, params, radius):
         del params
-        natural = jax.tree.map(lambda g: g / (1 + eta * jnp.abs(g) ** 2), g)
-        factor = radius / (tree.sqrt(tree.dot(g, natural)) + 1e-12)
-        return jax.tree.map(lambda x: x * factor, natural)
+
+        def over_root(x):
+            """Return F^(-1/2) x; squares would overflow."""
+            return jax.tree.map(lambda x, g: x / jnp.hypot(1.0, jnp.sqrt(eta) * jnp.abs(g)), x, g)
+
+        whitened = over_root(g)
+        return over_root(tree.with_length(whitened, radius, tree.length(whitened)))
 
     return sharpness_aware(ball(rho, climb), perturb_dtype=perturb_dtype, name="fisher_sam")

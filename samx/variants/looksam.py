@@ -162,19 +162,19 @@ def reuse_orthogonal(
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
         climb = partial(ascend, value_fn, perturbation, g, state.perturbation, params, **extra)
         *_, ball_state = climb()  # only its state is used here; the compiler drops the rest
-        g_norm = tree.norm(g)
+        g_length = tree.length(g)
 
         def look():
             eps, g_a, ball = climb()
             g_s, readings = sharp(
                 value_fn, params, eps, state.readings, loss=value, g=g_a, ball=ball
             )
-            g_v = _orthogonal(g_s, g)
-            return g_s, (g_s, take_part(state, g_v, g_norm, params, readings))
+            g_v, length = _orthogonal(g_s, g, g_length)
+            return g_s, (g_s, take_part(state, g_v, length, g_length, readings))
 
         def skip():
-            g_v_norm = jnp.where(state.part_norm == 0, 1, state.part_norm)
-            updates = tree.add_scaled(g, at_step(alpha, state.step) * g_norm / g_v_norm, state.part)
+            ratio = tree.ratio(g_length.norm, state.part_norm) / g_length.scale
+            updates = tree.add_scaled(g, at_step(alpha, state.step) * ratio, state.part)
             return tree.cast_like(updates, params), reuse_part(state, value, g)
 
         return look_or_skip(policy, g, state, ball_state, look, skip)
@@ -182,9 +182,12 @@ def reuse_orthogonal(
     return closure_transformation(partial(init_reuse, policy, perturbation), update_fn, name=name)
 
 
-def _orthogonal(g_s: Any, g: Any) -> Any:
+def _orthogonal(g_s: Any, g: Any, length: tree.Length) -> tuple[Any, tree.Length]:
     """Return the component of `g_s` orthogonal to `g`; zero where it is only rounding error."""
-    g_v, length = tree.reject(g_s, g), tree.norm(g_s)
-    rounding = max(tree.coarsest_eps(g_v), 4 * jnp.finfo(length.dtype).eps)  # of leaves, of sums
-    is_rounding = tree.norm(g_v) <= rounding * length
-    return jax.tree.map(lambda x: jnp.where(is_rounding, jnp.zeros_like(x), x), g_v)
+    along = tree.along(g_s, g, length.scale)
+    g_v = tree.add_scaled(g_s, -along, g)
+    norm = tree.scaled_norm(length.scale, g_v)
+    rounding = max(tree.coarsest_eps(g_v), 4 * jnp.finfo(norm.dtype).eps)  # of leaves, of sums
+    is_rounding = norm <= rounding * jnp.abs(along) * length.norm
+    g_v = jax.tree.map(lambda x: jnp.where(is_rounding, jnp.zeros_like(x), x), g_v)
+    return g_v, length._replace(norm=jnp.where(is_rounding, 0, norm))

@@ -96,7 +96,7 @@ def reuse_second_order(
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
         climb = partial(ascend, value_fn, perturbation, g, state.perturbation, params, **extra)
         *_, ball_state = climb()  # only its state is used here; the compiler drops the rest
-        g_norm = tree.norm(g)
+        g_length = tree.length(g)
 
         def look():
             eps, g_a, ball = climb()
@@ -105,7 +105,8 @@ def reuse_second_order(
             )
             updates = tree.on_line(g, g_s, mixing(jnp.zeros_like(state.step), state.step))
             h = tree.subtract(g_s, g)
-            return g_s, (updates, take_part(state, h, g_norm, params, readings))
+            length = g_length._replace(norm=tree.scaled_norm(g_length.scale, h))
+            return g_s, (updates, take_part(state, h, length, g_length, readings))
 
         def skip():
             kept = reuse_part(state, value, g)
