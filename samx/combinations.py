@@ -124,14 +124,14 @@ def surrogate_gap(
     check_hyperparam("alpha", alpha, 0)
     check_choice("descend", descend, ("sharp", "clean"))
 
-    def orthogonal(a, b, scale):
-        return tree.add_scaled(a, -tree.along(a, b, scale), b)
-
     def combine(g, g_s, step):
-        scale = tree.length(g).scale
+        length = tree.length(g)
         if descend == "clean":
-            return tree.add_scaled(g, at_step(alpha, step), orthogonal(g_s, g, scale))
-        return tree.add_scaled(g_s, -1 * at_step(alpha, step), orthogonal(g, g_s, scale))
+            share = tree.along(g_s, g, length) * tree.ratio(length.scale, length.norm)
+            return tree.add_scaled(g, at_step(alpha, step), tree.add_scaled(g_s, -share, g))
+        sharp_norm = tree.scaled_norm(length.scale, g_s)
+        share = tree.along(g_s, g, length) * tree.ratio(length.norm, sharp_norm**2) * length.scale
+        return tree.add_scaled(g_s, -1 * at_step(alpha, step), tree.add_scaled(g, -share, g_s))
 
     return _combination(name, inner, combine)
 

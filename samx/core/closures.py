@@ -78,12 +78,7 @@ class Closure:
 
     def alone(self) -> "Closure":
         """Return the closure of this device: its loss, and `Devices.weight` times its gradient."""
-
-        def local(params):
-            loss, aux = self.local(params)
-            return self.evaluation.devices.scale_cotangent(loss, self.weights), aux
-
-        return replace(self.on(ONE_DEVICE), fn=local)
+        return self.on(self.evaluation.devices._replace(is_alone=True), self.weights)
 
     def on(self, devices: Devices, weights: jax.Array | None = None) -> "Closure":
         """Return the closure with means over these devices."""
@@ -223,7 +218,7 @@ def local_value_and_grad(closure: Closure, params: optax.Params) -> tuple[Any, o
 
     Gradients of integers are float0.
     """
-    value_and_grad = jax.value_and_grad(closure.alone().local, has_aux=True, allow_int=True)
+    value_and_grad = jax.value_and_grad(closure.alone().with_aux, has_aux=True, allow_int=True)
     return value_and_grad(closure.evaluation.devices.pcast(params))
 
 

@@ -33,10 +33,13 @@ class Devices(NamedTuple):
     Attributes:
         axes: The axes over which means are taken.
         local_axes: The axes along which devices, or groups of devices, climb separately.
+        is_alone: Whether no mean is taken: losses are the device's own, and gradients its own times
+            `weight`.
     """
 
     axes: tuple[str, ...] = ()
     local_axes: tuple[str, ...] = ()
+    is_alone: bool = False
 
     @property
     def count(self) -> int:
@@ -62,11 +65,6 @@ class Devices(NamedTuple):
     def weight(self, weights: jax.Array | None) -> Any:
         """Return this device's share times the number of devices; 1 where shares are equal."""
         return 1.0 if weights is None or not self.axes else self.share(weights) * self.count
-
-    def scale_cotangent(self, loss: jax.Array, weights: jax.Array | None) -> jax.Array:
-        """Return the loss; gradients of it are `weight` times those of the loss."""
-        weight = self.weight(weights)
-        return loss if isinstance(weight, float) else _scale_cotangent(loss, weight)
 
     def mean_grad(self, grads: Any, weights: jax.Array | None) -> Any:
         """Return the mean over the devices of gradients that are already scaled by `weight`."""
@@ -117,7 +115,7 @@ class Devices(NamedTuple):
 
     def spread(self, params: Any, weights: jax.Array | None) -> Any:
         """Pass parameters to the local loss; the backward pass averages the gradient."""
-        if not self.axes:
+        if not self.axes or self.is_alone:
             return params
         return _on_floating(lambda x: _spread(self, x, weights), params)
 
@@ -125,8 +123,9 @@ class Devices(NamedTuple):
         """Return the mean of the local losses."""
         if not self.axes:
             return loss
-        loss = self.scale_cotangent(loss, weights)
-        return _mean_loss(self.axes, loss, self.share(weights))
+        weight = self.weight(weights)
+        loss = loss if isinstance(weight, float) else _scale_cotangent(loss, weight)
+        return loss if self.is_alone else _mean_loss(self.axes, loss, self.share(weights))
 
     def mean(self, tree: Any, share: Any) -> Any:
         """Return the mean over the devices by their shares; a device with share 0 is ignored.
@@ -134,7 +133,7 @@ class Devices(NamedTuple):
         Integers must be equal on all devices whose share is not 0. `PerExample` values and leaves
         that are not numbers do not change.
         """
-        if not self.axes:
+        if not self.axes or self.is_alone:
             return tree
 
         def is_per_example(node):
@@ -171,7 +170,7 @@ ONE_DEVICE = Devices()
 
 
 def is_mapped(axis: str) -> bool:
-    """Return whether this code runs inside a `jax.pmap` or `jax.shard_map` over the axis."""
+    """Return whether a `jax.shard_map`, `jax.pmap` or `jax.vmap` maps this code over the axis."""
     try:
         jax.lax.axis_size(axis)
     except NameError:
@@ -184,8 +183,14 @@ def _on_floating(fn, x):
 
 
 def _pcast(axes, x):
-    """Cast to varying, one axis at a time: JAX rejects the cast if an axis already varies."""
+    """Cast to varying, one axis at a time: JAX rejects the cast if an axis already varies.
+
+    Only axes of `jax.shard_map` need it. Under `jax.vmap`, a gradient is that of one lane anyway.
+    """
+    manual_axes = jax.sharding.get_abstract_mesh().manual_axes
     for axis in axes:
+        if axis not in manual_axes:
+            continue
         try:
             x = jax.lax.pcast(x, axis, to="varying")
         except ValueError as error:

@@ -15,6 +15,7 @@ from samx.core import tree
 from samx.core.state import is_field
 
 FORWARD = 1 / 3  # cost of a forward pass alone, in gradients, by convention
+FLAGS: Any = jax.config  # it does not declare its flags
 UNKNOWN = float("inf")  # a loss that was not computed; NaN would trigger jax_debug_nans
 
 
@@ -73,8 +74,8 @@ def no_readings(params: Any) -> Readings:
     """Return the readings before the first step: losses are infinite, everything else is zero."""
     dtype = tree.real_dtype(*jax.tree.leaves(params))
     return Readings(
-        jnp.full((), UNKNOWN, dtype),
-        jnp.full((), UNKNOWN, dtype),
+        jnp.full((), _stored(UNKNOWN), dtype),
+        jnp.full((), _stored(UNKNOWN), dtype),
         *(jnp.zeros((), dtype) for _ in range(4)),
         is_sharp=jnp.zeros((), bool),
         gradients_spent=jnp.zeros((), jnp.float32),
@@ -101,7 +102,7 @@ def take_readings(
     cost a copy too: XLA computes the norm before the sharp pass, and would keep the difference
     until the dot product after it. So the code takes two differences, of opposite sign.
     """
-    moved, back = (jax.tree.map(jnp.subtract, *pair) for pair in ((point, params), (params, point)))
+    moved, back = (tree.subtract(*pair) for pair in ((point, params), (params, point)))
     moved_norm, sharp_grad_norm = tree.plain_norm(back), tree.plain_norm(g_s)
     cosine = tree.ratio(tree.dot(moved, g_s), moved_norm * sharp_grad_norm)
     taken = Readings(
@@ -114,7 +115,7 @@ def take_readings(
         is_sharp=jnp.ones((), bool),
         gradients_spent=last.gradients_spent + gradients + extra_gradients(ball),
     )
-    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), taken, last)
+    return _like(last, taken)
 
 
 def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
@@ -122,7 +123,7 @@ def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
     zero = jnp.zeros(())
     taken = Readings(
         loss=loss,
-        sharp_loss=jnp.asarray(UNKNOWN),
+        sharp_loss=jnp.asarray(_stored(UNKNOWN)),
         grad_norm=tree.norm(g),
         sharp_grad_norm=zero,
         perturbation_norm=zero,
@@ -130,7 +131,18 @@ def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
         is_sharp=jnp.zeros((), bool),
         gradients_spent=last.gradients_spent + 1,
     )
-    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), taken, last)
+    return _like(last, taken)
+
+
+def _like(last: Readings, taken: Readings) -> Readings:
+    return jax.tree.map(lambda new, old: jnp.asarray(_stored(new), old.dtype), taken, last)
+
+
+def _stored(number: Any) -> Any:
+    """Return the number; where `jax_debug_infs` forbids infinity, the largest float32 instead."""
+    if isinstance(number, float) and number == UNKNOWN and FLAGS.jax_debug_infs:
+        return float(jnp.finfo(jnp.float32).max)
+    return number
 
 
 def extra_gradients(state: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -20,9 +21,20 @@ def is_inexact(leaf: Any) -> bool:
 
 
 def common_dtype(*dtypes: Any) -> Any:
-    """Return the dtype that holds all of these, also if the user has made promotion strict."""
+    """Return the dtype that holds all of these, also if the user has made promotion strict.
+
+    JAX promotes neither floats of 8 bits or less nor integers below 8 bits. Here float32 holds the
+    floats, and int32 the integers.
+    """
+
+    def promotable(dtype):
+        if jnp.issubdtype(dtype, jnp.floating):
+            return jnp.float32 if jnp.finfo(dtype).bits < 16 else dtype
+        is_low = jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8
+        return jnp.int32 if is_low else dtype
+
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
+        return jnp.result_type(*map(promotable, dtypes))
 
 
 def real_dtype(*leaves: Any) -> Any:
@@ -106,10 +118,10 @@ def length(tree: Any) -> Length:
     scale = jnp.where(usual < jnp.inf, jnp.where(is_small, up, 1.0), down).astype(usual.dtype)
 
     def again():
-        # The barrier keeps the compiler from moving the factor behind the square.
-        return plain_norm(jax.lax.optimization_barrier(_times(scale, tree)))
+        # `abs` keeps the compiler from moving the factor behind the square.
+        return plain_norm(jax.tree.map(jnp.abs, _times(scale, tree)))
 
-    if isinstance(scale, jax.core.Tracer):
+    if isinstance(scale, Tracer):
         return Length(scale, jax.lax.cond(scale == 1, lambda: sqrt(usual), again))
     return Length(scale, sqrt(usual) if scale == 1 else again())  # an eager `cond` would compile
 
@@ -123,10 +135,12 @@ def scaled_norm(scale: jax.Array, tree: Any) -> jax.Array:
 
 
 def _times(scale: jax.Array, tree: Any) -> Any:
-    def scaled(x):
+    """Return `scale * tree`; the barrier keeps it out of matrix products, which would store it."""
+
+    def times(x):
         return scale * x.astype(common_dtype(x.dtype, scale.dtype)) if is_inexact(x) else x
 
-    return jax.tree.map(scaled, jax.lax.optimization_barrier(tree))
+    return jax.tree.map(times, jax.lax.optimization_barrier(tree))
 
 
 def with_length(tree: Any, new: Any, old: Length, norm_eps: Any = 0.0) -> Any:
@@ -134,11 +148,12 @@ def with_length(tree: Any, new: Any, old: Length, norm_eps: Any = 0.0) -> Any:
 
     `norm_eps` is added to the old length before the division.
     """
-    factor = ratio(new, old.norm + old.scale * norm_eps)
+    root = sqrt(ratio(1.0, old.norm + old.scale * norm_eps))
+    first, second = old.scale * root, new * root  # their product may be out of range
 
     def resized(x):
         x = widen(x)
-        return x * old.scale.astype(x.real.dtype) * factor.astype(x.real.dtype)
+        return x * first.astype(x.real.dtype) * second.astype(x.real.dtype)
 
     return jax.tree.map(lambda x: resized(x) if is_inexact(x) else x, tree)
 
@@ -158,12 +173,10 @@ def add_scaled(a: Any, scale: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: (widen(x) + scale * widen(y)).astype(x.dtype), a, b)
 
 
-def along(a: Any, b: Any, scale: jax.Array) -> jax.Array:
-    """Return `⟨b, a⟩ / ‖b‖²`, so that `a − along·b` is orthogonal to `b`; 0 if `b` is zero.
-
-    `scale` is that of the `Length` of a tree about as long.
-    """
-    return scale * ratio(dot(b, _times(scale, a)), scaled_norm(scale, b) ** 2)
+def along(a: Any, b: Any, length: Length) -> jax.Array:
+    """Return the component of `a` along `b`, `⟨b, a⟩ / ‖b‖`, where `length` is that of `b`."""
+    factor = ratio(length.scale, length.norm)
+    return dot(jax.tree.map(lambda x: widen(x) * factor if is_inexact(x) else x, b), a)
 
 
 def on_line(a: Any, b: Any, weight: Any) -> Any:

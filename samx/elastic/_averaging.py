@@ -136,14 +136,14 @@ def averaging(
             )
             moves = tree.keep_floating(moves, params)
             added = jax.lax.cond(is_due, total, nothing, moves)
-            return optax.tree.add(state.center, added), moves
+            return tree.add_scaled(state.center, 1, added), moves
 
         if exchange == "before":
             center, moves = exchanged(params, state.step)
         updates, base = tx.update(g, state.base, params, **keywords)
         if exchange == "after":
             center, moves = exchanged(optax.apply_updates(params, updates), state.step + 1)
-        updates = jax.tree.map(lambda u, d: (u - d).astype(u.dtype), updates, moves)
+        updates = tree.add_scaled(updates, -1, moves)
         return updates, AveragingState(next_step(state.step), center, base)
 
     return closure_transformation(init_fn, update_fn, name=name)

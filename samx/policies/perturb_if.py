@@ -118,12 +118,13 @@ def perturb_if(policy: Policy, inner: optax.GradientTransformation) -> Transform
 
 def _linear(g: Any, params: Any, value: Any, extra: dict[str, Any]) -> dict[str, Any]:
     """Return the closures of the linear loss L(w) + ⟨g, v − w⟩, the same for every example."""
+    at_params = 0.0 if value is UNKNOWN else tree.widen(value)
 
     def loss_at(point):
         moved = jax.tree.map(
-            lambda v, w: tree.widen(v) - w if tree.is_inexact(w) else w, point, params
+            lambda v, w: tree.widen(v) - tree.widen(w) if tree.is_inexact(w) else w, point, params
         )
-        return value + tree.dot(g, moved)
+        return at_params + tree.dot(g, moved)
 
     def losses_at(point, batch):
         return jnp.full(batch_size("perturb_if", batch), loss_at(point))

@@ -64,7 +64,7 @@ def largest(
     def choose(scores, weights):
         if weights is not None:
             least = jnp.finfo(scores.dtype).min
-            scores = jnp.where(weights == 0, -jnp.inf, jnp.maximum(scores, least))
+            scores = jnp.where(weights == 0, least, jnp.maximum(scores, least / 2))
         order = jnp.argsort(scores.reshape(num_groups, size), axis=1, descending=True, stable=True)
         return order[:, :count].astype(jnp.int32)
 

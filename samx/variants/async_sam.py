@@ -153,7 +153,7 @@ def async_sam(
         stale, is_known = _ascent_gradient(state, first, fresh)
         keywords = extra | {"value_fn": value_fn, "ascent_fn": ascent_fn}
         eps, ball_state = ball.update(stale, state.perturbation, params, **keywords)
-        eps = tree.where(is_known, eps, optax.tree.zeros_like(stale))
+        eps = tree.where(is_known, eps, optax.tree.zeros_like(eps))
         sharp = partial(value_and_grad_at, eps=eps, has_aux=True, perturb_dtype=perturb_dtype)
         if role_axis is None:
             (loss, a), ((sharp_loss, aux), g_s) = fresh(), sharp(value_fn, params)

@@ -206,7 +206,7 @@ def _hypergradient(
     """Return the gap L_V - L at the new parameters, and dF/dρ; `moved` is their derivative by ρ."""
     train, _ = evaluate(value_fn, after)
     held_out, _ = evaluate(validation_fn, after)
-    gap = held_out["value"] - train["value"]
+    gap = tree.widen(held_out["value"]) - tree.widen(train["value"])
     slope = tree.subtract(held_out["grad"], train["grad"])
     return gap, gap * tree.dot(slope, _without_nans(moved, slope))
 

@@ -119,10 +119,10 @@ def momentum_sam(
         return MomentumSAMState(state, ball.init(params), first_aux(aux_like), no_readings(params))
 
     def update_fn(_, state, params, *, value_fn, **keywords):
-        v = momentum_of(state.base)
-        eps, ball_state = ball.update(optax.tree.scale(-1, v), state.perturbation, params)
+        climbed = optax.tree.scale(-1, momentum_of(state.base))
+        eps, ball_state = ball.update(climbed, state.perturbation, params)
         g_s, readings, aux = sharp(
-            value_fn, params, eps, state.readings, loss=UNKNOWN, g=v, ball=ball_state
+            value_fn, params, eps, state.readings, loss=UNKNOWN, g=climbed, ball=ball_state
         )
         readings = readings._replace(loss=readings.sharp_loss)
         aux = kept_aux("momentum_sam", aux, aux_like, state.aux)

@@ -13,7 +13,7 @@ import optax
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.hyperparams import Default, as_count
 from samx.core.readings import UNKNOWN, Readings, no_readings
-from samx.core.sharp import ascend, sharp_gradient, value_and_grad_at
+from samx.core.sharp import ascend, perturbed, sharp_gradient, value_and_grad_at
 from samx.core.transformation import as_transformation, closure_transformation
 from samx.variants._ball import ball_of
 
@@ -93,7 +93,7 @@ def sharpness_aware(
 
         def climb(_, eps):
             _, g_i = value_and_grad_at(value_fn.ascent, params, eps, perturb_dtype=perturb_dtype)
-            step, _ = perturb(g_i, state, optax.apply_updates(params, eps))
+            step, _ = perturb(g_i, state, perturbed(params, eps, perturb_dtype))
             return optax.tree.add(eps, step)
 
         return jax.lax.fori_loop(1, ascent_steps, climb, eps)

@@ -180,7 +180,7 @@ def sampa(
         trial = tree.where(is_first, optax.tree.zeros_like(trial), trial)
         previous = tree.where(is_first, current, state.previous)
 
-        pair = (eps, previous), (trial, current)
+        pair = (eps, previous), (tree.cast_like(trial, eps), current)
         ((sharp_loss, _), g_s), ((loss, aux), g_y) = both_gradients(losses_fn, params, pair)
         mixed = jax.tree.map(lambda s, y: ((1 - lam_t) * s + lam_t * y).astype(s.dtype), g_s, g_y)
         updates, base_state = base.update(mixed, state.base, params, **keywords)

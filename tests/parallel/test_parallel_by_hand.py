@@ -1,5 +1,6 @@
 """One step on 8 devices by hand, with various arguments of `update`."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -305,3 +306,32 @@ def test_value_and_grad_where_devices_depend_on_one_another(regime):
     value, grad = mapped(fn, regime, 2)(jnp.float64(0.5), x, weights)
     mean_square = np.mean((np.array([1.0, 2.0, 3.0]) - 4.5) ** 2)
     np.testing.assert_allclose([value, grad], [0.25 * mean_square, mean_square], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "lanes"),
+    [
+        ("sam", "fake_pmap"),
+        ("sampa", "vmap"),
+        ("ksam", "vmap"),
+        pytest.param("focal_sam", "vmap", marks=pytest.mark.slow),
+        pytest.param("fisher_sparse_sam", "vmap", marks=pytest.mark.slow),
+    ],
+)
+def test_devices_that_are_lanes_of_one(name, lanes):
+    """`jax.vmap` with an axis name, and chex's `fake_pmap`, which tests of pmap code use."""
+    params, batch = first_batch()
+    expected = on_one_device(name)[0]
+    shards = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), batch)
+
+    def fn(shard):
+        tx = samx.data_parallel(VARIANTS[name].build(batch_like=shard), "data")
+        return regimes.make_step(tx, axes="data")(params, tx.init(params), shard)
+
+    if lanes == "vmap":
+        found = jax.jit(jax.vmap(fn, axis_name="data"))(shards)
+    else:
+        with chex.fake_pmap():
+            found = jax.pmap(fn, axis_name="data")(shards)
+    for lane in (0, 7):
+        assert_close(jax.tree.map(lambda x, i=lane: x[i], found[0]), expected[0])

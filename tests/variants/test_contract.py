@@ -344,3 +344,13 @@ def test_line_search_as_base(name):
         assert_finite(jax.jit(update)(params, batch)[0])
     else:  # a keyword too few or too many is an error of any trace
         jax.eval_shape(update, params, batch)
+
+
+@every_variant
+def test_debug_infs(name):
+    """`jax_debug_infs` finds no infinity, though a reading that is not known is infinite."""
+    tx, (batch, params) = VARIANTS[name].build(), fresh()
+    with jax.debug_infs(True):
+        state = jax.jit(tx.init)(params)
+        carry = jax.jit(problem.make_step(tx))(params, state, batch)
+    assert np.isfinite(float(optax.tree.get(carry[1], "loss")))
