@@ -60,8 +60,9 @@ def momentum_sam(
         rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 3, the paper's value for
             ResNets on CIFAR-100 and ImageNet, about ten times SAM's. During the warm-up of a vision
             transformer the paper uses 0.
-        momentum: `base state -> v`, a tree like the parameters; default the one field named `trace`
-            or `mu`, optax's names.
+        momentum: `base state -> v`, a tree like the parameters. Default: for each parameter its one
+            entry in the fields named `trace` or `mu`, optax's names. A parameter without an entry
+            is not climbed: it is frozen, or its part of the base has no momentum.
         aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `value_fn`. The state
             then holds the aux of the pass at `w + ε` (BatchNorm statistics, for example); read it
             with `optax.tree.get(state, "aux")`. Before the first step it holds these arrays, or
@@ -75,9 +76,8 @@ def momentum_sam(
 
     Raises:
         ValueError: If a number is out of range, or `rho` is given together with `perturbation`. In
-            `init`, if the state of `base` has no field `trace` or `mu`, or several, or `momentum`
-            does not return the shape of the parameters. In `update`, if aux differs from `aux_like`
-            in shape.
+            `init`, if no parameter has a momentum, or one has several, or the momentum is not
+            shaped like the parameters. In `update`, if aux differs from `aux_like` in shape.
         TypeError: If `rho` is neither a number nor a schedule, or `base` is not a transformation.
 
     Example:
@@ -102,6 +102,9 @@ def momentum_sam(
         Readings: `loss` and `sharp_loss` are both the loss at w + ε, the only one there is, and
         `grad_norm` is ‖v‖. aux is that of w + ε too; the authors collect BatchNorm statistics again
         at w when training is done.
+        The base may have several parts (`optax.partition`, `optax.contrib.muon`): v is made of
+        their momenta as their states hold them. A `trace` is about 1 / (1 − decay) times as long
+        as a `mu`, which is an average.
         Fidelity: matches MarlonBecker/MSAM with SGD and AdamW. Its SGD decays w + ε: put that decay
         inside the loss to reproduce it. Its AdamW decays after the step, optax before it.
         `static_args`: `base`, `momentum`.
@@ -110,16 +113,19 @@ def momentum_sam(
     base = as_transformation("momentum_sam", "base", base)
     if momentum is not None:
         check_function("momentum", momentum)
-    momentum_of = find_momentum if momentum is None else momentum
+
+    def momentum_of(state, params):
+        return find_momentum(state, params) if momentum is None else momentum(state)
+
     sharp = partial(sharp_gradient, gradients=1, perturb_dtype=perturb_dtype, has_aux=True)
 
     def init_fn(params):
         state = base.init(params)
-        _check_momentum(momentum_of(state), params)
+        _check_momentum(momentum_of(state, params), params)
         return MomentumSAMState(state, ball.init(params), first_aux(aux_like), no_readings(params))
 
     def update_fn(_, state, params, *, value_fn, **keywords):
-        climbed = optax.tree.scale(-1, momentum_of(state.base))
+        climbed = optax.tree.scale(-1, momentum_of(state.base, params))
         eps, ball_state = ball.update(climbed, state.perturbation, params)
         g_s, readings, aux = sharp(
             value_fn, params, eps, state.readings, loss=UNKNOWN, g=climbed, ball=ball_state
@@ -133,21 +139,30 @@ def momentum_sam(
     return closure_transformation(init_fn, update_fn, name="momentum_sam")
 
 
-def find_momentum(state: optax.OptState) -> Any:
-    """Return the momentum in the state of a base optimizer: its one field named `trace` or `mu`."""
-    found = [
-        (jax.tree_util.keystr(path), value)
-        for name in MOMENTUM_NAMES
-        for path, value in optax.tree.get_all_with_path(state, name, filtering=is_field)
-    ]
-    if len(found) != 1:
-        where = ", ".join(path for path, _ in found) or "none"
+def find_momentum(state: optax.OptState, params: Any) -> Any:
+    """Return the momentum of each parameter: its one entry in the fields `trace` and `mu`.
+
+    A base that is made of parts has several such fields, each for some parameters. A parameter
+    without a momentum gets zeros.
+    """
+    leaves, keystr = jax.tree_util.tree_leaves_with_path, jax.tree_util.keystr
+    paths, found = {path for path, _ in leaves(params)}, {}
+    for name in MOMENTUM_NAMES:
+        for where, field in optax.tree.get_all_with_path(state, name, filtering=is_field):
+            for path, leaf in leaves(field):
+                found.setdefault(path, []).append((keystr(where), leaf))
+    wrong = [path for path, momenta in found.items() if len(momenta) > 1 or path not in paths]
+    if wrong or (paths and not found):
+        names = [where + keystr(wrong[0]) for where, _ in found[wrong[0]]] if wrong else ["none"]
         raise ValueError(
-            "momentum_sam: `base` must have one momentum, a field named `trace` or `mu` in its "
-            f"state, found {where}. Give it one, for example optax.sgd(..., momentum=0.9), or pass "
-            "`momentum=`, a function from the state of the base to the momentum"
+            "momentum_sam: `base` must have one momentum for each parameter, in a field named "
+            f"`trace` or `mu` of its state, found {', '.join(names)}. Give it one, for example "
+            "optax.sgd(..., momentum=0.9), or pass `momentum=`, a function from the state of the "
+            "base to the momentum"
         )
-    return found[0][1]
+    return jax.tree.map_with_path(
+        lambda path, w: found[path][0][1] if path in found else jnp.zeros_like(w), params
+    )
 
 
 def _check_momentum(v: Any, params: Any) -> None:
