@@ -74,7 +74,7 @@ def accumulated(
     params: Any,
 ) -> tuple[jax.Array, Any]:
     """Return the mean loss and aux; the gradient is computed one microbatch at a time."""
-    total = jnp.sum(weights)
+    total = jnp.sum(weights, dtype=float)  # in float64 if JAX uses it
     weights = weights / jnp.where(total == 0, 1, total)
     if weights.shape[0] % num_microbatches:
         raise ValueError(
@@ -86,7 +86,8 @@ def accumulated(
     def part(params, microbatch):
         batch, weights = microbatch
         losses, aux = losses_and_aux(params, batch)
-        return jnp.sum(tree.widen(losses) * weights), aux
+        losses = tree.widen(losses)
+        return jnp.sum(losses * weights).astype(losses.dtype), aux
 
     def whole(parts):
         losses, auxes = parts
@@ -148,9 +149,8 @@ def means_over(
     def of_part(part):
         *examples, share = part
         means = fn(*examples)
-        return means._replace(
-            gradients=jax.tree.map(lambda g: share * tree.widen(g), means.gradients)
-        )
+        gradients = jax.tree.map(tree.widen, means.gradients)
+        return means._replace(gradients=tree.scaled(share, gradients))
 
     def add(total, part):
         means = of_part(part)
@@ -177,6 +177,6 @@ def _shares(count: int, weights: Any, devices: Devices) -> jax.Array:
     """
     if weights is None:
         return jnp.full(count, 1 / count)
-    sums = devices.psum(jnp.sum(weights, axis=1))
+    sums = devices.psum(jnp.sum(weights, axis=1, dtype=float))
     total = jnp.sum(sums)
     return sums / jnp.where(total == 0, 1, total)

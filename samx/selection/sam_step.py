@@ -83,7 +83,7 @@ def selected_loss(losses_fn: LossesClosure, batch: Any, choose: Callable[..., An
         losses = tree.widen(losses_fn(params, batch))
         position, weights = choose(jax.lax.stop_gradient(losses))
         ones = jnp.ones(position.size, losses.dtype) if weights is None else weights
-        kept = put(ones, position, losses.size)
+        kept = put(ones, position, losses.size).astype(losses.dtype)
         mean_total = devices.psum(jnp.sum(kept)) / devices.count
         mean = jnp.sum(losses * kept) / jnp.where(mean_total == 0, 1, mean_total)
         return mean, (None, PerExample(losses))

@@ -10,6 +10,7 @@ import regimes
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import samx
 from examples.devices.communication import communicated_bytes
 from samx.selection import largest, put, take
 from samx.selection.examples import weights_of
@@ -62,3 +63,26 @@ def test_few_examples_on_many_devices_are_not_spread():
         chosen = jax.jit(lambda x: take(x, largest(x, 3)))(x)
     assert chosen.tolist() == [15.0, 14.0, 13.0]
     assert jax.typeof(chosen).sharding.spec == P(None)
+
+
+def test_integer_weights_are_not_rounded_on_three_devices(float64):
+    """Their mean over the devices is 79 / 3, which float32 would round."""
+    x, weights = np.sin(np.arange(36.0)).reshape(12, 3), np.array([2, *range(2, 13)])
+    esam = samx.esam(0.3, 1.0, 0.5, num_groups=3, sharp_pass="whole")
+
+    def step_of(tx):
+        def step(w, x, weights):
+            closures = {"losses_fn": lambda w, x: (x @ w - 1) ** 2, "batch": x, "weights": weights}
+            return tx.update(w, tx.init(w), w, **closures)[0]
+
+        return step
+
+    w = jnp.array([0.1, 0.2, -0.3])
+    on_devices = jax.shard_map(
+        step_of(samx.data_parallel(esam, "data")),
+        mesh=regimes.mesh_of((3,)),
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P(),
+    )
+    found, expected = (jax.jit(step)(w, x, weights) for step in (on_devices, step_of(esam)))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
