@@ -71,6 +71,7 @@ SUITES = {
     "variants/ksam.py": EXAMPLES,
     "variants/lets.py": ("variants/test_lets_radius.py", "perturbations/test_extra_gradients.py"),
     "variants/looksam.py": ("variants/test_reuse.py", "perturbations/test_extra_gradients.py"),
+    "variants/momentum_sam.py": ("variants/test_momentum_sam.py",),
     "variants/sl_sam.py": ("variants/test_sl_sam.py", "perturbations/test_extra_gradients.py"),
     "variants/": ("perturbations/test_extra_gradients.py",),
     "variants/esam.py": (
