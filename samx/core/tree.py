@@ -119,7 +119,8 @@ def length(tree: Any) -> Length:
 
     def again():
         # `abs` keeps the compiler from moving the factor behind the square.
-        return plain_norm(jax.tree.map(jnp.abs, _times(scale, tree)))
+        leaves = filter(is_inexact, jax.tree.leaves(_times(scale, tree)))
+        return plain_norm([jnp.abs(x) for x in leaves]).astype(usual.dtype)
 
     if isinstance(scale, Tracer):
         return Length(scale, jax.lax.cond(scale == 1, lambda: sqrt(usual), again))

@@ -147,12 +147,38 @@ def test_every_numeric_hyperparameter_can_be_injected(name):
 
 @every_variant
 def test_strict_promotion(name):
-    """With float32 parameters no dtypes are mixed, for users who have this forbidden."""
-    tx, (batch, params) = VARIANTS[name].build(), fresh()
-    with jax.numpy_dtype_promotion("strict"):
-        state = jax.eval_shape(tx.init, params)
-        _, after = jax.eval_shape(problem.make_step(tx), params, state, batch)
-    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    """No dtypes are mixed, for users who have this forbidden."""
+    for dtype in (jnp.float32, jnp.bfloat16):
+        batch, params = fresh(dtype)
+        tx = VARIANTS[name].build(batch_like=batch)
+        with jax.numpy_dtype_promotion("strict"):
+            state = jax.eval_shape(tx.init, params)
+            update = functools.partial(updates_of, tx, losses_fn=losses_of_any_dtype)
+            _, after = jax.eval_shape(update, params, batch)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
+def losses_of_any_dtype(params, batch):
+    with jax.numpy_dtype_promotion("standard"):
+        return problem.losses_fn(params, batch)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float4_e2m1fn, jnp.uint8])
+def test_low_bit_leaves_keep_their_dtype(name, dtype):
+    """JAX promotes them to nothing. A float leaf is trained, an integer leaf is left alone."""
+    batch, params = fresh()
+    params["b2"] = params["b2"].astype(dtype)
+    tx = VARIANTS[name].build(batch_like=batch)
+
+    def losses_fn(params, batch):
+        return problem.losses_fn(params | {"b2": params["b2"].astype(jnp.float32)}, batch)
+
+    updates, after = jax.eval_shape(
+        functools.partial(updates_of, tx, losses_fn=losses_fn), params, batch
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, jax.eval_shape(tx.init, params))
 
 
 @every_variant
