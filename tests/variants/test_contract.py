@@ -177,7 +177,8 @@ def test_low_bit_leaves_keep_their_dtype(name, dtype):
     updates, after = jax.eval_shape(
         functools.partial(updates_of, tx, losses_fn=losses_fn), params, batch
     )
-    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    after_step = jax.eval_shape(optax.apply_updates, params, updates)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after_step, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, jax.eval_shape(tx.init, params))
 
 
