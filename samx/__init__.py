@@ -30,10 +30,12 @@ from samx.catalog import catalog
 from samx.core.readings import Readings
 from samx.core.sharp import is_sharp_pass, value_and_grad_at
 from samx.core.state import HeldBatch
-from samx.core.transformation import check_closures, closure_transformation
+from samx.core.transformation import closure_transformation
 from samx.parallel.data_parallel import axis_mean, data_parallel, state_specs, value_and_grad
 from samx.policies.perturb_if import perturb_if
 from samx.training.accumulate import accumulate
+from samx.training.freeze import freeze
+from samx.training.preflight import preflight
 from samx.training.scale_loss import scale_loss
 from samx.training.skip_nonfinite import skip_nonfinite
 from samx.training.with_base import with_base
@@ -130,8 +132,9 @@ __all__ = [
     # Around an optimizer
     "accumulate",
     "axis_mean",
-    "check_closures",
     "data_parallel",
+    "freeze",
+    "preflight",
     "state_specs",
     "value_and_grad",
     "scale_loss",

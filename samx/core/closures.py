@@ -1,6 +1,7 @@
 """Loss closures in one form, and the functions that evaluate them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -68,7 +69,8 @@ class Closure:
     ) -> tuple[jax.Array, Any]:
         """Return `(loss, aux)` at `move(params)`, a point that may differ between devices."""
         devices = self.evaluation.devices
-        loss, aux = self._checked(self.fn(move(devices.spread(params, self.weights))))
+        with _flat_parameters_named(params):
+            loss, aux = self._checked(self.fn(move(devices.spread(params, self.weights))))
         aux = devices.mean(aux, devices.share(self.weights))
         return devices.mean_loss(loss, self.weights), aux
 
@@ -134,7 +136,8 @@ class LossesClosure:
 
     def with_aux(self, params: Any, batch: Any) -> tuple[jax.Array, Any]:
         """Return `(losses, aux)`, checked."""
-        losses, aux = loss_and_aux(self.fn(params, batch))
+        with _flat_parameters_named(params):
+            losses, aux = loss_and_aux(self.fn(params, batch))
         _check_array(self.name, "losses_fn", "losses [B] or (losses, aux)", losses)
         size = batch_size(self.name, batch)
         if jnp.shape(losses) != (size,):
@@ -144,6 +147,10 @@ class LossesClosure:
             )
         _check_floating(self.name, "losses_fn", losses)
         return losses, aux
+
+    def compose(self, fn: Callable[[Any], Any]) -> "LossesClosure":
+        """Return the closure that evaluates the losses at `fn(params)`."""
+        return replace(self, fn=lambda params, batch: self.fn(fn(params), batch))
 
     def scores(self, params: Any, batch: Any) -> jax.Array:
         """Return the losses `[B]` in float32 or wider, one microbatch at a time; no gradient."""
@@ -159,6 +166,22 @@ class LossesClosure:
     def evaluated(self, **changes: Any) -> "LossesClosure":
         """Return the closure with these fields of `evaluation` changed."""
         return replace(self, evaluation=self.evaluation._replace(**changes))
+
+
+@contextmanager
+def _flat_parameters_named(params: Any) -> Iterator[None]:
+    """Add to an error of the caller's loss that its parameters were one flat vector."""
+    try:
+        yield
+    except Exception as error:
+        leaves = jax.tree.leaves(params)
+        if jax.tree.structure(params) == jax.tree.structure(0) and jnp.ndim(leaves[0]) == 1:
+            error.add_note(
+                "samx: the loss was called with one flat vector as its parameters. If "
+                "optax.flatten wraps the sharpness-aware transformation, wrap the base alone: "
+                "optax.chain(samx.sam(...), optax.flatten(base))."
+            )
+        raise
 
 
 def loss_and_aux(result: Any) -> tuple[Any, Any]:

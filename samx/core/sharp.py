@@ -14,6 +14,7 @@ from samx.core import tree
 from samx.core.aliases import DType
 from samx.core.closures import Closure, LossesClosure, scalar_closure
 from samx.core.hyperparams import check_floating
+from samx.core.inspection import inspect_point
 from samx.core.readings import Readings, take_readings
 
 _IS_SHARP_PASS = ContextVar("is_sharp_pass", default=False)
@@ -66,6 +67,7 @@ def value_and_grad_at(
         Cost: one forward and one backward pass, and one transient copy of the parameters.
     """
     closure = scalar_closure("value_and_grad_at", "value_fn", value_fn)
+    inspect_point(params, eps, perturbed(params, eps, perturb_dtype))
     start = closure.evaluation.devices.pcast_left_out(
         jax.tree.map(lambda w: _widened(w, perturb_dtype), params)
     )

@@ -12,6 +12,7 @@ from samx.core import tree
 from samx.core.aliases import Transformation
 from samx.core.closures import batch_size, losses_closure, mean_loss, scalar_closure
 from samx.core.hyperparams import check_function
+from samx.core.inspection import inside_update, inspect_update
 
 # The keywords of `update` that are samx's own. optax knows `value`, `grad` and `value_fn` too.
 OWN_KEYWORDS = frozenset(
@@ -26,6 +27,8 @@ OWN_KEYWORDS = frozenset(
         "weights",
     }
 )
+# Nodes in the parameters by which optax's wrappers are known.
+_WRAPPED = ("MaskedNode", "SplitRealAndImaginaryArrays")
 SCALAR_CLOSURES = ("value_fn", "ascent_fn", "validation_fn")
 _FIXES = {
     "value_fn": "value_fn=lambda p: loss(p, batch)) or, with per-example losses [B], "
@@ -51,6 +54,7 @@ def closure_transformation(
 
     Every rule of the contract that does not depend on the variant is implemented here:
 
+    - An `update_fn` whose first argument is called `_` does not read the gradient.
     - Keyword-only arguments of `update_fn` without a default must be passed by the caller.
       Keywords that `update_fn` does not declare are dropped, unless it has `**keywords`.
     - Closures arrive checked and in one form, whether or not the caller's closures return an aux:
@@ -132,6 +136,7 @@ def closure_transformation(
     declared = {p.name for p in keywords if p.kind is p.KEYWORD_ONLY}
     required = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in keywords)
+    reads_gradient = next(iter(keywords)).name != "_"
 
     def checked_init(params):
         _check_params(name, params)
@@ -139,71 +144,25 @@ def closure_transformation(
 
     def checked_update(updates, state, params=None, **extra):
         _check_params(name, params)
-        extra = unify(name, extra)
+        given, extra = extra, unify(name, extra)
         for keyword in required:
             if keyword not in extra:
                 raise ValueError(_missing(name, keyword, extra))
+        updates, is_frozen = _filled(name, updates, params)
+        if is_frozen is not None:
+            extra = freeze_leaves(extra, is_frozen)
+        updates = tree.keep_floating(updates, params)
+        passed = {k: v for k, v in extra.items() if given.get(k) is not None}
+        inspect_update(name, updates if reads_gradient else None, params, passed)
         if not takes_all:
             extra = {k: v for k, v in extra.items() if k in declared}
-        return update_fn(tree.keep_floating(updates, params), state, params, **extra)
+        with inside_update():
+            updates, state = update_fn(updates, state, params, **extra)
+        if is_frozen is not None:
+            updates = jax.tree.map(lambda u, held: None if held else u, updates, is_frozen)
+        return updates, state
 
     return optax.GradientTransformationExtraArgs(checked_init, checked_update)
-
-
-def check_closures(
-    params: optax.Params,
-    *,
-    value_fn: Callable[[Any], Any],
-    losses_fn: Callable[[Any, Any], Any],
-    batch: Any,
-    weights: Any = None,
-    rtol: float = 1e-3,
-) -> None:
-    """Check, once and outside jit, that `value_fn` and `losses_fn` are the same objective.
-
-        | value_fn(w) − Σ weights·losses_fn(w, batch) / Σ weights |  ≤  rtol · |value_fn(w)|
-
-    Some variants read `value_fn`, others read `losses_fn`. A step function that passes both works
-    with every variant. If the two differ, for example by a regularizer or by label smoothing, a
-    change of the variant silently changes the loss.
-
-    Args:
-        params: The parameters `w` at which both are evaluated.
-        value_fn: `params -> scalar` or `(scalar, aux)`.
-        losses_fn: `(params, batch) -> [B]` or `([B], aux)`.
-        batch: Pytree of arrays with leading axis `B`.
-        weights: `float[B]`, optional; 0 marks padding.
-        rtol: Relative tolerance, default 1e-3.
-
-    Returns:
-        Nothing.
-
-    Raises:
-        ValueError: If they differ (the message shows both numbers), or if an argument is one that
-            `update` rejects.
-
-    Example:
-        >>> import jax.numpy as jnp, samx
-        >>> losses = lambda w, x: (x @ w) ** 2
-        >>> x = jnp.eye(2)
-        >>> samx.check_closures(
-        ...     jnp.ones(2), value_fn=lambda w: losses(w, x).mean(), losses_fn=losses, batch=x)
-
-    References:
-        README, "The contract".
-
-    Notes:
-        Cost: two forward passes. Dropout must draw the same masks in both (keys in `batch`).
-    """
-    given = dict(value_fn=value_fn, losses_fn=losses_fn, batch=batch, weights=weights)
-    checked = unify("check_closures", given)
-    value = checked["value_fn"](params)
-    mean = mean_loss(checked["losses_fn"], batch, checked.get("weights"))(params)
-    if not jnp.allclose(value, mean, rtol=rtol, atol=1e-6):
-        raise ValueError(
-            f"check_closures: value_fn(params) = {float(value):.8g}, but the mean of "
-            f"losses_fn(params, batch) = {float(mean):.8g}; they must be the same objective"
-        )
 
 
 def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
@@ -230,6 +189,18 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
         if "losses_fn" in extra and "value_fn" not in extra:
             extra["value_fn"] = mean_loss(extra["losses_fn"], extra["batch"], extra.get("weights"))
     return extra
+
+
+def freeze_leaves(extra: dict[str, Any], is_frozen: Any) -> dict[str, Any]:
+    """Return the keywords with closures whose gradient is zero at the frozen leaves."""
+
+    def frozen(params):
+        return jax.tree.map(
+            lambda w, held: jax.lax.stop_gradient(w) if held else w, params, is_frozen
+        )
+
+    closures = (*SCALAR_CLOSURES, "losses_fn")
+    return extra | {k: extra[k].compose(frozen) for k in closures if k in extra}
 
 
 def as_transformation(name: str, keyword: str, tx: Any) -> Transformation:
@@ -267,7 +238,7 @@ def _check_params(name: str, params: Any) -> None:
         raise ValueError(
             f"{name}: `params` is missing. Call tx.update(grads, state, params, value_fn=...)."
         )
-    nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+    nodes = jax.tree.leaves(params, is_leaf=lambda x: type(x).__name__ in _WRAPPED)
     if any(isinstance(node, optax.MaskedNode) for node in nodes):
         raise ValueError(
             f"{name}: `params` holds optax.MaskedNode leaves, so optax.masked or optax.partition "
@@ -275,6 +246,41 @@ def _check_params(name: str, params: Any) -> None:
             "Choose leaves inside the perturbation instead: "
             "samx.perturbations.on_leaves(perturbation, is_perturbed)."
         )
+    if any(type(node).__name__ == "SplitRealAndImaginaryArrays" for node in nodes):
+        raise ValueError(
+            f"{name}: `params` are split into real and imaginary parts, so "
+            "optax.contrib.split_real_and_imaginary wraps this transformation. The loss closure "
+            "needs complex parameters. Wrap the base alone: optax.chain(samx.sam(...), "
+            "optax.contrib.split_real_and_imaginary(base))."
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"{name}: `params` must not hold random keys, which have no gradient, got one at "
+                f"params{jax.tree_util.keystr(path)}. Give it to the loss by another way."
+            )
+
+
+def _filled(name: str, updates: Any, params: Any) -> tuple[Any, Any]:
+    """Return the gradient with zeros where it is `None`, and where that is; `None` if nowhere."""
+    structure = jax.tree.structure(params)
+    if jax.tree.structure(updates) == structure:
+        return updates, None
+
+    def is_none(x):
+        return x is None
+
+    given, wanted = (jax.tree.flatten(tree, is_leaf=is_none) for tree in (updates, params))
+    surplus = [g for g, w in zip(given[0], wanted[0], strict=False) if w is None and g is not None]
+    if surplus or given[1] != wanted[1]:
+        raise ValueError(
+            f"{name}: the gradient must be a tree like `params`, {structure}, got "
+            f"{jax.tree.structure(updates)}"
+        )
+    pairs = [(g, w) for g, w in zip(given[0], wanted[0], strict=True) if w is not None]
+    filled = [jnp.zeros_like(w) if g is None else g for g, w in pairs]
+    is_frozen = [g is None for g, _ in pairs]
+    return tuple(jax.tree.unflatten(structure, leaves) for leaves in (filled, is_frozen))
 
 
 def _missing(name: str, keyword: str, given: dict[str, Any]) -> str:

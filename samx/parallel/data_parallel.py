@@ -86,8 +86,7 @@ def data_parallel(
     devices = Devices(axes, _local_axes(ascent, axes))
     inner = as_transformation("data_parallel", "tx", tx)
 
-    def update_fn(updates, state, params, *, value_fn, weights=None, **extra):
-        del updates
+    def update_fn(_, state, params, *, value_fn, weights=None, **extra):
         if value_fn.evaluation.devices.axes:
             raise ValueError(
                 "data_parallel: stands inside another data_parallel; wrap once and name all axes"

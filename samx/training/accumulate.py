@@ -92,8 +92,7 @@ def accumulate(
         state = inner.init(params)
         return state if aux_like is None else AccumulateState(state, first_aux(aux_like))
 
-    def update_fn(updates, state, params, *, losses_fn, batch, weights=None, **extra):
-        del updates
+    def update_fn(_, state, params, *, losses_fn, batch, weights=None, **extra):
         size = batch_size("accumulate", batch)
         if size % num_microbatches:
             raise ValueError(

@@ -108,8 +108,7 @@ def scale_loss(
             inner.init(params), jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32)
         )
 
-    def update_fn(updates, state, params, *, value_fn, **extra):
-        del updates
+    def update_fn(_, state, params, *, value_fn, **extra):
         scaled = partial(_scaled, scale=state.loss_scale)
         if "losses_fn" in extra:
             losses_fn = extra["losses_fn"]

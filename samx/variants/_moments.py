@@ -14,6 +14,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import Transformation
 from samx.core.hyperparams import check_hyperparam, check_number
+from samx.core.transformation import closure_transformation
 
 
 def adagrad_norm(eps: Any) -> optax.GradientTransformation:
@@ -110,6 +111,7 @@ class OptimizerState(NamedTuple):
 
 
 def optimizer(
+    name: str,
     sharp: optax.GradientTransformationExtraArgs,
     moments: optax.GradientTransformation,
     learning_rate: Any,
@@ -126,12 +128,12 @@ def optimizer(
     def init_fn(params):
         return OptimizerState(sharp.init(params), base.init(params))
 
-    def update_fn(updates, state, params=None, **extra: Any):
-        g_s, sharp_state = sharp.update(updates, state.sharp, params, **extra)
+    def update_fn(g, state, params, **extra):
+        g_s, sharp_state = sharp.update(g, state.sharp, params, **extra)
         updates, base_state = base.update(g_s, state.base, params)
         return updates, OptimizerState(sharp_state, base_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return closure_transformation(init_fn, update_fn, name=name)
 
 
 def _check_eps(eps: Any) -> None:

@@ -49,21 +49,6 @@ def test_opting_out_of_float32_is_visible_in_the_readings():
     assert norms[None] == 0.0
 
 
-def test_missing_closures_of_different_objectives():
-    _, params = problem.make("float32")
-    given = {"losses_fn": problem.losses_fn, "batch": BATCH}
-    samx.check_closures(params, value_fn=lambda p: problem.losses_fn(p, BATCH).mean(), **given)
-    with pytest.raises(ValueError, match="must be the same objective"):
-        samx.check_closures(params, value_fn=lambda p: problem.losses_fn(p, BATCH).sum(), **given)
-    with pytest.raises(ValueError, match="must be the same objective"):
-        samx.check_closures(
-            params,
-            value_fn=lambda p: problem.losses_fn(p, BATCH).mean(),
-            weights=jnp.arange(16.0),
-            **given,
-        )
-
-
 def test_with_base_hides_samx_keywords():
     seen = []
 
