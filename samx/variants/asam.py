@@ -52,9 +52,11 @@ def asam(
 
     Notes:
         `rho=0` is the base optimizer. Cost: 2 gradients per step, in sequence, and one transient
-        copy of the parameters. davda54's `adaptive=True` scales every leaf with `eta=0`
-        (`is_scaled=lambda path, leaf: True`) and needs a larger radius. The paper's filter-wise
-        form is not offered: no code of it exists. Fidelity: matches SamsungLabs/ASAM.
+        copy of the parameters. The most used PyTorch code means another geometry: `adaptive=True,
+        rho=2.0` of davda54/sam scales biases too, and adds no η. Here it is
+        `samx.asam(2.0, eta=0.0, is_scaled=lambda path, leaf: True)`. With `samx.asam(2.0)` biases
+        move much further than there. The paper's filter-wise form is not offered: no code of it
+        exists. Fidelity: matches SamsungLabs/ASAM.
         `static_args`: `is_scaled`.
     """
     ball = metric_ball(rho, magnitude(eta, is_scaled=is_scaled))

@@ -60,6 +60,14 @@ def gsam(
         >>> [round(float(u), 3) for u in updates]
         [-0.075, -1.5]
 
+        The authors' `adaptive_perturbation=True`, whose step is |w| g, with the norm of g alone:
+
+        >>> from samx.perturbations import ball
+        >>> def climb(g, w, rho):
+        ...     factor = rho / (optax.tree.norm(g) + 1e-30)
+        ...     return jax.tree.map(lambda g, w: factor * jnp.abs(w) * g, g, w)
+        >>> adaptive = samx.gsam(alpha=1.0, perturbation=ball(0.5, climb))
+
     References:
         Zhuang et al., ICLR 2022, https://arxiv.org/abs/2203.08065
 
@@ -70,7 +78,8 @@ def gsam(
         `samx.combinations.surrogate_gap`. Where devices climb separately
         (`data_parallel(..., ascent="local")`), the means of g and g_s over the devices are
         decomposed; in the authors' code each device decomposes its own. Fidelity: matches
-        google-research/big_vision. `static_args`: `descend`.
+        google-research/big_vision. Its `adaptive_perturbation` is no metric of samx: it scales the
+        step by |w|, and not the norm. `magnitude(0)` scales both, which is ASAM's geometry. `static_args`: `descend`.
     """
     ball = ball_of("gsam", rho, perturbation)
     sharp = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="gsam")

@@ -133,3 +133,45 @@ def test_complex_parameters_climb():
     norm = np.linalg.norm(g)
     np.testing.assert_allclose(readings.sharp_loss - readings.loss, 0.1 * norm + 0.01, rtol=1e-8)
     np.testing.assert_allclose(readings.cosine, 1.0, rtol=1e-8)
+
+
+def test_adaptive_in_the_most_used_pytorch_code():
+    """davda54/sam with `adaptive=True`: every leaf is scaled, biases too, and nothing is added."""
+    w = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([0.05, -0.003])}
+
+    def loss(w):
+        return (w["kernel"] ** 2).sum() + (3 * w["bias"] - 1).sum() ** 2
+
+    g = jax.grad(loss)(w)
+    norm = np.sqrt(sum(np.sum((np.abs(w[k]) * g[k]) ** 2) for k in w))
+    expected = {k: 2.0 / norm * w[k] ** 2 * g[k] for k in w}
+    for tx, is_theirs in (
+        (samx.asam(2.0, eta=0.0, is_scaled=lambda path, leaf: True), True),
+        (samx.asam(2.0), False),
+    ):
+        updates, _ = tx.update(g, tx.init(w), w, value_fn=loss)
+        found = jax.grad(loss)({k: w[k] + expected[k] for k in w})
+        assert is_theirs == all(np.allclose(updates[k], found[k], rtol=1e-10) for k in w)
+
+
+def test_adaptive_in_the_authors_code_of_gsam():
+    """The step is scaled by |w|, and not the norm: the line in GSAM's docstring."""
+    w, rho = jnp.array([1.0, -3.0, 0.2]), 0.5
+
+    def loss(w):
+        return (w**4).sum() + w[0] * w[1]
+
+    def climb(g, w, rho):
+        factor = rho / (optax.tree.norm(g) + 1e-30)
+        return jax.tree.map(lambda g, w: factor * jnp.abs(w) * g, g, w)
+
+    g = jax.grad(loss)(w)
+    g_s = jax.grad(loss)(w + rho * np.abs(w) * g / np.linalg.norm(g))
+    expected = g_s - 0.4 * (g - (g @ g_s) / (g_s @ g_s) * g_s)
+    for ball, is_theirs in (
+        (geometry.ball(rho, climb), True),
+        (geometry.metric_ball(rho, geometry.magnitude(0.0)), False),
+    ):
+        tx = samx.gsam(alpha=0.4, perturbation=ball)
+        updates, _ = tx.update(g, tx.init(w), w, value_fn=loss)
+        assert is_theirs == np.allclose(updates, expected, rtol=1e-10)
