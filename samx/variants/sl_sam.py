@@ -18,8 +18,11 @@ from samx.core.readings import FORWARD, Readings, no_readings
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
+from samx.policies.norms import LARGEST_RISE
 from samx.variants._ball import ball_of
 from samx.variants._layer_groups import LayerGroups, as_groups, filled, groups_of, only
+
+SETTLED = 100  # steps after which no norm rises by LARGEST_RISE in ordinary training
 
 
 class SLSAMState(NamedTuple):
@@ -129,7 +132,9 @@ def sl_sam(
         Fidelity: **reconstructed** from the abstract: layers for ascent and descent are chosen per
         step by a bandit whose probabilities follow gradient norms. A secondary source names an
         update of EXP3. Its rate, floor and reward are our choices, and so are groups as the arms.
-        The paper reports 21% to 47% of active parameters. `static_args`: `base`, `groups`.
+        After 100 steps, a norm that is more than 100 times the largest so far counts as the
+        largest, but does not become it: one spike would end the learning. The paper reports 21%
+        to 47% of active parameters. `static_args`: `base`, `groups`.
     """
     check_hyperparam("bandit_learning_rate", bandit_learning_rate, 0)
     check_hyperparam("exploration", exploration, 0, 1)
@@ -196,8 +201,10 @@ def _reward(
     state: SLSAMState, group: jax.Array, p: jax.Array, g_norm: jax.Array, rate: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Reward a group that was drawn with probability p: new log weights, and the largest norm."""
-    largest = jnp.maximum(state.largest_norm, g_norm)
-    gain = rate * g_norm / jnp.where(largest == 0, 1, largest) / p
+    is_spike = (state.step >= SETTLED) & (g_norm > LARGEST_RISE * state.largest_norm)
+    largest = jnp.maximum(state.largest_norm, jnp.where(is_spike, 0, g_norm))
+    share = jnp.where(is_spike, 1, g_norm / jnp.where(largest == 0, 1, largest))
+    gain = rate * share / p
     log_weights = state.log_weights.at[group].add(gain.astype(jnp.float32))
     learned = log_weights - jnp.max(log_weights), largest
     return tree.if_finite(learned, (state.log_weights, state.largest_norm))

@@ -213,3 +213,26 @@ def test_zero_gradients_teach_nothing():
     np.testing.assert_allclose(
         shares(slopes=(0.0, 0.0, 0.0), bandit_learning_rate=1.0), 1 / 3, atol=0.06
     )
+
+
+@pytest.mark.parametrize("spike", [1e6, 50.0])
+def test_one_spike_does_not_end_the_learning(spike):
+    """After it the bandit learns as fast as before; a rise of an ordinary size is the new scale."""
+    tx, w = (
+        samx.sl_sam(optax.sgd(0.0), 0.1, groups=2, exploration=0.5),
+        {"a": jnp.ones(1), "b": jnp.ones(1)},
+    )
+
+    @jax.jit
+    def step(state, factor):
+        def value_fn(w):
+            return factor * (w["a"] + 3 * w["b"]).sum()
+
+        return tx.update(w, state, w, value_fn=value_fn)[1]
+
+    state = tx.init(w)
+    for t in range(102):
+        state = step(state, spike if t == 100 else 1.0)
+    largest = float(state.largest_norm)
+    assert largest == 3.0 if spike > 100 else largest in (spike, 3 * spike)
+    assert np.isfinite(np.asarray(state.log_weights)).all()
