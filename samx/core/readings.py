@@ -22,7 +22,8 @@ UNKNOWN = float("inf")  # a loss that was not computed; NaN would trigger jax_de
 class Readings(NamedTuple):
     """Metrics of the last step, and the cost of all steps: scalars, read with `optax.tree.get`.
 
-    Losses and norms are float32, or float64 if a parameter is float64. Inside `data_parallel`,
+    Losses and norms are float32, or float64 if a parameter is float64. Squares of `g_s` are summed
+    as they are: above 1.8e19 the reading `sharp_grad_norm` is infinite, and `cosine` 0. Inside `data_parallel`,
     losses are means over the devices, and norms are those of the mean gradients. If devices climb
     separately, `grad_norm`, `perturbation_norm` and `cosine` are means of the devices' values.
 

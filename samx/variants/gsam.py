@@ -79,7 +79,8 @@ def gsam(
         (`data_parallel(..., ascent="local")`), the means of g and g_s over the devices are
         decomposed; in the authors' code each device decomposes its own. Fidelity: matches
         google-research/big_vision. Its `adaptive_perturbation` is no metric of samx: it scales the
-        step by |w|, and not the norm. `magnitude(0)` scales both, which is ASAM's geometry. `static_args`: `descend`.
+        step by |w|, and not the norm. `magnitude(0)` scales both, which is ASAM's geometry.
+        `static_args`: `descend`.
     """
     ball = ball_of("gsam", rho, perturbation)
     sharp = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="gsam")
