@@ -23,9 +23,10 @@ class Readings(NamedTuple):
     """Metrics of the last step, and the cost of all steps: scalars, read with `optax.tree.get`.
 
     Losses and norms are float32, or float64 if a parameter is float64. Squares of `g_s` are summed
-    as they are: above 1.8e19 the reading `sharp_grad_norm` is infinite, and `cosine` 0. Inside `data_parallel`,
-    losses are means over the devices, and norms are those of the mean gradients. If devices climb
-    separately, `grad_norm`, `perturbation_norm` and `cosine` are means of the devices' values.
+    as they are: above 1.8e19 the reading `sharp_grad_norm` is infinite, and `cosine` 0. Inside
+    `data_parallel`, losses are means over the devices, and norms are those of the mean gradients.
+    If devices climb separately, `grad_norm`, `perturbation_norm` and `cosine` are means of the
+    devices' values.
 
     Attributes:
         loss: Loss at the parameters: the caller's `value`, or infinity if it was not passed. A
