@@ -51,6 +51,7 @@ class Closure:
             equally.
         ascent_grad: The ascent gradient of this device, if devices climb separately. Otherwise
             `None`: all devices climb the mean gradient.
+        factor: The part of `Devices.weight` that gradients of `fn` have already.
     """
 
     fn: Callable[[Any], Any]
@@ -59,6 +60,7 @@ class Closure:
     evaluation: Evaluation = _PLAIN
     weights: jax.Array | None = None
     ascent_grad: Any = None
+    factor: Any = 1.0
 
     def __call__(self, params: Any) -> jax.Array:
         """Return the loss without its aux."""
@@ -72,7 +74,7 @@ class Closure:
         with _flat_parameters_named(params):
             loss, aux = self._checked(self.fn(move(devices.spread(params, self.weights))))
         aux = devices.mean(aux, devices.share(self.weights))
-        return devices.mean_loss(loss, self.weights), aux
+        return devices.mean_loss(loss, self.weights, self.factor), aux
 
     def local(self, params: Any) -> tuple[jax.Array, Any]:
         """Return this device's `(loss, aux)`."""
@@ -316,11 +318,14 @@ def mean_loss(
     def piece(params, batch):
         return kept(*losses_fn.with_aux(params, batch))
 
-    num_microbatches, fn = losses_fn.evaluation.num_microbatches, whole
-    if num_microbatches > 1:
-        given = unit_weights(batch, jnp.float32) if weights is None else weights
-        fn = partial(accumulated, piece, num_microbatches, batch, given)
-    return Closure(fn, losses_fn.name, "losses_fn", losses_fn.evaluation, weights)
+    name, evaluation = losses_fn.name, losses_fn.evaluation
+    closure = Closure(whole, name, "losses_fn", evaluation, weights)
+    if evaluation.num_microbatches == 1:
+        return closure
+    given = unit_weights(batch, jnp.float32) if weights is None else weights
+    factor = evaluation.devices.weight(weights)
+    fn = partial(accumulated, piece, evaluation.num_microbatches, batch, given, factor)
+    return replace(closure, fn=fn, factor=factor)
 
 
 def evaluate_factors(

@@ -119,12 +119,14 @@ class Devices(NamedTuple):
             return params
         return _on_floating(lambda x: _spread(self, x, weights), params)
 
-    def mean_loss(self, loss: jax.Array, weights: jax.Array | None) -> jax.Array:
-        """Return the mean of the local losses."""
+    def mean_loss(self, loss: jax.Array, weights: jax.Array | None, factor: Any = 1.0) -> jax.Array:
+        """Return the mean of the local losses; their gradients have `factor` already."""
         if not self.axes:
             return loss
         weight = self.weight(weights)
-        loss = loss if isinstance(weight, float) else _scale_cotangent(loss, weight)
+        if not isinstance(weight, float) and factor is not weight:
+            weight = weight if isinstance(factor, float) else tree.ratio(weight, factor)
+            loss = _scale_cotangent(loss, weight)
         return loss if self.is_alone else _mean_loss(self.axes, loss, self.share(weights))
 
     def mean(self, tree: Any, share: Any) -> Any:

@@ -71,9 +71,13 @@ def accumulated(
     num_microbatches: int,
     batch: Any,
     weights: jax.Array,
+    factor: Any,
     params: Any,
 ) -> tuple[jax.Array, Any]:
-    """Return the mean loss and aux; the gradient is computed one microbatch at a time."""
+    """Return the mean loss and aux; the gradient is computed one microbatch at a time.
+
+    The gradient is multiplied by `factor`, before the backward pass of each microbatch.
+    """
     total = jnp.sum(weights, dtype=float)  # in float64 if JAX uses it
     weights = weights / jnp.where(total == 0, 1, total)
     if weights.shape[0] % num_microbatches:
@@ -98,8 +102,13 @@ def accumulated(
         return whole(jax.lax.map(lambda m: part(params, m), microbatches))
 
     def forward(params, microbatches):
+        def scaled(params, microbatch):
+            loss, aux = part(params, microbatch)
+            return (loss * factor).astype(loss.dtype), (loss, aux)
+
         def add(total, microbatch):
-            result, g = jax.value_and_grad(part, has_aux=True, allow_int=True)(params, microbatch)
+            gradient = jax.grad(scaled, has_aux=True, allow_int=True)
+            g, result = gradient(params, microbatch)
             g = tree.keep_floating(g, params)
             return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, g), result
 

@@ -291,6 +291,16 @@ def test_the_losses_of_one_device_depend_on_the_examples_of_another(name, regime
     assert_close([p for p, *_ in history], [p for p, *_ in expected])
 
 
+def test_accumulation_where_devices_depend_on_one_another():
+    """A microbatch of a device is normalized together with those of the others."""
+    params, weights = problem.make()[1], [1, 1, 1, 0, 1, 1, 0.5, 0, 0, 1, 1, 1, 0.5, 2, 0, 3]
+    weighted = batches(1, weights=weights)
+    tx = samx.accumulate(optax.chain(samx.sam(0.3), optax.sgd(0.1)), 2)
+    expected = regimes.single(lambda _: tx, params, weighted, synchronized)
+    found = LOCAL["shard_map"](lambda _: tx, params, weighted, losses_fn=synchronized)
+    assert_close(found[0][0], expected[0][0])
+
+
 @pytest.mark.parametrize("regime", LOCAL)
 def test_value_and_grad_where_devices_depend_on_one_another(regime):
     """Three examples of eight count: the mean of (x w - mean(x) w)^2, by hand."""
