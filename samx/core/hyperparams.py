@@ -96,23 +96,49 @@ def as_count(name: str, value: Any, low: int = 1) -> int:
     return count
 
 
-def as_key(key: int | jax.Array) -> jax.Array:
-    """Return a random key for a state: made from a seed, or a copy of a given key."""
-    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return jnp.array(key, copy=True) if is_key else jax.random.key(key)
+class RandomKey:
+    """The argument `key` of a factory: a seed of 64 bits, or one key from `jax.random.key`.
+
+    A state holds only the data of the key, an ordinary array that every checkpointer keeps. The
+    factory keeps the implementation of the key; that of a seed is JAX's default at this time.
+    """
+
+    def __init__(self, key: Any):
+        check_key(key)
+        self._key = key
+        default = jax.config.jax_default_prng_impl  # pyright: ignore[reportAttributeAccessIssue]
+        self._impl = jax.random.key_impl(key) if is_typed_key(key) else default
+
+    def data(self) -> jax.Array:
+        """Return the data of the key, for a state: uint32, in a buffer of its own."""
+        key = self._key if is_typed_key(self._key) else jax.random.key(self._key, impl=self._impl)
+        return jnp.array(jax.random.key_data(key), copy=True)
+
+    def of(self, data: jax.Array) -> jax.Array:
+        """Return the random key whose data a state holds."""
+        return jax.random.wrap_key_data(data, impl=self._impl)
+
+
+def is_typed_key(x: Any) -> bool:
+    """Return whether this is an array of keys from `jax.random.key`."""
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def check_key(key: Any) -> None:
     """Require a seed of 64 bits, or one key from `jax.random.key`."""
     is_array = isinstance(key, jax.Array | np.ndarray | np.generic)
-    if is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if is_typed_key(key):
         if key.shape:
             raise ValueError(f"`key` must be one key, got keys of shape {key.shape}")
         return
     is_number = is_array or isinstance(key, int)
     is_seed = is_number and jnp.ndim(key) == 0 and not isinstance(key, bool | np.bool_)
     if not (is_seed and (isinstance(key, int) or jnp.issubdtype(key.dtype, jnp.integer))):
-        raise TypeError(f"`key` must be a seed or a key from jax.random.key, got {_shown(key)}")
+        is_raw = is_array and key.dtype == np.uint32
+        hint = "; for a raw key pass jax.random.wrap_key_data(key)" if is_raw else ""
+        raise TypeError(
+            f"`key` must be a seed or a key from jax.random.key, got {_shown(key)}{hint}"
+        )
     if isinstance(key, int) and not -(2**63) <= key < 2**63:
         raise ValueError(f"`key` must be a seed of 64 bits, got {key}")
 

@@ -9,12 +9,11 @@ import optax
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
 from samx.core.hyperparams import (
+    RandomKey,
     as_count,
-    as_key,
     at_step,
     check_choice,
     check_hyperparam,
-    check_key,
     check_number,
     next_step,
 )
@@ -30,7 +29,7 @@ class DynamicMaskState(NamedTuple):
 
     Attributes:
         step: int32, optimizer steps so far; the period, draws and schedules count them.
-        key: The random key of the draws.
+        key: uint32, the data of the random key of the draws (`jax.random.key_data`).
         mask: Booleans shaped like the parameters: which entries are perturbed.
         perturbation: State of the perturbation.
     """
@@ -119,16 +118,16 @@ def dynamic_mask(
     period = as_count("period", period)
     check_choice("drop", drop, SCORES)
     check_choice("grow", grow, SCORES)
-    check_key(key)
+    keys = RandomKey(key)
     perturbation = as_transformation(name, "perturbation", perturbation)
 
     def init_fn(params):
-        first = as_key(key)
+        data = keys.data()
         size = num_entries(name, params)
-        drawn = _draws(jax.random.split(first)[0], 0, params)
+        drawn = _draws(jax.random.split(keys.of(data))[0], 0, params)
         num_left_out = rounded_down(-(-size * sparsity // 1))  # rounded up
         mask = top_entries(drawn, size - num_left_out)
-        return DynamicMaskState(jnp.zeros((), jnp.int32), first, mask, perturbation.init(params))
+        return DynamicMaskState(jnp.zeros((), jnp.int32), data, mask, perturbation.init(params))
 
     def update_fn(updates, state, params=None, **extra):
         check_mask(name, state.mask, params)
@@ -142,7 +141,7 @@ def dynamic_mask(
                 return updates
             if kind == "weight":
                 return jax.tree.map(lambda w, e: tree.widen(w) + e, params, eps)
-            return _draws(jax.random.split(state.key, 3)[purpose], state.step, params)
+            return _draws(jax.random.split(keys.of(state.key), 3)[purpose], state.step, params)
 
         def exchange():
             others = jax.tree.map(jnp.logical_not, state.mask)

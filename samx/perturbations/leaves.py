@@ -9,12 +9,11 @@ import optax
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
 from samx.core.hyperparams import (
-    as_key,
+    RandomKey,
     at_step,
     check_choice,
     check_function,
     check_hyperparam,
-    check_key,
     next_step,
 )
 from samx.core.transformation import as_transformation
@@ -93,7 +92,7 @@ class RandomLeavesState(NamedTuple):
 
     Attributes:
         step: int32, optimizer steps so far.
-        key: The random key of all draws.
+        key: uint32, the data of the random key of all draws (`jax.random.key_data`).
         perturbation: State of the wrapped perturbation.
     """
 
@@ -152,17 +151,17 @@ def random_leaves(
         cannot leave out the gradients of the others.
     """
     check_hyperparam("fraction", fraction, 0, 1, excluded=0)
-    check_key(key)
+    keys = RandomKey(key)
     perturbation = as_transformation("random_leaves", "perturbation", perturbation)
 
     def init_fn(params):
-        key_of_draws = as_key(key)
-        return RandomLeavesState(jnp.zeros((), jnp.int32), key_of_draws, perturbation.init(params))
+        step = jnp.zeros((), jnp.int32)
+        return RandomLeavesState(step, keys.data(), perturbation.init(params))
 
     def update_fn(updates, state, params=None, **extra):
         beta = at_step(fraction, state.step)
         leaves, structure = jax.tree.flatten(updates)
-        is_drawn = _draws(state.key, state.step, len(leaves)) < beta
+        is_drawn = _draws(keys.of(state.key), state.step, len(leaves)) < beta
         is_drawn |= (state.step == 0) | ~jnp.any(is_drawn)
         left = [jnp.where(drawn, leaf, 0) for drawn, leaf in zip(is_drawn, leaves, strict=True)]
         g = jax.tree.unflatten(structure, left)

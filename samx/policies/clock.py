@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from samx.core.aliases import ScalarOrSchedule
-from samx.core.hyperparams import as_count, as_key, at_step, check_hyperparam, check_key, next_step
+from samx.core.hyperparams import RandomKey, as_count, at_step, check_hyperparam, next_step
 from samx.policies import draws
 from samx.policies.policy import Policy, check_policy
 
@@ -38,7 +38,7 @@ class RandomState(NamedTuple):
 
     Attributes:
         step: int32, optimizer steps so far.
-        key: The random key of all draws.
+        key: uint32, the data of the random key of all draws (`jax.random.key_data`).
     """
 
     step: jax.Array
@@ -179,15 +179,15 @@ def random(probability: ScalarOrSchedule, key: int | jax.Array = 0) -> Policy:
         names for them were not read. Cost: 1 + probability gradients per step on average.
     """
     check_hyperparam("probability", probability, 0, 1)
-    check_key(key)
+    keys = RandomKey(key)
 
     def init(params):
         del params
-        return RandomState(jnp.zeros((), jnp.int32), as_key(key))
+        return RandomState(jnp.zeros((), jnp.int32), keys.data())
 
     def decide(g, state):
         del g
-        is_sharp = draws.uniform_at(state.key, state.step) < at_step(probability, state.step)
-        return is_sharp, state._replace(step=next_step(state.step))
+        draw = draws.uniform_at(keys.of(state.key), state.step)
+        return draw < at_step(probability, state.step), state._replace(step=next_step(state.step))
 
     return Policy(init, decide)

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 from samx.core import tree
 from samx.core.hyperparams import (
+    RandomKey,
     as_count,
-    as_key,
     check_function,
-    check_key,
     check_number,
     check_static_number,
     next_step,
@@ -25,7 +24,7 @@ class QuotaState(NamedTuple):
 
     Attributes:
         step: int32, optimizer steps so far.
-        key: The random key of all draws.
+        key: uint32, the data of the random key of all draws (`jax.random.key_data`).
         quota: Number of sharp steps of this window, before rounding down.
         taken: int32, sharp steps so far in this window.
         norms: `[window]`, ‖h‖ of the last sharp steps, newest last.
@@ -109,7 +108,7 @@ def quota(
     check_static_number("max_fraction", max_fraction, 1 / window, 1)
     check_number("ratio_gain", ratio_gain, 0)
     check_number("variance_gain", variance_gain, 0)
-    check_key(key)
+    keys = RandomKey(key)
     if is_measured is not None:
         check_function("is_measured", is_measured)
     if window % num_blocks or window < 2 * num_blocks:
@@ -123,7 +122,7 @@ def quota(
         dtype = tree.real_dtype(*jax.tree.leaves(params))
         return QuotaState(
             step=jnp.zeros((), jnp.int32),
-            key=as_key(key),
+            key=keys.data(),
             quota=jnp.ones((), dtype),
             taken=jnp.zeros((), jnp.int32),
             norms=jnp.zeros(window, dtype),
@@ -141,7 +140,7 @@ def quota(
         taken = jnp.where(is_start, 0, state.taken)
 
         lacking = quota.astype(jnp.int32) - taken
-        is_drawn = draws.uniform_at(state.key, state.step) >= 1 - quota / window
+        is_drawn = draws.uniform_at(keys.of(state.key), state.step) >= 1 - quota / window
         is_sharp = is_warmup | ((lacking > 0) & is_drawn) | (window - position <= lacking)
         taken = jnp.where(is_warmup, 1, taken + is_sharp.astype(taken.dtype))
         return is_sharp, state._replace(

@@ -64,14 +64,20 @@ def places_of(
 
 
 def odds(
-    losses_fn: LossesClosure, state: Any, place: jax.Array, num_groups: int, low: Any, high: Any
+    losses_fn: LossesClosure,
+    state: Any,
+    key: jax.Array,
+    place: jax.Array,
+    num_groups: int,
+    low: Any,
+    high: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the probabilities and the Gumbel noise of this device's examples, `[B]` each.
 
-    `state` has the fields `step` and `key`, and the table in the fields `total` and `count`.
+    `state` has the field `step`, and the table in the fields `total` and `count`.
     """
     devices = losses_fn.evaluation.devices
-    noise = jax.random.gumbel(jax.random.fold_in(state.key, state.step), place.shape)
+    noise = jax.random.gumbel(jax.random.fold_in(key, state.step), place.shape)
     total, count = (x.at[place].get(mode="clip") for x in (state.total, state.count))
     is_there = devices.local_slice(place) < len(state.total)
     p = probabilities(devices.local_slice(total / count), is_there, num_groups, low, high)

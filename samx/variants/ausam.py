@@ -15,11 +15,10 @@ from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Tra
 from samx.core.closures import LossesClosure
 from samx.core.hyperparams import (
     Default,
+    RandomKey,
     as_bound,
     as_count,
-    as_key,
     check_hyperparam,
-    check_key,
     check_static_number,
     next_step,
 )
@@ -46,7 +45,7 @@ class AUSAMState(NamedTuple):
 
     Attributes:
         step: int32, optimizer steps so far.
-        key: The random key of all draws.
+        key: uint32, the data of the random key of all draws (`jax.random.key_data`).
         total: `float32[num_examples]`, sum of each example's loss increases; 1 at first.
         count: `float32[num_examples]`, the divisor of `total`: the score is `total / count`.
         perturbation: State of the perturbation.
@@ -163,7 +162,7 @@ def ausam(
         warmup_steps = as_count("warmup_steps", warmup_steps, 0)
     if ramp_steps is not None:
         ramp_steps = as_count("ramp_steps", ramp_steps, 0)
-    check_key(key)
+    keys = RandomKey(key)
     check_hyperparam("low", low, 0)
     check_hyperparam("high", high, as_bound(low, 0))
     ball = ball_of("ausam", rho, perturbation)
@@ -172,7 +171,7 @@ def ausam(
     def init_fn(params):
         return AUSAMState(
             step=jnp.zeros((), jnp.int32),
-            key=as_key(key),
+            key=keys.data(),
             total=jnp.ones(num_examples),
             count=jnp.ones(num_examples),
             perturbation=ball.init(params),
@@ -204,7 +203,8 @@ def ausam(
             return train(batch, weights, 2)
 
         def on_a_draw():
-            position = _draw(losses_fn, state, place, groups, groups * count, span, weights)
+            key = keys.of(state.key)
+            position = _draw(losses_fn, state, key, place, groups, groups * count, span, weights)
             drawn = weights_of(position, weights, fraction)
             return train(take(batch, position), drawn, 2 * count / group_size, position)
 
@@ -221,6 +221,7 @@ def ausam(
 def _draw(
     losses_fn: LossesClosure,
     state: AUSAMState,
+    key: jax.Array,
     place: jax.Array,
     num_groups: int,
     num_drawn: int,
@@ -228,5 +229,5 @@ def _draw(
     weights: Any,
 ) -> jax.Array:
     """Draw examples of each group without replacement; a higher score is drawn more often."""
-    p, noise = odds(losses_fn, state, place, num_groups, *span)
+    p, noise = odds(losses_fn, state, key, place, num_groups, *span)
     return sampled(p, noise, num_drawn, num_groups=num_groups, weights=weights)

@@ -13,7 +13,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.closures import Closure, evaluate
-from samx.core.hyperparams import Default, as_key, at_step, check_hyperparam, check_key, next_step
+from samx.core.hyperparams import Default, RandomKey, at_step, check_hyperparam, next_step
 from samx.core.readings import FORWARD, Readings, no_readings
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.state import first_aux, kept_aux
@@ -30,7 +30,7 @@ class SLSAMState(NamedTuple):
 
     Attributes:
         step: int32, optimizer steps so far.
-        key: The random key of all draws.
+        key: uint32, the data of the random key of all draws (`jax.random.key_data`).
         log_weights: `float32[groups]`, log weights of the bandit; the largest is 0.
         largest_norm: The largest gradient norm of a group so far.
         group: int32, the group that the last step trained; −1 before the first.
@@ -141,13 +141,13 @@ def sl_sam(
     ball = ball_of("sl_sam", rho, perturbation)
     base = as_transformation("sl_sam", "base", base)
     groups = as_groups(groups)
-    check_key(key)
+    keys = RandomKey(key)
 
     def init_fn(params):
         readings = no_readings(params)
         return SLSAMState(
             step=jnp.zeros((), jnp.int32),
-            key=as_key(key),
+            key=keys.data(),
             log_weights=jnp.zeros(len(groups_of(groups, params)), jnp.float32),
             largest_norm=jnp.zeros_like(readings.grad_norm),
             group=jnp.full((), -1, jnp.int32),
@@ -180,7 +180,7 @@ def sl_sam(
 
     def update_fn(_, state, params, *, value_fn, **extra):
         p = _probabilities(state.log_weights, at_step(exploration, state.step))
-        key = jax.random.fold_in(state.key, state.step)
+        key = jax.random.fold_in(keys.of(state.key), state.step)
         group = jax.random.categorical(key, jnp.log(p)).astype(jnp.int32)
         train = partial(train_group, value_fn, state, params, extra)
         branches = [partial(train, active) for active in groups_of(groups, params)]
