@@ -19,11 +19,11 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import optax
-from flax import core, nnx
+from flax import core, nnx, struct
 from flax.training import train_state
 
 from samx.core.closures import loss_and_aux
-from samx.core.hyperparams import check_choice
+from samx.core.hyperparams import check_choice, is_typed_key
 from samx.core.readings import Readings
 from samx.core.sharp import is_sharp_pass
 from samx.core.transformation import OWN_KEYWORDS, as_transformation
@@ -53,7 +53,11 @@ class TrainState(train_state.TrainState):
         opt_state: The state of `tx`.
         batch_stats: The collection "batch_stats", BatchNorm's running statistics; default none.
         key: The random key of the training run; `rngs` derives the keys of each step from it;
-            default none.
+            default none. `create` takes a key from `jax.random.key` or a raw key. The state holds
+            its data (`jax.random.key_data`, uint32), so that `flax.serialization.to_bytes`, pickle
+            and every other checkpointer keep the state, and the draws go on where they stopped.
+        key_impl: The implementation of the key, fixed by `create`; `None` for a raw key. The typed
+            key is `jax.random.wrap_key_data(state.key, impl=state.key_impl)`.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, samx.flax
@@ -87,10 +91,13 @@ class TrainState(train_state.TrainState):
 
     batch_stats: Any = None
     key: Any = None
+    key_impl: Any = struct.field(pytree_node=False, default=None)
 
     @classmethod
     def create(cls, *, apply_fn, params, tx, **kwargs):
         """Return a new state at step 0, with `tx` initialized; `kwargs` are the other fields."""
+        if is_typed_key(key := kwargs.get("key")):
+            kwargs |= {"key": jax.random.key_data(key), "key_impl": jax.random.key_impl(key)}
         state = super().create(apply_fn=apply_fn, params=params, tx=tx, **kwargs)
         return state.replace(step=jnp.zeros((), jnp.int32))  # a Python int compiles twice
 
@@ -107,7 +114,8 @@ class TrainState(train_state.TrainState):
 
         Returns:
             The state after the step. If the optimizer keeps the aux of a pass (`aux_like`), this
-            aux is the new `batch_stats`, whatever you passed.
+            aux is the new `batch_stats`, whatever you passed. `batch_stats` keep their containers,
+            dict or FrozenDict.
 
         Raises:
             TypeError: If a keyword is neither of the two, or is in `extra_args` too.
@@ -115,6 +123,8 @@ class TrainState(train_state.TrainState):
                 structure of `batch_stats`.
         """
         changes = {f.name: kwargs[f.name] for f in fields(self) if f.name in kwargs}
+        if "batch_stats" in changes:
+            changes["batch_stats"] = _as_frozen(changes["batch_stats"], self.batch_stats)
         keywords = {key: value for key, value in kwargs.items() if key in _UPDATE_KEYWORDS}
         unknown = kwargs.keys() - changes.keys() - keywords.keys()
         if unknown:
@@ -155,7 +165,10 @@ class TrainState(train_state.TrainState):
         check_choice("masks", masks, ("same", "fresh"))
         if self.key is None:
             raise ValueError("TrainState.rngs: the state has no `key`; pass create(..., key=...)")
-        key = jax.random.fold_in(self.key, self.step)
+        key = self.key
+        if self.key_impl is not None and not is_typed_key(key):
+            key = jax.random.wrap_key_data(key, impl=self.key_impl)
+        key = jax.random.fold_in(key, self.step)
         if masks == "fresh" and is_sharp_pass():
             key = jax.random.fold_in(key, _SHARP)
         return {name: jax.random.fold_in(key, crc32(name.encode())) for name in names}
@@ -340,4 +353,13 @@ def _kept_aux(opt_state: Any, statistics: Any) -> Any:
             f"structure as `aux_like`, {jax.tree.structure(expected)}, and let the closures "
             f"return them as aux; got {', '.join(str(jax.tree.structure(aux)) for aux in auxes)}"
         )
-    return jax.tree.map(jnp.copy, aux)  # it stands twice in a state that may be donated
+    aux = jax.tree.map(jnp.copy, aux)  # it stands twice in a state that may be donated
+    return _as_frozen(aux, statistics)
+
+
+def _as_frozen(tree: Any, like: Any) -> Any:
+    """Return a tree of dicts with the containers of `like`, if they differ in FrozenDicts only."""
+    leaves, structure = jax.tree.flatten(core.unfreeze(tree))
+    if structure != jax.tree.structure(core.unfreeze(like)):
+        return tree
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)

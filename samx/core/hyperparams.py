@@ -6,7 +6,7 @@ rank and dtype only. A schedule is checked when it is evaluated.
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,7 @@ class RandomKey:
         return jax.random.wrap_key_data(data, impl=self._impl)
 
 
-def is_typed_key(x: Any) -> bool:
+def is_typed_key(x: Any) -> TypeGuard[jax.Array]:
     """Return whether this is an array of keys from `jax.random.key`."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 

@@ -66,13 +66,20 @@ def averaging_state(aux_like, name="mean", wrap=lambda tx: tx, freeze=dict):
 
 
 @pytest.mark.parametrize(
-    ("wrap", "freeze"), [(lambda tx: tx, core.freeze), (samx.skip_nonfinite, dict)]
+    ("wrap", "freeze", "freeze_aux"),
+    [
+        (lambda tx: tx, core.freeze, core.freeze),
+        (samx.skip_nonfinite, dict, dict),
+        (samx.skip_nonfinite, core.freeze, dict),
+    ],
 )
-def test_linen_statistics_are_the_aux_that_was_kept(wrap, freeze):
-    step, state = averaging_state(freeze({"mean": jnp.ones(())}), wrap=wrap, freeze=freeze)
+def test_linen_statistics_are_the_aux_that_was_kept(wrap, freeze, freeze_aux):
+    step, state = averaging_state(freeze_aux({"mean": jnp.ones(())}), wrap=wrap, freeze=freeze)
+    structure = jax.tree.structure(state)
     for mean in (1.0, 2.0):
         state = step(state, jnp.full(4, mean), batch_stats={"mean": jnp.asarray(jnp.nan)})
         assert state.batch_stats == {"mean": mean}
+        assert jax.tree.structure(state) == structure  # FrozenDicts too
     with jax.disable_jit():
         state = step(state, jnp.full(4, 3.0))
     assert step(state, jnp.full(4, 4.0)).batch_stats == {"mean": 4.0}  # donates each buffer once
@@ -93,8 +100,10 @@ def test_accumulate_keeps_the_statistics_of_the_clean_pass():
 
 
 def test_without_aux_like_nothing_is_kept():
-    step, state = averaging_state(None)
-    assert step(state, jnp.ones(4), batch_stats={"mean": jnp.ones(())}).batch_stats["mean"] == 1
+    step, state = averaging_state(None, freeze=core.freeze)
+    state = step(state, jnp.ones(4), batch_stats={"mean": jnp.ones(())})
+    assert state.batch_stats == core.freeze({"mean": 1})
+    assert isinstance(state.batch_stats, core.FrozenDict)
     step, state = averaging_state(None)
     assert step(state, jnp.ones(4)).batch_stats["mean"] == 0
 

@@ -1,6 +1,7 @@
 """What `TrainState` passes on and keeps."""
 
 import pickle
+from zlib import crc32
 
 import chex
 import jax
@@ -85,6 +86,35 @@ def test_a_state_goes_through_compiled_loops_and_files(freeze):
         chex.assert_trees_all_equal(same, state)
     by_scan, _ = jax.lax.scan(step, start, length=4)
     chex.assert_trees_all_close(by_scan, step(restored)[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", None])
+def test_draws_go_on_after_a_file(impl):
+    """The state is ordinary arrays. A typed key gives the draws that it gives by hand."""
+    key = jax.random.PRNGKey(3) if impl is None else jax.random.key(3, impl=impl)
+    rst = samx.perturb_if(samx.policies.random(0.5, 1), samx.sam(0.1))
+    start = small_state(optax.chain(rst, optax.sgd(0.1)), key=key)
+
+    def step(state):
+        grads = jax.tree.map(jnp.ones_like, state.params)
+        state = state.apply_gradients(grads=grads, value_fn=lambda p: p["w"].sum())
+        by_hand = jax.random.fold_in(jax.random.fold_in(key, state.step), crc32(b"dropout"))
+        draws = [jax.random.uniform(k) for k in (state.rngs("dropout")["dropout"], by_hand)]
+        np.testing.assert_array_equal(*draws)
+        return state, draws[0]
+
+    state, _ = step(start)
+    restored = serialization.from_bytes(start, serialization.to_bytes(state))
+    for leaf in map(np.asarray, jax.tree.leaves(restored)):
+        assert leaf.dtype.kind in "fiub"
+    for found, expected in zip(step(restored), step(state), strict=True):
+        chex.assert_trees_all_equal(found, expected)
+    np.testing.assert_array_equal(
+        *(  # a typed key may come later, too
+            jax.random.uniform(s.rngs("dropout")["dropout"])
+            for s in (state, state.replace(key=key))
+        )
+    )
 
 
 class Weighted(samx.flax.TrainState):
