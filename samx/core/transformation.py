@@ -288,5 +288,6 @@ def _missing(name: str, keyword: str, given: dict[str, Any]) -> str:
         f"{name}: `{keyword}` is missing. "
         f"Call tx.update(grads, state, params, {_FIXES.get(keyword, f'{keyword}=...)')}. "
         f"Keywords that arrived: {', '.join(sorted(given)) or 'none'}. If you did pass it: "
-        "optax.lookahead and optax.MultiSteps(...).gradient_transformation() drop keywords."
+        "flax.training.train_state.TrainState never passes keywords to the optimizer (use "
+        "samx.flax.TrainState), and optax.MultiSteps(...).gradient_transformation() drops them."
     )

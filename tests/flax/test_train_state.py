@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import core, serialization
+from flax.training import train_state
 
 import samx
 import samx.flax
@@ -50,6 +51,15 @@ def test_extra_args_are_for_the_base():
             grads=GRADS, value_fn=lambda p: p["w"].sum(), extra_args={"obj_fn": lambda p: 3.0}
         )
         assert state.params["w"].tolist() == [-2.0, -2.0]
+
+
+def test_flax_s_own_state_is_named_when_a_closure_is_missing():
+    state = train_state.TrainState.create(
+        apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.chain(samx.sam(0.1), optax.sgd(0.1))
+    )
+    message = r"sam: `value_fn` is missing.*train_state.TrainState never.*use samx.flax.TrainState"
+    with pytest.raises(ValueError, match=message):
+        state.apply_gradients(grads=GRADS, value_fn=lambda p: p["w"].sum())
 
 
 class Counting(samx.flax.TrainState):

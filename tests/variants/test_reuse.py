@@ -79,3 +79,39 @@ def test_looksam_reuses_nothing_where_both_gradients_are_parallel(size, dtype):
         w, state, g, u = step(w, state)
         assert bool(state.readings.is_sharp) == (t % 5 == 0)
         assert np.array_equal(g, u) == (t % 5 != 0)
+
+
+def test_looksam_before_the_base_of_lookahead():
+    """The README's recipe, against a loop by hand."""
+    sam, base = samx.looksam(0.05, period=2, alpha=0.3), optax.sgd(0.02, momentum=0.9)
+    lookahead = optax.lookahead(base, sync_period=3, slow_step_size=0.5)
+
+    def loss(w):
+        return (w**4).sum() + w[0] * w[1]
+
+    @jax.jit
+    def step(p, sam_state, state):
+        g = jax.grad(loss)(p.fast)
+        g, sam_state = sam.update(g, sam_state, p.fast, value_fn=loss)
+        updates, state = lookahead.update(g, state, p)
+        return optax.apply_updates(p, updates), sam_state, state
+
+    def gradient(w):
+        return 4 * w**3 + w[::-1]
+
+    fast = slow = np.array([1.0, -2.0])
+    p = optax.LookaheadParams.init_synced(jnp.array(fast))
+    carry, buffer, part = (p, sam.init(p.fast), lookahead.init(p)), np.zeros(2), None
+    for t in range(7):
+        carry, g = step(*carry), gradient(fast)
+        if t % 2 == 0:
+            g_s = gradient(fast + 0.05 * g / np.linalg.norm(g))
+            part = g_s - (g @ g_s) / (g @ g) * g
+        else:
+            g_s = g + 0.3 * np.linalg.norm(g) / np.linalg.norm(part) * part
+        buffer = g_s + 0.9 * buffer
+        fast = fast - 0.02 * buffer
+        if t % 3 == 2:
+            fast = slow = slow + 0.5 * (fast - slow)
+        for found, expected in zip((carry[0].fast, carry[0].slow), (fast, slow), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
