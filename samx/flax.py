@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import core, nnx, struct
+from flax.errors import TraceContextError
 from flax.training import train_state
 
+from samx.core.captured import captured, replace_captured
 from samx.core.closures import loss_and_aux
 from samx.core.hyperparams import check_choice, is_typed_key
 from samx.core.readings import Readings
@@ -33,6 +35,13 @@ __all__ = ["TrainState", "closure", "keep_aux", "statistics"]
 
 Masks = Literal["same", "fresh"]
 _UPDATE_KEYWORDS = OWN_KEYWORDS - {"ascent_grad"} | {"value", "grad", "value_fn"}
+_NNX_OBJECTS = (nnx.Pytree, nnx.Variable)
+_NOT_FOUND = (
+    "closure: `fn` changes an nnx object (nnx.Rngs, a module, a metric or a variable) that "
+    "samx.flax.closure did not find, so a pass would change it outside. Let `fn` capture it "
+    "directly: lambda model: loss(model, batch, rngs), or functools.partial(loss, rngs=rngs), not "
+    "through an attribute (self.rngs), another module's global, or a function under nnx.jit."
+)
 _SHARP = crc32(b"sharp pass")  # folded into keys; no counter and no split index reaches it
 
 
@@ -190,6 +199,10 @@ def closure(
     counters. Then all passes of the step start from the same values and draw the same masks, and
     no pass changes the model.
 
+    The same holds for nnx objects that `fn` captures: `nnx.Rngs`, other modules, metrics and
+    variables. `lambda model: loss(model, batch, rngs)` is fine: every pass uses its own copy of
+    `rngs`, as `rngs` was when you made the closure.
+
     Args:
         model: The model.
         fn: `(model, ...) -> loss` or `(loss, aux)`: a scalar for `value_fn`, `ascent_fn` and
@@ -204,7 +217,7 @@ def closure(
 
     Raises:
         ValueError: If `masks` is neither "same" nor "fresh"; when called, if `wrt` does not choose
-            the parameters that arrive.
+            the parameters that arrive, or if `fn` changes an nnx object that is not found (below).
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx.flax
@@ -228,14 +241,22 @@ def closure(
         https://github.com/google/flax/issues/4545, which asks for this.
 
     Notes:
+        Captured objects are found in the closure cells, defaults and bound arguments of `fn`, in
+        the globals that it names, in tuples, lists and dicts there, and in the functions among
+        these (global ones of the same module only). They are not found in attributes of other
+        objects or inside `nnx.jit(fn)`. A captured module that shares parameters with `model` keeps
+        its own parameters in all passes, like a constant.
         Cost: none. Only references are copied; without a copy, `nnx.split` would see your own
         forward pass change them. In `jax.shard_map` and `jax.pmap` the closure is that of the
         device; masks are then the same on all devices, unless the model's keys differ. Masks are
         the same for all microbatches of `accumulate`.
     """
     check_choice("masks", masks, ("same", "fresh"))
-    graph, own_params, keys, rest = nnx.split(nnx.clone(model), wrt, nnx.RngKey, ...)
-    num_own = len(jax.tree.leaves(own_params))
+    own, num_own = _variables(model, wrt), len(jax.tree.leaves(nnx.state(model, wrt)))
+    outside = captured(fn, _NNX_OBJECTS)
+    tied = [x for x in outside if own & _variables(x)]  # apart: `params` do not move them
+    free = [x for x in outside if not own & _variables(x)]
+    parts = [nnx.split(nnx.clone(part), nnx.RngKey, ...) for part in ([model, *free], tied)]
 
     def pure(params, *args):
         num_params = len(jax.tree.leaves(params))
@@ -244,9 +265,18 @@ def closure(
                 f"closure: `wrt` chooses {num_own} arrays of the model, but {num_params} arrived "
                 "as parameters; give closure and nnx.Optimizer the same `wrt`"
             )
-        passed = jax.tree.map(_fold, keys) if masks == "fresh" and is_sharp_pass() else keys
-        copy = nnx.merge(graph, params, passed, rest, copy=True)
-        loss, _ = loss_and_aux(fn(copy, *args))
+        fold = _fold if masks == "fresh" and is_sharp_pass() else lambda key: key
+        (copy, *copies), constants = (
+            nnx.merge(graph, jax.tree.map(fold, keys), rest, copy=True)
+            for graph, keys, rest in parts
+        )
+        nnx.update(copy, params)
+        copy_of = dict(zip(map(id, [*free, *tied]), [*copies, *constants], strict=True))
+        on_copies = replace_captured(fn, _NNX_OBJECTS, lambda x: copy_of.get(id(x), x))
+        try:
+            loss, _ = loss_and_aux(on_copies(copy, *args))
+        except TraceContextError as error:
+            raise ValueError(_NOT_FOUND) from error
         return loss, statistics(copy, wrt=wrt)
 
     return pure
@@ -327,6 +357,13 @@ def keep_aux(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
     aux = _kept_aux(nnx.as_pure(optimizer.opt_state), statistics(model, wrt=optimizer.wrt))
     if aux is not None:
         nnx.update(model, aux)
+
+
+def _variables(x: Any, chosen: nnx.filterlib.Filter = ...) -> set[int]:
+    """Return the identities of the variables in an nnx object."""
+    state = nnx.state(x if isinstance(x, nnx.Pytree) else [x], chosen)
+    leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return {id(leaf) for leaf in leaves}
 
 
 def _fold(key: jax.Array) -> jax.Array:
