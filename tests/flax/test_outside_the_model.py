@@ -264,6 +264,7 @@ def test_the_model_itself_is_a_constant_where_it_is_captured():
     model = Weights()
     value_fn = samx.flax.closure(model, lambda m: ((m.w[...] - model.w[...]) ** 2).sum())
     moved = jax.tree.map(lambda w: w + 3, nnx.as_pure(nnx.state(model, nnx.Param)))
+    model.w[...] += 100  # after the closure was made
     value, grads = jax.value_and_grad(value_fn, has_aux=True)(moved)
     assert value[0] == 9 * 64
     np.testing.assert_array_equal(grads["w"], 6.0)
