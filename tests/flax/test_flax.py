@@ -6,17 +6,21 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import regimes
+from flax import nnx
 from flax_runs import (
     PASSES,
     TRAININGS,
+    Nnx,
     assert_same,
     batches,
     by_hand,
     hand_pass,
     hand_run,
     leaves,
+    losses_of,
     run,
     samx_run,
     variant,
@@ -135,7 +139,7 @@ def test_under_jit_statistics_and_masks_are_those_of_the_whole_batch(api, name):
 
 
 @functools.cache
-def mapped_hand_run(api, name):
+def mapped_hand_pass(api):
     """Each device has its own statistics and, in linen, masks; results of a pass are averaged."""
     one_pass, params, memory = PASSES[api](0.5, is_mapped=True)
     mesh = regimes.mesh_of()
@@ -150,8 +154,12 @@ def mapped_hand_run(api, name):
         out_specs=P(),
         check_vma=False,
     )
-    params, memory = jax.tree.map(np.asarray, params), regimes.place(memory, mesh, P())
-    return by_hand(name, jax.jit(fn), params, memory, batches(4))
+    return jax.jit(fn), jax.tree.map(np.asarray, params), regimes.place(memory, mesh, P())
+
+
+@functools.cache
+def mapped_hand_run(api, name):
+    return by_hand(name, *mapped_hand_pass(api), batches(4))
 
 
 @pytest.mark.parametrize(
@@ -159,8 +167,41 @@ def mapped_hand_run(api, name):
     [
         ("shard_map", "linen", "sampa"),
         ("shard_map, no vma", "nnx", "sam"),
+        ("shard_map", "nnx", "momentum_sam"),
+        ("pmap", "nnx", "sampa"),
     ],
 )
 def test_statistics_and_masks_of_each_device(regime, api, name):
     history = run_mapped(TRAININGS[api], regime, variant(name, data_parallel))
     assert_same(history, mapped_hand_run(api, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "check_vma"), [("sam", True), ("sampa", False), ("momentum_sam", True)]
+)
+def test_nnx_shard_map_as_in_the_readme(name, check_vma):
+    """The statistics of the caller's own pass are averaged; those of a variant are means."""
+    mesh, model = regimes.mesh_of(), Nnx()
+    tx = variant(name, data_parallel)(batches(1)[0], samx.flax.statistics(model))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    specs = nnx.StateSharding({nnx.PathContains("previous"): P("data"), ...: P()})
+
+    @nnx.jit
+    @nnx.shard_map(mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=P(), check_vma=check_vma)
+    def train_step(model, optimizer, batch):
+        losses_fn = samx.flax.closure(model, losses_of)
+        value, grads = nnx.value_and_grad(lambda model: losses_of(model, batch).mean())(model)
+        nnx.update(model, samx.axis_mean(samx.flax.statistics(model), "data"))
+        optimizer.update(model, grads, losses_fn=losses_fn, batch=batch)
+        samx.flax.keep_aux(model, optimizer)
+        return samx.axis_mean(value, "data")
+
+    history = []
+    for batch in batches(4):
+        value = train_step(model, optimizer, regimes.place(batch, mesh, P("data")))
+        _, params, statistics, _ = nnx.split(model, nnx.Param, nnx.BatchStat, ...)
+        loss = optax.tree.get(nnx.as_pure(optimizer.opt_state), "loss")
+        history.append((nnx.as_pure(params), nnx.as_pure(statistics), loss))
+    regimes.check_replicas(history, [P()] * len(history))
+    assert value.shape == ()
+    assert_same(history, mapped_hand_run("nnx", name))
