@@ -57,6 +57,8 @@ DEVICES = (
     "parallel/test_parallel.py::test_weights",
     "parallel/test_parallel_by_hand.py::test_weights",
     "parallel/test_parallel_by_hand.py::test_readings",
+    "parallel/test_parallel_by_hand.py::test_the_losses_of_one_device",
+    "parallel/test_parallel_by_hand.py::test_accumulation",
     "parallel/test_parallel.py::test_aux",
 )
 # Tests of a file, or of all files of a folder, beyond those of the rows.
@@ -128,9 +130,13 @@ SUITES = {
     "core/transformation.py": (
         "core/test_transformation.py",
         "core/test_closures.py",
+        "training/test_freeze.py",
         "variants/test_contract.py::test_padding",
         *DEVICES,
     ),
+    "core/captured.py": ("core/test_captured.py",),
+    "core/inspection.py": ("training/test_preflight.py",),
+    "core/tree.py": ("core/test_norms.py", "variants/test_derivatives.py", *DEVICES),
     "core/": ("core/test_closures.py", *DEVICES),
     "selection/sam_step.py": (
         "variants/test_example_loops.py",
