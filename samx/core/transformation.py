@@ -1,7 +1,9 @@
 """Build checked transformations: check the arguments of `update`, give loss closures one form."""
 
 import inspect
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,8 +12,9 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import Transformation
-from samx.core.closures import batch_size, losses_closure, mean_loss, scalar_closure
-from samx.core.hyperparams import check_function
+from samx.core.closures import as_weights, batch_size, losses_closure, mean_loss, scalar_closure
+from samx.core.hyperparams import check_function, check_number, check_scalar, check_text
+from samx.core.readings import Readings
 
 # The keywords of `update` that are samx's own. optax knows `value`, `grad` and `value_fn` too.
 OWN_KEYWORDS = frozenset(
@@ -27,6 +30,7 @@ OWN_KEYWORDS = frozenset(
     }
 )
 SCALAR_CLOSURES = ("value_fn", "ascent_fn", "validation_fn")
+_OWN_MESSAGE = re.compile(r"\w+: ")  # the name of the transformation comes first
 _FIXES = {
     "value_fn": "value_fn=lambda p: loss(p, batch)) or, with per-example losses [B], "
     "tx.update(grads, state, params, losses_fn=losses, batch=batch)",
@@ -94,10 +98,12 @@ def closure_transformation(
     Raises:
         ValueError: In `init` and `update`, if `params` is missing or holds `optax.MaskedNode`s; in
             `update`, if a required closure is missing, `value_fn` does not return a scalar,
-            `losses_fn` does not return `[B]`, batch leaves differ in length, or `weights` is not
-            `[B]`. The message names the transformation, the argument and the fix.
-        TypeError: If `init_fn` or `update_fn` is not a function. In `update`, if a closure is not
-            callable, or its loss is not a real floating number.
+            `losses_fn` does not return `[B]`, batch leaves differ in length, `weights` is not
+            `[B]`, or `grads` or `state` are not of these parameters. The message names the
+            transformation, the argument and the fix.
+        TypeError: If `init_fn` or `update_fn` is not a function of its arguments. In `update`, if a
+            closure is not one, its loss is not a real floating number, or `state` is of another
+            transformation.
 
     Example:
         The gradient at a point drawn from a sphere, in seven lines:
@@ -123,17 +129,17 @@ def closure_transformation(
     Notes:
         Cost: none; all checks run at trace time.
     """
-    check_function("init_fn", init_fn)
-    check_function("update_fn", update_fn)
+    check_function("init_fn", init_fn, 1)
+    check_function("update_fn", update_fn, 3)
+    if name is not None:
+        check_text("name", name)
     name = name or update_fn.__qualname__.split(".")[0]
     keywords = inspect.signature(update_fn).parameters.values()
     declared = {p.name for p in keywords if p.kind is p.KEYWORD_ONLY}
     required = [p.name for p in keywords if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in keywords)
 
-    def checked_init(params):
-        _check_params(name, params)
-        return init_fn(params)
+    trees = _Trees(name, init_fn, _check_params)
 
     def checked_update(updates, state, params=None, **extra):
         _check_params(name, params)
@@ -143,9 +149,36 @@ def closure_transformation(
                 raise ValueError(_missing(name, keyword, extra))
         if not takes_all:
             extra = {k: v for k, v in extra.items() if k in declared}
-        return update_fn(tree.keep_floating(updates, params), state, params, **extra)
+        trees.check(updates, state, params)
+        try:
+            return update_fn(tree.keep_floating(updates, params), state, params, **extra)
+        except Exception as error:
+            trees.explain(state, params, error)
+            raise
 
-    return optax.GradientTransformationExtraArgs(checked_init, checked_update)
+    return optax.GradientTransformationExtraArgs(trees.init, checked_update)
+
+
+def checked_transformation(
+    name: str, init_fn: Callable[[Any], Any], update_fn: Callable[..., tuple[Any, Any]]
+) -> Transformation:
+    """Make a transformation that reads no closure itself: its trees are checked.
+
+    It may stand inside `optax.masked`, and without `params` if `update_fn` does not need them.
+    """
+    trees = _Trees(name, init_fn, _check_leaves)
+
+    def checked_update(updates, state, params=None, **extra):
+        if params is not None:
+            _check_leaves(name, params)
+        trees.check(updates, state, params)
+        try:
+            return update_fn(updates, state, params, **extra)
+        except Exception as error:
+            trees.explain(state, params, error)
+            raise
+
+    return optax.GradientTransformationExtraArgs(trees.init, checked_update)
 
 
 def check_closures(
@@ -194,13 +227,18 @@ def check_closures(
         Cost: two forward passes. Dropout must draw the same masks in both (keys in `batch`).
     """
     given = dict(value_fn=value_fn, losses_fn=losses_fn, batch=batch, weights=weights)
+    tree.check_arrays("params", params)
+    check_number("rtol", rtol, 0)
+    for keyword in ("value_fn", "losses_fn", "batch"):
+        if given[keyword] is None:
+            raise TypeError(f"check_closures: `{keyword}` is missing, got None")
     checked = unify("check_closures", given)
     value = checked["value_fn"](params)
     mean = mean_loss(checked["losses_fn"], batch, checked.get("weights"))(params)
     if not jnp.allclose(value, mean, rtol=rtol, atol=1e-6):
         raise ValueError(
-            f"check_closures: value_fn(params) = {float(value):.8g}, but the mean of "
-            f"losses_fn(params, batch) = {float(mean):.8g}; they must be the same objective"
+            f"check_closures: `value_fn(params)` = {float(value):.8g}, but the mean of "
+            f"`losses_fn(params, batch)` = {float(mean):.8g}; they must be the same objective"
         )
 
 
@@ -216,10 +254,12 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
             extra[keyword] = scalar_closure(name, keyword, extra[keyword])
     if "losses_fn" in extra:
         extra["losses_fn"] = losses_closure(name, extra["losses_fn"])
+    if "value" in extra:
+        check_scalar("value", extra["value"])
     if "batch" in extra:
         size = batch_size(name, extra["batch"])
         if "weights" in extra:
-            extra["weights"] = tree.widen(extra["weights"])
+            extra["weights"] = as_weights(name, extra["weights"])
             if extra["weights"].shape != (size,):
                 raise ValueError(
                     f"{name}: `weights` must have one number per example, shape ({size},), "
@@ -236,14 +276,18 @@ def as_transformation(name: str, keyword: str, tx: Any) -> Transformation:
     An `update` with `**keywords` gets them, whatever the type of `tx` is: `optax.MultiSteps` is no
     `GradientTransformationExtraArgs`. Raises a `TypeError` if `tx` is not an optax transformation.
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+    check_text("name", name)
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         kind = type(tx).__name__
         hint = f"; call {tx.__name__}(...)" if inspect.isfunction(tx) else ""
         raise TypeError(f"{name}: `{keyword}` must be an optax transformation, got {kind}{hint}")
     kinds = {parameter.kind for parameter in inspect.signature(tx.update).parameters.values()}
     if inspect.Parameter.VAR_KEYWORD in kinds:
-        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
-    return optax.with_extra_args_support(tx)
+        tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    tx = optax.with_extra_args_support(tx)
+    is_perturbation = keyword == "perturbation"
+    init_fn = partial(_init_perturbation, name, tx.init) if is_perturbation else tx.init
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
 def check_in_front(name: str, state: Any) -> None:
@@ -260,11 +304,75 @@ def base_keywords(name: str, keywords: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in unify(name, keywords).items() if k not in OWN_KEYWORDS}
 
 
+class _Trees:
+    """Checks of the trees that `init` and `update` of one transformation get."""
+
+    def __init__(self, name: str, init_fn: Any, check_params: Callable[[str, Any], None]):
+        self.name, self.init_fn, self.check_params = name, init_fn, check_params
+        self.kind: Any = object  # the class of the state, once `init` has made one
+
+    def init(self, params: Any) -> Any:
+        """Check `params`, and return the state."""
+        self.check_params(self.name, params)
+        state = self.init_fn(params)
+        tree.check_arrays("state", state, has_shapes=True)
+        self.kind = type(state) if hasattr(state, "_fields") else object
+        return state
+
+    def check(self, updates: Any, state: Any, params: Any) -> None:
+        """Require gradients like the parameters, and a state of the right class."""
+        if not isinstance(state, self.kind):
+            raise TypeError(
+                f"{self.name}: `state` must be a {self.kind.__name__}, which `init` returns, "
+                f"got a {type(state).__name__}"
+            )
+        if params is None:
+            return
+        try:
+            tree.check_like("grads", updates, "params", params)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.name}: {error}") from error
+
+    def explain(self, state: Any, params: Any, error: Exception) -> None:
+        """Raise a `ValueError` if `update` failed without the right state, or without `params`."""
+
+        def shapes(state):
+            leaves = jax.tree.leaves(state)
+            return jax.tree.structure(state), [
+                f"{jnp.result_type(x)}{list(jnp.shape(x))}" if tree.is_array(x) else type(x)
+                for x in leaves
+            ]
+
+        if "state" in str(error) and _OWN_MESSAGE.match(str(error)):
+            return
+        if params is None:
+            raise ValueError(_no_params(self.name)) from error
+        try:
+            wanted, found = shapes(jax.eval_shape(self.init_fn, params)), shapes(state)
+        except Exception:
+            return
+        if wanted != found:
+            raise ValueError(
+                f"{self.name}: `state` must be what `init` returns for these parameters, "
+                f"{wanted}, got {found}"
+            ) from error
+
+
+def _init_perturbation(name: str, init_fn: Callable[[Any], Any], params: Any) -> Any:
+    state = init_fn(params)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Readings))
+    if any(isinstance(node, Readings) for node in nodes):
+        raise ValueError(
+            f"{name}: `perturbation` must map a gradient to a step, such as "
+            f"samx.perturbations.metric_ball(rho), got a transformation with the state "
+            f"{type(state).__name__}, which takes gradients at a perturbed point itself"
+        )
+    return state
+
+
 def _check_params(name: str, params: Any) -> None:
     if params is None:
-        raise ValueError(
-            f"{name}: `params` is missing. Call tx.update(grads, state, params, value_fn=...)."
-        )
+        raise ValueError(_no_params(name))
     nodes = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
     if any(isinstance(node, optax.MaskedNode) for node in nodes):
         raise ValueError(
@@ -273,6 +381,18 @@ def _check_params(name: str, params: Any) -> None:
             "Choose leaves inside the perturbation instead: "
             "samx.perturbations.on_leaves(perturbation, is_perturbed)."
         )
+    _check_leaves(name, params)
+
+
+def _no_params(name: str) -> str:
+    return f"{name}: `params` is missing. Call tx.update(grads, state, params, value_fn=...)."
+
+
+def _check_leaves(name: str, params: Any) -> None:
+    try:
+        tree.check_arrays("params", params, has_shapes=True)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
 
 
 def _missing(name: str, keyword: str, given: dict[str, Any]) -> str:
