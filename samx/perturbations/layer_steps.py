@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from samx.core import tree
 from samx.core.aliases import Radius, Transformation
-from samx.core.hyperparams import check_function, check_number
+from samx.core.hyperparams import check_function, check_number, check_scalar
 from samx.perturbations.balls import ball
 
 LayerScaling: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], Any]
@@ -42,6 +42,8 @@ def trust_ratio(w_norm: jax.Array, g_norm: jax.Array, total: jax.Array) -> jax.A
     Notes:
         Cost: none. LookSAM's rule from memory; it was not read in the paper.
     """
+    for name, norm in (("w_norm", w_norm), ("g_norm", g_norm), ("total", total)):
+        check_scalar(name, norm)
     return w_norm / (g_norm * total)
 
 
@@ -84,7 +86,7 @@ def layer_steps(
         A scaling with the factor ‖w_l‖ does not move a tensor of zeros, such as a new bias. Cost:
         two norms per tensor, elementwise work. `static_args`: `scaling`.
     """
-    check_function("scaling", scaling)
+    check_function("scaling", scaling, 3)
     check_number("norm_eps", norm_eps, 0)
 
     def climb(g, params, radius):
@@ -93,7 +95,9 @@ def layer_steps(
         def step(g, w):
             if not tree.is_inexact(w):
                 return g
-            factor = radius * scaling(tree.norm(w), tree.norm(g) + norm_eps, total)
+            scale = scaling(tree.norm(w), tree.norm(g) + norm_eps, total)
+            check_scalar("scaling(w_norm, g_norm, total)", scale)
+            factor = radius * scale
             return g * jnp.asarray(factor, g.real.dtype)
 
         return jax.tree.map(step, g, params)
