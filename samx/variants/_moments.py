@@ -13,7 +13,8 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import Transformation
-from samx.core.hyperparams import check_hyperparam, check_number
+from samx.core.hyperparams import check_hyperparam, check_number, map_schedule
+from samx.core.transformation import checked_transformation
 
 
 def adagrad_norm(eps: Any) -> optax.GradientTransformation:
@@ -109,6 +110,7 @@ class OptimizerState(NamedTuple):
 
 
 def optimizer(
+    name: str,
     sharp: optax.GradientTransformationExtraArgs,
     moments: optax.GradientTransformation,
     learning_rate: Any,
@@ -118,6 +120,7 @@ def optimizer(
     It is a chain whose state has a field `base`, which shows that it contains a base optimizer.
     """
     check_hyperparam("learning_rate", learning_rate, 0)
+    learning_rate = map_schedule(learning_rate, lambda rate: rate)
     base = optax.chain(
         moments, optax.scale_by_learning_rate(learning_rate), optax.stateless(tree.cast_like)
     )
@@ -130,7 +133,7 @@ def optimizer(
         updates, base_state = base.update(g_s, state.base, params)
         return updates, OptimizerState(sharp_state, base_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked_transformation(name, init_fn, update_fn)
 
 
 def _check_eps(eps: Any) -> None:

@@ -71,4 +71,4 @@ def adasam(
     """
     ball = ball_of("adasam", rho, perturbation)
     sharp = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="adasam")
-    return _moments.optimizer(sharp, _moments.amsgrad(b1, b2, eps), learning_rate)
+    return _moments.optimizer("adasam", sharp, _moments.amsgrad(b1, b2, eps), learning_rate)

@@ -177,4 +177,4 @@ def _lightsam(
     """Use the same scaling for the ascent and for the descent, each with a separate state."""
     up = optax.chain(scaled, unnormalized_step(rho))
     sharp = sharpness_aware(up, perturb_dtype=perturb_dtype, name=name)
-    return _moments.optimizer(sharp, scaled, learning_rate)
+    return _moments.optimizer(name, sharp, scaled, learning_rate)

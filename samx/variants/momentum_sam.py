@@ -109,7 +109,7 @@ def momentum_sam(
     ball = ball_of("momentum_sam", rho, perturbation)
     base = as_transformation("momentum_sam", "base", base)
     if momentum is not None:
-        check_function("momentum", momentum)
+        check_function("momentum", momentum, 1)
     momentum_of = find_momentum if momentum is None else momentum
     sharp = partial(sharp_gradient, gradients=1, perturb_dtype=perturb_dtype, has_aux=True)
 
