@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from samx.core import tree
 from samx.core.closures import batch_size
-from samx.core.hyperparams import as_count
+from samx.core.hyperparams import as_count, as_iterator, check_function
 from samx.variants.async_sam import AsyncSAMState
 
 __all__ = ["AscentBatch", "PipelinedStep", "calibrate_ascent_batch", "pipelined"]
@@ -78,6 +79,8 @@ def pipelined(
     Raises:
         ValueError: If `opt_state` holds no state of `async_sam` or several, or if `async_sam` is
             inside another transformation of samx, which would read the incoming gradient too.
+        TypeError: If a function does not take its arguments, a device is not one, or `batches` does
+            not hold pairs.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -106,6 +109,12 @@ def pipelined(
         the two halves run one after the other. With a GPU, jax sees the CPU if JAX_PLATFORMS is
         `cuda,cpu` or not set.
     """
+    check_function("descend", descend, 4)
+    check_function("ascend", ascend, 2)
+    tree.check_arrays("params", params)
+    tree.check_arrays("opt_state", opt_state)
+    batches = as_iterator("batches", batches, "pairs (batch, ascent_batch)")
+    _check_devices(descent_device, ascent_device)
     descend = jax.jit(_with_held_ascent(descend), donate_argnums=(0, 1))
     ascend = jax.jit(ascend)
     # A step donates these arrays; the caller must not lose its own.
@@ -114,7 +123,14 @@ def pipelined(
 
     def steps(params, opt_state, is_first):
         def sent():
-            for batch, ascent_batch in batches:
+            for pair in batches:
+                if not isinstance(pair, tuple | list) or len(pair) != 2:
+                    got = type(pair).__name__
+                    raise TypeError(
+                        f"pipelined: `batches` must hold pairs (batch, ascent_batch), got a {got}"
+                    )
+                tree.check_arrays("batches", pair)
+                batch, ascent_batch = pair
                 yield (
                     jax.device_put(batch, descent_device),
                     jax.device_put(ascent_batch, ascent_device),
@@ -192,7 +208,8 @@ def calibrate_ascent_batch(
 
     Raises:
         ValueError: If the leaves of `batch` differ in length, or a count is below 1.
-        TypeError: If `multiple` or `repeats` is not a Python int.
+        TypeError: If `multiple` or `repeats` is not a Python int, `grad_fn` not a function of two
+            arguments, or a device is not one.
 
     Example:
         >>> import jax, jax.numpy as jnp, samx
@@ -212,6 +229,9 @@ def calibrate_ascent_batch(
         The size is found by bisection: about log₂(b / multiple) sizes are compiled, and each runs
         `repeats` times. If a device slows down while the other one works, this is not measured.
     """
+    check_function("grad_fn", grad_fn, 2)
+    tree.check_arrays("params", params)
+    _check_devices(descent_device, ascent_device)
     multiple = as_count("multiple", multiple)
     repeats = as_count("repeats", repeats)
     whole = batch_size("calibrate_ascent_batch", batch)
@@ -240,6 +260,14 @@ def calibrate_ascent_batch(
     return AscentBatch(
         chosen, low > 0, descent_seconds, dict(sorted(ascent_seconds.items())), copy_seconds
     )
+
+
+def _check_devices(descent_device, ascent_device):
+    devices = {"descent_device": descent_device, "ascent_device": ascent_device}
+    for keyword, device in devices.items():
+        if not isinstance(device, jax.Device | jax.sharding.Sharding):
+            kind = type(device).__name__
+            raise TypeError(f"`{keyword}` must be a device or a sharding of JAX, got {kind}")
 
 
 def _median_seconds(fn, repeats):

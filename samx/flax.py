@@ -25,7 +25,7 @@ from flax.training import train_state
 
 from samx.core.captured import captured, replace_captured
 from samx.core.closures import loss_and_aux
-from samx.core.hyperparams import check_choice, is_typed_key
+from samx.core.hyperparams import check_choice, check_function, is_typed_key
 from samx.core.readings import Readings
 from samx.core.sharp import is_sharp_pass
 from samx.core.transformation import OWN_KEYWORDS, as_transformation
@@ -252,6 +252,11 @@ def closure(
         the same for all microbatches of `accumulate`.
     """
     check_choice("masks", masks, ("same", "fresh"))
+    _check_module("closure", model)
+    check_function("fn", fn)
+    _check_filter("wrt", wrt)
+    if wrt is True or wrt is ...:
+        raise TypeError(f"closure: `wrt` must leave random keys out, such as nnx.Param, got {wrt}")
     own, num_own = _variables(model, wrt), len(jax.tree.leaves(nnx.state(model, wrt)))
     outside = captured(fn, _NNX_OBJECTS)
     tied = [x for x in outside if own & _variables(x)]  # apart: `params` do not move them
@@ -265,6 +270,7 @@ def closure(
                 f"closure: `wrt` chooses {num_own} arrays of the model, but {num_params} arrived "
                 "as parameters; give closure and nnx.Optimizer the same `wrt`"
             )
+        check_function("fn", fn, 1 + len(args))
         fold = _fold if masks == "fresh" and is_sharp_pass() else lambda key: key
         (copy, *copies), constants = (
             nnx.merge(graph, jax.tree.map(fold, keys), rest, copy=True)
@@ -310,6 +316,8 @@ def statistics(model: nnx.Module, *, wrt: nnx.filterlib.Filter = nnx.Param) -> A
     Notes:
         Cost: none.
     """
+    _check_module("statistics", model)
+    _check_filter("wrt", wrt)
     others = nnx.Not(nnx.Any(wrt, nnx.Param, nnx.RngKey, nnx.Intermediate))
     return nnx.to_pure_dict(nnx.as_pure(nnx.state(model, others)))
 
@@ -354,6 +362,10 @@ def keep_aux(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
         If the optimizer keeps an aux, XLA drops your own forward pass, unless you return something
         else from it. Cost: none.
     """
+    _check_module("keep_aux", model)
+    if not isinstance(optimizer, nnx.Optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"keep_aux: `optimizer` must be an nnx.Optimizer, got {kind}")
     aux = _kept_aux(nnx.as_pure(optimizer.opt_state), statistics(model, wrt=optimizer.wrt))
     if aux is not None:
         nnx.update(model, aux)
@@ -364,6 +376,20 @@ def _variables(x: Any, chosen: nnx.filterlib.Filter = ...) -> set[int]:
     state = nnx.state(x if isinstance(x, nnx.Pytree) else [x], chosen)
     leaves = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return {id(leaf) for leaf in leaves}
+
+
+def _check_module(name: str, model: Any) -> None:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"{name}: `model` must be an nnx.Module, got {type(model).__name__}")
+
+
+def _check_filter(name: str, wrt: Any) -> None:
+    try:
+        nnx.filterlib.to_predicate(wrt)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`{name}` must be a filter of nnx, such as nnx.Param, got {wrt!r}"
+        ) from error
 
 
 def _fold(key: jax.Array) -> jax.Array:

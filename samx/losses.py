@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from samx.core import tree
-from samx.core.hyperparams import check_number
+from samx.core.hyperparams import as_array, check_number
 
 __all__ = ["log_lower_bound", "tanh_lower_bound"]
 
@@ -94,7 +94,10 @@ def log_lower_bound(logits: Any, labels: Any, mu: Any = 1.0) -> jax.Array:
 
 
 def _margins(name: str, logits: Any, labels: Any) -> jax.Array:
-    logits, labels = tree.widen(logits), jnp.asarray(labels)
+    logits = tree.widen(as_array("logits", logits, "real numbers"))
+    labels = as_array("labels", labels, "integers")
+    if not logits.ndim or not logits.shape[-1]:
+        raise ValueError(f"{name}: `logits` must have an axis of classes, got shape {logits.shape}")
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"{name}: `labels` must have the shape of `logits` without its last axis, "

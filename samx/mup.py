@@ -17,7 +17,14 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from samx.core.hyperparams import check_choice
+from samx.core.hyperparams import (
+    as_count,
+    as_list,
+    check_choice,
+    check_function,
+    check_static_number,
+)
+from samx.core.tree import check_arrays
 from samx.perturbations.metrics import names_of
 from samx.perturbations.mup_ball import matched
 
@@ -67,6 +74,7 @@ def flax_fans(path: Any, shape: tuple[int, ...]) -> tuple[int, int]:
         depthwise convolution has one input per output, and is scaled like a vector. Cost: none.
     """
     parent, name = ["", "", *names_of(path)][-2:]
+    shape = tuple(as_count("shape", length, 0) for length in as_list("shape", shape, "integers"))
     if len(shape) < 2 or name in ("bias", "scale"):
         return 1, math.prod(shape)
     if name == "embedding":
@@ -188,6 +196,9 @@ def _from_growth(
     name: str, params: Any, base_params: Any, fans: Fans, rule: Callable[[float, float], float]
 ) -> Any:
     """Return `rule(growth of fan_in, growth of fan_out)` for every leaf."""
+    check_function("fans", fans, 2)
+    check_arrays("params", params, has_shapes=True)
+    check_arrays("base_params", base_params, has_shapes=True)
     base_params = matched(name, "base_params", base_params, "params", params)
 
     def number(path, leaf, base_leaf):
@@ -197,7 +208,15 @@ def _from_growth(
                 f"{name}: `base_params`{jax.tree_util.keystr(path)} must have as many axes as "
                 f"`params`, none of length 0, got shapes {shapes[1]} and {shapes[0]}"
             )
-        (fan_in, fan_out), (base_in, base_out) = (fans(path, shape) for shape in shapes)
+        (fan_in, fan_out), (base_in, base_out) = (_checked(fans(path, shape)) for shape in shapes)
         return rule(fan_in / base_in, fan_out / base_out)
 
     return jax.tree_util.tree_map_with_path(number, params, base_params)
+
+
+def _checked(fans: Any) -> tuple[int, int]:
+    if not isinstance(fans, tuple | list) or len(fans) != 2:
+        raise TypeError(f"`fans` must return two numbers, fan-in and fan-out, got {fans!r}")
+    for fan in fans:
+        check_static_number("fans(path, shape)", fan, 0, excluded=0)
+    return fans[0], fans[1]

@@ -1,10 +1,12 @@
 """Schedules of the radius that optax does not have. Any optax schedule may be a radius too."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from samx.core.hyperparams import check_static_number
+from samx.core.hyperparams import check_scalar, check_schedule, check_static_number
 
 __all__ = ["following"]
 
@@ -59,6 +61,7 @@ def following(
             f"following: `learning_rate` must be a schedule, step -> number, got {learning_rate!r};"
             " with a constant learning rate, pass a number as `rho`"
         )
+    check_schedule("learning_rate", learning_rate)
     check_static_number("rho_max", rho_max, 0)
     check_static_number("rho_min", rho_min, 0, rho_max)
     check_static_number("peak_value", peak_value, 0)
@@ -67,7 +70,9 @@ def following(
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         if peak_value == end_value:
             return jnp.asarray(rho_max)
-        share = (learning_rate(step) - end_value) / (peak_value - end_value)
+        eta: Any = learning_rate(step)
+        check_scalar("learning_rate(step)", eta)
+        share = (eta - end_value) / (peak_value - end_value)
         return jnp.maximum(0, rho_min + (rho_max - rho_min) * share)
 
     return schedule

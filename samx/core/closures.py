@@ -13,6 +13,7 @@ import optax
 
 from samx.core import tree
 from samx.core.devices import ONE_DEVICE, Devices, PerExample
+from samx.core.hyperparams import check_function
 from samx.core.microbatches import accumulated, each
 
 
@@ -112,7 +113,7 @@ class Closure:
                 f"{jnp.shape(loss)}; return the mean, and pass per-example losses as `losses_fn`"
             )
         _check_floating(self.name, self.keyword, loss)
-        return loss, aux
+        return jnp.asarray(loss), aux
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,12 +194,18 @@ def loss_and_aux(result: Any) -> tuple[Any, Any]:
 
 def scalar_closure(name: str, keyword: str, fn: Callable[..., Any]) -> Closure:
     """Return a caller's function as a `Closure`; one from an outer wrapper is kept."""
-    return fn if isinstance(fn, Closure) else Closure(fn, name, keyword)
+    if isinstance(fn, Closure):
+        return fn
+    check_function(keyword, fn, 1)
+    return Closure(fn, name, keyword)
 
 
 def losses_closure(name: str, fn: Callable[..., Any]) -> LossesClosure:
     """Return a caller's function as a `LossesClosure`; one from an outer wrapper is kept."""
-    return fn if isinstance(fn, LossesClosure) else LossesClosure(fn, name)
+    if isinstance(fn, LossesClosure):
+        return fn
+    check_function("losses_fn", fn, 2)
+    return LossesClosure(fn, name)
 
 
 def _check_array(name: str, keyword: str, wanted: str, loss: Any) -> None:
@@ -214,20 +221,35 @@ def _check_floating(name: str, keyword: str, loss: Any) -> None:
         raise TypeError(f"{name}: `{keyword}` must return real floating numbers, got {dtype}")
 
 
-def batch_size(name: str, batch: Any) -> int:
+def batch_size(name: str, batch: Any, keyword: str = "batch") -> int:
     """Return the common leading axis `B` of a batch; raise a `ValueError` that shows the shapes."""
-    shapes = {
-        jax.tree_util.keystr(path) or "batch": jnp.shape(leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]
-    }
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        where = jax.tree_util.keystr(path)
+        if not tree.is_array(leaf):
+            kind = type(leaf).__name__
+            raise TypeError(f"{name}: `{keyword}`{where} must be an array, got a {kind}")
+        shapes[where or keyword] = jnp.shape(leaf)
     if not shapes or () in shapes.values() or len({shape[0] for shape in shapes.values()}) > 1:
         raise ValueError(
-            f"{name}: every leaf of `batch` must have the same leading axis [B], got {shapes}"
+            f"{name}: every leaf of `{keyword}` must have the same leading axis [B], got {shapes}"
         )
     size = next(iter(shapes.values()))[0]
     if size == 0:
-        raise ValueError(f"{name}: `batch` must hold at least one example, got {shapes}")
+        raise ValueError(f"{name}: `{keyword}` must hold at least one example, got {shapes}")
     return size
+
+
+def as_weights(name: str, weights: Any) -> jax.Array:
+    """Return weights in float32 or wider; raise a `TypeError` if they are not real numbers."""
+    try:
+        found = tree.widen(weights)
+    except (TypeError, ValueError, OverflowError):
+        found = None
+    if found is None or not jnp.issubdtype(found.dtype, jnp.floating):
+        got = type(weights).__name__ if found is None else found.dtype
+        raise TypeError(f"{name}: `weights` must be real numbers, got {got}")
+    return found
 
 
 def unit_weights(batch: Any, dtype: Any) -> jax.Array:

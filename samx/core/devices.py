@@ -180,6 +180,17 @@ def is_mapped(axis: str) -> bool:
     return True
 
 
+def check_mapped(name: str, keyword: str, axes: tuple[str, ...]) -> None:
+    """Raise a `ValueError` if one of the axes is not mapped here."""
+    for axis in axes:
+        if not is_mapped(axis):
+            raise ValueError(
+                f"{name}: `{keyword}` must be mapped where the step is called, {axis!r} is not. "
+                "Call it inside jax.shard_map or jax.pmap with that axis; under jax.jit with a "
+                "sharded batch leave it out: there every mean is over the whole batch."
+            )
+
+
 def _on_floating(fn, x):
     return jax.tree.map(lambda leaf: fn(leaf) if tree.is_inexact(leaf) else leaf, x)
 

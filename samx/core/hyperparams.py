@@ -4,8 +4,10 @@ Python and NumPy numbers and arrays of rank 0 are all numbers. A traced number i
 rank and dtype only. A schedule is checked when it is evaluated.
 """
 
+import dataclasses
+import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 import jax
@@ -17,6 +19,8 @@ from jax.core import Tracer
 from samx.core.aliases import ScalarOrSchedule
 
 INFINITY = float("inf")
+REAL = (jnp.integer, jnp.floating)
+LARGEST_INT = 2**31 - 1  # of the integers that a program holds in 32 bits
 
 
 class Default(float):
@@ -44,7 +48,15 @@ def at_step(value: ScalarOrSchedule, step: jax.Array) -> Any:
 
 def map_schedule(value: ScalarOrSchedule, fn: Callable[[Any], Any]) -> Any:
     """Apply `fn` to a hyperparameter: to the number, or to each value of the schedule."""
-    return (lambda step: fn(value(step))) if callable(value) else fn(value)
+    if not callable(value):
+        return fn(value)
+
+    def schedule(step):
+        found = value(step)
+        check_scalar("schedule(step)", found)
+        return fn(found)
+
+    return schedule
 
 
 def check_number(
@@ -61,9 +73,18 @@ def check_hyperparam(
     name: str, value: Any, low: float, high: float = INFINITY, *, excluded: float | None = None
 ) -> None:
     """Require a schedule, or a number as `check_number` does."""
-    if not callable(value):
+    if callable(value):
+        check_schedule(name, value)
+    else:
         known = _known(name, value, "a number or a schedule")
         _check_range(name, known, low, high, excluded, value)
+
+
+def check_schedule(name: str, value: Any) -> None:
+    """Require a function of the step; a class, such as `float`, is none."""
+    if isinstance(value, type):
+        raise TypeError(f"`{name}` must be a schedule, step -> number, got the class {value}")
+    check_function(name, value, 1)
 
 
 def as_bound(value: ScalarOrSchedule, otherwise: float) -> float:
@@ -93,6 +114,8 @@ def as_count(name: str, value: Any, low: int = 1) -> int:
         raise TypeError(f"`{name}` must be a Python int, got {_shown(value)}")
     if count < low:
         raise ValueError(f"`{name}` must be at least {low}, got {count}")
+    if count > LARGEST_INT:
+        raise ValueError(f"`{name}` must be at most {LARGEST_INT}, got {_shown(count)}")
     return count
 
 
@@ -139,7 +162,7 @@ def check_key(key: Any) -> None:
         raise TypeError(
             f"`key` must be a seed or a key from jax.random.key, got {_shown(key)}{hint}"
         )
-    if isinstance(key, int) and not -(2**63) <= key < 2**63:
+    if not isinstance(key, jax.Array) and not -(2**63) <= int(key) < 2**63:
         raise ValueError(f"`key` must be a seed of 64 bits, got {key}")
 
 
@@ -150,31 +173,106 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"`{name}` must be {', '.join(most)} or {last}, got {_shown(value)}")
 
 
-def check_function(name: str, value: Any) -> None:
-    """Require a function."""
+def check_flag(name: str, value: Any) -> None:
+    """Require a boolean of Python or NumPy, which is known while tracing."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"`{name}` must be True or False, got {_shown(value)}")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Require a string."""
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be a string, got {_shown(value)}")
+
+
+def check_function(name: str, value: Any, num_arguments: int | None = None) -> None:
+    """Require a function, one that takes so many arguments if its signature is known."""
     if not callable(value):
         raise TypeError(f"`{name}` must be a function, got {_shown(value)}")
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError) as error:  # a builtin
+        if isinstance(value, type):
+            raise TypeError(f"`{name}` must be a function, got {value}") from error
+        return
+    is_record = hasattr(value, "_fields") or dataclasses.is_dataclass(value)
+    if isinstance(value, type) and not is_record:
+        raise TypeError(f"`{name}` must be a function, got {value}")
+    parameters = signature.parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    least = sum(p.default is p.empty for p in positional)
+    takes_all = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    largest = INFINITY if takes_all else len(positional)
+    if num_arguments is not None and not least <= num_arguments <= largest:
+        raise TypeError(
+            f"`{name}` must be a function of {num_arguments} arguments, "
+            f"got {_shown(value)} with the signature {signature}"
+        )
+
+
+def as_array(name: str, value: Any, wanted: str, kinds: Any = REAL) -> Any:
+    """Return an array of numbers, integers and real ones by default."""
+    try:
+        found = jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"`{name}` must be {wanted}, got {_shown(value)}") from error
+    if not any(jnp.issubdtype(found.dtype, kind) for kind in kinds):
+        raise TypeError(f"`{name}` must be {wanted}, got {found.dtype}")
+    return found
+
+
+def as_iterator(name: str, value: Any, wanted: str) -> Iterator[Any]:
+    """Return an iterator over anything that has one, but text."""
+    try:
+        found = iter(value)
+    except TypeError:
+        found = None
+    if found is None or isinstance(value, str | bytes):
+        raise TypeError(f"`{name}` must be an iterable of {wanted}, got {_shown(value)}")
+    return found
+
+
+def as_list(name: str, value: Any, wanted: str) -> list[Any]:
+    """Return the elements of a sequence or a vector; text and mappings are neither."""
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer):
+        value = np.asarray(as_array(name, value, f"a sequence of {wanted}"))
+    is_vector = isinstance(value, np.ndarray) and value.ndim == 1
+    if not is_vector and (not isinstance(value, Sequence) or isinstance(value, str | bytes)):
+        raise TypeError(f"`{name}` must be a sequence of {wanted}, got {_shown(value)}")
+    return list(value)
 
 
 def check_floating(name: str, dtype: Any) -> None:
     """Require a floating dtype, its name, or `None`."""
     try:
-        is_floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        is_floating = dtype is None or (
+            isinstance(dtype, str | type | np.dtype)
+            and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        )
     except TypeError:
         is_floating = False
     if not is_floating:
         raise TypeError(f"`{name}` must be a floating dtype or None, got {_shown(dtype)}")
 
 
-def _known(name: str, value: Any, wanted: str) -> float | None:
-    """Return the value of a real number, or `None` while it is traced; raise for anything else."""
+def check_scalar(name: str, value: Any, wanted: str = "a number") -> None:
+    """Require one real number of Python, NumPy or JAX."""
     if isinstance(value, jax.Array | np.ndarray | np.generic):
-        if not any(jnp.issubdtype(value.dtype, kind) for kind in (jnp.integer, jnp.floating)):
+        if not any(jnp.issubdtype(value.dtype, kind) for kind in REAL):
             raise TypeError(f"`{name}` must be {wanted}, got {_shown(value)}")
         if value.shape:
             raise ValueError(f"`{name}` must be one number, got an array of shape {value.shape}")
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be {wanted}, got {_shown(value)}")
+    if isinstance(value, int | np.integer) and not -LARGEST_INT <= value <= LARGEST_INT:
+        raise ValueError(
+            f"`{name}` must be a float if it is so large, got an integer of more than 32 bits"
+        )
+
+
+def _known(name: str, value: Any, wanted: str) -> float | None:
+    """Return the value of a real number, or `None` while it is traced; raise for anything else."""
+    check_scalar(name, value, wanted)
     if isinstance(value, Tracer):
         return None
     if isinstance(value, jax.Array) and not value.is_fully_addressable:

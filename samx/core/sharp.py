@@ -13,7 +13,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import DType
 from samx.core.closures import Closure, LossesClosure, scalar_closure
-from samx.core.hyperparams import check_floating
+from samx.core.hyperparams import check_flag, check_floating
 from samx.core.inspection import inspect_point
 from samx.core.readings import Readings, take_readings
 
@@ -67,6 +67,9 @@ def value_and_grad_at(
         Cost: one forward and one backward pass, and one transient copy of the parameters.
     """
     closure = scalar_closure("value_and_grad_at", "value_fn", value_fn)
+    check_flag("has_aux", has_aux)
+    tree.check_arrays("params", params)
+    tree.check_like("eps", eps, "params", params)
     inspect_point(params, eps, perturbed(params, eps, perturb_dtype))
     start = closure.evaluation.devices.pcast_left_out(
         jax.tree.map(lambda w: _widened(w, perturb_dtype), params)

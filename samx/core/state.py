@@ -38,7 +38,11 @@ def first_aux(aux_like: Any) -> Any:
         is_shape = isinstance(x, jax.ShapeDtypeStruct)
         return jnp.zeros(x.shape, x.dtype) if is_shape else jnp.array(x, copy=True)
 
-    return jax.tree.map(first, aux_like)
+    try:
+        return jax.tree.map(first, aux_like)
+    except (TypeError, ValueError, OverflowError) as error:
+        kinds = sorted({type(x).__name__ for x in jax.tree.leaves(aux_like)})
+        raise TypeError(f"`aux_like` must be a tree of arrays, got leaves of {kinds}") from error
 
 
 def as_like(name: str, keyword: str, value: Any, like: Any, fix: str) -> Any:

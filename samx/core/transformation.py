@@ -1,7 +1,9 @@
 """Build checked transformations: check the arguments of `update`, give loss closures one form."""
 
 import inspect
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,9 +12,10 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import Transformation
-from samx.core.closures import batch_size, losses_closure, mean_loss, scalar_closure
-from samx.core.hyperparams import check_function
+from samx.core.closures import as_weights, batch_size, losses_closure, mean_loss, scalar_closure
+from samx.core.hyperparams import check_function, check_scalar, check_text
 from samx.core.inspection import inside_update, inspect_update
+from samx.core.readings import Readings
 
 # The keywords of `update` that are samx's own. optax knows `value`, `grad` and `value_fn` too.
 OWN_KEYWORDS = frozenset(
@@ -30,6 +33,7 @@ OWN_KEYWORDS = frozenset(
 # Nodes in the parameters by which optax's wrappers are known.
 _WRAPPED = ("MaskedNode", "SplitRealAndImaginaryArrays")
 SCALAR_CLOSURES = ("value_fn", "ascent_fn", "validation_fn")
+_OWN_MESSAGE = re.compile(r"\w+: ")  # the name of the transformation comes first
 _FIXES = {
     "value_fn": "value_fn=lambda p: loss(p, batch)) or, with per-example losses [B], "
     "tx.update(grads, state, params, losses_fn=losses, batch=batch)",
@@ -100,10 +104,12 @@ def closure_transformation(
     Raises:
         ValueError: In `init` and `update`, if `params` is missing or holds `optax.MaskedNode`s; in
             `update`, if a required closure is missing, `value_fn` does not return a scalar,
-            `losses_fn` does not return `[B]`, batch leaves differ in length, or `weights` is not
-            `[B]`. The message names the transformation, the argument and the fix.
-        TypeError: If `init_fn` or `update_fn` is not a function. In `update`, if a closure is not
-            callable, or its loss is not a real floating number.
+            `losses_fn` does not return `[B]`, batch leaves differ in length, `weights` is not
+            `[B]`, or `grads` or `state` are not of these parameters. The message names the
+            transformation, the argument and the fix.
+        TypeError: If `init_fn` or `update_fn` is not a function of its arguments. In `update`, if a
+            closure is not one, its loss is not a real floating number, or `state` is of another
+            transformation.
 
     Example:
         The gradient at a point drawn from a sphere, in seven lines:
@@ -129,8 +135,10 @@ def closure_transformation(
     Notes:
         Cost: none; all checks run at trace time.
     """
-    check_function("init_fn", init_fn)
-    check_function("update_fn", update_fn)
+    check_function("init_fn", init_fn, 1)
+    check_function("update_fn", update_fn, 3)
+    if name is not None:
+        check_text("name", name)
     name = name or update_fn.__qualname__.split(".")[0]
     keywords = inspect.signature(update_fn).parameters.values()
     declared = {p.name for p in keywords if p.kind is p.KEYWORD_ONLY}
@@ -138,9 +146,7 @@ def closure_transformation(
     takes_all = any(p.kind is p.VAR_KEYWORD for p in keywords)
     reads_gradient = next(iter(keywords)).name != "_"
 
-    def checked_init(params):
-        _check_params(name, params)
-        return init_fn(params)
+    trees = _Trees(name, init_fn, _check_params)
 
     def checked_update(updates, state, params=None, **extra):
         _check_params(name, params)
@@ -148,7 +154,8 @@ def closure_transformation(
         for keyword in required:
             if keyword not in extra:
                 raise ValueError(_missing(name, keyword, extra))
-        updates, is_frozen = _filled(name, updates, params)
+        updates, is_frozen = _filled(updates, params)
+        trees.check(updates, state, params)
         if is_frozen is not None:
             extra = freeze_leaves(extra, is_frozen)
         updates = tree.keep_floating(updates, params)
@@ -156,13 +163,39 @@ def closure_transformation(
         inspect_update(name, updates if reads_gradient else None, params, passed)
         if not takes_all:
             extra = {k: v for k, v in extra.items() if k in declared}
-        with inside_update():
-            updates, state = update_fn(updates, state, params, **extra)
+        try:
+            with inside_update():
+                updates, new_state = update_fn(updates, state, params, **extra)
+        except Exception as error:
+            trees.explain(state, params, error)
+            raise
         if is_frozen is not None:
             updates = jax.tree.map(lambda u, held: None if held else u, updates, is_frozen)
-        return updates, state
+        return updates, new_state
 
-    return optax.GradientTransformationExtraArgs(checked_init, checked_update)
+    return optax.GradientTransformationExtraArgs(trees.init, checked_update)
+
+
+def checked_transformation(
+    name: str, init_fn: Callable[[Any], Any], update_fn: Callable[..., tuple[Any, Any]]
+) -> Transformation:
+    """Make a transformation that reads no closure itself: its trees are checked.
+
+    It may stand inside `optax.masked`, and without `params` if `update_fn` does not need them.
+    """
+    trees = _Trees(name, init_fn, _check_leaves)
+
+    def checked_update(updates, state, params=None, **extra):
+        if params is not None:
+            _check_leaves(name, params)
+        trees.check(updates, state, params)
+        try:
+            return update_fn(updates, state, params, **extra)
+        except Exception as error:
+            trees.explain(state, params, error)
+            raise
+
+    return optax.GradientTransformationExtraArgs(trees.init, checked_update)
 
 
 def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
@@ -177,10 +210,12 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
             extra[keyword] = scalar_closure(name, keyword, extra[keyword])
     if "losses_fn" in extra:
         extra["losses_fn"] = losses_closure(name, extra["losses_fn"])
+    if "value" in extra:
+        check_scalar("value", extra["value"])
     if "batch" in extra:
         size = batch_size(name, extra["batch"])
         if "weights" in extra:
-            extra["weights"] = tree.widen(extra["weights"])
+            extra["weights"] = as_weights(name, extra["weights"])
             if extra["weights"].shape != (size,):
                 raise ValueError(
                     f"{name}: `weights` must have one number per example, shape ({size},), "
@@ -209,14 +244,18 @@ def as_transformation(name: str, keyword: str, tx: Any) -> Transformation:
     An `update` with `**keywords` gets them, whatever the type of `tx` is: `optax.MultiSteps` is no
     `GradientTransformationExtraArgs`. Raises a `TypeError` if `tx` is not an optax transformation.
     """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+    check_text("name", name)
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
         kind = type(tx).__name__
         hint = f"; call {tx.__name__}(...)" if inspect.isfunction(tx) else ""
         raise TypeError(f"{name}: `{keyword}` must be an optax transformation, got {kind}{hint}")
     kinds = {parameter.kind for parameter in inspect.signature(tx.update).parameters.values()}
     if inspect.Parameter.VAR_KEYWORD in kinds:
-        return optax.GradientTransformationExtraArgs(tx.init, tx.update)
-    return optax.with_extra_args_support(tx)
+        tx = optax.GradientTransformationExtraArgs(tx.init, tx.update)
+    tx = optax.with_extra_args_support(tx)
+    is_perturbation = keyword == "perturbation"
+    init_fn = partial(_init_perturbation, name, tx.init) if is_perturbation else tx.init
+    return optax.GradientTransformationExtraArgs(init_fn, tx.update)
 
 
 def check_in_front(name: str, state: Any) -> None:
@@ -233,11 +272,75 @@ def base_keywords(name: str, keywords: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in unify(name, keywords).items() if k not in OWN_KEYWORDS}
 
 
+class _Trees:
+    """Checks of the trees that `init` and `update` of one transformation get."""
+
+    def __init__(self, name: str, init_fn: Any, check_params: Callable[[str, Any], None]):
+        self.name, self.init_fn, self.check_params = name, init_fn, check_params
+        self.kind: Any = object  # the class of the state, once `init` has made one
+
+    def init(self, params: Any) -> Any:
+        """Check `params`, and return the state."""
+        self.check_params(self.name, params)
+        state = self.init_fn(params)
+        tree.check_arrays("state", state, has_shapes=True)
+        self.kind = type(state) if hasattr(state, "_fields") else object
+        return state
+
+    def check(self, updates: Any, state: Any, params: Any) -> None:
+        """Require gradients like the parameters, and a state of the right class."""
+        if not isinstance(state, self.kind):
+            raise TypeError(
+                f"{self.name}: `state` must be a {self.kind.__name__}, which `init` returns, "
+                f"got a {type(state).__name__}"
+            )
+        if params is None:
+            return
+        try:
+            tree.check_like("grads", updates, "params", params)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.name}: {error}") from error
+
+    def explain(self, state: Any, params: Any, error: Exception) -> None:
+        """Raise a `ValueError` if `update` failed without the right state, or without `params`."""
+
+        def shapes(state):
+            leaves = jax.tree.leaves(state)
+            return jax.tree.structure(state), [
+                f"{jnp.result_type(x)}{list(jnp.shape(x))}" if tree.is_array(x) else type(x)
+                for x in leaves
+            ]
+
+        if "state" in str(error) and _OWN_MESSAGE.match(str(error)):
+            return
+        if params is None:
+            raise ValueError(_no_params(self.name)) from error
+        try:
+            wanted, found = shapes(jax.eval_shape(self.init_fn, params)), shapes(state)
+        except Exception:
+            return
+        if wanted != found:
+            raise ValueError(
+                f"{self.name}: `state` must be what `init` returns for these parameters, "
+                f"{wanted}, got {found}"
+            ) from error
+
+
+def _init_perturbation(name: str, init_fn: Callable[[Any], Any], params: Any) -> Any:
+    state = init_fn(params)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Readings))
+    if any(isinstance(node, Readings) for node in nodes):
+        raise ValueError(
+            f"{name}: `perturbation` must map a gradient to a step, such as "
+            f"samx.perturbations.metric_ball(rho), got a transformation with the state "
+            f"{type(state).__name__}, which takes gradients at a perturbed point itself"
+        )
+    return state
+
+
 def _check_params(name: str, params: Any) -> None:
     if params is None:
-        raise ValueError(
-            f"{name}: `params` is missing. Call tx.update(grads, state, params, value_fn=...)."
-        )
+        raise ValueError(_no_params(name))
     nodes = jax.tree.leaves(params, is_leaf=lambda x: type(x).__name__ in _WRAPPED)
     if any(isinstance(node, optax.MaskedNode) for node in nodes):
         raise ValueError(
@@ -259,28 +362,35 @@ def _check_params(name: str, params: Any) -> None:
                 f"{name}: `params` must not hold random keys, which have no gradient, got one at "
                 f"params{jax.tree_util.keystr(path)}. Give it to the loss by another way."
             )
+    _check_leaves(name, params)
 
 
-def _filled(name: str, updates: Any, params: Any) -> tuple[Any, Any]:
+def _filled(updates: Any, params: Any) -> tuple[Any, Any]:
     """Return the gradient with zeros where it is `None`, and where that is; `None` if nowhere."""
-    structure = jax.tree.structure(params)
-    if jax.tree.structure(updates) == structure:
-        return updates, None
 
     def is_none(x):
         return x is None
 
-    given, wanted = (jax.tree.flatten(tree, is_leaf=is_none) for tree in (updates, params))
-    surplus = [g for g, w in zip(given[0], wanted[0], strict=False) if w is None and g is not None]
-    if surplus or given[1] != wanted[1]:
-        raise ValueError(
-            f"{name}: the gradient must be a tree like `params`, {structure}, got "
-            f"{jax.tree.structure(updates)}"
-        )
-    pairs = [(g, w) for g, w in zip(given[0], wanted[0], strict=True) if w is not None]
+    given, wanted = (jax.tree.leaves(tree, is_leaf=is_none) for tree in (updates, params))
+    pairs = list(zip(given, wanted, strict=False))
+    if len(given) != len(wanted) or not any(g is None and w is not None for g, w in pairs):
+        return updates, None
+    pairs = [(g, w) for g, w in pairs if w is not None]
     filled = [jnp.zeros_like(w) if g is None else g for g, w in pairs]
     is_frozen = [g is None for g, _ in pairs]
+    structure = jax.tree.structure(params)
     return tuple(jax.tree.unflatten(structure, leaves) for leaves in (filled, is_frozen))
+
+
+def _no_params(name: str) -> str:
+    return f"{name}: `params` is missing. Call tx.update(grads, state, params, value_fn=...)."
+
+
+def _check_leaves(name: str, params: Any) -> None:
+    try:
+        tree.check_arrays("params", params, has_shapes=True)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
 
 
 def _missing(name: str, keyword: str, given: dict[str, Any]) -> str:

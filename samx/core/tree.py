@@ -20,6 +20,48 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
+def is_array(leaf: Any) -> bool:
+    """Return whether a leaf is an array, the shape of one, or a number."""
+    dtype = getattr(leaf, "dtype", None)
+    if isinstance(leaf, int):
+        return -(2**63) <= leaf < 2**63
+    if isinstance(leaf, type) or dtype is None:
+        return isinstance(leaf, float | complex)
+    return hasattr(leaf, "shape") and getattr(dtype, "kind", "V") not in "OSUMm"
+
+
+def check_arrays(name: str, tree: Any, *, has_shapes: bool = False) -> None:
+    """Raise a `TypeError` if a leaf is not an array, a number or, if allowed, a shape."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        if not is_array(leaf) or (is_shape and not has_shapes):
+            where = f"`{name}`{jax.tree_util.keystr(path)}"
+            raise TypeError(f"{where} must be an array, got a {type(leaf).__name__}")
+
+
+def check_like(name: str, tree: Any, like_name: str, like: Any) -> None:
+    """Require a tree like another one: in structure, in the shapes of floating leaves, and real."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like)
+    try:
+        others = structure.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"`{name}` must have the structure of `{like_name}`, {structure}, "
+            f"got {jax.tree.structure(tree)}"
+        ) from error
+    for (path, w), x in zip(leaves, others, strict=True):
+        where = f"`{name}`{jax.tree_util.keystr(path)}"
+        if not is_inexact(w) and (x is None or jax.tree_util.all_leaves([x])):
+            continue
+        if not is_array(x):
+            raise TypeError(f"{where} must be an array, got a {type(x).__name__}")
+        if jnp.shape(x) != jnp.shape(w):
+            wanted = f"the shape of `{like_name}`, {jnp.shape(w)}"
+            raise ValueError(f"{where} must have {wanted}, got {jnp.shape(x)}")
+        if jnp.iscomplexobj(x) and not jnp.iscomplexobj(w):
+            raise TypeError(f"{where} must be real as `{like_name}` is, got complex numbers")
+
+
 def common_dtype(*dtypes: Any) -> Any:
     """Return the dtype that holds all of these, also if the user has made promotion strict.
 

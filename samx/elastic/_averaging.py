@@ -9,6 +9,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
 from samx.core.closures import evaluate
+from samx.core.devices import check_mapped
 from samx.core.hyperparams import (
     as_count,
     at_step,
@@ -116,6 +117,7 @@ def averaging(
         return AveragingState(jnp.zeros((), jnp.int32), center, tx.init(params))
 
     def update_fn(g, state, params, **keywords):
+        check_mapped(name, "worker_axis", () if worker_axis is None else (worker_axis,))
         num_workers = 1 if worker_axis is None else jax.lax.axis_size(worker_axis)
         weight = at_step(beta, state.step) / num_workers
 

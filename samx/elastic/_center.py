@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from samx.core.hyperparams import as_count
+
 BLOCK = 1 << 16  # elements that stay in the cache while they are processed
 
 
@@ -80,8 +82,7 @@ def check_staleness(name: str, max_staleness: Any, num_workers: int) -> None:
     """Require None or a Python int that workers in turns can keep: at least num_workers − 1."""
     if max_staleness is None:
         return
-    if isinstance(max_staleness, bool) or not isinstance(max_staleness, int):
-        raise TypeError(f"{name}: `max_staleness` must be a Python int, got {max_staleness!r}")
+    max_staleness = as_count("max_staleness", max_staleness, 0)
     if max_staleness < num_workers - 1:
         raise ValueError(
             f"{name}: `max_staleness` must be at least num_workers − 1 = {num_workers - 1}, the "

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from samx.core.hyperparams import check_number
+from samx.core.hyperparams import as_list, check_number
 from samx.elastic._center import Center, Ledger, Shard
 from samx.elastic._rule import Rule
 from samx.elastic._worker import Worker, work
@@ -72,6 +72,10 @@ class Threads:
 
     def __init__(self, devices: Sequence[Any] | None = None, grace: float = 60.0):
         check_number("grace", grace, 0)
+        if devices is not None:
+            devices = as_list("devices", devices, "devices of JAX")
+            if not all(isinstance(device, jax.Device) for device in devices):
+                raise TypeError(f"Threads: `devices` must be devices of JAX, got {devices}")
         self.devices, self.grace = devices, grace
         self._threads: list[threading.Thread] = []
 

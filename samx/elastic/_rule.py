@@ -56,16 +56,17 @@ class Rule:
         object.__setattr__(self, "period", as_count("period", self.period))
         check_choice("smoothing", self.smoothing, ("elastic", "gaussian"))
         if self.smoothing == "elastic" and self.deviation:
-            raise ValueError("Rule: `deviation` belongs to smoothing='gaussian'")
+            raise ValueError(
+                f"Rule: `deviation` belongs to smoothing='gaussian', got {self.deviation}"
+            )
         if self.smoothing == "gaussian" and self.leader:
-            raise ValueError("Rule: `leader` belongs to smoothing='elastic'")
+            raise ValueError(f"Rule: `leader` belongs to smoothing='elastic', got {self.leader}")
 
     def weight(self, num_workers: int) -> float:
         """Return the share α of the distance by which one exchange moves the center."""
         return self.beta / num_workers
 
 
-@partial(jax.jit, static_argnames="weight")
 def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
     """Move center and worker towards each other, both by the same amount.
 
@@ -81,7 +82,8 @@ def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
         The new center, and the move d in the dtypes of `params`; integers do not change.
 
     Raises:
-        ValueError: If the structures of the trees differ.
+        ValueError: If the structures or the shapes of the trees differ.
+        TypeError: If a leaf is not an array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -98,6 +100,14 @@ def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
         The sum of the center and all workers' parameters does not change. Cost: one pass over the
         parameters.
     """
+    check_static_number("weight", weight, 0)
+    tree.check_arrays("center", center)
+    tree.check_like("params", params, "center", center)
+    return _exchange(center, params, float(weight))
+
+
+@partial(jax.jit, static_argnames="weight")
+def _exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
     move = jax.tree.map(
         lambda w, z: (
             (weight * (tree.widen(w) - tree.widen(z))).astype(w.dtype)
@@ -110,7 +120,6 @@ def exchange(center: Any, params: Any, weight: float) -> tuple[Any, Any]:
     return jax.tree.map(lambda z, d: (z + d).astype(z.dtype), center, move), move
 
 
-@jax.jit
 def apply_move(params: Any, move: Any) -> Any:
     """Apply the worker's part of an exchange, `params − move`.
 
@@ -127,7 +136,8 @@ def apply_move(params: Any, move: Any) -> Any:
         The parameters in their dtypes.
 
     Raises:
-        ValueError: If the structures of the trees differ.
+        ValueError: If the structures or the shapes of the trees differ.
+        TypeError: If a leaf is not an array.
 
     Example:
         >>> import jax.numpy as jnp
@@ -142,6 +152,13 @@ def apply_move(params: Any, move: Any) -> Any:
     Notes:
         Cost: one pass over the parameters.
     """
+    tree.check_arrays("params", params)
+    tree.check_like("move", move, "params", params)
+    return _apply_move(params, move)
+
+
+@jax.jit
+def _apply_move(params: Any, move: Any) -> Any:
     return jax.tree.map(lambda w, d: (w - d).astype(w.dtype), params, move)
 
 

@@ -8,7 +8,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from samx.core.hyperparams import as_count, check_static_number
+from samx.core import tree
+from samx.core.hyperparams import (
+    as_count,
+    as_iterator,
+    as_list,
+    check_choice,
+    check_flag,
+    check_static_number,
+)
 from samx.elastic._center import check_staleness, may_exchange, rank
 from samx.elastic._rule import Rule, apply_move, exchange
 from samx.elastic._worker import Local, Worker, copied, mean_of
@@ -68,7 +76,17 @@ class Simulation:
     """
 
     def __init__(self, workers: Sequence[Worker], center: Any, rule: Rule):
-        as_count("number of workers", len(workers))
+        workers = as_list("workers", workers, "Workers")
+        if not workers:
+            raise ValueError("Simulation: `workers` must be one Worker or more, got none")
+        if not all(isinstance(worker, Worker) for worker in workers):
+            kinds = [type(worker).__name__ for worker in workers]
+            raise TypeError(f"Simulation: `workers` must be Workers, got {kinds}")
+        if not isinstance(rule, Rule):
+            raise TypeError(f"Simulation: `rule` must be a Rule, got {type(rule).__name__}")
+        tree.check_arrays("center", center)
+        for worker in workers:
+            tree.check_like("center", center, "worker.params", worker.params)
         self.rule, self.center, self.exchanges = rule, center, 0
         self.workers = [Local(worker, rule, i, center) for i, worker in enumerate(workers)]
         self._weight = rule.weight(len(workers))
@@ -151,7 +169,7 @@ def in_order(order: Iterable[int], period: int) -> Iterator[Event]:
 
     Raises:
         ValueError: If `period` is below 1.
-        TypeError: If `period` is not a Python int.
+        TypeError: If `period` or an index is not a Python int.
 
     Example:
         >>> from samx import elastic
@@ -168,7 +186,8 @@ def in_order(order: Iterable[int], period: int) -> Iterator[Event]:
     """
     period = as_count("period", period)
     steps, last, version = {}, {}, 0
-    for time, i in enumerate(order):
+    for time, index in enumerate(as_iterator("order", order, "indices of workers")):
+        i = as_count("order", index, 0)
         yield Event(time, i, "begin")
         if steps.get(i, 0) % period == 0:
             yield Event(time, i, "exchange", version - last.get(i, version))
@@ -216,7 +235,7 @@ def timeline(
 
     Raises:
         ValueError: If a number is out of range, or a worker in `changes` does not exist.
-        TypeError: If a count is not a Python int.
+        TypeError: If a count is not a Python int, or a sequence has a wrong element.
 
     Example:
         Gradients per second of four workers, one four times slower:
@@ -234,21 +253,38 @@ def timeline(
     Notes:
         Cost: none; no step is computed.
     """
+    seconds_per_step = as_list("seconds_per_step", seconds_per_step, "numbers")
     num_workers = len(seconds_per_step)
-    as_count("number of workers", num_workers)
+    if not num_workers:
+        raise ValueError("timeline: `seconds_per_step` must be of one worker or more, got none")
     period = as_count("period", period)
     num_exchanges = as_count("num_exchanges", num_exchanges)
     check_static_number("latency", latency, 0)
     check_staleness("timeline", max_staleness, num_workers)
+    check_flag("overlap", overlap)
     for seconds in seconds_per_step:
-        if not 0 < seconds < float("inf"):
-            raise ValueError(f"timeline: `seconds_per_step` must be positive, got {seconds}")
-    for time, i, kind in changes:
-        if not (0 <= i < num_workers and kind in ("die", "join") and time >= 0):
-            raise ValueError(
-                f"timeline: `changes` has {(time, i, kind)}; it needs seconds of at least 0, a "
-                f"worker index below {num_workers}, and 'die' or 'join'"
+        check_static_number("seconds_per_step", seconds, 0, excluded=0)
+    changes = as_list("changes", changes, "(seconds, worker, kind)")
+    for change in changes:
+        if not isinstance(change, tuple | list) or len(change) != 3:
+            raise TypeError(
+                f"timeline: `changes` must hold (seconds, worker, kind), got {change!r}"
             )
+        time, i, kind = change
+        check_static_number("changes[:, 0]", time, 0)
+        i = as_count("changes[:, 1]", i, 0)
+        check_choice("changes[:, 2]", kind, ("die", "join"))
+        if i >= num_workers:
+            raise ValueError(
+                f"timeline: `changes` has {(time, i, kind)}; it needs a worker index below "
+                f"{num_workers}, got {i}"
+            )
+    drops = list(as_iterator("drops", drops, "pairs (worker, number of its exchange)"))
+    if not all(isinstance(drop, tuple | list) and len(drop) == 2 for drop in drops):
+        raise TypeError(
+            f"timeline: `drops` must be pairs (worker, number of its exchange), got {drops!r}"
+        )
+    drops = {(as_count("drops", i, 0), as_count("drops", n, 0)) for i, n in drops}
 
     queue, numbers = [], itertools.count()
     lives = dict.fromkeys(range(num_workers), 0)  # events planned in an earlier life are void

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from samx.core.hyperparams import as_count, check_number
+from samx.core import tree
+from samx.core.hyperparams import as_count, check_floating, check_function, check_number
 from samx.elastic._center import CenterLost, WorkerRecord, check_staleness
 from samx.elastic._engine import Engine, Job, Threads
 from samx.elastic._rule import Rule
@@ -131,8 +132,10 @@ def train(
         A `Trained`: the center, and the last `Progress`.
 
     Raises:
-        ValueError: If a number is out of range, or `resume` has another number of workers.
-        TypeError: If a count is not a Python int, or `params` has no real floating leaves.
+        ValueError: If a number is out of range, or `resume` has another number of workers or other
+            parameters.
+        TypeError: If a count is not a Python int, `params` has no real floating leaves, or another
+            argument is not what it is called.
         RuntimeError: If every worker has died, with the traceback of one of them.
         CenterLost: If the center has died.
 
@@ -170,6 +173,7 @@ def train(
         with a leader), and a flat copy of the parameters in each worker. Every death of a worker is
         reported by a RuntimeWarning and in `Progress.workers`; the others do its share.
     """
+    check_function("make_worker", make_worker, 1)
     num_workers = as_count("num_workers", num_workers)
     num_exchanges = as_count("num_exchanges", num_exchanges)
     max_restarts = as_count("max_restarts", max_restarts, 0)
@@ -177,19 +181,34 @@ def train(
     numbers = {"start_timeout": start_timeout, "monitor_every": monitor_every}
     for name, seconds in (numbers | {"save_every": save_every}).items():
         check_number(name, seconds, 0)
+    for name, call in (("monitor", monitor), ("save", save)):
+        if call is not None:
+            check_function(name, call, 1)
     rule = Rule() if rule is None else rule
+    engine = Threads() if engine is None else engine
+    if not isinstance(rule, Rule):
+        raise TypeError(f"train: `rule` must be a Rule, got {type(rule).__name__}")
+    if not hasattr(engine, "launch"):
+        got = type(engine).__name__
+        raise TypeError(f"train: `engine` must be an engine, such as Threads(), got {got}")
+    check_floating("center_dtype", center_dtype)
+    tree.check_arrays("params", params)
     wire = Wire(params)
     before = {}
     if resume is not None:
+        if not isinstance(resume, Checkpoint):
+            raise TypeError(f"train: `resume` must be a Checkpoint, got {type(resume).__name__}")
         if np.shape(resume.exchanges) != (num_workers,):
             raise ValueError(
                 f"train: `resume` must be of num_workers={num_workers} workers, got exchanges of "
                 f"shape {np.shape(resume.exchanges)}"
             )
-        before = {i: int(n) for i, n in enumerate(resume.exchanges)}
+        tree.check_arrays("resume.params", resume.params)
+        tree.check_like("resume.params", resume.params, "params", params)
+        counts = np.asarray(resume.exchanges)
+        before = {i: as_count("resume.exchanges", n, 0) for i, n in enumerate(counts)}
     start = params if resume is None else resume.params
     values = wire.flat(start).astype(center_dtype or wire.dtype)
-    engine = Threads() if engine is None else engine
     shard = (rule.weight(num_workers), rule.leader, rule.smoothing == "elastic")
     ledger = (num_workers, num_exchanges, max_staleness, before)
 

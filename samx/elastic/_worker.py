@@ -156,8 +156,15 @@ def mean_of(losses: list[Any]) -> float:
 def work(make_worker: Callable[[int], Worker], rule: Rule, index: int, center: Any, place: str):
     """Run a worker: start at the center, and continue until no work is left."""
     worker = make_worker(index)
+    if not isinstance(worker, Worker):
+        raise TypeError(f"`make_worker` must return a Worker, got a {type(worker).__name__}")
     wire = Wire(worker.params)
     exchanges, values = center.join(index, place)
+    if values.size != wire.size:
+        raise ValueError(
+            "`params` of the worker must be like those of the center, "
+            f"with {values.size} entries, got {wire.size}"
+        )
     params = wire.put_in(worker.params, values)
     warm_up(worker, params)
     center.wait_for_start(index)

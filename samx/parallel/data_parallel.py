@@ -9,10 +9,12 @@ import optax
 from jax.sharding import PartitionSpec
 
 from samx.core.aliases import Transformation
-from samx.core.closures import evaluate, local_value_and_grad, scalar_closure
-from samx.core.devices import Devices, is_mapped
+from samx.core.closures import as_weights, evaluate, local_value_and_grad, scalar_closure
+from samx.core.devices import Devices, check_mapped
+from samx.core.hyperparams import check_flag, check_function
 from samx.core.state import HeldBatch
 from samx.core.transformation import SCALAR_CLOSURES, as_transformation, closure_transformation
+from samx.core.tree import check_arrays
 
 REPLICATED = PartitionSpec()
 
@@ -96,7 +98,7 @@ def data_parallel(
                 "data_parallel: stands inside accumulate; put it around: "
                 "samx.data_parallel(samx.accumulate(tx, num_microbatches), axis_name)"
             )
-        _check_mapped("data_parallel", axes)
+        check_mapped("data_parallel", "axis_name", axes)
         for keyword in SCALAR_CLOSURES:
             if keyword in extra:  # `weights` belong to the batch, not to held-out examples
                 extra[keyword] = extra[keyword].on(
@@ -154,9 +156,14 @@ def value_and_grad(
         gradient and one all-reduce of it.
     """
     devices = Devices(_axes("value_and_grad", "axis_name", axis_name))
+    check_function("value_fn", value_fn)
+    check_flag("has_aux", has_aux)
+    if weights is not None:
+        weights = as_weights("value_and_grad", weights)
 
     def mean_value_and_grad(params, *args):
-        _check_mapped("value_and_grad", devices.axes)
+        check_mapped("value_and_grad", "axis_name", devices.axes)
+        check_function("value_fn", value_fn, 1 + len(args))
         closure = scalar_closure("value_and_grad", "value_fn", lambda p: value_fn(p, *args))
         (loss, aux), grads = local_value_and_grad(closure.on(devices, weights), params)
         loss, grads = devices.mean(loss, devices.share(weights)), devices.mean_grad(grads, weights)
@@ -199,7 +206,11 @@ def axis_mean(tree: Any, axis_name: str | Sequence[str], *, weights: Any = None)
         A device without examples is ignored, and so are its NaNs. Cost: one all-reduce.
     """
     devices = Devices(_axes("axis_mean", "axis_name", axis_name))
-    _check_mapped("axis_mean", devices.axes)
+    check_mapped("axis_mean", "axis_name", devices.axes)
+    check_arrays("tree", tree)
+    if weights is not None:
+        weights = as_weights("axis_mean", weights)
+    tree = jax.tree.map(jnp.asarray, tree)
     return devices.mean(tree, devices.share(weights))
 
 
@@ -247,6 +258,8 @@ def state_specs(
         Cost: none, nothing is computed. A leaf whose shape differs from that of its parameter, such
         as the factored moments of `optax.adafactor`, is replicated.
     """
+    tx = as_transformation("state_specs", "tx", tx)
+    check_arrays("params", params, has_shapes=True)
     state = jax.eval_shape(tx.init, params)
     param_specs = _like("param_specs", param_specs, params)
 
@@ -274,16 +287,6 @@ def _like(name, specs, tree):
             f"state_specs: `{name}` must be one PartitionSpec or a tree of them like "
             f"{jax.tree.structure(tree)}, got {specs}"
         ) from error
-
-
-def _check_mapped(name: str, axes: tuple[str, ...]) -> None:
-    for axis in axes:
-        if not is_mapped(axis):
-            raise ValueError(
-                f"{name}: `axis_name` must be mapped where the step is called, {axis!r} is not. "
-                "Call it inside jax.shard_map or jax.pmap with that axis; under jax.jit with a "
-                "sharded batch leave it out: there every mean is over the whole batch."
-            )
 
 
 def _axes(name: str, keyword: str, axes: Any) -> tuple[str, ...]:

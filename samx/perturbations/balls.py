@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from samx.core import tree
 from samx.core.aliases import Radius, Transformation
 from samx.core.hyperparams import at_step, check_function, check_hyperparam, check_number, next_step
+from samx.core.transformation import checked_transformation
 from samx.perturbations.metrics import Metric, identity
 
 
@@ -65,7 +65,7 @@ def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
         `static_args`: `climb`.
     """
     check_hyperparam("rho", rho, 0)
-    check_function("climb", climb)
+    check_function("climb", climb, 3)
 
     def init_fn(params):
         del params
@@ -75,9 +75,10 @@ def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
         del extra
         g = jax.tree.map(tree.widen, updates)
         eps = climb(g, params, at_step(rho, state.step))
+        tree.check_like("climb(g, params, rho)", eps, "g", g)
         return tree.cast_like(eps, g), BallState(next_step(state.step))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked_transformation("ball", init_fn, update_fn)
 
 
 def metric_ball(
@@ -277,5 +278,19 @@ def _as_real(x: Any, like: jax.Array) -> jax.Array:
 def _metric(metric: Any) -> Metric:
     if metric is None:
         return identity()
-    check_function("metric", metric)
-    return metric
+    check_function("metric", metric, 1)
+
+    def checked(params):
+        scales = metric(params)
+        structure = jax.tree.structure(params)
+        try:
+            structure.flatten_up_to(scales)
+        except ValueError as error:
+            found = jax.tree.structure(scales)
+            raise ValueError(
+                f"`metric` must return the structure of `params`, {structure}, got {found}"
+            ) from error
+        tree.check_arrays("metric(params)", scales)
+        return scales
+
+    return checked

@@ -17,7 +17,7 @@ from samx.core.hyperparams import (
     check_number,
     next_step,
 )
-from samx.core.transformation import as_transformation
+from samx.core.transformation import as_transformation, checked_transformation
 from samx.perturbations.top_entries import check_mask, num_entries, rounded_down, top_entries
 
 Score: TypeAlias = Literal["gradient", "weight", "random"]
@@ -153,7 +153,7 @@ def dynamic_mask(
         mask = jax.lax.cond(state.step % period == 0, exchange, lambda: state.mask)
         return eps, DynamicMaskState(next_step(state.step), state.key, mask, inner)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked_transformation(name, init_fn, update_fn)
 
 
 def _draws(key: jax.Array, step: Any, like: Any) -> Any:

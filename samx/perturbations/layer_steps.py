@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from samx.core import tree
 from samx.core.aliases import Radius, Transformation
-from samx.core.hyperparams import check_function, check_number
+from samx.core.hyperparams import check_function, check_number, check_scalar
 from samx.perturbations.balls import ball
 
 LayerScaling: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], Any]
@@ -42,6 +42,8 @@ def trust_ratio(w_norm: jax.Array, g_norm: jax.Array, total: jax.Array) -> jax.A
     Notes:
         Cost: none. LookSAM's rule from memory; it was not read in the paper.
     """
+    for name, norm in (("w_norm", w_norm), ("g_norm", g_norm), ("total", total)):
+        check_scalar(name, norm)
     return w_norm / (g_norm * total)
 
 
@@ -85,7 +87,7 @@ def layer_steps(
         A scaling with the factor ‖w_l‖ does not move a tensor of zeros, such as a new bias. Cost:
         two norms per tensor, elementwise work. `static_args`: `scaling`.
     """
-    check_function("scaling", scaling)
+    check_function("scaling", scaling, 3)
     check_number("norm_eps", norm_eps, 0)
 
     def climb(g, params, radius):
@@ -98,7 +100,9 @@ def layer_steps(
             g_norm = tree.scaled_norm(length.scale, g) / length.scale
             is_zero, w_norm = g_norm == 0, tree.plain_norm(w)
             norms = (jnp.where(is_zero, 1, norm + norm_eps) for norm in (g_norm, total))
-            factor = jnp.where(is_zero, 0, radius * scaling(w_norm, *norms))
+            scale = scaling(w_norm, *norms)
+            check_scalar("scaling(w_norm, g_norm, total)", scale)
+            factor = jnp.where(is_zero, 0, radius * scale)
             return g * jnp.asarray(factor, g.real.dtype)
 
         return jax.tree.map(step, g, params)

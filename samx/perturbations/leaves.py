@@ -16,7 +16,7 @@ from samx.core.hyperparams import (
     check_hyperparam,
     next_step,
 )
-from samx.core.transformation import as_transformation
+from samx.core.transformation import as_transformation, checked_transformation
 from samx.perturbations.metrics import LeafPredicate
 
 
@@ -69,7 +69,7 @@ def on_leaves(
         The sharp gradient still covers all parameters. Cost: none beyond `perturbation`.
         `static_args`: `is_perturbed`, `norm`.
     """
-    check_function("is_perturbed", is_perturbed)
+    check_function("is_perturbed", is_perturbed, 2)
     check_choice("norm", norm, ("selected", "all"))
     perturbation = as_transformation("on_leaves", "perturbation", perturbation)
 
@@ -84,7 +84,7 @@ def on_leaves(
         eps, state = perturbation.update(updates, state, params, **extra)
         return tree.keep(eps, chosen), state
 
-    return optax.GradientTransformationExtraArgs(perturbation.init, update_fn)
+    return checked_transformation("on_leaves", perturbation.init, update_fn)
 
 
 class RandomLeavesState(NamedTuple):
@@ -169,7 +169,7 @@ def random_leaves(
         eps = jax.tree.map(lambda e: (e / beta).astype(e.dtype) if tree.is_inexact(e) else e, eps)
         return eps, RandomLeavesState(next_step(state.step), state.key, inner)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked_transformation("random_leaves", init_fn, update_fn)
 
 
 def _draws(key: jax.Array, step: jax.Array, count: int) -> jax.Array:

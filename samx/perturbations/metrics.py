@@ -117,6 +117,8 @@ def is_normalization(path: Any, leaf: Any) -> bool:
 
 def names_of(path: Any) -> list[str]:
     """Return the names along a key path, without the `value` inside an `nnx.Variable`."""
+    if not isinstance(path, tuple | list):
+        raise TypeError(f"`path` must be the key path of a leaf, a tuple, got {path!r}")
     names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
     while names and names[-1] in ("value", "raw_value"):
         names.pop()
@@ -154,7 +156,7 @@ def magnitude(eta: float = 0.01, *, is_scaled: LeafPredicate = is_not_bias) -> M
         Cost: elementwise work. `eta` may be a traced array.
     """
     check_number("eta", eta, 0)
-    check_function("is_scaled", is_scaled)
+    check_function("is_scaled", is_scaled, 2)
     return _scaled(lambda w: jnp.abs(tree.widen(w)) + eta, is_scaled)
 
 
@@ -189,7 +191,7 @@ def layerwise(eta: float = 0.0, *, is_scaled: LeafPredicate = is_not_bias) -> Me
         scaled, `eta=0` with the radius `(1 + η)·rho` matches it. Cost: one norm per leaf.
     """
     check_number("eta", eta, 0)
-    check_function("is_scaled", is_scaled)
+    check_function("is_scaled", is_scaled, 2)
     return _scaled(lambda w: tree.plain_norm(w) + eta, is_scaled)
 
 
@@ -205,6 +207,7 @@ def constants(scales: Any) -> Metric:
         A metric, `params -> scales`.
 
     Raises:
+        TypeError: If a leaf of `scales` is not a real number, nor an array of them.
         ValueError: When used, if `scales` does not have the structure of `params`.
 
     Example:
@@ -225,6 +228,11 @@ def constants(scales: Any) -> Metric:
     Notes:
         Cost: elementwise work.
     """
+    for path, scale in jax.tree_util.tree_leaves_with_path(scales):
+        is_right = tree.is_array(scale) and not jnp.issubdtype(jnp.result_type(scale), bool)
+        if not is_right or jnp.iscomplexobj(scale):
+            where = f"`scales`{jax.tree_util.keystr(path)}"
+            raise TypeError(f"constants: {where} must be a real number, got {scale!r}")
 
     def metric(params):
         if jax.tree.structure(scales) != jax.tree.structure(params):

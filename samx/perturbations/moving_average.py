@@ -9,6 +9,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
 from samx.core.hyperparams import at_step, check_hyperparam, next_step
+from samx.core.transformation import checked_transformation
 
 
 class SubtractEMAState(NamedTuple):
@@ -83,4 +84,4 @@ def subtract_ema(sigma: ScalarOrSchedule = 1.0, decay: ScalarOrSchedule = 0.9) -
         average = tree.if_finite(tree.cast_like(average, state.average), state.average)
         return d, SubtractEMAState(next_step(state.step), average)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked_transformation("subtract_ema", init_fn, update_fn)

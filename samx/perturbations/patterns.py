@@ -5,6 +5,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from samx.core import tree
 from samx.core.hyperparams import Default
@@ -18,7 +19,7 @@ def check_pattern(name: str, pattern: Any, sparsity: Any) -> None:
     if pattern in ("unstructured", "structured"):
         return
     is_pair = isinstance(pattern, tuple) and len(pattern) == 2
-    if not (is_pair and all(type(x) is int for x in pattern) and 0 < pattern[0] <= pattern[1]):
+    if not (is_pair and all(is_integer(x) for x in pattern) and 0 < pattern[0] <= pattern[1]):
         raise ValueError(
             f"{name}: `pattern` must be 'unstructured', 'structured' or two integers (n, m) with "
             f"0 < n <= m, got {pattern!r}"
@@ -29,6 +30,11 @@ def check_pattern(name: str, pattern: Any, sparsity: Any) -> None:
             "each are perturbed; leave one of them out (under optax.inject_hyperparams, which "
             "fills in defaults, also pass static_args=('sparsity',))"
         )
+
+
+def is_integer(x: Any) -> bool:
+    """Return whether this is an integer of Python or NumPy."""
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
 
 
 def chosen(name: str, pattern: Pattern, scores: Any, num_kept: Any) -> Any:

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from samx.core.hyperparams import check_function
+
 
 def _unchanged(g: Any, g_s: Any, state: Any) -> Any:
     del g, g_s
@@ -48,6 +50,9 @@ def check_policy(name: str, policy: Any) -> None:
             f"{name}: `policy` must be a samx.policies.Policy, for example policies.every(2), "
             f"got {kind}"
         )
+
+    for field, count in (("init", 1), ("decide", 2), ("observe", 3)):
+        check_function(f"policy.{field}", getattr(policy, field), count)
 
 
 def branch(

@@ -110,7 +110,7 @@ def quota(
     check_number("variance_gain", variance_gain, 0)
     keys = RandomKey(key)
     if is_measured is not None:
-        check_function("is_measured", is_measured)
+        check_function("is_measured", is_measured, 2)
     if window % num_blocks or window < 2 * num_blocks:
         raise ValueError(
             "quota: `num_blocks` must cut `window` into equal blocks of two or more, got "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from samx.core.closures import batch_size
-from samx.core.hyperparams import as_count
+from samx.core.hyperparams import REAL, as_array, as_count
 
 
 def largest(
@@ -51,9 +51,13 @@ def largest(
         Ties go to the lower index. NaN sorts first, so that it surfaces. Cost: one sort of the
         scores; no communication if every group lies on one device.
     """
-    scores = jnp.asarray(scores)
+    scores = as_array("scores", scores, "real numbers [B]")
+    if scores.ndim != 1:
+        raise ValueError(f"largest: `scores` must be of shape [B], got {scores.shape}")
+    if weights is not None:
+        weights = as_array("weights", weights, "real numbers [B]", (*REAL, bool))
     num_selected = as_count("num_selected", num_selected)
-    size = group_size("largest", scores, num_groups)
+    size = group_size("largest", scores, num_groups, "scores")
     count = _count("largest", num_selected, num_groups, size)
     if weights is not None and jnp.shape(weights) != scores.shape:
         raise ValueError(
@@ -118,7 +122,14 @@ def sampled(
     Notes:
         Cost: as `largest`.
     """
-    scores = jnp.log(jnp.asarray(probabilities)) + noise
+    probabilities = as_array("probabilities", probabilities, "real numbers [B]")
+    noise = as_array("noise", noise, "real numbers [B]")
+    if probabilities.ndim != 1 or noise.shape != probabilities.shape:
+        raise ValueError(
+            "sampled: `probabilities` and `noise` must be of one shape [B], "
+            f"got {probabilities.shape} and {noise.shape}"
+        )
+    scores = jnp.log(probabilities) + noise
     return largest(scores, num_selected, num_groups=num_groups, weights=weights)
 
 
@@ -155,8 +166,9 @@ def take(tree: Any, position: Any) -> Any:
         of the number of devices. With `G = 1`, the chosen examples are replicated, and every device
         computes all of them. Cost: one copy of the chosen examples.
     """
-    num_groups, count = jnp.shape(position)
-    group_size("take", tree, num_groups)
+    position = _as_position(position)
+    num_groups, count = position.shape
+    group_size("take", tree, num_groups, "tree")
 
     def rows(leaf, position):
         groups = leaf.reshape(num_groups, -1, *leaf.shape[1:])
@@ -199,9 +211,10 @@ def put(values: Any, position: Any, size: int) -> jax.Array:
     Notes:
         Cost: one array of `B` numbers.
     """
-    num_groups, count = jnp.shape(position)
+    position = _as_position(position)
+    num_groups, count = position.shape
     size = as_count("size", size)
-    values = jnp.asarray(values)
+    values = as_array("values", values, "numbers", (*REAL, jnp.complexfloating, bool))
     if values.shape != (num_groups * count,) or size % num_groups:
         raise ValueError(
             f"put: {num_groups} groups of {count} positions need `values` of shape "
@@ -259,15 +272,22 @@ def above_the_smallest(scores: jax.Array, weights: Any, num_groups: int) -> jax.
     return _on_auto_axes(choose, scores.size, scores, weights)
 
 
-def group_size(name: str, batch: Any, num_groups: int) -> int:
+def group_size(name: str, batch: Any, num_groups: int, keyword: str = "batch") -> int:
     """Return the number of examples in each group; require that the groups are equal."""
     num_groups = as_count("num_groups", num_groups)
-    size = batch_size(name, batch)
+    size = batch_size(name, batch, keyword)
     if size % num_groups:
         raise ValueError(
             f"{name}: `num_groups` must divide the {size} examples of the batch, got {num_groups}"
         )
     return size // num_groups
+
+
+def _as_position(position: Any) -> jax.Array:
+    position = as_array("position", position, "integers", (jnp.integer,))
+    if position.ndim != 2 or not position.size:
+        raise ValueError(f"`position` must be of shape [groups, count], got {position.shape}")
+    return position
 
 
 def _count(name: str, num_selected: int, num_groups: int, size: int) -> int:

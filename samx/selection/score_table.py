@@ -8,7 +8,7 @@ from jax.core import Tracer
 
 from samx.core import tree
 from samx.core.closures import LossesClosure
-from samx.core.hyperparams import at_step
+from samx.core.hyperparams import as_array, at_step
 
 
 def steps_per_epoch(losses_fn: LossesClosure, num_examples: int, size: int) -> int:
@@ -44,7 +44,7 @@ def places_of(
 
     Padding gets the row `num_examples`. An index outside the table gets the row `num_examples + 1`.
     """
-    index = jnp.asarray(index)
+    index = as_array("index", index, "integers")
     if not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f"ausam: `index` must be of integers, got {index.dtype}")
     if index.shape != (size,):

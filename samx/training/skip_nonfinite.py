@@ -10,7 +10,7 @@ from samx.core import tree
 from samx.core.aliases import Transformation
 from samx.core.readings import Readings
 from samx.core.state import HeldBatch
-from samx.core.transformation import as_transformation
+from samx.core.transformation import as_transformation, checked_transformation
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -95,7 +95,7 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> Transformation:
             ),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return checked_transformation("skip_nonfinite", init_fn, update_fn)
 
 
 def _computed(state: Any) -> list[Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from samx.core.aliases import Transformation
-from samx.core.transformation import as_transformation, base_keywords
+from samx.core.transformation import as_transformation, base_keywords, checked_transformation
 
 
 def with_base(
@@ -56,4 +56,5 @@ def with_base(
     def update_fn(updates, state, params=None, **extra: Any):
         return base.update(updates, state, params, **base_keywords("with_base", extra))
 
-    return optax.chain(tx, optax.GradientTransformationExtraArgs(base.init, update_fn))
+    chain = optax.chain(tx, optax.GradientTransformationExtraArgs(base.init, update_fn))
+    return checked_transformation("with_base", chain.init, chain.update)

@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from samx.core import tree
-from samx.core.hyperparams import as_count
+from samx.core.hyperparams import as_count, check_function
 
 LayerGroups: TypeAlias = int | Callable[[Any, Any], Hashable]
 
 
 def as_groups(groups: Any) -> LayerGroups:
     """Return a function as it is, and a count as a Python int."""
-    return groups if callable(groups) else as_count("groups", groups)
+    if not callable(groups):
+        return as_count("groups", groups)
+    check_function("groups", groups, 2)
+    return groups
 
 
 def groups_of(groups: LayerGroups, params: Any) -> list[Any]:

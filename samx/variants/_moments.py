@@ -13,7 +13,7 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import Transformation
-from samx.core.hyperparams import check_hyperparam, check_number
+from samx.core.hyperparams import check_hyperparam, check_number, map_schedule
 from samx.core.transformation import closure_transformation
 
 
@@ -121,6 +121,7 @@ def optimizer(
     It is a chain whose state has a field `base`, which shows that it contains a base optimizer.
     """
     check_hyperparam("learning_rate", learning_rate, 0)
+    learning_rate = map_schedule(learning_rate, lambda rate: rate)
     base = optax.chain(
         moments, optax.scale_by_learning_rate(learning_rate), optax.stateless(tree.cast_like)
     )

@@ -10,7 +10,7 @@ import optax
 
 from samx.core.aliases import Transformation
 from samx.core.closures import batch_size, evaluate_factors
-from samx.core.hyperparams import next_step
+from samx.core.hyperparams import as_array, next_step
 from samx.core.readings import Readings, no_readings
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import closure_transformation
@@ -70,7 +70,7 @@ def of_class(labels: jax.Array, values: jax.Array) -> jax.Array:
 
 
 def _checked(name: str, labels: Any, batch: Any) -> jax.Array:
-    labels, size = jnp.asarray(labels), batch_size(name, batch)
+    labels, size = as_array("labels", labels, "integers"), batch_size(name, batch)
     if labels.shape != (size,):
         raise ValueError(
             f"{name}: `labels` must have one class per example, shape ({size},), got {labels.shape}"

@@ -6,7 +6,7 @@ Minimization", 2025. https://arxiv.org/abs/2510.03763
 
 from samx.combinations import Mixing, decaying
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
-from samx.core.hyperparams import Default, check_function
+from samx.core.hyperparams import Default, check_function, check_scalar
 from samx.policies import Policy, quota
 from samx.variants._ball import ball_of
 from samx.variants.vsam import reuse_second_order
@@ -65,6 +65,12 @@ def arsam(
     """
     policy = quota() if policy is None else policy
     mixing = decaying() if mixing is None else mixing
-    check_function("mixing", mixing)
+    check_function("mixing", mixing, 2)
+
+    def weight(age, step):
+        found = mixing(age, step)
+        check_scalar("mixing(age, step)", found)
+        return found
+
     ball = ball_of("arsam", rho, perturbation)
-    return reuse_second_order("arsam", policy, ball, mixing, perturb_dtype)
+    return reuse_second_order("arsam", policy, ball, weight, perturb_dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
-from samx.core.hyperparams import Default, at_step, check_hyperparam
+from samx.core.hyperparams import Default, as_list, at_step, check_hyperparam, check_static_number
 from samx.variants._ball import ball_of
 from samx.variants._split import of_class, split_sam
 
@@ -51,10 +51,10 @@ def focal_sam(
         drops its computation.
 
     Raises:
-        ValueError: If a number is out of range, or `class_counts` is not a vector of positive
-            numbers; in `update`, if `labels` is not `[B]`.
-        TypeError: If a hyperparameter is neither a number nor a schedule; in `update`, if `labels`
-            are not integers.
+        ValueError: If a number is out of range, or `class_counts` is empty or has one that is not
+            above 0; in `update`, if `labels` is not `[B]`.
+        TypeError: If a hyperparameter is neither a number nor a schedule, or `class_counts` is not
+            a sequence of numbers; in `update`, if `labels` are not integers.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -77,8 +77,11 @@ def focal_sam(
         transient copies of the parameters. Fidelity: matches scongl/Focal-SAM. `static_args`:
         `class_counts`.
     """
-    counts = np.asarray(class_counts)
-    if counts.ndim != 1 or counts.size == 0 or not np.all(counts > 0):
+    counts = as_list("class_counts", class_counts, "numbers, one for each class")
+    for count in counts:
+        check_static_number("class_counts", count, 0, excluded=0)
+    counts = np.asarray(counts)
+    if counts.size == 0:
         raise ValueError(
             "focal_sam: `class_counts` must be one number above 0 for each class, got "
             f"{class_counts!r}"

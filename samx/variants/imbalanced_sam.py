@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
-from samx.core.hyperparams import Default, at_step, check_hyperparam
+from samx.core.hyperparams import Default, as_count, as_list, at_step, check_hyperparam
 from samx.variants._ball import ball_of
 from samx.variants._split import split_sam
 
@@ -45,10 +45,10 @@ def imbalanced_sam(
         drops its computation.
 
     Raises:
-        ValueError: If a number is out of range, or `tail_classes` is not a vector of integers; in
-            `update`, if `labels` is not `[B]`.
-        TypeError: If a hyperparameter is neither a number nor a schedule; in `update`, if `labels`
-            are not integers.
+        ValueError: If a number is out of range, or a class below 0; in `update`, if `labels` is not
+            `[B]`.
+        TypeError: If a hyperparameter is neither a number nor a schedule, or `tail_classes` is not
+            a sequence of integers; in `update`, if `labels` are not integers.
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
@@ -71,16 +71,8 @@ def imbalanced_sam(
         Fidelity: matches cool-xuan/Imbalanced_SAM with `tail_weight=2`. `static_args`:
         `tail_classes`.
     """
-    tail = np.asarray(tail_classes)
-    if (
-        tail.ndim != 1
-        or not (tail.size == 0 or np.issubdtype(tail.dtype, np.integer))
-        or np.any(tail < 0)
-    ):
-        raise ValueError(
-            "imbalanced_sam: `tail_classes` must be a sequence of classes, integers from 0, got "
-            f"{tail_classes!r}"
-        )
+    tail = as_list("tail_classes", tail_classes, "classes, integers from 0")
+    tail = np.asarray([as_count("tail_classes", label, 0) for label in tail], int)
     check_hyperparam("tail_weight", tail_weight, 0)
     ball = ball_of("imbalanced_sam", rho, perturbation)
 

@@ -112,7 +112,7 @@ def momentum_sam(
     ball = ball_of("momentum_sam", rho, perturbation)
     base = as_transformation("momentum_sam", "base", base)
     if momentum is not None:
-        check_function("momentum", momentum)
+        check_function("momentum", momentum, 1)
 
     def momentum_of(state, params):
         return find_momentum(state, params) if momentum is None else momentum(state)

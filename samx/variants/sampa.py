@@ -140,7 +140,7 @@ def sampa(
         raise ValueError("sampa: `pair_sharding` needs gradients='vmap', got 'separate'")
     ball = ball_of("sampa", rho, perturbation)
     base = as_transformation("sampa", "base", base)
-    batch_size("sampa: batch_like", batch_like)
+    batch_size("sampa", batch_like, "batch_like")
 
     def init_fn(params):
         readings, nothing = no_readings(params), optax.tree.zeros_like(batch_like)

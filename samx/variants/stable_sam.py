@@ -6,7 +6,7 @@ Renormalization Strategy", JMLR 26, 2025. https://arxiv.org/abs/2401.07250
 
 from samx.combinations import renormalized
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
-from samx.core.hyperparams import Default
+from samx.core.hyperparams import Default, check_flag
 from samx.perturbations import metric_ball, unnormalized_step
 from samx.variants._ball import ball_of
 from samx.variants.sam import sharpness_aware
@@ -64,6 +64,7 @@ def stable_sam(
         Fidelity: matches cltan023/stablesam2024, usam.py and, with `normalize`, sam.py: the paper's
         own two forms. The paper's text was not read. `static_args`: `normalize`.
     """
+    check_flag("normalize", normalize)
     if normalize and perturbation is not None:
         raise ValueError(
             "stable_sam: got `normalize` together with `perturbation`, which has its own length; "

@@ -98,7 +98,7 @@ FACTORIES = {
         "`update_fn` must be a function, got None",
     ),
     "no axis": (lambda: samx.data_parallel(SGD, ()), ValueError, "`axis_name` must name at least"),
-    "a class below 0": (lambda: samx.imbalanced_sam([-1]), ValueError, "integers from 0, got"),
+    "a class below 0": (lambda: samx.imbalanced_sam([-1]), ValueError, "`tail_classes` must be at"),
     "no scales": (lambda: mup_ball(0.1, None), ValueError, "`scales` must have a number for each"),
     "nothing selected": (lambda: samx.ksam(0.1, 0), ValueError, "`num_selected` must be at least"),
     "half an example": (lambda: samx.ksam(0.1, 0.5), TypeError, "`num_selected` must be a Python"),
@@ -280,9 +280,9 @@ FACTORIES = {
     "a class without examples": (
         lambda: samx.focal_sam([90, 0, 10]),
         ValueError,
-        r"`class_counts` must be one number above 0 for each class, got \[90, 0, 10\]",
+        "`class_counts` must be above 0, got 0",
     ),
-    "one count": (lambda: samx.focal_sam(90), ValueError, "`class_counts`.*got 90"),
+    "one count": (lambda: samx.focal_sam(90), TypeError, "`class_counts`.*got 90"),
     "negative gamma of focal_sam": (
         lambda: samx.focal_sam([1, 2], gamma=-1),
         ValueError,
@@ -291,8 +291,8 @@ FACTORIES = {
     "negative sharpness": (lambda: samx.focal_sam([1], sharpness=-1), ValueError, "`sharpness`"),
     "half a class": (
         lambda: samx.imbalanced_sam([0.5]),
-        ValueError,
-        r"`tail_classes` must be a sequence of classes, integers from 0, got \[0.5\]",
+        TypeError,
+        "`tail_classes` must be a Python int, got 0.5",
     ),
     "negative weight of the tail": (
         lambda: samx.imbalanced_sam([1], tail_weight=-1),

@@ -228,3 +228,64 @@ def test_no_leaf_selected():
     ball = on_leaves(metric_ball(0.1), lambda path, leaf: False)
     with pytest.raises(ValueError, match=r"selects none of the leaves.*W1"):
         trace_update(ball)
+
+
+W = jnp.ones(2)
+TREES = {
+    "no gradient": ({"g": None}, ValueError, "sam: `grads` must have the structure of `params`"),
+    "a leaf more": ({"g": {"w": W, "b": W}}, ValueError, "sam: `grads` must have the structure"),
+    "a broadcast": ({"g": {"w": jnp.ones(())}}, ValueError, r"`grads`\['w'\].*\(2,\), got \(\)"),
+    "complex": ({"g": {"w": 1j * W}}, TypeError, r"`grads`\['w'\] must be real"),
+    "a text": ({"params": {"w": "x"}}, TypeError, r"`params`\['w'\] must be an array, got a str"),
+    "no state": ({"state": None}, TypeError, "`state` must be a SharpnessAwareState.*NoneType"),
+    "of looksam": ({"state": "looksam"}, TypeError, "`state` must be a Sharp.*got a ReuseState"),
+    "no argument": ({"value_fn": lambda: 1.0}, TypeError, "`value_fn` must be a function of 1 arg"),
+    "two": ({"value_fn": lambda a, b: 1.0}, TypeError, "`value_fn` must be a function of 1 arg"),
+    "a text as value": ({"value": "0.5"}, TypeError, "`value` must be a number, got '0.5'"),
+    "values": ({"value": W}, ValueError, r"`value` must be one number, got an array of shape"),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_trees_and_numbers_of_the_wrong_kind(name):
+    changes, error, message = TREES[name]
+    params, tx = {"w": W}, samx.sam()
+    given = {"g": params, "state": tx.init(params), "params": params, "value": 0.5}
+    given |= {"value_fn": lambda p: jnp.sum(p["w"])} | changes
+    if given["state"] == "looksam":
+        given["state"] = samx.looksam().init(params)
+    g, state, params = (given.pop(key) for key in ("g", "state", "params"))
+    with pytest.raises(error, match=message):
+        tx.update(g, state, params, **given)
+
+
+def test_a_state_of_other_parameters():
+    tx = samx.looksam()
+    with pytest.raises(ValueError, match="looksam: `state` must be what `init` returns for these"):
+        tx.update(W, tx.init(jnp.ones(3)), W, value_fn=jnp.sum)
+
+
+def test_a_state_that_nobody_here_has_made_is_taken():
+    """A restored state comes to a transformation whose `init` was never called."""
+    state = samx.sam().init(W)
+    updates, _ = samx.sam().update(W, state, W, value_fn=jnp.sum)
+    assert updates.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("inner", [samx.asam(), optax.chain(samx.sam(), SGD)])
+def test_a_perturbation_that_takes_gradients_itself(inner):
+    for make in (samx.sam, samx.looksam, samx.bisam):
+        tx = make(perturbation=inner)
+        with pytest.raises(ValueError, match="`perturbation` must map a gradient to a step"):
+            tx.init(W)
+    with pytest.raises(ValueError, match="`perturbation` must map a gradient to a step"):
+        on_leaves(inner, lambda path, leaf: True).init(W)
+
+
+def test_a_perturbation_needs_params_only_where_it_reads_them():
+    ball = samx.perturbations.monge_ball(0.1)
+    ball.update(W, ball.init(W))
+    masked = optax.masked(samx.perturbations.metric_ball(0.1), {"w": True, "b": False})
+    params = {"w": W, "b": W}
+    eps, _ = masked.update(params, masked.init(params), params)
+    assert eps["b"].tolist() == [1, 1]

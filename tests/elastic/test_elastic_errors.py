@@ -51,12 +51,12 @@ BAD = {
     "workers": (
         lambda: elastic.Simulation([], None, elastic.Rule()),
         ValueError,
-        "`number of workers` must be at least 1",
+        "`workers` must be one Worker or more, got none",
     ),
     "seconds": (
         lambda: list(elastic.timeline([1.0, 0.0], period=1, num_exchanges=1)),
         ValueError,
-        "`seconds_per_step` must be positive",
+        "`seconds_per_step` must be above 0, got 0.0",
     ),
     "changes": (
         lambda: list(elastic.timeline([1.0], period=1, num_exchanges=1, changes=[(0.0, 1, "die")])),
