@@ -59,6 +59,11 @@ def update_fn(g, state, params, *, value_fn):
     return g, state
 
 
+def whole_step():
+    tx = samx.sam()
+    return tx.update(gradient(PARAMS, BATCH), tx.init(PARAMS), PARAMS, value_fn=loss)
+
+
 # Right values by name, for arguments without a default; by `callable.name` where names differ.
 GOOD = {
     **dict.fromkeys(("params", "base_params", "eps", "center", "move", "tree"), PARAMS),
@@ -70,6 +75,8 @@ GOOD = {
     **dict.fromkeys(("descent_device", "ascent_device"), CPU),
     **dict.fromkeys(("w_norm", "g_norm", "total"), jnp.array(0.5)),
     "inner": samx.sam(),
+    "step": whole_step,
+    "mask": {"norm": False, "b": True},
     "perturbation": samx.perturbations.metric_ball(0.1),
     "policy": samx.policies.every(2),
     "class_counts": [5, 1, 2],

@@ -371,11 +371,10 @@ def _filled(updates: Any, params: Any) -> tuple[Any, Any]:
     def is_none(x):
         return x is None
 
-    given, wanted = (jax.tree.leaves(tree, is_leaf=is_none) for tree in (updates, params))
-    pairs = list(zip(given, wanted, strict=False))
-    if len(given) != len(wanted) or not any(g is None and w is not None for g, w in pairs):
+    (given, a), (wanted, b) = (jax.tree.flatten(x, is_leaf=is_none) for x in (updates, params))
+    pairs = [(g, w) for g, w in zip(given, wanted, strict=False) if w is not None]
+    if a != b or not 0 < sum(g is None for g, _ in pairs) < len(pairs):
         return updates, None
-    pairs = [(g, w) for g, w in pairs if w is not None]
     filled = [jnp.zeros_like(w) if g is None else g for g, w in pairs]
     is_frozen = [g is None for g, _ in pairs]
     structure = jax.tree.structure(params)

@@ -191,8 +191,9 @@ def with_length(tree: Any, new: Any, old: Length, norm_eps: Any = 0.0) -> Any:
 
     `norm_eps` is added to the old length before the division.
     """
-    root = sqrt(ratio(1.0, old.norm + old.scale * norm_eps))
-    first, second = old.scale * root, new * root  # their product may be out of range
+    # The product of both factors may be out of range. A factor that stands in a sum too, as the
+    # scale does in `scaled_norm`, would be stored in the shape of a leaf.
+    first, second = 2 * old.scale, ratio(0.5 * new, old.norm + old.scale * norm_eps)
 
     def resized(x):
         x = widen(x)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from samx.core.aliases import Transformation
+from samx.core.hyperparams import check_function
 from samx.core.transformation import as_transformation, closure_transformation, freeze_leaves
 
 
@@ -56,7 +57,9 @@ def freeze(tx: optax.GradientTransformation, mask: Any) -> Transformation:
         `static_args`: all arguments.
     """
     inner = as_transformation("freeze", "tx", tx)
-    if not callable(mask):
+    if callable(mask):
+        check_function("mask", mask, 1)
+    else:
         _check_mask(mask)
 
     def update_fn(updates, state, params, *, value_fn, **extra):

@@ -74,7 +74,7 @@ def preflight(step: Callable[..., Any], *args: Any, rtol: float = 1e-3) -> list[
         for a few steps, too: zero gradients show nothing. Cost: one compilation, one step with an
         additional gradient and a copy of the arguments.
     """
-    check_function("step", step)
+    check_function("step", step, len(args))
     check_static_number("rtol", rtol, 0, excluded=0)
     copies = jax.tree.map(_copied, args)
     # Other metadata make JAX trace functions again that it has compiled already.

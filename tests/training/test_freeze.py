@@ -136,7 +136,7 @@ def test_a_gradient_of_another_structure():
     w, tx = {"a": jnp.ones(2), "b": None}, samx.sam(0.1)
     tx.update({"a": jnp.ones(2), "b": None}, tx.init(w), w, value_fn=lambda w: w["a"].sum())
     for g in ({"a": jnp.ones(2)}, {"a": jnp.ones(2), "b": jnp.ones(1)}, None, [jnp.ones(2), None]):
-        with pytest.raises(ValueError, match="sam: the gradient must be a tree like `params`"):
+        with pytest.raises(ValueError, match="sam: `grads` must have the structure of `params`"):
             tx.update(g, tx.init(w), w, value_fn=lambda w: w["a"].sum())
 
 
