@@ -507,7 +507,7 @@ def is_right_array(a, value):
     if found.dtype == object or found.dtype.kind not in kinds:
         return False
     is_fixed = a.name == "labels" or (
-        a.name == "weights" and a.owner.endswith(("largest", "sampled", "check_closures"))
+        a.name == "weights" and a.owner.endswith(("largest", "sampled"))
     )
     return None if found.shape == shape or not is_fixed else False
 
