@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from samx.core.hyperparams import check_function, check_static_number
 from samx.core.inspection import Update, checksum, inspecting
@@ -37,7 +36,7 @@ def preflight(step: Callable[..., Any], *args: Any, rtol: float = 1e-3) -> list[
     Args:
         step: Your own step, compiled or not: a function under `jax.jit`, `jax.pmap`,
             `jax.shard_map` or `nnx.jit`, or a plain one.
-        *args: Its arguments, as you would pass them in training. They are copied, so that a step
+        args: Its arguments, as you would pass them in training. They are copied, so that a step
             may donate them, and do not change.
         rtol: Relative tolerance of the comparisons, > 0; default 1e-3, or 8 times the machine
             epsilon of half-precision parameters.
@@ -74,6 +73,8 @@ def preflight(step: Callable[..., Any], *args: Any, rtol: float = 1e-3) -> list[
         for a few steps, too: zero gradients show nothing. Cost: one compilation, one step with an
         additional gradient and a copy of the arguments.
     """
+    from jax.experimental.xla_metadata import set_xla_metadata  # `import jax` does not load it
+
     check_function("step", step, len(args))
     check_static_number("rtol", rtol, 0, excluded=0)
     copies = jax.tree.map(_copied, args)
