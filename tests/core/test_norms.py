@@ -85,6 +85,17 @@ def test_norm_eps_shrinks_the_radius_if_one_asks_for_it():
     np.testing.assert_allclose(tree.norm(eps), 0.05, rtol=1e-5)
 
 
+def test_norm_eps_of_each_tensor():
+    w, g = (
+        {"a": jnp.array([6.0]), "b": jnp.array([0.5])},
+        {"a": jnp.array([3.0]), "b": jnp.array([4.0])},
+    )
+    steps = samx.perturbations.layer_steps(0.1, norm_eps=1.0)
+    eps, _ = steps.update(g, steps.init(w), w)
+    np.testing.assert_allclose(eps["a"], 0.1 * 6.0 / ((3 + 1) * (5 + 1)) * 3.0, rtol=1e-6)
+    np.testing.assert_allclose(eps["b"], 0.1 * 0.5 / ((4 + 1) * (5 + 1)) * 4.0, rtol=1e-6)
+
+
 def test_monge_and_fisher_steps_of_long_gradients():
     """Both get shorter where the loss is steep: by 1 / ‖g‖, and to the length of 1 / g."""
     g = jnp.array([3e25, 4e25])

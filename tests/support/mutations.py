@@ -39,7 +39,11 @@ MOST_ROWS = 8  # that are tried for one mutation
 SECONDS = 120  # of computing, after which the rows' checks have failed
 AVERAGES = ("mean", "_mean", "pmean", "mean_loss", "nanmean", "average")
 ORDERED = ("where", "cond", "branch", "clip", "sub", "subtract", "divide", "minimum", "maximum")
-BALLS = "perturbations/test_geometry.py", "variants/test_formulation_loops.py::test_formulations"
+BALLS = (
+    "perturbations/test_geometry.py",
+    "core/test_norms.py",
+    "variants/test_formulation_loops.py::test_formulations",
+)
 MASKS = ("variants/test_sparse_sam.py",)
 EXAMPLES = (
     "selection/test_selection.py::test_the_default",
