@@ -311,7 +311,7 @@ class _Trees:
                 for x in leaves
             ]
 
-        if "state" in str(error) and _OWN_MESSAGE.match(str(error)):
+        if "`state`" in str(error) and _OWN_MESSAGE.match(str(error)):
             return
         if params is None:
             raise ValueError(_no_params(self.name)) from error

@@ -90,13 +90,19 @@ def test_what_the_caller_computed_is_ignored(name, regime):
     assert_close(*(optax.tree.get(state, "readings") for state in (found[1], expected[1])))
 
 
-@pytest.mark.parametrize("regime", ["shard_map", "pmap"])
-def test_weights_count_examples_in_local_ascent(regime):
-    """By hand: each device climbs its own weighted mean, and counts by its sum of weights."""
+@pytest.mark.parametrize(
+    ("name", "regime", "groups"),
+    [("sam", "pmap", 8), ("usam", "shard_map", 8), ("usam", "shard_map", 2)],
+)
+def test_weights_count_examples_in_local_ascent(name, regime, groups):
+    """By hand: each group climbs its own weighted mean, and counts by its sum of weights."""
     (_, params), ((batch, weights),) = problem.make(), batches(1, weights=VALID)
-    history = LOCAL[regime](
-        build("sam", base=optax.sgd(1.0)), params, [(batch, weights)], ascent="local"
-    )
+    changes = {"ascent": "local"}
+    if groups == 2:
+        names = ("outer", "inner")
+        changes = {"ascent": ("inner",), "shape": (2, 4), "names": names, "axes": names}
+    tx = build(name, base=optax.sgd(1.0), rho=0.05)
+    history = LOCAL[regime](tx, params, [(batch, weights)], **changes)
 
     @jax.jit
     def step(shard, own):
@@ -104,19 +110,22 @@ def test_weights_count_examples_in_local_ascent(regime):
             return (own * problem.losses_fn(p, shard)).sum() / jnp.maximum(own.sum(), 1e-30)
 
         g = jax.grad(loss)(params)
-        eps = optax.tree.scale(0.05 / (optax.tree.norm(g) + 1e-12), g)
-        return jax.grad(loss)(optax.tree.add(params, eps))
+        length = 1.0 if name == "usam" else optax.tree.norm(g) + 1e-30
+        eps = optax.tree.scale(0.05 / length, g)
+        return jax.grad(loss)(optax.tree.add(params, eps)), optax.tree.norm(eps)
 
-    expected = params
-    for start in range(0, len(weights), 2):
-        shard = jax.tree.map(lambda x, i=start: x[i : i + 2], batch)
-        own = weights[start : start + 2]
+    expected, mean_norm, size = params, 0.0, len(weights) // groups
+    for start in range(0, len(weights), size):
+        shard = jax.tree.map(lambda x, i=start: x[i : i + size], batch)
+        own = weights[start : start + size]
 
-        g_s = step(shard, own)
-        expected = optax.tree.add_scale(expected, -own.sum() / weights.sum(), g_s)
+        g_s, norm = step(shard, own)
+        share = own.sum() / weights.sum()
+        expected = optax.tree.add_scale(expected, -share, g_s)
+        mean_norm += share * norm
     assert_close(history[0][0], expected)
     norm = optax.tree.get(history[0][1], "perturbation_norm")  # no examples, no weight
-    np.testing.assert_allclose(norm, 0.05, rtol=1e-10)
+    np.testing.assert_allclose(norm, mean_norm, rtol=1e-10)
 
 
 def test_the_hypergradient_of_lets_with_local_ascent():

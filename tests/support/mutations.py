@@ -100,6 +100,7 @@ SUITES = {
         "core/test_closures.py",
         *DEVICES,
         "training/test_accumulation.py",
+        "training/test_freeze.py",
         "variants/test_msam.py",
     ),
     "core/devices.py": (

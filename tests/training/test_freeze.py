@@ -161,6 +161,11 @@ def test_wrappers_of_optax_that_change_the_parameters():
     assert any(
         "optax.chain(samx.sam(...), optax.flatten(base))" in n for n in caught.value.__notes__
     )
+    bare = samx.sam(0.1)
+    for params in (w, jnp.ones(()), jnp.ones((1, 2)), [jnp.ones(2)]):  # not one flat vector
+        with pytest.raises(TypeError) as caught:
+            bare.update(params, bare.init(params), params, value_fn=lambda w: w + "no number")
+        assert not any("flatten" in n for n in getattr(caught.value, "__notes__", ()))
     for base in (
         optax.flatten(optax.adam(0.1)),
         optax.contrib.split_real_and_imaginary(optax.sgd(1.0)),
