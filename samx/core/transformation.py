@@ -33,7 +33,7 @@ OWN_KEYWORDS = frozenset(
 # Nodes in the parameters by which optax's wrappers are known.
 _WRAPPED = ("MaskedNode", "SplitRealAndImaginaryArrays")
 SCALAR_CLOSURES = ("value_fn", "ascent_fn", "validation_fn")
-_OWN_MESSAGE = re.compile(r"\w+: ")  # the name of the transformation comes first
+_OWN_MESSAGE = re.compile(r"\w+: .*(`state`|state's)")  # of the check of a state
 _FIXES = {
     "value_fn": "value_fn=lambda p: loss(p, batch)) or, with per-example losses [B], "
     "tx.update(grads, state, params, losses_fn=losses, batch=batch)",
@@ -311,7 +311,7 @@ class _Trees:
                 for x in leaves
             ]
 
-        if "`state`" in str(error) and _OWN_MESSAGE.match(str(error)):
+        if _OWN_MESSAGE.match(str(error)):
             return
         if params is None:
             raise ValueError(_no_params(self.name)) from error
