@@ -63,6 +63,7 @@ BALLS = {
     "linf_ball": linf_ball(0.1),
     "mup_ball": samx.perturbations.mup_ball(0.1, {"a": 2.0, "b": 1.0}),
     "layers of length rho": samx.perturbations.layer_steps(0.1, lambda w, g, total: 1 / g),
+    "layers by the whole": samx.perturbations.layer_steps(0.1, lambda w, g, total: 1 / total),
 }
 
 
