@@ -34,6 +34,16 @@ EQUIVALENT = {
         "x.size * ok",
     ): "integers come last in the order, so their size is before no other leaf",
     (
+        "core/inspection.py",
+        "inside_update",
+        "_DEPTH.get() + 1",
+    ): "only 0 is outside",
+    (
+        "core/inspection.py",
+        "_measured",
+        "tree.subtract(updates, g)",
+    ): "only the length of the difference is used",
+    (
         "policies/quota.py",
         "quota.observe",
         "tree.subtract(g_s, g)",

@@ -123,6 +123,7 @@ SUITES = {
     ),
     "core/readings.py": (
         "core/test_closures.py",
+        "variants/test_contract.py::test_debug_infs",
         "perturbations/test_extra_gradients.py",
         *DEVICES,
     ),

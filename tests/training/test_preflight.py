@@ -6,6 +6,7 @@ from functools import partial
 import chex
 import flax.linen as nn
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -106,6 +107,15 @@ def test_what_is_wrong_is_found(wrong):
     assert line.startswith("sam: ")
     assert "\n" not in line
     assert re.search(message, line)
+
+
+def test_the_cosine_and_the_ratio_are_those_of_the_gradients():
+    g = jax.flatten_util.ravel_pytree(jax.grad(mean_loss)(PARAMS, BATCH))[0]
+    (line,) = report(SAM, before=lambda g: jax.tree.map(jnp.sign, g))
+    cosine = g @ jnp.sign(g) / (jnp.linalg.norm(g) * jnp.linalg.norm(jnp.sign(g)))
+    ratio = jnp.linalg.norm(jnp.sign(g)) / jnp.linalg.norm(g)
+    found = re.search(r"cosine (\S+), (\S+) times", line)
+    np.testing.assert_allclose([float(x) for x in found.groups()], [cosine, ratio], rtol=2e-3)
 
 
 IN_FRONT = {
