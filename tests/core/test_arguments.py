@@ -18,6 +18,7 @@ import samx
 from samx import combinations, elastic, policies, schedules
 from samx import perturbations as geometry
 from samx.core.aliases import Perturbation, Radius, ScalarOrSchedule
+from samx.core.hyperparams import as_list
 
 BATCH = jax.eval_shape(lambda: problem.batch_at(problem.make("float32")[0], 0))
 SGD = optax.sgd(0.1, momentum=0.9)
@@ -292,3 +293,13 @@ def test_most_arguments_are_here():
     assert found == {
         *("hyperparam", "number", "count", "key", "transformation", "choice", "policy", "function")
     }
+
+
+def test_a_sequence_may_be_a_vector():
+    for right in ([1, 2], (1, 2), np.array([1, 2]), jnp.array([1, 2])):
+        assert [int(x) for x in as_list("class_counts", right, "counts")] == [1, 2]
+    for wrong in ("12", b"12", {1: 2}, 3, np.array(3), np.ones((2, 2)), jnp.ones((2, 2))):
+        with pytest.raises(TypeError, match="`class_counts` must be a sequence of counts, got"):
+            as_list("class_counts", wrong, "counts")
+    with pytest.raises(TypeError, match="`class_counts` must be a sequence of counts, got"):
+        jax.jit(lambda x: as_list("class_counts", x, "counts"))(jnp.ones(2))

@@ -8,6 +8,7 @@ import problem
 import pytest
 
 import samx
+from samx.core import tree
 from samx.perturbations import constants, metric_ball, on_leaves
 
 SGD = optax.sgd(0.1)
@@ -237,6 +238,7 @@ TREES = {
     "a broadcast": ({"g": {"w": jnp.ones(())}}, ValueError, r"`grads`\['w'\].*\(2,\), got \(\)"),
     "complex": ({"g": {"w": 1j * W}}, TypeError, r"`grads`\['w'\] must be real"),
     "a text": ({"params": {"w": "x"}}, TypeError, r"`params`\['w'\] must be an array, got a str"),
+    "a large integer": ({"params": {"w": 2**63}}, TypeError, r"`params`\['w'\].* got a int"),
     "no state": ({"state": None}, TypeError, "`state` must be a SharpnessAwareState.*NoneType"),
     "of looksam": ({"state": "looksam"}, TypeError, "`state` must be a Sharp.*got a ReuseState"),
     "no argument": ({"value_fn": lambda: 1.0}, TypeError, "`value_fn` must be a function of 1 arg"),
@@ -289,3 +291,20 @@ def test_a_perturbation_needs_params_only_where_it_reads_them():
     params = {"w": W, "b": W}
     eps, _ = masked.update(params, masked.init(params), params)
     assert eps["b"].tolist() == [1, 1]
+
+
+def test_integers_of_64_bits_are_arrays():
+    for number, is_one in (
+        (2**63 - 1, True),
+        (-(2**63), True),
+        (2**63, False),
+        (-(2**63) - 1, False),
+    ):
+        assert tree.is_array(number) == is_one
+
+
+def test_the_gradient_of_an_integer_may_have_any_shape():
+    """`jax.grad` gives float0 for it, others zeros of another shape, or nothing."""
+    params, tx = {"w": W, "table": jnp.arange(3)}, samx.sam()
+    for g in (np.zeros(3, jax.dtypes.float0), jnp.zeros(()), jnp.zeros(5)):
+        tx.update({"w": W, "table": g}, tx.init(params), params, value_fn=lambda p: p["w"].sum())

@@ -119,6 +119,7 @@ SUITES = {
     "core/microbatches.py": (
         "variants/test_msam.py",
         "training/test_accumulation.py",
+        "parallel/test_parallel_by_hand.py::test_accumulation",
         "variants/test_cost.py::test_msam",
     ),
     "core/readings.py": (
@@ -137,12 +138,18 @@ SUITES = {
         "core/test_transformation.py",
         "core/test_closures.py",
         "training/test_freeze.py",
+        "training/test_preflight.py::test_nothing",
         "variants/test_contract.py::test_padding",
         *DEVICES,
     ),
     "core/captured.py": ("core/test_captured.py",),
     "core/inspection.py": ("training/test_preflight.py",),
-    "core/tree.py": ("core/test_norms.py", "variants/test_derivatives.py", *DEVICES),
+    "core/tree.py": (
+        "core/test_norms.py",
+        "core/test_update_errors.py",
+        "variants/test_derivatives.py",
+        *DEVICES,
+    ),
     "core/": ("core/test_closures.py", *DEVICES),
     "selection/sam_step.py": (
         "variants/test_example_loops.py",
