@@ -127,11 +127,9 @@ def surrogate_gap(
     def combine(g, g_s, step):
         length = tree.length(g)
         if descend == "clean":
-            share = tree.along(g_s, g, length) * tree.ratio(length.scale, length.norm)
-            return tree.add_scaled(g, at_step(alpha, step), tree.add_scaled(g_s, -share, g))
-        sharp_norm = tree.scaled_norm(length.scale, g_s)
-        share = tree.along(g_s, g, length) * tree.ratio(length.norm, sharp_norm**2) * length.scale
-        return tree.add_scaled(g_s, -1 * at_step(alpha, step), tree.add_scaled(g, -share, g_s))
+            return tree.add_scaled(g, at_step(alpha, step), tree.reject(g_s, g, length))
+        length = length._replace(norm=tree.scaled_norm(length.scale, g_s))  # of g_s
+        return tree.add_scaled(g_s, -1 * at_step(alpha, step), tree.reject(g, g_s, length))
 
     return _combination(name, inner, combine)
 

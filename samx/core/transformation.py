@@ -347,7 +347,8 @@ def _check_params(name: str, params: Any) -> None:
             f"{name}: `params` holds optax.MaskedNode leaves, so optax.masked or optax.partition "
             "wraps this transformation. The loss closure cannot run on a part of the parameters. "
             "Choose leaves inside the perturbation instead: "
-            "samx.perturbations.on_leaves(perturbation, is_perturbed)."
+            "samx.perturbations.on_leaves(perturbation, is_perturbed), or freeze them: "
+            "samx.freeze(tx, mask)."
         )
     if any(type(node).__name__ == "SplitRealAndImaginaryArrays" for node in nodes):
         raise ValueError(

@@ -223,6 +223,14 @@ def along(a: Any, b: Any, length: Length) -> jax.Array:
     return dot(jax.tree.map(lambda x: widen(x) * factor if is_inexact(x) else x, b), a)
 
 
+def reject(a: Any, b: Any, length: Length) -> Any:
+    """Return the component of `a` orthogonal to `b`, `a − (⟨b, a⟩ / ‖b‖²) b`, in `a`'s dtypes.
+
+    `length` is that of `b`.
+    """
+    return add_scaled(a, -along(a, b, length) * ratio(length.scale, length.norm), b)
+
+
 def on_line(a: Any, b: Any, weight: Any) -> Any:
     """Return `a + weight·(b − a)` in the dtypes of `b`; exactly `b` if the weight is 1."""
     return add_scaled(b, weight - 1, subtract(b, a))

@@ -143,8 +143,12 @@ def fisher_mask(
             )
         num_kept = rounded_down(num_entries(name, params) * (1 - at_step(sparsity, state.step)))
 
-        def look(params, examples, weights):
-            fisher = _fisher(losses_fn, params, examples, weights, num_microbatches or size)
+        length = tree.length(updates)
+        scale = jnp.where(length.norm == 0, 1, length.scale)
+
+        def look(params, examples, weights, scale):
+            count = num_microbatches or size
+            fisher = _fisher(losses_fn, params, examples, weights, scale, count)
             return chosen(name, pattern, fisher, num_kept)
 
         is_due = (state.step >= state.next_look) & (not losses_fn.evaluation.is_skipped_step)
@@ -152,7 +156,7 @@ def fisher_mask(
         weights = unit_weights(examples, jnp.float32) if weights is None else weights
         mask = jax.lax.cond(
             is_due,
-            lambda: _where_the_compiler_shards(look, params)(params, examples, weights),
+            lambda: _where_the_compiler_shards(look, params)(params, examples, weights, scale),
             lambda: state.mask,
         )
         keywords = extra | {"losses_fn": losses_fn, "batch": batch}
@@ -170,9 +174,17 @@ def fisher_mask(
 
 
 def _fisher(
-    losses_fn: LossesClosure, params: Any, examples: Any, weights: Any, num_microbatches: int
+    losses_fn: LossesClosure,
+    params: Any,
+    examples: Any,
+    weights: Any,
+    scale: jax.Array,
+    num_microbatches: int,
 ) -> Any:
-    """Return `Σ_j weight_j (∇ℓ_j(w))²` over the examples of all devices."""
+    """Return `Σ_j weight_j (scale ∇ℓ_j(w))²` over the examples of all devices.
+
+    Only the order of the numbers counts. `scale`, nearly always 1, keeps the squares in range.
+    """
     devices = losses_fn.evaluation.devices
     own_params = devices.pcast(params)
 
@@ -182,7 +194,7 @@ def _fisher(
             return tree.widen(losses_fn(params, batch))[0]
 
         g = tree.keep_floating(jax.grad(loss, allow_int=True)(own_params), params)
-        return jax.tree.map(lambda g: weight * jnp.abs(tree.widen(g)) ** 2, g)
+        return jax.tree.map(lambda g: weight * jnp.abs(tree.widen(g) * scale) ** 2, g)
 
     def add(total, part):
         several = jax.vmap(squares)(*part)

@@ -184,10 +184,9 @@ def reuse_orthogonal(
 
 def _orthogonal(g_s: Any, g: Any, length: tree.Length) -> tuple[Any, tree.Length]:
     """Return the component of `g_s` orthogonal to `g`; zero where it is only rounding error."""
-    along = tree.along(g_s, g, length)
-    g_v = tree.add_scaled(g_s, -along * tree.ratio(length.scale, length.norm), g)
+    g_v = tree.reject(g_s, g, length)
     norm = tree.scaled_norm(length.scale, g_v)
     rounding = max(tree.coarsest_eps(g_v), 4 * jnp.finfo(norm.dtype).eps)  # of leaves, of sums
-    is_rounding = norm <= rounding * jnp.abs(along) * length.scale
+    is_rounding = norm <= rounding * jnp.abs(tree.along(g_s, g, length)) * length.scale
     g_v = jax.tree.map(lambda x: jnp.where(is_rounding, jnp.zeros_like(x), x), g_v)
     return g_v, length._replace(norm=jnp.where(is_rounding, 0, norm))

@@ -2,6 +2,7 @@
 
 import functools
 
+import checks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -276,3 +277,16 @@ def test_fisher_information_of_examples_that_count():
     for key in NAMES:
         np.testing.assert_array_equal(found[key], expected[key])
     assert any(np.any(other[key] != expected[key]) for key in NAMES)
+
+
+@pytest.mark.parametrize("name", ["fisher_sparse_sam", "dynamic_sparse_sam"])
+def test_the_mask_does_not_depend_on_the_scale_of_the_loss(name, float64):
+    """Squares of gradients over- and underflow here; a mask that is chosen from them must not."""
+    del float64
+    masks = []
+    for factor in (1.0, 2.0**-560, 2.0**560):
+        _, state = checks.program(name).run(3, rate=0.0, factor=factor)[-1]
+        masks.append(optax.tree.get(state, "mask"))
+    assert 0 < sum(int(x.sum()) for x in jax.tree.leaves(masks[0])) < 227
+    for mask in masks[1:]:
+        jax.tree.map(np.testing.assert_array_equal, mask, masks[0])
