@@ -186,7 +186,7 @@ def check_text(name: str, value: Any) -> None:
 
 
 def check_function(name: str, value: Any, num_arguments: int | None = None) -> None:
-    """Require a function, one that takes so many arguments if its signature is known."""
+    """Require a function that takes this number of arguments, if its signature is known."""
     if not callable(value):
         raise TypeError(f"`{name}` must be a function, got {_shown(value)}")
     try:

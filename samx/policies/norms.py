@@ -61,7 +61,9 @@ def squared_norm(threshold: ScalarOrSchedule = 0.0, decay: ScalarOrSchedule = 0.
         transcriptions, which agree. `decay`, λ and the initial values are from memory, not read.
         One spike does not turn SAM off: once the averages have run for 1/(1 − decay) steps, s
         enters them as at most 100 μ, which ordinary steps do not reach. An s that is not finite
-        does not enter. Both are ours. Cost: one norm.
+        does not enter. Both are ours. The rule depends on the scale of the loss: s and the first
+        variance are absolute. In float32 its averages are out of range for norms below 1e-10, where
+        no step may be sharp, and above 4e9, where every step is. Cost: one norm.
     """
     check_hyperparam("threshold", threshold, float("-inf"))
     check_hyperparam("decay", decay, 0, 1)

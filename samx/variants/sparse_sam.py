@@ -85,6 +85,8 @@ def fisher_sparse_sam(
         transient copy of the parameters; a mask makes no pass cheaper. Steps that update the mask
         also take one gradient for each example, counted in `gradients_spent`. State: a mask of
         booleans.
+        As in the authors' code, 1e-7 is added to ‖g‖, which shortens the step of gradients below
+        about 1e-5. `perturbation=metric_ball(rho)` adds nothing.
         Fidelity: matches Mi-Peng/Sparse-Sharpness-Aware-Minimization with the Fisher information
         of the paper. The published code starts its sum with the gradients of the last step. It
         updates the mask after a step, here it is updated before the next step: at the same
@@ -157,6 +159,7 @@ def dynamic_sparse_sam(
         `sparsity=0, drop_rate=0` is SAM. Cost: 2 gradients per step, one after the other, and one
         transient copy of the parameters; a mask makes no pass cheaper. State: a mask of booleans
         and a key. See `perturbations.dynamic_mask` for the counts and draws.
+        The 1e-7 in the norm is as in `fisher_sparse_sam`.
         Fidelity: matches Mi-Peng/Sparse-Sharpness-Aware-Minimization, with other random numbers.
         `static_args`: `period`, `drop`, `grow`.
     """
