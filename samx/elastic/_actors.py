@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from samx.elastic._center import CenterLost, Ledger, Shard
+from samx.elastic._center import CenterLost, Ledger, Life, Shard, described
 
 
 class ShardActor:
@@ -26,18 +26,18 @@ class ShardActor:
         """Apply this shard's part of what an admitted worker sent, and return the reply."""
         return self.shard.exchange(sent, is_leader)
 
-    def admit_and_exchange(self, index: int, sent: np.ndarray, loss: float) -> np.ndarray | None:
+    def admit_and_exchange(self, life: Life, sent: np.ndarray, loss: float) -> np.ndarray | None:
         """Do both in one call, for a center with one shard; return None at the end."""
-        is_leader = self.call("admit", index, loss)
+        is_leader = self.call("admit", life, loss)
         return None if is_leader is None else self.shard.exchange(sent, is_leader)
 
     def pull(self) -> np.ndarray:
         """Return a copy of the values."""
         return self.shard.pull()
 
-    def call(self, method: str, *args: Any) -> Any:
+    def call(self, method: str, *args: Any, **keywords: Any) -> Any:
         """Call a method of the ledger; return records as dicts, which every process can read."""
-        result = getattr(self.ledger, method)(*args)
+        result = getattr(self.ledger, method)(*args, **keywords)
         if method == "snapshot":
             seconds, records = result
             return seconds, [asdict(record) for record in records]
@@ -54,41 +54,45 @@ class WorkerActor:
     def __init__(self, path: Sequence[str]):
         sys.path.extend(folder for folder in path if folder not in sys.path)
 
-    def run(self, pickled: bytes, index: int, shards: Sequence[Any]) -> None:
-        """Run a worker from start to end."""
-        pickle.loads(pickled)(index, shards)
+    def run(self, pickled: bytes, life: Life, shards: Sequence[Any]) -> None:
+        """Run a life from start to end; an error reaches the center as text, never pickled."""
+        client = Client(shards, life)
+        try:
+            pickle.loads(pickled)(client)
+        except BaseException as error:  # no module of the worker's code, or the center is lost
+            client.leave(error=described(error))
 
 
 class Client:
-    """The center as a worker sees it: the methods of `Center`, called through Ray's actors."""
+    """The center as a worker sees it: `_center.Client`, through Ray's actors."""
 
-    def __init__(self, shards: Sequence[Any]):
-        self.shards = shards
+    def __init__(self, shards: Sequence[Any], life: Life):
+        self.shards, self.life = shards, life
 
-    def join(self, index: int, place: str) -> tuple[int, np.ndarray]:
-        """Return the number of exchanges of this worker so far, and the values to start from."""
-        return get(self.shards[0].call.remote("join", index, place)), self.pull()
+    def join(self, place: str) -> int | None:
+        """Return the number of exchanges of this worker so far, or None if its life is over."""
+        return get(self.shards[0].call.remote("join", self.life, place))
 
-    def wait_for_start(self, index: int) -> None:
-        """Return when all workers have compiled."""
-        get(self.shards[0].call.remote("wait_for_start", index))
+    def wait_for_start(self) -> bool:
+        """Return when all workers have compiled; whether this one takes part."""
+        return get(self.shards[0].call.remote("wait_for_start", self.life))
 
-    def exchange(self, index: int, sent: np.ndarray, loss: float) -> np.ndarray | None:
-        """Return the reply to what a worker sends, or None when no work is left."""
+    def exchange(self, sent: np.ndarray, loss: float) -> np.ndarray | None:
+        """Return the reply to what the worker sends, or None when no work is left for it."""
         first = self.shards[0]
         if len(self.shards) == 1:
-            return get(first.admit_and_exchange.remote(index, sent, loss))
+            return get(first.admit_and_exchange.remote(self.life, sent, loss))
         # Ask the ledger first: only an admitted worker may change a shard.
-        is_leader = get(first.call.remote("admit", index, loss))
+        is_leader = get(first.call.remote("admit", self.life, loss))
         if is_leader is None:
             return None
         parts = np.array_split(sent, len(self.shards))
         pairs = zip(self.shards, parts, strict=True)
         return joined(get([shard.exchange.remote(w, is_leader) for shard, w in pairs]))
 
-    def leave(self, index: int, error: str = "") -> None:
-        """Record that the worker has ended."""
-        get(self.shards[0].call.remote("leave", index, error))
+    def leave(self, **why: Any) -> None:
+        """Record that this life has ended; see `Ledger.leave`."""
+        get(self.shards[0].call.remote("leave", self.life, **why))
 
     def pull(self) -> np.ndarray:
         """Return a copy of the values."""

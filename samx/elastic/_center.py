@@ -5,7 +5,8 @@ A process that holds only the center imports only this file, so it never touches
 
 import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,11 @@ import numpy as np
 from samx.core.hyperparams import as_count
 
 BLOCK = 1 << 16  # elements that stay in the cache while they are processed
+LONGEST_ERROR = 20_000  # characters of an error that are kept
+
+
+# A worker between its start and its end: its index, and how often it was restarted before.
+Life = tuple[int, int]
 
 
 @dataclass
@@ -29,9 +35,12 @@ class WorkerRecord:
             fast workers it is the number of workers − 1.
         largest_staleness: Largest staleness so far.
         loss: Mean of the worker's losses between its last two exchanges; NaN before.
+        refused: Exchanges that were refused, because what the worker sent was not finite, too
+            large, or not like the parameters. A refused exchange ends the worker.
         restarts: How many times the worker was started again.
         place: Where the worker runs.
-        error: Why the worker died, if it did.
+        reason: Why the worker is done: no work is left, or its stream has ended.
+        error: Why the worker died, if it did: its last death.
         is_reported: Whether the death has been reported.
 
     Example:
@@ -47,20 +56,28 @@ class WorkerRecord:
     mean_staleness: float = 0.0
     largest_staleness: int = 0
     loss: float = float("nan")
+    refused: int = 0
     restarts: int = 0
     place: str = ""
+    reason: str = ""
     error: str = ""
     is_reported: bool = False
 
 
 class CenterLost(RuntimeError):
-    """The center is lost, with everything since the last checkpoint.
+    """The center is lost, with everything since its newest copy in this process.
+
+    Attributes:
+        checkpoint: That copy, a `Checkpoint` to resume from; `train` takes one every `save_every`
+            seconds.
 
     Example:
         >>> from samx import elastic
-        >>> issubclass(elastic.CenterLost, RuntimeError)
+        >>> elastic.CenterLost("its process has ended").checkpoint is None
         True
     """
+
+    checkpoint: Any = None
 
 
 def may_exchange(
@@ -95,8 +112,20 @@ def rank(loss: float) -> float:
     return loss if np.isfinite(loss) else float("inf")
 
 
+def described(exception: BaseException) -> str:
+    """Return a text: the error in the first line, the traceback below it."""
+    lines = traceback.format_exception_only(exception)  # survives a `__str__` that raises
+    first_line = next((line for line in "".join(lines).splitlines() if line.strip()), "an error")
+    text = first_line + "\n\n" + "".join(traceback.format_exception(exception))
+    return text[:LONGEST_ERROR]
+
+
 class Ledger:
-    """Which workers take part, which may exchange, and what is left to do. Safe for threads."""
+    """Which workers take part, which may exchange, and what is left to do. Safe for threads.
+
+    Every request names its life. A request of a life that has ended changes nothing: a thread
+    that hung may wake up later, and a request may wait here when its process is killed.
+    """
 
     def __init__(
         self,
@@ -113,23 +142,35 @@ class Ledger:
         self.best: dict[int, float] = {}  # the loss of each living worker
         self.opened: float | None = None  # time of the start, on the clock of this process
         self.latest = time.monotonic()
+        self.heard = dict.fromkeys(self.records, self.latest)  # when each worker was heard of last
+        self.waiting: set[int] = set()  # workers that wait in a request, which is no silence
         self.is_stopped = False
         self.changed = threading.Condition()
 
-    def join(self, index: int, place: str) -> int:
-        """Record where a worker runs; return the number of its exchanges so far."""
+    def join(self, life: Life, place: str) -> int | None:
+        """Record where a worker runs; return its exchanges so far, or None if its life is over."""
         with self.changed:
-            self.records[index].place = place
-            return self.records[index].exchanges
+            if not self._lives(life):
+                return None
+            record = self.records[life[0]]
+            record.place, self.heard[record.index] = place, time.monotonic()
+            return record.exchanges
 
-    def wait_for_start(self, index: int) -> None:
-        """Record that a worker is ready; return when every expected worker is ready or died."""
+    def wait_for_start(self, life: Life) -> bool:
+        """Record that a worker is ready; return when every expected worker is ready or died.
+
+        Returns whether the worker takes part.
+        """
         with self.changed:
-            self.records[index].status = "running"
+            if not self._lives(life):
+                return False
+            self.records[life[0]].status = "running"
             self._open_if_all_are_there()
-            self.changed.wait_for(lambda: self.opened is not None or self.is_stopped)
-            if self.records[index].status == "running":
-                self.last[index] = self.exchanges
+            self._wait(life, lambda: self.opened is not None)
+            if self.is_over or not self._lives(life):
+                return False
+            self.last[life[0]] = self.exchanges
+            return True
 
     def open(self) -> None:
         """Start now, without the workers that are not ready."""
@@ -142,22 +183,36 @@ class Ledger:
             self.opened = self.opened or time.monotonic()
         self.changed.notify_all()
 
-    def admit(self, index: int, loss: float) -> bool | None:
+    def _lives(self, life: Life) -> bool:
+        """Whether this is the worker's present life, and has not ended."""
+        index, number = life
+        record = self.records[index]
+        return record.restarts == number and record.status in ("starting", "running")
+
+    def _wait(self, life: Life, is_ready: Callable[[], bool]) -> None:
+        """Wait until `is_ready()`, the end of the work, or the end of this life."""
+        self.waiting.add(life[0])
+        self.changed.wait_for(lambda: self.is_over or not self._lives(life) or is_ready())
+        if self._lives(life):
+            self.waiting.discard(life[0])
+            self.heard[life[0]] = time.monotonic()
+
+    def admit(self, life: Life, loss: float) -> bool | None:
         """Count an exchange once the bound allows it.
 
-        Returns whether the worker is the leader, or None when no work is left.
+        Returns whether the worker is the leader, or None when no work is left for it.
         """
+        index = life[0]
         with self.changed:
-            record = self.records[index]
-            self.changed.wait_for(
-                lambda: (
-                    self.is_over
-                    or record.status == "died"  # it died while its last request waited here
-                    or may_exchange(index, self.exchanges, self.last, self.max_staleness)
-                )
-            )
-            if self.is_over or record.status == "died":
+            if not self._lives(life):
                 return None
+            self._wait(
+                life,
+                lambda: may_exchange(index, self.exchanges, self.last, self.max_staleness),
+            )
+            if self.is_over or not self._lives(life):
+                return None
+            record = self.records[index]
             record.staleness = self.exchanges - self.last.get(index, self.exchanges)
             record.largest_staleness = max(record.largest_staleness, record.staleness)
             record.loss, self.best[index] = loss, rank(loss)
@@ -175,14 +230,20 @@ class Ledger:
         """Whether no work is left."""
         return self.is_stopped or self.exchanges >= self.num_exchanges
 
-    def leave(self, index: int, error: str = "") -> None:
-        """Record that a worker has ended or died; the others no longer wait for it."""
+    def leave(
+        self, life: Life, error: str = "", reason: str = "", is_refused: bool = False
+    ) -> None:
+        """Record that a life has ended, and why; the others no longer wait for the worker."""
         with self.changed:
-            self.last.pop(index, None)
-            self.best.pop(index, None)
-            record = self.records[index]
-            if record.status not in ("died", "done"):
-                record.status, record.error = ("died", error) if error else ("done", "")
+            if not self._lives(life):
+                return
+            record = self.records[life[0]]
+            for of_workers in (self.last, self.best):
+                of_workers.pop(life[0], None)
+            self.waiting.discard(life[0])
+            record.status, record.reason = "died" if error else "done", reason
+            record.error = error or record.error
+            record.refused += is_refused
             self._open_if_all_are_there()
 
     def report(self, index: int, is_again: bool) -> None:
@@ -191,8 +252,22 @@ class Ledger:
             record = self.records[index]
             record.is_reported = not is_again
             if is_again:
-                record.status, record.error = "starting", ""
+                record.status, record.place = "starting", ""
                 record.restarts += 1
+                self.heard[index] = time.monotonic()
+
+    def silent(self, seconds: float) -> list[Life]:
+        """Return the lives that have computed for longer than this since they were heard of."""
+        with self.changed:
+            if self.opened is None:
+                return []
+            return [
+                (i, record.restarts)
+                for i, record in self.records.items()
+                if record.status in ("starting", "running")
+                and i not in self.waiting
+                and time.monotonic() - max(self.heard[i], self.opened) > seconds
+            ]
 
     def stop(self) -> None:
         """Let every worker end at its next exchange."""
@@ -253,27 +328,10 @@ class Shard:
 
 
 class Center:
-    """The center in this process. Its workers call `join`, `pull`, `exchange` and `leave`."""
+    """The center in this process."""
 
     def __init__(self, ledger: Ledger, shard: Shard):
         self.ledger, self.shard = ledger, shard
-
-    def join(self, index: int, place: str) -> tuple[int, np.ndarray]:
-        """Return the number of exchanges of this worker so far, and the values to start from."""
-        return self.ledger.join(index, place), self.shard.pull()
-
-    def wait_for_start(self, index: int) -> None:
-        """Return when all workers have compiled."""
-        self.ledger.wait_for_start(index)
-
-    def exchange(self, index: int, sent: np.ndarray, loss: float) -> np.ndarray | None:
-        """Return the reply to what a worker sends, or None when no work is left."""
-        is_leader = self.ledger.admit(index, loss)
-        return None if is_leader is None else self.shard.exchange(sent, is_leader)
-
-    def leave(self, index: int, error: str = "") -> None:
-        """Record that the worker has ended."""
-        self.ledger.leave(index, error)
 
     def pull(self) -> np.ndarray:
         """Return a copy of the values."""
@@ -282,3 +340,31 @@ class Center:
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the ledger."""
         return getattr(self.ledger, method)(*args)
+
+
+class Client:
+    """The center in this process, as a worker in one of its lives sees it."""
+
+    def __init__(self, center: Center, life: Life):
+        self.center, self.life = center, life
+
+    def join(self, place: str) -> int | None:
+        """Return the number of exchanges of this worker so far, or None if its life is over."""
+        return self.center.ledger.join(self.life, place)
+
+    def wait_for_start(self) -> bool:
+        """Return when all workers have compiled; whether this one takes part."""
+        return self.center.ledger.wait_for_start(self.life)
+
+    def exchange(self, sent: np.ndarray, loss: float) -> np.ndarray | None:
+        """Return the reply to what the worker sends, or None when no work is left for it."""
+        is_leader = self.center.ledger.admit(self.life, loss)
+        return None if is_leader is None else self.center.shard.exchange(sent, is_leader)
+
+    def leave(self, **why: Any) -> None:
+        """Record that this life has ended; see `Ledger.leave`."""
+        self.center.ledger.leave(self.life, **why)
+
+    def pull(self) -> np.ndarray:
+        """Return a copy of the values."""
+        return self.center.pull()

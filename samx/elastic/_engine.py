@@ -2,7 +2,6 @@
 
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,9 +10,9 @@ import jax
 import numpy as np
 
 from samx.core.hyperparams import as_list, check_number
-from samx.elastic._center import Center, Ledger, Shard
+from samx.elastic._center import Center, Client, Ledger, Life, Shard, described
 from samx.elastic._rule import Rule
-from samx.elastic._worker import Worker, work
+from samx.elastic._worker import ExchangeRefused, Worker, work
 
 
 class Job(NamedTuple):
@@ -21,6 +20,7 @@ class Job(NamedTuple):
 
     make_worker: Callable[[int], Worker]
     rule: Rule
+    layout: Any  # of the parameters
     values: np.ndarray  # values of the center, flat
     shard: tuple[Any, ...]  # further arguments of a `Shard`
     ledger: tuple[Any, ...]  # arguments of the `Ledger`
@@ -35,15 +35,20 @@ class Engine(Protocol):
         True
     """
 
+    grace: float
+
     def start(self, job: Job) -> None:
         """Set up the center."""
 
-    def launch(self, index: int) -> None:
+    def launch(self, life: Life) -> None:
         """Start a worker, or restart it."""
 
-    def deaths(self) -> list[tuple[int, str]]:
-        """Return workers that died since the last call without reporting it, and their errors."""
+    def deaths(self) -> list[tuple[Life, str]]:
+        """Return lives that ended since the last call without reporting it, and their errors."""
         ...
+
+    def abandon(self, life: Life) -> None:
+        """End a life that hangs, if this is possible, and do not wait for it."""
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the ledger; raise `CenterLost` if the center is gone."""
@@ -53,7 +58,16 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """End everything that still runs, in bounded time."""
+        """End everything that still runs, in about `grace` seconds."""
+
+
+def live(job: Job, client: Any, place: str) -> None:
+    """Run a life from start to end, and tell the center why it has ended, whatever happens."""
+    try:
+        why = {"reason": work(job.make_worker, job.rule, job.layout, client, place)}
+    except BaseException as error:  # also SystemExit, which must not end a worker in silence
+        why = {"error": described(error), "is_refused": isinstance(error, ExchangeRefused)}
+    client.leave(**why)
 
 
 class Threads:
@@ -62,6 +76,7 @@ class Threads:
     Attributes:
         devices: Devices for the workers, assigned in turn; default all local devices.
         grace: Seconds that workers have to finish their local steps when training ends; default 60.
+            A thread that has not ended by then is left behind, with a warning: nothing can end it.
 
     Example:
         >>> import jax
@@ -77,37 +92,36 @@ class Threads:
             if not all(isinstance(device, jax.Device) for device in devices):
                 raise TypeError(f"Threads: `devices` must be devices of JAX, got {devices}")
         self.devices, self.grace = devices, grace
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[Life, threading.Thread] = {}
 
     def start(self, job: Job) -> None:
         """Set up the center in the memory of this process."""
-        self._job, self._threads = job, []
+        self._job, self._threads = job, {}
         self._center = Center(Ledger(*job.ledger), Shard(job.values, *job.shard))
         # Each thread has its own setting, so the workers' threads must be given this one.
         self._is_x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
-    def launch(self, index: int) -> None:
+    def launch(self, life: Life) -> None:
         """Start a worker on its device."""
         devices = self.devices or jax.local_devices()
-        device = devices[index % len(devices)]
+        device = devices[life[0] % len(devices)]
         thread = threading.Thread(
-            target=self._run, args=(index, device), name=f"worker {index}", daemon=True
+            target=self._run, args=(life, device), name=f"worker {life[0]}", daemon=True
         )
-        self._threads.append(thread)
+        self._threads[life] = thread
         thread.start()
 
-    def _run(self, index, device):
-        error = ""
-        try:
-            with jax.enable_x64(self._is_x64), jax.default_device(device):
-                work(self._job.make_worker, self._job.rule, index, self._center, str(device))
-        except Exception as exception:
-            error = described(exception)
-        self._center.leave(index, error)
+    def _run(self, life, device):
+        with jax.enable_x64(self._is_x64), jax.default_device(device):
+            live(self._job, Client(self._center, life), str(device))
 
-    def deaths(self) -> list[tuple[int, str]]:
-        """Return no workers: threads report their own deaths."""
+    def deaths(self) -> list[tuple[Life, str]]:
+        """Return no lives: threads report their own deaths."""
         return []
+
+    def abandon(self, life: Life) -> None:
+        """Leave a thread behind: nothing can end it. What it sends later is ignored."""
+        self._threads.pop(life, None)
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the ledger."""
@@ -121,16 +135,10 @@ class Threads:
         """Let all threads end; one that does not end in time is left behind, with a warning."""
         self._center.call("stop")
         deadline = time.monotonic() + self.grace
-        for thread in self._threads:
+        for thread in self._threads.values():
             thread.join(max(0.0, deadline - time.monotonic()))
-        left = [thread.name for thread in self._threads if thread.is_alive()]
+        left = [thread.name for thread in self._threads.values() if thread.is_alive()]
         if left:
             warnings.warn(
                 f"elastic: {', '.join(left)} did not end within {self.grace:g} s", RuntimeWarning, 3
             )
-
-
-def described(exception: BaseException) -> str:
-    """Return a text: the error in the first line, the traceback below it."""
-    first_line = f"{type(exception).__name__}: {exception}".splitlines()[0]
-    return first_line + "\n\n" + "".join(traceback.format_exception(exception))

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,8 @@ import numpy as np
 from samx.core.hyperparams import as_count, check_static_number
 from samx.elastic import _actors, _center
 from samx.elastic._actors import Client, get, joined
-from samx.elastic._center import CenterLost, WorkerRecord
-from samx.elastic._engine import Job, described
-from samx.elastic._rule import Rule
-from samx.elastic._worker import Worker, work
+from samx.elastic._center import CenterLost, Life, WorkerRecord, described
+from samx.elastic._engine import Job, live
 
 PATIENCE = 120.0  # timeout in seconds of calls that are short unless the machine is very busy
 CLUSTER = Path(__file__).with_name("_ray_cluster.py")
@@ -141,9 +139,9 @@ class Ray:
         import ray
 
         is_x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
-        life = partial(_live, job.make_worker, job.rule, bool(is_x64))
+        run = partial(_live, job._replace(values=None, shard=(), ledger=()), bool(is_x64))
         cloudpickle: Any = importlib.import_module("ray.cloudpickle")
-        self._life = ray.put(cloudpickle.dumps(life))
+        self._pickled = ray.put(cloudpickle.dumps(run))
         with _by_value(_actors, _center):
             actor = ray.remote(_actors.ShardActor).options(
                 # Each worker may wait in one thread; before a restart it may have died waiting in
@@ -218,32 +216,40 @@ class Ray:
                     raise ValueError(text)
                 warnings.warn(f"{text}: workers wait until there are more", RuntimeWarning, 4)
 
-    def launch(self, index: int) -> None:
+    def launch(self, life: Life) -> None:
         """Start a worker in a new process."""
         with _by_value(_actors, _center):
             actor = self._actor.remote(sys.path)
-        self._workers[index] = actor, actor.run.remote(self._life, index, self._shards)
+        self._workers[life] = actor, actor.run.remote(self._pickled, life, self._shards)
 
-    def deaths(self) -> list[tuple[int, str]]:
-        """Return the workers that died since the last call, and their errors."""
+    def deaths(self) -> list[tuple[Life, str]]:
+        """Return the lives that ended since the last call, and their errors."""
         import ray
         from ray import exceptions
 
-        refs = {ref: index for index, (_, ref) in self._workers.items()}
+        refs = {ref: life for life, (_, ref) in self._workers.items()}
         if not refs:
             return []
         ended, _ = ray.wait(list(refs), num_returns=len(refs), timeout=0)
         found = []
         for ref in ended:
-            del self._workers[refs[ref]]
+            life = refs[ref]
+            del self._workers[life]
             try:
                 ray.get(ref)
             except exceptions.RayActorError as error:
                 what = "its process has ended: killed, crashed or out of memory"
-                found.append((refs[ref], f"{what}\n\n{error}"))
+                found.append((life, f"{what}\n\n{error}"))
             except Exception as error:
-                found.append((refs[ref], described(error)))
+                found.append((life, described(error)))
         return found
+
+    def abandon(self, life: Life) -> None:
+        """Kill the process of a worker."""
+        import ray
+
+        if life in self._workers:
+            ray.kill(self._workers[life][0])
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the ledger."""
@@ -286,24 +292,13 @@ class Ray:
                 ray.wait(refs, num_returns=len(refs), timeout=self.grace)
         for actor in [*(actor for actor, _ in self._workers.values()), *self._shards]:
             ray.kill(actor)
-        self._shards, self._workers, self._lives, self._life = [], {}, [], None
+        self._shards, self._workers, self._lives, self._pickled = [], {}, [], None
 
 
-def _live(
-    make_worker: Callable[[int], Worker],
-    rule: Rule,
-    is_x64: bool,
-    index: int,
-    shards: Sequence[Any],
-) -> None:
-    """Run a worker from start to end, in its process."""
-    client, error = Client(shards), ""
-    try:
-        with jax.enable_x64(is_x64):
-            work(make_worker, rule, index, client, f"{socket.gethostname()} pid {os.getpid()}")
-    except Exception as exception:
-        error = described(exception)
-    client.leave(index, error)
+def _live(job: Job, is_x64: bool, client: Client) -> None:
+    """Run a life from start to end, in its process."""
+    with jax.enable_x64(is_x64):
+        live(job, client, f"{socket.gethostname()} pid {os.getpid()}")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from samx.core.hyperparams import (
 )
 from samx.elastic._center import check_staleness, may_exchange, rank
 from samx.elastic._rule import Rule, apply_move, exchange
-from samx.elastic._worker import Local, Worker, copied, mean_of
+from samx.elastic._worker import Local, StreamEnded, Worker, copied, mean_of
 
 
 class Event(NamedTuple):
@@ -101,7 +101,8 @@ class Simulation:
             event: An event from `timeline` or `in_order`, or your own.
 
         Raises:
-            ValueError: If the worker or the kind of event does not exist.
+            ValueError: If the worker or the kind of event does not exist, or the worker's stream of
+                batches has ended.
         """
         happen = {
             "join": self._join,
@@ -146,7 +147,10 @@ class Simulation:
 
     def _finish(self, i: int) -> None:
         local = self.workers[i]
-        local.step()
+        try:
+            local.step()
+        except StreamEnded as end:
+            raise ValueError(f"Simulation: worker {i} cannot take a step: {end}") from None
         if i in self._moves:
             local.params = apply_move(local.params, self._moves.pop(i))
 

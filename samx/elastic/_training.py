@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from samx.core import tree
 from samx.core.hyperparams import as_count, check_floating, check_function, check_number
-from samx.elastic._center import CenterLost, WorkerRecord, check_staleness
+from samx.elastic._center import CenterLost, WorkerRecord, check_staleness, described
 from samx.elastic._engine import Engine, Job, Threads
 from samx.elastic._rule import Rule
 from samx.elastic._worker import Wire, Worker
@@ -66,15 +68,17 @@ class Trained(NamedTuple):
     Attributes:
         params: The center at the end.
         progress: The last `Progress`.
+        shortfall: Why fewer exchanges than `num_exchanges` were made; empty if all were made.
 
     Example:
         >>> from samx import elastic
         >>> elastic.Trained._fields
-        ('params', 'progress')
+        ('params', 'progress', 'shortfall')
     """
 
     params: Any
     progress: Progress
+    shortfall: str
 
 
 def train(
@@ -88,6 +92,7 @@ def train(
     max_staleness: int | None = None,
     max_restarts: int = 0,
     start_timeout: float = 600.0,
+    worker_timeout: float = 600.0,
     monitor: Callable[[Progress], None] | None = None,
     monitor_every: float = 1.0,
     save: Callable[[Checkpoint], None] | None = None,
@@ -118,6 +123,9 @@ def train(
             at the center, with a new optimizer state.
         start_timeout: Seconds to wait at the start for workers that have not compiled yet; default
             600. Late workers start at the center, as it is then.
+        worker_timeout: Seconds that a worker may compute without an exchange, from the start of
+            training on; then it counts as dead. Waits for other workers are not counted. Default
+            600.
         monitor: Called with a `Progress` in this thread, every `monitor_every` seconds and at the
             end.
         monitor_every: Seconds; default 1.
@@ -178,8 +186,9 @@ def train(
     num_exchanges = as_count("num_exchanges", num_exchanges)
     max_restarts = as_count("max_restarts", max_restarts, 0)
     check_staleness("train", max_staleness, num_workers)
-    numbers = {"start_timeout": start_timeout, "monitor_every": monitor_every}
-    for name, seconds in (numbers | {"save_every": save_every}).items():
+    numbers = {"start_timeout": start_timeout, "worker_timeout": worker_timeout}
+    numbers |= {"monitor_every": monitor_every, "save_every": save_every}
+    for name, seconds in numbers.items():
         check_number(name, seconds, 0)
     for name, call in (("monitor", monitor), ("save", save)):
         if call is not None:
@@ -207,10 +216,18 @@ def train(
         tree.check_like("resume.params", resume.params, "params", params)
         counts = np.asarray(resume.exchanges)
         before = {i: as_count("resume.exchanges", n, 0) for i, n in enumerate(counts)}
-    start = params if resume is None else resume.params
-    values = wire.flat(start).astype(center_dtype or wire.dtype)
+    start, name = (params, "params") if resume is None else (resume.params, "resume.params")
+    _check_finite(name, start)
+    start = jax.tree.map(lambda w, like: jnp.asarray(w, jnp.result_type(like)), start, params)
+    with np.errstate(over="ignore"):
+        values = wire.flat(start).astype(center_dtype or wire.dtype)
+    if not np.isfinite(values).all():
+        raise ValueError(f"train: `{name}` must be finite in `center_dtype`, {values.dtype}")
     shard = (rule.weight(num_workers), rule.leader, rule.smoothing == "elastic")
     ledger = (num_workers, num_exchanges, max_staleness, before)
+
+    kept = Checkpoint(start, np.array([before.get(i, 0) for i in range(num_workers)], np.int64))
+    saved = None
 
     def pull():
         return wire.put_in(params, engine.pull().astype(wire.dtype))
@@ -220,47 +237,72 @@ def train(
         return Progress(seconds, sum(record.exchanges for record in records), records, pull)
 
     def checkpoint():
-        if save is not None:
-            seen = progress()
-            save(Checkpoint(pull(), np.array([record.exchanges for record in seen.workers])))
+        """Copy the center to this process, and save it; warn if it cannot be saved."""
+        nonlocal kept, saved
+        values = engine.pull()
+        if not np.isfinite(values).all():
+            _warn("the center is not finite, so no checkpoint is written", saved)
+            return
+        counts = np.array([record.exchanges for record in progress().workers], np.int64)
+        kept = Checkpoint(wire.put_in(params, values.astype(wire.dtype)), counts)
+        if save is None:
+            return
+        try:
+            save(kept)
+        except Exception as error:  # training must not be lost because a disk is full
+            what = described(error).splitlines()[0]
+            _warn(f"`save` has failed after {counts.sum()} exchanges: {what}", saved)
+        else:
+            saved = int(counts.sum())
 
-    begun = monitored = saved = time.monotonic()
-    interrupted = threading.Event()
-    undo = _take_note_of_ctrl_c(interrupted)
+    def abandon(life, what):
+        engine.call("leave", life, f"TimeoutError: {what}")
+        engine.abandon(life)
+
+    begun = monitored = copied = time.monotonic()
+    over = None  # when the last exchange was made
+    signals = _Signals()
     try:
-        engine.start(Job(make_worker, rule, values, shard, ledger))
+        engine.start(Job(make_worker, rule, wire.layout, values, shard, ledger))
         try:
             for index in range(num_workers):
-                engine.launch(index)
+                engine.launch((index, 0))
             while True:
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
-                for index, error in engine.deaths():
-                    engine.call("leave", index, error)
+                signals.raise_the_first()
+                for life, error in engine.deaths():
+                    engine.call("leave", life, error)
+                for life in engine.call("silent", worker_timeout):
+                    abandon(life, f"no exchange for {worker_timeout:g} s, and no end")
                 seen, now = progress(), time.monotonic()
-                for record in seen.workers:
+                if seen.exchanges >= num_exchanges:
+                    over = over or now
+                    if now - over > engine.grace:
+                        for record in _unfinished(seen):
+                            life = record.index, record.restarts
+                            abandon(life, f"no end {engine.grace:g} s after the last exchange")
+                for record in progress().workers:
                     if record.status == "died" and not record.is_reported:
-                        is_again = record.restarts < max_restarts
+                        is_again = over is None and record.restarts < max_restarts
                         _report(record, is_again)
                         engine.call("report", record.index, is_again)
                         if is_again:
-                            engine.launch(record.index)
+                            engine.launch((record.index, record.restarts + 1))
                 seen = progress()
-                if all(record.status in ("done", "died") for record in seen.workers):
+                if not _unfinished(seen):
                     break
                 if now - begun > start_timeout:
                     engine.call("open")
                 if monitor is not None and now - monitored >= monitor_every:
                     monitored = now
                     monitor(seen)
-                if now - saved >= save_every:
-                    saved = now
+                if now - copied >= save_every:
+                    copied = now
                     checkpoint()
                 time.sleep(POLL)
-            errors = [record.error for record in seen.workers if record.status == "died"]
-            if len(errors) == num_workers:
+            shortfall = _shortfall(seen, num_exchanges)
+            if shortfall and all(record.status == "died" for record in seen.workers):
                 raise RuntimeError(
-                    f"elastic: every worker has died; one of the errors: {errors[-1]}"
+                    f"elastic: every worker has died; {shortfall}\n\n{seen.workers[-1].error}"
                 )
             if monitor is not None:
                 monitor(seen)
@@ -272,36 +314,91 @@ def train(
             raise
         checkpoint()
         final = pull()
-        return Trained(final, seen._replace(pull=lambda: final))  # the center ends now
+        if shortfall:
+            warnings.warn(f"elastic: {shortfall}", RuntimeWarning, 2)
+        # The center ends now.
+        return Trained(final, seen._replace(pull=lambda: final), shortfall)
+    except CenterLost as error:
+        error.checkpoint = kept
+        error.add_note(
+            f"`checkpoint` of this error is its newest copy, after {kept.exchanges.sum()} exchanges"
+        )
+        raise
     finally:
-        undo()
+        signals.undo()
         engine.close()
 
 
-def _take_note_of_ctrl_c(interrupted: threading.Event) -> Callable[[], Any]:
-    """Let the first Ctrl-C only set the event; return a function that undoes this.
+def _check_finite(name: str, params: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if tree.is_inexact(leaf) and not np.isfinite(np.asarray(leaf)).all():
+            where = f"`{name}`{jax.tree_util.keystr(path)}"
+            raise ValueError(f"train: {where} must be finite, got NaN or infinity in it")
+
+
+class _Signals:
+    """Lets the first Ctrl-C or SIGTERM only be noted, until `raise_the_first` is called.
 
     An exception at any point of the code could be lost, for example in a destructor of Ray. Then
-    training would continue.
+    training would continue. The second signal acts as usual. Nothing changes in other threads than
+    the main one, and for signals that the program handles itself.
     """
-    handler = signal.default_int_handler
-    is_ours = threading.current_thread() is threading.main_thread()
-    if not is_ours or signal.getsignal(signal.SIGINT) is not handler:
-        return lambda: None
 
-    def note(*_: Any) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, handler)  # a second Ctrl-C raises an exception
+    def __init__(self):
+        self.noted, self.before = [], {}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        for number, handler in usual.items():
+            if signal.getsignal(number) is handler:
+                self.before[number] = signal.signal(number, self._note)
 
-    signal.signal(signal.SIGINT, note)
-    return lambda: signal.signal(signal.SIGINT, handler)
+    def _note(self, number: int, _: Any) -> None:
+        self.noted.append(number)
+        signal.signal(number, self.before[number])
+
+    def raise_the_first(self) -> None:
+        """Raise the exception of the signal that was noted, if any."""
+        if self.noted and self.noted[0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.noted:
+            raise SystemExit(128 + self.noted[0])  # as shells report it; `finally` blocks run
+
+    def undo(self) -> None:
+        """Install the handlers that were there."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _unfinished(seen: Progress) -> list[WorkerRecord]:
+    return [record for record in seen.workers if record.status not in ("done", "died")]
+
+
+def _shortfall(seen: Progress, num_exchanges: int) -> str:
+    """Say why fewer exchanges than requested were made, if so."""
+    if seen.exchanges >= num_exchanges:
+        return ""
+    ends = [
+        f"worker {record.index} ended after {record.exchanges}: "
+        f"{record.error.splitlines()[0] if record.status == 'died' else record.reason}"
+        for record in seen.workers
+    ]
+    return f"{seen.exchanges} of {num_exchanges} exchanges were made; {'; '.join(ends)}"
 
 
 def _report(record: WorkerRecord, is_again: bool) -> None:
-    first_line = record.error.splitlines()[0]
     warnings.warn(
         f"elastic: worker {record.index} ({record.place}) died after {record.exchanges} exchanges"
-        f"{' and is started again' if is_again else ''}: {first_line}",
+        f"{' and is started again' if is_again else ''}: {record.error.splitlines()[0]}",
         RuntimeWarning,
         3,
+    )
+
+
+def _warn(what: str, saved: int | None) -> None:
+    kept = "no checkpoint" if saved is None else f"the checkpoint after {saved} exchanges"
+    warnings.warn(
+        f"elastic: {what}. What is saved: {kept}. Training goes on with the center in memory",
+        RuntimeWarning,
+        4,
     )

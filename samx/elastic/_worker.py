@@ -1,5 +1,6 @@
 """A worker: it takes local steps, and exchanges with the center every `period` steps."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from samx.core import tree
+from samx.core.hyperparams import REAL
 from samx.elastic._rule import Rule, scattered
+
+END = object()
+NO_WORK = "no work is left"
+# An exchange is refused if its norm is above this many times that of the center, 1 at least.
+LARGEST_GROWTH = 1e6
 
 
 class Worker(NamedTuple):
@@ -48,69 +55,131 @@ class Worker(NamedTuple):
     batches: Callable[[int], Iterable[Any]]
 
 
+class StreamEnded(Exception):
+    """A worker's stream of batches has ended."""
+
+
+class ExchangeRefused(ValueError):
+    """What a worker would send is not finite, too large, or not like the parameters."""
+
+
 class Wire:
     """Converts parameters to one flat array in host memory, and back.
 
-    One array moves faster than many. Integers stay with the worker. Half precision is sent as
+    One array moves faster than many, and nothing is compiled for the tree as a whole, which would
+    take minutes for thousands of leaves. Integers stay with the worker. Half precision is sent as
     float32.
     """
 
     def __init__(self, params: Any):
-        leaves, treedef = jax.tree.flatten(params)
-        shapes = [jnp.shape(leaf) for leaf in leaves]
-        dtypes = [jnp.result_type(leaf) for leaf in leaves]
-        floating = [i for i, leaf in enumerate(leaves) if tree.is_inexact(leaf)]
-        if not floating or any(jnp.issubdtype(dtypes[i], jnp.complexfloating) for i in floating):
+        leaves, self.treedef = jax.tree.flatten(params)
+        self.layout = layout_of(params)
+        self.dtypes = [jnp.result_type(leaf) for leaf in leaves]
+        self.floating = [i for i, leaf in enumerate(leaves) if tree.is_inexact(leaf)]
+        if not self.floating or any(
+            jnp.issubdtype(self.dtypes[i], jnp.complexfloating) for i in self.floating
+        ):
             raise TypeError(
                 "elastic: `params` must have real floating leaves, and no complex ones, got "
-                f"{sorted({str(dtype) for dtype in dtypes})}"
+                f"{sorted({str(dtype) for dtype in self.dtypes})}"
             )
         self.dtype = tree.real_dtype(*leaves)
-        sizes = np.cumsum([0] + [int(np.prod(shapes[i], dtype=int)) for i in floating])
-        self.size = int(sizes[-1])
-
-        def parts(flat):
-            """Return the leaves that are sent, by their position."""
-            return {
-                i: flat[start:stop].reshape(shapes[i])
-                for i, start, stop in zip(floating, sizes[:-1], sizes[1:], strict=True)
-            }
-
-        def put_in(params, flat):
-            leaves = jax.tree.leaves(params)
-            for i, part in parts(flat).items():
-                leaves[i] = part.astype(dtypes[i])
-            return jax.tree.unflatten(treedef, leaves)
-
-        def take_off(params, flat):
-            leaves = jax.tree.leaves(params)
-            moves = parts(flat)
-            return jax.tree.unflatten(
-                treedef,
-                [
-                    (tree.widen(leaf) - moves[i]).astype(dtypes[i]) if i in moves else leaf
-                    for i, leaf in enumerate(leaves)
-                ],
-            )
-
-        self._flat = jax.jit(
-            lambda params: jnp.concatenate(
-                [jax.tree.leaves(params)[i].astype(self.dtype).ravel() for i in floating]
-            )
-        )
-        self._put_in, self._take_off = jax.jit(put_in), jax.jit(take_off)
+        self.shapes = [jnp.shape(leaves[i]) for i in self.floating]
+        ends = np.cumsum([int(np.prod(shape, dtype=int)) for shape in self.shapes]).tolist()
+        self.size = ends[-1]
+        self.slices = [slice(*ends) for ends in zip([0, *ends[:-1]], ends, strict=True)]
 
     def flat(self, params: Any) -> np.ndarray:
-        """Return the floating leaves, one after the other; wait until they are computed."""
-        return np.asarray(self._flat(params))
+        """Return the floating leaves, one after the other; wait until they are computed.
+
+        Raises an `ExchangeRefused` if the parameters have another layout than at first.
+        """
+        layout = layout_of(params)
+        if layout != self.layout:
+            raise ExchangeRefused(
+                "the step has changed the layout of the parameters: "
+                f"{difference_of(layout, self.layout)}"
+            )
+        leaves, flat = jax.tree.leaves(params), np.empty(self.size, self.dtype)
+        values = jax.device_get([leaves[i] for i in self.floating])
+        for part, value in zip(self.slices, values, strict=True):
+            flat[part] = np.ravel(value)
+        return flat
 
     def put_in(self, params: Any, flat: np.ndarray) -> Any:
-        """Return `params` with these values."""
-        return self._put_in(params, flat)
+        """Return `params` with these values, on the same devices."""
+        leaves = jax.tree.leaves(params)
+        for i, value in zip(self.floating, self._placed(leaves, flat), strict=True):
+            leaves[i] = value
+        return jax.tree.unflatten(self.treedef, leaves)
 
     def take_off(self, params: Any, flat: np.ndarray) -> Any:
         """Return `params` minus these values."""
-        return self._take_off(params, flat)
+        leaves = jax.tree.leaves(params)
+        for i, move in zip(self.floating, self._placed(leaves, flat, self.dtype), strict=True):
+            leaves[i] = _minus(leaves[i], move)
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def _placed(self, leaves, flat, dtype=None):
+        """Return the parts of `flat`, in the leaves' dtypes or in `dtype`, on their devices."""
+        parts = [
+            flat[part].reshape(shape).astype(dtype or self.dtypes[i])
+            for i, part, shape in zip(self.floating, self.slices, self.shapes, strict=True)
+        ]
+        here = [leaves[i] for i in self.floating]
+        if any(getattr(leaf, "committed", False) for leaf in here):
+            return jax.device_put(parts, [leaf.sharding for leaf in here])
+        return jax.device_put(parts)
+
+
+@jax.jit
+def _minus(leaf, move):
+    return (tree.widen(leaf) - move).astype(leaf.dtype)
+
+
+def layout_of(params: Any) -> list[tuple[str, tuple[int, ...], str]]:
+    """Return path, shape and dtype of each leaf: plain values, which mean the same everywhere."""
+    return [
+        (jax.tree_util.keystr(path), jnp.shape(leaf), str(jnp.result_type(leaf)))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+
+
+def difference_of(layout: list[Any], wanted: list[Any]) -> str:
+    """Describe the first difference of two layouts."""
+    for one, other in itertools.zip_longest(layout, wanted):
+        if one != other:
+            got, want = (
+                "no leaf"
+                if leaf is None
+                else f"{leaf[2]}{list(leaf[1])} at {leaf[0] or 'the root'}"
+                for leaf in (one, other)
+            )
+            return f"got {got}, wanted {want}"
+    return "none"
+
+
+def check_sendable(sent: np.ndarray, limit: float) -> None:
+    """Raise an `ExchangeRefused` if values are not finite, or their norm is above the limit."""
+    norm = norm_of(sent)
+    if not norm <= limit:
+        what = "values that are not finite" if not np.isfinite(norm) else f"a norm of {norm:.3g}"
+        raise ExchangeRefused(
+            f"the worker would send {what}; the center takes finite values with a norm of at most "
+            f"{limit:.3g}"
+        )
+
+
+def norm_of(values: np.ndarray) -> float:
+    """Return the norm; it is not finite only if a value is not."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = float(np.dot(values, values))
+        if np.isfinite(squares):
+            return squares**0.5
+        largest = float(np.max(np.abs(values)))  # NaN if there is one
+        return (
+            largest * float(np.linalg.norm(values / largest)) if np.isfinite(largest) else largest
+        )
 
 
 class Local:
@@ -131,8 +200,10 @@ class Local:
 
     def step(self) -> None:
         """Take one local step; the loss is read later, when it is computed."""
-        batch = next(self.batches)
-        self.params, self.opt_state, loss = self.worker.step(self.params, self.opt_state, batch)
+        batch = next(self.batches, END)
+        if batch is END:
+            raise StreamEnded(f"its stream of batches has ended after {self.steps} local steps")
+        self.params, self.opt_state, loss = taken(self.worker, self.params, self.opt_state, batch)
         self.losses.append(loss)
         self.steps += 1
 
@@ -148,58 +219,85 @@ class Local:
         self.params = copied(self.start)
 
 
+def taken(worker: Worker, params: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Any]:
+    """Take a step of the worker, and require its three results."""
+    result = worker.step(params, opt_state, batch)
+    if not isinstance(result, tuple | list) or len(result) != 3:
+        got = (
+            f"{len(result)} results" if isinstance(result, tuple | list) else type(result).__name__
+        )
+        raise TypeError(f"`step` of a Worker must return (params, opt_state, loss), got {got}")
+    return tuple(result)
+
+
 def mean_of(losses: list[Any]) -> float:
     """Return the mean of the losses, NaN if there are none; wait until they are computed."""
-    return float(np.mean([np.mean(loss) for loss in losses])) if losses else float("nan")
+    values = [np.asarray(loss) for loss in jax.device_get(losses)]
+    for value in values:
+        if not any(jnp.issubdtype(value.dtype, kind) for kind in REAL):
+            raise TypeError(
+                f"`step` of a Worker must return a real number as its loss, got {value.dtype}"
+            )
+    return float(np.mean([np.mean(value) for value in values])) if values else float("nan")
 
 
-def work(make_worker: Callable[[int], Worker], rule: Rule, index: int, center: Any, place: str):
-    """Run a worker: start at the center, and continue until no work is left."""
+def work(
+    make_worker: Callable[[int], Worker], rule: Rule, layout: Any, client: Any, place: str
+) -> str:
+    """Run a worker: start at the center, and continue until no work is left; return why it ended.
+
+    `layout` is that of the center's parameters.
+    """
+    exchanges = client.join(place)
+    if exchanges is None:
+        return NO_WORK
+    index, _ = client.life
     worker = make_worker(index)
     if not isinstance(worker, Worker):
         raise TypeError(f"`make_worker` must return a Worker, got a {type(worker).__name__}")
     wire = Wire(worker.params)
-    exchanges, values = center.join(index, place)
-    if values.size != wire.size:
+    if wire.layout != layout:
         raise ValueError(
-            "`params` of the worker must be like those of the center, "
-            f"with {values.size} entries, got {wire.size}"
+            "`params` of the Worker must be like those of the center: "
+            f"{difference_of(wire.layout, layout)}"
         )
+    values = client.pull()
+    limit = LARGEST_GROWTH * max(1.0, norm_of(values))
     params = wire.put_in(worker.params, values)
     warm_up(worker, params)
-    center.wait_for_start(index)
+    if not client.wait_for_start():
+        return NO_WORK
     if rule.smoothing == "elastic":  # others may have moved it meanwhile
-        params = wire.put_in(params, center.pull())
+        params = wire.put_in(params, client.pull())
     local = Local(worker, rule, index, params, exchanges * rule.period)
     del params, values  # otherwise these copies stay in memory
-    while True:
-        try:
-            is_exchanged = (_elastic if rule.smoothing == "elastic" else _gaussian)(
-                local, wire, center
-            )
-            if not is_exchanged:
-                return
+    exchanged = _elastic if rule.smoothing == "elastic" else _gaussian
+    try:
+        while exchanged(local, wire, client, limit):
             while not local.is_due:
                 local.step()
-        except StopIteration:
-            return  # the stream has ended
+    except StreamEnded as end:
+        return str(end)
+    return NO_WORK
 
 
-def _elastic(local: Local, wire: Wire, center: Any) -> bool:
+def _elastic(local: Local, wire: Wire, client: Any, limit: float) -> bool:
     """Send w, take a local step while the center answers, subtract d."""
     sent, loss = wire.flat(local.params), local.mean_loss()
+    check_sendable(sent, limit)
     local.step()
-    move = center.exchange(local.index, sent, loss)
+    move = client.exchange(sent, loss)
     if move is None:
         return False
     local.params = wire.take_off(local.params, move)
     return True
 
 
-def _gaussian(local: Local, wire: Wire, center: Any) -> bool:
+def _gaussian(local: Local, wire: Wire, client: Any, limit: float) -> bool:
     """Send what the steps have added, restart from a sample around the center, take a step."""
-    sent = wire.flat(jax.tree.map(jnp.subtract, local.params, local.start))
-    values = center.exchange(local.index, sent, local.mean_loss())
+    sent = wire.flat(local.params) - wire.flat(local.start)
+    check_sendable(sent, limit)
+    values = client.exchange(sent, local.mean_loss())
     if values is None:
         return False
     local.begin_at(wire.put_in(local.params, values))
@@ -214,7 +312,7 @@ def copied(params: Any) -> Any:
 
 def warm_up(worker: Worker, params: Any) -> None:
     """Compile the step, so that no worker gets ahead while others still compile."""
-    batch = next(iter(worker.batches(0)), None)
-    if batch is not None:
+    batch = next(iter(worker.batches(0)), END)
+    if batch is not END:
         params = copied(params)
-        jax.block_until_ready(worker.step(params, worker.init(params), batch))
+        jax.block_until_ready(taken(worker, params, worker.init(params), batch))

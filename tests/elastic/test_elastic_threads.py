@@ -14,7 +14,7 @@ import pytest
 from elastic_runs import SHARP, Eamsgd, loss_of, make_worker, simulated, train
 
 from samx import elastic
-from samx.elastic._center import Center, Ledger, Shard
+from samx.elastic._center import Center, Client, Ledger, Shard
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -38,12 +38,13 @@ def test_a_center_loses_no_update():
     def run(i):
         rng = np.random.default_rng(i)
         sent = rng.normal(size=start.size).astype(np.float32)
-        center.ledger.join(i, "here")
-        center.wait_for_start(i)
-        while (move := center.exchange(i, sent, 0.0)) is not None:
+        client = Client(center, (i, 0))
+        client.join("here")
+        client.wait_for_start()
+        while (move := client.exchange(sent, 0.0)) is not None:
             moves[i] += move
             sent -= move
-        center.leave(i)
+        client.leave()
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -153,9 +154,9 @@ def test_staleness_is_that_since_a_resumption():
     ledger = Ledger(2, 100, None, {0: 10, 1: 20})
     ledger.open()
     for i in (0, 1):
-        ledger.wait_for_start(i)
+        ledger.wait_for_start((i, 0))
     for i in (0, 1, 1, 0, 1, 0):
-        ledger.admit(i, 0.0)
+        ledger.admit((i, 0), 0.0)
     one, other = ledger.snapshot()[1]
     assert (one.exchanges, one.mean_staleness) == (13, pytest.approx((0 + 2 + 1) / 3))
     assert (other.exchanges, other.mean_staleness) == (23, pytest.approx((1 + 0 + 1) / 3))
@@ -163,16 +164,16 @@ def test_staleness_is_that_since_a_resumption():
 
 def test_nobody_waits_for_the_dead():
     ledger = Ledger(3, 20, 2)
-    starts = [threading.Thread(target=ledger.wait_for_start, args=(i,)) for i in range(3)]
+    starts = [threading.Thread(target=ledger.wait_for_start, args=((i, 0),)) for i in range(3)]
     for thread in starts:
         thread.start()
     for thread in starts:
         thread.join(10)
-    ledger.leave(2, "lost")
+    ledger.leave((2, 0), "lost")
 
     def alternate():
         for i in range(20):
-            ledger.admit(i % 2, 0.0)
+            ledger.admit((i % 2, 0), 0.0)
 
     others = threading.Thread(target=alternate, daemon=True)
     others.start()

@@ -63,12 +63,12 @@ def test_no_exchange_is_lost(cluster, num_shards, num_exchanges):
     start = np.random.default_rng(0).normal(size=size)
 
     def hammer(index, shards):
-        rng, client = np.random.default_rng(index), _actors.Client(shards)
+        rng, client = np.random.default_rng(index), _actors.Client(shards, (index, 0))
         count, total = 0, np.zeros(size)
         # Each process asks for more exchanges than it can get; the center ends this.
         while count < num_exchanges:
             sent = rng.normal(size=size).astype(np.float32)
-            move = client.exchange(index, sent, 0.0)
+            move = client.exchange(sent, 0.0)
             if move is None:
                 break
             assert move.dtype == np.float32
@@ -78,7 +78,7 @@ def test_no_exchange_is_lost(cluster, num_shards, num_exchanges):
     engine = elastic.Ray(num_shards=num_shards)
     try:
         ledger = (num_workers, num_exchanges, None, {})
-        engine.start(Job(maker(), elastic.Rule(), start, (0.225, 0.0, True), ledger))
+        engine.start(Job(maker(), elastic.Rule(), [], start, (0.225, 0.0, True), ledger))
         with _ray._by_value(_actors, _center):
             task = ray.remote(num_cpus=0)(hammer)
             refs = [task.remote(index, engine._shards) for index in range(num_workers)]
@@ -101,17 +101,18 @@ def test_parts_of_a_center_move_as_one(cluster):
     whole = _center.Center(_center.Ledger(*ledger), _center.Shard(start, *shard))
     engine = elastic.Ray(num_shards=3)
     try:
-        engine.start(Job(maker(), elastic.Rule(), start, shard, ledger))
-        client = _actors.Client(engine._shards)
-        assert client.join(0, "here")[0] == 0
+        engine.start(Job(maker(), elastic.Rule(), [], start, shard, ledger))
+        clients = [_actors.Client(engine._shards, (i, 0)) for i in (0, 1)]
+        assert clients[0].join("here") == 0
         for index, loss in [(0, 2.0), (1, 1.0), (0, 3.0), (0, 0.5), (1, 1.0), (0, 0.1)]:
             sent = rng.normal(size=size)
             np.testing.assert_array_equal(
-                client.exchange(index, sent, loss), whole.exchange(index, sent, loss)
+                clients[index].exchange(sent, loss),
+                _center.Client(whole, (index, 0)).exchange(sent, loss),
             )
-            np.testing.assert_array_equal(client.pull(), whole.pull())
+            np.testing.assert_array_equal(clients[index].pull(), whole.pull())
         before = engine.pull()
-        assert client.exchange(1, sent, 0.0) is None  # no exchange is left
+        assert clients[1].exchange(sent, 0.0) is None  # no exchange is left
         np.testing.assert_array_equal(engine.pull(), before)
         mine, theirs = engine.call("snapshot")[1], whole.call("snapshot")[1]
         assert [record.exchanges for record in mine] == [r.exchanges for r in theirs] == [4, 2]
@@ -123,12 +124,12 @@ def test_a_request_of_the_dead_is_not_counted():
     """A request may wait in the center for other workers while its own worker is killed."""
     ledger = _center.Ledger(2, 100, max_staleness=1)
     ledger.last = {0: 0, 1: 0}
-    assert ledger.admit(0, 1.0) is not None
+    assert ledger.admit((0, 0), 1.0) is not None
     with ThreadPoolExecutor() as pool:
-        waiting = pool.submit(ledger.admit, 0, 1.0)
+        waiting = pool.submit(ledger.admit, (0, 0), 1.0)
         with pytest.raises(TimeoutError):
             waiting.result(0.2)
-        ledger.leave(0, "killed")
+        ledger.leave((0, 0), "killed")
         assert waiting.result(LONG) is None
     assert ledger.exchanges == 1
     assert ledger.last == {1: 0}
