@@ -114,8 +114,11 @@ def rank(loss: float) -> float:
 
 def described(exception: BaseException) -> str:
     """Return a text: the error in the first line, the traceback below it."""
-    lines = traceback.format_exception_only(exception)  # survives a `__str__` that raises
-    first_line = next((line for line in "".join(lines).splitlines() if line.strip()), "an error")
+    try:
+        lines = str(exception).splitlines()
+    except BaseException:  # a worker's exception may do anything
+        lines = ["its message cannot be printed"]
+    first_line = f"{type(exception).__name__}: {lines[0] if lines else ''}"
     text = first_line + "\n\n" + "".join(traceback.format_exception(exception))
     return text[:LONGEST_ERROR]
 

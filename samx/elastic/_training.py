@@ -263,7 +263,7 @@ def train(
     over = None  # when the last exchange was made
     signals = _Signals()
     try:
-        engine.start(Job(make_worker, rule, wire.layout, values, shard, ledger))
+        engine.start(Job(make_worker, rule, wire.layout.plain, values, shard, ledger))
         try:
             for index in range(num_workers):
                 engine.launch((index, 0))

@@ -63,6 +63,45 @@ class ExchangeRefused(ValueError):
     """What a worker would send is not finite, too large, or not like the parameters."""
 
 
+class Layout:
+    """Paths, shapes and dtypes of the leaves of parameters."""
+
+    def __init__(self, params: Any):
+        self.treedef, self.leaves = _kinds(params)
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        # Plain values, which mean the same in every process.
+        self.plain = [
+            (jax.tree_util.keystr(path), shape, str(dtype))
+            for path, (shape, dtype) in zip(paths, self.leaves, strict=True)
+        ]
+
+    def check(self, params: Any) -> None:
+        """Raise an `ExchangeRefused` if parameters have another layout."""
+        if _kinds(params) != (self.treedef, self.leaves):  # fast; the rest names the difference
+            difference = difference_of(Layout(params).plain, self.plain)
+            if difference:
+                raise ExchangeRefused(f"the step has changed the parameters: {difference}")
+
+
+def _kinds(params):
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+
+def difference_of(layout: list[Any], wanted: list[Any]) -> str:
+    """Describe the first difference of two plain layouts; an empty text if there is none."""
+    for one, other in itertools.zip_longest(layout, wanted):
+        if one != other:
+            got, want = (
+                "no leaf"
+                if leaf is None
+                else f"{leaf[2]}{list(leaf[1])} at {leaf[0] or 'the root'}"
+                for leaf in (one, other)
+            )
+            return f"got {got}, wanted {want}"
+    return ""
+
+
 class Wire:
     """Converts parameters to one flat array in host memory, and back.
 
@@ -72,34 +111,22 @@ class Wire:
     """
 
     def __init__(self, params: Any):
-        leaves, self.treedef = jax.tree.flatten(params)
-        self.layout = layout_of(params)
-        self.dtypes = [jnp.result_type(leaf) for leaf in leaves]
+        self.layout = Layout(params)
+        kinds, leaves = self.layout.leaves, jax.tree.leaves(params)
         self.floating = [i for i, leaf in enumerate(leaves) if tree.is_inexact(leaf)]
-        if not self.floating or any(
-            jnp.issubdtype(self.dtypes[i], jnp.complexfloating) for i in self.floating
-        ):
+        dtypes = [kinds[i][1] for i in self.floating]
+        if not dtypes or any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
             raise TypeError(
                 "elastic: `params` must have real floating leaves, and no complex ones, got "
-                f"{sorted({str(dtype) for dtype in self.dtypes})}"
+                f"{sorted({str(dtype) for _, dtype in kinds})}"
             )
         self.dtype = tree.real_dtype(*leaves)
-        self.shapes = [jnp.shape(leaves[i]) for i in self.floating]
-        ends = np.cumsum([int(np.prod(shape, dtype=int)) for shape in self.shapes]).tolist()
+        ends = np.cumsum([int(np.prod(kinds[i][0], dtype=int)) for i in self.floating]).tolist()
         self.size = ends[-1]
-        self.slices = [slice(*ends) for ends in zip([0, *ends[:-1]], ends, strict=True)]
+        self.slices = [slice(*both) for both in zip([0, *ends[:-1]], ends, strict=True)]
 
     def flat(self, params: Any) -> np.ndarray:
-        """Return the floating leaves, one after the other; wait until they are computed.
-
-        Raises an `ExchangeRefused` if the parameters have another layout than at first.
-        """
-        layout = layout_of(params)
-        if layout != self.layout:
-            raise ExchangeRefused(
-                "the step has changed the layout of the parameters: "
-                f"{difference_of(layout, self.layout)}"
-            )
+        """Return the floating leaves, one after the other; wait until they are computed."""
         leaves, flat = jax.tree.leaves(params), np.empty(self.size, self.dtype)
         values = jax.device_get([leaves[i] for i in self.floating])
         for part, value in zip(self.slices, values, strict=True):
@@ -111,21 +138,21 @@ class Wire:
         leaves = jax.tree.leaves(params)
         for i, value in zip(self.floating, self._placed(leaves, flat), strict=True):
             leaves[i] = value
-        return jax.tree.unflatten(self.treedef, leaves)
+        return jax.tree.unflatten(self.layout.treedef, leaves)
 
     def take_off(self, params: Any, flat: np.ndarray) -> Any:
         """Return `params` minus these values."""
         leaves = jax.tree.leaves(params)
         for i, move in zip(self.floating, self._placed(leaves, flat, self.dtype), strict=True):
             leaves[i] = _minus(leaves[i], move)
-        return jax.tree.unflatten(self.treedef, leaves)
+        return jax.tree.unflatten(self.layout.treedef, leaves)
 
     def _placed(self, leaves, flat, dtype=None):
         """Return the parts of `flat`, in the leaves' dtypes or in `dtype`, on their devices."""
-        parts = [
-            flat[part].reshape(shape).astype(dtype or self.dtypes[i])
-            for i, part, shape in zip(self.floating, self.slices, self.shapes, strict=True)
-        ]
+        parts = []
+        for i, part in zip(self.floating, self.slices, strict=True):
+            shape, own = self.layout.leaves[i]
+            parts.append(flat[part].reshape(shape).astype(dtype or own))
         here = [leaves[i] for i in self.floating]
         if any(getattr(leaf, "committed", False) for leaf in here):
             return jax.device_put(parts, [leaf.sharding for leaf in here])
@@ -135,28 +162,6 @@ class Wire:
 @jax.jit
 def _minus(leaf, move):
     return (tree.widen(leaf) - move).astype(leaf.dtype)
-
-
-def layout_of(params: Any) -> list[tuple[str, tuple[int, ...], str]]:
-    """Return path, shape and dtype of each leaf: plain values, which mean the same everywhere."""
-    return [
-        (jax.tree_util.keystr(path), jnp.shape(leaf), str(jnp.result_type(leaf)))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    ]
-
-
-def difference_of(layout: list[Any], wanted: list[Any]) -> str:
-    """Describe the first difference of two layouts."""
-    for one, other in itertools.zip_longest(layout, wanted):
-        if one != other:
-            got, want = (
-                "no leaf"
-                if leaf is None
-                else f"{leaf[2]}{list(leaf[1])} at {leaf[0] or 'the root'}"
-                for leaf in (one, other)
-            )
-            return f"got {got}, wanted {want}"
-    return "none"
 
 
 def check_sendable(sent: np.ndarray, limit: float) -> None:
@@ -187,6 +192,7 @@ class Local:
 
     def __init__(self, worker: Worker, rule: Rule, index: int, params: Any, steps: int = 0):
         self.worker, self.rule, self.index, self.steps = worker, rule, index, steps
+        self.layout = Layout(params)
         self.params = copied(params)  # the step may donate its parameters
         self.start = copied(params) if rule.smoothing == "gaussian" else None
         self.opt_state = worker.init(self.params)
@@ -204,6 +210,7 @@ class Local:
         if batch is END:
             raise StreamEnded(f"its stream of batches has ended after {self.steps} local steps")
         self.params, self.opt_state, loss = taken(self.worker, self.params, self.opt_state, batch)
+        self.layout.check(self.params)
         self.losses.append(loss)
         self.steps += 1
 
@@ -256,11 +263,8 @@ def work(
     if not isinstance(worker, Worker):
         raise TypeError(f"`make_worker` must return a Worker, got a {type(worker).__name__}")
     wire = Wire(worker.params)
-    if wire.layout != layout:
-        raise ValueError(
-            "`params` of the Worker must be like those of the center: "
-            f"{difference_of(wire.layout, layout)}"
-        )
+    if difference := difference_of(wire.layout.plain, layout):
+        raise ValueError(f"`params` of the Worker must be like those of the center: {difference}")
     values = client.pull()
     limit = LARGEST_GROWTH * max(1.0, norm_of(values))
     params = wire.put_in(worker.params, values)
