@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import ctypes
 import itertools
+import logging
 import os
 import re
 import secrets
@@ -54,8 +55,10 @@ from samx import elastic
 
 ENGINES = ("threads", "ray")
 EXCHANGES, PERIOD, FAULTY = 40, 2, 1
-SILENCE, GRACE = 1.5, 1.0  # seconds: `worker_timeout`, and `grace` of the engines
-RELEASED = threading.Event()  # set when threads that hang may end
+GRACE = 1.0  # seconds, `grace` of the engines
+# Seconds, `start_timeout` and `worker_timeout`: a process takes longer to start than a thread.
+TIMEOUTS = {"threads": (1.5, 1.5), "ray": (12.0, 8.0)}
+RELEASED = "SAMX_FAULTS_RELEASED"  # in the environment while threads that hang may end
 KINDS = (
     "values",
     "layout",
@@ -80,16 +83,20 @@ def start() -> dict[str, jax.Array]:
     return {"weights": jnp.zeros(4), "bias": jnp.zeros(())}
 
 
+TX = optax.chain(samx.sam(rho=0.01), optax.sgd(0.1))
+
+
+@jax.jit
+def move(params: Any, state: Any, inputs: jax.Array) -> tuple[Any, Any, jax.Array]:
+    """Take a step of SAM."""
+    value_fn = partial(losses_of, inputs=inputs)
+    value, grads = jax.value_and_grad(value_fn)(params)
+    updates, state = TX.update(grads, state, params, value=value, value_fn=value_fn)
+    return optax.apply_updates(params, updates), state, value
+
+
 def make_worker(index: int) -> elastic.Worker:
     """Return a worker without faults."""
-    tx = optax.chain(samx.sam(rho=0.01), optax.sgd(0.1))
-
-    @jax.jit
-    def move(params, state, inputs):
-        value_fn = partial(losses_of, inputs=inputs)
-        value, grads = jax.value_and_grad(value_fn)(params)
-        updates, state = tx.update(grads, state, params, value=value, value_fn=value_fn)
-        return optax.apply_updates(params, updates), state, value
 
     def step(*args):
         time.sleep(0.005)
@@ -98,7 +105,7 @@ def make_worker(index: int) -> elastic.Worker:
     def batches(first):
         return (inputs_of(index, number) for number in itertools.count(first))
 
-    return elastic.Worker(start(), tx.init, step, batches)
+    return elastic.Worker(start(), TX.init, step, batches)
 
 
 def inputs_of(index: int, number: int) -> jax.Array:
@@ -148,7 +155,8 @@ def raising(error: BaseException | type[BaseException]) -> Callable[..., Any]:
 
 def hanging(*_: Any) -> Any:
     """Hang until the script releases its threads; a process hangs for ever."""
-    RELEASED.wait()
+    while RELEASED not in os.environ:
+        time.sleep(0.05)
     raise RuntimeError("released")
 
 
@@ -299,7 +307,7 @@ def faults() -> list[Fault]:
     add("streams", "short", ending(7), ended + "7 local steps")
     add("streams", "None", lambda w: w._replace(batches=lambda n: None), "TypeError: 'NoneType'")
 
-    silent = "TimeoutError: no exchange for 1.5 s"
+    silent = "TimeoutError: no exchange for "
     add("hangs", "in make_worker", hanging, silent)
     add("hangs", "in init", lambda w: w._replace(init=hanging), silent)
     add("hangs", "in batches", lambda w: w._replace(batches=hanging), silent)
@@ -353,6 +361,7 @@ def engine_of(name: str) -> Any:
 
 def train(make: Callable[[int], elastic.Worker], engine: str, **options: Any) -> elastic.Trained:
     """Train; workers take turns, so that none makes all exchanges before another one fails."""
+    start_timeout, worker_timeout = TIMEOUTS[engine]
     return elastic.train(
         make,
         start(),
@@ -361,8 +370,8 @@ def train(make: Callable[[int], elastic.Worker], engine: str, **options: Any) ->
         rule=elastic.Rule(period=PERIOD),
         engine=engine_of(engine),
         max_staleness=3,
-        worker_timeout=SILENCE,
-        start_timeout=SILENCE,
+        start_timeout=start_timeout,
+        worker_timeout=worker_timeout,
         **options,
     )
 
@@ -525,7 +534,7 @@ def cluster() -> Iterator[None]:
     }
     import ray
 
-    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init("local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         yield
     finally:
@@ -592,10 +601,10 @@ def measure(case: Case, folder: Path, limit: float) -> dict[str, Any]:
     except Exception as error:
         found = [f"{type(error).__name__}: {error}".splitlines()[0]]
     seconds = time.perf_counter() - begin
-    RELEASED.set()
+    os.environ[RELEASED] = "1"
     wait_for(lambda: left_behind() <= before, 20)
     found += [f"{what} is left" for what in left_behind() - before]
-    RELEASED.clear()
+    del os.environ[RELEASED]
     return {
         **{"kind": case.kind, "name": case.name, "engine": case.engine},
         "seconds": seconds,

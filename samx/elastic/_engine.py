@@ -93,10 +93,11 @@ class Threads:
                 raise TypeError(f"Threads: `devices` must be devices of JAX, got {devices}")
         self.devices, self.grace = devices, grace
         self._threads: dict[Life, threading.Thread] = {}
+        self._left: list[threading.Thread] = []
 
     def start(self, job: Job) -> None:
         """Set up the center in the memory of this process."""
-        self._job, self._threads = job, {}
+        self._job, self._threads, self._left = job, {}, []
         self._center = Center(Ledger(*job.ledger), Shard(job.values, *job.shard))
         # Each thread has its own setting, so the workers' threads must be given this one.
         self._is_x64 = jax.dtypes.canonicalize_dtype(np.float64) == np.float64
@@ -120,8 +121,8 @@ class Threads:
         return []
 
     def abandon(self, life: Life) -> None:
-        """Leave a thread behind: nothing can end it. What it sends later is ignored."""
-        self._threads.pop(life, None)
+        """Do not wait for a thread any more: nothing can end it. What it sends later is ignored."""
+        self._left.append(self._threads.pop(life))
 
     def call(self, method: str, *args: Any) -> Any:
         """Call a method of the ledger."""
@@ -137,8 +138,11 @@ class Threads:
         deadline = time.monotonic() + self.grace
         for thread in self._threads.values():
             thread.join(max(0.0, deadline - time.monotonic()))
-        left = [thread.name for thread in self._threads.values() if thread.is_alive()]
-        if left:
+        threads = [*self._left, *self._threads.values()]
+        if names := [thread.name for thread in threads if thread.is_alive()]:
             warnings.warn(
-                f"elastic: {', '.join(left)} did not end within {self.grace:g} s", RuntimeWarning, 3
+                f"elastic: the thread of {', '.join(names)} has not ended within {self.grace:g} s, "
+                "and is left behind",
+                RuntimeWarning,
+                3,
             )

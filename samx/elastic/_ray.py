@@ -3,9 +3,11 @@
 import contextlib
 import importlib
 import importlib.util
+import ipaddress
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from samx.core.hyperparams import as_count, check_static_number
+from samx.core.hyperparams import as_count, check_flag, check_static_number
 from samx.elastic import _actors, _center
 from samx.elastic._actors import Client, get, joined
 from samx.elastic._center import CenterLost, Life, WorkerRecord, described
@@ -61,6 +63,8 @@ class Ray:
             used in any case, and keeps running.
         grace: Seconds that workers have to finish their local steps when training ends, before
             they are killed; default 10.
+        allow_unauthenticated: Whether to use a cluster that listens beyond the loopback interface
+            without token authentication; default False. Pass True only if a firewall protects it.
 
     Example:
         >>> from samx import elastic
@@ -70,7 +74,7 @@ class Ray:
     Raises:
         ImportError: If Ray is not installed: `pip install 'samx[ray]'`.
         ValueError: If a number is out of range, or `worker_options` sets an option that has its
-            own argument.
+            own argument; when training starts, if the cluster can be reached without a token.
         TypeError: If `num_shards` is not a Python int, or another option has the wrong type.
 
     Notes:
@@ -84,9 +88,17 @@ class Ray:
         130 ms beside other work; 1.5 ms of this do not depend on the size. Memory, in addition to
         Ray's 350 MB: the center and one reply in the center's process, and messages, up to four
         copies of the parameters for each worker.
+        A center that does not answer for 120 s counts as lost.
         A cluster that this engine starts listens on the loopback interface only, and asks for a
-        token that only this process knows. The owner of a cluster at `address` must control who
-        can reach it: everyone who can reach it can run code there.
+        token that only this process knows. Any other cluster listens on the network interfaces of
+        its hosts: on each host, Ray's node manager, object manager and agents, and one port for
+        each worker, shard and driver; on the head also the store of the cluster's state (6379) and
+        the dashboard (8265). Whoever may connect can run code there, as Ray unpickles what it
+        receives. So this engine asks for Ray's token authentication: RAY_AUTH_MODE=token on every
+        host, with the cluster's token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.
+        Ray does not encrypt; for that, set its RAY_USE_TLS.
+        Trust goes one way: workers run the driver's code. From workers, the center and the driver
+        get arrays, numbers and text only; errors are sent as text.
     """
 
     def __init__(
@@ -98,12 +110,14 @@ class Ray:
         worker_options: Mapping[str, Any] | None = None,
         address: str | None = None,
         grace: float = 10.0,
+        allow_unauthenticated: bool = False,
     ):
         num_shards = as_count("num_shards", num_shards)
         numbers = {"num_cpus_per_worker": num_cpus_per_worker}
         numbers |= {"num_gpus_per_worker": num_gpus_per_worker, "grace": grace}
         for name, value in numbers.items():
             check_static_number(name, value, 0)
+        check_flag("allow_unauthenticated", allow_unauthenticated)
         if address is not None and not isinstance(address, str):
             raise TypeError(f"Ray: `address` must be HOST:PORT, got {address!r}")
         if worker_options is not None and not isinstance(worker_options, Mapping):
@@ -120,6 +134,7 @@ class Ray:
         self.num_cpus_per_worker = num_cpus_per_worker
         self.num_gpus_per_worker = num_gpus_per_worker
         self.worker_options = dict(worker_options or {})
+        self.allow_unauthenticated = allow_unauthenticated
         self._undo = contextlib.ExitStack()
         self._shards, self._workers, self._lives, self._helper = [], {}, [], None
 
@@ -163,7 +178,14 @@ class Ray:
 
     def _connect(self, num_bytes: int = 0):
         if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+            addresses = [node["NodeManagerAddress"] for node in sys.modules["ray"].nodes()]
+            if not all(ipaddress.ip_address(host).is_loopback for host in addresses):
+                self._check_exposure("the cluster of `ray.init`")
             return
+        if self.address is not None:
+            self._check_exposure(f"the cluster at {self.address}")
+            if "RAY_AUTH_MODE" not in os.environ and not self.allow_unauthenticated:
+                self._undo.enter_context(_environment({"RAY_AUTH_MODE": "token"}))
         address = self.address or self._start_cluster(num_bytes)
         import ray  # Ray reads some settings when it is imported
 
@@ -173,9 +195,23 @@ class Ray:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray has installed its own handler
 
+    def _check_exposure(self, cluster: str) -> None:
+        """Require token authentication, unless the caller does without it."""
+        mode, home = os.environ.get("RAY_AUTH_MODE"), Path("~/.ray/auth_token").expanduser()
+        has_token = home.is_file() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+        is_guarded = has_token if mode is None else mode.lower() == "token"
+        if not is_guarded and not self.allow_unauthenticated:
+            raise ValueError(
+                f"Ray: {cluster} has no token authentication that this process knows of. Without "
+                "it, whoever can reach the cluster can run code there, and each worker listens on "
+                "the network interfaces of its host. Set RAY_AUTH_MODE=token on every host, and "
+                "the cluster's token in RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. "
+                "If a firewall protects the cluster, pass `allow_unauthenticated=True`"
+            )
+
     def _start_cluster(self, num_bytes: int) -> str:
         """Start a cluster in a process that ends with this one; return its address."""
-        self._undo.enter_context(_settings())
+        self._undo.enter_context(_loopback_only())
         with tempfile.TemporaryFile() as errors:
             self._helper = helper = subprocess.Popen(
                 [sys.executable, "-P", str(CLUSTER), str(num_bytes)],
@@ -184,12 +220,14 @@ class Ray:
                 stderr=errors,
                 start_new_session=True,  # Ctrl-C must reach this process only
             )
-            self._undo.callback(_end, helper)
+            folders: list[str] = []
+            self._undo.callback(_end, helper, folders)
             assert helper.stdout is not None
             timer = threading.Timer(PATIENCE, helper.kill)
             timer.start()
             words = helper.stdout.readline().decode().split()
             timer.cancel()
+            folders += words[2:]
             if words[:1] != ["address"]:
                 errors.seek(0)
                 said = errors.read().decode(errors="replace").strip()
@@ -315,11 +353,22 @@ def _by_value(*modules: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _settings() -> Iterator[None]:
+def _loopback_only() -> Iterator[None]:
     """Restrict Ray, in this process and in those that it starts, to the loopback interface."""
-    before = {name: os.environ.get(name) for name in SETTINGS}
-    os.environ.update(SETTINGS)
-    is_allowed = _reread(False)
+    is_allowed = None
+    try:
+        with _environment(SETTINGS):
+            is_allowed = _reread(False)
+            yield
+    finally:
+        _reread(is_allowed)
+
+
+@contextlib.contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:
@@ -327,7 +376,6 @@ def _settings() -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
-        _reread(is_allowed)
 
 
 def _reread(is_cluster: bool | None) -> bool | None:
@@ -346,8 +394,8 @@ def _reread(is_cluster: bool | None) -> bool | None:
     return None
 
 
-def _end(helper: subprocess.Popen) -> None:
-    """End the cluster."""
+def _end(helper: subprocess.Popen, folders: list[str]) -> None:
+    """End the cluster, and what is left of it if the helper has not ended it."""
     for pipe in (helper.stdin, helper.stdout):
         if pipe is not None:
             pipe.close()
@@ -356,3 +404,8 @@ def _end(helper: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         helper.kill()
         helper.wait()
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(helper.pid, signal.SIGKILL)  # the helper leads a group of its own
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

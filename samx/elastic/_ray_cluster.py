@@ -1,15 +1,19 @@
 """A Ray cluster that ends when its standard input ends; a process without jax runs this file.
 
 Ray forks, which a process with jax's threads should not do. And no process is left behind, however
-the process at the other end of the pipe ends.
+the process at the other end of the pipe ends. If one of Ray's own servers ends, all of the cluster
+ends, because calls to it could wait for minutes.
 """
 
 import logging
 import os
+import select
 import sys
 import tempfile
 
 LEAST_BYTES, LARGEST_SHARE = 200_000_000, 0.3
+SERVERS = ("gcs_server", "raylet")
+POLL = 0.2  # seconds between two looks at the servers
 
 
 def main() -> None:
@@ -37,9 +41,25 @@ def main() -> None:
             object_store_memory=num_bytes,
             _temp_dir=folder,
         )
-        print(f"address {ray.get_runtime_context().gcs_address}", flush=True)
-        sys.stdin.read()
-        ray.shutdown()
+        print(f"address {ray.get_runtime_context().gcs_address} {folder}", flush=True)
+        servers_live = watch()
+        while servers_live():
+            if select.select([sys.stdin], [], [], POLL)[0]:
+                ray.shutdown()
+                return
+    os._exit(1)  # a call to Ray could wait for the server that has ended
+
+
+def watch():
+    """Return a function that says whether Ray's servers live, as far as that can be seen."""
+    try:
+        import psutil  # Ray brings a copy
+    except ImportError:
+        return lambda: True
+    servers = [process for process in psutil.Process().children() if process.name() in SERVERS]
+    return lambda: all(
+        process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in servers
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from samx.elastic._rule import Rule
 from samx.elastic._worker import Wire, Worker
 
 POLL = 0.05  # seconds between two checks of the workers
+NOT_READY = "no work was left before it was ready"
 
 
 class Checkpoint(NamedTuple):
@@ -255,10 +256,6 @@ def train(
         else:
             saved = int(counts.sum())
 
-    def abandon(life, what):
-        engine.call("leave", life, f"TimeoutError: {what}")
-        engine.abandon(life)
-
     begun = monitored = copied = time.monotonic()
     over = None  # when the last exchange was made
     signals = _Signals()
@@ -272,14 +269,18 @@ def train(
                 for life, error in engine.deaths():
                     engine.call("leave", life, error)
                 for life in engine.call("silent", worker_timeout):
-                    abandon(life, f"no exchange for {worker_timeout:g} s, and no end")
+                    what = f"TimeoutError: no exchange for {worker_timeout:g} s, and no end"
+                    engine.call("leave", life, what)
+                    engine.abandon(life)
                 seen, now = progress(), time.monotonic()
                 if seen.exchanges >= num_exchanges:
                     over = over or now
-                    if now - over > engine.grace:
-                        for record in _unfinished(seen):
-                            life = record.index, record.restarts
-                            abandon(life, f"no end {engine.grace:g} s after the last exchange")
+                    for record in _unfinished(seen) if now - over > engine.grace else []:
+                        what = f"TimeoutError: no end {engine.grace:g} s after the last exchange"
+                        why = (what, "") if record.status == "running" else ("", NOT_READY)
+                        life = record.index, record.restarts
+                        engine.call("leave", life, *why)
+                        engine.abandon(life)
                 for record in progress().workers:
                     if record.status == "died" and not record.is_reported:
                         is_again = over is None and record.restarts < max_restarts

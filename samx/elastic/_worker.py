@@ -85,7 +85,12 @@ class Layout:
 
 def _kinds(params):
     leaves, treedef = jax.tree.flatten(params)
-    return treedef, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+    return treedef, [
+        (leaf.shape, leaf.dtype)
+        if isinstance(leaf, jax.Array)
+        else (jnp.shape(leaf), jnp.result_type(leaf))
+        for leaf in leaves
+    ]
 
 
 def difference_of(layout: list[Any], wanted: list[Any]) -> str:
@@ -135,33 +140,20 @@ class Wire:
 
     def put_in(self, params: Any, flat: np.ndarray) -> Any:
         """Return `params` with these values, on the same devices."""
-        leaves = jax.tree.leaves(params)
-        for i, value in zip(self.floating, self._placed(leaves, flat), strict=True):
+        leaves, parts = jax.tree.leaves(params), []
+        for i, part in zip(self.floating, self.slices, strict=True):
+            shape, dtype = self.layout.leaves[i]
+            parts.append(flat[part].reshape(shape).astype(dtype))
+        here = [leaves[i] for i in self.floating]
+        is_committed = any(getattr(leaf, "committed", False) for leaf in here)
+        shardings = [leaf.sharding for leaf in here] if is_committed else None
+        for i, value in zip(self.floating, jax.device_put(parts, shardings), strict=True):
             leaves[i] = value
         return jax.tree.unflatten(self.layout.treedef, leaves)
 
     def take_off(self, params: Any, flat: np.ndarray) -> Any:
         """Return `params` minus these values."""
-        leaves = jax.tree.leaves(params)
-        for i, move in zip(self.floating, self._placed(leaves, flat, self.dtype), strict=True):
-            leaves[i] = _minus(leaves[i], move)
-        return jax.tree.unflatten(self.layout.treedef, leaves)
-
-    def _placed(self, leaves, flat, dtype=None):
-        """Return the parts of `flat`, in the leaves' dtypes or in `dtype`, on their devices."""
-        parts = []
-        for i, part in zip(self.floating, self.slices, strict=True):
-            shape, own = self.layout.leaves[i]
-            parts.append(flat[part].reshape(shape).astype(dtype or own))
-        here = [leaves[i] for i in self.floating]
-        if any(getattr(leaf, "committed", False) for leaf in here):
-            return jax.device_put(parts, [leaf.sharding for leaf in here])
-        return jax.device_put(parts)
-
-
-@jax.jit
-def _minus(leaf, move):
-    return (tree.widen(leaf) - move).astype(leaf.dtype)
+        return self.put_in(params, self.flat(params) - flat)
 
 
 def check_sendable(sent: np.ndarray, limit: float) -> None:
@@ -311,7 +303,7 @@ def _gaussian(local: Local, wire: Wire, client: Any, limit: float) -> bool:
 
 def copied(params: Any) -> Any:
     """Return a copy with its own memory."""
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), params)
+    return jax.device_put(params, may_alias=False)
 
 
 def warm_up(worker: Worker, params: Any) -> None:
