@@ -308,10 +308,11 @@ def faults() -> list[Fault]:
     add("streams", "None", lambda w: w._replace(batches=lambda n: None), "TypeError: 'NoneType'")
 
     silent = "TimeoutError: no exchange for "
-    add("hangs", "in make_worker", hanging, silent)
-    add("hangs", "in init", lambda w: w._replace(init=hanging), silent)
-    add("hangs", "in batches", lambda w: w._replace(batches=hanging), silent)
-    add("hangs", "in the warm-up", in_step(0, hanging), silent)
+    not_ready = f"{silent}|no work was left before it was ready"
+    add("hangs", "in make_worker", hanging, not_ready)
+    add("hangs", "in init", lambda w: w._replace(init=hanging), not_ready)
+    add("hangs", "in batches", lambda w: w._replace(batches=hanging), not_ready)
+    add("hangs", "in the warm-up", in_step(0, hanging), not_ready)
     add("hangs", "during the first exchange", in_step(1, hanging), silent)
     add("hangs", "before the second exchange", in_step(first, hanging), silent)
     add("hangs", "in a later step", in_step(later, hanging), silent)
@@ -440,10 +441,13 @@ def run_driver(number: int, target: str, engine: str, folder: Path) -> list[str]
     folder.mkdir()
     command = [sys.executable, __file__, "--child", engine, str(number), target, str(folder)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    family: list[psutil.Process] = []
+    family: dict[int, psutil.Process] = {}
+    folders: set[str] = set()
     while child.poll() is None:
         with contextlib.suppress(psutil.Error):
-            family = [*psutil.Process(child.pid).children(recursive=True), *family][:200]
+            for process in psutil.Process(child.pid).children(recursive=True):
+                family[process.pid] = process
+                folders |= set(re.findall(r"/tmp/samx-\w+", " ".join(process.cmdline())))
         time.sleep(0.1)
     out, err = child.communicate()
     found = []
@@ -456,8 +460,10 @@ def run_driver(number: int, target: str, engine: str, folder: Path) -> list[str]
         expected, code = "CenterLost", 3
     if child.returncode != code or expected not in err:
         found.append(f"exit code {child.returncode}, wanted {code}: {(out + err)[-300:]!r}")
-    wait_for(lambda: not any(is_alive(process) for process in family), 30)
-    found += [f"process {p.pid} is left" for p in set(family) if is_alive(p)]
+    wait_for(lambda: not any(map(is_alive, family.values())), 30)
+    found += [f"process {pid} is left" for pid, process in family.items() if is_alive(process)]
+    wait_for(lambda: not any(map(os.path.exists, folders)), 10)
+    found += [f"folder {folder} is left" for folder in folders if os.path.exists(folder)]
     try:
         with np.load(folder / "saved.npz") as kept:
             params = {name: kept[name] for name in start()}
@@ -613,14 +619,14 @@ def measure(case: Case, folder: Path, limit: float) -> dict[str, Any]:
 
 
 def left_behind() -> set[str]:
-    """Return threads of workers, processes of workers and centers, their sockets and files."""
+    """Return threads of workers, and processes of workers and centers with their sockets."""
     found = {f"thread {t.name}" for t in threading.enumerate() if t.name.startswith("worker ")}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             name = " ".join(process.cmdline())
             if re.search(r"ray::(Worker|Shard)Actor|_ray_cluster|faults\.py", name):
                 found.add(f"process {process.pid} {name[:40]}")
-    return found | {str(path) for path in Path("/tmp").glob("samx-*")}
+    return found
 
 
 def line_of(row: dict[str, Any]) -> str:

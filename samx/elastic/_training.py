@@ -124,14 +124,15 @@ def train(
             at the center, with a new optimizer state.
         start_timeout: Seconds to wait at the start for workers that have not compiled yet; default
             600. Late workers start at the center, as it is then.
-        worker_timeout: Seconds that a worker may compute without an exchange, from the start of
-            training on; then it counts as dead. Waits for other workers are not counted. Default
-            600.
+        worker_timeout: Seconds that a worker may compute without an exchange, once training has
+            started; then it counts as dead. The start of a late or restarted worker is included,
+            waits for other workers are not. Default 600.
         monitor: Called with a `Progress` in this thread, every `monitor_every` seconds and at the
             end.
         monitor_every: Seconds; default 1.
         save: Called with a `Checkpoint` in this thread, every `save_every` seconds and whenever
-            training ends, also by an error or Ctrl-C.
+            training ends, also by an error, Ctrl-C or SIGTERM. If it raises an `Exception`, a
+            RuntimeWarning says what failed and which checkpoint is kept, and training goes on.
         save_every: Seconds; default 600.
         resume: A `Checkpoint` to resume from; then `params` only gives structure and dtypes.
         center_dtype: dtype of the center; default that of the parameters, float32 at least. With
@@ -141,12 +142,13 @@ def train(
         A `Trained`: the center, and the last `Progress`.
 
     Raises:
-        ValueError: If a number is out of range, or `resume` has another number of workers or other
-            parameters.
+        ValueError: If a number is out of range, `params` or `resume` are not finite, or `resume`
+            has another number of workers or other parameters.
         TypeError: If a count is not a Python int, `params` has no real floating leaves, or another
             argument is not what it is called.
-        RuntimeError: If every worker has died, with the traceback of one of them.
-        CenterLost: If the center has died.
+        RuntimeError: If every worker has died before all exchanges were made, with the traceback of
+            one of them.
+        CenterLost: If the center has died; `checkpoint` of the error is its newest copy.
 
     Example:
         >>> import itertools, jax, jax.numpy as jnp, optax, samx
@@ -179,8 +181,16 @@ def train(
         Runs are not reproducible: the order of the exchanges depends on the machine. `Simulation`
         is reproducible.
         Cost per exchange: the parameters to the center and back. Memory: the center once (twice
-        with a leader), and a flat copy of the parameters in each worker. Every death of a worker is
-        reported by a RuntimeWarning and in `Progress.workers`; the others do its share.
+        with a leader), a flat copy of the parameters in each worker, and one copy in this process.
+        What a worker sends must be finite, laid out like the parameters, and of a norm of at most a
+        million times that of the center when the worker joined it (of 1, if the center is smaller).
+        Anything else never reaches the center: the exchange is refused and counted, and the worker
+        dies.
+        Every death of a worker, by an exception of any class, a signal or a timeout, is reported by
+        a RuntimeWarning and in `Progress.workers`; the others do its share. When all exchanges are
+        made, workers have the engine's `grace` seconds to end. If fewer are made, because workers
+        have died or their streams have ended, a RuntimeWarning and `Trained.shortfall` say why.
+        SIGTERM ends training as Ctrl-C does, with a checkpoint, and raises `SystemExit(143)`.
     """
     check_function("make_worker", make_worker, 1)
     num_workers = as_count("num_workers", num_workers)

@@ -159,7 +159,7 @@ class Wire:
 def check_sendable(sent: np.ndarray, limit: float) -> None:
     """Raise an `ExchangeRefused` if values are not finite, or their norm is above the limit."""
     norm = norm_of(sent)
-    if not norm <= limit:
+    if not np.isfinite(norm) or norm > limit:
         what = "values that are not finite" if not np.isfinite(norm) else f"a norm of {norm:.3g}"
         raise ExchangeRefused(
             f"the worker would send {what}; the center takes finite values with a norm of at most "

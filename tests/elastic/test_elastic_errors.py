@@ -12,6 +12,16 @@ from samx import elastic
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+
+def train_from(params, **options):
+    """Train, although the workers must never be made."""
+
+    def make(index):
+        raise AssertionError("a worker was made")
+
+    return elastic.train(make, params, num_workers=1, num_exchanges=1, **options)
+
+
 BAD = {
     "beta": (lambda: elastic.Rule(beta=1.1), ValueError, "`beta` must be in"),
     "period": (lambda: elastic.Rule(period=0), ValueError, "`period` must be at least 1"),
@@ -40,6 +50,65 @@ BAD = {
         lambda: elastic.train(lambda i: None, {"n": jnp.arange(3)}, num_workers=1, num_exchanges=1),
         TypeError,
         "`params` must have real floating leaves",
+    ),
+    "params that are not finite": (
+        lambda: train_from({"w": jnp.ones(2), "b": jnp.array([1.0, jnp.inf])}),
+        ValueError,
+        r"`params`\['b'\] must be finite",
+    ),
+    "params above center_dtype": (
+        lambda: train_from({"w": jnp.full(2, 1e6)}, center_dtype="float16"),
+        ValueError,
+        "`params` must be finite in `center_dtype`, float16",
+    ),
+    "resume that is not finite": (
+        lambda: train_from(
+            {"w": jnp.ones(2)},
+            resume=elastic.Checkpoint({"w": np.array([1.0, np.nan])}, np.array([3])),
+        ),
+        ValueError,
+        r"`resume.params`\['w'\] must be finite",
+    ),
+    "resume of another shape": (
+        lambda: train_from(
+            {"w": jnp.ones(2)}, resume=elastic.Checkpoint({"w": np.ones(3)}, np.array([3]))
+        ),
+        ValueError,
+        r"`resume.params`\['w'\] must have the shape of `params`, \(2,\), got \(3,\)",
+    ),
+    "resume of another structure": (
+        lambda: train_from(
+            {"w": jnp.ones(2)}, resume=elastic.Checkpoint([np.ones(2)], np.array([3]))
+        ),
+        ValueError,
+        "`resume.params` must have the structure of `params`",
+    ),
+    "resume of a negative count": (
+        lambda: train_from(
+            {"w": jnp.ones(2)}, resume=elastic.Checkpoint({"w": np.ones(2)}, np.array([-3]))
+        ),
+        ValueError,
+        "`resume.exchanges` must be at least 0",
+    ),
+    "worker_timeout": (
+        lambda: train_from({"w": jnp.ones(2)}, worker_timeout=-1.0),
+        ValueError,
+        "`worker_timeout` must be at least 0",
+    ),
+    "a stream that has ended": (
+        lambda: [
+            simulation.apply(elastic.Event(0.0, 0, kind))
+            for simulation in [
+                elastic.Simulation(
+                    [make_worker(PLAIN, 1)(0)._replace(batches=lambda n: [])],
+                    problem.make()[1],
+                    elastic.Rule(),
+                )
+            ]
+            for kind in ("begin", "exchange", "finish")
+        ],
+        ValueError,
+        "worker 0 cannot take a step: its stream of batches has ended after 0 local steps",
     ),
     "event": (
         lambda: elastic.Simulation(

@@ -5,16 +5,20 @@ import itertools
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import problem
 import pytest
 from elastic_runs import SHARP, Eamsgd, loss_of, make_worker, simulated, train
+from ray_runs import wait_until
 
 from samx import elastic
 from samx.elastic._center import Center, Client, Ledger, Shard
+from samx.elastic._worker import ExchangeRefused, Wire, check_sendable, copied, norm_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -239,7 +243,10 @@ def test_a_worker_is_started_again_from_the_center():
 def test_when_all_workers_die_the_last_ones_error_is_raised_and_the_center_saved():
     saved = []
     make = failing(make_worker(SHARP, 1), 0, 3)
-    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="out of cheese"):
+    message = (
+        "every worker has died; 2 of 60 exchanges were made; worker 0 ended after 2: ValueError"
+    )
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match=message):
         train(SHARP, elastic.Rule(period=1), 60, num_workers=1, make=make, save=saved.append)
     assert saved[-1].exchanges.tolist() == [2]
 
@@ -291,13 +298,104 @@ def test_ctrl_c_saves_the_center_and_ends_the_workers():
     assert signal.signal(signal.SIGINT, handler) is signal.default_int_handler
 
 
-def test_streams_may_end():
+def test_streams_that_end_are_a_shortfall_that_says_why():
     make = make_worker(SHARP, 2)
 
     def make_short(i):
         worker = make(i)
-        return worker._replace(batches=lambda n: itertools.islice(worker.batches(n), 10))
+        return worker._replace(batches=lambda n: itertools.islice(worker.batches(n), 10 * i))
 
-    trained = train(SHARP, elastic.Rule(period=2), 1000, make=make_short)
-    assert trained.progress.exchanges == 10  # two workers, every second of ten steps
+    with pytest.warns(RuntimeWarning, match="5 of 1000 exchanges were made") as warned:
+        trained = train(SHARP, elastic.Rule(period=2), 1000, make=make_short)
+    assert trained.progress.exchanges == 5  # every second of ten steps
     assert {worker.status for worker in trained.progress.workers} == {"done"}
+    for text in (trained.shortfall, str(warned[0].message)):
+        assert "worker 0 ended after 0: its stream of batches has ended after 0 local" in text
+        assert "worker 1 ended after 5: its stream of batches has ended after 10 local" in text
+
+
+def test_a_life_that_has_ended_changes_nothing():
+    """A thread that hung may wake up after its worker was started again."""
+    ledger = Ledger(1, 100)
+    assert ledger.join((0, 0), "first") == 0
+    assert ledger.wait_for_start((0, 0))
+    assert ledger.admit((0, 0), 1.0) is not None
+    ledger.leave((0, 0), "hung")
+    ledger.report(0, True)
+    assert ledger.join((0, 0), "woke up") is None
+    assert ledger.join((0, 1), "second") == 1
+    assert not ledger.wait_for_start((0, 0))
+    assert ledger.wait_for_start((0, 1))
+    assert ledger.admit((0, 0), 9.0) is None
+    ledger.leave((0, 0), "raised")
+    [record] = ledger.snapshot()[1]
+    assert (record.status, record.exchanges, record.place) == ("running", 1, "second")
+    assert (record.error, record.loss, record.restarts) == ("hung", 1.0, 1)
+
+
+def test_only_workers_that_compute_are_silent():
+    """Those that wait for others are not, and nobody is before training starts."""
+    ledger = Ledger(3, 100, 2)
+    ledger.join((0, 0), "")
+    assert ledger.silent(0.0) == []
+    ledger.open()
+    time.sleep(0.01)
+    assert ledger.silent(0.0) == [(0, 0), (1, 0), (2, 0)]
+    assert ledger.silent(10.0) == []
+    for i in range(3):
+        ledger.wait_for_start((i, 0))
+    with ThreadPoolExecutor() as pool:
+        first = [pool.submit(ledger.admit, (0, 0), 0.0) for _ in range(3)]
+        wait_until(lambda: 0 in ledger.waiting)
+        time.sleep(0.01)
+        assert ledger.silent(0.0) == [(1, 0), (2, 0)]
+        ledger.leave((1, 0), "hung")
+        ledger.stop()
+        assert None in [waiting.result(10) for waiting in first]
+
+
+def test_an_exchange_compiles_nothing():
+    """Compiled leaf by leaf, a tree of a thousand shapes would take minutes to start."""
+    params = {f"{i}": jnp.ones((i + 3, 2), "float32" if i % 2 else "bfloat16") for i in range(9)}
+    wire, names = Wire(params | {"n": jnp.arange(3)}), []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: names.append(name))
+    try:
+        params |= {"n": jnp.arange(3)}
+        flat = wire.flat(params)
+        moved = copied(wire.take_off(wire.put_in(params, 2 * flat), 0.5 * flat))
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert not [name for name in names if "compile" in name]
+    chex.assert_trees_all_equal_shapes_and_dtypes(moved, params)
+    want = {k: 1.5 * x if k != "n" else x for k, x in params.items()}
+    chex.assert_trees_all_equal(moved, jax.tree.map(lambda w, x: w.astype(x.dtype), want, params))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 3e38])
+def test_a_norm_is_finite_if_the_values_are(scale):
+    values = np.array([0.6, -0.8], np.float32) * np.float32(scale)
+    np.testing.assert_allclose(norm_of(values), scale, rtol=1e-6)
+    check_sendable(values, 2 * scale)
+    for bad in (np.nan, np.inf, -np.inf):
+        with pytest.raises(ExchangeRefused, match="values that are not finite"):
+            check_sendable(np.append(values, np.float32(bad)), np.inf)
+    with pytest.raises(ExchangeRefused, match="a norm of"):
+        check_sendable(values, 0.9 * scale)
+
+
+def test_a_center_that_is_not_finite_is_not_saved(monkeypatch):
+    """No worker can bring this about, so the test does."""
+    saved, engine = [], elastic.Threads()
+    monkeypatch.setattr(engine, "pull", lambda: np.full(engine._job.values.shape, np.nan))
+    with pytest.warns(RuntimeWarning, match="the center is not finite, so no checkpoint is writ"):
+        train(SHARP, elastic.Rule(), 4, num_workers=1, engine=engine, save=saved.append)
+    assert saved == []
+
+
+def test_every_worker_starts_at_once_when_its_exchanges_are_done():
+    """A resumption of a finished training ends at once, at the same center."""
+    center = problem.make()[1]
+    resume = elastic.Checkpoint(center, np.array([3, 3]))
+    trained = train(SHARP, elastic.Rule(), 6, resume=resume)
+    assert (trained.progress.exchanges, trained.shortfall) == (6, "")
+    chex.assert_trees_all_equal(trained.params, center)

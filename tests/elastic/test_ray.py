@@ -1,5 +1,6 @@
 """Ray: exchanges between processes are exact, whichever process dies. Ray starts once."""
 
+import itertools
 import os
 import re
 import signal
@@ -245,7 +246,7 @@ def test_a_killed_center(cluster):
 
     with pytest.raises(
         elastic.CenterLost, match="the center is lost, one of its processes has ended"
-    ):
+    ) as lost:
         elastic.train(
             maker(0.01),
             problem.make(np.float32)[1],
@@ -254,10 +255,53 @@ def test_a_killed_center(cluster):
             engine=engine,
             monitor=monitor,
             monitor_every=0.05,
+            save_every=0.0,
         )
+    kept = lost.value.checkpoint
+    assert kept.exchanges.shape == (1,)
+    assert kept.exchanges[0] >= 1
+    assert loss_of(kept.params) < loss_of(problem.make(np.float32)[1])
+    assert f"after {kept.exchanges[0]} exchanges" in lost.value.__notes__[0]
     assert time.monotonic() - seen["time"] < 15
     wait_until(lambda: not any(map(is_alive, seen["workers"])), 15)
     engine.close()  # closing it again does no harm
+
+
+def test_workers_that_fail_are_named_and_counted(cluster):
+    """What is not finite never reaches the center, and SystemExit is a death like any other."""
+    make, params = maker(0.01), problem.make(np.float32)[1]
+
+    def make_failing(index):
+        worker, calls = make(index), itertools.count()
+
+        def step(*args):
+            params, *rest = worker.step(*args)
+            if index == 1 and next(calls) == 5:
+                params = params | {"W1": params["W1"] * np.nan}
+            if index == 2 and next(calls) == 5:
+                raise SystemExit(0)
+            return params, *rest
+
+        return worker._replace(step=step)
+
+    with pytest.warns(RuntimeWarning, match="worker . .* died") as warned:
+        trained = elastic.train(
+            make_failing,
+            params,
+            num_workers=3,
+            num_exchanges=60,
+            rule=elastic.Rule(period=2),
+            max_staleness=4,
+            engine=elastic.Ray(),
+        )
+    healthy, spoilt, gone = trained.progress.workers
+    assert (healthy.status, spoilt.status, gone.status) == ("done", "died", "died")
+    assert spoilt.error.startswith("ExchangeRefused: the worker would send values that are not fin")
+    assert gone.error.startswith("SystemExit: 0")
+    assert [record.refused for record in (healthy, spoilt, gone)] == [0, 1, 0]
+    assert len(warned) == 2
+    assert trained.progress.exchanges == 60
+    assert loss_of(trained.params) < 0.5 * loss_of(params)
 
 
 @pytest.mark.filterwarnings("ignore:elastic. worker 0:RuntimeWarning")
@@ -307,6 +351,7 @@ def test_a_worker_that_hangs_is_killed(cluster):
         ({"grace": float("nan")}, ValueError, "`grace` must be at least 0, got nan"),
         ({"grace": True}, TypeError, "`grace` must be a number, got True"),
         ({"address": 6379}, TypeError, "`address` must be HOST:PORT, got 6379"),
+        ({"allow_unauthenticated": 1}, TypeError, "`allow_unauthenticated` must be True or False"),
         ({"worker_options": ["cpu"]}, TypeError, "`worker_options` must be a mapping"),
         ({"worker_options": {"num_cpus": 1}}, ValueError, "must not set num_cpus: .*per_worker"),
     ],
@@ -322,6 +367,32 @@ def test_more_parts_than_parameters(cluster):
         elastic.train(
             maker(), params, num_workers=1, num_exchanges=1, engine=elastic.Ray(num_shards=3)
         )
+
+
+def test_a_cluster_that_anyone_can_reach_is_refused(monkeypatch, tmp_path):
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    engine = elastic.Ray(address="10.0.0.1:6379")
+    message = "the cluster at 10.0.0.1:6379 has no token authentication"
+    with pytest.raises(ValueError, match=message):
+        engine._connect()
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeManagerAddress": "10.0.0.1"}])
+    with pytest.raises(ValueError, match=r"the cluster of `ray.init` has no token authentication"):
+        engine._connect()
+    elastic.Ray(allow_unauthenticated=True)._connect()
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    with pytest.raises(ValueError, match="pass `allow_unauthenticated=True`"):
+        engine._connect()
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    engine._connect()
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    engine._connect()
 
 
 @pytest.mark.parametrize("name", ["CPU", "GPU"])

@@ -1,0 +1,59 @@
+"""Faults of workers, of saves and of the driver: each is named, and nothing hangs or is lost.
+
+The faults and what must hold are those of `examples/asynchronous/faults.py`.
+"""
+
+import pytest
+
+from examples.asynchronous.faults import cases_of, measure
+
+SAMPLE = {
+    "NaN in one weight",
+    "NaN once, then a restart",
+    "weights of 1e+30",
+    "a loss of NaN, finite parameters",
+    "weights of shape [1]",
+    "parameters in a list",
+    "a worker with another structure of the same size",
+    "SystemExit('0')",
+    "StopIteration('')",
+    "Unprintable('?')",
+    "in make_worker",
+    "two results",
+    "a loss that is None",
+    "during the first exchange",
+    "once, then a restart",
+    "no space left, at first",
+    "SIGTERM to driver",
+}
+CASES = [
+    pytest.param(case, id=f"{case.kind} {case.name}", marks=[] if case.name in SAMPLE else slow)
+    for slow in [pytest.mark.slow]
+    for case in cases_of(["threads"])
+]
+
+
+def test_the_sample_exists():
+    assert {case.name for case in cases_of(["threads"])} >= SAMPLE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fault(case, tmp_path):
+    assert measure(case, tmp_path, 60.0)["problems"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["_ray_cluster", "gcs_server", "raylet/raylet"])
+def test_a_killed_server_of_ray(target, tmp_path):
+    [case] = [c for c in cases_of(["ray"]) if c.name == f"SIGKILL to {target}"]
+    assert measure(case, tmp_path, 90.0)["problems"] == []
+
+
+def test_a_run_that_goes_wrong_is_seen(tmp_path):
+    """The checks can fail: here nothing goes wrong in the worker, so nothing is named."""
+    [case] = [c for c in cases_of(["threads"]) if c.name == "NaN in one weight"]
+    fault = case.run.args[0]._replace(change=lambda worker: worker)
+    [problem] = measure(
+        case._replace(run=lambda folder: case.run.func(fault, "threads", folder)), tmp_path, 60.0
+    )["problems"]
+    assert problem == "named as 'no work is left'"
