@@ -3,6 +3,7 @@
 It is sent to them by value, so that the center's process imports numpy only.
 """
 
+import contextlib
 import pickle
 import sys
 import threading
@@ -60,7 +61,8 @@ class WorkerActor:
         try:
             pickle.loads(pickled)(client)
         except BaseException as error:  # no module of the worker's code, or the center is lost
-            client.leave(error=described(error))
+            with contextlib.suppress(BaseException):
+                client.leave(error=described(error))
 
 
 class Client:

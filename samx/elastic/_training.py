@@ -1,7 +1,5 @@
 """Asynchronous training: a loop that starts the workers, and watches them and their center."""
 
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from samx.core.hyperparams import as_count, check_floating, check_function, chec
 from samx.elastic._center import CenterLost, WorkerRecord, check_staleness, described
 from samx.elastic._engine import Engine, Job, Threads
 from samx.elastic._rule import Rule
+from samx.elastic._signals import Signals
 from samx.elastic._worker import Wire, Worker
 
 POLL = 0.05  # seconds between two checks of the workers
@@ -225,8 +224,8 @@ def train(
             )
         tree.check_arrays("resume.params", resume.params)
         tree.check_like("resume.params", resume.params, "params", params)
-        counts = np.asarray(resume.exchanges)
-        before = {i: as_count("resume.exchanges", n, 0) for i, n in enumerate(counts)}
+        numbers = enumerate(np.asarray(resume.exchanges))
+        before = {i: as_count("resume.exchanges", n, 0) for i, n in numbers}
     start, name = (params, "params") if resume is None else (resume.params, "resume.params")
     _check_finite(name, start)
     start = jax.tree.map(lambda w, like: jnp.asarray(w, jnp.result_type(like)), start, params)
@@ -237,38 +236,12 @@ def train(
     shard = (rule.weight(num_workers), rule.leader, rule.smoothing == "elastic")
     ledger = (num_workers, num_exchanges, max_staleness, before)
 
-    kept = Checkpoint(start, np.array([before.get(i, 0) for i in range(num_workers)], np.int64))
-    saved = None
-
-    def pull():
-        return wire.put_in(params, engine.pull().astype(wire.dtype))
-
-    def progress():
-        seconds, records = engine.call("snapshot")
-        return Progress(seconds, sum(record.exchanges for record in records), records, pull)
-
-    def checkpoint():
-        """Copy the center to this process, and save it; warn if it cannot be saved."""
-        nonlocal kept, saved
-        values = engine.pull()
-        if not np.isfinite(values).all():
-            _warn("the center is not finite, so no checkpoint is written", saved)
-            return
-        counts = np.array([record.exchanges for record in progress().workers], np.int64)
-        kept = Checkpoint(wire.put_in(params, values.astype(wire.dtype)), counts)
-        if save is None:
-            return
-        try:
-            save(kept)
-        except Exception as error:  # training must not be lost because a disk is full
-            what = described(error).splitlines()[0]
-            _warn(f"`save` has failed after {counts.sum()} exchanges: {what}", saved)
-        else:
-            saved = int(counts.sum())
+    counts = np.array([before.get(i, 0) for i in range(num_workers)], np.int64)
+    center = _Center(engine, wire, params, save, Checkpoint(start, counts))
 
     begun = monitored = copied = time.monotonic()
     over = None  # when the last exchange was made
-    signals = _Signals()
+    signals = Signals()
     try:
         engine.start(Job(make_worker, rule, wire.layout.plain, values, shard, ledger))
         try:
@@ -276,29 +249,14 @@ def train(
                 engine.launch((index, 0))
             while True:
                 signals.raise_the_first()
-                for life, error in engine.deaths():
-                    engine.call("leave", life, error)
-                for life in engine.call("silent", worker_timeout):
-                    what = f"TimeoutError: no exchange for {worker_timeout:g} s, and no end"
-                    engine.call("leave", life, what)
-                    engine.abandon(life)
-                seen, now = progress(), time.monotonic()
-                if seen.exchanges >= num_exchanges:
+                now = time.monotonic()
+                _end_the_silent(engine, worker_timeout)
+                if center.progress().exchanges >= num_exchanges:
                     over = over or now
-                    for record in _unfinished(seen) if now - over > engine.grace else []:
-                        what = f"TimeoutError: no end {engine.grace:g} s after the last exchange"
-                        why = (what, "") if record.status == "running" else ("", NOT_READY)
-                        life = record.index, record.restarts
-                        engine.call("leave", life, *why)
-                        engine.abandon(life)
-                for record in progress().workers:
-                    if record.status == "died" and not record.is_reported:
-                        is_again = over is None and record.restarts < max_restarts
-                        _report(record, is_again)
-                        engine.call("report", record.index, is_again)
-                        if is_again:
-                            engine.launch((record.index, record.restarts + 1))
-                seen = progress()
+                    if now - over > engine.grace:
+                        _end_the_unfinished(engine, center.progress())
+                _report_deaths(engine, center.progress(), 0 if over else max_restarts)
+                seen = center.progress()
                 if not _unfinished(seen):
                     break
                 if now - begun > start_timeout:
@@ -308,7 +266,7 @@ def train(
                     monitor(seen)
                 if now - copied >= save_every:
                     copied = now
-                    checkpoint()
+                    center.checkpoint()
                 time.sleep(POLL)
             shortfall = _shortfall(seen, num_exchanges)
             if shortfall and all(record.status == "died" for record in seen.workers):
@@ -321,18 +279,19 @@ def train(
             raise
         except BaseException:
             engine.call("stop")
-            checkpoint()
+            center.checkpoint()
             raise
-        checkpoint()
-        final = pull()
+        center.checkpoint()
+        final = center.pull()
         if shortfall:
-            warnings.warn(f"elastic: {shortfall}", RuntimeWarning, 2)
+            _warn(shortfall)
         # The center ends now.
         return Trained(final, seen._replace(pull=lambda: final), shortfall)
     except CenterLost as error:
-        error.checkpoint = kept
+        error.checkpoint = center.kept
         error.add_note(
-            f"`checkpoint` of this error is its newest copy, after {kept.exchanges.sum()} exchanges"
+            "`checkpoint` of this error is its newest copy, after "
+            f"{center.kept.exchanges.sum()} exchanges"
         )
         raise
     finally:
@@ -340,45 +299,86 @@ def train(
         engine.close()
 
 
+class _Center:
+    """The center as the driver sees it, and its newest copy in this process."""
+
+    def __init__(
+        self, engine: Engine, wire: Wire, params: Any, save: Callable | None, kept: Checkpoint
+    ):
+        self.engine, self.wire, self.params, self.save = engine, wire, params, save
+        self.kept, self.saved = kept, "no checkpoint"
+
+    def pull(self) -> Any:
+        """Return the center as a tree like the parameters."""
+        return self.wire.put_in(self.params, self.engine.pull().astype(self.wire.dtype))
+
+    def progress(self) -> Progress:
+        """Return how far the workers are."""
+        seconds, records = self.engine.call("snapshot")
+        return Progress(seconds, sum(record.exchanges for record in records), records, self.pull)
+
+    def checkpoint(self) -> None:
+        """Copy the center to this process, and save it; warn if it cannot be saved."""
+        params = self.pull()
+        counts = np.array([record.exchanges for record in self.progress().workers], np.int64)
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+            _warn(f"the center is not finite, so it is not saved; {self.saved} is kept")
+            return
+        self.kept = Checkpoint(params, counts)
+        if self.save is None:
+            return
+        after = f"after {counts.sum()} exchanges"
+        try:
+            self.save(self.kept)
+        except Exception as error:  # training must not be lost because a disk is full
+            what = described(error).splitlines()[0]
+            _warn(
+                f"`save` has failed {after}: {what}; {self.saved} is kept, and the center is still "
+                "in memory"
+            )
+        else:
+            self.saved = f"the checkpoint {after}"
+
+
+def _end_the_silent(engine: Engine, seconds: float) -> None:
+    """Declare workers dead that have not exchanged for too long."""
+    for life in engine.call("silent", seconds):
+        error = f"TimeoutError: no exchange for {seconds:g} s, and no end"
+        engine.call("leave", life, error)
+        engine.abandon(life)
+
+
+def _end_the_unfinished(engine: Engine, seen: Progress) -> None:
+    """Declare workers dead that have not ended in time, or done if they were never ready."""
+    for record in _unfinished(seen):
+        error = f"TimeoutError: no end {engine.grace:g} s after the last exchange"
+        why = (error, "") if record.status == "running" else ("", NOT_READY)
+        life = record.index, record.restarts
+        engine.call("leave", life, *why)
+        engine.abandon(life)
+
+
+def _report_deaths(engine: Engine, seen: Progress, max_restarts: int) -> None:
+    """Warn of each death once, and start the worker again if it may."""
+    for life, error in engine.deaths():
+        engine.call("leave", life, error)
+    for record in seen.workers:
+        if record.status == "died" and not record.is_reported:
+            is_again = record.restarts < max_restarts
+            _warn(
+                f"worker {record.index} ({record.place}) died after {record.exchanges} exchanges"
+                f"{' and is started again' if is_again else ''}: {record.error.splitlines()[0]}"
+            )
+            engine.call("report", record.index, is_again)
+            if is_again:
+                engine.launch((record.index, record.restarts + 1))
+
+
 def _check_finite(name: str, params: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if tree.is_inexact(leaf) and not np.isfinite(np.asarray(leaf)).all():
             where = f"`{name}`{jax.tree_util.keystr(path)}"
             raise ValueError(f"train: {where} must be finite, got NaN or infinity in it")
-
-
-class _Signals:
-    """Lets the first Ctrl-C or SIGTERM only be noted, until `raise_the_first` is called.
-
-    An exception at any point of the code could be lost, for example in a destructor of Ray. Then
-    training would continue. The second signal acts as usual. Nothing changes in other threads than
-    the main one, and for signals that the program handles itself.
-    """
-
-    def __init__(self):
-        self.noted, self.before = [], {}
-        if threading.current_thread() is not threading.main_thread():
-            return
-        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        for number, handler in usual.items():
-            if signal.getsignal(number) is handler:
-                self.before[number] = signal.signal(number, self._note)
-
-    def _note(self, number: int, _: Any) -> None:
-        self.noted.append(number)
-        signal.signal(number, self.before[number])
-
-    def raise_the_first(self) -> None:
-        """Raise the exception of the signal that was noted, if any."""
-        if self.noted and self.noted[0] == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.noted:
-            raise SystemExit(128 + self.noted[0])  # as shells report it; `finally` blocks run
-
-    def undo(self) -> None:
-        """Install the handlers that were there."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def _unfinished(seen: Progress) -> list[WorkerRecord]:
@@ -397,19 +397,5 @@ def _shortfall(seen: Progress, num_exchanges: int) -> str:
     return f"{seen.exchanges} of {num_exchanges} exchanges were made; {'; '.join(ends)}"
 
 
-def _report(record: WorkerRecord, is_again: bool) -> None:
-    warnings.warn(
-        f"elastic: worker {record.index} ({record.place}) died after {record.exchanges} exchanges"
-        f"{' and is started again' if is_again else ''}: {record.error.splitlines()[0]}",
-        RuntimeWarning,
-        3,
-    )
-
-
-def _warn(what: str, saved: int | None) -> None:
-    kept = "no checkpoint" if saved is None else f"the checkpoint after {saved} exchanges"
-    warnings.warn(
-        f"elastic: {what}. What is saved: {kept}. Training goes on with the center in memory",
-        RuntimeWarning,
-        4,
-    )
+def _warn(what: str) -> None:
+    warnings.warn(f"elastic: {what}", RuntimeWarning, 4)

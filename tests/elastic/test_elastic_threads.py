@@ -387,7 +387,7 @@ def test_a_center_that_is_not_finite_is_not_saved(monkeypatch):
     """No worker can bring this about, so the test does."""
     saved, engine = [], elastic.Threads()
     monkeypatch.setattr(engine, "pull", lambda: np.full(engine._job.values.shape, np.nan))
-    with pytest.warns(RuntimeWarning, match="the center is not finite, so no checkpoint is writ"):
+    with pytest.warns(RuntimeWarning, match="the center is not finite, so it is not saved; no ch"):
         train(SHARP, elastic.Rule(), 4, num_workers=1, engine=engine, save=saved.append)
     assert saved == []
 
