@@ -122,6 +122,7 @@ class Fault(NamedTuple):
     expected: str  # a pattern of the record's error or reason
     engines: tuple[str, ...] = ENGINES
     once: bool = False  # only in the worker's first life; the worker is restarted
+    options: tuple[tuple[str, Any], ...] = ()  # other arguments of `train`
 
 
 def in_step(number: int, do: Callable[[Any], Any]) -> Callable[[elastic.Worker], elastic.Worker]:
@@ -318,6 +319,10 @@ def faults() -> list[Fault]:
     add("hangs", "in a later step", in_step(later, hanging), silent)
     add("hangs", "in the stream", iterating(hanging), silent)
     add("hangs", "once, then a restart", in_step(later, hanging), silent, once=True)
+    # The other worker makes all exchanges, because it need not wait for this one.
+    patient = (("max_staleness", None), ("worker_timeout", 600.0))
+    late = "TimeoutError: no end 1 s after the last exchange"
+    add("hangs", "until the end", in_step(first, hanging), late, options=patient)
 
     only = {"engines": ("ray",)}
     gone = "its process has ended"
@@ -363,6 +368,7 @@ def engine_of(name: str) -> Any:
 def train(make: Callable[[int], elastic.Worker], engine: str, **options: Any) -> elastic.Trained:
     """Train; workers take turns, so that none makes all exchanges before another one fails."""
     start_timeout, worker_timeout = TIMEOUTS[engine]
+    timeouts = {"start_timeout": start_timeout, "worker_timeout": worker_timeout}
     return elastic.train(
         make,
         start(),
@@ -370,10 +376,7 @@ def train(make: Callable[[int], elastic.Worker], engine: str, **options: Any) ->
         num_exchanges=EXCHANGES,
         rule=elastic.Rule(period=PERIOD),
         engine=engine_of(engine),
-        max_staleness=3,
-        start_timeout=start_timeout,
-        worker_timeout=worker_timeout,
-        **options,
+        **({"max_staleness": 3} | timeouts | options),
     )
 
 
@@ -397,9 +400,8 @@ def run_fault(fault: Fault, engine: str, folder: Path) -> list[str]:
     make = maker_of(fault, folder / f"{secrets.token_hex(8)}.started")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # `train` reports the fault: see the record
-        trained = train(
-            make, engine, save=saved.append, save_every=0.2, max_restarts=int(fault.once)
-        )
+        options = {"save": saved.append, "save_every": 0.2, "max_restarts": int(fault.once)}
+        trained = train(make, engine, **options, **dict(fault.options))
     record, found = trained.progress.workers[FAULTY], problems_of(trained, saved)
     said = record.error or record.reason
     first_line = said.splitlines()[0]

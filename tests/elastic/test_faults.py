@@ -23,6 +23,7 @@ SAMPLE = {
     "a loss that is None",
     "during the first exchange",
     "once, then a restart",
+    "until the end",
     "no space left, at first",
     "SIGTERM to driver",
 }
