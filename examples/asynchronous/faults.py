@@ -368,7 +368,8 @@ def engine_of(name: str) -> Any:
 def train(make: Callable[[int], elastic.Worker], engine: str, **options: Any) -> elastic.Trained:
     """Train; workers take turns, so that none makes all exchanges before another one fails."""
     start_timeout, worker_timeout = TIMEOUTS[engine]
-    timeouts = {"start_timeout": start_timeout, "worker_timeout": worker_timeout}
+    usual = {"start_timeout": start_timeout, "worker_timeout": worker_timeout, "max_staleness": 3}
+    options = {**usual, **options}
     return elastic.train(
         make,
         start(),
@@ -376,7 +377,7 @@ def train(make: Callable[[int], elastic.Worker], engine: str, **options: Any) ->
         num_exchanges=EXCHANGES,
         rule=elastic.Rule(period=PERIOD),
         engine=engine_of(engine),
-        **({"max_staleness": 3} | timeouts | options),
+        **options,
     )
 
 
@@ -400,8 +401,8 @@ def run_fault(fault: Fault, engine: str, folder: Path) -> list[str]:
     make = maker_of(fault, folder / f"{secrets.token_hex(8)}.started")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # `train` reports the fault: see the record
-        options = {"save": saved.append, "save_every": 0.2, "max_restarts": int(fault.once)}
-        trained = train(make, engine, **options, **dict(fault.options))
+        options = dict(fault.options) | {"max_restarts": int(fault.once)}
+        trained = train(make, engine, save=saved.append, save_every=0.2, **options)
     record, found = trained.progress.workers[FAULTY], problems_of(trained, saved)
     said = record.error or record.reason
     first_line = said.splitlines()[0]
