@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from samx.core import tree
@@ -202,9 +203,11 @@ def calibrate_ascent_batch(
         An `AscentBatch`, with the decision and the measurements.
 
     Raises:
-        ValueError: If the leaves of `batch` differ in length, or a count is below 1.
+        ValueError: If `batch` is empty, or its leaves have no leading axis or differ in length; if
+            `params` has no floating leaf; if the gradient is not shaped like `params`; or if a
+            count is below 1.
         TypeError: If `multiple` or `repeats` is not a Python int, `grad_fn` not a function of two
-            arguments, or a device is not one.
+            arguments that returns arrays, a leaf not an array, or a device is not one.
 
     Example:
         >>> import jax, jax.numpy as jnp, samx
@@ -226,10 +229,18 @@ def calibrate_ascent_batch(
     """
     check_function("grad_fn", grad_fn, 2)
     tree.check_arrays("params", params)
+    tree.check_arrays("batch", batch)
     _check_devices(descent_device, ascent_device)
     multiple = as_count("multiple", multiple)
     repeats = as_count("repeats", repeats)
     whole = batch_size("calibrate_ascent_batch", batch)
+    if not any(map(tree.is_inexact, jax.tree.leaves(params))):
+        raise ValueError(
+            "calibrate_ascent_batch: `params` must have a floating leaf, got "
+            f"{jax.tree.map(jnp.result_type, params)}"
+        )
+    found = jax.eval_shape(grad_fn, params, batch)
+    tree.check_like("grad_fn(params, batch)", found, "params", params)
     sizes = [*range(multiple, whole, multiple), whole]
     gradient = jax.jit(grad_fn)
     on_descent = jax.device_put(params, descent_device)
