@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from samx.core import tree
@@ -25,7 +26,7 @@ class PipelinedStep(NamedTuple):
 
     Attributes:
         params: The parameters. The next step takes their memory and that of `opt_state`: copy what
-            you want to keep.
+            you want to keep for longer.
         opt_state: The same optimizer state as after this step on one device, ready for a
             checkpoint.
         out: The third result of `descend`.
@@ -68,13 +69,16 @@ def pipelined(
             parameters are complex. `pipelined` compiles `ascend`.
         params: The parameters; they are copied.
         opt_state: `tx.init(params)`, or a state from a checkpoint; it is copied.
-        batches: Pairs of a batch and its ascent batch, pytrees of host or device arrays. The next
-            pair is fetched and sent to both devices while a step is being computed.
+        batches: Pairs of a batch and its ascent batch, pytrees of host or device arrays. A pair is
+            fetched after the step before it was handed out, usually while that step is computed.
         descent_device: The faster device.
         ascent_device: The other device.
 
     Returns:
-        An iterator of `PipelinedStep`s, one for each pair.
+        An iterator of `PipelinedStep`s, one for each pair. If `batches` raises an error, holds
+        something else than a pair, or holds a batch that your functions cannot take, the last step
+        stays usable: save it, or continue from it with a new call. The same holds if you stop
+        early.
 
     Raises:
         ValueError: If `opt_state` holds no state of `async_sam` or several, or if `async_sam` is
@@ -104,10 +108,11 @@ def pipelined(
     Notes:
         Cost per step: one gradient on each device, and two copies of the parameters between them.
         A step takes the time of the slower device, see `calibrate_ascent_batch`. Reading a result
-        of a step (`float(step.out)`) waits for that step, which costs little. Reading between the
-        two halves of a step, or host callbacks inside them, would end the overlap. On one device
-        the two halves run one after the other. With a GPU, jax sees the CPU if JAX_PLATFORMS is
-        `cuda,cpu` or not set.
+        of a step (`float(step.out)`) waits for that step. If you read one in every step, both
+        devices idle while the next pair is fetched: let your data loader prefetch, or read every
+        few steps. Reading between the two halves of a step, or host callbacks inside them, would
+        end the overlap. On one device the two halves run one after the other. With a GPU, jax sees
+        the CPU if JAX_PLATFORMS is `cuda,cpu` or not set.
     """
     check_function("descend", descend, 4)
     check_function("ascend", ascend, 2)
@@ -122,31 +127,22 @@ def pipelined(
     is_first = int(_held(opt_state).step) == 0
 
     def steps(params, opt_state, is_first):
-        def sent():
-            for pair in batches:
-                if not isinstance(pair, tuple | list) or len(pair) != 2:
-                    got = type(pair).__name__
-                    raise TypeError(
-                        f"pipelined: `batches` must hold pairs (batch, ascent_batch), got a {got}"
-                    )
-                tree.check_arrays("batches", pair)
-                batch, ascent_batch = pair
-                yield (
-                    jax.device_put(batch, descent_device),
-                    jax.device_put(ascent_batch, ascent_device),
+        for pair in batches:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                got = type(pair).__name__
+                raise TypeError(
+                    f"pipelined: `batches` must hold pairs (batch, ascent_batch), got a {got}"
                 )
-
-        pairs = sent()
-        pair = next(pairs, None)
-        while pair is not None:
-            batch, ascent_batch = pair
+            tree.check_arrays("batches", pair)
+            batch = jax.device_put(pair[0], descent_device)
+            ascent_batch = jax.device_put(pair[1], ascent_device)
             a = ascend(jax.device_put(params, ascent_device), ascent_batch)
             a = jax.device_put(a, descent_device)
             if is_first:  # only the first step may climb its own, and only it waits
                 opt_state, is_first = _hold(opt_state, jax.tree.map(_copy, a)), False
             params, opt_state, out = descend(params, opt_state, batch)
             opt_state = _hold(opt_state, a)
-            pair = next(pairs, None)
+            # Before the next pair is fetched, which may fail: the step must not be lost with it.
             yield PipelinedStep(params, opt_state, out)
 
     return steps(params, opt_state, is_first)
@@ -207,9 +203,11 @@ def calibrate_ascent_batch(
         An `AscentBatch`, with the decision and the measurements.
 
     Raises:
-        ValueError: If the leaves of `batch` differ in length, or a count is below 1.
+        ValueError: If `batch` is empty, or its leaves have no leading axis or differ in length; if
+            `params` has no floating leaf; if the gradient is not shaped like `params`; or if a
+            count is below 1.
         TypeError: If `multiple` or `repeats` is not a Python int, `grad_fn` not a function of two
-            arguments, or a device is not one.
+            arguments that returns arrays, a leaf not an array, or a device is not one.
 
     Example:
         >>> import jax, jax.numpy as jnp, samx
@@ -231,10 +229,18 @@ def calibrate_ascent_batch(
     """
     check_function("grad_fn", grad_fn, 2)
     tree.check_arrays("params", params)
+    tree.check_arrays("batch", batch)
     _check_devices(descent_device, ascent_device)
     multiple = as_count("multiple", multiple)
     repeats = as_count("repeats", repeats)
     whole = batch_size("calibrate_ascent_batch", batch)
+    if not any(map(tree.is_inexact, jax.tree.leaves(params))):
+        raise ValueError(
+            "calibrate_ascent_batch: `params` must have a floating leaf, got "
+            f"{jax.tree.map(jnp.result_type, params)}"
+        )
+    found = jax.eval_shape(grad_fn, params, batch)
+    tree.check_like("grad_fn(params, batch)", found, "params", params)
     sizes = [*range(multiple, whole, multiple), whole]
     gradient = jax.jit(grad_fn)
     on_descent = jax.device_put(params, descent_device)

@@ -40,6 +40,10 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     items[:] = items[:: config.getoption("--every")]
+    if not hasattr(jax, "pmap"):  # a later JAX may drop it
+        for item in items:
+            if "pmap" in item.name.partition("[")[2]:  # among the values of its parameters
+                item.add_marker(pytest.mark.skip("this JAX has no pmap"))
 
 
 def pytest_configure(config):

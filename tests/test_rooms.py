@@ -96,6 +96,11 @@ def test_variants_import_no_flax_and_no_engine():
                 assert root in allowed or standard or path.name == "aliases.py", (path, module)
 
 
+def test_nothing_calls_pmap():
+    """A later JAX may drop it. Words may mention it; neither code nor examples may call it."""
+    assert [path for path in FILES if "jax.pmap(" in path.read_text()] == []
+
+
 def file_lengths():
     """Length in lines of the file of each paper."""
     papers = [path for path in VARIANTS if not path.name.startswith("_")]

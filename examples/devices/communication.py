@@ -6,6 +6,12 @@ from typing import Any
 
 OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(rf"= (.+?) ({'|'.join(OPERATIONS)})(-start)?\((.*)$", re.MULTILINE)
+# Groups of one device: `{{0},{1}}` and `[2,1]<=[2]`; or a mesh with the axes that form a group,
+# `mesh['a'=2,'one'=1] {'one'}`, where `'a':(1)2` is a part of size 2 of an axis.
+_ALONE = re.compile(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\])")
+_MESH = re.compile(r"replica_groups=mesh\[([^]]*)\][^{]*\{([^}]*)\}")
+_SIZE = re.compile(r"([^',]+)'?=(\d+)")
+_AXIS = re.compile(r"'?([^',:]+)'?(?::\(\d+\)(\d+))?")
 _ARRAY = re.compile(r"\b(pred|[a-z]+?(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -24,13 +30,22 @@ def communicated_bytes(program: Any) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for result, operation, start, rest in _INSTRUCTION.findall(program.as_text()):
-        if re.search(r"replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\])", rest):
+        if _is_alone(rest):
             continue
         size = sum(_bytes(*array) for array in _ARRAY.findall(result))
         if start and operation != "all-reduce":  # its result includes the operands
             size -= sum(_bytes(*array) for array in _ARRAY.findall(rest.split(")")[0]))
         found[operation] = found.get(operation, 0) + size
     return found
+
+
+def _is_alone(text: str) -> bool:
+    """Return whether each group of an instruction has one device only."""
+    mesh = _MESH.search(text)
+    if mesh is None:
+        return _ALONE.search(text) is not None
+    sizes = dict(_SIZE.findall(mesh[1]))
+    return all(int(part or sizes[axis]) == 1 for axis, part in _AXIS.findall(mesh[2]))
 
 
 def _bytes(dtype: str, bits: str, shape: str) -> int:

@@ -53,6 +53,7 @@ SIMULATED = 8
 # does not reach the start or the end. At the end the others wait until process 0 has written the
 # results.
 DEAD_TIMEOUT, WAIT_TIMEOUT = 10, 60
+NO_PMAP = f"jax {jax.__version__} has no jax.pmap"
 
 
 class Trainer(NamedTuple):
@@ -441,6 +442,8 @@ def check_devices(
         )
     if args.pair and len(devices) != 2:
         refused["pmap"] = f"--pair with --strategy pmap needs 2 devices, got {len(devices)}"
+    if not hasattr(jax, "pmap"):
+        refused["pmap"] = f"--strategy pmap: {NO_PMAP}"
     for strategy in args.strategy or ():
         if strategy in refused:
             parser.error(refused[strategy])
@@ -472,6 +475,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if jax.process_count() > 1:
         described += f" in {jax.process_count()} processes"
     report = Report(args, described, left_out=["dtype"]) if args.folder else None
+    if report and not hasattr(jax, "pmap"):
+        print(f"pmap is left out: {NO_PMAP}")
     total = len(args.strategy) * args.epochs * args.steps
     own_device = next(d for d in devices if d.process_index == jax.process_index())
     with (

@@ -141,11 +141,13 @@ def value_and_grad(
 
     Example:
         >>> import jax, jax.numpy as jnp, samx
-        >>> loss = lambda w, x: jnp.mean(w * x)
-        >>> mean = jax.pmap(samx.value_and_grad(loss, "data"), axis_name="data", in_axes=(None, 0))
-        >>> value, grad = mean(jnp.ones(()), jnp.ones((1, 4)))
-        >>> value.tolist(), grad.tolist()
-        ([1.0], [1.0])
+        >>> from jax.sharding import PartitionSpec as P
+        >>> @jax.shard_map(mesh=jax.make_mesh((1,), ("data",)), in_specs=(P(), P()), out_specs=P())
+        ... def mean(w, x):
+        ...     return samx.value_and_grad(lambda w: jnp.mean(w * x), "data")(w)
+        >>> value, grad = mean(jnp.ones(()), jnp.ones(4))
+        >>> float(value), float(grad)
+        (1.0, 1.0)
 
     References:
         The keywords of `jax.value_and_grad`.
@@ -195,9 +197,12 @@ def axis_mean(tree: Any, axis_name: str | Sequence[str], *, weights: Any = None)
 
     Example:
         >>> import jax, jax.numpy as jnp, samx
-        >>> mean = jax.pmap(lambda x: samx.axis_mean(x, "data"), axis_name="data")
-        >>> mean({"batch_stats": jnp.ones((1, 2)), "count": jnp.ones(1, int)})
-        {'batch_stats': Array([[1., 1.]], dtype=float32), 'count': Array([1], dtype=int32)}
+        >>> from jax.sharding import PartitionSpec as P
+        >>> @jax.shard_map(mesh=jax.make_mesh((1,), ("data",)), in_specs=P(), out_specs=P())
+        ... def mean(tree):
+        ...     return samx.axis_mean(tree, "data")
+        >>> mean({"batch_stats": jnp.ones(2), "count": jnp.ones(1, int)})
+        {'batch_stats': Array([1., 1.], dtype=float32), 'count': Array([1], dtype=int32)}
 
     References:
         `jax.lax.pmean`, which turns integers into floats and has no weights.

@@ -230,7 +230,7 @@ def test_each_device_takes_its_own_part_the_ascent_first(monkeypatch):
     assert [devices for _, devices in calls] == [{other}, {one}] * 2
 
 
-def test_the_next_batch_is_on_its_way_when_a_step_is_handed_out():
+def test_a_pair_is_fetched_after_the_step_before_it_was_handed_out():
     fetched, data = [], batches(4, steps=3)
 
     def counted():
@@ -242,7 +242,7 @@ def test_the_next_batch_is_on_its_way_when_a_step_is_handed_out():
     assert fetched == []
     for _ in steps:
         numbers.append(len(fetched))
-    assert numbers == [2, 3, 3]
+    assert numbers == [1, 2, 3]
 
 
 def tiny_pipeline(pairs, work=lambda x: 0.0):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from async_runs import loss
 
 import samx
 from samx.asynchronous import calibrate_ascent_batch
@@ -18,6 +17,8 @@ def calibrated(monkeypatch, seconds_of, size=36, **keywords):
     seen = []
 
     def grad_fn(params, batch):
+        if isinstance(params, jax.core.Tracer):  # its shapes are checked first
+            return params
         seen.append((len(batch["y"]), {x.device for x in jax.tree.leaves((params, batch))}))
         return params
 
@@ -62,16 +63,48 @@ def test_few_sizes_are_tried(monkeypatch):
     assert len(found.ascent_seconds) <= 9
 
 
+def squares(params, batch):
+    return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+
+
+GRADIENT, ARGUMENT = jax.grad(squares), r"`grad_fn\(params, batch\)`"
+
+
 @pytest.mark.parametrize(
-    ("size", "keywords", "error", "message"),
+    ("changes", "error", "message"),
     [
-        (3, {}, ValueError, r"calibrate_ascent_batch: every leaf of `batch`.*\(4, 2\).*\(3,\)"),
-        (4, {"multiple": 0}, ValueError, "`multiple` must be at least 1, got 0"),
-        (4, {"repeats": 0.5}, TypeError, "`repeats` must be a Python int, got 0.5"),
+        ({"multiple": 0}, ValueError, "`multiple` must be at least 1, got 0"),
+        ({"repeats": 0.5}, TypeError, "`repeats` must be a Python int, got 0.5"),
+        ({"y": np.ones(3)}, ValueError, r"every leaf of `batch`.*\(4, 2\).*\(3,\)"),
+        ({"y": np.ones(())}, ValueError, r"every leaf of `batch`.*same leading axis.*\(\)"),
+        (
+            {"y": jax.ShapeDtypeStruct((4,), float)},
+            TypeError,
+            r"`batch`\['y'\] must be an array, got a ShapeDtypeStruct",
+        ),
+        (
+            {"x": np.ones((0, 2)), "y": np.ones(0)},
+            ValueError,
+            r"`batch` must hold at least one example.*\(0, 2\)",
+        ),
+        ({"w": np.ones(2, int)}, ValueError, "`params` must have a floating leaf.*int64"),
+        (
+            {"grad_fn": jax.value_and_grad(squares)},
+            ValueError,
+            f"{ARGUMENT} must have the structure of `params`",
+        ),
+        ({"grad_fn": squares}, ValueError, f"{ARGUMENT} must have the structure of `params`"),
+        (
+            {"grad_fn": jax.vmap(GRADIENT, (None, 0))},
+            ValueError,
+            rf"{ARGUMENT}\['w'\] must have the shape of `params`, \(2,\), got \(4, 2\)",
+        ),
     ],
 )
-def test_calibration_of_nonsense(size, keywords, error, message):
-    batch, device = {"x": np.ones((4, 2)), "y": np.ones(size)}, jax.devices()[0]
-    devices = {"descent_device": device, "ascent_device": device}
+def test_calibration_refuses_what_it_cannot_measure(changes, error, message):
+    device = jax.devices()[0]
+    arguments = {"x": np.ones((4, 2)), "y": np.ones(4), "w": np.ones(2), "grad_fn": GRADIENT}
+    arguments |= {"descent_device": device, "ascent_device": device} | changes
+    batch, params = ({k: arguments.pop(k) for k in keys} for keys in ("xy", "w"))
     with pytest.raises(error, match=message):
-        calibrate_ascent_batch(jax.grad(loss), {}, batch, **devices, **keywords)
+        calibrate_ascent_batch(params=params, batch=batch, **arguments)

@@ -19,16 +19,17 @@ def train(arguments):
 @pytest.mark.parametrize(
     ("arguments", "strategies"),
     [
-        ("", ["jit", "pmap", "shard_map"]),
-        ("--variant base --base adamw --devices 4", ["jit", "pmap", "shard_map"]),
-        ("--variant asam --ascent local", ["pmap", "shard_map"]),
-        ("--variant sampa --pair", ["jit", "shard_map"]),
-        ("--variant sampa --pair --devices 2", ["jit", "pmap", "shard_map"]),
+        ("", "jit pmap shard_map"),
+        ("--variant base --base adamw --devices 4", "jit pmap shard_map"),
+        ("--variant asam --ascent local", "pmap shard_map"),
+        ("--variant sampa --pair", "jit shard_map"),
+        ("--variant sampa --pair --devices 2", "jit pmap shard_map"),
     ],
 )
 def test_strategies_give_the_same_curve(
     arguments, strategies, in_empty_folder, capsys, read_report
 ):
+    strategies = strategies.split()
     results = train(f"{arguments} --out out")
     assert [result["strategy"] for result in results] == strategies
     assert data_parallel.largest_difference(results) < 1e-12
@@ -61,6 +62,22 @@ def test_a_tiny_run_whose_curves_differ_by_rounding(in_empty_folder, capsys, rea
     assert read_report(in_empty_folder / "out")["results"] == results
     assert (in_empty_folder / "out" / "data_parallel.png").stat().st_size > 10_000
     assert "largest difference between the loss curves" in capsys.readouterr().out
+
+
+def test_without_pmap_the_others_run(capsys, monkeypatch):
+    """A later JAX may drop it."""
+    monkeypatch.delattr(data_parallel.jax, "pmap", raising=False)
+    monkeypatch.setattr(data_parallel, "draw", lambda *args: None)
+    arguments = "--epochs 1 --batch 500 --devices 2 --out out"
+    results = data_parallel.main(arguments.split())
+    assert [result["strategy"] for result in results] == ["jit", "shard_map"]
+    assert re.search("pmap is left out: jax .* has no jax.pmap", capsys.readouterr().out)
+
+
+def test_without_pmap_it_is_refused(monkeypatch, refusal):
+    monkeypatch.delattr(data_parallel.jax, "pmap", raising=False)
+    message = refusal(data_parallel.main, "--strategy jit pmap")
+    assert re.search("--strategy pmap: jax .* has no jax.pmap", message)
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def is_alive(pid):
     return True
 
 
-ALL = ["jit", "pmap", "shard_map"]
+ALL = "jit pmap shard_map"
 
 
 def check_stopped(launched, pids, message):
@@ -93,10 +93,10 @@ def check_stopped(launched, pids, message):
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("strategies", [["shard_map"], pytest.param(ALL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategies", ["shard_map", pytest.param(ALL, marks=pytest.mark.slow)])
 def test_a_tiny_run_ends_where_one_process_does(strategies, in_empty_folder, monkeypatch):
     few = ["--float64", "--epochs", "1", "--batch", "500"]  # two steps
-    few += ["--strategy", *strategies]
+    few += ["--strategy", *strategies.split()]
     monkeypatch.setattr(data_parallel, "draw", lambda *args: None)
     with launch(in_empty_folder, *few, "--devices", "1", "--out", "two") as launched:
         data_parallel.main([*few, "--devices", "2", "--out", "one"])
@@ -106,7 +106,7 @@ def test_a_tiny_run_ends_where_one_process_does(strategies, in_empty_folder, mon
     assert "process 1:" not in launched.err.read_text()
     with np.load("one/params.npz") as one, np.load("two/params.npz") as two:
         assert set(one) == set(two)
-        assert {name.split("/")[0] for name in one} == set(strategies)
+        assert {name.split("/")[0] for name in one} == set(strategies.split())
         for name in one:
             np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-12)
 

@@ -1,6 +1,7 @@
 """The example that counts what each device does: counts, formulas, and what it refuses."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,26 @@ def test_communicated_bytes_reads_every_operation():
         lambda x: jax.lax.psum(x, "one"), mesh=mesh, in_specs=P("a"), out_specs=P("a")
     )
     assert communicated_bytes(jax.jit(alone).lower(x).compile()) == {}
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1},{2,3}}", 16),
+        ("{{0},{1}}", 0),
+        ("[2,2]<=[4]", 16),
+        ("[4,1]<=[4]", 0),
+        ("{}", 16),
+        ("mesh['a'=2,'one'=1] {'a','one'}", 16),
+        ("mesh['a'=2,'one'=1], device_ids=([2]0,1) {'one'}", 0),
+        ("mesh['a'=4] {'a':(1)2}", 16),
+        ("mesh['a'=4] {'a':(1)1}", 0),
+    ],
+)
+def test_groups_as_any_xla_prints_them(groups, size):
+    line = f"%r = f32[4]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add"
+    program = types.SimpleNamespace(as_text=lambda: line)
+    assert communicated_bytes(program) == ({"all-reduce": size} if size else {})
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_one_broken_device_skips_the_step_on_all():
         outside = samx.skip_nonfinite(samx.data_parallel(inner, "data"))
         return [tx.update(params, tx.init(params), params, **closures) for tx in (inside, outside)]
 
-    step = mapped(fn, "pmap", 2)
+    step = mapped(fn, "shard_map", 2)
     for updates, state in step(params, broken, batch["y"]):
         assert_close(updates, optax.tree.zeros_like(params), 0)
         assert int(state.skipped_steps) == 1
