@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import samx
-from examples.train.checkpoints import CheckpointError, Checkpoints
+from examples.common.checkpoints import CheckpointError, Checkpoints
 
 STEPS, SAVED = 6, 3
 
@@ -63,7 +63,7 @@ def saved_sam(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sam")
     training = Training("sam")
     kept = training.run(SAVED)
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, "test") as checkpoints:
         checkpoints.save(SAVED, kept, training.batches)
     return folder, kept
 
@@ -80,12 +80,12 @@ def test_restored_from_nothing_but_the_disk(name, tmp_path):
 
     training = Training(name)
     training.run(SAVED)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, "test") as checkpoints:
         checkpoints.save(SAVED, training.kept, training.batches)
     del training
 
     training = Training(name)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, "test") as checkpoints:
         kept, step = checkpoints.restore(training.kept, training.batches)
     assert step == SAVED
     training.params, training.state = kept["params"], kept["state"]
@@ -105,7 +105,7 @@ def assert_same(a, b):
 def test_no_checkpoint_is_the_start(tmp_path):
     training = Training("sam")
     next(training.batches)
-    with Checkpoints(tmp_path / "new") as checkpoints:
+    with Checkpoints(tmp_path / "new", "test") as checkpoints:
         state, step = checkpoints.restore(training.kept, training.batches)
     assert step == 0
     assert_same(state, training.kept)
@@ -114,7 +114,7 @@ def test_no_checkpoint_is_the_start(tmp_path):
 
 def test_the_newest_stay(tmp_path):
     training = Training("sam")
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, "test", keep=2) as checkpoints:
         for step in (1, 2, 3, 3):
             checkpoints.save(step, training.kept, training.batches)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["2", "3"]
@@ -125,7 +125,7 @@ def test_a_layout_over_devices_is_restored(tmp_path):
     spread = NamedSharding(mesh, P("data"))
     x = jax.device_put(jnp.arange(16.0), spread)
     batches = data_iterator(problem.make(np.float32)[0])
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, "test") as checkpoints:
         checkpoints.save(1, {"x": x}, batches)
         (state, _) = checkpoints.restore({"x": jnp.zeros_like(x, device=spread)}, batches)
     assert state["x"].sharding == spread
@@ -159,13 +159,13 @@ def test_a_checkpoint_of_something_else_is_refused(name, saved_sam):
     make, message = OTHERS[name]
     training = make()
     with (
-        Checkpoints(folder) as checkpoints,
+        Checkpoints(folder, "test") as checkpoints,
         pytest.raises(CheckpointError, match="another model, variant.*" + message),
     ):
         checkpoints.restore(training.kept, training.batches)
     assert training.batches.get_state()["next_index"] == 0
     training = Training("sam")
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, "test") as checkpoints:
         assert_same(checkpoints.restore(training.kept, training.batches)[0], kept)
 
 
@@ -181,7 +181,7 @@ def test_a_broken_checkpoint_is_named_and_left_alone(part, saved_sam, tmp_path):
     files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     training = Training("sam")
     with (
-        Checkpoints(folder) as checkpoints,
+        Checkpoints(folder, "test") as checkpoints,
         pytest.raises(CheckpointError, match=rf"copy/{SAVED} cannot be read.*Delete that folder"),
     ):
         checkpoints.restore(training.kept, training.batches)
@@ -192,5 +192,5 @@ def test_a_broken_checkpoint_is_named_and_left_alone(part, saved_sam, tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(OSError, match="file"):
-        Checkpoints(tmp_path / "file" / "checkpoints")
+        Checkpoints(tmp_path / "file" / "checkpoints", "test")
     assert (tmp_path / "file").read_text() == "precious"

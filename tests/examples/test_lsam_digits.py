@@ -211,7 +211,7 @@ def test_what_is_told_and_drawn(tmp_path):
         ("--engine threads --rho 0.1 0.2", "--rho must be one number for --engine threads"),
         ("--step-seconds -1", "--step-seconds must be 0 to"),
         ("--resume full", "--resume full: there is no run to continue"),
-        ("--resume begun", "--resume begun: there is no checkpoint"),
+        ("--resume begun", "--resume begun: config.json names no script"),
         ("--out full", "--out: full is not empty"),
     ],
 )
