@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -21,7 +22,8 @@ from examples.common.versions import differences, versions
 
 State = TypeVar("State")
 
-ROOM = 2**26  # bytes of a checkpoint besides the arrays
+MARGIN = 2**18  # bytes that a small checkpoint needs besides its arrays
+MOST_OF_THE_REST = 2**26  # bytes that a checkpoint may have besides its arrays
 
 
 class CheckpointError(ValueError):
@@ -57,7 +59,8 @@ class Checkpoints:
         self._about = {"of": of, "versions": versions()}
         self._trouble = ""  # why the last checkpoint could not be written
         self._step = 0  # the checkpoint that is being written
-        logging.getLogger("absl").addFilter(_is_not_of_orbax)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_not_of_orbax)
         handlers: Any = {
             "about": ocp.JsonCheckpointHandler(),
             "state": ocp.StandardCheckpointHandler(),
@@ -104,6 +107,7 @@ class Checkpoints:
             items["data"] = grain.checkpoint.CheckpointSave(batches)
         self._step = step
         try:
+            _check_room(self.folder, _num_bytes(state) + MARGIN)
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # from the disk, by way of orbax or tensorstore
             self.fail(step, error)
@@ -191,7 +195,7 @@ class Checkpoints:
         """Refuse a checkpoint that is much larger than the state; orbax would read all of it."""
         files = (self.folder / str(step)).rglob("*")
         size = sum(path.stat().st_size for path in files if path.is_file())
-        most = ROOM + 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        most = 2 * _num_bytes(state) + MOST_OF_THE_REST
         if size > most:
             raise ValueError(f"its {size:,} bytes are more than the {most:,} that the state needs")
 
@@ -208,9 +212,22 @@ def kept(folder: Path) -> str:
     return "no checkpoint" if step is None else f"the checkpoint of step {step}"
 
 
+def _check_room(folder: Path, size: int) -> None:
+    """Raise the disk's error if it has no room for so many bytes.
+
+    orbax would find the same error in its threads, where tensorstore prints a traceback for each
+    array.
+    """
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     """Leave out tracebacks of errors that are raised too, and that `Checkpoints` reports."""
-    return "orbax" not in Path(record.pathname).parts
+    is_of_orbax = "orbax" in Path(record.pathname).parts
+    return not is_of_orbax and "orbax/checkpoint" not in record.getMessage()
 
 
 def _arrays(state: Any) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -223,6 +240,10 @@ def _arrays(state: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {_name(path): describe(leaf) for path, leaf in leaves}
+
+
+def _num_bytes(state: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 def _saved_arrays(metadata: Any) -> dict[str, tuple[tuple[int, ...], str]]:
