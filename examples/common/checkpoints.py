@@ -1,6 +1,7 @@
 """Checkpoints of a run with orbax: training state and position in the data, both or neither."""
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
@@ -210,6 +212,16 @@ def kept(folder: Path) -> str:
     """Describe what a run can continue from."""
     step = newest(folder)
     return "no checkpoint" if step is None else f"the checkpoint of step {step}"
+
+
+def fingerprint(tree: Any) -> str:
+    """Return a hash of every bit of a pytree of arrays."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _check_room(folder: Path, size: int) -> None:

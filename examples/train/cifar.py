@@ -19,7 +19,6 @@ At half precision (--precision) parameters stay in float32; float16 scales the l
 
 import argparse
 import contextlib
-import hashlib
 import json
 import sys
 import time
@@ -39,7 +38,7 @@ from tqdm import tqdm
 import samx
 import samx.flax
 from examples.common import arguments, figures, files
-from examples.common.checkpoints import CheckpointError, Checkpoints, kept
+from examples.common.checkpoints import CheckpointError, Checkpoints, fingerprint, kept
 from examples.common.files import SaveError
 from examples.common.registry import VARIANTS, Setting
 from examples.common.resume import resumed, write_config
@@ -344,16 +343,6 @@ def finish(args, log: Log, state, on_test: dict, on_train: dict) -> dict[str, An
     print(f"Results: {args.folder / 'results.json'}\nPlot: {args.folder / 'curves.png'}")
     print(f"TensorBoard: tensorboard --logdir {args.folder / 'tensorboard'}")
     return results
-
-
-def fingerprint(tree: Any) -> str:
-    """Return a hash of every bit of a pytree of arrays."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def draw(log: Log, path: Path, title: str) -> None:
