@@ -112,10 +112,15 @@ class Checkpoints:
             _check_room(self.folder, _num_bytes(state) + MARGIN)
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # from the disk, by way of orbax or tensorstore
-            self.fail(step, error)
+            self._tell(step, error)
 
     def fail(self, step: int, error: Exception) -> None:
-        """Say that the checkpoint of `step` was not written, once until one is written again."""
+        """Say that the checkpoint of `step` cannot be written, because of an error before it."""
+        self._wait()
+        self._tell(step, error)
+
+    def _tell(self, step: int, error: Exception) -> None:
+        """Say what failed, once until a checkpoint is written again."""
         code = re.search(r"os_error_code='(\d+)'", str(error))  # from tensorstore
         why = os.strerror(int(code[1])) if code else reason(error)
         for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
@@ -134,7 +139,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # from the disk, by way of orbax or tensorstore
-            self.fail(step, error)
+            self._tell(step, error)
         else:
             if step and newest(self.folder) == step:
                 self._trouble = ""

@@ -5,6 +5,7 @@
 without CIFAR. `train_batches` is a grain pipeline that can resume at any batch.
 """
 
+import contextlib
 import gzip
 import io
 import math
@@ -151,8 +152,6 @@ def read_folder(folder: Path) -> dict[str, bytes]:
 
 def read_archive(archive: Path) -> dict[str, bytes]:
     """Read the files of an archive without extracting it."""
-    found: dict[str, bytes] = {}
-    entries: dict[str, str] = {}
     if not archive.is_file():
         raise damaged(archive, "is not a file")
     if archive.stat().st_size > MOST_BYTES:
@@ -161,26 +160,40 @@ def read_archive(archive: Path) -> dict[str, bytes]:
     try:
         with gzip.open(archive) as stream:
             content = stream.read(MOST_BYTES + 1)  # read to the end: the checksum is there
-        if len(content) > MOST_BYTES:
-            raise damaged(archive, f"unpacks to more than {MOST_BYTES:,} bytes")
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            for entry in tar:
-                name = PurePosixPath(entry.name).name
-                if name not in MEMBERS or not entry.isreg():
-                    continue
-                if name in found:
-                    raise damaged(archive, f"holds {name} twice: {entries[name]}, {entry.name}")
-                if entry.size > MOST_OF_A_FILE:  # a sparse file needs no space in the archive
-                    most = f"{entry.size:,} bytes, more than {MOST_OF_A_FILE:,}"
-                    raise damaged(archive, f"{entry.name} has {most}")
-                file = tar.extractfile(entry)
-                assert file is not None  # it is regular
-                found[name], entries[name] = file.read(), entry.name
-    except (gzip.BadGzipFile, zlib.error, EOFError, tarfile.TarError, RecursionError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise damaged(archive, f"is not a complete tar.gz archive ({error})") from error
-    if not found:
+    if len(content) > MOST_BYTES:
+        raise damaged(archive, f"unpacks to more than {MOST_BYTES:,} bytes")
+    with whole(archive), tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        entries = [
+            (PurePosixPath(entry.name).name, entry)
+            for entry in tar
+            if entry.isreg() and PurePosixPath(entry.name).name in MEMBERS
+        ]
+    if not entries:
         raise damaged(archive, "holds no file of CIFAR-10 or CIFAR-100")
+    names = dict(entries)
+    for name, entry in entries:
+        if names[name] is not entry:
+            raise damaged(archive, f"holds {name} twice: {entry.name}, {names[name].name}")
+        if entry.size > MOST_OF_A_FILE:  # a sparse file needs no space in the archive
+            size = f"{entry.size:,} bytes, more than {MOST_OF_A_FILE:,}"
+            raise damaged(archive, f"{entry.name} has {size}")
+    found = {}
+    with whole(archive), tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for name, entry in entries:
+            if (file := tar.extractfile(entry)) is not None:
+                found[name] = file.read()
     return found
+
+
+@contextlib.contextmanager
+def whole(archive: Path) -> Iterator[None]:
+    """Refuse an archive in which `tarfile` finds an error."""
+    try:
+        yield
+    except Exception as error:  # the bytes of a damaged archive can raise anything
+        raise damaged(archive, f"is not a complete tar.gz archive ({error})") from error
 
 
 def check_images(path: Path, member: str, data: Any, labels: Any, classes: int) -> None:

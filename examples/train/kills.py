@@ -127,8 +127,9 @@ def lsam(engine: str) -> Target:
 TARGETS = {
     "cifar": Target(
         lambda kills: (
-            "train/cifar.py --digits --images 100 --model vit --width 8 --depth 1 --batch 10 "
-            f"--dropout 0.1 --variant looksam --devices 1 --checkpoint-every 3 --epochs {4 * kills}"
+            "train/cifar.py --digits --images 100 --model vit --width 8 --depth 1 --batch 8 "
+            "--dropout 0.1 --label-noise 0.2 --imbalance 10 --variant looksam --base momentum "
+            f"--devices 2 --checkpoint-every 3 --epochs {4 * kills}"
         ),
         compare_cifar,
     ),

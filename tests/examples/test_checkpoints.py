@@ -1,6 +1,7 @@
 """Any training run resumes from a checkpoint as if it had not stopped, to the last bit."""
 
 import functools
+import os
 import shutil
 
 import grain
@@ -16,7 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import samx
-from examples.common.checkpoints import CheckpointError, Checkpoints
+from examples.common import checkpoints as module
+from examples.common.checkpoints import CheckpointError, Checkpoints, kept, newest
+from examples.common.files import SaveError
 
 STEPS, SAVED = 6, 3
 
@@ -194,3 +197,127 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(OSError, match="file"):
         Checkpoints(tmp_path / "file" / "checkpoints", "test")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+STATE = {"x": np.arange(200_000, dtype=np.float32)}
+LIKE = jax.tree.map(np.zeros_like, STATE)
+
+
+def test_a_training_without_an_iterator(tmp_path):
+    with Checkpoints(tmp_path, "test") as checkpoints:
+        checkpoints.save(4, STATE)
+        state, step = checkpoints.restore(LIKE)
+    assert step == 4
+    assert_same(state, STATE)
+
+
+@pytest.fixture(scope="module")
+def saved_state(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("state")
+    with Checkpoints(folder, "test") as checkpoints:
+        checkpoints.save(4, STATE)
+    return folder
+
+
+def with_sparse_file(folder):
+    with (folder / "4" / "state" / "_METADATA").open("r+b") as file:
+        file.truncate(2**40)  # takes no space
+
+
+@pytest.mark.parametrize(
+    ("damage", "of", "message"),
+    [
+        (lambda folder: None, "other", r"/4 is of test, this is other"),
+        (lambda folder: shutil.rmtree(folder / "4" / "about"), "test", "does not say what it is"),
+        (lambda folder: (folder / "4/about/metadata").write_text("[1]"), "test", "cannot be read"),
+        (lambda folder: (folder / "4/about/metadata").write_text("{}"), "test", "cannot be read"),
+        (with_sparse_file, "test", r"1,099,\S+ bytes are more than the \S+ that the state needs"),
+        (lambda folder: (folder / "9").mkdir(), "test", "/9 cannot be read"),
+    ],
+)
+def test_a_foreign_or_damaged_checkpoint_is_refused(damage, of, message, saved_state, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(saved_state, folder)
+    damage(folder)
+    with (
+        Checkpoints(folder, of) as checkpoints,
+        pytest.raises(CheckpointError, match=message) as caught,
+    ):
+        checkpoints.restore(LIKE)
+    assert "\n" not in str(caught.value)
+
+
+def test_versions_are_named_when_they_differ(tmp_path, monkeypatch):
+    with monkeypatch.context() as then:
+        then.setattr(samx, "__version__", "0.0.1")
+        with Checkpoints(tmp_path, "test") as checkpoints:
+            checkpoints.save(4, STATE)
+    with Checkpoints(tmp_path, "test") as checkpoints:
+        assert checkpoints.restore(LIKE)[1] == 4  # the state fits
+        named = rf"saved by samx 0\.0\.1; this is samx {samx.__version__}"
+        with pytest.raises(CheckpointError, match="another model.*" + named):
+            checkpoints.restore({"y": LIKE["x"]})
+        shutil.rmtree(tmp_path / "4" / "state" / "d")
+        with pytest.raises(CheckpointError, match="cannot be read.*" + named):
+            checkpoints.restore(LIKE)
+
+
+@pytest.mark.parametrize("finds", ["room", "orbax"])
+def test_a_save_that_fails_is_told_once_and_tried_again(
+    finds, tmp_path, monkeypatch, capfd, file_size_limit
+):
+    if finds == "orbax":  # in its threads
+        monkeypatch.setattr(module, "_check_room", lambda *args: None)
+    with Checkpoints(tmp_path, "test") as checkpoints:
+        checkpoints.save(1, STATE)
+        assert kept(tmp_path) in ("no checkpoint", "the checkpoint of step 1")
+        checkpoints.restore(LIKE)  # waits
+        with file_size_limit(100_000):
+            for step in (2, 3):
+                checkpoints.save(step, changed(step))
+                assert checkpoints.restore(LIKE)[1] == 1
+        told = capfd.readouterr().err
+        assert told.count("could not be written") == 1
+        assert "step 2 could not be written" in told
+        assert "(File too large); kept: the checkpoint of step 1; training goes on" in told
+        if finds == "room":
+            assert len(told.splitlines()) == 1
+        assert os.listdir(tmp_path) == ["1"]  # nothing of the others fills the disk
+        checkpoints.save(3, changed(3))
+        state, step = checkpoints.restore(LIKE)
+        assert step == 3
+        assert_same(state, changed(3))
+        with file_size_limit(100_000):
+            checkpoints.save(5, STATE)
+            checkpoints.restore(LIKE)
+        assert "step 5 could not be written" in capfd.readouterr().err  # it is told again
+        checkpoints.save(6, STATE)
+    assert newest(tmp_path) == 6
+
+
+def changed(step):
+    return {"x": np.random.default_rng(step).normal(size=200_000).astype(np.float32)}
+
+
+@pytest.mark.parametrize("finds", ["room", "orbax"])
+def test_a_last_save_that_fails_ends_the_run_with_an_error(
+    finds, tmp_path, monkeypatch, file_size_limit
+):
+    if finds == "orbax":
+        monkeypatch.setattr(module, "_check_room", lambda *args: None)
+
+    def train(error=None):
+        with Checkpoints(tmp_path, "test") as checkpoints:
+            checkpoints.save(1, STATE)
+            checkpoints.restore(LIKE)
+            with file_size_limit(100_000):
+                checkpoints.save(2, changed(2))
+                checkpoints._wait()
+            if error is not None:
+                raise error
+
+    with pytest.raises(SaveError, match=r"step 2 could not be written to .* \(File too large\)"):
+        train()
+    assert newest(tmp_path) == 1
+    with pytest.raises(KeyError):  # the error that is there already is not hidden
+        train(KeyError())
