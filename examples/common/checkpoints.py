@@ -1,13 +1,13 @@
 """Checkpoints of a run with orbax: training state and position in the data, both or neither."""
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
 import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,7 +24,6 @@ from examples.common.versions import differences, versions
 
 State = TypeVar("State")
 
-MARGIN = 2**18  # bytes that a small checkpoint needs besides its arrays
 MOST_OF_THE_REST = 2**26  # bytes that a checkpoint may have besides its arrays
 
 
@@ -61,8 +60,7 @@ class Checkpoints:
         self._about = {"of": of, "versions": versions()}
         self._trouble = ""  # why the last checkpoint could not be written
         self._step = 0  # the checkpoint that is being written
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_is_not_of_orbax)
+        _hide_tracebacks()
         handlers: Any = {
             "about": ocp.JsonCheckpointHandler(),
             "state": ocp.StandardCheckpointHandler(),
@@ -109,7 +107,6 @@ class Checkpoints:
             items["data"] = grain.checkpoint.CheckpointSave(batches)
         self._step = step
         try:
-            _check_room(self.folder, _num_bytes(state) + MARGIN)
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # from the disk, by way of orbax or tensorstore
             self._tell(step, error)
@@ -202,7 +199,7 @@ class Checkpoints:
         """Refuse a checkpoint that is much larger than the state; orbax would read all of it."""
         files = (self.folder / str(step)).rglob("*")
         size = sum(path.stat().st_size for path in files if path.is_file())
-        most = 2 * _num_bytes(state) + MOST_OF_THE_REST
+        most = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + MOST_OF_THE_REST
         if size > most:
             raise ValueError(f"its {size:,} bytes are more than the {most:,} that the state needs")
 
@@ -229,20 +226,25 @@ def fingerprint(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def _check_room(folder: Path, size: int) -> None:
-    """Raise the disk's error if it has no room for so many bytes.
+@functools.cache
+def _hide_tracebacks() -> None:
+    """Hide those of a failed save: its error is raised too, and `Checkpoints` reports it.
 
-    orbax would find the same error in its threads, where tensorstore prints a traceback for each
-    array.
+    orbax logs the error in each of its threads, and asyncio logs it for each array. tensorstore
+    raises another error where nobody can catch it: its event loop is closed already.
     """
-    if not hasattr(os, "posix_fallocate"):  # macOS
-        return
-    with tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, size)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_of_orbax)
+    hook = sys.unraisablehook
+
+    def quiet_hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = quiet_hook
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Leave out tracebacks of errors that are raised too, and that `Checkpoints` reports."""
     is_of_orbax = "orbax" in Path(record.pathname).parts
     return not is_of_orbax and "orbax/checkpoint" not in record.getMessage()
 
@@ -257,10 +259,6 @@ def _arrays(state: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {_name(path): describe(leaf) for path, leaf in leaves}
-
-
-def _num_bytes(state: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 def _saved_arrays(metadata: Any) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -255,6 +255,7 @@ def measure(name: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
                 lost.append(f"a run ended before it was killed: see {process.log}")
                 break
             kills.append(done)
+            lost += left_behind()
         process = Process(command, killed, environment)
         run_to_the_end(process)
         lost += lost_by(process, process.end()[1], is_whole=True)
@@ -292,21 +293,20 @@ def lost_by(process: Process, said: str, is_whole: bool) -> list[str]:
 @contextlib.contextmanager
 def surroundings() -> Iterator[tuple[dict[str, str], Callable[[], list[str]]]]:
     """Yield an environment for processes, and a function that returns what is left of them."""
-    mark, before = uuid.uuid4().hex, set(Path("/tmp").glob("samx-*"))
+    mark, folders = uuid.uuid4().hex, set[str]()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     environment["SAMX_KILLS"] = mark
 
     def left() -> list[str]:
-        processes, words = [], []
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                words += process.cmdline()
                 if process.environ().get("SAMX_KILLS") == mark:
+                    folders.update(re.findall(r"/tmp/samx-\w+", " ".join(process.cmdline())))
                     processes.append(f"process {process.pid} is left: {process.name()}")
-        # A folder that a process works in is of another program.
-        folders = set(Path("/tmp").glob("samx-*")) - before
-        unused = [folder for folder in folders if not any(str(folder) in word for word in words)]
-        return processes + [f"folder {folder} is left" for folder in unused]
+        return processes + [
+            f"folder {folder} is left" for folder in folders if Path(folder).exists()
+        ]
 
     def left_behind() -> list[str]:
         deadline = time.monotonic() + RAY_PATIENCE

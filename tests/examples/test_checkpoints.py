@@ -17,7 +17,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import samx
-from examples.common import checkpoints as module
 from examples.common.checkpoints import CheckpointError, Checkpoints, kept, newest
 from examples.common.files import SaveError
 
@@ -199,7 +198,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
-STATE = {"x": np.arange(200_000, dtype=np.float32)}
+STATE = {f"x{i}": np.arange(i, i + 20_000, dtype=np.float32) for i in range(10)}
 LIKE = jax.tree.map(np.zeros_like, STATE)
 
 
@@ -256,18 +255,13 @@ def test_versions_are_named_when_they_differ(tmp_path, monkeypatch):
         assert checkpoints.restore(LIKE)[1] == 4  # the state fits
         named = rf"saved by samx 0\.0\.1; this is samx {samx.__version__}"
         with pytest.raises(CheckpointError, match="another model.*" + named):
-            checkpoints.restore({"y": LIKE["x"]})
+            checkpoints.restore({"y": LIKE["x1"]})
         shutil.rmtree(tmp_path / "4" / "state" / "d")
         with pytest.raises(CheckpointError, match="cannot be read.*" + named):
             checkpoints.restore(LIKE)
 
 
-@pytest.mark.parametrize("finds", ["room", "orbax"])
-def test_a_save_that_fails_is_told_once_and_tried_again(
-    finds, tmp_path, monkeypatch, capfd, file_size_limit
-):
-    if finds == "orbax":  # in its threads
-        monkeypatch.setattr(module, "_check_room", lambda *args: None)
+def test_a_save_that_fails_is_told_once_and_tried_again(tmp_path, capfd, caplog, file_size_limit):
     with Checkpoints(tmp_path, "test") as checkpoints:
         checkpoints.save(1, STATE)
         assert kept(tmp_path) in ("no checkpoint", "the checkpoint of step 1")
@@ -277,11 +271,10 @@ def test_a_save_that_fails_is_told_once_and_tried_again(
                 checkpoints.save(step, changed(step))
                 assert checkpoints.restore(LIKE)[1] == 1
         told = capfd.readouterr().err
-        assert told.count("could not be written") == 1
+        assert len(told.splitlines()) == 1  # no traceback of a library
         assert "step 2 could not be written" in told
         assert "(File too large); kept: the checkpoint of step 1; training goes on" in told
-        if finds == "room":
-            assert len(told.splitlines()) == 1
+        assert not [record for record in caplog.records if "orbax" in record.pathname]
         assert os.listdir(tmp_path) == ["1"]  # nothing of the others fills the disk
         checkpoints.save(3, changed(3))
         state, step = checkpoints.restore(LIKE)
@@ -296,16 +289,11 @@ def test_a_save_that_fails_is_told_once_and_tried_again(
 
 
 def changed(step):
-    return {"x": np.random.default_rng(step).normal(size=200_000).astype(np.float32)}
+    rng = np.random.default_rng(step)  # these numbers cannot be compressed
+    return {name: rng.normal(size=20_000).astype(np.float32) for name in STATE}
 
 
-@pytest.mark.parametrize("finds", ["room", "orbax"])
-def test_a_last_save_that_fails_ends_the_run_with_an_error(
-    finds, tmp_path, monkeypatch, file_size_limit
-):
-    if finds == "orbax":
-        monkeypatch.setattr(module, "_check_room", lambda *args: None)
-
+def test_a_last_save_that_fails_ends_the_run_with_an_error(tmp_path, file_size_limit):
     def train(error=None):
         with Checkpoints(tmp_path, "test") as checkpoints:
             checkpoints.save(1, STATE)

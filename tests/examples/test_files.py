@@ -63,6 +63,21 @@ def test_a_failed_write_keeps_what_was_there(tmp_path, file_size_limit):
     assert os.listdir(tmp_path) == ["results.json"]
 
 
+def test_an_interrupted_write_keeps_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    files.write(path, "old")
+
+    def interrupted(source, target):
+        assert (source.read_text(), path.read_text()) == ("new", "old")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.write(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
 def test_a_folder_in_the_way(tmp_path):
     (tmp_path / "results.json").mkdir()
     with pytest.raises(SaveError, match=r"results\.json cannot be written \(Is a directory\)"):
