@@ -246,7 +246,7 @@ def _hide_tracebacks() -> None:
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     is_of_orbax = "orbax" in Path(record.pathname).parts
-    return not is_of_orbax and "orbax/checkpoint" not in record.getMessage()
+    return not is_of_orbax and "orbax" not in record.getMessage()
 
 
 def _arrays(state: Any) -> dict[str, tuple[tuple[int, ...], str]]:
