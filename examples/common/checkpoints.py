@@ -59,7 +59,7 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._about = {"of": of, "versions": versions()}
         self._trouble = ""  # why the last checkpoint could not be written
-        self._step = 0  # the checkpoint that is being written
+        self._step: int | None = None  # of the checkpoint that is being written
         _hide_tracebacks()
         handlers: Any = {
             "about": ocp.JsonCheckpointHandler(),
@@ -116,7 +116,7 @@ class Checkpoints:
         self._wait()
         self._tell(step, error)
 
-    def _tell(self, step: int, error: Exception) -> None:
+    def _tell(self, step: int | None, error: Exception) -> None:
         """Say what failed, once until a checkpoint is written again."""
         code = re.search(r"os_error_code='(\d+)'", str(error))  # from tensorstore
         why = os.strerror(int(code[1])) if code else reason(error)
@@ -132,13 +132,13 @@ class Checkpoints:
 
     def _wait(self) -> None:
         """Wait for the checkpoint that is being written."""
-        step, self._step = self._step, 0
+        step, self._step = self._step, None
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # from the disk, by way of orbax or tensorstore
             self._tell(step, error)
         else:
-            if step and newest(self.folder) == step:
+            if step is not None and newest(self.folder) == step:
                 self._trouble = ""
 
     def restore(

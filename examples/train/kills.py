@@ -18,7 +18,7 @@ The moments are random, from --seed. The targets, all small and on the CPU:
 
 Every resumed run must start at the newest complete checkpoint. The script prints a table and writes
 results.json and the output of all runs to --out. If something is lost, the exit code is 1. It takes
-about five minutes on two CPU cores.
+about eight minutes on two CPU cores.
 """
 
 import argparse

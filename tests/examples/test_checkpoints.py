@@ -290,6 +290,15 @@ def test_a_save_that_fails_is_told_once_and_tried_again(tmp_path, capfd, caplog,
     assert newest(tmp_path) == 6
 
 
+def test_the_checkpoint_of_step_0_is_one_too(tmp_path, file_size_limit):
+    with Checkpoints(tmp_path, "test") as checkpoints:
+        with file_size_limit(100_000):
+            checkpoints.save(0, changed(0))
+            checkpoints.restore(LIKE)
+        checkpoints.save(0, changed(0))
+    assert kept(tmp_path) == "the checkpoint of step 0"
+
+
 def changed(step):
     rng = np.random.default_rng(step)  # these numbers cannot be compressed
     return {name: rng.normal(size=20_000).astype(np.float32) for name in STATE}
