@@ -176,7 +176,8 @@ class Process:
             if self.process.poll() is not None:
                 return False
             if self.seconds > PATIENCE:
-                raise TimeoutError(f"{self.log}: nothing happened for {PATIENCE} s")
+                self.end()
+                sys.exit(f"kills.py: error: {self.log}: no end after {PATIENCE} s")
             time.sleep(0.001)
         return True
 
@@ -211,7 +212,7 @@ def kill(process: Process, kind: str, first_save: float, rng: np.random.Generato
     """Kill a process at a moment of a kind; return `None` if it had ended."""
     moment = rng.random()
     if kind == "start":
-        process.wait_for(lambda: process.seconds > moment * first_save)
+        process.wait_for(lambda: process.seconds > moment * first_save or process.has_saved())
     elif kind == "training":
         if process.wait_for(process.has_saved):
             now = process.seconds
@@ -278,7 +279,8 @@ def run_to_the_end(process: Process) -> float:
     process.wait_for(lambda: False)
     code, text = process.end()
     if code:
-        raise RuntimeError(f"{process.log}: exit code {code}: {text.strip().splitlines()[-1:]}")
+        last = text.strip().splitlines()[-1:]
+        sys.exit(f"kills.py: error: {process.log}: exit code {code}: {''.join(last)}")
     return first_save
 
 
