@@ -22,7 +22,7 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
-from examples.common import arguments, figures
+from examples.common import arguments, figures, files
 from examples.common.digits_task import BATCH, LEARNING_RATES, STEPS_PER_EPOCH, describe
 from examples.common.registry import BASES, VARIANTS, check_base
 from examples.common.report import Report, mean_and_error
@@ -170,6 +170,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
     report = Report(args)

@@ -37,7 +37,7 @@ import optax
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures
+from examples.common import arguments, figures, files
 from examples.common.models import problem
 from examples.common.report import Report
 
@@ -235,6 +235,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@files.ends_in_one_line
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     if args.devices == "gpu":

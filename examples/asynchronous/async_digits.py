@@ -36,7 +36,7 @@ from tqdm import tqdm
 import samx
 from examples import digits
 from examples.asynchronous.async_cost import describe_ascent_batch
-from examples.common import arguments
+from examples.common import arguments, files
 from examples.common.digits_task import (
     BATCH,
     LEARNING_RATES,
@@ -213,6 +213,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@files.ends_in_one_line
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     one, other = two_devices()

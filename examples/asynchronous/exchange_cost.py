@@ -12,6 +12,7 @@ and exchange_cost.png to --out.
 """
 
 import argparse
+import contextlib
 import itertools
 import os
 import re
@@ -26,7 +27,8 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from examples.common import arguments, figures
+from examples.common import arguments, figures, files
+from examples.common.files import SaveError, reason
 from examples.common.report import Report
 from samx import elastic
 
@@ -44,7 +46,8 @@ def exchanging(millions: int, folder: Path) -> Callable[[int], elastic.Worker]:
             for number in itertools.count(start):
                 times.append(time.perf_counter())
                 if len(times) > 1:
-                    np.save(folder / f"{index}.npy", times)
+                    with contextlib.suppress(OSError):  # `read_times` will tell
+                        np.save(folder / f"{index}.npy", times)
                 yield number
 
         params = zeros(millions)
@@ -53,6 +56,20 @@ def exchanging(millions: int, folder: Path) -> Callable[[int], elastic.Worker]:
         )
 
     return make_worker
+
+
+def read_times(folder: Path, workers: int) -> np.ndarray:
+    """Return the seconds of all exchanges but the first ones of each worker."""
+    seconds = []
+    for index in range(workers):
+        path = folder / f"{index}.npy"
+        try:
+            times = np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            text = f"{path}: the times of worker {index} could not be written or read"
+            raise SaveError(f"{text} ({reason(error)})") from error
+        seconds.append(np.diff(times)[SKIPPED:])
+    return np.concatenate(seconds)
 
 
 def zeros(millions: int) -> dict[str, jax.Array]:
@@ -110,10 +127,9 @@ def measure(
         monitor=monitor,
         monitor_every=0.2,
     )
-    seconds = [np.diff(np.load(path))[SKIPPED:] for path in sorted(folder.glob("*.npy"))]
     return {
         **{"engine": engine, "workers": workers, "shards": shards},
-        "milliseconds": (1000 * np.concatenate(seconds)).tolist(),
+        "milliseconds": (1000 * read_times(folder, workers)).tolist(),
         "megabytes": {k: [x / MILLION for x in v] for k, v in memory.largest.items()},
         "seconds_to_start": time.perf_counter() - begin - trained.progress.seconds,
     }
@@ -174,6 +190,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
     report = Report(args)

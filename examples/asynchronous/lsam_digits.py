@@ -38,7 +38,6 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import math
 import sys
 import time
@@ -58,8 +57,11 @@ from tqdm import tqdm
 
 import samx
 from examples.common import arguments, figures
+from examples.common.checkpoints import CheckpointError, Checkpoints, kept, newest
 from examples.common.digits_task import TRAIN, Network, describe, initialize, rows_of, split
+from examples.common.files import SaveError
 from examples.common.report import Report, mean_and_error
+from examples.common.resume import resumed, write_config
 from examples.common.tuning import TUNING_SEEDS, Runs, runs_of, scores_of
 from samx import elastic
 
@@ -444,37 +446,30 @@ class Bars:
             bar.close()
 
 
-class Saved:
-    """Checkpoints of the center and of the training time so far, in seconds."""
+def restored(
+    checkpoints: Checkpoints, params: Any, num_workers: int
+) -> tuple[elastic.Checkpoint | None, float]:
+    """Return the newest checkpoint, or `None`, and the seconds of training before it.
 
-    def __init__(self, folder: Path):
-        import orbax.checkpoint as ocp  # the simulation does not need it
-
-        self.ocp, self.seconds = ocp, 0.0
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
-        self.manager = ocp.CheckpointManager(folder.absolute() / "checkpoints", options=options)
-
-    def save(self, checkpoint: elastic.Checkpoint) -> None:
-        """Start to write a checkpoint; its step is the number of exchanges."""
-        step = int(checkpoint.exchanges.sum())
-        if step not in self.manager.all_steps():
-            item = {**checkpoint._asdict(), "seconds": np.float64(self.seconds)}
-            self.manager.save(step, args=self.ocp.args.StandardSave(item), force=True)
-
-    def restore(self, params: Any, num_workers: int) -> elastic.Checkpoint | None:
-        """Return the newest checkpoint, or None."""
-        step = self.manager.latest_step()
-        if step is None:
-            return None
-        like = {"params": params, "exchanges": np.zeros(num_workers, np.int64)}
-        like |= {"seconds": np.float64(0)}
-        item: Any = self.manager.restore(step, args=self.ocp.args.StandardRestore(like))
-        self.seconds = float(item["seconds"])
-        return elastic.Checkpoint(item["params"], np.asarray(item["exchanges"]))
-
-    def close(self) -> None:
-        """Wait until the last checkpoint is written."""
-        self.manager.close()
+    Raises:
+        CheckpointError: If the checkpoint cannot be used.
+    """
+    like = {"params": params, "exchanges": np.zeros(num_workers, np.int64)}
+    item, step = checkpoints.restore(like | {"seconds": np.float64(0)})
+    if not step:
+        return None, 0.0
+    where = f"checkpoint {checkpoints.folder / str(step)}"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(item["params"]):
+        if bad := int((~np.isfinite(leaf)).sum()):
+            name = jax.tree_util.keystr(path)
+            raise CheckpointError(
+                f"{where} is of a center that has diverged: params{name} holds {bad} numbers that "
+                "are not finite"
+            )
+    exchanges = np.asarray(item["exchanges"])
+    if exchanges.min() < 0 or exchanges.sum() != step:
+        raise CheckpointError(f"{where} must hold {step} exchanges, got {exchanges.tolist()}")
+    return elastic.Checkpoint(item["params"], exchanges), float(item["seconds"])
 
 
 def num_exchanges(args: argparse.Namespace) -> int:
@@ -509,25 +504,30 @@ def train_elastic(
     args: argparse.Namespace,
     devices: list[Any],
     seconds: list[float],
-    saved: Saved,
+    checkpoints: Checkpoints,
 ) -> Curve:
     """Train LSAM with the workers of an engine."""
     curve = Curve([], [], [], [], {})
     data, params = load(runs, args)
-    resumed = saved.restore(params, args.workers) if args.resume else None
-    before = 0 if resumed is None else int(resumed.exchanges.sum())
-    if resumed is not None:
+    start, seconds_before = restored(checkpoints, params, args.workers)
+    before = 0 if start is None else int(start.exchanges.sum())
+    if start is not None:
         print(f"continues after exchange {before} of {num_exchanges(args)}")
-    seconds_before, bars = saved.seconds, Bars(args, before)
+    trained_for, bars = seconds_before, Bars(args, before)
 
     def monitor(progress):
-        saved.seconds = seconds_before + progress.seconds
+        nonlocal trained_for
+        trained_for = seconds_before + progress.seconds
         center = progress.pull()
-        curve.time.append(saved.seconds)
+        curve.time.append(trained_for)
         curve.gradients.append(progress.exchanges * args.period * ROWS[LSAM].gradients)
         curve.validation.append(np.asarray(functions.accuracy(center, data[1])))
         curve.test.append(np.asarray(functions.accuracy(center, data[2])))
         bars.show(progress, float(curve.test[-1][0]))
+
+    def save(checkpoint):
+        step = int(checkpoint.exchanges.sum())
+        checkpoints.save(step, checkpoint._asdict() | {"seconds": np.float64(trained_for)})
 
     engine = elastic.Threads(devices) if args.engine == "threads" else elastic.Ray()
     try:
@@ -540,9 +540,9 @@ def train_elastic(
             engine=engine,
             monitor=monitor,
             monitor_every=EVALUATE_EVERY,
-            save=saved.save,
+            save=save,
             save_every=args.save_every,
-            resume=resumed,
+            resume=start,
         )
     finally:
         bars.close()
@@ -595,7 +595,9 @@ def train_together(
     return curve
 
 
-def run_engine(args: argparse.Namespace, devices: list[Any]) -> list[dict]:
+def run_engine(
+    args: argparse.Namespace, devices: list[Any], checkpoints: Checkpoints
+) -> list[dict]:
     """Train LSAM in an engine, then data-parallel SAM."""
     print(
         f"workers: {args.workers}, "
@@ -621,11 +623,7 @@ def run_engine(args: argparse.Namespace, devices: list[Any]) -> list[dict]:
         f"a step alone: {1e3 * fast:.1f} ms, of the last worker {1e3 * seconds[-1]:.1f} ms; all "
         f"together {speed:.0f} gradients/s"
     )
-    saved = Saved(args.folder)
-    try:
-        curves = {LSAM: train_elastic(functions, runs[LSAM], args, devices, pace, saved)}
-    finally:
-        saved.close()
+    curves = {LSAM: train_elastic(functions, runs[LSAM], args, devices, pace, checkpoints)}
     steps = num_steps(DATA_PARALLEL, args)
     curves[DATA_PARALLEL] = curve = train_together(
         DATA_PARALLEL, functions, runs[DATA_PARALLEL], args, devices, seconds[-1], steps
@@ -754,7 +752,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-CHANGEABLE = ("out", "resume", "engine", "gradients", "slow", "step_seconds", "save_every")
+NOT_SETTINGS = ("out", "resume")
+CHANGEABLE = ("engine", "gradients", "slow", "step_seconds", "save_every")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -762,7 +761,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume is not None:
-        args = resumed_arguments(parser, args.resume, argv)
+        args, _ = resumed(
+            parser, argv, "lsam_digits.py", not_settings=NOT_SETTINGS, changeable=CHANGEABLE
+        )
+        if args.engine == "simulate":
+            parser.error("--resume is for --engine threads and ray, got simulate")
     arguments.check_range(parser, args, "period", "width", "seeds")
     arguments.check_range(parser, args, "workers", low=2)
     arguments.check_range(parser, args, "batch", high=TRAIN)
@@ -783,66 +786,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             f"--gradients must be at least {unit} (2 x workers x period), got {args.gradients}"
         )
     args.gradients -= args.gradients % unit
-    if args.resume is not None and saved_exchanges(args.resume) >= num_exchanges(args):
-        parser.error(f"--resume {args.resume}: the run is finished; raise --gradients")
+    if args.resume is not None:
+        folder = Path(args.resume)
+        is_done = (newest(folder / "checkpoints") or 0) >= num_exchanges(args)
+        if is_done and (folder / "results.json").exists():
+            parser.error(f"--resume {args.resume}: the run is finished; raise --gradients")
     if args.engine == "ray":
         try:
             elastic.Ray()  # only checks that Ray is installed
         except ImportError as error:
             parser.error(f"--engine ray: {error}")
-    if args.resume is None:
-        arguments.choose_folder(parser, args, "lsam-digits")
-    else:
-        args.folder = Path(args.resume)
+    arguments.choose_folder(parser, args, "lsam-digits")
     return args
 
 
-def saved_exchanges(folder: str) -> Any:
-    """Return the exchanges of the newest checkpoint of a run; None without a checkpoint."""
-    names = [path.name for path in (Path(folder) / "checkpoints").glob("*")]
-    return max((int(name) for name in names if name.isdigit()), default=None)
-
-
-def resumed_arguments(
-    parser: argparse.ArgumentParser, folder: str, argv: list[str] | None
-) -> argparse.Namespace:
-    """Return the settings of a run; only those in `CHANGEABLE` may differ."""
-    try:
-        settings = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        parser.error(f"--resume {folder}: there is no run to continue ({error})")
-    if saved_exchanges(folder) is None:
-        parser.error(f"--resume {folder}: there is no checkpoint")
-    parser.set_defaults(**settings)
-    args = parser.parse_args(argv)
-    for name, value in settings.items():
-        if name not in CHANGEABLE and getattr(args, name) != value:
-            parser.error(
-                f"--{name.replace('_', '-')}: the run in {folder} has {value}, got "
-                f"{getattr(args, name)}; start a new run for other settings"
-            )
+def run(args: argparse.Namespace) -> list[dict]:
+    """Train all rows; save and print the results."""
     if args.engine == "simulate":
-        parser.error("--resume is for --engine threads and ray, got simulate")
-    if args.out is not None:
-        parser.error("--out and --resume exclude each other: a resumed run keeps its folder")
-    return args
-
-
-def main(argv: list[str] | None = None) -> list[dict]:
-    args = parse(argv)
-    is_simulated = args.engine == "simulate"
-    devices = [] if is_simulated else choose_devices(args)
+        report = Report(args, left_out=["resume"])
+        return conclude(args, report, run_simulation(args))
+    devices = choose_devices(args)
     report = Report(args, left_out=["resume"])
-    if not is_simulated:
-        (args.folder / "config.json").write_text(json.dumps(report.settings, indent=1))
-    try:
-        results = run_simulation(args) if is_simulated else run_engine(args, devices)
-    except KeyboardInterrupt:
-        after = "" if is_simulated else f"; continue with --resume {args.folder}"
-        print(f"\ninterrupted{after}", file=sys.stderr)
-        sys.exit(130)
-    except elastic.CenterLost as error:
-        sys.exit(f"lsam_digits.py: {error}\ncontinue with --resume {args.folder}")
+    write_config(args.folder, "lsam_digits.py", report.settings)
+    with Checkpoints(args.folder / "checkpoints", "lsam_digits.py") as checkpoints:
+        return conclude(args, report, run_engine(args, devices, checkpoints))
+
+
+def conclude(args: argparse.Namespace, report: Report, results: list[dict]) -> list[dict]:
+    """Print, save and draw the results; return them."""
+    is_simulated = args.engine == "simulate"
     unit = "g" if is_simulated else "s"
     what = f"{args.seeds} seeds" if is_simulated else f"seed {args.seed}, {args.engine}"
     subject = f"{describe(args.noise)}, {args.workers} workers, {what}"
@@ -856,6 +828,24 @@ def main(argv: list[str] | None = None) -> list[dict]:
     draw(results, args.folder / "lsam_digits.png", title, long_unit, not is_simulated)
     report.end("lsam_digits.png")
     return results
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    args = parse(argv)
+    is_simulated = args.engine == "simulate"
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        after = "" if is_simulated else f"; continue with --resume {args.folder}"
+        print(f"\ninterrupted{after}", file=sys.stderr)
+        sys.exit(130)
+    except elastic.CenterLost as error:
+        sys.exit(f"lsam_digits.py: {error}\ncontinue with --resume {args.folder}")
+    except SaveError as error:
+        after = "" if is_simulated else f"; kept: {kept(args.folder / 'checkpoints')}"
+        sys.exit(f"lsam_digits.py: error: {error}{after}")
+    except (OSError, CheckpointError) as error:
+        sys.exit(f"lsam_digits.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, digits_task, figures
+from examples.common import arguments, digits_task, figures, files
 from examples.common.digits_task import (
     BATCH,
     LEARNING_RATES,
@@ -571,6 +571,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@files.ends_in_one_line
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     report = Report(args)

@@ -52,7 +52,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures
+from examples.common import arguments, figures, files
 from examples.common.report import Report
 
 METHODS: dict[str, Callable[[Any, Any], optax.GradientTransformationExtraArgs]] = {
@@ -336,6 +336,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
     return results
 
 
+@files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
     report = Report(args)

@@ -41,7 +41,7 @@ import optax
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures
+from examples.common import arguments, figures, files
 from examples.common.digits_task import TRAIN, rows_of, split
 from examples.common.report import Report, mean_and_error
 
@@ -504,6 +504,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@files.ends_in_one_line
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     report, found = Report(args), {}

@@ -32,7 +32,7 @@ import optax
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures
+from examples.common import arguments, figures, files
 from examples.common.digits_task import (
     STEPS_PER_EPOCH,
     describe,
@@ -316,6 +316,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
     report = Report(args)

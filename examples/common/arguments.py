@@ -2,10 +2,11 @@
 
 import argparse
 import math
+from pathlib import Path
 
 import numpy as np
 
-from examples.common.output import free_folder
+from examples.common.output import free_folder, lock
 
 
 def new_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -60,11 +61,16 @@ def add_out(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def choose_folder(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> None:
-    """Set `args.folder` to a new folder, --out if given; call it after all other checks."""
+    """Set and lock `args.folder`: --resume, --out or a new one; call it after all other checks."""
+    option = "--out" if getattr(args, "resume", None) is None else "--resume"
     try:
-        args.folder = free_folder(args.out, name)
+        if option == "--out":
+            args.folder = free_folder(args.out, name)
+        else:
+            args.folder = Path(args.resume)
+            lock(args.folder)
     except (OSError, ValueError) as error:
-        parser.error(f"--out: {error}")
+        parser.error(f"{option}: {error}")
 
 
 def _values(args: argparse.Namespace, name: str) -> list[float]:

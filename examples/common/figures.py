@@ -1,8 +1,11 @@
 """Figures of the examples: one layout, one resolution, and no window."""
 
+import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from examples.common import files
 
 
 def make_figure(width: float, height: float) -> Figure:
@@ -11,7 +14,13 @@ def make_figure(width: float, height: float) -> Figure:
 
 
 def save(figure: Figure, path: Path, title: str = "") -> None:
-    """Write the figure, with a title over all panels if there is one."""
+    """Write the figure, with a title over all panels if there is one.
+
+    Raises:
+        SaveError: If the file cannot be written.
+    """
     if title:
         figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=path.suffix[1:])
+    files.write(path, picture.getvalue())

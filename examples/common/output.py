@@ -1,31 +1,63 @@
-"""Choose the folder for the results of an example, so that no earlier run is overwritten."""
+"""Choose the folder for the results of an example, and keep other runs out of it."""
 
 import itertools
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"  # the file that is locked; it stays, and means nothing after its run has ended
+
+_held: list[FileLock] = []  # until this process ends, however it ends
+
 
 def free_folder(out: str | None, name: str) -> Path:
-    """Create and return the folder `out`, or the first free `runs/<name>-NNN` if `out` is `None`.
+    """Create and lock the folder `out`, or the first free `runs/<name>-NNN` if `out` is `None`.
 
     Args:
         out: A folder that does not exist yet or is empty; if `None`, a folder is chosen.
         name: First part of the name of a chosen folder.
 
     Returns:
-        The folder, which exists and is empty.
+        The folder, which exists and is empty but for its lock.
 
     Raises:
-        ValueError: If `out` is not empty, or is not a folder.
+        ValueError: If `out` is not empty, is not a folder, or is used by another run.
     """
     if out is not None:
         folder = Path(out)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is not a folder")
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
+        _check_empty(folder)  # before a file is created in a folder of something else
+        lock(folder)
+        _check_empty(folder)  # another run may have ended in the meantime
         return folder
-    numbered = (Path("runs") / f"{name}-{number:03d}" for number in itertools.count(1))
-    folder = next(candidate for candidate in numbered if not candidate.exists())
-    folder.mkdir(parents=True)
-    return folder
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{name}-{number:03d}"
+        try:
+            folder.mkdir(parents=True)  # fails if another run was faster
+        except FileExistsError:
+            continue
+        lock(folder)
+        return folder
+    raise AssertionError("there is always a next number")
+
+
+def lock(folder: Path) -> None:
+    """Keep other processes out of a folder until this process ends, also if it is killed.
+
+    Raises:
+        ValueError: If another process has locked the folder.
+    """
+    # One lock for each folder and process, so that a process can resume its own run.
+    held = FileLock(folder.resolve() / LOCK, is_singleton=True, thread_local=False)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"{folder} is used by another run") from None
+    _held.append(held)
+
+
+def _check_empty(folder: Path) -> None:
+    if any(path.name != LOCK for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; choose another folder")

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 import samx
+from examples.common import files
 
 NOT_SETTINGS = ("folder", "out")
 
@@ -39,11 +40,15 @@ class Report:
         self._start = time.perf_counter()
 
     def save(self, **results: Any) -> None:
-        """Write results.json: the device, the settings and the results."""
+        """Write results.json: the device, the settings and the results.
+
+        Raises:
+            SaveError: If the file cannot be written.
+        """
         text = json.dumps(
             without_nans({**self._about, "settings": self.settings, **results}), indent=1
         )
-        (self.folder / "results.json").write_text(text)
+        files.write(self.folder / "results.json", text)
 
     def end(self, *plots: str) -> None:
         """Print how long it took, and where the results and the plots are."""

@@ -50,7 +50,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from examples.common import arguments, figures
+from examples.common import arguments, figures, files
 from examples.common.models import CLASSES, MODELS, Model, as_problem
 from examples.common.registry import BASES, VARIANTS, Setting
 from examples.common.report import Report
@@ -547,6 +547,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@files.ends_in_one_line
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     report = Report(args)

@@ -23,6 +23,7 @@ results.json, the final parameters (params.npz) and data_parallel.png to --out.
 
 import argparse
 import contextlib
+import io
 import re
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures
+from examples.common import arguments, figures, files
 from examples.common.digits_task import LEARNING_RATES, TRAIN, Network, initialize, split
 from examples.common.output import free_folder
 from examples.common.registry import BASES, VARIANTS, Setting, check_base
@@ -463,6 +464,7 @@ def create_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(trouble or "process 0 refused --out")
 
 
+@files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict]:
     parser, args = parse(argv)
     connect(args)
@@ -493,10 +495,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     print_tables(results, args)
     params = {result["strategy"]: result.pop("params") for result in results}
+    archive = io.BytesIO()
     np.savez(
-        report.folder / "params.npz",
+        archive,
         **{f"{name}/{path}": leaf for name, tree in params.items() for path, leaf in tree.items()},
     )
+    files.write(report.folder / "params.npz", archive.getvalue())
     report.save(largest_difference=largest_difference(results), results=results)
     draw(results, report.folder / "data_parallel.png", f"{args.variant} on {described}")
     report.end("data_parallel.png")

@@ -34,7 +34,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures
+from examples.common import arguments, figures, files
 from examples.common.models import MODELS, problem
 from examples.common.registry import BASES
 from examples.common.report import Report
@@ -322,6 +322,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
     with contextlib.suppress(RuntimeError):  # a running backend stays unchanged

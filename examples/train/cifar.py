@@ -19,7 +19,6 @@ At half precision (--precision) parameters stay in float32; float16 scales the l
 
 import argparse
 import contextlib
-import hashlib
 import json
 import sys
 import time
@@ -34,16 +33,16 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 import samx
 import samx.flax
-from examples.common import arguments, figures
-from examples.common.output import free_folder
+from examples.common import arguments, figures, files
+from examples.common.checkpoints import CheckpointError, Checkpoints, fingerprint, kept
+from examples.common.files import SaveError
 from examples.common.registry import VARIANTS, Setting
+from examples.common.resume import resumed, write_config
 from examples.common.vision import MODELS, describe
-from examples.train.checkpoints import CheckpointError, Checkpoints
 from examples.train.cifar_data import (
     Cifar,
     load,
@@ -55,12 +54,14 @@ from examples.train.cifar_data import (
     with_label_noise,
     write_digits,
 )
+from examples.train.metrics import Log
 
 # Defaults of the command line: base of a model; learning rate and weight decay of a base.
 BASES = {"resnet18": "momentum", "vit": "adamw"}
 RATES = {"momentum": (0.1, 5e-4), "adamw": (1e-3, 0.05)}
 READINGS = ("loss", "sharp_loss", "grad_norm", "perturbation_norm", "cosine", "is_sharp")
 TRAIN_ACCURACY_IMAGES = 2048  # training images for the training accuracy of each epoch
+NOT_SETTINGS = ("out", "resume", "devices")  # what --resume does not keep
 IN_FLIGHT = 2  # steps that may be dispatched before the first one has ended
 NO_DATA = """--data is missing: the path of the archive, packed or unpacked.
 Download "CIFAR-10 python version" (cifar-10-python.tar.gz, 163 MB) or "CIFAR-100 python version"
@@ -208,47 +209,6 @@ def evaluate_batch(state, batch, *, classes: int):
     return (losses * weight).sum(), by_class(is_right * weight), by_class(weight)
 
 
-class Log:
-    """Writer of metrics.jsonl and tensorboard/; at the start it removes all rows after `step`."""
-
-    def __init__(self, folder: Path, step: int):
-        path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows: list[dict] = []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line may be incomplete
-                self.rows.append(json.loads(line))
-        self.rows = [row for row in self.rows if row["step"] <= step]
-        cut = path.with_suffix(".tmp")
-        cut.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        cut.replace(path)  # atomic, in case this process is killed too
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, kind: str, step: int, **values: Any) -> None:
-        """Write one line, and a point in the curve of each value."""
-        row = {"kind": kind, "step": step} | values
-        self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            if isinstance(value, float) and np.isfinite(value):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-
-    def of(self, kind: str) -> list[dict]:
-        """Return the lines of one kind."""
-        return [row for row in self.rows if row["kind"] == kind]
-
-    def flush(self) -> None:
-        """Write all lines to disk; call it before the checkpoint that they belong to."""
-        self._file.flush()
-        self._board.flush()
-
-    def close(self) -> None:
-        """Write the remaining lines and close the files."""
-        self._file.close()
-        self._board.close()
-
-
 class Evaluation:
     """Loss and accuracy of a state on some images."""
 
@@ -295,7 +255,7 @@ def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str
     on_train = Evaluation(first, args.batch, classes, place)
     checkpoint_every = args.checkpoint_every or steps_per_epoch
 
-    with Checkpoints(args.folder / "checkpoints") as checkpoints:
+    with Checkpoints(args.folder / "checkpoints", "cifar.py") as checkpoints:
         state, start_step = checkpoints.restore(state, batches)
         if start_step:
             print(f"resumed at step {start_step} of {steps}")
@@ -342,11 +302,13 @@ def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str
                     bar.write(describe_epoch(values, args.epochs))
                     epoch_start, epoch_first = time.perf_counter(), step
                 if is_saved:
-                    log.flush()
-                    checkpoints.save(step, state, batches)
-        log.flush()
-        log.close()
-    return finish(args, log, state, on_test(state), on_train(state))
+                    try:
+                        log.flush()
+                    except SaveError as error:  # a checkpoint must have the rows before it
+                        checkpoints.fail(step, error)
+                    else:
+                        checkpoints.save(step, state, batches)
+        return finish(args, log, state, on_test(state), on_train(state))
 
 
 def describe_epoch(values: dict[str, Any], epochs: int) -> str:
@@ -371,7 +333,7 @@ def finish(args, log: Log, state, on_test: dict, on_train: dict) -> dict[str, An
         "train": on_train,
         "state_sha256": fingerprint(state),
     }
-    (args.folder / "results.json").write_text(json.dumps(results, indent=1))
+    files.write(args.folder / "results.json", json.dumps(results, indent=1))
     draw(log, args.folder / "curves.png", f"{args.model}, {args.variant}, seed {args.seed}")
     print(
         f"test accuracy {100 * on_test['accuracy']:.2f}%, train accuracy "
@@ -381,16 +343,6 @@ def finish(args, log: Log, state, on_test: dict, on_train: dict) -> dict[str, An
     print(f"Results: {args.folder / 'results.json'}\nPlot: {args.folder / 'curves.png'}")
     print(f"TensorBoard: tensorboard --logdir {args.folder / 'tensorboard'}")
     return results
-
-
-def fingerprint(tree: Any) -> str:
-    """Return a hash of every bit of a pytree of arrays."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def draw(log: Log, path: Path, title: str) -> None:
@@ -455,19 +407,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume is not None:
-        config = read_config(parser, Path(args.resume))
-        parser.set_defaults(**config["settings"])
-        args = parser.parse_args(argv)
-        for name, value in config["settings"].items():
-            if getattr(args, name) != value:
-                option = "--" + name.replace("_", "-")
-                parser.error(
-                    f"{option}: the run in {args.resume} has {value}, got {getattr(args, name)}; "
-                    "--resume keeps the settings of a run; start a new run for other settings"
-                )
-        if args.out is not None:
-            parser.error("--out and --resume exclude each other: a resumed run keeps its folder")
-        args.data_sha256 = config["data_sha256"]
+        args, config = resumed(parser, argv, "cifar.py", not_settings=NOT_SETTINGS)
+        args.data_sha256 = config.get("data_sha256")
     args.base = args.base or BASES[args.model]
     learning_rate, weight_decay = RATES[args.base]
     for name, value in (
@@ -492,19 +433,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     shares = ("label_noise", "label_smoothing", "dropout")
     arguments.check_range(parser, args, *shares, low=0, high=0.999)
     return parser, args
-
-
-def read_config(parser: argparse.ArgumentParser, folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        parser.error(f"--resume {folder}: there is no run to continue ({error})")
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that --resume keeps: all except folder and devices."""
-    left_out = ("out", "resume", "devices", "folder", "data_sha256")
-    return {name: value for name, value in vars(args).items() if name not in left_out}
 
 
 def choose_devices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Any]:
@@ -533,16 +461,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     try:
         data = load_data(args)
         sha256 = fingerprint((data.train, data.test))
+        if args.resume is not None and sha256 != args.data_sha256:
+            raise ValueError(f"{args.data or 'digits'} is not the data of the run in {args.resume}")
+        settings = {k: v for k, v in vars(args).items() if k not in (*NOT_SETTINGS, "data_sha256")}
+        arguments.choose_folder(parser, args, "cifar")
         if args.resume is None:
-            args.folder = free_folder(args.out, "cifar")
-            config = {"settings": settings_of(args), "data_sha256": sha256}
-            (args.folder / "config.json").write_text(json.dumps(config, indent=1))
-        else:
-            args.folder = Path(args.resume)
-            if sha256 != args.data_sha256:
-                raise ValueError(
-                    f"{args.data or 'digits'} is not the data of the run in {args.resume}"
-                )
+            write_config(args.folder, "cifar.py", settings, data_sha256=sha256)
     except (OSError, ValueError) as error:
         sys.exit(f"cifar.py: error: {error}")
     print(
@@ -553,6 +477,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     try:
         return train(args, data, devices)
+    except SaveError as error:
+        sys.exit(f"cifar.py: error: {error}; kept: {kept(args.folder / 'checkpoints')}")
     except (OSError, CheckpointError) as error:
         sys.exit(f"cifar.py: error: {error}")
     except KeyboardInterrupt:

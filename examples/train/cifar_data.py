@@ -5,13 +5,13 @@
 without CIFAR. `train_batches` is a grain pipeline that can resume at any batch.
 """
 
+import contextlib
 import gzip
 import io
 import math
-import os
 import pickle
+import pickletools
 import tarfile
-import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -24,8 +24,13 @@ import numpy as np
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
+from examples.common import files
+
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's channels
 PADDING = 4  # pixels on each side, before the random crop
+# The archives unpack to 186 MB; the largest file, "train" of CIFAR-100, has 155 MB.
+MOST_BYTES, MOST_OF_A_FILE = 256_000_000, 192_000_000
+PUTS = ("PUT", "BINPUT", "LONG_BINPUT")  # codes of a pickle that number an object
 PREFETCHED = 16  # batches that the threads prepare in advance
 WHERE = (
     "from https://www.cs.toronto.edu/~kriz/cifar.html: "
@@ -100,17 +105,17 @@ def load(path: str | Path) -> Cifar:
         ValueError: If the folder holds several data sets, or the files cannot be used.
     """
     path = find(Path(path))
-    files = read_folder(path) if path.is_dir() else read_archive(path)
-    layout = max(LAYOUTS, key=lambda layout: len(layout.members & files.keys()))
-    missing = sorted(layout.members - files.keys())
+    found = read_folder(path) if path.is_dir() else read_archive(path)
+    layout = max(LAYOUTS, key=lambda layout: len(layout.members & found.keys()))
+    missing = sorted(layout.members - found.keys())
     if missing:
         raise damaged(path, f"has no {', '.join(missing)}")
-    (names,) = unpickle(path, layout.meta, files[layout.meta], [layout.names])
+    (names,) = unpickle(path, layout.meta, found[layout.meta], [layout.names])
     if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
         raise damaged(path, f"{layout.meta}: {layout.names} is not a list of names: {names!r:.60}")
 
     def images(member: str) -> Images:
-        data, labels = unpickle(path, member, files[member], [b"data", layout.labels])
+        data, labels = unpickle(path, member, found[member], [b"data", layout.labels])
         check_images(path, member, data, labels, len(names))
         image = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # three planes become channels
         return Images(np.ascontiguousarray(image), np.asarray(labels, np.int32))
@@ -138,26 +143,57 @@ def find(path: Path) -> Path:
 
 def read_folder(folder: Path) -> dict[str, bytes]:
     """Read the files of an extracted folder."""
-    paths = [folder / member for member in MEMBERS]
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
+    paths = [folder / member for member in sorted(MEMBERS)]
+    try:
+        return {path.name: files.read(path, MOST_OF_A_FILE) for path in paths if path.is_file()}
+    except ValueError as error:
+        raise damaged(folder, str(error)) from error
 
 
 def read_archive(archive: Path) -> dict[str, bytes]:
     """Read the files of an archive without extracting it."""
-    files = {}
+    if not archive.is_file():
+        raise damaged(archive, "is not a file")
+    if archive.stat().st_size > MOST_BYTES:
+        size = f"{archive.stat().st_size:,} bytes, more than {MOST_BYTES:,}"
+        raise damaged(archive, f"has {size}")
     try:
         with gzip.open(archive) as stream:
-            content = stream.read()  # read to the end: the checksum is there
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            for entry in tar:
-                name = PurePosixPath(entry.name).name
-                if name in MEMBERS and entry.isreg() and (file := tar.extractfile(entry)):
-                    files[name] = file.read()
-    except (gzip.BadGzipFile, zlib.error, EOFError, tarfile.TarError) as error:
+            content = stream.read(MOST_BYTES + 1)  # read to the end: the checksum is there
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise damaged(archive, f"is not a complete tar.gz archive ({error})") from error
-    if not files:
+    if len(content) > MOST_BYTES:
+        raise damaged(archive, f"unpacks to more than {MOST_BYTES:,} bytes")
+    with whole(archive), tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        entries = [
+            (PurePosixPath(entry.name).name, entry)
+            for entry in tar
+            if entry.isreg() and PurePosixPath(entry.name).name in MEMBERS
+        ]
+    if not entries:
         raise damaged(archive, "holds no file of CIFAR-10 or CIFAR-100")
-    return files
+    names = dict(entries)
+    for name, entry in entries:
+        if names[name] is not entry:
+            raise damaged(archive, f"holds {name} twice: {entry.name}, {names[name].name}")
+        if entry.size > MOST_OF_A_FILE:  # a sparse file needs no space in the archive
+            size = f"{entry.size:,} bytes, more than {MOST_OF_A_FILE:,}"
+            raise damaged(archive, f"{entry.name} has {size}")
+    found = {}
+    with whole(archive), tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        for name, entry in entries:
+            if (file := tar.extractfile(entry)) is not None:
+                found[name] = file.read()
+    return found
+
+
+@contextlib.contextmanager
+def whole(archive: Path) -> Iterator[None]:
+    """Refuse an archive in which `tarfile` finds an error."""
+    try:
+        yield
+    except Exception as error:  # the bytes of a damaged archive can raise anything
+        raise damaged(archive, f"is not a complete tar.gz archive ({error})") from error
 
 
 def check_images(path: Path, member: str, data: Any, labels: Any, classes: int) -> None:
@@ -178,6 +214,9 @@ def check_images(path: Path, member: str, data: Any, labels: Any, classes: int) 
 def unpickle(path: Path, member: str, pickled: bytes, keys: list[bytes]) -> list[Any]:
     """Return the content of a file under each of the keys."""
     try:
+        puts = [int(at or 0) for code, at, _ in pickletools.genops(pickled) if code.name in PUTS]
+        if max(puts, default=0) > len(pickled):  # Python would allocate a table of this size
+            raise pickle.UnpicklingError(f"it numbers an object {max(puts)}")
         content = PlainUnpickler(io.BytesIO(pickled), encoding="bytes").load()
     except Exception as error:  # the bytes of a damaged pickle can raise anything
         raise damaged(path, f"{member} is not a pickle of plain data ({error})") from error
@@ -238,12 +277,7 @@ def write_digits(folder: str | Path) -> Path:
         load(archive)
         return archive
     archive.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = archive.with_name(f"{archive.name}.{uuid.uuid4().hex}")
-    try:
-        unfinished.write_bytes(digits_archive())
-        os.replace(unfinished, archive)  # atomic: nobody sees an incomplete archive
-    finally:
-        unfinished.unlink(missing_ok=True)
+    files.write(archive, digits_archive())
     return archive
 
 

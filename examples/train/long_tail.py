@@ -43,7 +43,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures
+from examples.common import arguments, figures, files
 from examples.common.digits_task import Network, initialize
 from examples.common.registry import BASES
 from examples.common.report import Report, mean_and_error
@@ -423,6 +423,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
     report = Report(args, left_out=["counts"])

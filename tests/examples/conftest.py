@@ -1,6 +1,8 @@
 """What the tests of all examples share."""
 
+import contextlib
 import json
+import resource
 
 import pytest
 
@@ -44,3 +46,19 @@ def read_report():
         return json.loads((folder / "results.json").read_text(), parse_constant=no_constant)
 
     return read
+
+
+@pytest.fixture
+def file_size_limit():
+    """Return a context in which no file can grow beyond a size, as on a disk without space."""
+
+    @contextlib.contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

@@ -1,6 +1,7 @@
 """Any training run resumes from a checkpoint as if it had not stopped, to the last bit."""
 
 import functools
+import os
 import shutil
 
 import grain
@@ -16,7 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import samx
-from examples.train.checkpoints import CheckpointError, Checkpoints
+from examples.common.checkpoints import CheckpointError, Checkpoints, kept, newest
+from examples.common.files import SaveError
 
 STEPS, SAVED = 6, 3
 
@@ -63,7 +65,7 @@ def saved_sam(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sam")
     training = Training("sam")
     kept = training.run(SAVED)
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, "test") as checkpoints:
         checkpoints.save(SAVED, kept, training.batches)
     return folder, kept
 
@@ -80,12 +82,12 @@ def test_restored_from_nothing_but_the_disk(name, tmp_path):
 
     training = Training(name)
     training.run(SAVED)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, "test") as checkpoints:
         checkpoints.save(SAVED, training.kept, training.batches)
     del training
 
     training = Training(name)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, "test") as checkpoints:
         kept, step = checkpoints.restore(training.kept, training.batches)
     assert step == SAVED
     training.params, training.state = kept["params"], kept["state"]
@@ -105,7 +107,7 @@ def assert_same(a, b):
 def test_no_checkpoint_is_the_start(tmp_path):
     training = Training("sam")
     next(training.batches)
-    with Checkpoints(tmp_path / "new") as checkpoints:
+    with Checkpoints(tmp_path / "new", "test") as checkpoints:
         state, step = checkpoints.restore(training.kept, training.batches)
     assert step == 0
     assert_same(state, training.kept)
@@ -114,7 +116,7 @@ def test_no_checkpoint_is_the_start(tmp_path):
 
 def test_the_newest_stay(tmp_path):
     training = Training("sam")
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, "test", keep=2) as checkpoints:
         for step in (1, 2, 3, 3):
             checkpoints.save(step, training.kept, training.batches)
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["2", "3"]
@@ -125,7 +127,7 @@ def test_a_layout_over_devices_is_restored(tmp_path):
     spread = NamedSharding(mesh, P("data"))
     x = jax.device_put(jnp.arange(16.0), spread)
     batches = data_iterator(problem.make(np.float32)[0])
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, "test") as checkpoints:
         checkpoints.save(1, {"x": x}, batches)
         (state, _) = checkpoints.restore({"x": jnp.zeros_like(x, device=spread)}, batches)
     assert state["x"].sharding == spread
@@ -159,13 +161,13 @@ def test_a_checkpoint_of_something_else_is_refused(name, saved_sam):
     make, message = OTHERS[name]
     training = make()
     with (
-        Checkpoints(folder) as checkpoints,
+        Checkpoints(folder, "test") as checkpoints,
         pytest.raises(CheckpointError, match="another model, variant.*" + message),
     ):
         checkpoints.restore(training.kept, training.batches)
     assert training.batches.get_state()["next_index"] == 0
     training = Training("sam")
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, "test") as checkpoints:
         assert_same(checkpoints.restore(training.kept, training.batches)[0], kept)
 
 
@@ -181,7 +183,7 @@ def test_a_broken_checkpoint_is_named_and_left_alone(part, saved_sam, tmp_path):
     files = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     training = Training("sam")
     with (
-        Checkpoints(folder) as checkpoints,
+        Checkpoints(folder, "test") as checkpoints,
         pytest.raises(CheckpointError, match=rf"copy/{SAVED} cannot be read.*Delete that folder"),
     ):
         checkpoints.restore(training.kept, training.batches)
@@ -192,5 +194,129 @@ def test_a_broken_checkpoint_is_named_and_left_alone(part, saved_sam, tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(OSError, match="file"):
-        Checkpoints(tmp_path / "file" / "checkpoints")
+        Checkpoints(tmp_path / "file" / "checkpoints", "test")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+STATE = {f"x{i}": np.arange(i, i + 20_000, dtype=np.float32) for i in range(10)}
+LIKE = jax.tree.map(np.zeros_like, STATE)
+
+
+def test_a_training_without_an_iterator(tmp_path):
+    with Checkpoints(tmp_path, "test") as checkpoints:
+        checkpoints.save(4, STATE)
+        state, step = checkpoints.restore(LIKE)
+    assert step == 4
+    assert_same(state, STATE)
+
+
+@pytest.fixture(scope="module")
+def saved_state(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("state")
+    with Checkpoints(folder, "test") as checkpoints:
+        checkpoints.save(4, STATE)
+    return folder
+
+
+def with_sparse_file(folder):
+    with (folder / "4" / "state" / "_METADATA").open("r+b") as file:
+        file.truncate(2**40)  # takes no space
+
+
+@pytest.mark.parametrize(
+    ("damage", "of", "message"),
+    [
+        (lambda folder: None, "other", r"/4 is of test, this is other"),
+        (lambda folder: shutil.rmtree(folder / "4" / "about"), "test", "does not say what it is"),
+        (lambda folder: (folder / "4/about/metadata").write_text("[1]"), "test", "cannot be read"),
+        (lambda folder: (folder / "4/about/metadata").write_text("{}"), "test", "cannot be read"),
+        (with_sparse_file, "test", r"1,099,\S+ bytes are more than the \S+ that the state needs"),
+        (lambda folder: (folder / "9").mkdir(), "test", "/9 cannot be read"),
+    ],
+)
+def test_a_foreign_or_damaged_checkpoint_is_refused(damage, of, message, saved_state, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(saved_state, folder)
+    damage(folder)
+    with (
+        Checkpoints(folder, of) as checkpoints,
+        pytest.raises(CheckpointError, match=message) as caught,
+    ):
+        checkpoints.restore(LIKE)
+    assert "\n" not in str(caught.value)
+
+
+def test_versions_are_named_when_they_differ(tmp_path, monkeypatch):
+    with monkeypatch.context() as then:
+        then.setattr(samx, "__version__", "0.0.1")
+        with Checkpoints(tmp_path, "test") as checkpoints:
+            checkpoints.save(4, STATE)
+    with Checkpoints(tmp_path, "test") as checkpoints:
+        assert checkpoints.restore(LIKE)[1] == 4  # the state fits
+        named = rf"saved by samx 0\.0\.1; this is samx {samx.__version__}"
+        with pytest.raises(CheckpointError, match="another model.*" + named):
+            checkpoints.restore({"y": LIKE["x1"]})
+        shutil.rmtree(tmp_path / "4" / "state" / "d")
+        with pytest.raises(CheckpointError, match="cannot be read.*" + named):
+            checkpoints.restore(LIKE)
+
+
+def test_a_save_that_fails_is_told_once_and_tried_again(tmp_path, capfd, caplog, file_size_limit):
+    with Checkpoints(tmp_path, "test") as checkpoints:
+        checkpoints.save(1, STATE)
+        assert kept(tmp_path) in ("no checkpoint", "the checkpoint of step 1")
+        checkpoints.restore(LIKE)  # waits
+        with file_size_limit(100_000):
+            for step in (2, 3):
+                checkpoints.save(step, changed(step))
+                assert checkpoints.restore(LIKE)[1] == 1
+        told = capfd.readouterr().err
+        assert len(told.splitlines()) == 1  # no traceback of a library
+        assert "step 2 could not be written" in told
+        assert "(File too large); kept: the checkpoint of step 1; training goes on" in told
+        assert not [
+            record for record in caplog.records if "orbax" in record.pathname + record.getMessage()
+        ]
+        assert os.listdir(tmp_path) == ["1"]  # nothing of the others fills the disk
+        checkpoints.save(3, changed(3))
+        state, step = checkpoints.restore(LIKE)
+        assert step == 3
+        assert_same(state, changed(3))
+        with file_size_limit(100_000):
+            checkpoints.save(5, STATE)
+            checkpoints.restore(LIKE)
+        assert "step 5 could not be written" in capfd.readouterr().err  # it is told again
+        checkpoints.save(6, STATE)
+    assert newest(tmp_path) == 6
+
+
+def test_the_checkpoint_of_step_0_is_one_too(tmp_path, file_size_limit):
+    with Checkpoints(tmp_path, "test") as checkpoints:
+        with file_size_limit(100_000):
+            checkpoints.save(0, changed(0))
+            checkpoints.restore(LIKE)
+        checkpoints.save(0, changed(0))
+    assert kept(tmp_path) == "the checkpoint of step 0"
+
+
+def changed(step):
+    rng = np.random.default_rng(step)  # these numbers cannot be compressed
+    return {name: rng.normal(size=20_000).astype(np.float32) for name in STATE}
+
+
+def test_a_last_save_that_fails_ends_the_run_with_an_error(tmp_path, file_size_limit):
+    def train(error=None):
+        with Checkpoints(tmp_path, "test") as checkpoints:
+            checkpoints.save(1, STATE)
+            checkpoints.restore(LIKE)
+            with file_size_limit(100_000):
+                checkpoints.save(2, changed(2))
+                checkpoints._wait()
+            if error is not None:
+                raise error
+
+    with pytest.raises(SaveError, match=r"step 2 could not be written to .* \(File too large\)"):
+        train()
+    assert newest(tmp_path) == 1
+    with pytest.raises(KeyError):  # the error that is there already is not hidden
+        train(KeyError())

@@ -3,13 +3,8 @@
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -17,10 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from examples.common.files import SaveError
 from examples.train import cifar
 from examples.train.cifar_data import load, write_digits
 
-EXAMPLE = Path(cifar.__file__)
 TINY = {"resnet18": "--width 8", "vit": "--width 8 --depth 2"}
 
 
@@ -119,78 +114,12 @@ def test_a_step_at_batch_64_fits_in_4_gb(model, archive):
         assert 0.05 < cifar.gigabytes_of(program) < 4
 
 
-# Kill at a step inside a period of LookSAM.
-KILLS = [(5, ("--out", "killed"))]
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_is_as_if_nothing_had_happened(archive, tmp_path):
-    """SIGKILL comes at an arbitrary moment; the resumed run ends like an undisturbed one."""
-    command = [sys.executable, str(EXAMPLE), "--data", str(archive), "--checkpoint-every", "1"]
-    options = "--variant looksam --devices 2 --dropout 0.1 --base momentum --label-noise 0.2"
-    options += f" --imbalance 10 --images 100 --model vit {TINY['vit']} --batch 8 --epochs 2"
-    command += options.split()
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "programs")
-
-    def start(*arguments):
-        return subprocess.Popen(
-            [*command, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    undisturbed = start("--out", "undisturbed")
-    output, _ = undisturbed.communicate(timeout=300)
-    assert undisturbed.returncode == 0, output
-
-    run = tmp_path / "killed"
-    for kill_at, arguments in KILLS:
-        process = start(*arguments)
-        deadline = time.monotonic() + 300
-        while process.poll() is None and not has_reached(run, kill_at):
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate()
-        assert process.returncode == -signal.SIGKILL, output
-    resumed = start("--resume", "killed")
-    output, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, output
-    assert int(re.search(r"resumed at step (\d+)", output)[1]) >= 4
-
-    one, other = (
-        json.loads((tmp_path / n / "results.json").read_text()) for n in ("undisturbed", "killed")
-    )
-    # The training step is one program, compiled with the same flags in all processes: its results
-    # are the same to the last bit. Evaluations have a tolerance for rounding.
-    assert one["state_sha256"] == other["state_sha256"]
-    assert (one["steps"], one["gradients"]) == (other["steps"], other["gradients"])
-    for part in ("train", "test"):
-        assert_close(one[part], other[part])
-    assert read(tmp_path / "undisturbed", "step") == read(run, "step")
-    for row, other in zip(
-        *(read(folder, "epoch") for folder in (tmp_path / "undisturbed", run)), strict=True
-    ):
-        assert_close(row, other)
-
-
 def assert_close(results, others):
     """Compare the numbers of an evaluation; speeds differ."""
     assert results.keys() == others.keys()
     for name, value in results.items():
         if name not in ("images_per_second", "kind"):
             np.testing.assert_allclose(others[name], value, rtol=1e-5)
-
-
-def has_reached(folder, step):
-    if step == 0:
-        return (folder / "config.json").exists()
-    checkpoints = folder / "checkpoints"
-    return any(path.name.isdigit() and int(path.name) >= step for path in checkpoints.glob("*"))
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +187,52 @@ def test_a_finished_run_stays_finished(finished, monkeypatch):
         assert again[name] == results[name]
     for part in ("train", "test"):
         assert_close(results[part], again[part])
+
+
+def test_a_disk_that_is_full_for_the_last_checkpoint(run, monkeypatch, file_size_limit, capfd):
+    """Training goes on. The end says what is missing, and the run can be resumed."""
+    save = cifar.Checkpoints.save
+
+    def full(checkpoints, step, *args):
+        with file_size_limit(1000) if step > 2 else contextlib.nullcontext():
+            save(checkpoints, step, *args)
+            checkpoints._wait()
+
+    options = f"{tiny('vit')} --depth 1 --variant base --checkpoint-every 1"
+    monkeypatch.setattr(cifar, "draw", lambda *args: None)
+    with monkeypatch.context() as then:
+        then.setattr(cifar.Checkpoints, "save", full)
+        with pytest.raises(SystemExit) as stop:
+            run(f"{options} --out run")
+    wanted = "step 4 could not be written.*(File too large); kept: the checkpoint of step 2"
+    wanted = wanted.replace("(", r"\(").replace(")", r"\)")
+    assert re.fullmatch(f"cifar.py: error: the checkpoint of {wanted}", stop.value.code)
+    told = capfd.readouterr().err
+    assert told.count("could not be written") == 1
+    assert "Traceback" not in told
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["steps"] == 4
+    again = run("--resume run")
+    assert "resumed at step 2" in capfd.readouterr().out
+    assert again["state_sha256"] == results["state_sha256"]
+
+    rows = Path("run/metrics.jsonl").read_text()
+    Path("run/metrics.jsonl").write_text(rows[3:])
+    with pytest.raises(SystemExit, match=r"cifar.py: error: .*metrics.jsonl: line 1 is not a row"):
+        run("--resume run")
+
+
+def test_a_checkpoint_has_the_rows_before_it(run, monkeypatch):
+    """Without space for metrics.jsonl, no checkpoint is written that would lack its rows."""
+
+    def fail(log):
+        if log.of("step"):
+            raise SaveError("run/metrics.jsonl cannot be written (No space left on device)")
+
+    monkeypatch.setattr(cifar.Log, "flush", fail)
+    monkeypatch.setattr(cifar, "draw", lambda *args: None)
+    with pytest.raises(SystemExit, match=r"step 4 .*\(run/metrics.jsonl .*kept: no checkpoint$"):
+        run(f"{tiny('vit')} --depth 1 --variant base --out run")
 
 
 def contents(folder):

@@ -7,7 +7,9 @@ import os
 import pickle
 import struct
 import tarfile
+import tracemalloc
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -218,6 +220,10 @@ class Calls:
         (put("test_batch", b"no pickle"), "test_batch is not a pickle of plain data"),
         (put("test_batch", b""), "test_batch is not a pickle of plain data"),
         (put("test_batch", pickled(cifar10_files()["test_batch"])[:3000]), "test_batch is not a p"),
+        (
+            put("test_batch", b"\x80\x02]r\xff\xff\xff\x0f."),
+            "test_batch is not .* an object 268435455",
+        ),
         (put("test_batch", [1, 2]), r"test_batch has no b'data'"),
         (put("test_batch", 5), r"test_batch has no b'data'"),
         (put("data_batch_1", Calls(os.mkdir, "x")), r"data_batch_1 .*mkdir is not allowed"),
@@ -292,6 +298,73 @@ def test_asks_which_of_several_to_load(tmp_path):
         cifar_data.load(tmp_path)
     assert_cifar10(cifar_data.load(tmp_path / CIFAR10.archive))
     assert_cifar100(cifar_data.load(tmp_path / CIFAR100.folder))
+
+
+def bomb(path, size=50_000_000):
+    """An archive of one file of zeros: it unpacks to 200 times its size."""
+    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+        entry = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+        entry.size = size
+        tar.addfile(entry, io.BytesIO(bytes(size)))
+
+
+def sparse(path, map="0,0"):
+    """An archive of a file that has no content, but a size."""
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        entry = tarfile.TarInfo("test_batch")
+        entry.pax_headers = {"GNU.sparse.map": map, "GNU.sparse.size": "9000000"}
+        tar.addfile(entry)
+
+
+def twice(folders):
+    def write(path):
+        with tarfile.open(path, "w:gz") as tar:
+            for folder in folders:
+                for member in ("test_batch", "batches.meta"):
+                    tar.addfile(tarfile.TarInfo(f"{folder}/{member}"), io.BytesIO())
+
+    return write
+
+
+def folder_of(size):
+    def write(path):
+        path.mkdir()
+        with (path / "test_batch").open("wb") as file:
+            file.truncate(size)  # takes no space
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (bomb, "unpacks to more than 2,000,000 bytes"),
+        (sparse, "test_batch has 9,000,000 bytes, more than 1,000,000"),
+        (partial(sparse, map="x"), "is not a complete tar.gz archive .*'x'"),
+        (lambda path: path.write_bytes(bytes(3_000_000)), "has 3,000,000 bytes, more than 2,000,"),
+        (folder_of(2**40), r"data/test_batch has more than 1,000,000 bytes"),
+        (twice(["a", "b"]), "holds test_batch twice: a/test_batch, b/test_batch"),
+        (twice(["a", "a"]), "holds test_batch twice: a/test_batch, a/test_batch"),
+        (os.mkfifo, "is not a file"),
+    ],
+)
+def test_reading_is_bounded_before_it_happens(write, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar_data, "MOST_BYTES", 2_000_000)
+    monkeypatch.setattr(cifar_data, "MOST_OF_A_FILE", 1_000_000)
+    write(tmp_path / "data")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"data: .*{message}.*Download it again"):
+            cifar_data.load(tmp_path / "data")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_bounds_leave_room_for_the_archives():
+    images, labels = 3073, 60_000  # bytes of an image with its label in CIFAR's own count
+    assert images * labels < cifar_data.MOST_BYTES < 2 * images * labels
+    assert 155_249_918 < cifar_data.MOST_OF_A_FILE < cifar_data.MOST_BYTES
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from examples.asynchronous import exchange_cost
+from examples.common.files import SaveError
 
 
 def test_a_tiny_run(in_empty_folder, capsys, read_report):
@@ -59,3 +60,13 @@ def test_the_workers_change_nothing(tmp_path):
 )
 def test_bad_arguments(arguments, message, refusal):
     assert message in refusal(exchange_cost.main, arguments)
+
+
+def test_times_that_could_not_be_written_are_named(tmp_path):
+    np.save(tmp_path / "0.npy", [1.0, 2.0, 4.0, 8.0])
+    np.testing.assert_array_equal(exchange_cost.read_times(tmp_path, 1), [4.0])
+    for content in (None, b"", b"\x93NUMPY"):
+        if content is not None:
+            (tmp_path / "1.npy").write_bytes(content)
+        with pytest.raises(SaveError, match=r"1\.npy: the times of worker 1 could not be"):
+            exchange_cost.read_times(tmp_path, 2)

@@ -1,11 +1,13 @@
 """The LSAM example: what the clock allows, what is saved, and whether the report is right."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from examples.asynchronous import lsam_digits as example
+from examples.common.checkpoints import CheckpointError, Checkpoints
 from examples.common.digits_task import TRAIN
 from examples.common.tuning import Runs, runs_of
 from samx import elastic
@@ -141,6 +143,13 @@ def test_threads_stop_and_go_on(in_empty_folder, monkeypatch, capsys, read_repor
     ):
         assert text in printed
 
+    with monkeypatch.context() as killed:  # after the last exchange, before the results
+        (in_empty_folder / "run" / "results.json").rename("kept.json")
+        killed.setattr(example, "run_engine", interrupted)
+        with pytest.raises(SystemExit, match="130"):
+            example.main(["--resume", "run"])
+        Path("kept.json").rename(in_empty_folder / "run" / "results.json")
+
     for arguments, message in (
         ("", "--resume run: the run is finished"),
         ("--batch 20", "--batch: the run in run has 50, got 20"),
@@ -150,6 +159,48 @@ def test_threads_stop_and_go_on(in_empty_folder, monkeypatch, capsys, read_repor
         with pytest.raises(SystemExit, match="2"):
             example.main(["--resume", "run", *arguments.split()])
         assert message in capsys.readouterr().err
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("params", "exchanges", "message"),
+    [
+        ([1.0, np.nan], [3, 4], r"center that has diverged: params\['w'\] holds 1 numbers"),
+        ([1.0, np.inf], [3, 4], "center that has diverged"),
+        ([1.0, 2.0], [3, 5], r"must hold 7 exchanges, got \[3, 5\]"),
+        ([1.0, 2.0], [-1, 8], r"must hold 7 exchanges, got \[-1, 8\]"),
+        ([1.0, 2.0], [3, 4, 0], "another model"),
+        ([1.0, 2.0], [3, 4], None),
+    ],
+)
+def test_a_center_that_cannot_be_used_is_refused(params, exchanges, message, tmp_path):
+    like = {"w": np.zeros(2, np.float32)}
+    state = {"params": {"w": np.float32(params)}, "exchanges": np.array(exchanges)}
+    with Checkpoints(tmp_path, "lsam_digits.py") as checkpoints:
+        assert example.restored(checkpoints, like, 2) == (None, 0.0)
+        checkpoints.save(7, state | {"seconds": np.float64(5)})
+        if message is None:
+            checkpoint, seconds = example.restored(checkpoints, like, 2)
+            assert (checkpoint.exchanges.tolist(), seconds) == (exchanges, 5)
+        else:
+            with pytest.raises(CheckpointError, match=rf"/7 .*{message}"):
+                example.restored(checkpoints, like, 2)
+
+
+def test_a_save_that_fails_says_what_is_kept(in_empty_folder, monkeypatch):
+    def fail(args, devices, checkpoints):
+        checkpoints.save(7, {"w": np.ones(2)})
+        checkpoints.fail(8, OSError(28, "No space left on device"))
+        return []
+
+    monkeypatch.setattr(example, "run_engine", fail)
+    monkeypatch.setattr(example, "conclude", lambda args, report, results: results)
+    message = r"step 8 could not be written.*\(No space left on device\); kept: .* step 7$"
+    with pytest.raises(SystemExit, match=message):
+        example.main(["--engine", "threads", "--out", "run"])
 
 
 def test_a_lost_center_is_told(in_empty_folder, monkeypatch):
@@ -211,7 +262,7 @@ def test_what_is_told_and_drawn(tmp_path):
         ("--engine threads --rho 0.1 0.2", "--rho must be one number for --engine threads"),
         ("--step-seconds -1", "--step-seconds must be 0 to"),
         ("--resume full", "--resume full: there is no run to continue"),
-        ("--resume begun", "--resume begun: there is no checkpoint"),
+        ("--resume begun", "--resume begun: config.json names no script"),
         ("--out full", "--out: full is not empty"),
     ],
 )

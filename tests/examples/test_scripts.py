@@ -61,6 +61,14 @@ def test_a_script_starts_in_any_folder(in_empty_folder):
     check_help(path, done.stdout)
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in SCRIPTS if "Report(" in path.read_text()], ids=lambda path: path.stem
+)
+def test_a_result_that_cannot_be_written_is_one_line(path):
+    source = path.read_text()
+    assert "@files.ends_in_one_line\ndef main(" in source or "except SaveError" in source
+
+
 @every_script
 def test_a_test_runs_it(path):
     """The test file of its name has a `test_a_tiny_run...` that is not slow."""
