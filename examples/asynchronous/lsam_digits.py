@@ -553,6 +553,7 @@ def train_elastic(
     curve.facts["mean_staleness"] = [record.mean_staleness for record in records]
     curve.facts["largest_staleness"] = max(record.largest_staleness for record in records)
     curve.facts["died"] = {r.index: r.error.strip() for r in records if r.status == "died"}
+    curve.facts["shortfall"] = trained.shortfall
     return curve
 
 
@@ -684,7 +685,9 @@ def verdict(results: list[dict], args: argparse.Namespace) -> str:
         points = with_error(found["difference"], error, "+.2f")
         lines.append(f"lsam - {found['row']}{at}: {points} points{sigma}")
     for index, error in lsam.get("died", {}).items():
-        lines.append(f"worker {index} died: {error.splitlines()[-1]}")
+        lines.append(f"worker {index} died: {error.splitlines()[0]}")
+    if lsam.get("shortfall"):
+        lines.append(f"lsam did not train to its end: {lsam['shortfall']}")
     if args.engine != "simulate":
         lines.append(
             "dp-sam: on the devices of this process, each step as long as one of the slowest worker"
