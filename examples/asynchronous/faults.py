@@ -49,7 +49,7 @@ import psutil
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures
+from examples.common import arguments, figures, files
 from examples.common.report import Report
 from samx import elastic
 
@@ -58,6 +58,7 @@ EXCHANGES, PERIOD, FAULTY = 40, 2, 1
 GRACE = 1.0  # seconds, `grace` of the engines
 # Seconds that a worker may be silent where it hangs: a process takes longer to start than a thread.
 SILENCE = {"threads": 4.0, "ray": 10.0}
+CHILD = "import sys; from examples.asynchronous import faults; faults.run_child(*sys.argv[1:])"
 SILENT = "TimeoutError: no exchange for "
 RELEASED = "SAMX_FAULTS_RELEASED"  # in the environment while threads that hang may end
 KINDS = (
@@ -442,7 +443,7 @@ def run_driver(number: int, target: str, engine: str, folder: Path) -> list[str]
     """Kill the driver, or a process that it needs, and resume from what is kept."""
     folder = folder / secrets.token_hex(8)
     folder.mkdir()
-    command = [sys.executable, __file__, "--child", engine, str(number), target, str(folder)]
+    command = [sys.executable, "-c", CHILD, engine, str(number), target, str(folder)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     family: dict[int, psutil.Process] = {}
     folders: set[str] = set()
@@ -477,8 +478,9 @@ def run_driver(number: int, target: str, engine: str, folder: Path) -> list[str]
     return found
 
 
-def child(engine: str, number: int, target: str, folder: Path) -> None:
+def run_child(engine: str, number: str, target: str, out: str) -> None:
     """Train, save often, and send a signal to a target after some exchanges."""
+    folder = Path(out)
     is_sent = False
 
     def save(checkpoint):
@@ -490,7 +492,7 @@ def child(engine: str, number: int, target: str, folder: Path) -> None:
         nonlocal is_sent
         if progress.exchanges >= EXCHANGES // 4 and (folder / "saved.npz").exists() and not is_sent:
             is_sent = True
-            os.kill(pid_of(target), number)
+            os.kill(pid_of(target), int(number))
 
     def slowly(index):
         worker = make_worker(index)
@@ -627,7 +629,7 @@ def left_behind() -> set[str]:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             name = " ".join(process.cmdline())
-            if re.search(r"ray::(Worker|Shard)Actor|_ray_cluster|faults\.py", name):
+            if re.search(r"ray::(Worker|Shard)Actor|_ray_cluster|faults\.run_child", name):
                 found.add(f"process {process.pid} {name[:40]}")
     return found
 
@@ -663,35 +665,30 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figures.save(figure, path, f"{len(rows)} faults in asynchronous training")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     parser = arguments.new_parser(__doc__)
     add = parser.add_argument
     add("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
     add("--only", nargs="+", metavar="TEXT", help="faults with one of these texts in their names")
     add("--every", type=int, default=1, metavar="N", help="only every N-th fault")
     add("--limit", type=float, default=60.0, metavar="SECONDS", help="of each run; default: 60")
-    add("--child", nargs=4, help=argparse.SUPPRESS)
     arguments.add_out(parser, "faults")
     args = parser.parse_args(argv)
-    if args.child is None:
-        arguments.check_range(parser, args, "every")
-        arguments.check_finite(parser, args, "limit", above_zero=True)
-        arguments.choose_folder(parser, args, "faults")
-    return args
-
-
-def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    args = parse(argv)
-    if args.child is not None:
-        engine, number, target, folder = args.child
-        child(engine, int(number), target, Path(folder))
-        return []
-    report = Report(args, left_out=("child",))
+    arguments.check_range(parser, args, "every")
+    arguments.check_finite(parser, args, "limit", above_zero=True)
     cases = cases_of(args.engine)
     if args.only:
         cases = [c for c in cases if any(text in f"{c.kind} {c.name}" for text in args.only)]
-    cases = cases[:: args.every]
-    rows = []
+    if not cases:
+        parser.error(f"--only: no fault has one of {args.only} in its name")
+    arguments.choose_folder(parser, args, "faults")
+    return args, cases[:: args.every]
+
+
+@files.ends_in_one_line
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    args, cases = parse(argv)
+    report, rows = Report(args), []
     with contextlib.ExitStack() as stack, tqdm(cases, unit=" faults") as bar:
         for case in bar:
             bar.set_description(f"{case.engine}, {case.kind}: {case.name}")
@@ -699,14 +696,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 stack.enter_context(cluster())
             rows.append(measure(case, args.folder, args.limit))
             bar.write(line_of(rows[-1]))
-    bad = [row for row in rows if row["problems"]]
-    slowest = max((row["seconds"] for row in rows), default=0.0)
-    print(f"{len(rows)} faults, {len(bad)} failed; the slowest run took {slowest:.1f} s")
+    failed = sum(bool(row["problems"]) for row in rows)
+    slowest = max(row["seconds"] for row in rows)
+    print(f"{len(rows)} faults, {failed} failed; the slowest run took {slowest:.1f} s")
     report.save(rows=rows)
     plot(rows, args.folder / "faults.png")
     report.end("faults.png")
+    if failed:
+        sys.exit(f"faults.py: {failed} of {len(rows)} faults failed")
     return rows
 
 
 if __name__ == "__main__":
-    sys.exit(1 if any(row["problems"] for row in main()) else 0)
+    main()

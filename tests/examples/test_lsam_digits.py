@@ -234,12 +234,14 @@ def test_what_is_told_and_drawn(tmp_path):
     assert example.table(results, "g").splitlines()[2].split() == wanted
 
     args.engine = "threads"
-    facts["died"] = {1: "Traceback\nRuntimeError: no power"}
+    facts["died"] = {1: "RuntimeError: no power\n\nTraceback"}
+    facts["shortfall"] = "3 of 4 exchanges were made; all lights went out"
     results = [row("lsam", [0.9], **facts), row("dp-sam, same time", [0.85])]
     told = example.verdict(results, args).splitlines()[1:]
-    assert told[:2] == [
+    assert told[:3] == [
         "lsam - dp-sam, same time, equal time: +5.00 points",
         "worker 1 died: RuntimeError: no power",
+        "lsam did not train to its end: 3 of 4 exchanges were made; all lights went out",
     ]
     example.draw(results, tmp_path / "plot.png", "title", "seconds", True)
     assert (tmp_path / "plot.png").stat().st_size > 20_000

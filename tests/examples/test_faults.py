@@ -1,11 +1,10 @@
-"""Faults of workers, of saves and of the driver: each is named, and nothing hangs or is lost.
+"""Faults of workers, of saves and of the driver: each is named, and nothing hangs or is lost."""
 
-The faults and what must hold are those of `examples/asynchronous/faults.py`.
-"""
+import json
 
 import pytest
 
-from examples.asynchronous.faults import cases_of, measure
+from examples.asynchronous.faults import cases_of, main, measure
 
 SAMPLE = {
     "NaN in one weight",
@@ -58,3 +57,22 @@ def test_a_run_that_goes_wrong_is_seen(tmp_path):
         case._replace(run=lambda folder: case.run.func(fault, "threads", folder)), tmp_path, 60.0
     )["problems"]
     assert problem == "named as 'no work is left'"
+
+
+def test_a_tiny_run(tmp_path, capsys):
+    out = tmp_path / "out"
+    rows = main(
+        ["--engine", "threads", "--only", "streams of one", "streams short", "--out", f"{out}"]
+    )
+    assert [row["name"] for row in rows] == ["of one batch", "short"]
+    assert json.loads((out / "results.json").read_text())["rows"] == rows
+    assert (out / "faults.png").stat().st_size > 5000
+    assert "2 faults, 0 failed" in capsys.readouterr().out
+
+
+def test_a_failure_is_told(tmp_path, capsys, monkeypatch):
+    """The exit code says it too."""
+    monkeypatch.setattr("examples.asynchronous.faults.problems_of", lambda *_: ["nothing learned"])
+    with pytest.raises(SystemExit, match=r"faults.py: 1 of 1 faults failed"):
+        main(["--engine", "threads", "--only", "streams short", "--out", f"{tmp_path / 'out'}"])
+    assert "failed: nothing learned" in capsys.readouterr().out
