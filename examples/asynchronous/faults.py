@@ -624,13 +624,16 @@ def measure(case: Case, folder: Path, limit: float) -> dict[str, Any]:
 
 
 def left_behind() -> set[str]:
-    """Return threads of workers, and processes of workers and centers with their sockets."""
+    """Return threads of workers, processes of workers and centers, and listening sockets."""
     found = {f"thread {t.name}" for t in threading.enumerate() if t.name.startswith("worker ")}
-    for process in psutil.Process().children(recursive=True):
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
             name = " ".join(process.cmdline())
             if re.search(r"ray::(Worker|Shard)Actor|_ray_cluster|faults\.run_child", name):
                 found.add(f"process {process.pid} {name[:40]}")
+            for connection in process.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN and not name.startswith("ray::IDLE"):
+                    found.add(f"socket {connection.laddr} of {name[:40]}")
     return found
 
 
