@@ -480,6 +480,7 @@ def run_driver(number: int, target: str, engine: str, folder: Path) -> list[str]
 
 def run_child(engine: str, number: str, target: str, out: str) -> None:
     """Train, save often, and send a signal to a target after some exchanges."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
     folder = Path(out)
     is_sent = False
 
