@@ -522,7 +522,7 @@ def is_clear(error: Exception, call: Call) -> bool:
     message = str(error)
     if isinstance(error, TypeError) and PYTHONS_OWN.search(message):
         return not is_raised_in_package(error)
-    is_quoted = "every worker has died; one of the errors" in message  # `train` quotes it
+    is_quoted = "every worker has died; " in message  # `train` quotes it
     is_error_of_argument = is_quoted or isinstance(error, TypeError | ValueError)
     if not (is_error_of_argument and is_raised_in_package(error)):
         return False
