@@ -57,7 +57,7 @@ ENGINES = ("threads", "ray")
 EXCHANGES, PERIOD, FAULTY = 40, 2, 1
 GRACE = 1.0  # seconds, `grace` of the engines
 # Seconds that a worker may be silent where it hangs: a process takes longer to start than a thread.
-SILENCE = {"threads": 4.0, "ray": 10.0}
+SILENCE = {"threads": 4.0, "ray": 20.0}
 CHILD = "import sys; from examples.asynchronous import faults; faults.run_child(*sys.argv[1:])"
 SILENT = "TimeoutError: no exchange for "
 RELEASED = "SAMX_FAULTS_RELEASED"  # in the environment while threads that hang may end
@@ -675,7 +675,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
     add("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
     add("--only", nargs="+", metavar="TEXT", help="faults with one of these texts in their names")
     add("--every", type=int, default=1, metavar="N", help="only every N-th fault")
-    add("--limit", type=float, default=60.0, metavar="SECONDS", help="of each run; default: 60")
+    add("--limit", type=float, default=90.0, metavar="SECONDS", help="of each run; default: 90")
     arguments.add_out(parser, "faults")
     args = parser.parse_args(argv)
     arguments.check_range(parser, args, "every")
