@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 
 import psutil
 
@@ -29,11 +30,15 @@ def main() -> None:
     # A separate folder, so that no other program's `ray.init()` finds this cluster. Ray's sockets
     # need short paths, and the temporary folders of some systems have long ones.
     parent = None if sys.platform == "win32" else "/tmp"
-    folder = tempfile.mkdtemp("", "samx-", parent)
+    folder, code = tempfile.mkdtemp("", "samx-", parent), 1
     try:
         serve(folder, int(sys.argv[1]))
+        code = 0
+    except BaseException:  # such as a broken pipe, if the other process has ended meanwhile
+        traceback.print_exc()
     finally:
         end(folder)
+        os._exit(code)  # Ray's own clean-up could wait for a server that has ended
 
 
 def serve(folder: str, num_bytes: int) -> None:
@@ -70,11 +75,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def end(folder: str) -> None:
-    """Kill all processes of the cluster, remove its folder, and end without Ray's own clean-up.
-
-    That could wait for a server that has ended. And processes that still end would write into the
-    folder while it is removed.
-    """
+    """Kill all processes of the cluster, and then remove its folder."""
     processes = psutil.Process().children(recursive=True)
     for process in processes:  # parents first, so that they start no others
         try:
@@ -85,8 +86,6 @@ def end(folder: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while os.path.exists(folder) and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
-    if sys.exc_info()[0] is None:
-        os._exit(0)
 
 
 if __name__ == "__main__":
