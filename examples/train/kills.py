@@ -183,7 +183,7 @@ class Process:
 
     def is_saving(self) -> bool:
         """Tell whether a checkpoint is being written."""
-        return any(self.checkpoints.glob("*.orbax-checkpoint-tmp"))
+        return any(self.checkpoints.glob("*.orbax-checkpoint-tmp*"))
 
     def has_saved(self) -> bool:
         """Tell whether this process has written a checkpoint."""
@@ -216,7 +216,7 @@ def kill(process: Process, kind: str, first_save: float, rng: np.random.Generato
     elif kind == "training":
         if process.wait_for(process.has_saved):
             now = process.seconds
-            process.wait_for(lambda: process.seconds > now + moment)
+            process.wait_for(lambda: process.seconds > now + moment / 2)
     elif process.wait_for(process.has_saved) and process.wait_for(process.is_saving):
         time.sleep(0.01 * moment)
     seconds = process.seconds
@@ -425,7 +425,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
     if args.train_async is not None:
         try:
-            train_async(Path(args.train_async), 60 * args.kills)
+            train_async(Path(args.train_async), 100 * args.kills)
         except (OSError, CheckpointError) as error:
             raise SaveError(str(error)) from error
         return []
