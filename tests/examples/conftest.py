@@ -1,8 +1,10 @@
 """What the tests of all examples share."""
 
 import contextlib
+import gc
 import json
 import resource
+import sys
 
 import pytest
 
@@ -61,4 +63,9 @@ def file_size_limit():
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    return limited
+    yield limited
+    # tensorstore leaves coroutines behind that it could not end. They complain when they are freed,
+    # which must not be in another test.
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    gc.collect()
+    sys.unraisablehook = hook
