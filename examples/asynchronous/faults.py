@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 import samx
 from examples.common import arguments, figures, files
+from examples.common.processes import folders_of_ray, is_alive
 from examples.common.report import Report
 from samx import elastic
 
@@ -451,7 +452,7 @@ def run_driver(number: int, target: str, engine: str, folder: Path) -> list[str]
         with contextlib.suppress(psutil.Error):
             for process in psutil.Process(child.pid).children(recursive=True):
                 family[process.pid] = process
-                folders |= set(re.findall(r"/tmp/samx-\w+", " ".join(process.cmdline())))
+                folders |= folders_of_ray(process)
         time.sleep(0.1)
     out, err = child.communicate()
     found = []
@@ -525,13 +526,6 @@ def wait_for(is_true: Callable[[], bool], seconds: float) -> bool:
     while not is_true() and time.monotonic() < deadline:
         time.sleep(0.05)
     return is_true()
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 @contextlib.contextmanager

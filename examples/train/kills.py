@@ -49,6 +49,7 @@ from examples.common import arguments, files, output
 from examples.common.checkpoints import CheckpointError, Checkpoints, fingerprint, newest
 from examples.common.digits_task import Network, initialize, split
 from examples.common.files import SaveError
+from examples.common.processes import folders_of_ray
 from examples.common.report import Report
 
 KINDS = ("saving", "training", "start")
@@ -304,7 +305,7 @@ def surroundings() -> Iterator[tuple[dict[str, str], Callable[[], list[str]]]]:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get("SAMX_KILLS") == mark:
-                    folders.update(re.findall(r"/tmp/samx-\w+", " ".join(process.cmdline())))
+                    folders.update(folders_of_ray(process))
                     processes.append(f"process {process.pid} is left: {process.name()}")
         return processes + [
             f"folder {folder} is left" for folder in folders if Path(folder).exists()

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import importlib.util
-import ipaddress
 import logging
 import os
 import secrets
@@ -30,6 +29,7 @@ from samx.elastic._center import CenterLost, Life, WorkerRecord, described
 from samx.elastic._engine import Job, live
 
 PATIENCE = 120.0  # timeout in seconds of calls that are short unless the machine is very busy
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 CLUSTER = Path(__file__).with_name("_ray_cluster.py")
 # One token for the whole process, because Ray in this process remembers the first one.
 TOKEN = secrets.token_hex(32)
@@ -178,13 +178,14 @@ class Ray:
 
     def _connect(self, num_bytes: int = 0):
         if "ray" in sys.modules and sys.modules["ray"].is_initialized():
-            addresses = [node["NodeManagerAddress"] for node in sys.modules["ray"].nodes()]
-            if not all(ipaddress.ip_address(host).is_loopback for host in addresses):
+            hosts = {node["NodeManagerAddress"] for node in sys.modules["ray"].nodes()}
+            if not hosts <= LOOPBACK:
                 self._check_exposure("the cluster of `ray.init`")
             return
         if self.address is not None:
             self._check_exposure(f"the cluster at {self.address}")
             if "RAY_AUTH_MODE" not in os.environ and not self.allow_unauthenticated:
+                # Ray does not use a token that it finds, if the address is given.
                 self._undo.enter_context(_environment({"RAY_AUTH_MODE": "token"}))
         address = self.address or self._start_cluster(num_bytes)
         import ray  # Ray reads some settings when it is imported
@@ -211,7 +212,7 @@ class Ray:
 
     def _start_cluster(self, num_bytes: int) -> str:
         """Start a cluster in a process that ends with this one; return its address."""
-        self._undo.enter_context(_loopback_only())
+        self._undo.enter_context(_environment(SETTINGS))
         with tempfile.TemporaryFile() as errors:
             self._helper = helper = subprocess.Popen(
                 [sys.executable, "-P", str(CLUSTER), str(num_bytes)],
@@ -353,22 +354,11 @@ def _by_value(*modules: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loopback_only() -> Iterator[None]:
-    """Restrict Ray, in this process and in those that it starts, to the loopback interface."""
-    is_allowed = None
-    try:
-        with _environment(SETTINGS):
-            is_allowed = _reread(False)
-            yield
-    finally:
-        _reread(is_allowed)
-
-
-@contextlib.contextmanager
 def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for a while."""
+    """Set environment variables for a while, which Ray reads at once."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
+    _reread()
     try:
         yield
     finally:
@@ -376,22 +366,19 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+        _reread()
 
 
-def _reread(is_cluster: bool | None) -> bool | None:
-    """Make Ray read the environment again, in case it was imported before.
-
-    Returns whether Ray was set to listen on other interfaces too.
-    """
+def _reread() -> None:
+    """Make Ray read the environment again, in case it was imported before."""
     with contextlib.suppress(ImportError, AttributeError):  # other versions store it elsewhere
-        from ray._private import ray_constants
-
+        constants: Any = importlib.import_module("ray._private.ray_constants")
         raylet: Any = importlib.import_module("ray._raylet")
-        before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, is_cluster
+        constants.ENABLE_RAY_CLUSTER = constants.env_bool(
+            constants.ENABLE_RAY_CLUSTERS_ENV_VAR, not constants.IS_WINDOWS_OR_OSX
+        )
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()
-        return before
-    return None
 
 
 def _end(helper: subprocess.Popen, folders: list[str]) -> None:

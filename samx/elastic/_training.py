@@ -255,7 +255,7 @@ def train(
                     over = over or now
                     if now - over > engine.grace:
                         _end_the_unfinished(engine, center.progress())
-                _report_deaths(engine, center.progress(), 0 if over else max_restarts)
+                _report_deaths(engine, center.progress(), max_restarts if over is None else 0)
                 seen = center.progress()
                 if not _unfinished(seen):
                     break

@@ -381,10 +381,14 @@ def test_a_cluster_that_anyone_can_reach_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=message):
         engine._connect()
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeManagerAddress": "10.0.0.1"}])
+    hosts = [{"NodeManagerAddress": host} for host in ("127.0.0.1", "head.example.org")]
+    monkeypatch.setattr(ray, "nodes", lambda: hosts)
     with pytest.raises(ValueError, match=r"the cluster of `ray.init` has no token authentication"):
         engine._connect()
     elastic.Ray(allow_unauthenticated=True)._connect()
+    with monkeypatch.context() as then:
+        then.setattr(ray, "nodes", lambda: hosts[:1])
+        engine._connect()
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     with pytest.raises(ValueError, match="pass `allow_unauthenticated=True`"):
@@ -393,6 +397,24 @@ def test_a_cluster_that_anyone_can_reach_is_refused(monkeypatch, tmp_path):
     engine._connect()
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     engine._connect()
+
+
+def test_a_token_that_is_there_is_used(monkeypatch):
+    """Ray itself does not use it, if the address of the cluster is given."""
+    import ray
+
+    seen = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: seen.append(os.environ["RAY_AUTH_MODE"]))
+    monkeypatch.setattr(ray, "shutdown", lambda: seen.append("shutdown"))
+    monkeypatch.setattr(_ray, "_reread", lambda: seen.append("reread"))
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    engine = elastic.Ray(address="10.0.0.1:6379")
+    engine._connect()
+    engine.close()
+    assert seen == ["reread", "token", "shutdown", "reread"]
+    assert "RAY_AUTH_MODE" not in os.environ
 
 
 @pytest.mark.parametrize("name", ["CPU", "GPU"])
