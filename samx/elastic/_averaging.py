@@ -101,6 +101,8 @@ def averaging(
     Notes:
         Cost: that of `tx`, one more copy of the parameters, and one all-reduce of the parameters on
         every `period`-th step, none on the others. `beta=0` is `tx` on each worker.
+        One worker whose parameters are not finite makes the center so, and then all workers. With
+        `samx.skip_nonfinite(...)` as `tx`, such a step of a worker is skipped.
         Fidelity: "before" is the paper's synchronous rule. "after" matches an independent loop that
         does what Leader SGD's code does.
         `static_args`: `tx`, `worker_axis`, `period`, `exchange`.

@@ -85,6 +85,8 @@ def lsam(
     Notes:
         `rho=0` is EASGD. `beta=0` is SAM on each worker. Cost: 2 gradients per step, one more copy
         of the parameters, and one all-reduce of them on every `period`-th step only.
+        One worker whose parameters are not finite makes the center so. To skip such steps, use
+        `elastic.averaging(samx.skip_nonfinite(...))`.
         Smoothing: for a learning rate η the workers' variance around the center is η τ / α.
         Fidelity: **reconstructed**; there is no public code. The objective, a Gaussian-smoothed
         density of the SAM loss, is known second-hand. That its samples are moved by elastic

@@ -4,6 +4,7 @@ import functools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import problem
@@ -166,3 +167,20 @@ def test_nesterov_takes_the_gradient_ahead():
         params, state, _ = step(params, state, problem.batch_at(data, t))
     found = jax.tree.map(lambda w, v: w + 0.9 * v, params, state.velocity)
     chex.assert_trees_all_close(found, jax.tree.map(lambda x: x[-1], ahead), rtol=0, atol=1e-12)
+
+
+def test_a_worker_that_skips_what_is_not_finite_does_not_reach_the_center():
+    tx = elastic.averaging(samx.skip_nonfinite(optax.sgd(0.1)), "worker", period=1)
+
+    @jax.jit
+    @functools.partial(jax.vmap, axis_name="worker")
+    def step(w, state, x):
+        updates, state = tx.update(2 * (w - x), state, w)
+        return optax.apply_updates(w, updates), state
+
+    w, x = jnp.zeros(4), jnp.arange(4.0)
+    state = jax.vmap(tx.init)(w)
+    for number in range(40):
+        w, state = step(w, state, x.at[1].set(jnp.nan) if number == 5 else x)
+    np.testing.assert_allclose(optax.tree.get(state, "center"), 1.5, atol=0.05)
+    assert optax.tree.get(state, "skipped_steps").tolist() == [0, 1, 0, 0]
