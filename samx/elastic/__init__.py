@@ -9,8 +9,9 @@ checkpoint  `Checkpoint`, `Progress`, `Trained`
 """
 
 from samx.elastic._averaging import averaging, nesterov
-from samx.elastic._center import CenterLost, WorkerRecord
+from samx.elastic._center import CenterLost
 from samx.elastic._engine import Threads
+from samx.elastic._ledger import WorkerRecord
 from samx.elastic._ray import Ray
 from samx.elastic._rule import Rule, apply_move, exchange
 from samx.elastic._simulation import Event, Simulation, in_order, timeline

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from samx.elastic._center import CenterLost, Ledger, Life, Shard, described
+from samx.elastic._center import CenterLost, Shard, described
+from samx.elastic._ledger import Ledger, Life
 
 
 class ShardActor:

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from samx.core.hyperparams import as_list, check_number
-from samx.elastic._center import Center, Client, Ledger, Life, Shard, described
+from samx.elastic._center import Center, Client, Shard, described
+from samx.elastic._ledger import Ledger, Life
 from samx.elastic._rule import Rule
 from samx.elastic._worker import ExchangeRefused, Worker, work
 

@@ -23,10 +23,11 @@ import jax
 import numpy as np
 
 from samx.core.hyperparams import as_count, check_flag, check_static_number
-from samx.elastic import _actors, _center
+from samx.elastic import _actors, _center, _ledger
 from samx.elastic._actors import Client, get, joined
-from samx.elastic._center import CenterLost, Life, WorkerRecord, described
+from samx.elastic._center import CenterLost, described
 from samx.elastic._engine import Job, live
+from samx.elastic._ledger import Life, WorkerRecord
 
 PATIENCE = 120.0  # timeout in seconds of calls that are short unless the machine is very busy
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -157,7 +158,7 @@ class Ray:
         run = partial(_live, job._replace(values=None, shard=(), ledger=()), bool(is_x64))
         cloudpickle: Any = importlib.import_module("ray.cloudpickle")
         self._pickled = ray.put(cloudpickle.dumps(run))
-        with _by_value(_actors, _center):
+        with _by_value(_actors, _center, _ledger):
             actor = ray.remote(_actors.ShardActor).options(
                 # Each worker may wait in one thread; before a restart it may have died waiting in
                 # another.
@@ -257,7 +258,7 @@ class Ray:
 
     def launch(self, life: Life) -> None:
         """Start a worker in a new process."""
-        with _by_value(_actors, _center):
+        with _by_value(_actors, _center, _ledger):
             actor = self._actor.remote(sys.path)
         self._workers[life] = actor, actor.run.remote(self._pickled, life, self._shards)
 

@@ -17,7 +17,7 @@ from samx.core.hyperparams import (
     check_flag,
     check_static_number,
 )
-from samx.elastic._center import check_staleness, may_exchange, rank
+from samx.elastic._ledger import check_staleness, may_exchange, rank
 from samx.elastic._rule import Rule, apply_move, exchange
 from samx.elastic._worker import Local, StreamEnded, Worker, copied, mean_of
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from samx.core import tree
 from samx.core.hyperparams import as_count, check_floating, check_function, check_number
-from samx.elastic._center import CenterLost, WorkerRecord, check_staleness, described
+from samx.elastic._center import CenterLost, described
 from samx.elastic._engine import Engine, Job, Threads
+from samx.elastic._ledger import WorkerRecord, check_staleness
 from samx.elastic._rule import Rule
 from samx.elastic._signals import Signals
 from samx.elastic._worker import Wire, Worker

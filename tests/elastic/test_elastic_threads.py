@@ -17,7 +17,8 @@ from elastic_runs import SHARP, Eamsgd, loss_of, make_worker, simulated, train
 from ray_runs import wait_until
 
 from samx import elastic
-from samx.elastic._center import Center, Client, Ledger, Shard
+from samx.elastic._center import Center, Client, Shard
+from samx.elastic._ledger import Ledger
 from samx.elastic._worker import ExchangeRefused, Wire, check_sendable, copied, norm_of
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -17,7 +17,7 @@ import pytest
 from ray_runs import LONG, bounded, is_alive, loss_of, maker, wait_until
 
 from samx import elastic
-from samx.elastic import _actors, _center, _ray
+from samx.elastic import _actors, _center, _ledger, _ray
 from samx.elastic._engine import Job
 
 
@@ -80,7 +80,7 @@ def test_no_exchange_is_lost(cluster, num_shards, num_exchanges):
     try:
         ledger = (num_workers, num_exchanges, None, {})
         engine.start(Job(maker(), elastic.Rule(), [], start, (0.225, 0.0, True), ledger))
-        with _ray._by_value(_actors, _center):
+        with _ray._by_value(_actors, _center, _ledger):
             task = ray.remote(num_cpus=0)(hammer)
             refs = [task.remote(index, engine._shards) for index in range(num_workers)]
         counts, totals = zip(*ray.get(refs, timeout=LONG), strict=True)
@@ -99,7 +99,7 @@ def test_parts_of_a_center_move_as_one(cluster):
     """This includes a leader: all parts must know who leads."""
     rng, size = np.random.default_rng(0), 10
     start, shard, ledger = rng.normal(size=size), (0.3, 0.2, True), (2, 6, None, {})
-    whole = _center.Center(_center.Ledger(*ledger), _center.Shard(start, *shard))
+    whole = _center.Center(_ledger.Ledger(*ledger), _center.Shard(start, *shard))
     engine = elastic.Ray(num_shards=3)
     try:
         engine.start(Job(maker(), elastic.Rule(), [], start, shard, ledger))
@@ -123,7 +123,7 @@ def test_parts_of_a_center_move_as_one(cluster):
 
 def test_a_request_of_the_dead_is_not_counted():
     """A request may wait in the center for other workers while its own worker is killed."""
-    ledger = _center.Ledger(2, 100, max_staleness=1)
+    ledger = _ledger.Ledger(2, 100, max_staleness=1)
     ledger.last = {0: 0, 1: 0}
     assert ledger.admit((0, 0), 1.0) is not None
     with ThreadPoolExecutor() as pool:

@@ -7,7 +7,7 @@ import pytest
 from elastic_runs import SHARP, loss_of, make_worker
 
 from samx import elastic
-from samx.elastic._center import may_exchange
+from samx.elastic._ledger import may_exchange
 
 pytestmark = pytest.mark.usefixtures("float64")
 
