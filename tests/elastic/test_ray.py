@@ -236,10 +236,10 @@ def test_killed_workers(cluster, undisturbed, tmp_path):
 
 def test_a_killed_center(cluster):
     """Even if it is the part without the ledger, nothing hangs and no worker is left."""
-    engine, seen = elastic.Ray(num_shards=2), {}
+    engine, seen, saved = elastic.Ray(num_shards=2), {}, []
 
     def monitor(progress):
-        if progress.exchanges >= 3 and not seen:
+        if saved and saved[-1].exchanges[0] >= 3 and not seen:
             seen["workers"] = [pid_of(record) for record in progress.workers]
             seen["time"] = time.monotonic()
             os.kill(in_center(engine, lambda _: os.getpid(), 1), signal.SIGKILL)
@@ -255,11 +255,13 @@ def test_a_killed_center(cluster):
             engine=engine,
             monitor=monitor,
             monitor_every=0.05,
+            save=saved.append,
             save_every=0.0,
         )
     kept = lost.value.checkpoint
     assert kept.exchanges.shape == (1,)
-    assert kept.exchanges[0] >= 1
+    assert kept is saved[-1]
+    assert kept.exchanges[0] >= 3
     assert loss_of(kept.params) < loss_of(problem.make(np.float32)[1])
     assert f"after {kept.exchanges[0]} exchanges" in lost.value.__notes__[0]
     assert time.monotonic() - seen["time"] < 15
