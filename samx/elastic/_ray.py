@@ -5,13 +5,9 @@ import importlib
 import importlib.util
 import logging
 import os
-import secrets
-import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,19 +24,10 @@ from samx.elastic._actors import Client, get, joined
 from samx.elastic._center import CenterLost, described
 from samx.elastic._engine import Job, live
 from samx.elastic._ledger import Life, WorkerRecord
+from samx.elastic._ray_local import LocalCluster, environment
 
 PATIENCE = 120.0  # timeout in seconds of calls that are short unless the machine is very busy
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
-CLUSTER = Path(__file__).with_name("_ray_cluster.py")
-# One token for the whole process, because Ray in this process remembers the first one.
-TOKEN = secrets.token_hex(32)
-SETTINGS = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on the loopback interface only
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed",  # `train` reports it in one line
-    "RAY_AUTH_MODE": "token",  # keeps out other users of this machine
-    "RAY_AUTH_TOKEN": TOKEN,
-}
 
 
 class Ray:
@@ -137,7 +124,8 @@ class Ray:
         self.worker_options = dict(worker_options or {})
         self.allow_unauthenticated = allow_unauthenticated
         self._undo = contextlib.ExitStack()
-        self._shards, self._workers, self._lives, self._helper = [], {}, [], None
+        self._shards, self._workers, self._lives = [], {}, []
+        self._cluster: LocalCluster | None = None
 
     def start(self, job: Job) -> None:
         """Connect to Ray, and set up the center."""
@@ -147,7 +135,7 @@ class Ray:
                 f"Ray: `num_shards` must be at most the number of parameters, {job.values.size}, "
                 f"got {self.num_shards}"
             )
-        self._shards, self._workers, self._lives, self._helper = [], {}, [], None
+        self._shards, self._workers, self._lives, self._cluster = [], {}, [], None
         # Room for what each worker sends and gets, twice, because Ray frees memory a little late;
         # and room for this process.
         self._connect((4 * num_workers + 2) * job.values.nbytes)
@@ -183,12 +171,16 @@ class Ray:
             if not hosts <= LOOPBACK:
                 self._check_exposure("the cluster of `ray.init`")
             return
-        if self.address is not None:
-            self._check_exposure(f"the cluster at {self.address}")
+        address = self.address
+        if address is None:
+            self._cluster = cluster = LocalCluster(num_bytes)
+            self._undo.callback(cluster.end)
+            address = cluster.address
+        else:
+            self._check_exposure(f"the cluster at {address}")
             if "RAY_AUTH_MODE" not in os.environ and not self.allow_unauthenticated:
                 # Ray does not use a token that it finds, if the address is given.
-                self._undo.enter_context(_environment({"RAY_AUTH_MODE": "token"}))
-        address = self.address or self._start_cluster(num_bytes)
+                self._undo.enter_context(environment({"RAY_AUTH_MODE": "token"}))
         import ray  # Ray reads some settings when it is imported
 
         handler = signal.getsignal(signal.SIGTERM)
@@ -211,31 +203,6 @@ class Ray:
                 "If a firewall protects the cluster, pass `allow_unauthenticated=True`"
             )
 
-    def _start_cluster(self, num_bytes: int) -> str:
-        """Start a cluster in a process that ends with this one; return its address."""
-        self._undo.enter_context(_environment(SETTINGS))
-        with tempfile.TemporaryFile() as errors:
-            self._helper = helper = subprocess.Popen(
-                [sys.executable, "-P", str(CLUSTER), str(num_bytes)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,  # Ctrl-C must reach this process only
-            )
-            folders: list[str] = []
-            self._undo.callback(_end, helper, folders)
-            assert helper.stdout is not None
-            timer = threading.Timer(PATIENCE, helper.kill)
-            timer.start()
-            words = helper.stdout.readline().decode().split()
-            timer.cancel()
-            folders += words[2:]
-            if words[:1] != ["address"]:
-                errors.seek(0)
-                said = errors.read().decode(errors="replace").strip()
-                raise RuntimeError(f"Ray: no cluster could be started on this machine:\n{said}")
-            return words[1]
-
     def _check_resources(self, num_workers):
         """Require enough CPUs and GPUs: otherwise workers would wait for them.
 
@@ -252,7 +219,7 @@ class Ray:
                     f"{there.get(name, 0):g}/{num_workers}, the number available for each worker, "
                     f"got {each}"
                 )
-                if self._helper is not None:
+                if self._cluster is not None:
                     raise ValueError(text)
                 warnings.warn(f"{text}: workers wait until there are more", RuntimeWarning, 4)
 
@@ -308,7 +275,7 @@ class Ray:
     def _check_center(self):
         import ray
 
-        if self._helper is not None and self._helper.poll() is not None:
+        if self._cluster is not None and self._cluster.has_ended:
             raise CenterLost("elastic: the center is lost, because Ray has ended on this machine")
         ended, _ = ray.wait(self._lives, num_returns=len(self._lives), timeout=0)
         if ended:
@@ -323,7 +290,7 @@ class Ray:
     def _kill(self):
         import ray
 
-        if self._helper is not None and self._helper.poll() is not None:
+        if self._cluster is not None and self._cluster.has_ended:
             return
         with contextlib.suppress(CenterLost):
             if self._workers:
@@ -352,48 +319,3 @@ def _by_value(*modules: Any) -> Iterator[None]:
     finally:
         for module in modules:
             cloudpickle.unregister_pickle_by_value(module)
-
-
-@contextlib.contextmanager
-def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for a while, which Ray reads at once."""
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    _reread()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-        _reread()
-
-
-def _reread() -> None:
-    """Make Ray read the environment again, in case it was imported before."""
-    with contextlib.suppress(ImportError, AttributeError):  # other versions store it elsewhere
-        constants: Any = importlib.import_module("ray._private.ray_constants")
-        raylet: Any = importlib.import_module("ray._raylet")
-        constants.ENABLE_RAY_CLUSTER = constants.env_bool(
-            constants.ENABLE_RAY_CLUSTERS_ENV_VAR, not constants.IS_WINDOWS_OR_OSX
-        )
-        raylet.Config.initialize("")
-        raylet.AuthenticationTokenLoader.instance().reset_cache()
-
-
-def _end(helper: subprocess.Popen, folders: list[str]) -> None:
-    """End the cluster, and what is left of it if the helper has not ended it."""
-    for pipe in (helper.stdin, helper.stdout):
-        if pipe is not None:
-            pipe.close()
-    try:
-        helper.wait(PATIENCE / 4)
-    except subprocess.TimeoutExpired:
-        helper.kill()
-        helper.wait()
-    if hasattr(os, "killpg"):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(helper.pid, signal.SIGKILL)  # the helper leads a group of its own
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)

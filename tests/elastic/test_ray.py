@@ -17,7 +17,7 @@ import pytest
 from ray_runs import LONG, bounded, is_alive, loss_of, maker, wait_until
 
 from samx import elastic
-from samx.elastic import _actors, _center, _ledger, _ray
+from samx.elastic import _actors, _center, _ledger, _ray, _ray_local
 from samx.elastic._engine import Job
 
 
@@ -40,7 +40,7 @@ def cluster():
 
 def tree_of(engine):
     """Return the processes of the engine's cluster."""
-    helper = psutil.Process(engine._helper.pid)
+    helper = psutil.Process(engine._cluster.pid)
     return [helper, *helper.children(recursive=True)]
 
 
@@ -409,7 +409,7 @@ def test_a_token_that_is_there_is_used(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda *_, **__: seen.append(os.environ["RAY_AUTH_MODE"]))
     monkeypatch.setattr(ray, "shutdown", lambda: seen.append("shutdown"))
-    monkeypatch.setattr(_ray, "_reread", lambda: seen.append("reread"))
+    monkeypatch.setattr(_ray_local, "_reread", lambda: seen.append("reread"))
     monkeypatch.delenv("RAY_AUTH_MODE")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     engine = elastic.Ray(address="10.0.0.1:6379")
@@ -417,6 +417,18 @@ def test_a_token_that_is_there_is_used(monkeypatch):
     engine.close()
     assert seen == ["reread", "token", "shutdown", "reread"]
     assert "RAY_AUTH_MODE" not in os.environ
+
+
+def test_a_cluster_that_does_not_start_says_why(monkeypatch, tmp_path):
+    """And the environment is as before."""
+    before = dict(os.environ)
+    monkeypatch.setattr(_ray_local, "CLUSTER", tmp_path / "cluster.py")
+    monkeypatch.setattr(_ray_local, "SETTINGS", {"SAMX_TEST": "1"})
+    monkeypatch.setattr(_ray_local, "_reread", lambda: None)
+    (tmp_path / "cluster.py").write_text("raise SystemExit('no room for a cluster')")
+    with pytest.raises(RuntimeError, match=r"(?s)could be started on this .*no room for a cluster"):
+        _ray_local.LocalCluster(0)
+    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("name", ["CPU", "GPU"])

@@ -27,13 +27,13 @@ if __name__ == "__main__":
         np.savez("saved.npz", W1=checkpoint.params["W1"], n=checkpoint.exchanges)
 
     def monitor(progress):
-        print(progress.exchanges, engine._helper.pid, progress.workers[0].place, flush=True)
+        print(progress.exchanges, engine._cluster.pid, progress.workers[0].place, flush=True)
 
     if sys.argv[1] == "waiting":
         engine._connect()
         import ray
         pid = ray.get(ray.remote(lambda: os.getpid()).remote())
-        print(10, engine._helper.pid, "no training, pid", pid, flush=True)
+        print(10, engine._cluster.pid, "no training, pid", pid, flush=True)
         time.sleep(1000)
 
     elastic.train(
