@@ -12,10 +12,11 @@ from samx.elastic._averaging import averaging, nesterov
 from samx.elastic._center import CenterLost
 from samx.elastic._engine import Threads
 from samx.elastic._ledger import WorkerRecord
+from samx.elastic._progress import Checkpoint, Progress, Trained
 from samx.elastic._ray import Ray
 from samx.elastic._rule import Rule, apply_move, exchange
 from samx.elastic._simulation import Event, Simulation, in_order, timeline
-from samx.elastic._training import Checkpoint, Progress, Trained, train
+from samx.elastic._training import train
 from samx.elastic._worker import Worker
 
 __all__ = [

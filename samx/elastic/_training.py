@@ -1,9 +1,8 @@
 """Asynchronous training: a loop that starts the workers, and watches them and their center."""
 
 import time
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,75 +10,24 @@ import numpy as np
 
 from samx.core import tree
 from samx.core.hyperparams import as_count, check_floating, check_function, check_number
-from samx.elastic._center import CenterLost, described
+from samx.elastic._center import CenterLost
+from samx.elastic._driver import (
+    DriversCenter,
+    end_the_silent,
+    end_the_unfinished,
+    report_deaths,
+    shortfall_of,
+    unfinished,
+    warn,
+)
 from samx.elastic._engine import Engine, Job, Threads
-from samx.elastic._ledger import WorkerRecord, check_staleness
+from samx.elastic._ledger import check_staleness
+from samx.elastic._progress import Checkpoint, Progress, Trained
 from samx.elastic._rule import Rule
 from samx.elastic._signals import Signals
 from samx.elastic._worker import Wire, Worker
 
 POLL = 0.05  # seconds between two checks of the workers
-NOT_READY = "no work was left before it was ready"
-
-
-class Checkpoint(NamedTuple):
-    """What a training run resumes from: a pytree, to save with orbax or any other tool.
-
-    Attributes:
-        params: The center.
-        exchanges: `int64[num_workers]`, exchanges of each worker. Each worker resumes its stream
-            after the steps of these exchanges. Parameters and optimizer states of the workers are
-            not saved.
-
-    Example:
-        >>> import jax.numpy as jnp, numpy as np
-        >>> from samx import elastic
-        >>> int(elastic.Checkpoint(jnp.ones(2), np.array([3, 4])).exchanges.sum())
-        7
-    """
-
-    params: Any
-    exchanges: np.ndarray
-
-
-class Progress(NamedTuple):
-    """What `train` passes to its monitor, and returns at the end.
-
-    Attributes:
-        seconds: Seconds since all workers have compiled; 0 before.
-        exchanges: Exchanges of all workers so far, including those before a resumption.
-        workers: A `WorkerRecord` of each worker.
-        pull: Returns the center as a tree like the parameters.
-
-    Example:
-        >>> from samx import elastic
-        >>> elastic.Progress(0.0, 0, [elastic.WorkerRecord(0)], pull=lambda: None).exchanges
-        0
-    """
-
-    seconds: float
-    exchanges: int
-    workers: list[WorkerRecord]
-    pull: Callable[[], Any]
-
-
-class Trained(NamedTuple):
-    """What `train` returns.
-
-    Attributes:
-        params: The center at the end.
-        progress: The last `Progress`.
-        shortfall: Why fewer exchanges than `num_exchanges` were made; empty if all were made.
-
-    Example:
-        >>> from samx import elastic
-        >>> elastic.Trained._fields
-        ('params', 'progress', 'shortfall')
-    """
-
-    params: Any
-    progress: Progress
-    shortfall: str
 
 
 def train(
@@ -238,7 +186,7 @@ def train(
     ledger = (num_workers, num_exchanges, max_staleness, before)
 
     counts = np.array([before.get(i, 0) for i in range(num_workers)], np.int64)
-    center = _Center(engine, wire, params, save, Checkpoint(start, counts))
+    center = DriversCenter(engine, wire, params, save, Checkpoint(start, counts))
 
     begun = monitored = copied = time.monotonic()
     over = None  # when the last exchange was made
@@ -251,14 +199,14 @@ def train(
             while True:
                 signals.raise_the_first()
                 now = time.monotonic()
-                _end_the_silent(engine, worker_timeout)
+                end_the_silent(engine, worker_timeout)
                 if center.progress().exchanges >= num_exchanges:
                     over = over or now
                     if now - over > engine.grace:
-                        _end_the_unfinished(engine, center.progress())
-                _report_deaths(engine, center.progress(), max_restarts if over is None else 0)
+                        end_the_unfinished(engine, center.progress())
+                report_deaths(engine, center.progress(), max_restarts if over is None else 0)
                 seen = center.progress()
-                if not _unfinished(seen):
+                if not unfinished(seen):
                     break
                 if now - begun > start_timeout:
                     engine.call("open")
@@ -269,7 +217,7 @@ def train(
                     copied = now
                     center.checkpoint()
                 time.sleep(POLL)
-            shortfall = _shortfall(seen, num_exchanges)
+            shortfall = shortfall_of(seen, num_exchanges)
             if shortfall and all(record.status == "died" for record in seen.workers):
                 raise RuntimeError(
                     f"elastic: every worker has died; {shortfall}\n\n{seen.workers[-1].error}"
@@ -285,7 +233,7 @@ def train(
         center.checkpoint()
         final = center.pull()
         if shortfall:
-            _warn(shortfall)
+            warn(shortfall)
         # The center ends now.
         return Trained(final, seen._replace(pull=lambda: final), shortfall)
     except CenterLost as error:
@@ -300,103 +248,8 @@ def train(
         engine.close()
 
 
-class _Center:
-    """The center as the driver sees it, and its newest copy in this process."""
-
-    def __init__(
-        self, engine: Engine, wire: Wire, params: Any, save: Callable | None, kept: Checkpoint
-    ):
-        self.engine, self.wire, self.params, self.save = engine, wire, params, save
-        self.kept, self.saved = kept, "no checkpoint"
-
-    def pull(self) -> Any:
-        """Return the center as a tree like the parameters."""
-        return self.wire.put_in(self.params, self.engine.pull().astype(self.wire.dtype))
-
-    def progress(self) -> Progress:
-        """Return how far the workers are."""
-        seconds, records = self.engine.call("snapshot")
-        return Progress(seconds, sum(record.exchanges for record in records), records, self.pull)
-
-    def checkpoint(self) -> None:
-        """Copy the center to this process, and save it; warn if it cannot be saved."""
-        params = self.pull()
-        counts = np.array([record.exchanges for record in self.progress().workers], np.int64)
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
-            _warn(f"the center is not finite, so it is not saved; {self.saved} is kept")
-            return
-        self.kept = Checkpoint(params, counts)
-        if self.save is None:
-            return
-        after = f"after {counts.sum()} exchanges"
-        try:
-            self.save(self.kept)
-        except Exception as error:  # training must not be lost because a disk is full
-            what = described(error).splitlines()[0]
-            _warn(
-                f"`save` has failed {after}: {what}; {self.saved} is kept, and the center is still "
-                "in memory"
-            )
-        else:
-            self.saved = f"the checkpoint {after}"
-
-
-def _end_the_silent(engine: Engine, seconds: float) -> None:
-    """Declare workers dead that have not exchanged for too long."""
-    for life in engine.call("silent", seconds):
-        error = f"TimeoutError: no exchange for {seconds:g} s, and no end"
-        engine.call("leave", life, error)
-        engine.abandon(life)
-
-
-def _end_the_unfinished(engine: Engine, seen: Progress) -> None:
-    """Declare workers dead that have not ended in time, or done if they were never ready."""
-    for record in _unfinished(seen):
-        error = f"TimeoutError: no end {engine.grace:g} s after the last exchange"
-        why = (error, "") if record.status == "running" else ("", NOT_READY)
-        life = record.index, record.restarts
-        engine.call("leave", life, *why)
-        engine.abandon(life)
-
-
-def _report_deaths(engine: Engine, seen: Progress, max_restarts: int) -> None:
-    """Warn of each death once, and start the worker again if it may."""
-    for life, error in engine.deaths():
-        engine.call("leave", life, error)
-    for record in seen.workers:
-        if record.status == "died" and not record.is_reported:
-            is_again = record.restarts < max_restarts
-            _warn(
-                f"worker {record.index} ({record.place}) died after {record.exchanges} exchanges"
-                f"{' and is started again' if is_again else ''}: {record.error.splitlines()[0]}"
-            )
-            engine.call("report", record.index, is_again)
-            if is_again:
-                engine.launch((record.index, record.restarts + 1))
-
-
 def _check_finite(name: str, params: Any) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if tree.is_inexact(leaf) and not np.isfinite(np.asarray(leaf)).all():
             where = f"`{name}`{jax.tree_util.keystr(path)}"
             raise ValueError(f"train: {where} must be finite, got NaN or infinity in it")
-
-
-def _unfinished(seen: Progress) -> list[WorkerRecord]:
-    return [record for record in seen.workers if record.status not in ("done", "died")]
-
-
-def _shortfall(seen: Progress, num_exchanges: int) -> str:
-    """Say why fewer exchanges than requested were made, if so."""
-    if seen.exchanges >= num_exchanges:
-        return ""
-    ends = [
-        f"worker {record.index} ended after {record.exchanges}: "
-        f"{record.error.splitlines()[0] if record.status == 'died' else record.reason}"
-        for record in seen.workers
-    ]
-    return f"{seen.exchanges} of {num_exchanges} exchanges were made; {'; '.join(ends)}"
-
-
-def _warn(what: str) -> None:
-    warnings.warn(f"elastic: {what}", RuntimeWarning, 4)
