@@ -1,5 +1,7 @@
 """Settings of the book. From the root of a clone: `python -m sphinx -W notebooks runs/book`."""
 
+import re
+
 import samx
 
 project = "samx"
@@ -15,7 +17,7 @@ extensions = [
     "sphinx_copybutton",
 ]
 exclude_patterns = ["**.ipynb_checkpoints"]
-source_suffix = {".md": "markdown", ".ipynb": "myst-nb"}
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 templates_path = []
 nitpicky = False
 
@@ -38,4 +40,12 @@ copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_title = "samx"
-html_static_path = ["_static"]
+
+
+def setup(app):
+    """Make links to Markdown files outside of the book downloads, as other files are by default."""
+
+    def outside(_, docname, source):
+        source[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", source[0])
+
+    app.connect("source-read", outside)
