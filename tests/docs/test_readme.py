@@ -1,4 +1,4 @@
-"""The documentation is correct: README code runs, public names are documented and listed."""
+"""The README is short and its commands exist; public names are documented and listed."""
 
 import inspect
 import re
@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from processor import can_run
 
 import samx
 import samx.flax
@@ -81,31 +80,14 @@ def test_no_public_name_takes_any_keyword():
             assert inspect.Parameter.VAR_KEYWORD not in kinds, name
 
 
-# One program instead of one for each operation; `-m slow` runs the blocks as they are.
-JITTED = {
-    """tx.update(
-        params, tx.init(params), params, losses_fn=losses_fn, """
-    """batch={"x": jnp.eye(4, 3), "y": jnp.ones(4)}
-    )""": """jax.jit(lambda w: tx.update(
-        w, tx.init(w), w, losses_fn=losses_fn, batch={"x": jnp.eye(4, 3), "y": jnp.ones(4)}
-    ))(params)""",
-    "tx.update(params, opt_state, params, value_fn=half)": """jax.jit(
-        lambda w, state: tx.update(w, state, w, value_fn=half)
-    )(params, opt_state)""",
-}
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1300
+    assert len(README.splitlines()) <= 250
 
 
-@pytest.mark.parametrize("changes", [JITTED, pytest.param({}, marks=pytest.mark.slow)])
-def test_readme_python_blocks(changes):
-    namespace = {}
-    blocks = [code for language, code in BLOCKS if language == "python"]
-    assert blocks
-    for old in changes:
-        assert sum(code.count(old) for code in blocks) == 1
-    for code in filter(can_run, blocks):
-        for old, new in changes.items():
-            code = code.replace(old, new)
-        exec(compile(code, "README.md", "exec"), namespace)
+def test_the_first_screen_shows_the_figure():
+    (image,) = re.findall(r"!\[.{40,}\]\((?!http)(.*?)\)", "\n".join(README.splitlines()[:40]))
+    assert (ROOT / image).stat().st_size > 20_000
 
 
 def test_readme_bash_blocks():
@@ -123,12 +105,7 @@ def test_readme_bash_blocks():
             if match := re.search(r"\[(.*)\]$", word):
                 project = (ROOT / "pyproject.toml").read_text()
                 assert re.search(rf"^{match[1]} = \[", project, re.MULTILINE), word
-    assert {language for language, _ in BLOCKS} <= {"python", "bash", "text"}
-
-
-def test_readme_links():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+    assert {language for language, _ in BLOCKS} <= {"python", "bash", "console", "diff", "bibtex"}
 
 
 def test_the_core_needs_jax_and_optax_only():
