@@ -4,7 +4,6 @@ A page for which this is not so needs a reason here.
 """
 
 import ast
-import importlib.util
 import re
 import tempfile
 from pathlib import Path
@@ -16,10 +15,10 @@ from processor import can_run
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 RECIPES = NOTEBOOKS / "recipes.md"
-PAGES = [*sorted(NOTEBOOKS.glob("*.md"))]
-SHORT = (ROOT / "README.md", RECIPES)  # pages whose blocks have at most MOST_LINES
+README = ROOT / "README.md"
+PAGES = [README, *sorted(NOTEBOOKS.glob("*.md"))]
+SHORT = (README, RECIPES)  # pages whose blocks have at most MOST_LINES
 MOST_LINES, LONGEST_LINE = 15, 100
-NOT_INSTALLED = ("numpyro",)  # what the extras of the tests leave out: those blocks are skipped
 
 
 def python_blocks(text):
@@ -39,9 +38,6 @@ def reason_to_skip(code):
         return "XLA has no float16 for this processor"
     if "jax.pmap" in code and not hasattr(jax, "pmap"):
         return "this JAX has no pmap"
-    for name in NOT_INSTALLED:
-        if re.search(rf"^(import .*|from ){name}\b", code, re.MULTILINE):
-            return None if importlib.util.find_spec(name) else f"{name} is not installed"
     return None
 
 
@@ -60,7 +56,7 @@ def test_a_block_runs_alone(page, line, code, tmp_path, monkeypatch):
     run(page, line, code)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page in SHORT], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", SHORT, ids=lambda p: p.name)
 def test_blocks_are_short(page):
     long = [
         f"line {line}"
