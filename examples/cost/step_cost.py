@@ -54,7 +54,7 @@ def every_variant() -> list[str]:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = arguments.new_parser((__doc__ or "").splitlines()[0])
     names = every_variant()
     text = "; default: all, but on the CPU the conv net leaves out variants with branches"
     arguments.add_names(parser, "--variants", [*names, "all"], text, nargs="+")

@@ -30,7 +30,7 @@ from examples.common import arguments, choices
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = arguments.new_parser((__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=[*choices.BATCHES], default="dense")
     parser.add_argument("--batch", type=int, default=512, help="a power of two, over all devices")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])

@@ -58,10 +58,13 @@ class Launched:
 
     def copy(self, screen):
         """Copy what a terminal shows to the file, until nobody writes to it any more."""
-        with open(screen, "rb", buffering=0) as shown, self.err.open("wb", buffering=0) as err:
-            with contextlib.suppress(OSError):  # the end of a terminal
-                while content := shown.read(4096):
-                    err.write(content)
+        with (
+            contextlib.suppress(OSError),  # the end of a terminal
+            open(screen, "rb", buffering=0) as shown,
+            self.err.open("wb", buffering=0) as err,
+        ):
+            while content := shown.read(4096):
+                err.write(content)
 
     def wait_for(self, path, pattern):
         """Wait for a match in a file that is being written; return it."""
