@@ -262,6 +262,7 @@ def test_peak_is_what_a_run_holds(alias):
 def test_a_tiny_run_over_batch_sizes(in_empty_folder, capsys, monkeypatch, read_report):
     tiny = step_cost.Model(lambda rngs: nnx.Linear(4, 10, rngs=rngs), (4,), 8)
     monkeypatch.setattr(step_cost, "MODELS", {"tiny": tiny})
+    monkeypatch.setattr(choices, "BATCHES", {"tiny": 8})
     monkeypatch.setattr(step_cost, "LEAST_SECONDS", 1e-3)
     monkeypatch.setattr(step_cost, "COUNTED_STEPS", 10)
     arguments = "--variants sampa --batch 2 1 2 --repeats 1 --out cost"
