@@ -18,22 +18,39 @@ import math
 from functools import partial
 from pathlib import Path
 
+from examples.common import arguments, choices
+
+DEFAULT = ("base", "base2x", "sam", "asam", "sampa", "momentum-sam")
+# Each row of the tables: the variant, and the factor on the number of epochs.
+ROWS = {"base": ("base", 1), "base2x": ("base", 2)} | {
+    name: (name, 1) for name in choices.VARIANTS if name not in ("base", "sampa-separate")
+}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser(__doc__)
+    text = f"; default: those of {', '.join(DEFAULT)} that accept the base"
+    arguments.add_names(parser, "--variants", [*ROWS], text, nargs="+")
+    arguments.add_settings(parser, seeds=20, name="digits")
+    args = parser.parse_args(argv)
+    arguments.check_settings(parser, args)
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import matplotlib
 import numpy as np
 from tqdm import tqdm
 
-from examples.common import arguments, figures, files
+from examples.common import figures, files
 from examples.common.digits_task import BATCH, LEARNING_RATES, STEPS_PER_EPOCH, describe
-from examples.common.registry import BASES, VARIANTS, check_base
+from examples.common.output import choose_folder
+from examples.common.registry import VARIANTS, check_base
 from examples.common.report import Report, mean_and_error
 from examples.common.training import SHARPNESS_RADIUS, measure
 from examples.common.tuning import TUNING_SEEDS
-
-# Each row of the tables: the variant, and the factor on the number of epochs.
-ROWS = {"base": ("base", 1), "base2x": ("base", 2)} | {
-    name: (name, 1) for name in VARIANTS if name not in ("base", "sampa-separate")
-}
-DEFAULT = ("base", "base2x", "sam", "asam", "sampa", "momentum-sam")
 
 
 def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float]]:
@@ -130,49 +147,23 @@ def can_have(variant: str, base: str) -> bool:
     return True
 
 
-def add_settings(parser: argparse.ArgumentParser, seeds: int, name: str) -> None:
-    """Add the arguments that all scripts on the digits share; `seeds` is the default number."""
-    parser.add_argument("--base", choices=list(BASES), default="momentum")
-    parser.add_argument("--seeds", type=int, default=seeds)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
-    parser.add_argument("--rho", type=float, nargs="+", help="candidate radii for every method")
-    parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
-    arguments.add_out(parser, name)
-
-
-def check_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse numbers that are out of range."""
-    arguments.check_range(parser, args, "seeds", "epochs", "width")
-    arguments.check_share(parser, args, "noise")
-    arguments.check_finite(parser, args, "rho")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.new_parser(__doc__)
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        choices=list(ROWS),
-        help=f"default: those of {', '.join(DEFAULT)} that accept the base",
-    )
-    add_settings(parser, seeds=20, name="digits")
-    args = parser.parse_args(argv)
-    default = (row for row in DEFAULT if can_have(ROWS[row][0], args.base))
-    args.variants = list(dict.fromkeys(args.variants or default))
-    check_settings(parser, args)
+def check_variants(args: argparse.Namespace) -> None:
+    """Choose the default rows; refuse a variant that does not accept the base."""
+    if args.variants is None:
+        args.variants = [row for row in DEFAULT if can_have(ROWS[row][0], args.base)]
+    args.variants = list(dict.fromkeys(args.variants))
     try:
         for row in args.variants:
             check_base(ROWS[row][0], args.base)
     except ValueError as error:
-        parser.error(str(error))
-    arguments.choose_folder(parser, args, "digits")
-    return args
+        arguments.refuse(str(error))
 
 
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
+    check_variants(args)
+    choose_folder(args, "digits")
     report = Report(args)
     noises = list(dict.fromkeys([args.noise, 0.0]))
     total = sum(
@@ -183,7 +174,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         for row in args.variants
     )
     results = []
-    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
+    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1, disable=None) as bar:
         for row in args.variants:
             variant, times = ROWS[row]
             results += measure(

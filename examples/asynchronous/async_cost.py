@@ -30,6 +30,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from examples.common import arguments
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser(__doc__)
+    parser.add_argument(
+        "--devices",
+        choices=["cpu", "gpu"],
+        help="cpu: two simulated CPU devices; gpu: a GPU and the CPU; default: gpu if available",
+    )
+    parser.add_argument("--batch", type=int, help="examples b; default: 64 on cpu, 4096 on gpu")
+    parser.add_argument("--length", type=int, default=1000, help="length of the loop on cpu")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a row in each round")
+    parser.add_argument("--repeats", type=int, default=13, help="rounds")
+    arguments.add_out(parser, "async-cost")
+    args = parser.parse_args(argv)
+    arguments.check_range(parser, args, "length", "steps", "repeats")
+    if args.batch is not None and (args.batch < 4 or args.batch % 4):
+        parser.error(f"--batch must be a multiple of 4, got {args.batch}")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,8 +62,9 @@ import optax
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures, files
+from examples.common import figures, files
 from examples.common.models import problem
+from examples.common.output import choose_folder
 from examples.common.report import Report
 
 RHO, LEARNING_RATE = 0.05, 1e-3
@@ -140,11 +166,11 @@ def timed(steps: Iterator[Any], count: int) -> tuple[float, float]:
 
 def measure(rows: dict[str, Iterator[Any]], repeats: int, count: int) -> list[dict]:
     """Time all rows in rounds, in random order."""
-    for steps in tqdm(rows.values(), desc="compile", unit="row"):
+    for steps in tqdm(rows.values(), desc="compile", unit="row", disable=None):
         timed(steps, 2)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
     order = random.Random(0)
-    with tqdm(total=repeats * len(rows), desc="measure", unit="row") as bar:
+    with tqdm(total=repeats * len(rows), desc="measure", unit="row", disable=None) as bar:
         for _ in range(repeats):
             for name in order.sample(list(rows), len(rows)):
                 seconds[name].append(timed(rows[name], count))
@@ -208,36 +234,22 @@ def draw(results: list[dict], path: Path, title: str) -> None:
     figures.save(figure, path, title)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.new_parser(__doc__)
-    parser.add_argument(
-        "--devices",
-        choices=["cpu", "gpu"],
-        help="cpu: two simulated CPU devices; gpu: a GPU and the CPU; default: gpu if available",
-    )
-    parser.add_argument("--batch", type=int, help="examples b; default: 64 on cpu, 4096 on gpu")
-    parser.add_argument("--length", type=int, default=1000, help="length of the loop on cpu")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a row in each round")
-    parser.add_argument("--repeats", type=int, default=13, help="rounds")
-    arguments.add_out(parser, "async-cost")
-    args = parser.parse_args(argv)
-    arguments.check_range(parser, args, "length", "steps", "repeats")
-    if args.batch is not None and (args.batch < 4 or args.batch % 4):
-        parser.error(f"--batch must be a multiple of 4, got {args.batch}")
+def choose_devices(args: argparse.Namespace) -> None:
+    """Set --devices and --batch to their defaults here; refuse a GPU that is not there."""
     with contextlib.suppress(RuntimeError):  # a running backend cannot be changed
         jax.config.update("jax_num_cpu_devices", 2)
     has_gpu = jax.default_backend() == "gpu"
     if args.devices == "gpu" and not has_gpu:
-        parser.error(f"--devices gpu: jax sees none, only {jax.default_backend()}")
+        arguments.refuse(f"--devices gpu: jax sees none, only {jax.default_backend()}")
     args.devices = args.devices or ("gpu" if has_gpu else "cpu")
     args.batch = args.batch or {"cpu": 64, "gpu": 4096}[args.devices]
-    arguments.choose_folder(parser, args, "async-cost")
-    return args
 
 
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
+    choose_devices(args)
+    choose_folder(args, "async-cost")
     if args.devices == "gpu":
         devices = jax.devices()[0], jax.devices("cpu")[0]
         loss, params, batch = dense(args.batch)

@@ -26,6 +26,20 @@ import contextlib
 from functools import partial
 from typing import Any
 
+from examples.common import arguments
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser(__doc__)
+    arguments.add_settings(parser, seeds=10, name="async-digits")
+    args = parser.parse_args(argv)
+    arguments.check_settings(parser, args)
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +50,7 @@ from tqdm import tqdm
 import samx
 from examples import digits
 from examples.asynchronous.async_cost import describe_ascent_batch
-from examples.common import arguments, files
+from examples.common import files
 from examples.common.digits_task import (
     BATCH,
     LEARNING_RATES,
@@ -47,6 +61,7 @@ from examples.common.digits_task import (
     shuffled,
     split,
 )
+from examples.common.output import choose_folder
 from examples.common.registry import BASES, RADII, VARIANTS, Setting, Variant
 from examples.common.report import Report, mean_and_error
 from examples.common.training import measure
@@ -204,18 +219,10 @@ def calibrate(args: argparse.Namespace) -> samx.asynchronous.AscentBatch:
     )
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.new_parser(__doc__)
-    digits.add_settings(parser, seeds=10, name="async-digits")
-    args = parser.parse_args(argv)
-    digits.check_settings(parser, args)
-    arguments.choose_folder(parser, args, "async-digits")
-    return args
-
-
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
+    choose_folder(args, "async-digits")
     one, other = two_devices()
     report = Report(args)
     noises = list(dict.fromkeys([args.noise, 0.0]))
@@ -225,7 +232,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         * len(noises)
         for row in ROWS
     )
-    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
+    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1, disable=None) as bar:
         results = []
         for row in ROWS:
             candidates, work = candidates_of(row, args), partial(work_of, row)

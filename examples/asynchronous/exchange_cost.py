@@ -21,20 +21,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from examples.common import arguments
+
+ENGINES = ("threads", "ray")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser(__doc__)
+    parser.add_argument("--millions", type=int, default=25, help="parameters; default: 25")
+    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--shards", type=int, nargs="+", default=[1, 2], help="shards of Ray's center"
+    )
+    parser.add_argument("--repeats", type=int, default=15, help="exchanges of each worker")
+    arguments.add_out(parser, "exchange-cost")
+    args = parser.parse_args(argv)
+    arguments.check_range(parser, args, "millions", "workers", "shards", "repeats")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
 from tqdm import tqdm
 
-from examples.common import arguments, figures, files
+from examples.common import figures, files
 from examples.common.files import SaveError, reason
+from examples.common.output import choose_folder
 from examples.common.report import Report
 from samx import elastic
 
 MILLION = 1_000_000
 SKIPPED = 2  # a worker's first exchanges are slower: they allocate their memory
-ENGINES = ("threads", "ray")
 
 
 def exchanging(millions: int, folder: Path) -> Callable[[int], elastic.Worker]:
@@ -174,25 +197,10 @@ def plot(rows: list[dict[str, Any]], millions: int, path: Path) -> None:
     figures.save(figure, path)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.new_parser(__doc__)
-    parser.add_argument("--millions", type=int, default=25, help="parameters; default: 25")
-    parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument(
-        "--shards", type=int, nargs="+", default=[1, 2], help="shards of Ray's center"
-    )
-    parser.add_argument("--repeats", type=int, default=15, help="exchanges of each worker")
-    arguments.add_out(parser, "exchange-cost")
-    args = parser.parse_args(argv)
-    arguments.check_range(parser, args, "millions", "workers", "shards", "repeats")
-    arguments.choose_folder(parser, args, "exchange-cost")
-    return args
-
-
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
+    choose_folder(args, "exchange-cost")
     report = Report(args)
     settings = [
         (engine, workers, shards)
@@ -201,7 +209,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         for shards in (dict.fromkeys(args.shards) if engine == "ray" else [1])
     ]
     total = sum(exchanges_of(workers, args) for _, workers, _ in settings)
-    with tqdm(total=total, unit=" exchanges") as bar:
+    with tqdm(total=total, unit=" exchanges", disable=None) as bar:
         rows = [measure(*setting, args, bar) for setting in settings]
     print(f"\n{args.millions} million float32 parameters\n\n{table(rows)}\n")
     report.save(rows=rows)

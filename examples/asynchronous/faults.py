@@ -41,6 +41,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.common import arguments
+
+ENGINES = ("threads", "ray")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser(__doc__)
+    add = parser.add_argument
+    add("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
+    add("--only", nargs="+", metavar="TEXT", help="faults with one of these texts in their names")
+    add("--every", type=int, default=1, metavar="N", help="only every N-th fault")
+    add("--limit", type=float, default=90.0, metavar="SECONDS", help="of each run; default: 90")
+    arguments.add_out(parser, "faults")
+    args = parser.parse_args(argv)
+    arguments.check_range(parser, args, "every")
+    arguments.check_finite(parser, args, "limit", above_zero=True)
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,12 +71,12 @@ import psutil
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures, files
+from examples.common import figures, files
+from examples.common.output import choose_folder
 from examples.common.processes import folders_of_ray, is_alive
 from examples.common.report import Report
 from samx import elastic
 
-ENGINES = ("threads", "ray")
 EXCHANGES, PERIOD, FAULTY = 40, 2, 1
 GRACE = 1.0  # seconds, `grace` of the engines
 # Seconds that a worker may be silent where it hangs: a process takes longer to start than a thread.
@@ -663,31 +685,23 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figures.save(figure, path, f"{len(rows)} faults in asynchronous training")
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Case]]:
-    parser = arguments.new_parser(__doc__)
-    add = parser.add_argument
-    add("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
-    add("--only", nargs="+", metavar="TEXT", help="faults with one of these texts in their names")
-    add("--every", type=int, default=1, metavar="N", help="only every N-th fault")
-    add("--limit", type=float, default=90.0, metavar="SECONDS", help="of each run; default: 90")
-    arguments.add_out(parser, "faults")
-    args = parser.parse_args(argv)
-    arguments.check_range(parser, args, "every")
-    arguments.check_finite(parser, args, "limit", above_zero=True)
+def choose_cases(args: argparse.Namespace) -> list[Case]:
+    """Return the runs that --engine, --only and --every leave."""
     cases = cases_of(args.engine)
     if args.only:
         cases = [c for c in cases if any(text in f"{c.kind} {c.name}" for text in args.only)]
     if not cases:
-        parser.error(f"--only: no fault has one of {args.only} in its name")
-    arguments.choose_folder(parser, args, "faults")
-    return args, cases[:: args.every]
+        arguments.refuse(f"--only: no fault has one of {args.only} in its name")
+    return cases[:: args.every]
 
 
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    args, cases = parse(argv)
+    args = parse(argv)
+    cases = choose_cases(args)
+    choose_folder(args, "faults")
     report, rows = Report(args), []
-    with contextlib.ExitStack() as stack, tqdm(cases, unit=" faults") as bar:
+    with contextlib.ExitStack() as stack, tqdm(cases, unit=" faults", disable=None) as bar:
         for case in bar:
             bar.set_description(f"{case.engine}, {case.kind}: {case.name}")
             if case.engine == "ray" and case.kind != "driver" and "ray" not in sys.modules:

@@ -46,6 +46,81 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.common import arguments
+from examples.common.choices import TRAIN
+from examples.common.resume import resumed
+
+NOT_SETTINGS = ("out", "resume")
+CHANGEABLE = ("engine", "gradients", "slow", "step_seconds", "save_every")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser(__doc__)
+    add = parser.add_argument
+    add("--engine", choices=["simulate", "threads", "ray"], default="simulate")
+    add("--workers", type=int, default=8)
+    add("--slow", type=float, default=4.0, help="slowdown factor of the last worker")
+    add("--batch", type=int, default=100, help="images per step of one worker")
+    add("--gradients", type=int, default=3200, help="of each row; one worker's batch each")
+    add("--period", type=int, default=4, help="local steps between two exchanges of a worker")
+    add("--beta", type=float, default=0.9, help="how strongly the workers move the center")
+    add("--learning-rate", type=float, nargs="+", help="candidates; one value for an engine")
+    add("--rho", type=float, nargs="+", help="candidates; one value for an engine")
+    add("--noise", type=float, default=0.3, help="fraction of flipped labels")
+    add("--width", type=int, default=64, help="units of each hidden layer")
+    arguments.add_out(parser, "lsam-digits")
+    group = parser.add_argument_group("--engine simulate")
+    group.add_argument("--seeds", type=int, default=10)
+    group.add_argument("--latency", type=float, default=0.1, help="one way, in gradients")
+    group = parser.add_argument_group("--engine threads and ray")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--step-seconds",
+        type=float,
+        default=0.02,
+        help="least time for a step of a fast worker; 0: no limit",
+    )
+    group.add_argument("--save-every", type=float, default=60.0, metavar="SECONDS")
+    group.add_argument("--resume", metavar="FOLDER", help="continue this run")
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the arguments; --resume takes them from the run."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume is not None:
+        args, _ = resumed(
+            parser, argv, "lsam_digits.py", not_settings=NOT_SETTINGS, changeable=CHANGEABLE
+        )
+        if args.engine == "simulate":
+            parser.error("--resume is for --engine threads and ray, got simulate")
+    arguments.check_range(parser, args, "period", "width", "seeds")
+    arguments.check_range(parser, args, "workers", low=2)
+    arguments.check_range(parser, args, "batch", high=TRAIN)
+    arguments.check_range(parser, args, "slow", high=1e6)
+    arguments.check_range(parser, args, "seed", low=0, high=999)
+    arguments.check_range(parser, args, "beta", low=0, high=1)
+    arguments.check_range(parser, args, "latency", "step_seconds", low=0, high=1e6)
+    arguments.check_range(parser, args, "save_every", low=0, high=1e9)
+    arguments.check_share(parser, args, "noise")
+    arguments.check_finite(parser, args, "learning_rate", "rho")
+    for name in ("learning_rate", "rho"):
+        option, values = f"--{name.replace('_', '-')}", getattr(args, name)
+        if values and len(values) > 1 and args.engine != "simulate":
+            parser.error(f"{option} must be one number for --engine {args.engine}, got {values}")
+    unit = 2 * args.workers * args.period  # whole steps of all workers, and whole exchanges
+    if args.gradients < unit:
+        parser.error(
+            f"--gradients must be at least {unit} (2 x workers x period), got {args.gradients}"
+        )
+    args.gradients -= args.gradients % unit
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,12 +131,13 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures
+from examples.common import figures
 from examples.common.checkpoints import CheckpointError, Checkpoints, kept, newest
-from examples.common.digits_task import TRAIN, Network, describe, initialize, rows_of, split
+from examples.common.digits_task import Network, describe, initialize, rows_of, split
 from examples.common.files import SaveError
+from examples.common.output import choose_folder
 from examples.common.report import Report, mean_and_error
-from examples.common.resume import resumed, write_config
+from examples.common.resume import write_config
 from examples.common.tuning import TUNING_SEEDS, Runs, runs_of, scores_of
 from samx import elastic
 
@@ -406,7 +482,7 @@ def run_simulation(args: argparse.Namespace) -> list[dict]:
         for name in ROWS
         for tuning in [len(candidates_of(name, args)) * len(TUNING_SEEDS)]
     )
-    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
+    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1, disable=None) as bar:
         return [measure(name, args, bar) for name in ROWS]
 
 
@@ -416,9 +492,10 @@ class Bars:
     def __init__(self, args: argparse.Namespace, exchanges: int):
         self.period, self.is_started = args.period, False
         total = num_exchanges(args)
-        self.all = tqdm(total=total, initial=exchanges, unit="", desc="workers start")
+        self.all = tqdm(total=total, initial=exchanges, unit="", desc="workers start", disable=None)
         self.workers = [
-            tqdm(desc=f"worker {i}", unit=" steps", position=i + 1) for i in range(args.workers)
+            tqdm(desc=f"worker {i}", unit=" steps", position=i + 1, disable=None)
+            for i in range(args.workers)
         ]
 
     def show(self, progress: elastic.Progress, accuracy: float) -> None:
@@ -584,7 +661,9 @@ def train_together(
     first = batches_together(data[0], runs, args, args.workers)
     step(next(with_rates(first, runs, steps)))  # compiles before the clock starts
     marks, spent = marks_of(steps, EVALUATIONS), 0.0
-    for done, batch in enumerate(tqdm(itertools.islice(batches, steps), name, steps), 1):
+    for done, batch in enumerate(
+        tqdm(itertools.islice(batches, steps), name, steps, disable=None), 1
+    ):
         begin = time.perf_counter()
         params, state, _ = step(batch)
         spent += time.perf_counter() - begin
@@ -724,85 +803,6 @@ def draw(results: list[dict], path: Path, title: str, unit: str, is_marked: bool
     figures.save(figure, path, title)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser(__doc__)
-    add = parser.add_argument
-    add("--engine", choices=["simulate", "threads", "ray"], default="simulate")
-    add("--workers", type=int, default=8)
-    add("--slow", type=float, default=4.0, help="slowdown factor of the last worker")
-    add("--batch", type=int, default=100, help="images per step of one worker")
-    add("--gradients", type=int, default=3200, help="of each row; one worker's batch each")
-    add("--period", type=int, default=4, help="local steps between two exchanges of a worker")
-    add("--beta", type=float, default=0.9, help="how strongly the workers move the center")
-    add("--learning-rate", type=float, nargs="+", help="candidates; one value for an engine")
-    add("--rho", type=float, nargs="+", help="candidates; one value for an engine")
-    add("--noise", type=float, default=0.3, help="fraction of flipped labels")
-    add("--width", type=int, default=64, help="units of each hidden layer")
-    arguments.add_out(parser, "lsam-digits")
-    group = parser.add_argument_group("--engine simulate")
-    group.add_argument("--seeds", type=int, default=10)
-    group.add_argument("--latency", type=float, default=0.1, help="one way, in gradients")
-    group = parser.add_argument_group("--engine threads and ray")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument(
-        "--step-seconds",
-        type=float,
-        default=0.02,
-        help="least time for a step of a fast worker; 0: no limit",
-    )
-    group.add_argument("--save-every", type=float, default=60.0, metavar="SECONDS")
-    group.add_argument("--resume", metavar="FOLDER", help="continue this run")
-    return parser
-
-
-NOT_SETTINGS = ("out", "resume")
-CHANGEABLE = ("engine", "gradients", "slow", "step_seconds", "save_every")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse and check the arguments; --resume takes them from the run."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.resume is not None:
-        args, _ = resumed(
-            parser, argv, "lsam_digits.py", not_settings=NOT_SETTINGS, changeable=CHANGEABLE
-        )
-        if args.engine == "simulate":
-            parser.error("--resume is for --engine threads and ray, got simulate")
-    arguments.check_range(parser, args, "period", "width", "seeds")
-    arguments.check_range(parser, args, "workers", low=2)
-    arguments.check_range(parser, args, "batch", high=TRAIN)
-    arguments.check_range(parser, args, "slow", high=1e6)
-    arguments.check_range(parser, args, "seed", low=0, high=999)
-    arguments.check_range(parser, args, "beta", low=0, high=1)
-    arguments.check_range(parser, args, "latency", "step_seconds", low=0, high=1e6)
-    arguments.check_range(parser, args, "save_every", low=0, high=1e9)
-    arguments.check_share(parser, args, "noise")
-    arguments.check_finite(parser, args, "learning_rate", "rho")
-    for name in ("learning_rate", "rho"):
-        option, values = f"--{name.replace('_', '-')}", getattr(args, name)
-        if values and len(values) > 1 and args.engine != "simulate":
-            parser.error(f"{option} must be one number for --engine {args.engine}, got {values}")
-    unit = 2 * args.workers * args.period  # whole steps of all workers, and whole exchanges
-    if args.gradients < unit:
-        parser.error(
-            f"--gradients must be at least {unit} (2 x workers x period), got {args.gradients}"
-        )
-    args.gradients -= args.gradients % unit
-    if args.resume is not None:
-        folder = Path(args.resume)
-        is_done = (newest(folder / "checkpoints") or 0) >= num_exchanges(args)
-        if is_done and (folder / "results.json").exists():
-            parser.error(f"--resume {args.resume}: the run is finished; raise --gradients")
-    if args.engine == "ray":
-        try:
-            elastic.Ray()  # only checks that Ray is installed
-        except ImportError as error:
-            parser.error(f"--engine ray: {error}")
-    arguments.choose_folder(parser, args, "lsam-digits")
-    return args
-
-
 def run(args: argparse.Namespace) -> list[dict]:
     """Train all rows; save and print the results."""
     if args.engine == "simulate":
@@ -833,8 +833,24 @@ def conclude(args: argparse.Namespace, report: Report, results: list[dict]) -> l
     return results
 
 
+def check_run(args: argparse.Namespace) -> None:
+    """Refuse to continue a finished run, and --engine ray without Ray."""
+    if args.resume is not None:
+        folder = Path(args.resume)
+        is_done = (newest(folder / "checkpoints") or 0) >= num_exchanges(args)
+        if is_done and (folder / "results.json").exists():
+            arguments.refuse(f"--resume {args.resume}: the run is finished; raise --gradients")
+    if args.engine == "ray":
+        try:
+            elastic.Ray()  # only checks that Ray is installed
+        except ImportError as error:
+            arguments.refuse(f"--engine ray: {error}")
+
+
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
+    check_run(args)
+    choose_folder(args, "lsam-digits")
     is_simulated = args.engine == "simulate"
     try:
         return run(args)

@@ -48,6 +48,45 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.common import arguments, choices
+
+RATES = {  # candidates: the smallest move rho visibly, the largest move it far
+    "exact": (3.0, 10.0, 30.0, 100.0),
+    "diag_sq": (3e3, 1e4, 3e4, 1e5),
+    "exact-next": (3.0, 10.0, 30.0, 100.0),
+}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser(__doc__)
+    names, text = [*RATES], ": forms of LETS; default: all"
+    arguments.add_names(parser, "--methods", names, text, nargs="+", default=names)
+    parser.add_argument(
+        "--rate",
+        type=float,
+        nargs="+",
+        help="candidate rates for all methods; default, for each method: "
+        + "; ".join(f"{name} {' '.join(f'{r:g}' for r in rates)}" for name, rates in RATES.items()),
+    )
+    parser.add_argument("--asam", action="store_true", help="SAM and LETS use ASAM's perturbation")
+    parser.add_argument("--base", choices=choices.BASES, default="momentum")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--noise", type=float, default=0.3, help="fraction of flipped labels")
+    parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
+    arguments.add_out(parser, "lets")
+    args = parser.parse_args(argv)
+    args.methods = list(dict.fromkeys(args.methods))
+    arguments.check_range(parser, args, "seeds", "epochs", "width")
+    arguments.check_share(parser, args, "noise")
+    arguments.check_finite(parser, args, "rate")
+    args.rate = list(dict.fromkeys(args.rate)) if args.rate else None
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +96,7 @@ from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, digits_task, figures, files
+from examples.common import digits_task, figures, files
 from examples.common.digits_task import (
     BATCH,
     LEARNING_RATES,
@@ -67,6 +106,7 @@ from examples.common.digits_task import (
     initialize,
     rows_of,
 )
+from examples.common.output import choose_folder
 from examples.common.registry import BASES, VARIANTS, Setting
 from examples.common.report import Report, mean_and_error
 from examples.common.tuning import TUNING_SEEDS, runs_of, scores_of
@@ -75,11 +115,6 @@ EVERY = 10  # one of this many training images is held out
 HELD_OUT_BATCH = 50
 STEPS_PER_EPOCH = (TRAIN - TRAIN // EVERY) // BATCH
 FACTORS = (0.1, 1.0, 10.0)  # the starts, relative to the tuned radius
-RATES = {  # candidates: the smallest move rho visibly, the largest move it far
-    "exact": (3.0, 10.0, 30.0, 100.0),
-    "diag_sq": (3e3, 1e4, 3e4, 1e5),
-    "exact-next": (3.0, 10.0, 30.0, 100.0),
-}
 GRADIENTS = {"sam": 2, "exact": 6, "diag_sq": 4, "exact-next": 8}  # per step
 LINES = dict(zip(FACTORS, (":", "-", "--"), strict=True))
 DEFINITIONS = """\
@@ -306,7 +341,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     work = sum(GRADIENTS[name] * (runs + reported) for name, runs in to_tune.items())
     total = work * STEPS_PER_EPOCH * args.epochs
     rates, results = [], []
-    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
+    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1, disable=None) as bar:
         start, hypergradient = {}, {}
         for method in to_tune:
 
@@ -538,42 +573,10 @@ def spread(values: np.ndarray) -> np.ndarray:
     return values.std(axis=0, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(values.shape[1])
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.new_parser(__doc__)
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=list(RATES),
-        default=list(RATES),
-        help="forms of LETS; default: all",
-    )
-    parser.add_argument(
-        "--rate",
-        type=float,
-        nargs="+",
-        help="candidate rates for all methods; default, for each method: "
-        + "; ".join(f"{name} {' '.join(f'{r:g}' for r in rates)}" for name, rates in RATES.items()),
-    )
-    parser.add_argument("--asam", action="store_true", help="SAM and LETS use ASAM's perturbation")
-    parser.add_argument("--base", choices=list(BASES), default="momentum")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--noise", type=float, default=0.3, help="fraction of flipped labels")
-    parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
-    arguments.add_out(parser, "lets")
-    args = parser.parse_args(argv)
-    args.methods = list(dict.fromkeys(args.methods))
-    arguments.check_range(parser, args, "seeds", "epochs", "width")
-    arguments.check_share(parser, args, "noise")
-    arguments.check_finite(parser, args, "rate")
-    args.rate = list(dict.fromkeys(args.rate)) if args.rate else None
-    arguments.choose_folder(parser, args, "lets")
-    return args
-
-
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
+    choose_folder(args, "lets")
     report = Report(args)
     measured = measure(args)
     results, start, found = measured["results"], measured["start"], measured["hypergradient"]

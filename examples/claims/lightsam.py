@@ -43,6 +43,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.common import arguments
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--points", type=int, default=5, help="values of rho and of learning rate")
+    parser.add_argument("--batch-size", type=int, help="random images per step; default: all")
+    parser.add_argument("--l2", type=float, default=1e-3, help="strength of the L2 penalty")
+    arguments.add_out(parser, "lightsam")
+    args = parser.parse_args(argv)
+    arguments.check_range(parser, args, "steps", "batch_size")
+    arguments.check_range(parser, args, "points", low=2)
+    arguments.check_finite(parser, args, "l2")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +72,8 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures, files
+from examples.common import figures, files
+from examples.common.output import choose_folder
 from examples.common.report import Report
 
 METHODS: dict[str, Callable[[Any, Any], optax.GradientTransformationExtraArgs]] = {
@@ -311,25 +332,10 @@ def draw(results: list[dict], points: int, path: Path, title: str) -> None:
     figures.save(figure, path, f"{title}; cross: diverged")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.new_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--points", type=int, default=5, help="values of rho and of learning rate")
-    parser.add_argument("--batch-size", type=int, help="random images per step; default: all")
-    parser.add_argument("--l2", type=float, default=1e-3, help="strength of the L2 penalty")
-    arguments.add_out(parser, "lightsam")
-    args = parser.parse_args(argv)
-    arguments.check_range(parser, args, "steps", "batch_size")
-    arguments.check_range(parser, args, "points", low=2)
-    arguments.check_finite(parser, args, "l2")
-    arguments.choose_folder(parser, args, "lightsam")
-    return args
-
-
 def measure(args: argparse.Namespace) -> list[dict]:
     """Run and judge every method."""
     results = []
-    with tqdm(total=len(METHODS) * args.steps, unit="step") as bar:
+    with tqdm(total=len(METHODS) * args.steps, unit="step", disable=None) as bar:
         for name in METHODS:
             bar.set_description(name)
             results.append(summarize(name, train(name, args, bar.update), args.points))
@@ -339,6 +345,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
+    choose_folder(args, "lightsam")
     report = Report(args)
     results = measure(args)
     batch = "all images" if args.batch_size is None else f"{args.batch_size} random images"

@@ -33,6 +33,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.common import arguments
+
+PARTS = ("exponents", "transfer")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser(__doc__)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: both")
+    add("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048], help="for the exponents")
+    add("--steps", type=int, nargs="+", default=[1, 10], help="steps at which exponents are fitted")
+    add("--seeds", type=int, default=10, help="for the exponents")
+    add("--learning-rate", type=float, default=0.08, help="for the exponents")
+    add("--rho", type=float, default=0.05, help="for the exponents")
+    add("--transfer-widths", type=int, nargs="+", default=[64, 1024])
+    add("--transfer-steps", type=int, default=100)
+    add("--transfer-seeds", type=int, default=5)
+    add("--learning-rates", type=float, nargs="+", default=[0.02, 0.04, 0.08, 0.16, 0.32])
+    add("--rhos", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4, 0.8])
+    arguments.add_out(parser, "mup_transfer")
+    args = parser.parse_args(argv)
+    args.steps = tuple(sorted(set(args.steps)))
+    for name in ("widths", "transfer_widths", "learning_rates", "rhos"):
+        setattr(args, name, sorted(set(getattr(args, name))))
+    arguments.check_range(parser, args, "widths", "steps", "seeds")
+    arguments.check_range(parser, args, "transfer_widths", "transfer_steps", "transfer_seeds")
+    for name in ("widths", "transfer_widths"):
+        if len(getattr(args, name)) < 2:
+            parser.error(f"--{name.replace('_', '-')} must have at least two different widths")
+    names = ("learning_rate", "rho", "learning_rates", "rhos")
+    arguments.check_finite(parser, args, *names, above_zero=True)
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,15 +78,16 @@ import optax
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures, files
-from examples.common.digits_task import TRAIN, rows_of, split
+from examples.common import figures, files
+from examples.common.choices import TRAIN
+from examples.common.digits_task import rows_of, split
+from examples.common.output import choose_folder
 from examples.common.report import Report, mean_and_error
 
 BASE_WIDTH = 64  # where all scales and learning rates are 1
 FEW, BATCH, NOISE, MOMENTUM = 200, 50, 0.3, 0.9
 LAYERS = ("first", "second", "head")
 PERTURBED = ("all", "own")  # layers perturbed when a layer's features are measured
-PARTS = ("exponents", "transfer")
 TOLERANCE = 0.1  # for an exponent that should be 0
 CRITERIA = {"loss": -1, "accuracy": 1}  # 1: larger is better; -1: smaller
 
@@ -227,7 +265,7 @@ def measure_effects(args: argparse.Namespace) -> dict[str, np.ndarray]:
     work = {width: flops(width, 2 * last + 4) for width in args.widths}
     total = len(METHODS) * args.seeds * sum(work.values())
     found = {}
-    with tqdm(total=total, desc="exponents", unit="flop", unit_scale=True) as bar:
+    with tqdm(total=total, desc="exponents", unit="flop", unit_scale=True, disable=None) as bar:
         for name in METHODS:
             rows = []
             for width in args.widths:
@@ -310,7 +348,7 @@ def measure_grids(args: argparse.Namespace) -> list[dict]:
     work = {width: flops(width, 2 * args.transfer_steps) for width in args.transfer_widths}
     total = math.prod(shape[1:]) * sum(work[width] for _, width in jobs)
     found = {}
-    with tqdm(total=total, desc="transfer", unit="flop", unit_scale=True) as bar:
+    with tqdm(total=total, desc="transfer", unit="flop", unit_scale=True, disable=None) as bar:
         for name, width in jobs:
             run, values = make_run(name, width), np.empty(shape)
             for seed, i, j in np.ndindex(*shape[1:]):
@@ -474,39 +512,10 @@ def draw(report: dict, args: argparse.Namespace, path: Path) -> None:
     figures.save(figure, path)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.new_parser(__doc__)
-    add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: both")
-    add("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048], help="for the exponents")
-    add("--steps", type=int, nargs="+", default=[1, 10], help="steps at which exponents are fitted")
-    add("--seeds", type=int, default=10, help="for the exponents")
-    add("--learning-rate", type=float, default=0.08, help="for the exponents")
-    add("--rho", type=float, default=0.05, help="for the exponents")
-    add("--transfer-widths", type=int, nargs="+", default=[64, 1024])
-    add("--transfer-steps", type=int, default=100)
-    add("--transfer-seeds", type=int, default=5)
-    add("--learning-rates", type=float, nargs="+", default=[0.02, 0.04, 0.08, 0.16, 0.32])
-    add("--rhos", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4, 0.8])
-    arguments.add_out(parser, "mup_transfer")
-    args = parser.parse_args(argv)
-    args.steps = tuple(sorted(set(args.steps)))
-    for name in ("widths", "transfer_widths", "learning_rates", "rhos"):
-        setattr(args, name, sorted(set(getattr(args, name))))
-    arguments.check_range(parser, args, "widths", "steps", "seeds")
-    arguments.check_range(parser, args, "transfer_widths", "transfer_steps", "transfer_seeds")
-    for name in ("widths", "transfer_widths"):
-        if len(getattr(args, name)) < 2:
-            parser.error(f"--{name.replace('_', '-')} must have at least two different widths")
-    names = ("learning_rate", "rho", "learning_rates", "rhos")
-    arguments.check_finite(parser, args, *names, above_zero=True)
-    arguments.choose_folder(parser, args, "mup_transfer")
-    return args
-
-
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
+    choose_folder(args, "mup_transfer")
     report, found = Report(args), {}
 
     if "exponents" in args.parts:

@@ -25,6 +25,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.common import arguments, choices
+
+REFERENCES = ("base", "sam")
+DEFAULT = ("looksam", "vsam", "arsam")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser(__doc__)
+    text = f"; base and sam are always there; default: {', '.join(DEFAULT)}"
+    names, default = choices.VARIANTS, [*DEFAULT]
+    arguments.add_names(parser, "--variants", names, text, nargs="+", default=default)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--noise", type=float, default=0.3, help="fraction of flipped labels")
+    parser.add_argument("--learning-rate", type=float, default=0.1)
+    parser.add_argument("--rho", type=float, default=0.2)
+    parser.add_argument("--width", type=int, default=256, help="units of each hidden layer")
+    arguments.add_out(parser, "second_order")
+    args = parser.parse_args(argv)
+    args.rows = list(dict.fromkeys((*REFERENCES, *args.variants)))
+    arguments.check_range(parser, args, "seeds", "epochs", "width")
+    arguments.check_share(parser, args, "noise")
+    arguments.check_finite(parser, args, "rho")
+    arguments.check_finite(parser, args, "learning_rate", above_zero=True)
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +62,7 @@ import optax
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures, files
+from examples.common import figures, files
 from examples.common.digits_task import (
     STEPS_PER_EPOCH,
     describe,
@@ -41,13 +71,12 @@ from examples.common.digits_task import (
     shuffled,
     split,
 )
+from examples.common.output import choose_folder
 from examples.common.registry import VARIANTS
 from examples.common.report import Report, mean_and_error
 from examples.common.training import Trainer, make_trainer
 from examples.common.tuning import Runs, runs_of
 
-REFERENCES = ("base", "sam")
-DEFAULT = ("looksam", "vsam", "arsam")
 # For these variants the ratio cannot be computed from the readings. Their perturbation is not along
 # the gradient at the parameters, or their two gradients use different examples or some layers only.
 WITHOUT_RATIO = (
@@ -132,9 +161,11 @@ def measure(args: argparse.Namespace) -> dict[str, Row]:
         return out, time.perf_counter() - start
 
     first = of_seed(0, (runs, data[0]))
-    for name in tqdm(args.rows, desc="compile", unit="variant"):
+    for name in tqdm(args.rows, desc="compile", unit="variant", disable=None):
         train_epoch(name, of_seed(0, (params, starts[name])), *first, index=0)
-    with tqdm(total=args.seeds * args.epochs * len(rows), desc="train", unit="epoch") as bar:
+    with tqdm(
+        total=args.seeds * args.epochs * len(rows), desc="train", unit="epoch", disable=None
+    ) as bar:
         for seed in range(args.seeds):
             run, (train, _, test) = of_seed(seed, (runs, data))
             now = {name: of_seed(seed, (params, starts[name])) for name in rows}
@@ -288,37 +319,10 @@ def draw(results: list[dict], path: Path, title: str) -> None:
     figures.save(figure, path, title)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.new_parser(__doc__)
-    names = [name for name in VARIANTS if name not in REFERENCES]
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        choices=list(VARIANTS),
-        default=list(DEFAULT),
-        metavar="NAME",
-        help=f"in addition to base and sam: {', '.join(names)}; default: {', '.join(DEFAULT)}",
-    )
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--noise", type=float, default=0.3, help="fraction of flipped labels")
-    parser.add_argument("--learning-rate", type=float, default=0.1)
-    parser.add_argument("--rho", type=float, default=0.2)
-    parser.add_argument("--width", type=int, default=256, help="units of each hidden layer")
-    arguments.add_out(parser, "second_order")
-    args = parser.parse_args(argv)
-    args.rows = list(dict.fromkeys((*REFERENCES, *args.variants)))
-    arguments.check_range(parser, args, "seeds", "epochs", "width")
-    arguments.check_share(parser, args, "noise")
-    arguments.check_finite(parser, args, "rho")
-    arguments.check_finite(parser, args, "learning_rate", above_zero=True)
-    arguments.choose_folder(parser, args, "second_order")
-    return args
-
-
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
+    choose_folder(args, "second_order")
     report = Report(args)
     rows = measure(args)
     results = summarize(rows)

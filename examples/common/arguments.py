@@ -1,19 +1,43 @@
-"""Command lines of the examples: the same checks with the same messages in every script."""
+"""Command lines of the examples: the same checks with the same messages in every script.
+
+A script parses its arguments before it imports jax, which takes seconds. So this module imports
+nothing but the standard library.
+"""
 
 import argparse
 import math
-from pathlib import Path
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-import numpy as np
+from examples.common.choices import BASES
 
-from examples.common.output import free_folder, lock
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keep the lines of the description, and the names with hyphens whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
 
 def new_parser(doc: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help is the docstring of a script, line by line."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+
+
+def add_names(
+    parser: argparse.ArgumentParser,
+    option: str,
+    names: Sequence[str],
+    text: str = "",
+    **keywords: Any,
+) -> None:
+    """Add an option that takes one of many names, or some; --help lists them once, before `text`.
+
+    `argparse` alone would list them in the usage too, and several times.
+    """
+    listed = f"{', '.join(names)}{text}"
+    parser.add_argument(option, choices=names, metavar="NAME", help=listed, **keywords)
 
 
 def check_range(
@@ -60,22 +84,34 @@ def add_out(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--out", metavar="FOLDER", help=text)
 
 
-def choose_folder(parser: argparse.ArgumentParser, args: argparse.Namespace, name: str) -> None:
-    """Set and lock `args.folder`: --resume, --out or a new one; call it after all other checks."""
-    option = "--out" if getattr(args, "resume", None) is None else "--resume"
-    try:
-        if option == "--out":
-            args.folder = free_folder(args.out, name)
-        else:
-            args.folder = Path(args.resume)
-            lock(args.folder)
-    except (OSError, ValueError) as error:
-        parser.error(f"{option}: {error}")
+def add_settings(parser: argparse.ArgumentParser, seeds: int, name: str) -> None:
+    """Add the arguments of digits.py and async_digits.py; `seeds` is the default number."""
+    parser.add_argument("--base", choices=BASES, default="momentum")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--noise", type=float, default=0.3, help="share of flipped labels")
+    parser.add_argument("--rho", type=float, nargs="+", help="candidate radii for every method")
+    parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
+    add_out(parser, name)
+
+
+def check_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse numbers of `add_settings` that are out of range."""
+    check_range(parser, args, "seeds", "epochs", "width")
+    check_share(parser, args, "noise")
+    check_finite(parser, args, "rho")
+
+
+def refuse(message: str) -> NoReturn:
+    """End the script as its parser would, for a reason that is known only after the imports."""
+    argparse.ArgumentParser(usage=argparse.SUPPRESS).error(message)
 
 
 def _values(args: argparse.Namespace, name: str) -> list[float]:
     value = getattr(args, name)
-    return [] if value is None else np.atleast_1d(value).tolist()
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _option(name: str) -> str:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from sklearn.datasets import load_digits
 
-TRAIN, VALIDATION, BATCH = 1000, 297, 100  # of 1797 images; the other 500 are the test split
+from examples.common.choices import TRAIN
+
+VALIDATION, BATCH = 297, 100  # of 1797 images; the other 500 are the test split
 STEPS_PER_EPOCH = TRAIN // BATCH
 LEARNING_RATES = {
     "sgd": (0.1, 0.3, 1.0),

@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from examples.common.choices import BATCHES
+
 CLASSES = 10  # number of label classes
 
 
@@ -71,9 +73,10 @@ def transformer(rngs: nnx.Rngs, width: int = 128) -> nnx.Module:
 narrow = functools.partial(functools.partial, width=4)
 
 MODELS = {
-    "dense": Model(dense, (784,), 512, narrow(dense)),
-    "conv": Model(conv, (32, 32, 3), 64, narrow(conv), has_convolutions=True),
-    "transformer": Model(transformer, (64, 48), 16, narrow(transformer)),  # 64 patches of 4 x 4
+    "dense": Model(dense, (784,), BATCHES["dense"], narrow(dense)),
+    "conv": Model(conv, (32, 32, 3), BATCHES["conv"], narrow(conv), has_convolutions=True),
+    # 64 patches of 4 x 4 pixels
+    "transformer": Model(transformer, (64, 48), BATCHES["transformer"], narrow(transformer)),
 }
 
 

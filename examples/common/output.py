@@ -1,13 +1,29 @@
 """Choose the folder for the results of an example, and keep other runs out of it."""
 
+import argparse
 import itertools
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from examples.common.arguments import refuse
+
 LOCK = ".lock"  # the file that is locked; it stays, and means nothing after its run has ended
 
 _held: list[FileLock] = []  # until this process ends, however it ends
+
+
+def choose_folder(args: argparse.Namespace, name: str) -> None:
+    """Set and lock `args.folder`: --resume, --out or a new one; call it after all other checks."""
+    option = "--out" if getattr(args, "resume", None) is None else "--resume"
+    try:
+        if option == "--out":
+            args.folder = free_folder(args.out, name)
+        else:
+            args.folder = Path(args.resume)
+            lock(args.folder)
+    except (OSError, ValueError) as error:
+        refuse(f"{option}: {error}")
 
 
 def free_folder(out: str | None, name: str) -> Path:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 import samx
+from examples.common.choices import ELSEWHERE
 from samx import policies
 
 
@@ -256,16 +257,6 @@ VARIANTS = {
         keeps_aux=True,
         uses_gradient=False,
     ),
-}
-
-ELSEWHERE = {  # why a row of the catalog is missing in `VARIANTS`
-    "sharpness_aware": "the other rows are built from it",
-    "mup_sam": "needs scales: mup_transfer.py",
-    "sam_on": "needs normalization layers",
-    "lets": "needs held-out examples: lets.py",
-    "focal_sam": "needs classes of different sizes: long_tail.py",
-    "imbalanced_sam": "needs classes of different sizes: long_tail.py",
-    "lsam": "with one worker it is SAM: lsam_digits.py",
 }
 
 

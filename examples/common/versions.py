@@ -3,13 +3,13 @@
 from importlib import metadata
 from typing import Any
 
-import samx
-
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
 def versions() -> dict[str, str]:
     """Return the versions of samx and of the libraries that decide what a checkpoint holds."""
+    import samx  # here, because it takes seconds: a script that only shows its help needs none
+
     return {"samx": samx.__version__} | {name: metadata.version(name) for name in LIBRARIES}
 
 

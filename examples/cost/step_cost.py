@@ -44,14 +44,52 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.common import arguments, choices
+
+REPEATS = 7
+
+
+def every_variant() -> list[str]:
+    return [name for name in choices.VARIANTS if name != "base"]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser((__doc__ or "").splitlines()[0])
+    names = every_variant()
+    text = "; default: all, but on the CPU the conv net leaves out variants with branches"
+    arguments.add_names(parser, "--variants", [*names, "all"], text, nargs="+")
+    models = [*choices.BATCHES]
+    arguments.add_names(parser, "--models", models, "; default: all", nargs="+", default=models)
+    text = f"rounds (default {REPEATS})"
+    parser.add_argument("--repeats", type=int, default=REPEATS, help=text)
+    defaults = ", ".join(f"{size} for {name}" for name, size in choices.BATCHES.items())
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        metavar="SIZE",
+        help=f"one or several sizes (default {defaults})",
+    )
+    arguments.add_out(parser, "step_cost")
+    args = parser.parse_args(argv)
+    if "all" in (args.variants or []):
+        args.variants = names
+    arguments.check_range(parser, args, "repeats", "batch")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from tqdm import tqdm
 
-from examples.common import arguments, figures, files
+from examples.common import figures, files
 from examples.common.models import CLASSES, MODELS, Model, as_problem
+from examples.common.output import choose_folder
 from examples.common.registry import BASES, VARIANTS, Setting
 from examples.common.report import Report
 from examples.cost.passes import Counter, Forks
@@ -63,7 +101,6 @@ RHO = 0.05  # the same for every row: it does not change the cost
 # variants that do not take a sharp gradient on every step.
 LEAST_SECONDS = 0.02
 LEAST_CALLS = 5
-REPEATS = 7
 # Passes are counted over whole cycles and at least this many steps: enough for random policies.
 COUNTED_STEPS, COUNTED_EXAMPLES = 100, 8
 SAME = 0.005  # branches whose flops differ relatively by less share a number in the table
@@ -181,10 +218,6 @@ def samx_rows(
     return rows
 
 
-def every_variant() -> list[str]:
-    return [name for name in VARIANTS if name != "base"]
-
-
 def make_rows(
     model: Model, size: int, variants: list[str], watch: Callable[[Callable], Callable]
 ) -> tuple[dict[str, Row], Any, list[dict[str, jax.Array]]]:
@@ -213,7 +246,7 @@ def count_passes(model: str, variants: list[str]) -> dict[str, dict]:
 
     rows, params, batches = make_rows(small, COUNTED_EXAMPLES, variants, watch)
     counts = {}
-    for name, row in tqdm(rows.items(), desc=f"{model}: count passes", unit="row"):
+    for name, row in tqdm(rows.items(), desc=f"{model}: count passes", unit="row", disable=None):
         counted = math.ceil(COUNTED_STEPS / row.cycle) * row.cycle
         with forks.counted():
             step = compile_step(row.step, params, row.state, batches[0], is_timed=False)
@@ -307,7 +340,7 @@ def time_in_rounds(runners: dict[str, Runner], repeats: int, title: str) -> dict
     rounds = [shuffle.sample(list(runners), len(runners)) for _ in range(repeats)]
     seconds = {name: [] for name in runners}
     order = [name for names in rounds for name in names]
-    for name in tqdm(order, desc=f"{title}: time", unit="measurement"):
+    for name in tqdm(order, desc=f"{title}: time", unit="measurement", disable=None):
         seconds[name].append(runners[name].seconds(runners[name].calls))
     return seconds
 
@@ -324,7 +357,7 @@ def measure(
     rows, params, batches = make_rows(MODELS[model], size, variants or every_variant(), forks.watch)
     is_slow = MODELS[model].has_convolutions and jax.default_backend() == "cpu"
     runners, results, title = {}, {}, f"{model}, batch {size}"
-    for name, row in tqdm(rows.items(), desc=f"{title}: compile", unit="step"):
+    for name, row in tqdm(rows.items(), desc=f"{title}: compile", unit="step", disable=None):
         args = row.step, params, row.state, batches[0]
         number = forks.number_in(*args)
         if number and is_slow and variants is None:
@@ -516,40 +549,10 @@ def plot_sizes(models: list[list[dict]], path: Path) -> None:
     figures.save(figure, path)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = every_variant()
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        choices=[*names, "all"],
-        metavar="NAME",
-        help=f"some of {', '.join(names)}; or all. Default: all, but on the CPU the conv net "
-        "leaves out variants with branches",
-    )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    text = f"rounds (default {REPEATS})"
-    parser.add_argument("--repeats", type=int, default=REPEATS, help=text)
-    defaults = ", ".join(f"{model.batch} for {name}" for name, model in MODELS.items())
-    parser.add_argument(
-        "--batch",
-        type=int,
-        nargs="+",
-        metavar="SIZE",
-        help=f"one or several sizes (default {defaults})",
-    )
-    arguments.add_out(parser, "step_cost")
-    args = parser.parse_args(argv)
-    if "all" in (args.variants or []):
-        args.variants = names
-    arguments.check_range(parser, args, "repeats", "batch")
-    arguments.choose_folder(parser, args, "step_cost")
-    return args
-
-
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    choose_folder(args, "step_cost")
     report = Report(args)
     models = []
     for model in dict.fromkeys(args.models):

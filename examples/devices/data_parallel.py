@@ -31,6 +31,75 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.common import arguments, choices
+
+SIMULATED = 8
+STRATEGIES = ("jit", "pmap", "shard_map")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the arguments; `check_devices` checks what depends on the devices."""
+    parser = arguments.new_parser(__doc__)
+    parser.add_argument(
+        "--strategy",
+        nargs="+",
+        choices=STRATEGIES,
+        help="default: all strategies that the other arguments allow",
+    )
+    names = choices.VARIANTS
+    arguments.add_names(parser, "--variant", names, "; default: sam", default="sam")
+    parser.add_argument("--base", choices=choices.BASES, default="momentum")
+    parser.add_argument(
+        "--rho", type=float, help="default: the variant's smallest radius in registry.py"
+    )
+    parser.add_argument("--learning-rate", type=float, help="default: one that suits the base")
+    parser.add_argument(
+        "--ascent",
+        choices=["global", "local"],
+        default="global",
+        help="ascent gradient: the mean over all devices (default), or that of each device alone",
+    )
+    parser.add_argument(
+        "--pair", action="store_true", help="for sampa: two groups of devices, one gradient each"
+    )
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=120, help="examples over all devices together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--devices",
+        type=int,
+        help="number of devices in each process; simulated CPU devices if there are fewer. "
+        f"Default: all, or {SIMULATED} simulated devices if there is only one",
+    )
+    parser.add_argument("--float64", action="store_true")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    parser.add_argument("--num-processes", type=int, metavar="N")
+    parser.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
+    arguments.add_out(parser, "data_parallel")
+    args = parser.parse_args(argv)
+    arguments.check_range(parser, args, "epochs", "devices", "num_processes")
+    arguments.check_range(parser, args, "batch", high=choices.TRAIN)
+    arguments.check_range(parser, args, "seed", low=0, high=2**31 - 1)
+    arguments.check_finite(parser, args, "rho")
+    arguments.check_finite(parser, args, "learning_rate", above_zero=True)
+    if args.pair and args.variant != "sampa":
+        parser.error(f"--pair is for --variant sampa, which has two gradients, not {args.variant}")
+    processes = (args.coordinator, args.num_processes, args.process_id)
+    if any(value is not None for value in processes):
+        if None in processes:
+            parser.error("--coordinator, --num-processes and --process-id go together")
+        if not re.fullmatch(r".+:\d+", args.coordinator):
+            parser.error(f"--coordinator must be HOST:PORT, got {args.coordinator}")
+        if not 0 <= args.process_id < args.num_processes:
+            parser.error(
+                f"--process-id must be 0 to {args.num_processes - 1}, got {args.process_id}"
+            )
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import numpy as np
 import optax
@@ -41,7 +110,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures, files
+from examples.common import figures, files
 from examples.common.digits_task import LEARNING_RATES, TRAIN, Network, initialize, split
 from examples.common.output import free_folder
 from examples.common.registry import BASES, VARIANTS, Setting, check_base
@@ -49,7 +118,6 @@ from examples.common.report import Report
 
 WIDTH = 64
 GRAPH = nnx.graphdef(nnx.eval_shape(lambda: Network(WIDTH, rngs=nnx.Rngs(0))))
-SIMULATED = 8
 # Seconds after which a process ends by itself. DEAD_TIMEOUT: a peer has died. WAIT_TIMEOUT: a peer
 # does not reach the start or the end. At the end the others wait until process 0 has written the
 # results.
@@ -204,7 +272,7 @@ def with_pmap(args: argparse.Namespace, devices: list[Any], params: Any) -> Trai
     )
 
 
-STRATEGIES = {"jit": with_jit, "pmap": with_pmap, "shard_map": with_shard_map}
+TRAINERS = {"jit": with_jit, "pmap": with_pmap, "shard_map": with_shard_map}
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
@@ -229,7 +297,7 @@ def batches_of(epoch: int, train: Any, args: argparse.Namespace):
 def train(strategy: str, args: argparse.Namespace, devices: list[Any], bar: tqdm) -> dict:
     """Train once; return all losses, the accuracy after each epoch, and the last parameters."""
     params, data, test = problem(args)
-    trainer = STRATEGIES[strategy](args, devices, params)
+    trainer = TRAINERS[strategy](args, devices, params)
     params, state = trainer.params, trainer.state
     # Compile before the clock starts; the results of this step are not used.
     first = trainer.spread(next(batches_of(0, data, args)))
@@ -322,73 +390,18 @@ def draw(results: list[dict], path: Path, title: str) -> None:
     figures.save(figure, path, title)
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Parse and check the arguments; `check_devices` checks what depends on the devices."""
-    parser = arguments.new_parser(__doc__)
-    parser.add_argument(
-        "--strategy",
-        nargs="+",
-        choices=list(STRATEGIES),
-        help="default: all strategies that the other arguments allow",
-    )
-    parser.add_argument("--variant", choices=list(VARIANTS), default="sam")
-    parser.add_argument("--base", choices=list(BASES), default="momentum")
-    parser.add_argument(
-        "--rho", type=float, help="default: the variant's smallest radius in registry.py"
-    )
-    parser.add_argument("--learning-rate", type=float, help="default: one that suits the base")
-    parser.add_argument(
-        "--ascent",
-        choices=["global", "local"],
-        default="global",
-        help="ascent gradient: the mean over all devices (default), or that of each device alone",
-    )
-    parser.add_argument(
-        "--pair", action="store_true", help="for sampa: two groups of devices, one gradient each"
-    )
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=120, help="examples over all devices together")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--devices",
-        type=int,
-        help="number of devices in each process; simulated CPU devices if there are fewer. "
-        f"Default: all, or {SIMULATED} simulated devices if there is only one",
-    )
-    parser.add_argument("--float64", action="store_true")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-    parser.add_argument("--num-processes", type=int, metavar="N")
-    parser.add_argument("--process-id", type=int, metavar="I", help="0 to N-1")
-    arguments.add_out(parser, "data_parallel")
-    args = parser.parse_args(argv)
+def complete(args: argparse.Namespace) -> None:
+    """Fill in what the registry knows; refuse a base that the variant does not accept."""
+    try:
+        check_base(args.variant, args.base)
+    except ValueError as error:
+        arguments.refuse(str(error))
     if args.rho is None:
         args.rho = VARIANTS[args.variant].radii[0]
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES[args.base][1]
-    arguments.check_range(parser, args, "epochs", "devices", "num_processes")
-    arguments.check_range(parser, args, "batch", high=TRAIN)
-    arguments.check_range(parser, args, "seed", low=0, high=2**31 - 1)
-    arguments.check_finite(parser, args, "rho")
-    arguments.check_finite(parser, args, "learning_rate", above_zero=True)
-    try:
-        check_base(args.variant, args.base)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.pair and args.variant != "sampa":
-        parser.error(f"--pair is for --variant sampa, which has two gradients, not {args.variant}")
-    processes = (args.coordinator, args.num_processes, args.process_id)
-    if any(value is not None for value in processes):
-        if None in processes:
-            parser.error("--coordinator, --num-processes and --process-id go together")
-        if not re.fullmatch(r".+:\d+", args.coordinator):
-            parser.error(f"--coordinator must be HOST:PORT, got {args.coordinator}")
-        if not 0 <= args.process_id < args.num_processes:
-            parser.error(
-                f"--process-id must be 0 to {args.num_processes - 1}, got {args.process_id}"
-            )
     args.dtype = np.float64 if args.float64 else np.float32
     args.steps = TRAIN // args.batch
-    return parser, args
 
 
 def connect(args: argparse.Namespace) -> None:
@@ -407,7 +420,7 @@ def connect(args: argparse.Namespace) -> None:
     )
 
 
-def choose_devices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Any]:
+def choose_devices(args: argparse.Namespace) -> list[Any]:
     """Return the devices of all processes, in the order of the processes."""
     with contextlib.suppress(RuntimeError):  # a running backend stays unchanged
         jax.config.update("jax_num_cpu_devices", args.devices or SIMULATED)
@@ -420,20 +433,22 @@ def choose_devices(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
     for process in range(jax.process_count()):
         own = [d for d in jax.devices(platform) if d.process_index == process][:wanted]
         if wanted and len(own) < wanted:
-            parser.error(f"--devices must be at most {len(own)} in process {process}, got {wanted}")
+            arguments.refuse(
+                f"--devices must be at most {len(own)} in process {process}, got {wanted}"
+            )
         devices += own
     return devices
 
 
-def check_devices(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, devices: list[Any]
-) -> None:
+def check_devices(args: argparse.Namespace, devices: list[Any]) -> None:
     """Refuse arguments that do not fit these devices; choose the strategies that do."""
     if args.pair and len(devices) % 2:
-        parser.error(f"--pair needs an even number of devices for two groups, got {len(devices)}")
+        arguments.refuse(
+            f"--pair needs an even number of devices for two groups, got {len(devices)}"
+        )
     shares = len(devices) // 2 if args.pair else len(devices)
     if args.batch % shares:
-        parser.error(
+        arguments.refuse(
             f"--batch must be a multiple of {shares}, an equal share per device, got {args.batch}"
         )
     refused = {}
@@ -447,12 +462,12 @@ def check_devices(
         refused["pmap"] = f"--strategy pmap: {NO_PMAP}"
     for strategy in args.strategy or ():
         if strategy in refused:
-            parser.error(refused[strategy])
+            arguments.refuse(refused[strategy])
     args.strategy = [name for name in args.strategy or STRATEGIES if name not in refused]
     args.strategy = list(dict.fromkeys(args.strategy))
 
 
-def create_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def create_folder(args: argparse.Namespace) -> None:
     """Set `args.folder`, `None` except in process 0; if that fails, all processes end."""
     args.folder, trouble = None, ""
     if jax.process_index() == 0:
@@ -461,16 +476,17 @@ def create_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         except (OSError, ValueError) as error:
             trouble = f"--out: {error}"
     if multihost_utils.broadcast_one_to_all(np.array(bool(trouble))):
-        parser.error(trouble or "process 0 refused --out")
+        arguments.refuse(trouble or "process 0 refused --out")
 
 
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser, args = parse(argv)
+    args = parse(argv)
+    complete(args)
     connect(args)
-    devices = choose_devices(parser, args)
-    check_devices(parser, args, devices)
-    create_folder(parser, args)
+    devices = choose_devices(args)
+    check_devices(args, devices)
+    create_folder(args)
 
     kind = "simulated" if devices[0].platform == "cpu" else devices[0].device_kind
     described = f"{len(devices)} {kind} devices"
@@ -484,7 +500,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     with (
         jax.enable_x64(args.float64),
         jax.default_device(own_device),
-        tqdm(total=total, unit=" steps", smoothing=0.1, disable=report is None) as bar,
+        tqdm(
+            total=total, unit=" steps", smoothing=0.1, disable=True if report is None else None
+        ) as bar,
     ):
         results = []
         for strategy in args.strategy:

@@ -26,6 +26,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from examples.common import arguments, choices
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser((__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=[*choices.BATCHES], default="dense")
+    parser.add_argument("--batch", type=int, default=512, help="a power of two, over all devices")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of the timing")
+    arguments.add_out(parser, "parallel_cost")
+    args = parser.parse_args(argv)
+    args.devices = sorted(set(args.devices))
+    for name, values in (("batch", [args.batch]), ("devices", args.devices)):
+        if any(value < 1 or value & (value - 1) for value in values):
+            parser.error(f"--{name} must be powers of two, got {values}")
+    if args.batch < max(args.devices):
+        parser.error(f"--batch must be at least the number of devices, got {args.batch}")
+    arguments.check_range(parser, args, "repeats")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import numpy as np
 import optax
@@ -34,8 +58,9 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures, files
-from examples.common.models import MODELS, problem
+from examples.common import figures, files
+from examples.common.models import problem
+from examples.common.output import choose_folder
 from examples.common.registry import BASES
 from examples.common.report import Report
 from examples.devices.communication import communicated_bytes
@@ -184,7 +209,7 @@ def count(args: argparse.Namespace, losses_fn: Callable, params: Any, batch: Any
         return program.memory_analysis().temp_size_in_bytes
 
     results = []
-    for n, name in tqdm(jobs, desc="compile", unit="program"):
+    for n, name in tqdm(jobs, desc="compile", unit="program", disable=None):
         method = METHODS[name]
         program, held = compile_step(method, n, losses_fn, params, batch)
         symbols = Symbols(
@@ -225,7 +250,7 @@ def time_shares(losses_fn: Callable, params: Any, batch: Any, repeats: int) -> d
     for size in sizes:
         run(size, 2)
         calls[size] = max(3, int(LEAST_SECONDS / run(size, 1)))
-    for _ in tqdm(range(repeats), desc="time", unit="round"):
+    for _ in tqdm(range(repeats), desc="time", unit="round", disable=None):
         for size in sizes:
             seconds[size].append(run(size, calls[size]))
     return {size: float(np.median(values)) for size, values in seconds.items()}
@@ -302,29 +327,10 @@ def draw(results: list[dict], rows: list[dict], path: Path, title: str) -> None:
     figures.save(figure, path, title)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, default="dense")
-    parser.add_argument("--batch", type=int, default=512, help="a power of two, over all devices")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--repeats", type=int, default=9, help="rounds of the timing")
-    arguments.add_out(parser, "parallel_cost")
-    args = parser.parse_args(argv)
-    args.devices = sorted(set(args.devices))
-    for name in ("batch", "devices"):
-        values = np.atleast_1d(getattr(args, name)).tolist()
-        if any(value < 1 or value & (value - 1) for value in values):
-            parser.error(f"--{name} must be powers of two, got {values}")
-    if args.batch < max(args.devices):
-        parser.error(f"--batch must be at least the number of devices, got {args.batch}")
-    arguments.check_range(parser, args, "repeats")
-    arguments.choose_folder(parser, args, "parallel_cost")
-    return args
-
-
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
+    choose_folder(args, "parallel_cost")
     with contextlib.suppress(RuntimeError):  # a running backend stays unchanged
         jax.config.update("jax_num_cpu_devices", args.devices[-1])
     losses_fn, params, batch = problem(args.model, args.batch)

@@ -27,6 +27,88 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from examples.common import arguments, choices
+from examples.common.resume import resumed
+
+# Defaults of the command line: base of a model; learning rate and weight decay of a base.
+BASES = {"resnet18": "momentum", "vit": "adamw"}
+RATES = {"momentum": (0.1, 5e-4), "adamw": (1e-3, 0.05)}
+NOT_SETTINGS = ("out", "resume", "devices")  # what --resume does not keep
+NO_DATA = """--data is missing: the path of the archive, packed or unpacked.
+Download "CIFAR-10 python version" (cifar-10-python.tar.gz, 163 MB) or "CIFAR-100 python version"
+from https://www.cs.toronto.edu/~kriz/cifar.html, or pass --digits, which writes scikit-learn's
+digits as such an archive."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = arguments.new_parser(__doc__)
+    add = parser.add_argument
+    add("--data", metavar="PATH", help="archive of CIFAR-10 or CIFAR-100, packed or unpacked")
+    add("--digits", action="store_true", help="train on scikit-learn's digits instead")
+    add("--images", type=int, default=0, help="number of training images; default: all")
+    add("--label-noise", type=float, default=0.0, metavar="SHARE", help="training labels to flip")
+    add("--imbalance", type=float, default=1.0, help="exponential class sizes: largest / smallest")
+    add("--augment", choices=["none", "standard"], default="standard", help="crops and flips")
+    add("--model", choices=[*BASES], default="resnet18")
+    add("--width", type=int, default=0, help="default: 64 channels; vit: 192 features")
+    add("--depth", type=int, default=0, help="blocks of the ViT; default: 6")
+    add("--dropout", type=float, default=0.0)
+    add("--label-smoothing", type=float, default=0.0)
+    names = choices.VARIANTS
+    arguments.add_names(parser, "--variant", names, "; default: sam", default="sam")
+    add("--rho", type=float, help="default: the paper's value, in registry.py")
+    add(
+        "--base",
+        choices=list(RATES),
+        help="default: momentum; vit: adamw; LightSAM and AdaSAM have no base",
+    )
+    add("--learning-rate", type=float, help="default: 0.1; adamw: 1e-3")
+    add("--weight-decay", type=float, help="default: 5e-4; adamw: 0.05")
+    add("--schedule", choices=["cosine", "step", "constant"], default="cosine")
+    add("--warmup", type=float, default=0.05, metavar="SHARE", help="fraction of all steps")
+    add("--epochs", type=int, default=200)
+    add("--batch", type=int, default=128, help="images per step, all devices together")
+    add("--accumulate", type=int, default=1, metavar="K", help="microbatches on each device")
+    add("--precision", choices=["float32", "bfloat16", "float16"], default="float32")
+    add("--devices", type=int, help="default: all; if too few, simulated on the CPU")
+    add("--seed", type=int, default=0)
+    add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="default: one epoch")
+    arguments.add_out(parser, "cifar")
+    add("--resume", metavar="FOLDER", help="continue this run, with its settings")
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the arguments, and fill in defaults; --resume takes them from the run."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume is not None:
+        args, config = resumed(parser, argv, "cifar.py", not_settings=NOT_SETTINGS)
+        args.data_sha256 = config.get("data_sha256")
+    args.base = args.base or BASES[args.model]
+    learning_rate, weight_decay = RATES[args.base]
+    args.learning_rate = learning_rate if args.learning_rate is None else args.learning_rate
+    args.weight_decay = weight_decay if args.weight_decay is None else args.weight_decay
+    if args.depth and args.model != "vit":
+        parser.error(f"--depth is for --model vit only; the depth of {args.model} is fixed")
+    if args.data is not None and args.digits:
+        parser.error("--data and --digits exclude each other")
+    if args.data is None and not args.digits:
+        parser.error(NO_DATA)
+    arguments.check_range(parser, args, "epochs", "batch", "accumulate", "devices")
+    arguments.check_range(parser, args, "images", "width", "depth", "checkpoint_every", low=0)
+    arguments.check_range(parser, args, "seed", low=0, high=2**31 - 1)
+    arguments.check_range(parser, args, "imbalance", high=1e6)
+    arguments.check_range(parser, args, "rho", "learning_rate", "weight_decay", low=0, high=1e6)
+    arguments.check_range(parser, args, "warmup", low=0, high=1)
+    shares = ("label_noise", "label_smoothing", "dropout")
+    arguments.check_range(parser, args, *shares, low=0, high=0.999)
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,11 +119,12 @@ from tqdm import tqdm
 
 import samx
 import samx.flax
-from examples.common import arguments, figures, files
+from examples.common import figures, files
 from examples.common.checkpoints import CheckpointError, Checkpoints, fingerprint, kept
 from examples.common.files import SaveError
+from examples.common.output import choose_folder
 from examples.common.registry import VARIANTS, Setting
-from examples.common.resume import resumed, write_config
+from examples.common.resume import write_config
 from examples.common.vision import MODELS, describe
 from examples.train.cifar_data import (
     Cifar,
@@ -56,17 +139,9 @@ from examples.train.cifar_data import (
 )
 from examples.train.metrics import Log
 
-# Defaults of the command line: base of a model; learning rate and weight decay of a base.
-BASES = {"resnet18": "momentum", "vit": "adamw"}
-RATES = {"momentum": (0.1, 5e-4), "adamw": (1e-3, 0.05)}
 READINGS = ("loss", "sharp_loss", "grad_norm", "perturbation_norm", "cosine", "is_sharp")
 TRAIN_ACCURACY_IMAGES = 2048  # training images for the training accuracy of each epoch
-NOT_SETTINGS = ("out", "resume", "devices")  # what --resume does not keep
 IN_FLIGHT = 2  # steps that may be dispatched before the first one has ended
-NO_DATA = """--data is missing: the path of the archive, packed or unpacked.
-Download "CIFAR-10 python version" (cifar-10-python.tar.gz, 163 MB) or "CIFAR-100 python version"
-from https://www.cs.toronto.edu/~kriz/cifar.html, or pass --digits, which writes scikit-learn's
-digits as such an archive."""
 
 
 def load_data(args: argparse.Namespace) -> Cifar:
@@ -278,6 +353,7 @@ def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str
             unit=" images",
             unit_scale=True,
             smoothing=0.1,
+            disable=None,
         ) as bar:
             epoch_start, epoch_first = time.perf_counter(), start_step
             for step in range(start_step + 1, steps + 1):
@@ -365,77 +441,7 @@ def draw(log: Log, path: Path, title: str) -> None:
     figures.save(figure, path, title)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = arguments.new_parser(__doc__)
-    add = parser.add_argument
-    add("--data", metavar="PATH", help="archive of CIFAR-10 or CIFAR-100, packed or unpacked")
-    add("--digits", action="store_true", help="train on scikit-learn's digits instead")
-    add("--images", type=int, default=0, help="number of training images; default: all")
-    add("--label-noise", type=float, default=0.0, metavar="SHARE", help="training labels to flip")
-    add("--imbalance", type=float, default=1.0, help="exponential class sizes: largest / smallest")
-    add("--augment", choices=["none", "standard"], default="standard", help="crops and flips")
-    add("--model", choices=list(MODELS), default="resnet18")
-    add("--width", type=int, default=0, help="default: 64 channels; vit: 192 features")
-    add("--depth", type=int, default=0, help="blocks of the ViT; default: 6")
-    add("--dropout", type=float, default=0.0)
-    add("--label-smoothing", type=float, default=0.0)
-    add("--variant", choices=list(VARIANTS), default="sam")
-    add("--rho", type=float, help="default: the paper's value, in registry.py")
-    add(
-        "--base",
-        choices=list(RATES),
-        help="default: momentum; vit: adamw; LightSAM and AdaSAM have no base",
-    )
-    add("--learning-rate", type=float, help="default: 0.1; adamw: 1e-3")
-    add("--weight-decay", type=float, help="default: 5e-4; adamw: 0.05")
-    add("--schedule", choices=["cosine", "step", "constant"], default="cosine")
-    add("--warmup", type=float, default=0.05, metavar="SHARE", help="fraction of all steps")
-    add("--epochs", type=int, default=200)
-    add("--batch", type=int, default=128, help="images per step, all devices together")
-    add("--accumulate", type=int, default=1, metavar="K", help="microbatches on each device")
-    add("--precision", choices=["float32", "bfloat16", "float16"], default="float32")
-    add("--devices", type=int, help="default: all; if too few, simulated on the CPU")
-    add("--seed", type=int, default=0)
-    add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="default: one epoch")
-    arguments.add_out(parser, "cifar")
-    add("--resume", metavar="FOLDER", help="continue this run, with its settings")
-    return parser
-
-
-def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Parse and check the arguments, and fill in defaults; --resume takes them from the run."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.resume is not None:
-        args, config = resumed(parser, argv, "cifar.py", not_settings=NOT_SETTINGS)
-        args.data_sha256 = config.get("data_sha256")
-    args.base = args.base or BASES[args.model]
-    learning_rate, weight_decay = RATES[args.base]
-    for name, value in (
-        ("learning_rate", learning_rate),
-        ("weight_decay", weight_decay),
-        ("rho", VARIANTS[args.variant].rho),
-    ):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.depth and args.model != "vit":
-        parser.error(f"--depth is for --model vit only; the depth of {args.model} is fixed")
-    if args.data is not None and args.digits:
-        parser.error("--data and --digits exclude each other")
-    if args.data is None and not args.digits:
-        parser.error(NO_DATA)
-    arguments.check_range(parser, args, "epochs", "batch", "accumulate", "devices")
-    arguments.check_range(parser, args, "images", "width", "depth", "checkpoint_every", low=0)
-    arguments.check_range(parser, args, "seed", low=0, high=2**31 - 1)
-    arguments.check_range(parser, args, "imbalance", high=1e6)
-    arguments.check_range(parser, args, "rho", "learning_rate", "weight_decay", low=0, high=1e6)
-    arguments.check_range(parser, args, "warmup", low=0, high=1)
-    shares = ("label_noise", "label_smoothing", "dropout")
-    arguments.check_range(parser, args, *shares, low=0, high=0.999)
-    return parser, args
-
-
-def choose_devices(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Any]:
+def choose_devices(args: argparse.Namespace) -> list[Any]:
     """Return the devices that share each batch."""
     if args.devices is not None:
         with contextlib.suppress(RuntimeError):  # a running backend cannot be changed
@@ -445,10 +451,10 @@ def choose_devices(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         devices = jax.devices("cpu")
     devices = devices[: args.devices]
     if args.devices is not None and len(devices) < args.devices:
-        parser.error(f"--devices must be at most {len(devices)} here, got {args.devices}")
+        arguments.refuse(f"--devices must be at most {len(devices)} here, got {args.devices}")
     shares = len(devices) * args.accumulate
     if args.batch % shares:
-        parser.error(
+        arguments.refuse(
             f"--batch must be a multiple of {shares} ({len(devices)} devices, {args.accumulate} "
             f"microbatches each), got {args.batch}"
         )
@@ -456,15 +462,16 @@ def choose_devices(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser, args = parse(argv)
-    devices = choose_devices(parser, args)
+    args = parse(argv)
+    args.rho = VARIANTS[args.variant].rho if args.rho is None else args.rho
+    devices = choose_devices(args)
     try:
         data = load_data(args)
         sha256 = fingerprint((data.train, data.test))
         if args.resume is not None and sha256 != args.data_sha256:
             raise ValueError(f"{args.data or 'digits'} is not the data of the run in {args.resume}")
         settings = {k: v for k, v in vars(args).items() if k not in (*NOT_SETTINGS, "data_sha256")}
-        arguments.choose_folder(parser, args, "cifar")
+        choose_folder(args, "cifar")
         if args.resume is None:
             write_config(args.folder, "cifar.py", settings, data_sha256=sha256)
     except (OSError, ValueError) as error:

@@ -37,6 +37,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.common import arguments
+
+NAMES = ("cifar", "async", "threads", "ray")  # of `TARGETS`
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser(__doc__)
+    add = parser.add_argument
+    add("--targets", nargs="+", choices=NAMES, default=[*NAMES])
+    add("--kills", type=int, default=5, help="of each target; default: 5")
+    add("--seed", type=int, default=0, help="of the moments")
+    add("--train-async", metavar="FOLDER", help="only train, start or continue in this folder")
+    arguments.add_out(parser, "kills")
+    args = parser.parse_args(argv)
+    arguments.check_range(parser, args, "kills", high=1000)
+    arguments.check_range(parser, args, "seed", low=0)
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +67,7 @@ import psutil
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, files, output
+from examples.common import files, output
 from examples.common.checkpoints import CheckpointError, Checkpoints, fingerprint, newest
 from examples.common.digits_task import Network, initialize, split
 from examples.common.files import SaveError
@@ -404,23 +426,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in grid)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.new_parser(__doc__)
-    add = parser.add_argument
-    add("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    add("--kills", type=int, default=5, help="of each target; default: 5")
-    add("--seed", type=int, default=0, help="of the moments")
-    add("--train-async", metavar="FOLDER", help="only train, start or continue in this folder")
-    arguments.add_out(parser, "kills")
-    args = parser.parse_args(argv)
-    arguments.check_range(parser, args, "kills", high=1000)
-    arguments.check_range(parser, args, "seed", low=0)
-    if args.train_async is None:
-        arguments.choose_folder(parser, args, "kills")
-        args.folder = args.folder.absolute()
-    return args
-
-
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
@@ -430,9 +435,11 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         except (OSError, CheckpointError) as error:
             raise SaveError(str(error)) from error
         return []
+    output.choose_folder(args, "kills")
+    args.folder = args.folder.absolute()
     report = Report(args, left_out=["train_async"])
     targets = list(dict.fromkeys(args.targets))
-    with tqdm(total=len(targets) * (args.kills + 2), unit=" runs") as bar:
+    with tqdm(total=len(targets) * (args.kills + 2), unit=" runs", disable=None) as bar:
         rows = [measure(name, args, bar) for name in targets]
     print(f"\n{table(rows)}")
     report.save(results=rows)

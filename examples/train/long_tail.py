@@ -33,6 +33,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.common import arguments, choices
+
+NAMES = ("base", "base2x", "sam", "focal-sam", "imb-sam")  # of `METHODS`
+LOSSES = {"ce": "cross-entropy", "la": "logit adjustment"}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser(__doc__)
+    names = [*NAMES]
+    arguments.add_names(parser, "--variants", names, "; default: all", nargs="+", default=names)
+    parser.add_argument("--base", choices=choices.BASES, default="momentum")
+    parser.add_argument(
+        "--loss", choices=list(LOSSES), default="ce", help="ce: cross-entropy; la: adjusted logits"
+    )
+    parser.add_argument(
+        "--imbalance", type=float, default=100.0, help="size of the largest class / the smallest"
+    )
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--rho", type=float, nargs="+", help="candidate radii for all methods")
+    parser.add_argument("--width", type=int, default=128, help="units of each hidden layer")
+    arguments.add_out(parser, "long_tail")
+    args = parser.parse_args(argv)
+    args.variants = list(dict.fromkeys(args.variants))
+    arguments.check_range(parser, args, "seeds", "epochs", "width")
+    if not 1 <= args.imbalance < float("inf"):
+        parser.error(f"--imbalance must be finite and at least 1, got {args.imbalance}")
+    arguments.check_finite(parser, args, "rho")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,8 +77,9 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures, files
+from examples.common import figures, files
 from examples.common.digits_task import Network, initialize
+from examples.common.output import choose_folder
 from examples.common.registry import BASES
 from examples.common.report import Report, mean_and_error
 from examples.common.tuning import TUNING_SEEDS, Runs, runs_of, scores_of
@@ -55,7 +90,6 @@ MANY, FEW = 0.2, 0.04  # fractions of the largest class: "many" is above, "few" 
 TAIL = 20  # ImbSAM's tail: classes with fewer training images than this, as in its paper
 MAX_NORM = 1.0  # largest norm of the gradient that the base optimizer gets
 GAMMA, SHARPNESS = 3.0, 0.8  # Focal-SAM's
-LOSSES = {"ce": "cross-entropy", "la": "logit adjustment"}
 LEARNING_RATES = {
     "sgd": (0.1, 0.3, 1.0, 3.0),
     "momentum": (0.01, 0.03, 0.1, 0.3, 1.0),
@@ -395,40 +429,16 @@ def labelled(name: str, classes: list[int], counts: list[int]) -> str:
     return f"{name}\n{low if low == high else f'{low} to {high}'} images"
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments.new_parser(__doc__)
-    parser.add_argument("--variants", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--base", choices=list(BASES), default="momentum")
-    parser.add_argument(
-        "--loss", choices=list(LOSSES), default="ce", help="ce: cross-entropy; la: adjusted logits"
-    )
-    parser.add_argument(
-        "--imbalance", type=float, default=100.0, help="size of the largest class / the smallest"
-    )
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--rho", type=float, nargs="+", help="candidate radii for all methods")
-    parser.add_argument("--width", type=int, default=128, help="units of each hidden layer")
-    arguments.add_out(parser, "long_tail")
-    args = parser.parse_args(argv)
-    args.variants = list(dict.fromkeys(args.variants))
-    arguments.check_range(parser, args, "seeds", "epochs", "width")
-    if args.seeds > TUNING_SEEDS.start:
-        parser.error(f"--seeds must be at most {TUNING_SEEDS.start}, got {args.seeds}")
-    if not 1 <= args.imbalance < float("inf"):
-        parser.error(f"--imbalance must be finite and at least 1, got {args.imbalance}")
-    arguments.check_finite(parser, args, "rho")
-    args.counts = class_counts(args.imbalance)
-    arguments.choose_folder(parser, args, "long_tail")
-    return args
-
-
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict]:
     args = parse(argv)
+    if args.seeds > TUNING_SEEDS.start:
+        arguments.refuse(f"--seeds must be at most {TUNING_SEEDS.start}, got {args.seeds}")
+    args.counts = class_counts(args.imbalance)
+    choose_folder(args, "long_tail")
     report = Report(args, left_out=["counts"])
     total = sum(sum(work_of(row, args)) * METHODS[row].times * args.epochs for row in args.variants)
-    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1) as bar:
+    with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1, disable=None) as bar:
         results = [measure(row, args, bar) for row in args.variants]
 
     groups = groups_of(args.counts)

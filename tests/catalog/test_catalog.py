@@ -12,7 +12,7 @@ import problem
 import pytest
 
 import samx
-from examples.common import registry
+from examples.common import choices, registry
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = samx.catalog()
@@ -67,7 +67,7 @@ def test_the_call_is_one(entry):
 @every_entry
 def test_the_tests_and_the_examples_have_it(entry):
     assert entry.name in {case.entry for case in cases.VARIANTS.values()}
-    assert (entry.name.replace("_", "-") in registry.VARIANTS) != (entry.name in registry.ELSEWHERE)
+    assert (entry.name.replace("_", "-") in registry.VARIANTS) != (entry.name in choices.ELSEWHERE)
 
 
 @every_entry

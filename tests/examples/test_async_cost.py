@@ -93,4 +93,6 @@ def test_a_gpu_that_is_not_there(in_empty_folder, monkeypatch, capsys):
     assert "--devices gpu: jax sees none, only cpu" in capsys.readouterr().err
     assert not [*in_empty_folder.iterdir()]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert async_cost.parse([]).batch == 4096
+    args = async_cost.parse([])
+    async_cost.choose_devices(args)
+    assert args.batch == 4096

@@ -99,7 +99,7 @@ def test_fits_128_images(model, options, run):
 @pytest.mark.parametrize("model", ["resnet18"])
 def test_a_step_at_batch_64_fits_in_4_gb(model, archive):
     variant = "--variant sampa-separate"  # the variant that needs most memory
-    args = cifar.parse(f"--data {archive} --model {model} {variant} --batch 64".split())[1]
+    args = cifar.parse(f"--data {archive} --model {model} {variant} --rho 0.1 --batch 64".split())
     data = cifar.load_data(args)
     mesh = jax.make_mesh(
         (1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:1]
@@ -160,12 +160,12 @@ def test_a_tiny_run(finished):
     assert b"step/loss" in events.read_bytes()
     for text in ("training images", "GB on each device", "test accuracy", "results.json"):
         assert text in out
-    assert "images/s" in err  # the progress line
+    assert "images/s" not in err  # the progress line is for terminals
 
 
 def test_label_noise_and_imbalance(archive):
     clean = load(archive).train
-    args = cifar.parse(f"--data {archive} --label-noise 0.2 --imbalance 100".split())[1]
+    args = cifar.parse(f"--data {archive} --label-noise 0.2 --imbalance 100".split())
     train = cifar.load_data(args).train
     counts = np.bincount(train.label, minlength=10)
     assert len(train.label) < len(clean.label) / 2

@@ -11,11 +11,13 @@ import pytest
 from flax import nnx
 
 import samx
-from examples.common import arguments, digits_task, models, training
+from examples.common import arguments, choices, digits_task, models, training, vision
 from examples.common.output import free_folder
 from examples.common.registry import BASES, VARIANTS, Setting, check_base
 from examples.common.report import Report, mean_and_error, without_nans
 from examples.common.tuning import Runs, runs_of, scores_of
+from examples.devices import data_parallel
+from examples.train import cifar, kills, long_tail
 
 
 def test_free_folder_never_overwrites(in_empty_folder):
@@ -25,6 +27,18 @@ def test_free_folder_never_overwrites(in_empty_folder):
     (in_empty_folder / "file").write_text("")
     with pytest.raises(ValueError, match="not a folder"):
         free_folder("file", "digits")
+
+
+def test_command_lines_offer_what_there_is():
+    assert choices.catalog() == [entry.name for entry in samx.catalog()]
+    assert sorted(choices.VARIANTS) == sorted(VARIANTS)
+    assert [*choices.BASES] == [*BASES]
+    assert [*choices.BATCHES] == [*models.MODELS]
+    assert [*cifar.BASES] == [*vision.MODELS]
+    assert {*cifar.BASES.values()} == {*cifar.RATES}
+    assert [*data_parallel.STRATEGIES] == [*data_parallel.TRAINERS]
+    assert [*kills.NAMES] == [*kills.TARGETS]
+    assert [*long_tail.NAMES] == [*long_tail.METHODS]
 
 
 def test_registry_shows_what_a_base_lacks():

@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 
 import numpy as np
@@ -32,16 +34,37 @@ sys.exit(multi_process.main())
 
 
 class Launched:
-    """The launcher in a separate process; its output and its workers' output go to two files."""
+    """The launcher in a separate process; its output and its workers' output go to two files.
 
-    def __init__(self, folder, arguments, worker=None):
+    With `on_terminal`, stderr is a terminal, and what arrives there goes to the file.
+    """
+
+    def __init__(self, folder, arguments, worker=None, on_terminal=False):
         self.out, self.err = folder / "stdout", folder / "stderr"
         command = [sys.executable, multi_process.__file__, *arguments]
         if worker is not None:
             (folder / "worker.py").write_text(worker)
             command = [sys.executable, "-c", LAUNCHER, folder / "worker.py", *arguments]
+        self.err.touch()
         with self.out.open("w") as out, self.err.open("w") as err:
-            self.process = subprocess.Popen(command, stdout=out, stderr=err)
+            if not on_terminal:
+                self.process = subprocess.Popen(command, stdout=out, stderr=err)
+                return
+            screen, terminal = os.openpty()
+            termios.tcsetwinsize(terminal, (24, 100))
+            self.process = subprocess.Popen(command, stdout=out, stderr=terminal)
+            os.close(terminal)
+        threading.Thread(target=self.copy, args=(screen,), daemon=True).start()
+
+    def copy(self, screen):
+        """Copy what a terminal shows to the file, until nobody writes to it any more."""
+        with (
+            contextlib.suppress(OSError),  # the end of a terminal
+            open(screen, "rb", buffering=0) as shown,
+            self.err.open("wb", buffering=0) as err,
+        ):
+            while content := shown.read(4096):
+                err.write(content)
 
     def wait_for(self, path, pattern):
         """Wait for a match in a file that is being written; return it."""
@@ -64,9 +87,9 @@ class Launched:
 
 
 @contextlib.contextmanager
-def launch(folder, *arguments, worker=None):
+def launch(folder, *arguments, **keywords):
     """Start a launcher; it and its workers are stopped in any case."""
-    launched = Launched(folder, arguments, worker)
+    launched = Launched(folder, arguments, **keywords)
     try:
         yield launched
     finally:
@@ -151,7 +174,7 @@ def test_workers_that_end_well(in_empty_folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0])
 def test_a_killed_process_stops_the_others(victim, in_empty_folder):
-    with launch(in_empty_folder, *LONG) as launched:
+    with launch(in_empty_folder, *LONG, on_terminal=True) as launched:
         pids = launched.pids()
         launched.wait_until_training()
         os.kill(pids[victim], signal.SIGKILL)
@@ -165,7 +188,7 @@ def test_a_killed_process_stops_the_others(victim, in_empty_folder):
     [(signal.SIGINT, 130, "training"), (signal.SIGTERM, 143, "starting")],
 )
 def test_stopped_by_a_signal(number, code, when, in_empty_folder):
-    with launch(in_empty_folder, *LONG) as launched:
+    with launch(in_empty_folder, *LONG, on_terminal=True) as launched:
         pids = launched.pids()
         if when == "training":
             launched.wait_until_training()
@@ -186,9 +209,9 @@ def test_all_processes_refuse_what_process_0_refuses(number, monkeypatch, in_emp
         "broadcast_one_to_all",
         lambda value: told.append(bool(value)) or True,
     )
-    parser, args = data_parallel.parse(["--out", "taken"])
+    args = data_parallel.parse(["--out", "taken"])
     with pytest.raises(SystemExit):
-        data_parallel.create_folder(parser, args)
+        data_parallel.create_folder(args)
     assert told == [number == 0]
     message = "--out: taken is not empty" if number == 0 else "process 0 refused --out"
     assert message in capsys.readouterr().err

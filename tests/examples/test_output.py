@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.common.arguments import choose_folder, new_parser
-from examples.common.output import free_folder, lock
+from examples.common.output import choose_folder, free_folder, lock
 
 HOLD = """
 import sys
@@ -67,7 +66,7 @@ def test_a_folder_is_of_one_process_until_it_is_killed(how, in_empty_folder, cap
                 refused()
         args = Namespace(out=None, resume="run")
         with pytest.raises(SystemExit, match="2"):
-            choose_folder(new_parser("A script."), args, "test")
+            choose_folder(args, "test")
         assert "error: --resume: run is used by another run" in capsys.readouterr().err
     lock(folder)  # the holder was killed
     lock(folder)  # a process can resume its own run

@@ -1,9 +1,9 @@
 """Every script of `examples/`, found by itself: it explains itself, and a test runs it."""
 
 import ast
+import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +15,19 @@ EXAMPLES = ROOT / "examples"
 MAIN = 'if __name__ == "__main__":'
 SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.py") if MAIN in path.read_text())
 NAMES = [path.relative_to(EXAMPLES).as_posix() for path in SCRIPTS]
+HEAVY = ("flax", "grain", "jax", "matplotlib", "numpy", "optax", "orbax", "ray", "samx", "sklearn")
+# Show the help of the scripts; return each text, and the heavy modules that were imported for it.
+SHOW = """
+import contextlib, io, json, runpy, sys
+heavy, found = sys.argv[1].split(), {}
+for path in sys.argv[2:]:
+    sys.argv, before = [path, "--help"], {*sys.modules}
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        runpy.run_path(path, run_name="__main__")
+        raise RuntimeError("--help did not end " + path)
+    found[path] = [text.getvalue(), [name for name in heavy if name in {*sys.modules} - before]]
+print(json.dumps(found))
+"""
 every_script = pytest.mark.parametrize("path", SCRIPTS, ids=NAMES)
 
 
@@ -40,14 +53,41 @@ def test_the_list_has_every_script():
     assert sorted(set(commands)) == NAMES
 
 
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """For each script its help, and the heavy modules that were imported before it was shown."""
+    folder = tmp_path_factory.mktemp("empty")
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW, " ".join(HEAVY), *map(str, SCRIPTS)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [*folder.iterdir()]
+    return json.loads(done.stdout)
+
+
 @every_script
-def test_help(path, monkeypatch, capsys, in_empty_folder):
-    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(path), run_name="__main__")
-    assert stop.value.code == 0
-    check_help(path, capsys.readouterr().out)
-    assert not [*in_empty_folder.iterdir()]
+def test_help(path, shown):
+    text, imported = shown[str(path)]
+    check_help(path, text)
+    assert not imported, "imports take seconds: parse the arguments before"
+
+
+def test_help_lists_the_variants_once(shown):
+    lists = {Path(path).name: text.count("coupled-wsam") for path, (text, _) in shown.items()}
+    takers = ("cifar.py", "data_parallel.py", "digits.py", "second_order.py", "step_cost.py")
+    assert {name: count for name, count in lists.items() if count} == dict.fromkeys(takers, 1)
+
+
+def test_progress_is_shown_on_terminals_only():
+    """A log would get a line for each frame."""
+    for path in EXAMPLES.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "tqdm":
+                assert "disable" in [keyword.arg for keyword in node.keywords], (path, node.lineno)
 
 
 def test_a_script_starts_in_any_folder(in_empty_folder):

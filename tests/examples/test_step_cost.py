@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import samx
+from examples.common import choices
 from examples.common.registry import BASES, VARIANTS, Setting, Variant
 from examples.cost import step_cost
 from examples.cost.passes import Counter, Forks
@@ -197,6 +198,8 @@ def tiny_models(monkeypatch, in_empty_folder):
     half = Variant(lambda *_: half_batch(), (0.1,), 0.5, 0.1, uses_gradient=False)
     some = {name: VARIANTS[name] for name in ("base", "sam", "periodic", "vsam")}
     monkeypatch.setattr(step_cost, "VARIANTS", some | {"half": half})
+    monkeypatch.setattr(choices, "VARIANTS", [*some, "half"])
+    monkeypatch.setattr(choices, "BATCHES", {name: model.batch for name, model in models.items()})
 
 
 @pytest.mark.slow
@@ -259,6 +262,7 @@ def test_peak_is_what_a_run_holds(alias):
 def test_a_tiny_run_over_batch_sizes(in_empty_folder, capsys, monkeypatch, read_report):
     tiny = step_cost.Model(lambda rngs: nnx.Linear(4, 10, rngs=rngs), (4,), 8)
     monkeypatch.setattr(step_cost, "MODELS", {"tiny": tiny})
+    monkeypatch.setattr(choices, "BATCHES", {"tiny": 8})
     monkeypatch.setattr(step_cost, "LEAST_SECONDS", 1e-3)
     monkeypatch.setattr(step_cost, "COUNTED_STEPS", 10)
     arguments = "--variants sampa --batch 2 1 2 --repeats 1 --out cost"
