@@ -1,11 +1,16 @@
 """The table of variants: papers, and one entry for each variant.
 
-To add a variant, add a line to `PAPERS` and an entry to `ENTRIES`, beside its relatives.
+To add a variant, add a paper to `PAPERS` and an entry to `ENTRIES`, beside its relatives, and a
+card to `samx.catalog.cards.CARDS`.
 """
 
+import textwrap
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+from samx.catalog import docstrings
+from samx.catalog.bibliography import bibtex
+from samx.catalog.cards import CARDS
 from samx.policies.perturb_if import perturb_if
 from samx.variants.adasam import adasam
 from samx.variants.ae_sam import ae_looksam, ae_sam
@@ -41,6 +46,11 @@ from samx.variants.wsam import coupled_wsam, wsam
 
 LOSS = ("value_fn",)
 LOSSES = ("losses_fn", "batch")
+SHAPES = {
+    "chain": "first in a chain",
+    "wraps": "wraps the base",
+    "optimizer": "is the optimizer",
+}
 
 
 class Entry(NamedTuple):
@@ -52,10 +62,11 @@ class Entry(NamedTuple):
         call: How it is called, in a typical case.
         method: What the paper calls it.
         paper: Title of the paper.
+        authors: Its authors as BibTeX wants them: "Foret, Pierre and Kleiner, Ariel and ...".
         venue: Where it was published; empty for a preprint.
         year: When.
         arxiv: Its arXiv number.
-        bibtex: Its BibTeX key.
+        key: Its BibTeX key.
         shape: "chain" stands first in an `optax.chain`, "wraps" takes the base optimizer as its
             first argument, "optimizer" has no base.
         closures: The keywords of `update` that it requires.
@@ -77,10 +88,11 @@ class Entry(NamedTuple):
     call: str
     method: str
     paper: str
+    authors: str
     venue: str
     year: int
     arxiv: str
-    bibtex: str
+    key: str
     shape: Literal["chain", "wraps", "optimizer"]
     closures: tuple[str, ...]
     gradients: str
@@ -92,9 +104,94 @@ class Entry(NamedTuple):
         """The address of the paper."""
         return f"https://arxiv.org/abs/{self.arxiv}"
 
+    @property
+    def published(self) -> str:
+        """Where and when the paper was published: "CVPR 2022", or "arXiv 2025"."""
+        return f"{self.venue or 'arXiv'} {self.year}"
+
+    def bibtex(self) -> str:
+        """Return the BibTeX entry of the paper.
+
+        Example:
+            >>> import samx
+            >>> print(samx.catalog("looksam")[0].bibtex())
+            @inproceedings{liu2022looksam,
+              title = {{Towards Efficient and Scalable Sharpness-Aware Minimization}},
+              author = {Liu, Yong and Mai, Siqi and Chen, Xiangning and Hsieh, Cho-Jui and You, Yang},
+              booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+              year = {2022},
+              eprint = {2203.02714},
+              archivePrefix = {arXiv},
+              url = {https://arxiv.org/abs/2203.02714},
+            }
+        """
+        return bibtex(self)
+
+    def formula(self) -> str:
+        """Return the update rule: the first indented block of the factory's docstring.
+
+        Example:
+            >>> import samx
+            >>> print(samx.catalog("usam")[0].formula())
+            g   = ∇L(w)          (the incoming updates)
+            ε   = ρ g
+            g_s = ∇L(w + ε)
+            return g_s
+        """
+        return CARDS[self.name].formula or docstrings.formula(self.factory)
+
+    def doubts(self) -> str:
+        """Return what the factory's docstring adds to `fidelity`; empty if nothing.
+
+        Example:
+            >>> import samx
+            >>> samx.catalog("arsam")[0].doubts()[:44]
+            'The announced code could not be obtained. Be'
+        """
+        if CARDS[self.name].formula:  # the factory is of policies, not of this paper
+            return ""
+        return docstrings.doubts(self.factory)
+
+    def card(self) -> str:
+        """Return the method card as plain text: when to use it, its rule, cost and first rho.
+
+        Example:
+            >>> import samx
+            >>> print(samx.catalog("usam")[0].card())  # doctest: +ELLIPSIS
+            usam: USAM, un-normalized SAM (ICML 2022)
+            ...
+        """
+        card = CARDS[self.name]
+        paragraphs = [
+            f"Use when: {card.use_when}",
+            f"Not when: {card.not_when}",
+            f"Cost: {self.gradients} gradients per step; state: {self.state} (P: one copy of the "
+            f"parameters); {SHAPES[self.shape]}, needs {', '.join(self.closures)}.",
+            "Start with rho:",
+            *(f"  {start}" for start in card.start),
+            f"Watch: {card.watch}",
+            f"Fidelity: {self.fidelity}",
+        ]
+        for code, arguments in card.coming_from.items():
+            pairs = ", ".join(f"{theirs} -> {ours}" for theirs, ours in arguments.items())
+            paragraphs.append(f"Coming from {code}: {pairs}")
+        wrapped = (
+            textwrap.fill(
+                paragraph.replace("**", ""),
+                80,
+                subsequent_indent="    " if paragraph.startswith(" ") else "  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            for paragraph in paragraphs
+        )
+        head = f"{self.name}: {self.method} ({self.published})\n{self.call}\n"
+        return "\n".join([head, textwrap.indent(self.formula(), "    "), "", *wrapped])
+
 
 class _Paper(NamedTuple):
     title: str
+    authors: str
     venue: str
     year: int
     arxiv: str
@@ -102,38 +199,134 @@ class _Paper(NamedTuple):
 
 # fmt: off
 PAPERS = {
-    "foret2021sharpness": _Paper("Sharpness-Aware Minimization for Efficiently Improving Generalization", "ICLR", 2021, "2010.01412"),
-    "kwon2021asam": _Paper("ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks", "ICML", 2021, "2102.11600"),
-    "xie2024sampa": _Paper("SAMPa: Sharpness-aware Minimization Parallelized", "NeurIPS", 2024, "2410.10683"),
-    "liu2022looksam": _Paper("Towards Efficient and Scalable Sharpness-Aware Minimization", "CVPR", 2022, "2203.02714"),
-    "zhao2023randomized": _Paper("Randomized Sharpness-Aware Training for Boosting Computational Efficiency in Deep Learning", "AAAI", 2023, "2203.09962"),
-    "jiang2023adaptive": _Paper("An Adaptive Policy to Employ Sharpness-Aware Minimization", "ICLR", 2023, "2304.14647"),
-    "deng2024vsam": _Paper("Effective Gradient Sample Size via Variation Estimation for Accelerating Sharpness aware Minimization", "", 2024, "2403.08821"),
-    "deng2025arsam": _Paper("Adaptively Sampling-Reusing-Mixing Decomposed Gradients to Speed Up Sharpness Aware Minimization", "", 2025, "2510.03763"),
-    "ni2022ksam": _Paper("K-SAM: Sharpness-Aware Minimization at the Speed of SGD", "", 2022, "2210.12864"),
-    "du2022efficient": _Paper("Efficient Sharpness-aware Minimization for Improved Training of Neural Networks", "ICLR", 2022, "2110.03141"),
-    "deng2025ausam": _Paper("Asymptotic Unbiased Sample Sampling to Speed Up Sharpness-Aware Minimization", "AAAI", 2025, "2406.08001"),
-    "cheng2026slsam": _Paper("Sparse-layer SAM", "", 2026, "2602.09395"),
-    "zhuang2022surrogate": _Paper("Surrogate Gap Minimization Improves Sharpness-Aware Training", "ICLR", 2022, "2203.08065"),
-    "yue2023wsam": _Paper("Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term", "KDD", 2023, "2305.15817"),
-    "tan2025stable": _Paper("Stabilizing Sharpness-aware Minimization Through A Simple Renormalization Strategy", "JMLR", 2025, "2401.07250"),
-    "andriushchenko2022towards": _Paper("Towards Understanding Sharpness-Aware Minimization", "ICML", 2022, "2206.06232"),
-    "li2024friendly": _Paper("Friendly Sharpness-Aware Minimization", "CVPR", 2024, "2403.12350"),
-    "kim2022fisher": _Paper("Fisher SAM: Information Geometry and Sharpness Aware Minimisation", "ICML", 2022, "2206.04920"),
-    "jacobsen2025monge": _Paper("Monge SAM: Robust Reparameterization-Invariant Sharpness-Aware Minimization Based on Loss Geometry", "", 2025, "2502.08448"),
-    "haas2024mup2": _Paper("µP²: Effective Sharpness Aware Minimization Requires Layerwise Perturbation Scaling", "NeurIPS", 2024, "2411.00075"),
-    "behdin2022msam": _Paper("Improved Deep Neural Network Generalization Using m-Sharpness-Aware Minimization", "", 2022, "2212.04343"),
-    "cheng2025lightsam": _Paper("LightSAM: Parameter-Agnostic Sharpness-Aware Minimization", "", 2025, "2505.24399"),
-    "sun2024adasam": _Paper("AdaSAM: Boosting Sharpness-Aware Minimization with Adaptive Learning Rate and Momentum for Training Deep Neural Networks", "Neural Networks", 2024, "2303.00565"),
-    "xie2024bisam": _Paper("Improving SAM Requires Rethinking its Optimization Formulation", "ICML", 2024, "2407.12993"),
-    "li2025focalsam": _Paper("Focal-SAM: Focal Sharpness-Aware Minimization for Long-Tailed Classification", "ICML", 2025, "2505.01660"),
-    "zhou2023imbsam": _Paper("ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced Recognition", "ICCV", 2023, "2308.07815"),
-    "mi2022ssam": _Paper("Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach", "NeurIPS", 2022, "2210.05177"),
-    "mueller2023samon": _Paper("Normalization Layers Are All That Sharpness-Aware Minimization Needs", "NeurIPS", 2023, "2306.04226"),
-    "wang2024lets": _Paper("Enhancing Sharpness-Aware Minimization by Learning Perturbation Radius", "ECML-PKDD", 2024, "2408.08222"),
-    "teng2025lsam": _Paper("LSAM: Asynchronous Distributed Training with Landscape-Smoothed Sharpness-Aware Minimization", "", 2025, "2509.03110"),
-    "becker2025momentum": _Paper("Momentum-SAM: Sharpness Aware Minimization without Computational Overhead", "NeurIPS", 2025, "2401.12033"),
-    "jo2025async": _Paper("Asynchronous Sharpness-Aware Minimization For Fast and Accurate Deep Learning", "", 2025, "2503.11147"),
+    "foret2021sharpness": _Paper(
+        "Sharpness-Aware Minimization for Efficiently Improving Generalization",
+        "Foret, Pierre and Kleiner, Ariel and Mobahi, Hossein and Neyshabur, Behnam",
+        "ICLR", 2021, "2010.01412"),
+    "kwon2021asam": _Paper(
+        "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks",
+        "Kwon, Jungmin and Kim, Jeongseop and Park, Hyunseo and Choi, In Kwon",
+        "ICML", 2021, "2102.11600"),
+    "xie2024sampa": _Paper(
+        "SAMPa: Sharpness-aware Minimization Parallelized",
+        "Xie, Wanyun and Pethick, Thomas and Cevher, Volkan",
+        "NeurIPS", 2024, "2410.10683"),
+    "liu2022looksam": _Paper(
+        "Towards Efficient and Scalable Sharpness-Aware Minimization",
+        "Liu, Yong and Mai, Siqi and Chen, Xiangning and Hsieh, Cho-Jui and You, Yang",
+        "CVPR", 2022, "2203.02714"),
+    "zhao2023randomized": _Paper(
+        "Randomized Sharpness-Aware Training for Boosting Computational Efficiency in Deep Learning",
+        "Zhao, Yang and Zhang, Hao and Hu, Xiuyuan",
+        "AAAI", 2023, "2203.09962"),
+    "jiang2023adaptive": _Paper(
+        "An Adaptive Policy to Employ Sharpness-Aware Minimization",
+        "Jiang, Weisen and Yang, Hansi and Zhang, Yu and Kwok, James",
+        "ICLR", 2023, "2304.14647"),
+    "deng2024vsam": _Paper(
+        "Effective Gradient Sample Size via Variation Estimation for Accelerating Sharpness aware Minimization",
+        "Deng, Jiaxin and Pang, Junbiao and Zhang, Baochang and Wang, Tian",
+        "", 2024, "2403.08821"),
+    "deng2025arsam": _Paper(
+        "Adaptively Sampling-Reusing-Mixing Decomposed Gradients to Speed Up Sharpness Aware Minimization",
+        "Deng, Jiaxin and Pang, Junbiao",
+        "", 2025, "2510.03763"),
+    "ni2022ksam": _Paper(
+        "K-SAM: Sharpness-Aware Minimization at the Speed of SGD",
+        "Ni, Renkun and Chiang, Ping-yeh and Geiping, Jonas and Goldblum, Micah and Wilson, Andrew Gordon and Goldstein, Tom",
+        "", 2022, "2210.12864"),
+    "du2022efficient": _Paper(
+        "Efficient Sharpness-aware Minimization for Improved Training of Neural Networks",
+        "Du, Jiawei and Yan, Hanshu and Feng, Jiashi and Zhou, Joey Tianyi and Zhen, Liangli and Goh, Rick Siow Mong and Tan, Vincent Y. F.",
+        "ICLR", 2022, "2110.03141"),
+    "deng2025ausam": _Paper(
+        "Asymptotic Unbiased Sample Sampling to Speed Up Sharpness-Aware Minimization",
+        "Deng, Jiaxin and Pang, Junbiao and Zhang, Baochang and Guo, Guodong",
+        "AAAI", 2025, "2406.08001"),
+    "cheng2026slsam": _Paper(
+        "Sparse Layer Sharpness-Aware Minimization for Efficient Fine-Tuning",
+        "Cheng, Yifei and Yang, Xianglin and Wang, Guoxia and Huang, Chao and Ma, Fei and Yu, Dianhai and Cao, Xiaochun and Shen, Li",
+        "", 2026, "2602.09395"),
+    "zhuang2022surrogate": _Paper(
+        "Surrogate Gap Minimization Improves Sharpness-Aware Training",
+        "Zhuang, Juntang and Gong, Boqing and Yuan, Liangzhe and Cui, Yin and Adam, Hartwig and Dvornek, Nicha and Tatikonda, Sekhar and Duncan, James and Liu, Ting",
+        "ICLR", 2022, "2203.08065"),
+    "yue2023wsam": _Paper(
+        "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term",
+        "Yue, Yun and Jiang, Jiadi and Ye, Zhiling and Gao, Ning and Liu, Yongchao and Zhang, Ke",
+        "KDD", 2023, "2305.15817"),
+    "tan2025stable": _Paper(
+        "Stabilizing Sharpness-aware Minimization Through A Simple Renormalization Strategy",
+        "Tan, Chengli and Zhang, Jiangshe and Liu, Junmin and Wang, Yicheng and Hao, Yunda",
+        "JMLR", 2025, "2401.07250"),
+    "andriushchenko2022towards": _Paper(
+        "Towards Understanding Sharpness-Aware Minimization",
+        "Andriushchenko, Maksym and Flammarion, Nicolas",
+        "ICML", 2022, "2206.06232"),
+    "li2024friendly": _Paper(
+        "Friendly Sharpness-Aware Minimization",
+        "Li, Tao and Zhou, Pan and He, Zhengbao and Cheng, Xinwen and Huang, Xiaolin",
+        "CVPR", 2024, "2403.12350"),
+    "kim2022fisher": _Paper(
+        "Fisher SAM: Information Geometry and Sharpness Aware Minimisation",
+        "Kim, Minyoung and Li, Da and Hu, Shell Xu and Hospedales, Timothy",
+        "ICML", 2022, "2206.04920"),
+    "jacobsen2025monge": _Paper(
+        "Monge SAM: Robust Reparameterization-Invariant Sharpness-Aware Minimization Based on Loss Geometry",
+        "Jacobsen, Albert Kjøller and Arvanitidis, Georgios",
+        "", 2025, "2502.08448"),
+    "haas2024mup2": _Paper(
+        "µP²: Effective Sharpness Aware Minimization Requires Layerwise Perturbation Scaling",
+        "Haas, Moritz and Xu, Jin and Cevher, Volkan and Vankadara, Leena Chennuru",
+        "NeurIPS", 2024, "2411.00075"),
+    "behdin2022msam": _Paper(
+        "Improved Deep Neural Network Generalization Using m-Sharpness-Aware Minimization",
+        "Behdin, Kayhan and Song, Qingquan and Gupta, Aman and Durfee, David and Acharya, Ayan and Keerthi, Sathiya and Mazumder, Rahul",
+        "", 2022, "2212.04343"),
+    "cheng2025lightsam": _Paper(
+        "LightSAM: Parameter-Agnostic Sharpness-Aware Minimization",
+        "Cheng, Yifei and Shen, Li and Sun, Hao and Yin, Nan and Cao, Xiaochun and Chen, Enhong",
+        "", 2025, "2505.24399"),
+    "sun2024adasam": _Paper(
+        "AdaSAM: Boosting Sharpness-Aware Minimization with Adaptive Learning Rate and Momentum for Training Deep Neural Networks",
+        "Sun, Hao and Shen, Li and Zhong, Qihuang and Ding, Liang and Chen, Shixiang and Sun, Jingwei and Li, Jing and Sun, Guangzhong and Tao, Dacheng",
+        "Neural Networks", 2024, "2303.00565"),
+    "xie2024bisam": _Paper(
+        "Improving SAM Requires Rethinking its Optimization Formulation",
+        "Xie, Wanyun and Latorre, Fabian and Antonakopoulos, Kimon and Pethick, Thomas and Cevher, Volkan",
+        "ICML", 2024, "2407.12993"),
+    "li2025focalsam": _Paper(
+        "Focal-SAM: Focal Sharpness-Aware Minimization for Long-Tailed Classification",
+        "Li, Sicong and Xu, Qianqian and Yang, Zhiyong and Wang, Zitai and Zhang, Linchao and Cao, Xiaochun and Huang, Qingming",
+        "ICML", 2025, "2505.01660"),
+    "zhou2023imbsam": _Paper(
+        "ImbSAM: A Closer Look at Sharpness-Aware Minimization in Class-Imbalanced Recognition",
+        "Zhou, Yixuan and Qu, Yi and Xu, Xing and Shen, Hengtao",
+        "ICCV", 2023, "2308.07815"),
+    "mi2022ssam": _Paper(
+        "Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach",
+        "Mi, Peng and Shen, Li and Ren, Tianhe and Zhou, Yiyi and Sun, Xiaoshuai and Ji, Rongrong and Tao, Dacheng",
+        "NeurIPS", 2022, "2210.05177"),
+    "mueller2023samon": _Paper(
+        "Normalization Layers Are All That Sharpness-Aware Minimization Needs",
+        "Müller, Maximilian and Vlaar, Tiffany and Rolnick, David and Hein, Matthias",
+        "NeurIPS", 2023, "2306.04226"),
+    "wang2024lets": _Paper(
+        "Enhancing Sharpness-Aware Minimization by Learning Perturbation Radius",
+        "Wang, Xuehao and Jiang, Weisen and Fu, Shuai and Zhang, Yu",
+        "ECML-PKDD", 2024, "2408.08222"),
+    "teng2025lsam": _Paper(
+        "LSAM: Asynchronous Distributed Training with Landscape-Smoothed Sharpness-Aware Minimization",
+        "Teng, Yunfei and Zhang, Sixin",
+        "", 2025, "2509.03110"),
+    "becker2025momentum": _Paper(
+        "Momentum-SAM: Sharpness Aware Minimization without Computational Overhead",
+        "Becker, Marlon and Altrock, Frederick and Risse, Benjamin",
+        "NeurIPS", 2025, "2401.12033"),
+    "jo2025async": _Paper(
+        "Asynchronous Sharpness-Aware Minimization For Fast and Accurate Deep Learning",
+        "Jo, Junhyuk and Lim, Jihyun and Lee, Sunwoo",
+        "", 2025, "2503.11147"),
 }
 # fmt: on
 
@@ -267,8 +460,7 @@ ENTRIES = (
     _entry("fisher_sam", fisher_sam, "fisher_sam(rho=0.1, eta=1.0)",
            "Fisher SAM", "kim2022fisher", "chain", LOSS,
            "2, sequential", "0",
-           "no code by the authors; matches a third party's (johnjaejunlee95/torch-unified-SAM-"
-           "optimization) to 1e-15; the paper's text was not read"),
+           "no code by the authors; matches a third party's (johnjaejunlee95/torch-unified-SAM-optimization) to 1e-15; the paper's text was not read"),
     _entry("monge_sam", monge_sam, "monge_sam(rho=0.05)",
            "Monge SAM", "jacobsen2025monge", "chain", LOSS,
            "2, sequential", "0",
@@ -293,11 +485,13 @@ ENTRIES = (
     _entry("lightsam_adagrad", lightsam_adagrad, "lightsam_adagrad(learning_rate, rho=0.001)",
            "LightSAM-II", "cheng2025lightsam", "optimizer", LOSS,
            "2, sequential", "2 P",
-           "likewise, to 7e-16"),
+           "no code by the authors, text not read; matches a third party's (dimitris-oik/sam_sps) to "
+           "7e-16"),
     _entry("lightsam_adam", lightsam_adam, "lightsam_adam(learning_rate, rho=0.001)",
            "LightSAM-III", "cheng2025lightsam", "optimizer", LOSS,
            "2, sequential", "4 P",
-           "likewise, to 6e-16; that a moving average is climbed is in one transcription only"),
+           "no code by the authors, text not read; matches a third party's (dimitris-oik/sam_sps) to "
+           "6e-16; that a moving average is climbed is in one transcription only"),
     _entry("adasam", adasam, "adasam(learning_rate, rho=0.05)",
            "AdaSAM", "sun2024adasam", "optimizer", LOSS,
            "2, sequential", "3 P",
@@ -327,7 +521,8 @@ ENTRIES = (
     _entry("dynamic_sparse_sam", dynamic_sparse_sam, "dynamic_sparse_sam(rho=0.05, sparsity=0.5, drop_rate=0.5, period=...)",
            "Sparse SAM (SSAM-D)", "mi2022ssam", "chain", LOSS,
            "2, sequential", "0, and a byte per parameter",
-           "matches the same code to 4e-16, masks exactly; its random draws differ"),
+           "matches Mi-Peng/Sparse-Sharpness-Aware-Minimization to 4e-16, masks exactly; its random "
+           "draws differ"),
     _entry("sam_on", sam_on, "sam_on(rho=0.5)",
            "SAM-ON", "mueller2023samon", "chain", LOSS,
            "2, sequential", "0",
