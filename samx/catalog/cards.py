@@ -101,10 +101,10 @@ CARDS = {
         "there is nothing to gain, and a step costs two gradients.",
         start=(
             Start("0.05", "a first try", "cited", "the paper's recommendation"),
-            Start("0.05; 0.1", "WRN-28-10 on CIFAR-10; on CIFAR-100, SGD with momentum", "cited",
-                  "paper, table 6"),
-            Start("0.05", "ResNets on ImageNet, SGD with momentum, batch 4096", "cited", "paper"),
-            Start("0.1", "ResNet-32 on CIFAR-10 with 20 to 60% wrong labels", "cited", "paper"),
+            Start("0.05", "WRN-28-10 on CIFAR-10, SGD with momentum", "cited", "the paper, table 6"),
+            Start("0.1", "the same on CIFAR-100", "cited", "the paper, table 6"),
+            Start("0.05", "ResNets on ImageNet, SGD with momentum, batch 4096", "cited", "the paper"),
+            Start("0.1", "ResNet-32 on CIFAR-10 with 20 to 60% wrong labels", "cited", "the paper"),
             Start("0.15", "ViT on ImageNet, Adam", "cited", "big_vision, pull request 8"),
             Start("0.15", "fine-tuning T5", "recalled", "arXiv 2110.08529"),
             digits("@sam"),
@@ -121,7 +121,7 @@ CARDS = {
             "optax.contrib.sam": {
                 "adv_optimizer=chain(normalize(), sgd(rho))": "rho",
                 "sync_period=n": "sharpness_aware(..., ascent_steps=n - 1)",
-                "opaque_mode": "always: you pass the loss, not a batch of gradients",
+                "opaque_mode=True": "how samx always works: you pass the loss",
             },
             "google-research/sam": {
                 "sam_rho": "rho",
@@ -154,8 +154,8 @@ CARDS = {
         "same in networks of different scales.",
         not_when="Many weights start at zero and `eta` is 0: those are never perturbed.",
         start=(
-            Start("0.5; 1.0", "CIFAR-10; CIFAR-100, SGD with momentum, eta 0.01", "cited",
-                  "SamsungLabs/ASAM, README"),
+            Start("0.5", "CIFAR-10, SGD with momentum, eta 0.01", "cited", "SamsungLabs/ASAM, README"),
+            Start("1", "CIFAR-100, likewise", "cited", "SamsungLabs/ASAM, README"),
             Start("2.0", "WRN-16-8 on CIFAR-10, in the geometry of davda54/sam", "cited",
                   "davda54/sam, issue 37"),
             digits("@asam"),
@@ -283,8 +283,8 @@ CARDS = {
         not_when="You need SAM's own accuracy and can pay for it, or the base has no momentum.",
         start=(
             Start("2.2 to 3", "convolutional networks on CIFAR-100, SGD with momentum", "cited",
-                  "paper"),
-            Start("3", "ResNet-50 on ImageNet, SGD with momentum", "cited", "paper"),
+                  "the paper"),
+            Start("3", "ResNet-50 on ImageNet, SGD with momentum", "cited", "the paper"),
             Start("3", "ViT-S/32 on ImageNet, AdamW, rho 0 in the warm-up", "cited",
                   "MarlonBecker/MSAM, README; its config file has 10"),
             digits("@momentum_sam"),
@@ -310,7 +310,7 @@ CARDS = {
             Start("SAM's, alpha 0.7, period 5", "vision transformers", "recalled",
                   "secondary sources on the paper"),
             Start("SAM's, alpha 0.1, period 5", "convolutional networks on CIFAR-100, SGD with "
-                  "momentum", "cited", "paper of Momentum-SAM, appendix A.14"),
+                  "momentum", "cited", "the paper of Momentum-SAM, appendix A.14"),
             digits("@looksam, alpha 0.1"),
         ),
         watch="`part_ratio` in the state is the true length of the reused part relative to the "
@@ -509,13 +509,13 @@ CARDS = {
         not_when="You have the budget to tune one number only.",
         start=(
             Start("0.6 falling to 0 or 0.2, alpha 0.4", "ViT-S/32 and ViT-B/16 on ImageNet, AdamW",
-                  "cited", "paper, table 4"),
+                  "cited", "the paper, table 4"),
             Start("0.6 falling to 0.1, alpha 0.6", "ViT-B/32, likewise", "cited",
-                  "paper, table 4"),
+                  "the paper, table 4"),
             Start("0.5 falling to 0 or 0.2, alpha 0.01 to 0.6", "mixers, likewise", "cited",
-                  "paper, table 4"),
+                  "the paper, table 4"),
             Start("0.04 falling to 0.02, alpha 0.01", "ResNet-50 and 101 on ImageNet, SGD with "
-                  "momentum", "cited", "paper, table 4"),
+                  "momentum", "cited", "the paper, table 4"),
             digits("@gsam, alpha 0.1"),
         ),
         watch="rho follows the absolute learning rate, not its 0-to-1 multiplier. In a warm-up from "
@@ -711,7 +711,7 @@ CARDS = {
         not_when="The model has no normalization layers, or you expect a cheaper step.",
         start=(
             Start("1", "WRN-28-10 on CIFAR-100, SGD with momentum, where SAM takes 0.2", "cited",
-                  "paper, read off a figure"),
+                  "the paper, read off a figure"),
             Start("10", "elementwise ASAM on these layers, likewise, where ASAM takes 5", "cited",
                   "the same"),
             Start("0.5", "a first try", "default"),

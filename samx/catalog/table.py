@@ -74,6 +74,8 @@ class Entry(NamedTuple):
         state: What its state holds beside the base's, in copies P of the parameters; scalars do not
             count.
         fidelity: What it was compared with, and how far they agree.
+        evidence: "authors" if that is the authors' code; "others" if it is somebody else's, an
+            independent implementation or a definition; "reconstructed" if the rule had gaps.
 
     Example:
         >>> import samx
@@ -98,6 +100,7 @@ class Entry(NamedTuple):
     gradients: str
     state: str
     fidelity: str
+    evidence: Literal["authors", "others", "reconstructed"]
 
     @property
     def url(self) -> str:
@@ -342,11 +345,11 @@ def _entry(
     gradients: str,
     state: str,
     fidelity: str,
+    evidence: Literal["authors", "others", "reconstructed"],
 ) -> Entry:
-    paper = PAPERS[key]
-    return Entry(
-        name, factory, call, method, *paper, key, shape, closures, gradients, state, fidelity
-    )
+    paper = (*PAPERS[key], key)
+    cost = (gradients, state)
+    return Entry(name, factory, call, method, *paper, shape, closures, *cost, fidelity, evidence)
 
 
 # fmt: off
@@ -354,202 +357,244 @@ ENTRIES = (
     _entry("sam", sam, "sam(rho=0.05)",
            "SAM", "foret2021sharpness", "chain", LOSS,
            "2, sequential", "0",
-           "matches davda54/sam (SGD, momentum, AdamW) to 2e-15"),
+           "matches davda54/sam, the most used port (SGD, momentum, AdamW), to 2e-15",
+           "others"),
     _entry("sharpness_aware", sharpness_aware, "sharpness_aware(perturbation, ascent_steps=1)",
            "SAM in any geometry", "foret2021sharpness", "chain", LOSS,
            "1 + ascent steps, sequential", "0",
-           "several steps equal `optax.contrib.sam(sync_period)` to 1e-11"),
+           "several steps equal `optax.contrib.sam(sync_period)` to 1e-11",
+           "others"),
     _entry("asam", asam, "asam(rho=0.5, eta=0.01)",
            "ASAM", "kwon2021asam", "chain", LOSS,
            "2, sequential", "0",
-           "matches SamsungLabs/ASAM to 1e-12; its filter-wise form is not offered"),
+           "matches SamsungLabs/ASAM to 1e-12; its filter-wise form is not offered",
+           "authors"),
     _entry("sampa", sampa, "sampa(base, rho=0.1, lam=0.2, batch_like=...)",
            "SAMPa", "xie2024sampa", "wraps", LOSSES,
            "2, in parallel", "1 P, and a batch",
            "matches LIONS-EPFL/SAMPa (SGD, momentum, decay, cosine) to 1e-15; with Adam there is"
-           " no published code, and the trial step through the base is our reading"),
+           " no published code, and the trial step through the base is our reading",
+           "authors"),
     _entry("looksam", looksam, "looksam(rho=0.05, period=5, alpha=0.7)",
            "LookSAM", "liu2022looksam", "chain", LOSS,
            "1 + 1/period", "1 P",
            "no code by the authors; matches the global implementation of MarlonBecker/MSAM to "
            "3e-11 (other epsilons). The tensor-by-tensor form of common ports is another "
-           "algorithm"),
+           "algorithm",
+           "others"),
     _entry("look_layer_sam", look_layer_sam, "look_layer_sam(rho=0.05, period=5, alpha=0.7, scaling=...)",
            "Look-LayerSAM", "liu2022looksam", "chain", LOSS,
            "1 + 1/period", "1 P",
-           "**reconstructed**: the scaling rule is recalled, not read, so it is an argument"),
+           "**reconstructed**: the scaling rule is recalled, not read, so it is an argument",
+           "reconstructed"),
     _entry("periodic", perturb_if, "perturb_if(policies.every(5), sam(0.05))",
            "periodic SAM (SAM-k)", "liu2022looksam", "chain", LOSS,
            "1 + 1/period", "0",
-           "the definition"),
+           "the definition",
+           "others"),
     _entry("rst", perturb_if, "perturb_if(policies.random(0.5), sam(0.05))",
            "RST (SS-SAM)", "zhao2023randomized", "chain", LOSS,
            "1 + probability", "0",
-           "from the abstract, which defines it"),
+           "from the abstract, which defines it",
+           "others"),
     _entry("g_rst", perturb_if, "perturb_if(policies.random(0.5), combinations.mix(sam(0.05), 2.0))",
            "G-RST", "zhao2023randomized", "chain", LOSS,
            "1 + probability", "0",
-           "**reconstructed** from the abstract: the mixing line is inferred"),
+           "**reconstructed** from the abstract: the mixing line is inferred",
+           "reconstructed"),
     _entry("ae_sam", ae_sam, "ae_sam(rho=0.05, threshold=0.0)",
            "AE-SAM", "jiang2023adaptive", "chain", LOSS,
            "1 + the share of long gradients, about one half", "0",
            "no code; two secondary transcriptions agree, and it matches an independent "
-           "implementation of them to 6e-16; constants recalled"),
+           "implementation of them to 6e-16; constants recalled",
+           "others"),
     _entry("ae_looksam", ae_looksam, "ae_looksam(rho=0.05, threshold=0.0, alpha=0.7)",
            "AE-LookSAM", "jiang2023adaptive", "chain", LOSS,
            "as `ae_sam`", "1 P",
-           "**reconstructed** from memory; matches an independent implementation to 8e-12"),
+           "**reconstructed** from memory; matches an independent implementation to 8e-12",
+           "reconstructed"),
     _entry("vsam", vsam, "vsam(rho=0.05)",
            "vSAM", "deng2024vsam", "chain", LOSS,
            "1 + quota/window", "1 P",
-           "matches ajiaaa/vSAM to 4e-16, controller and replayed draws included"),
+           "matches ajiaaa/vSAM to 4e-16, controller and replayed draws included",
+           "authors"),
     _entry("arsam", arsam, "arsam(rho=0.05, policy=..., mixing=...)",
            "ARSAM", "deng2025arsam", "chain", LOSS,
            "as its policy", "1 P",
            "**reconstructed** from the abstract; with vSAM's policy and mixing it is `vsam`, "
-           "exactly"),
+           "exactly",
+           "reconstructed"),
     _entry("ksam", ksam, "ksam(rho=0.05, num_selected=64)",
            "K-SAM", "ni2022ksam", "chain", LOSSES,
            "1 forward + 2 k/B", "0",
            "**reconstructed** from the abstract: no code; that both gradients use the same "
-           "examples is inferred. Matches an independent implementation to 6e-16"),
+           "examples is inferred. Matches an independent implementation to 6e-16",
+           "reconstructed"),
     _entry("esam", esam, "esam(rho=0.05, perturbed_fraction=0.6, selected_fraction=0.5)",
            "ESAM", "du2022efficient", "chain", LOSSES,
            "1 + 1 forward + γ", "0",
            'matches dydjw9/Efficient_SAM to 7e-16 with `select="strict"`, its draws replayed; '
            "the default selects exactly γ of the examples, as secondary sources describe the "
-           "paper"),
+           "paper",
+           "authors"),
     _entry("ausam", ausam, "ausam(rho=0.1, fraction=0.5, num_examples=...)",
            "AUSAM", "deng2025ausam", "chain", (*LOSSES, "index"),
            "2 α; 2 in the first epoch", "0, and 2 numbers per example of the data set",
            "matches ajiaaa/AUSAM to 5e-16, score table and probabilities included, its draws "
-           "replayed"),
+           "replayed",
+           "authors"),
     _entry("sl_sam", sl_sam, "sl_sam(base, rho=0.05, groups=4)",
            "SL-SAM", "cheng2026slsam", "wraps", LOSS,
            "2 of some layers", "0",
            "**reconstructed** from the abstract and a secondary source: the bandit's rates and "
-           "reward are ours"),
+           "reward are ours",
+           "reconstructed"),
     _entry("gsam", gsam, "gsam(rho=0.05, alpha=0.4)",
            "GSAM", "zhuang2022surrogate", "chain", LOSS,
            "2, sequential", "0",
            "matches google-research/big_vision to 7e-16, its rho schedule included; with "
            '`ascent="local"` the combination uses means over the devices, there each device '
-           "combines its own gradients"),
+           "combines its own gradients",
+           "authors"),
     _entry("wsam", wsam, "wsam(base, learning_rate, rho=0.05, gamma=0.9)",
            "WSAM", "yue2023wsam", "wraps", LOSS,
            "2, sequential", "0",
-           "matches the authors' class in dlrover to 7e-16; its `max_norm` is not offered"),
+           "matches the authors' class in dlrover to 7e-16; its `max_norm` is not offered",
+           "authors"),
     _entry("coupled_wsam", coupled_wsam, "coupled_wsam(rho=0.05, gamma=0.9)",
            "WSAM through the base", "yue2023wsam", "chain", LOSS,
            "2, sequential", "0",
-           "matches the authors' class with `decouple=False` to 1e-15"),
+           "matches the authors' class with `decouple=False` to 1e-15",
+           "authors"),
     _entry("stable_sam", stable_sam, "stable_sam(rho=0.05)",
            "Stable SAM", "tan2025stable", "chain", LOSS,
            "2, sequential", "0",
            "matches cltan023/stablesam2024 (both of its files) to 3e-16; the paper's text was "
-           "not read, and its adaptive form, which compares other norms, is not offered"),
+           "not read, and its adaptive form, which compares other norms, is not offered",
+           "authors"),
     _entry("usam", usam, "usam(rho=0.05)",
            "USAM, un-normalized SAM", "andriushchenko2022towards", "chain", LOSS,
            "2, sequential", "0",
-           "matches cltan023/stablesam2024 without its renormalization to 4e-16"),
+           "matches cltan023/stablesam2024, the code of Stable SAM's authors, without its "
+           "renormalization to 4e-16",
+           "others"),
     _entry("friendly_sam", friendly_sam, "friendly_sam(rho=0.05, sigma=1.0, decay=0.9)",
            "Friendly SAM", "li2024friendly", "chain", LOSS,
            "2, sequential", "1 P",
            "matches nblt/F-SAM to 4e-16; the paper's order of two lines differs, see the "
-           "docstring"),
+           "docstring",
+           "authors"),
     _entry("fisher_sam", fisher_sam, "fisher_sam(rho=0.1, eta=1.0)",
            "Fisher SAM", "kim2022fisher", "chain", LOSS,
            "2, sequential", "0",
-           "no code by the authors; matches a third party's (johnjaejunlee95/torch-unified-SAM-optimization) to 1e-15; the paper's text was not read"),
+           "no code by the authors; matches a third party's (johnjaejunlee95/torch-unified-SAM-optimization) to 1e-15; the paper's text was not read",
+           "others"),
     _entry("monge_sam", monge_sam, "monge_sam(rho=0.05)",
            "Monge SAM", "jacobsen2025monge", "chain", LOSS,
            "2, sequential", "0",
            "the paper's closed form; the authors' code could not be had, matches a third party's"
-           " (manavdahra/sam-opt-research) to 2e-16"),
+           " (manavdahra/sam-opt-research) to 2e-16",
+           "others"),
     _entry("mup_sam", mup_sam, "mup_sam(rho, scales)",
            "µP²", "haas2024mup2", "chain", LOSS,
            "2, sequential", "0",
            "matches the first author's later code (moritzhaas/large-lr-width-scaling) to 2e-16; "
            '`normalization="layerwise"` matches an independent loop of the paper\'s definition; '
-           "the rule for Flax's layers is derived from its tables"),
+           "the rule for Flax's layers is derived from its tables",
+           "authors"),
     _entry("msam", msam, "msam(rho=0.05, num_microbatches=4)",
            "mSAM", "behdin2022msam", "chain", LOSSES,
            "2, a piece at a time", "0",
            "extended as [mSAM](https://arxiv.org/abs/2302.09693), 2023; no code by the authors; matches "
-           "davda54/sam driven microbatch by microbatch to 2e-16"),
+           "davda54/sam driven microbatch by microbatch to 2e-16",
+           "others"),
     _entry("lightsam_norm", lightsam_norm, "lightsam_norm(learning_rate, rho=0.05)",
            "LightSAM-I", "cheng2025lightsam", "optimizer", LOSS,
            "2, sequential", "0",
            "no code by the authors, text not read; matches a third party's (dimitris-"
-           "oik/sam_sps) to 2e-16, with which a second transcription agrees"),
+           "oik/sam_sps) to 2e-16, with which a second transcription agrees",
+           "others"),
     _entry("lightsam_adagrad", lightsam_adagrad, "lightsam_adagrad(learning_rate, rho=0.001)",
            "LightSAM-II", "cheng2025lightsam", "optimizer", LOSS,
            "2, sequential", "2 P",
            "no code by the authors, text not read; matches a third party's (dimitris-oik/sam_sps) to "
-           "7e-16"),
+           "7e-16",
+           "others"),
     _entry("lightsam_adam", lightsam_adam, "lightsam_adam(learning_rate, rho=0.001)",
            "LightSAM-III", "cheng2025lightsam", "optimizer", LOSS,
            "2, sequential", "4 P",
            "no code by the authors, text not read; matches a third party's (dimitris-oik/sam_sps) to "
-           "6e-16; that a moving average is climbed is in one transcription only"),
+           "6e-16; that a moving average is climbed is in one transcription only",
+           "others"),
     _entry("adasam", adasam, "adasam(learning_rate, rho=0.05)",
            "AdaSAM", "sun2024adasam", "optimizer", LOSS,
            "2, sequential", "3 P",
            "no code by the authors, text not read; matches a third party's (dimitris-"
-           "oik/sam_sps) to 1e-13 (no epsilon in its norm)"),
+           "oik/sam_sps) to 1e-13 (no epsilon in its norm)",
+           "others"),
     _entry("bisam", bisam, "bisam(rho=0.05)",
            "BiSAM", "xie2024bisam", "chain", ("value_fn", "ascent_fn"),
            "2, sequential", "0",
            "matches LIONS-EPFL/BiSAM, log to 4e-16, tanh to 2e-13; its label smoothing is up to "
-           "your loss. The paper's μ for tanh is not known"),
+           "your loss. The paper's μ for tanh is not known",
+           "authors"),
     _entry("focal_sam", focal_sam, "focal_sam(class_counts, rho=0.1, gamma=2.0, sharpness=0.8)",
            "Focal-SAM", "li2025focalsam", "chain", (*LOSSES, "labels"),
            "2 forward, 3 backward", "0",
-           "matches scongl/Focal-SAM to 3e-16"),
+           "matches scongl/Focal-SAM to 3e-16",
+           "authors"),
     _entry("imbalanced_sam", imbalanced_sam, "imbalanced_sam(tail_classes, rho=0.05, tail_weight=1.0)",
            "ImbSAM", "zhou2023imbsam", "chain", (*LOSSES, "labels"),
            "2 forward, 3 backward", "0",
            "matches cool-xuan/Imbalanced_SAM to 2e-13 with `tail_weight=2`, a factor that its "
-           "text does not have"),
+           "text does not have",
+           "authors"),
     _entry("fisher_sparse_sam", fisher_sparse_sam, "fisher_sparse_sam(rho=0.05, sparsity=0.5, period=...)",
            "Sparse SAM (SSAM-F)", "mi2022ssam", "chain", LOSSES,
            "2, and one per example every `period` steps", "0, and a byte per parameter",
            "matches Mi-Peng/Sparse-Sharpness-Aware-Minimization, driven with the Fisher "
            "information of the paper, to 4e-16, masks exactly, unstructured and "
            "[n:m](https://arxiv.org/abs/2306.17504) (TPAMI 2025); the code as published adds "
-           "stale gradients to it"),
+           "stale gradients to it",
+           "authors"),
     _entry("dynamic_sparse_sam", dynamic_sparse_sam, "dynamic_sparse_sam(rho=0.05, sparsity=0.5, drop_rate=0.5, period=...)",
            "Sparse SAM (SSAM-D)", "mi2022ssam", "chain", LOSS,
            "2, sequential", "0, and a byte per parameter",
            "matches Mi-Peng/Sparse-Sharpness-Aware-Minimization to 4e-16, masks exactly; its random "
-           "draws differ"),
+           "draws differ",
+           "authors"),
     _entry("sam_on", sam_on, "sam_on(rho=0.5)",
            "SAM-ON", "mueller2023samon", "chain", LOSS,
            "2, sequential", "0",
-           "matches mueller-mp/SAM-ON to 2e-12; any metric as `perturbation=`"),
+           "matches mueller-mp/SAM-ON to 2e-12; any metric as `perturbation=`",
+           "authors"),
     _entry("lets", lets, "lets(base, rho=0.05, rho_learning_rate=1.0)",
            "LETS", "wang2024lets", "wraps", ("value_fn", "validation_fn"),
-           '6; 4 with `hessian="diag_sq"`', "0",
+           "6, or 4 without Hessian products", "0",
            "**partly reconstructed**: the objective is the paper's, its derivative the chain "
            "rule's; the update of log ρ and the form of the diagonal are inferred: no code, and "
-           "only the head of the text was read"),
+           "only the head of the text was read",
+           "reconstructed"),
     _entry("lsam", lsam, "lsam(base, rho=0.05, beta=0.9, period=4, worker_axis=...)",
            "LSAM, synchronous", "teng2025lsam", "wraps", LOSS,
            "2, sequential, on each worker", "1 P",
            "asynchronous: `elastic.train`. **Reconstructed**: the objective is known second-"
            "hand; that elastic averaging moves its samples is our derivation; no code. Matches "
            "the authors' [EASGD](https://arxiv.org/abs/1412.6651) file (sixin-zh/mpiT), given "
-           "SAM's gradient, to 3e-16; with `rho=0` it is that EASGD"),
+           "SAM's gradient, to 3e-16; with `rho=0` it is that EASGD",
+           "reconstructed"),
     _entry("momentum_sam", momentum_sam, "momentum_sam(base, rho=3.0)",
            "Momentum-SAM", "becker2025momentum", "wraps", LOSS,
            "1", "0",
            "matches MarlonBecker/MSAM (SGD with momentum, AdamW) to 2e-16; weight decay stands "
-           "where optax has it, see its docstring"),
+           "where optax has it, see its docstring",
+           "authors"),
     _entry("async_sam", async_sam, "async_sam(rho=0.05)",
            "AsyncSAM", "jo2025async", "chain", LOSS,
            "1 + b′/b, which do not wait for each other", "1 P",
            "**partly reconstructed**: no code, text not read; that a gradient one step old is "
            "climbed and that a slower device computes it on a smaller batch are the paper's (two"
            " secondary summaries agree); norm, first step and the examples in b′ are inferred. "
-           "Matches an independent loop to 1e-10; on two devices and in one program the same"),
+           "Matches an independent loop to 1e-10; on two devices and in one program the same",
+           "reconstructed"),
 )

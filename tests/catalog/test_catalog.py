@@ -45,6 +45,8 @@ def test_a_row_is_complete(entry):
     assert re.fullmatch(r"[a-z]+\d{4}[a-z0-9]*", entry.key)
     assert str(entry.year) in entry.key
     assert entry.url.endswith(entry.arxiv)
+    assert (entry.evidence == "reconstructed") == ("reconstructed" in entry.fidelity.lower())
+    assert entry.evidence != "authors" or entry.fidelity.startswith("matches")
     names = entry.authors.split(" and ")
     assert all(re.fullmatch(r"[^,.]+, [^,]+", name) for name in names)
 
