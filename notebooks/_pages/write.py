@@ -114,7 +114,9 @@ def method_card(entry: Entry) -> str:
         pairs = "; ".join(f"`{theirs}` → {argument(ours)}" for theirs, ours in arguments.items())
         items.append(f"**Coming from {code}:** {pairs}.")
     factory = entry.factory.__name__
-    shown = ", ".join(f"[{Path(path).name}]({link(path)})" for path in card.shown_in)
+    shown = ", ".join(
+        f"[{Path(path).name.removesuffix('.ipynb')}]({link(path)})" for path in card.shown_in
+    )
     more = f"{{py:obj}}`samx.{factory}`" + (f"; shown in {shown}" if shown else "")
     items.append(f"**More:** {more}.")
     lines = [f"{item[: len(item) - len(item.lstrip())]}- {item.lstrip()}" for item in items]

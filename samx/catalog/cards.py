@@ -7,6 +7,8 @@ and from the docstring of the factory. To add a variant, add its name to a famil
 
 from typing import Literal, NamedTuple
 
+from samx.catalog.measured import DIGITS as DIGITS_RADII
+
 FAMILIES = {
     "The ball and its geometry": (
         "sam", "sharpness_aware", "asam", "usam", "friendly_sam", "fisher_sam", "monge_sam",
@@ -88,9 +90,20 @@ DEVICES = "notebooks/eight_devices.ipynb"
 WORKERS = "notebooks/workers_that_do_not_wait.ipynb"
 
 
-def digits(rho: str, optimizer: str = "SGD with momentum") -> Start:
-    """Return the radius that `examples/digits.py` chooses on validation data."""
-    return Start(rho, f"digits, a dense network with 64 units, {optimizer}", "measured", DIGITS)
+BASES = {"sgd": "plain SGD", "momentum": "SGD with momentum", "adamw": "AdamW"}
+
+
+def digits(name: str, setting: str = "") -> tuple[Start, ...]:
+    """Return the radii that `examples/digits.py` chose on validation data, for each base."""
+    found = []
+    has_base = name not in FAMILIES["Optimizers of their own"]
+    for base, (wrong, clean) in DIGITS_RADII.get(name, {}).items():
+        rho = f"{wrong:g}" if wrong == clean else f"{wrong:g} with wrong labels, {clean:g} without"
+        rho = f"{rho}, {setting}" if setting else rho
+        where = "digits, a dense network with two layers of 64"
+        where = f"{where}, {BASES[base]}" if has_base else where
+        found.append(Start(rho, where, "measured", DIGITS))
+    return tuple(found)
 
 
 CARDS = {
@@ -107,8 +120,7 @@ CARDS = {
             Start("0.1", "ResNet-32 on CIFAR-10 with 20 to 60% wrong labels", "cited", "the paper"),
             Start("0.15", "ViT on ImageNet, Adam", "cited", "big_vision, pull request 8"),
             Start("0.15", "fine-tuning T5", "recalled", "arXiv 2110.08529"),
-            digits("@sam"),
-            digits("@adamw sam", "AdamW"),
+            *digits("sam"),
         ),
         watch="Sweep rho on validation data, together with the learning rate: it matters more than "
         "the choice of variant. Weight decay and clipping stand after it in the chain.",
@@ -158,8 +170,7 @@ CARDS = {
             Start("1", "CIFAR-100, likewise", "cited", "SamsungLabs/ASAM, README"),
             Start("2.0", "WRN-16-8 on CIFAR-10, in the geometry of davda54/sam", "cited",
                   "davda54/sam, issue 37"),
-            digits("@asam"),
-            digits("@adamw asam", "AdamW"),
+            *digits("asam"),
         ),
         watch="rho is about ten times SAM's. The most used PyTorch code means another geometry by "
         "`adaptive=True`: it scales biases too and has no `eta`.",
@@ -178,7 +189,7 @@ CARDS = {
         not_when="The scale of your loss changes: the perturbation is proportional to it.",
         start=(
             Start("0.05", "the authors' class of Stable SAM", "cited", "cltan023/stablesam2024"),
-            digits("@usam"),
+            *digits("usam"),
         ),
         watch="rho is a factor of the gradient, not a radius: SAM's values do not carry over. Read "
         "`perturbation_norm`.",
@@ -194,7 +205,7 @@ CARDS = {
             Start("0.2, decay 0.6 or 0.95", "ResNet-18 on CIFAR-100, SGD with momentum", "cited",
                   "nblt/F-SAM, run.sh and logs"),
             Start("0.1, decay 0.95", "the authors' command line", "cited", "nblt/F-SAM"),
-            digits("@friendly_sam"),
+            *digits("friendly_sam"),
         ),
         watch="The reading `cosine` compares a direction that is not the gradient, so it may be "
         "negative.",
@@ -215,7 +226,7 @@ CARDS = {
         start=(
             Start("0.1, eta 1", "the third party's class", "cited",
                   "johnjaejunlee95/torch-unified-SAM-optimization"),
-            digits("@fisher_sam"),
+            *digits("fisher_sam"),
         ),
         watch="The Fisher information is the square of the batch gradient, not a mean over "
         "examples.",
@@ -232,7 +243,7 @@ CARDS = {
         start=(
             Start("0.05 to 0.5", "ResNet-18 and ViT-B/32 on CIFAR-10, SGD with momentum", "cited",
                   "the sweep of a third party, manavdahra/sam-opt-research"),
-            digits("@monge_sam"),
+            *digits("monge_sam"),
         ),
         watch="`perturbation_norm` is below rho, far below it where gradients are long. M-SAM is "
         "not Momentum-SAM, and not micro-batch SAM.",
@@ -265,7 +276,7 @@ CARDS = {
                   "arXiv 2206.06232, read off figure 1"),
             Start("0.4", "ResNet-34 on CIFAR-100, 128 examples per perturbation", "cited",
                   "arXiv 2206.06232, read off figure 1"),
-            digits("@msam"),
+            *digits("msam"),
         ),
         watch='The "m" of m-sharpness is the number of examples per perturbation, not '
         "`num_microbatches`. With data-parallel training, local ascent is the same thing and sends "
@@ -280,15 +291,15 @@ CARDS = {
     ),
     "momentum_sam": Card(
         use_when="There is no time for a second gradient, and your optimizer has a momentum.",
-        not_when="You need SAM's own accuracy and can pay for it, or the base has no momentum.",
+        not_when="You can pay for SAM: in the paper it is ahead by up to two points. Or the base has no "
+        "momentum.",
         start=(
             Start("2.2 to 3", "convolutional networks on CIFAR-100, SGD with momentum", "cited",
                   "the paper"),
             Start("3", "ResNet-50 on ImageNet, SGD with momentum", "cited", "the paper"),
             Start("3", "ViT-S/32 on ImageNet, AdamW, rho 0 in the warm-up", "cited",
                   "MarlonBecker/MSAM, README; its config file has 10"),
-            digits("@momentum_sam"),
-            digits("@adamw momentum_sam", "AdamW"),
+            *digits("momentum_sam"),
         ),
         watch="rho is about ten times SAM's. Use 0 while the learning rate warms up: in the paper "
         "that is essential for transformers. BatchNorm statistics are those of the perturbed "
@@ -311,7 +322,7 @@ CARDS = {
                   "secondary sources on the paper"),
             Start("SAM's, alpha 0.1, period 5", "convolutional networks on CIFAR-100, SGD with "
                   "momentum", "cited", "the paper of Momentum-SAM, appendix A.14"),
-            digits("@looksam, alpha 0.1"),
+            *digits("looksam", "alpha 0.1"),
         ),
         watch="`part_ratio` in the state is the true length of the reused part relative to the "
         "gradient. If `alpha` is far above it, the part is blown up.",
@@ -329,7 +340,8 @@ CARDS = {
         use_when="You train with very large batches and a layer-wise base such as LAMB.",
         not_when="You need the paper's own rule: its scaling could not be read.",
         start=(
-            digits("@look_layer_sam, alpha 0.1, the default scaling"),
+            Start("a tenth of SAM's, or less", "the default scaling, whose unit is another", "default"),
+            *digits("look_layer_sam", "alpha 0.1, the default scaling"),
         ),
         watch="The unit of rho depends on `scaling`. Ports disagree on the scaling: compare yours "
         "before you carry a radius over.",
@@ -346,7 +358,7 @@ CARDS = {
         not_when="Every step is affordable.",
         start=(
             Start("that of the variant inside", "any period", "default"),
-            digits("@periodic, every fifth step"),
+            *digits("periodic", "every fifth step"),
         ),
         watch="`gradients_spent` shows the saving. Under `jax.vmap` keep the state inside the mapped "
         "function, or both branches are computed.",
@@ -363,7 +375,7 @@ CARDS = {
         start=(
             Start("that of the variant inside, probability 0.6", "the authors' example", "cited",
                   "README of their JAX code"),
-            digits("@rst, probability 0.5"),
+            *digits("rst", "probability 0.5"),
         ),
         watch="The draws come from a key and the step: all devices and a resumed run draw alike.",
         coming_from={"the authors' JAX code": {"probability p(t)": "policies.random(schedule)"}},
@@ -376,7 +388,7 @@ CARDS = {
         start=(
             Start("that of the variant inside, weight 1 / probability", "SAM's sharpness term on "
                   "average", "recalled", "inferred from the abstract"),
-            digits("@g_rst, probability 0.5, weight 2"),
+            *digits("g_rst", "probability 0.5, weight 2"),
         ),
         watch="A weight above 1 goes past the sharp gradient: lower rho first if training becomes "
         "unstable.",
@@ -391,7 +403,7 @@ CARDS = {
         start=(
             Start("SAM's, threshold from 1 to -1 over the training", "any network", "recalled",
                   "the paper's schedule"),
-            digits("@ae_sam, threshold 0"),
+            *digits("ae_sam", "threshold 0"),
         ),
         watch="`sharp_fraction` in the state. With the paper's schedule late steps are nearly always "
         "sharp.",
@@ -401,7 +413,11 @@ CARDS = {
     "ae_looksam": Card(
         use_when="As AE-SAM, for fewer sharp steps still.",
         not_when="You need a checked rule: this one is from memory.",
-        start=(digits("@ae_looksam, threshold 0, alpha 0.1"),),
+        start=(
+            Start("SAM's, a threshold that makes a fifth of the steps sharp", "any network",
+                  "recalled", "the paper's share"),
+            *digits("ae_looksam", "threshold 0, alpha 0.1"),
+        ),
         watch="`sharp_fraction` and `part_ratio` in the state, as for AE-SAM and LookSAM.",
         coming_from={},
         shown_in=(DIGITS,),
@@ -413,7 +429,7 @@ CARDS = {
         start=(
             Start("0.05", "CIFAR, SGD with momentum, learning rate 0.05, batch 128", "cited",
                   "ajiaaa/vSAM, train_vsam.py"),
-            digits("@vsam"),
+            *digits("vsam"),
         ),
         watch="Give `policies.quota(warmup_steps=...)` the steps of three epochs, as the authors "
         "do, and read `sharp_fraction`.",
@@ -429,7 +445,10 @@ CARDS = {
     "arsam": Card(
         use_when="You want to write your own rule for sampling and reusing the second-order part.",
         not_when="You need the authors' rule: beyond its three ideas nothing is known.",
-        start=(digits("@arsam"),),
+        start=(
+            Start("0.05", "any network, as with vSAM", "default"),
+            *digits("arsam"),
+        ),
         watch="`part_ratio` in the state is the length of the second-order part relative to the "
         "gradient.",
         coming_from={},
@@ -442,7 +461,7 @@ CARDS = {
         start=(
             Start("0.1, fraction 0.5", "WRN-28-10 on CIFAR-100, SGD with momentum, batch 256",
                   "cited", "ajiaaa/AUSAM, train.py"),
-            digits("@ausam, fraction 0.5"),
+            *digits("ausam", "fraction 0.5"),
         ),
         watch="An index outside the table makes the updates NaN inside `jit`. The reading `loss` is "
         "that of the drawn examples.",
@@ -461,7 +480,7 @@ CARDS = {
         not_when="Labels may be wrong: the largest losses are the wrong labels.",
         start=(
             Start("SAM's, num_selected 64 of 128", "the paper's batches", "recalled"),
-            digits("@ksam, half of the batch"),
+            *digits("ksam", "half of the batch"),
         ),
         watch="A third of the batch costs about one gradient per step. BatchNorm sees the chosen "
         "examples only: keep the statistics of your own pass.",
@@ -477,7 +496,7 @@ CARDS = {
                   "dydjw9/Efficient_SAM, run.sh"),
             Start("0.1, fractions 0.5", "WRN-28-10, likewise", "cited", "the same"),
             Start("0.2, fractions 0.5", "PyramidNet-110, likewise", "cited", "the same"),
-            digits("@esam, fractions 0.6 and 0.5"),
+            *digits("esam", "fractions 0.6 and 0.5"),
         ),
         watch="The authors' code keeps one example fewer; `select=\"strict\"` does so too. Choose "
         '`sharp_pass="whole"` for a selected fraction above 2/3.',
@@ -497,7 +516,7 @@ CARDS = {
         "the steps only.",
         start=(
             Start("0.05", "any network", "default"),
-            digits("@sl_sam, four groups"),
+            *digits("sl_sam", "three groups"),
         ),
         watch="Each group is a program to compile. Compare at equal time, not at equal steps.",
         coming_from={},
@@ -512,11 +531,11 @@ CARDS = {
                   "cited", "the paper, table 4"),
             Start("0.6 falling to 0.1, alpha 0.6", "ViT-B/32, likewise", "cited",
                   "the paper, table 4"),
-            Start("0.5 falling to 0 or 0.2, alpha 0.01 to 0.6", "mixers, likewise", "cited",
+            Start("0.5 or 0.7 falling to 0 to 0.2, alpha 0.01 to 0.6", "mixers, likewise", "cited",
                   "the paper, table 4"),
             Start("0.04 falling to 0.02, alpha 0.01", "ResNet-50 and 101 on ImageNet, SGD with "
                   "momentum", "cited", "the paper, table 4"),
-            digits("@gsam, alpha 0.1"),
+            *digits("gsam", "alpha 0.1"),
         ),
         watch="rho follows the absolute learning rate, not its 0-to-1 multiplier. In a warm-up from "
         "zero the formula goes below `rho_min`.",
@@ -543,7 +562,7 @@ CARDS = {
             Start("0.05, gamma 0.9", "the authors' class", "cited", "dlrover, WeightedSAM"),
             Start("SAM's, gamma 0.8 to 0.95", "tuning", "recalled",
                   "docstring of kozistr/pytorch_optimizer"),
-            digits("@wsam, gamma 0.9"),
+            *digits("wsam", "gamma 0.9"),
         ),
         watch="Give `learning_rate` the base's schedule too. gamma 0.9 gives sharpness nine times "
         "SAM's weight.",
@@ -563,7 +582,7 @@ CARDS = {
         not_when="You follow the paper: it prefers `wsam`.",
         start=(
             Start("0.05, gamma 0.9", "the authors' class", "cited", "dlrover, WeightedSAM"),
-            digits("@coupled_wsam, gamma 0.9"),
+            *digits("coupled_wsam", "gamma 0.9"),
         ),
         watch="gamma 0.9 multiplies the sharp part by nine: choose rho smaller than SAM's.",
         coming_from={"dlrover (atorch)": {"decouple=False": "coupled_wsam", "gamma": "gamma"}},
@@ -577,7 +596,7 @@ CARDS = {
         start=(
             Start("0.05", "SGD, learning rate 0.05, not normalized", "cited",
                   "cltan023/stablesam2024, README"),
-            digits("@stable_sam"),
+            *digits("stable_sam"),
         ),
         watch="rho multiplies the gradient, unless `normalize=True`: SAM's values do not carry "
         "over.",
@@ -593,7 +612,10 @@ CARDS = {
     "lightsam_norm": Card(
         use_when="There is no time to tune: of our optimizers it minds its numbers the least.",
         not_when="The best accuracy counts, or your training needs momentum.",
-        start=(digits("@lightsam_norm, learning rate 1 to 30", "its own step"),),
+        start=(
+            Start("0.05 to 1, learning rate 1", "a first try", "default"),
+            *digits("lightsam_norm"),
+        ),
         watch="The radius and the step shrink like one over the root of the step: late training is "
         "AdaGrad.",
         coming_from={
@@ -605,7 +627,10 @@ CARDS = {
         use_when="Gradients of very different sizes, as in sparse features, and AdaGrad is what you "
         "would take.",
         not_when="You want SAM's radius: here each element moves by about rho.",
-        start=(digits("@lightsam_adagrad", "its own step"),),
+        start=(
+            Start("0.001", "a first try: each element moves by about rho", "default"),
+            *digits("lightsam_adagrad"),
+        ),
         watch="The first perturbation is rho times the root of the number of parameters long.",
         coming_from={
             "dimitris-oik/sam_sps": {"eta": "learning_rate", "rho": "rho", "eps": "eps"},
@@ -616,7 +641,10 @@ CARDS = {
         use_when="You compare with it.",
         not_when="You want Adam with SAM: `sam` before `optax.adamw` has bias correction and half "
         "of the memory.",
-        start=(digits("@lightsam_adam", "its own step"),),
+        start=(
+            Start("0.001", "a first try: each element moves by about rho", "default"),
+            *digits("lightsam_adam"),
+        ),
         watch="Without bias correction the first step is 3.16 times as long as Adam's. It does not "
         "converge from learning rate 1 on (examples/claims/lightsam.py).",
         coming_from={
@@ -632,7 +660,10 @@ CARDS = {
     "adasam": Card(
         use_when="You compare with it, or fine-tune with AMSGrad as its paper does.",
         not_when="You want SAM before an optax optimizer: that is `sam`.",
-        start=(digits("@adasam", "its own step"),),
+        start=(
+            Start("0.05", "a first try, SAM's radius", "default"),
+            *digits("adasam"),
+        ),
         watch="Without bias correction the first steps are 3.16 times as long: lower the learning "
         "rate, or warm up. It is not SAM before `optax.amsgrad`.",
         coming_from={
@@ -650,7 +681,7 @@ CARDS = {
         start=(
             Start("0.05", "ResNet-56 on CIFAR-10, SGD with momentum", "cited",
                   "LIONS-EPFL/BiSAM, command line"),
-            digits("@bisam, log_lower_bound"),
+            *digits("bisam", "log_lower_bound"),
         ),
         watch="The authors descend with label smoothing of 0.1: put it into `value_fn`. Their "
         "value of mu for tanh is not known.",
@@ -737,7 +768,7 @@ CARDS = {
                   "Mi-Peng/Sparse-Sharpness-Aware-Minimization, README"),
             Start("0.2", "CIFAR, in the later paper", "cited",
                   "code of arXiv 2306.17504"),
-            digits("@fisher_sparse_sam, sparsity 0.5"),
+            *digits("fisher_sparse_sam", "sparsity 0.5"),
         ),
         watch="The norm is that of the whole gradient, so the step is shorter than rho. Refreshing "
         "the mask takes one gradient per example: choose `period` and `num_microbatches`.",
@@ -757,7 +788,7 @@ CARDS = {
         start=(
             Start("0.05", "the authors' default", "cited",
                   "Mi-Peng/Sparse-Sharpness-Aware-Minimization"),
-            digits("@dynamic_sparse_sam, sparsity 0.5"),
+            *digits("dynamic_sparse_sam", "sparsity 0.5"),
         ),
         watch="The authors let `drop_rate` fall to 0 along a cosine.",
         coming_from={
@@ -793,8 +824,7 @@ CARDS = {
             Start("0.1, lam 0.2", "ResNet-56 on CIFAR-10, SGD with momentum", "cited",
                   "LIONS-EPFL/SAMPa, train.py"),
             Start("lam 0.1", "GLUE, AdamW", "recalled", "captions of the paper's tables"),
-            digits("@sampa, lam 0.2"),
-            digits("@adamw sampa, lam 0.2", "AdamW"),
+            *digits("sampa", "lam 0.2"),
         ),
         watch="Return the optimizer's reading `loss` instead of your own, or you pay for a third "
         'gradient. On the CPU use `gradients="separate"`.',
@@ -809,7 +839,7 @@ CARDS = {
         not_when="You have one device: there it costs SAM's time.",
         start=(
             Start("SAM's", "any network", "default"),
-            digits("@async_sam, on one device"),
+            *digits("async_sam", "on one device"),
         ),
         watch="Where labels are wrong it kept a part of SAM's gain on the digits. Anything that "
         "waits for the ascent device between the two calls destroys the overlap.",

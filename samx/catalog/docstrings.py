@@ -21,13 +21,19 @@ def formula(factory: Callable[..., Any]) -> str:
 def doubts(factory: Callable[..., Any]) -> str:
     """Return what the notes on fidelity say after their first sentence; empty if nothing.
 
-    The first sentence is that of the catalog's row.
+    The first sentence is that of the catalog's row, and so is every other one on what it matches.
     """
     notes = "\n".join(_lines(factory)).partition("\nNotes:\n")[2]
     _, found, text = " ".join(notes.split()).partition("Fidelity: ")
     sentences = re.split(r"(?<=[.)]) (?=[A-Z`µ“\"])", text)
-    rest = [sentence for sentence in sentences[1:] if not sentence.startswith("`static_args`")]
+    known = ("Matches ", "It matches ", "`static_args`")
+    rest = [sentence for sentence in sentences[1:] if not sentence.startswith(known)]
     return " ".join(rest) if found else ""
+
+
+def plain(text: str) -> str:
+    """Return Markdown without bold letters and the addresses of links."""
+    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text.replace("**", ""))
 
 
 def _lines(factory: Callable[..., Any]) -> list[str]:

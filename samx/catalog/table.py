@@ -168,19 +168,20 @@ class Entry(NamedTuple):
         paragraphs = [
             f"Use when: {card.use_when}",
             f"Not when: {card.not_when}",
-            f"Cost: {self.gradients} gradients per step; state: {self.state} (P: one copy of the "
-            f"parameters); {SHAPES[self.shape]}, needs {', '.join(self.closures)}.",
+            f"Cost: gradients per step: {self.gradients}; held in the state: {self.state} (P: one "
+            "copy of the parameters).",
+            f"Needs: {', '.join(self.closures)} in `update`; {SHAPES[self.shape]}.",
             "Start with rho:",
             *(f"  {start}" for start in card.start),
             f"Watch: {card.watch}",
-            f"Fidelity: {self.fidelity}",
+            f"Fidelity: {docstrings.plain(self.fidelity)}",
         ]
         for code, arguments in card.coming_from.items():
-            pairs = ", ".join(f"{theirs} -> {ours}" for theirs, ours in arguments.items())
-            paragraphs.append(f"Coming from {code}: {pairs}")
+            paragraphs.append(f"Coming from {code}:")
+            paragraphs += [f"  {theirs} -> {ours}" for theirs, ours in arguments.items()]
         wrapped = (
             textwrap.fill(
-                paragraph.replace("**", ""),
+                paragraph,
                 80,
                 subsequent_indent="    " if paragraph.startswith(" ") else "  ",
                 break_long_words=False,
@@ -434,8 +435,7 @@ ENTRIES = (
            "ESAM", "du2022efficient", "chain", LOSSES,
            "1 + 1 forward + γ", "0",
            'matches dydjw9/Efficient_SAM to 7e-16 with `select="strict"`, its draws replayed; '
-           "the default selects exactly γ of the examples, as secondary sources describe the "
-           "paper",
+           "the default selects one example more",
            "authors"),
     _entry("ausam", ausam, "ausam(rho=0.1, fraction=0.5, num_examples=...)",
            "AUSAM", "deng2025ausam", "chain", (*LOSSES, "index"),
@@ -469,8 +469,8 @@ ENTRIES = (
     _entry("stable_sam", stable_sam, "stable_sam(rho=0.05)",
            "Stable SAM", "tan2025stable", "chain", LOSS,
            "2, sequential", "0",
-           "matches cltan023/stablesam2024 (both of its files) to 3e-16; the paper's text was "
-           "not read, and its adaptive form, which compares other norms, is not offered",
+           "matches cltan023/stablesam2024 (both of its files) to 3e-16; its adaptive form, "
+           "which compares other norms, is not offered",
            "authors"),
     _entry("usam", usam, "usam(rho=0.05)",
            "USAM, un-normalized SAM", "andriushchenko2022towards", "chain", LOSS,
