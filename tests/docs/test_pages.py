@@ -1,6 +1,7 @@
 """The pages of the book hold what the package says, and the citation file is right."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def load(path):
 
 
 write = load(BOOK / "_pages" / "write.py")
+measured = load(BOOK / "_pages" / "measured.py")
 PAGES = write.pages()
 
 
@@ -69,6 +71,21 @@ def test_a_card_builds_its_optimizer():
         "optax.chain(samx.perturb_if(samx.policies.random(0.5), "
         "samx.combinations.mix(samx.sam(0.05), 2.0)), base)"
     )
+
+
+def test_measured_radii_come_from_results(tmp_path, monkeypatch):
+    """The file is what its script writes, and new results change their own variants only."""
+    old, new = measured.TARGET.read_text(), tmp_path / "measured.py"
+    monkeypatch.setattr(measured, "TARGET", new)
+    measured.main([])
+    assert new.read_text() == old
+    rows = [("base", 0.3, 0.0), ("look-layer-sam", 0.3, 0.01), ("look-layer-sam", 0.0, 0.003)]
+    results = [{"row": row, "noise": noise, "rho": rho} for row, noise, rho in rows]
+    report = {"settings": {"base": "adamw", "noise": 0.3}, "results": results}
+    (tmp_path / "results.json").write_text(json.dumps(report))
+    measured.main([str(tmp_path / "results.json")])
+    lines = set(new.read_text().splitlines()) - set(old.splitlines())
+    assert lines == {'    "look_layer_sam": {"adamw": (0.01, 0.003)},'}
 
 
 # What version 1.2.0 of the Citation File Format requires.
