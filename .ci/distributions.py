@@ -12,7 +12,13 @@ import zipfile
 from pathlib import Path
 
 FOLDERS = ("samx", "tests", "examples", "notebooks", ".github")
-FILES = ("CITATION.cff", "LICENSE", "README.md", "pyproject.toml", ".gitignore")  # hatch adds the last
+FILES = (
+    "CITATION.cff",
+    "LICENSE",
+    "README.md",
+    "pyproject.toml",
+    ".gitignore",
+)  # hatch adds the last
 GENERATED = ("__pycache__", ".ipynb_checkpoints")
 
 

@@ -71,7 +71,7 @@ from samx.variants.usam import usam
 from samx.variants.vsam import vsam
 from samx.variants.wsam import coupled_wsam, wsam
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "catalog",

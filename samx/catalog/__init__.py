@@ -1,29 +1,33 @@
 """The catalog: every variant, its paper, what it needs, what it costs, and how sure we are.
 
-One table, `samx.catalog.table`. The tests, the examples and the README take their rows from it.
+One table, `samx.catalog.table`, and one card for each row, `samx.catalog.cards`. The tests, the
+examples and the pages of the book take their rows from them.
 """
 
 from fnmatch import fnmatchcase
 
-from samx.catalog.table import ENTRIES, Entry
-
-SHAPES = {
-    "chain": "first in a chain",
-    "wraps": "wraps the base",
-    "optimizer": "is the optimizer",
-}
+from samx.catalog.table import ENTRIES, SHAPES, Entry
 
 
 class Catalog(tuple[Entry, ...]):
-    """Rows of the catalog: a tuple that prints as a table."""
+    """Rows of the catalog: a tuple that prints as a table, and a single row as its card.
+
+    Example:
+        >>> import samx
+        >>> rows = samx.catalog("lightsam")
+        >>> len(rows), rows[0].name
+        (3, 'lightsam_norm')
+    """
 
     def __repr__(self) -> str:
-        """Return the table as plain text."""
+        """Return the table as plain text, of a single row its card."""
+        if len(self) == 1:
+            return self[0].card()
         head = ("name", "published", "shape", "closures", "gradients", "state")
         rows = [
             (
                 entry.name,
-                _published(entry),
+                entry.published,
                 SHAPES[entry.shape],
                 ", ".join(entry.closures),
                 entry.gradients,
@@ -38,16 +42,15 @@ class Catalog(tuple[Entry, ...]):
             for line in lines
         )
 
-    def markdown(self) -> str:
-        """Return the table in Markdown, as the README has it."""
-        head = "| call | paper | shape | closures | gradients per step | state | fidelity |"
-        rows = [
-            f"| `{entry.call}` | [{entry.method}]({entry.url}), {_published(entry)} | "
-            f"{SHAPES[entry.shape]} | {', '.join(f'`{name}`' for name in entry.closures)} | "
-            f"{entry.gradients} | {entry.state} | {entry.fidelity} |"
-            for entry in self
-        ]
-        return "\n".join([head, "|---" * 7 + "|", *rows])
+    def bibtex(self) -> str:
+        """Return the BibTeX entries of the papers, each one once.
+
+        Example:
+            >>> import samx
+            >>> samx.catalog("lightsam").bibtex().count("@")
+            1
+        """
+        return "\n\n".join(dict.fromkeys(entry.bibtex() for entry in self))
 
 
 def catalog(pattern: str = "*") -> Catalog:
@@ -64,10 +67,11 @@ def catalog(pattern: str = "*") -> Catalog:
             matter, nor whether words are joined by spaces, `-` or `_`. Default all.
 
     Returns:
-        A tuple of rows that prints as a table, empty if nothing matches. A row has the fields
-        `name`, `factory`, `call`, `method`, `paper`, `venue`, `year`, `arxiv`, `url`, `bibtex`,
-        `shape`, `closures`, `gradients`, `state` and `fidelity`. `.markdown()` is the README's
-        table.
+        A tuple of rows that prints as a table, empty if nothing matches. A single row prints as
+        its method card. A row has the fields `name`, `factory`, `call`, `method`, `paper`,
+        `authors`, `venue`, `year`, `arxiv`, `url`, `key`, `shape`, `closures`, `gradients`, `state`
+        and `fidelity`, and the methods `card()`, `formula()`, `doubts()` and `bibtex()`.
+        `catalog(...).bibtex()` has the BibTeX entries of all rows.
 
     Raises:
         TypeError: If `pattern` is not a string.
@@ -96,7 +100,7 @@ def catalog(pattern: str = "*") -> Catalog:
         names = _plain(entry.name), _plain(entry.method)
         if any(sign in wanted for sign in "*?["):
             return any(fnmatchcase(name, wanted) for name in names)
-        texts = *names, _plain(entry.paper), entry.arxiv, entry.bibtex
+        texts = *names, _plain(entry.paper), entry.arxiv, entry.key
         return any(wanted in text for text in texts)
 
     exact = [entry for entry in ENTRIES if _plain(entry.name) == wanted]
@@ -107,7 +111,3 @@ def _plain(text: str) -> str:
     """Return the text as it is compared: lower case, words joined by `_`, µP² as `mup2`."""
     text = text.strip().casefold().replace("μ", "mu").replace("²", "2")
     return text.replace("-", "_").replace(" ", "_")
-
-
-def _published(entry: Entry) -> str:
-    return f"{entry.venue or 'arXiv'} {entry.year}"

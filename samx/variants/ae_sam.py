@@ -57,7 +57,7 @@ def ae_sam(
         `perturb_if(policies.squared_norm(threshold, decay), sam(rho))`. Cost: 1 gradient per step,
         and 1 more on sharp steps. The paper's schedule makes about half of the steps sharp, most of
         them late. The norm is that of the incoming gradient, before clipping and decay.
-        Fidelity: no code exists. The rule follows two secondary transcriptions that agree, and
+        Fidelity: no code exists; the rule follows two secondary transcriptions that agree, and
         matches an independent implementation of them; `decay`, λ and the starting values are
         recalled.
     """

@@ -46,7 +46,7 @@ def monge_sam(rho: Radius = 0.05, *, perturb_dtype: DType = "float32") -> Transf
         optimizer. Cost: 2 gradients per step, one after the other, and one transient copy of the
         parameters. The radius depends on the scale of the loss: use mean losses. For other
         variants, the geometry is `perturbations.monge_ball`.
-        Fidelity: the paper's closed form. It matches a third party's code (manavdahra/
-        sam-opt-research), because the authors' code was not available.
+        Fidelity: the paper's closed form; it matches a third party's code
+        (manavdahra/sam-opt-research), because the authors' code was not available.
     """
     return sharpness_aware(monge_ball(rho), perturb_dtype=perturb_dtype, name="monge_sam")

@@ -1,6 +1,7 @@
 """SL-SAM: SAM on a few layers per step, which a bandit chooses by their gradient norms.
 
-Cheng, Yang, Wang, Huang, Ma, Yu, Cao, Shen. Sparse-layer SAM, 2026. https://arxiv.org/abs/2602.09395
+Cheng, Yang, Wang, Huang, Ma, Yu, Cao, Shen. "Sparse Layer Sharpness-Aware
+Minimization for Efficient Fine-Tuning", 2026. https://arxiv.org/abs/2602.09395
 """
 
 from functools import partial

@@ -13,6 +13,7 @@ import pytest
 
 import samx
 from examples.common import choices, registry
+from samx.catalog.cards import CARDS, FAMILIES
 
 ROOT = Path(__file__).parents[2]
 ENTRIES = samx.catalog()
@@ -41,9 +42,13 @@ def test_a_row_is_complete(entry):
     assert all(getattr(entry, field) != "" for field in entry._fields if field != "venue")
     assert re.fullmatch(r"\d{4}\.\d{5}", entry.arxiv)
     assert 2014 <= entry.year <= 2100
-    assert re.fullmatch(r"[a-z]+\d{4}[a-z0-9]*", entry.bibtex)
-    assert str(entry.year) in entry.bibtex
+    assert re.fullmatch(r"[a-z]+\d{4}[a-z0-9]*", entry.key)
+    assert str(entry.year) in entry.key
     assert entry.url.endswith(entry.arxiv)
+    assert (entry.evidence == "reconstructed") == ("reconstructed" in entry.fidelity.lower())
+    assert entry.evidence != "authors" or entry.fidelity.startswith("matches")
+    names = entry.authors.split(" and ")
+    assert all(re.fullmatch(r"[^,.]+, [^,]+", name) for name in names)
 
 
 @every_entry
@@ -142,9 +147,73 @@ def test_it_prints_as_a_table():
     assert repr(samx.catalog("no such thing")).startswith("name")
 
 
-def test_the_readme_has_this_table():
-    """To bring it up to date: python -c "import samx; print(samx.catalog().markdown())"."""
-    assert ENTRIES.markdown() in (ROOT / "README.md").read_text()
+def test_a_single_row_prints_as_its_card():
+    assert repr(samx.catalog("looksam")) == samx.catalog("looksam")[0].card()
+
+
+@every_entry
+def test_the_card_is_complete(entry):
+    card = CARDS[entry.name]
+    texts = (card.use_when, card.not_when, card.watch)
+    assert all(text.endswith(".") and text.count(". ") <= 2 for text in texts)
+    assert card.start
+    for start in card.start:
+        assert start.source or start.kind in ("recalled", "default")
+        if start.kind == "measured":
+            assert (ROOT / start.source).is_file()
+    text = entry.card()
+    assert max(map(len, text.splitlines())) <= 100
+    for part in (entry.method, entry.call, *entry.formula().splitlines(), "Start with rho:"):
+        assert part in text
+    plain = " ".join(text.split())
+    for part in (*texts, *map(str, card.start)):
+        assert " ".join(part.split()) in plain
+
+
+@every_entry
+def test_a_card_names_arguments_that_exist(entry):
+    """What another code's arguments become is this factory's argument, or a sentence about it."""
+    parameters = inspect.signature(entry.factory).parameters
+    for arguments in CARDS[entry.name].coming_from.values():
+        for ours in arguments.values():
+            names = re.findall(r"^(\w+)(?:=|$)", ours)
+            assert set(names) <= {*parameters, *samx.__all__}, ours
+            called = re.match(r"(\w+)\(", ours)
+            assert called is None or hasattr(samx, called[1]), ours
+
+
+def test_every_entry_has_a_card_and_a_family():
+    families = [name for names in FAMILIES.values() for name in names]
+    assert sorted(families) == sorted(CARDS) == sorted(NAMES)
+
+
+@every_entry
+def test_the_formula_is_the_rule(entry):
+    formula = entry.formula()
+    assert "=" in formula or "return" in formula
+    assert "Args:" not in formula
+    assert max(map(len, formula.splitlines())) <= 96
+
+
+@every_entry
+def test_bibtex(entry):
+    text = entry.bibtex()
+    kind = "misc" if not entry.venue else "(inproceedings|article)"
+    assert re.match(rf"@{kind}{{{entry.key},\n", text)
+    assert text.isascii()
+    assert text.count("{") == text.count("}")
+    fields = re.findall(r"^  (\w+) = {(.*)},$", text, re.MULTILINE)
+    assert len(fields) == text.count("\n") - 1
+    assert {"title", "author", "year", "eprint", "url"} <= dict(fields).keys()
+    surnames = [name.split(",")[0] for name in entry.authors.split(" and ")]
+    if entry.name not in MADE_OF_OTHERS:  # the docstring of the file names the same people
+        people = (inspect.getmodule(entry.factory).__doc__ or "").replace("\n", " ")
+        assert f"{', '.join(surnames)}. " in people
+
+
+def test_bibtex_of_several_rows_has_each_paper_once():
+    text = samx.catalog().bibtex()
+    assert text.count("\n@") + 1 == len({entry.key for entry in ENTRIES})
 
 
 def test_the_papers_are_those_of_the_files():

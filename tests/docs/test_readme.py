@@ -16,6 +16,8 @@ from samx import combinations, elastic, losses, mup, perturbations, policies, sc
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+API = (ROOT / "notebooks" / "api.md").read_text()
+WRITE = "api.md is out of date: python notebooks/_pages/write.py"
 SECTIONS = ("Args", "Returns", "Raises", "Example", "References", "Notes")
 
 
@@ -69,8 +71,17 @@ def test_every_argument_is_documented(name, value):
 
 
 @pytest.mark.parametrize(("name", "value"), PUBLIC)
-def test_readme_row(name, value):
-    assert re.search(rf"^\|.*`{name}\b", README, re.MULTILINE), f"no README row for {name}"
+def test_api_entry(name, value):
+    """A line in the list of names, and one directive: that of the name, or of its module."""
+    module, _, _ = name.rpartition(".")
+    assert API.count(f"- {{py:obj}}`samx.{name}`: ") == 1, f"{name}: {WRITE}"
+    directive = (
+        "automodule" if module else "autoclass" if inspect.isclass(value) else "autofunction"
+    )
+    target = f"samx.{module or name}"
+    assert len(re.findall(rf"^.. {directive}:: {target}$", API, re.MULTILINE)) == 1, (
+        f"{name}: {WRITE}"
+    )
 
 
 def test_no_public_name_takes_any_keyword():

@@ -1,0 +1,270 @@
+"""Write what pages of the book take from the package: method cards, fidelity, the list of names.
+
+    python notebooks/_pages/write.py
+
+A page holds hand-written text, and parts between the comments `<!-- begin NAME -->` and
+`<!-- end NAME -->`. This script replaces these parts. `tests/docs/test_pages.py` fails where a page
+holds something else.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import samx
+from samx.catalog.cards import CARDS, FAMILIES, Start
+from samx.catalog.table import ENTRIES, SHAPES, Entry
+
+FOLDER = Path(__file__).parents[1]
+BY_NAME = {entry.name: entry for entry in ENTRIES}
+
+# The public names of `samx` itself, by kind. Variants come from the families of the cards.
+KINDS = {
+    "Finding a variant": ("catalog",),
+    "The step": ("is_sharp_pass", "value_and_grad_at", "preflight"),
+    "Sharp gradients on some steps": ("perturb_if",),
+    "Around an optimizer": ("accumulate", "freeze", "scale_loss", "skip_nonfinite", "with_base"),
+    "Several devices": ("data_parallel", "value_and_grad", "axis_mean", "state_specs"),
+    "In a state": ("Readings", "HeldBatch"),
+    "Writing a variant": ("closure_transformation",),
+}
+ROWS = ("catalog.Catalog", "catalog.Entry", "catalog.cards.Card", "catalog.cards.Start")
+MODULES = (
+    "perturbations",
+    "policies",
+    "combinations",
+    "selection",
+    "schedules",
+    "losses",
+    "mup",
+    "asynchronous",
+    "elastic",
+    "flax",
+)
+
+
+def pages() -> dict[str, dict[str, str]]:
+    """Return the written parts of each page."""
+    return {
+        "methods.md": {"table": method_table(), "cards": method_cards()},
+        "fidelity.md": fidelity_tables(),
+        "api.md": {"names": name_lists(), "reference": reference()},
+    }
+
+
+def fill(text: str, parts: dict[str, str]) -> str:
+    """Return a page's text with its parts replaced."""
+    for name, part in parts.items():
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"no part between {begin.strip()} and {end}")
+        text = f"{before}{begin}\n{part}\n\n{end}{after}"
+    return text
+
+
+def in_order() -> list[Entry]:
+    """Return the entries in the order of the families."""
+    return [BY_NAME[name] for names in FAMILIES.values() for name in names]
+
+
+# Method cards
+
+
+def method_table() -> str:
+    """Return the table of all variants: few columns, so that a phone shows it whole."""
+    lines = ["| variant | paper | gradients per step |", "|---|---|---|"]
+    for family, names in FAMILIES.items():
+        lines.append(f"| **{family}** | | |")
+        for name in names:
+            entry = BY_NAME[name]
+            paper = f"{entry.method}, {entry.published}"
+            lines.append(f"| [{name}](#{name}) | {paper} | {entry.gradients} |")
+    return "\n".join(lines)
+
+
+def method_cards() -> str:
+    """Return a card for each variant, under the headings of their families."""
+    return "\n\n".join(
+        "\n\n".join([f"## {family}", *(method_card(BY_NAME[name]) for name in names)])
+        for family, names in FAMILIES.items()
+    )
+
+
+def method_card(entry: Entry) -> str:
+    """Return the card of a variant."""
+    card = CARDS[entry.name]
+    closures = ", ".join(f"`{name}`" for name in entry.closures)
+    people = ", ".join(name.split(",")[0] for name in entry.authors.split(" and "))
+    items = [
+        f"**Use when:** {card.use_when}",
+        f"**Not when:** {card.not_when}",
+        f"**Cost:** gradients per step: {entry.gradients}; held in the state: {entry.state}.",
+        f"**Needs:** {closures} in `update`; {SHAPES[entry.shape]}.",
+        "**Start with rho:**",
+        *(f"  {start_value(start)}" for start in card.start),
+        f"**Watch:** {card.watch}",
+        f"**Fidelity:** {sentence(entry.fidelity)} {entry.doubts()}".rstrip(),
+    ]
+    for code, arguments in card.coming_from.items():
+        pairs = "; ".join(f"`{theirs}` → {argument(ours)}" for theirs, ours in arguments.items())
+        items.append(f"**Coming from {code}:** {pairs}.")
+    factory = entry.factory.__name__
+    shown = ", ".join(
+        f"[{Path(path).name.removesuffix('.ipynb')}]({link(path)})" for path in card.shown_in
+    )
+    more = f"{{py:obj}}`samx.{factory}`" + (f"; shown in {shown}" if shown else "")
+    items.append(f"**More:** {more}.")
+    lines = [f"{item[: len(item) - len(item.lstrip())]}- {item.lstrip()}" for item in items]
+    return "\n".join([
+        f"### {entry.name}",
+        "",
+        f"**{entry.method}.** {people}: [{entry.paper}]({entry.url}), {entry.published}.",
+        "",
+        "```python",
+        f"tx = {build(entry)}",
+        "```",
+        "",
+        "```text",
+        entry.formula(),
+        "```",
+        "",
+        *lines,
+        "",
+        "```bibtex",
+        entry.bibtex(),
+        "```",
+    ])  # fmt: skip
+
+
+def build(entry: Entry) -> str:
+    """Return the line that builds the optimizer, with the base where it stands."""
+    public = "|".join(name for name in samx.__all__ if name in entry.call)
+    call = re.sub(rf"(?<![\w.])({public})(?=[(.])", r"samx.\1", entry.call)
+    return f"optax.chain({call}, base)" if entry.shape == "chain" else call
+
+
+def start_value(start: Start) -> str:
+    """Return a value of rho as a list item, with where it comes from."""
+    source = start.source
+    if (FOLDER.parent / source).is_file():
+        source = f"[{Path(source).name}]({link(source)})"
+    kind = f"*{start.kind}*: {source}" if source else f"*{start.kind}*"
+    return f"**{start.rho}** for {start.where} ({kind})"
+
+
+def sentence(text: str) -> str:
+    """Return the text as a sentence, with a capital letter and a full stop."""
+    first = next(i for i, letter in enumerate(text) if letter.isalpha() or letter == "`")
+    text = f"{text[:first]}{text[first].upper()}{text[first + 1 :]}".removesuffix(".") + "."
+    return re.sub(r"(\de)-(\d)", "\\1\N{NON-BREAKING HYPHEN}\\2", text)  # 1e-15 on one line
+
+
+def argument(ours: str) -> str:
+    """Return what another code's argument is called here: code, or words."""
+    is_code = "`" not in ours and ("(" in ours or "=" in ours)
+    return f"`{ours}`" if is_code or re.fullmatch(r"[\w.]+(, [\w.]+)*", ours) else ours
+
+
+def link(path: str) -> str:
+    """Return the address of a file of the repository as seen from a page."""
+    return path.removeprefix("notebooks/") if path.startswith("notebooks/") else f"../{path}"
+
+
+# Fidelity
+
+
+def fidelity_tables() -> dict[str, str]:
+    """Return a table for each kind of evidence."""
+    return {
+        evidence: fidelity_table(entry for entry in in_order() if entry.evidence == evidence)
+        for evidence in ("authors", "others", "reconstructed")
+    }
+
+
+def fidelity_table(entries: Iterable[Entry]) -> str:
+    """Return what was compared with whose code, and how far apart they are."""
+    lines = ["| variant | compared with |", "|---|---|"]
+    lines += [
+        f"| [{entry.name}](methods.md#{entry.name}) | {sentence(entry.fidelity)} |"
+        for entry in entries
+    ]
+    return "\n".join(lines)
+
+
+# API reference
+
+
+def modules() -> dict[str, Any]:
+    """Return the public modules by name."""
+    return {name: importlib.import_module(f"samx.{name}") for name in MODULES}
+
+
+def names_by_kind() -> dict[str, list[str]]:
+    """Return the public names of `samx` that are no modules, by kind."""
+    variants = [name for names in FAMILIES.values() for name in names if name in samx.__all__]
+    return {"Variants": variants, **{kind: list(names) for kind, names in KINDS.items()}}
+
+
+def summary(value: Any) -> str:
+    """Return the first line of a docstring, for Markdown."""
+    first = (inspect.getdoc(value) or "").splitlines()[0]
+    return re.sub(r"(?<!`)\|(?!`)", r"\\|", first)
+
+
+def name_lists() -> str:
+    """Return one line for each public name, with its anchor."""
+    blocks = []
+    for kind, names in names_by_kind().items():
+        blocks += [f"**{kind}**", name_list("samx", names, lambda name: getattr(samx, name))]
+    for title, module in modules().items():
+        names = module.__all__
+        blocks += [
+            f"**samx.{title}**: {summary(module)}",
+            name_list(f"samx.{title}", names, lambda name, module=module: getattr(module, name)),
+        ]
+    return "\n\n".join(blocks)
+
+
+def name_list(prefix: str, names: Iterable[str], find: Callable[[str], Any]) -> str:
+    """Return the list of names with their first lines."""
+    return "\n".join(f"- {{py:obj}}`{prefix}.{name}`: {summary(find(name))}" for name in names)
+
+
+def reference() -> str:
+    """Return the directives that take the docstrings, one for each public name."""
+    blocks = []
+    for kind, names in names_by_kind().items():
+        directives = [
+            f".. autoclass:: samx.{name}\n   :members:"
+            if inspect.isclass(getattr(samx, name))
+            else f".. autofunction:: samx.{name}"
+            for name in names
+        ]
+        blocks += [f"## {kind}", eval_rst("\n\n".join(directives))]
+    directives = [f".. autoclass:: samx.{name}\n   :members:" for name in ROWS]
+    blocks += ["## What samx.catalog returns", eval_rst("\n\n".join(directives))]
+    for title in MODULES:
+        directive = f".. automodule:: samx.{title}\n   :members:"
+        blocks += [f"## samx.{title}", eval_rst(directive)]
+    return "\n\n".join(blocks)
+
+
+def eval_rst(text: str) -> str:
+    """Return reStructuredText for MyST."""
+    return f"```{{eval-rst}}\n{text}\n```"
+
+
+def main() -> None:
+    """Replace the written parts of all pages."""
+    for name, parts in pages().items():
+        path = FOLDER / name
+        path.write_text(fill(path.read_text(), parts))
+
+
+if __name__ == "__main__":
+    main()
