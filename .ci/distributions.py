@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 FOLDERS = ("samx", "tests", "examples", "notebooks", ".github")
-FILES = (
+FILES = ("CITATION.cff", "LICENSE", "README.md", "pyproject.toml", ".gitignore")
     "CITATION.cff",
     "LICENSE",
     "README.md",
