@@ -13,12 +13,6 @@ from pathlib import Path
 
 FOLDERS = ("samx", "tests", "examples", "notebooks", ".github")
 FILES = ("CITATION.cff", "LICENSE", "README.md", "pyproject.toml", ".gitignore")
-    "CITATION.cff",
-    "LICENSE",
-    "README.md",
-    "pyproject.toml",
-    ".gitignore",
-)  # hatch adds the last
 GENERATED = ("__pycache__", ".ipynb_checkpoints")
 
 
