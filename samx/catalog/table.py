@@ -348,9 +348,21 @@ def _entry(
     fidelity: str,
     evidence: Literal["authors", "others", "reconstructed"],
 ) -> Entry:
-    paper = (*PAPERS[key], key)
-    cost = (gradients, state)
-    return Entry(name, factory, call, method, *paper, shape, closures, *cost, fidelity, evidence)
+    paper = PAPERS[key]
+    return Entry(
+        name,
+        factory,
+        call,
+        method,
+        *paper,
+        key,
+        shape,
+        closures,
+        gradients,
+        state,
+        fidelity,
+        evidence,
+    )
 
 
 # fmt: off
