@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 RECIPES = NOTEBOOKS / "recipes.md"
 README = ROOT / "README.md"
-PAGES = [README, *sorted(NOTEBOOKS.glob("*.md"))]
+CARDS = NOTEBOOKS / "methods.md"  # one line for each variant, about a `base` of yours
+PAGES = [README, *sorted({*NOTEBOOKS.glob("*.md")} - {CARDS})]
 SHORT = (README, RECIPES)  # pages whose blocks have at most MOST_LINES
 MOST_LINES, LONGEST_LINE = 15, 100
 
