@@ -25,6 +25,7 @@ TEXTS = sorted(set(FOLDER.glob("*.py")) - {FOLDER / "conf.py"})
 # The default run executes a smaller form: the text on the left, which occurs once, becomes that on
 # the right. `-m slow` executes the notebook as it is.
 SMALLER = {
+    "coming_from": {"STEPS, BATCH = 12, 16\n": "STEPS, BATCH = 3, 16\n"},
     "sam_in_five_minutes": {
         "BATCH, SEEDS = 1000, 500, 100, 10\n": "BATCH, SEEDS = 1000, 500, 100, 2\n",
         "EPOCHS = 40\n": "EPOCHS = 2\n",
