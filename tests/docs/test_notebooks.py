@@ -25,6 +25,17 @@ TEXTS = sorted(set(FOLDER.glob("*.py")) - {FOLDER / "conf.py"})
 # The default run executes a smaller form: the text on the left, which occurs once, becomes that on
 # the right. `-m slow` executes the notebook as it is.
 SMALLER = {
+    "coming_from": {"STEPS, BATCH = 12, 16\n": "STEPS, BATCH = 3, 16\n"},
+    "write_your_variant": {
+        "\nSTEPS = 12\n": "\nSTEPS = 2\n",
+        '    "multiplies by F",\n    "another norm",\n    "frozen radius",\n': "",
+        '    "inside LookSAM": optax': '}\nunused = {\n    "inside LookSAM": optax',
+        "NOISE, EPOCHS, SEEDS, TUNING_SEEDS = 64, 0.3, 40, range(12), tuning.TUNING_SEEDS": (
+            "NOISE, EPOCHS, SEEDS, TUNING_SEEDS = 8, 0.3, 1, range(3), range(1)"
+        ),
+        '    "ASAM": (in_front(samx.asam), 2, EPOCHS, (0.25, 0.5, 1.0)),\n': "",
+        "CHECKS = checks.CHECKS\n": "CHECKS = checks.CHECKS[:1]\n",
+    },
     "sam_in_five_minutes": {
         "BATCH, SEEDS = 1000, 500, 100, 10\n": "BATCH, SEEDS = 1000, 500, 100, 2\n",
         "EPOCHS = 40\n": "EPOCHS = 2\n",
@@ -45,7 +56,7 @@ SMALLER = {
         ),
         '"figure.constrained_layout.use": True': '"figure.constrained_layout.use": False',
         "jax.random.split(jax.random.key(3), 10)": "jax.random.split(jax.random.key(3), 2)",
-    }
+    },
 }
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
