@@ -53,7 +53,7 @@ def fisher_sam(
         gradients of examples. So the ball depends on the scale of the loss.
         Cost: 2 gradients per step, one after the other; elementwise work; no state.
         Fidelity: no code by the authors is known. Matches a third party's
-        (johnjaejunlee95/torch-unified-SAM-optimization) to 1e-15; the defaults are theirs, and the
+        (johnjaejunlee95/torch-unified-SAM-optimization) to 1e-12; the defaults are theirs, and the
         paper's text was not read.
     """
     check_number("eta", eta, 0)

@@ -33,10 +33,10 @@ def test_recorded_runs(name):
     history = simulated(RECORDED[name], rule, list(range(hyper["P"])))
     for t, (center, locals_) in enumerate(history):
         for key in center:
-            np.testing.assert_allclose(center[key], expected[key][t], rtol=0, atol=1e-10)
+            np.testing.assert_allclose(center[key], expected[key][t], rtol=0, atol=1e-12)
             for i, params in enumerate(locals_):
                 np.testing.assert_allclose(
-                    params[key], expected[f"w{i}/{key}"][t], rtol=0, atol=1e-10
+                    params[key], expected[f"w{i}/{key}"][t], rtol=0, atol=1e-12
                 )
 
 
