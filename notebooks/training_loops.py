@@ -441,8 +441,8 @@ print(
 # **bfloat16 compute.** Keep the parameters in float32 and compute in bfloat16, `dtype=jnp.bfloat16`
 # in Flax. Nothing else is needed.
 #
-# **bfloat16 parameters** work too. A perturbation is small beside the weights: a step of radius
-# 0.05 over two million parameters would be rounded away. So the closure gets the parameters in
+# **bfloat16 or float16 parameters** work too. A perturbation is small beside the weights: a step of
+# radius 0.05 over two million parameters would be rounded away. So the closure gets them in
 # float32 at the perturbed point, and its gradient comes back in their dtype. `perturb_dtype=None`
 # switches that off; the reading `perturbation_norm` shows what the closure then really sees.
 

@@ -20,8 +20,8 @@
 # - **LSAM** ([Teng and Zhang, 2025](https://arxiv.org/abs/2509.03110)) lets many workers train at
 #   their own pace, around a common center.
 #
-# Neither paper has published code. AsyncSAM is partly, LSAM is wholly **reconstructed** in samx:
-# their docstrings say what is known and what is inferred.
+# No code by the authors could be found. AsyncSAM is partly **reconstructed** in samx, and LSAM
+# wholly: their docstrings say what is known and what is inferred.
 
 # %%
 import jax
@@ -45,7 +45,7 @@ from examples.common.tuning import Runs, runs_of
 from samx import elastic
 
 figures.use_style()
-SEEDS, EPOCHS, GRADIENTS, REPEATS = 10, 40, 3200, 7
+SEEDS, EPOCHS, GRADIENTS, REPEATS = 10, 40, 3200, 5
 
 
 def mean_and_error(values):
@@ -90,7 +90,8 @@ axis.tick_params(left=False)
 plt.show()
 
 # %% [markdown]
-# An arrow is an ascent gradient that goes to the fast device and is climbed in the next step.
+# This is a drawing, not a measurement. An arrow is an ascent gradient that goes to the fast device,
+# where the next step climbs it. The first step has nothing to climb: it is SGD's.
 #
 # ### Two devices, one Python thread
 #
@@ -154,10 +155,11 @@ for name, seconds in rounds.items():
     print(f"{name:<16} {1e3 * np.median(seconds):6.0f} {spread:>24}")
 
 # %% [markdown]
-# These times depend on the machine, and on what else it does. On two cores that are otherwise idle
-# SAM takes about 2.4 times as long as SGD and AsyncSAM about 1.2 times as long. While other
-# programs used both cores, AsyncSAM took up to 2.0 times as long: the second device has to be idle.
-# The calibration measures one device at a time, and does not see what they do to each other.
+# These times depend on the machine, and on what else it does: the second device has to be idle. On
+# two cores that are otherwise idle SAM takes about 2.4 times as long as SGD, and AsyncSAM about 1.2
+# times as long. While other programs use both cores, AsyncSAM takes about twice as long as SGD, and
+# saves little. The calibration measures one device at a time, and does not see what they do to each
+# other. `examples/asynchronous/async_cost.py` measures it with more rounds.
 #
 # - **The same numbers** as `tx.update(..., ascent_fn=...)` on one device, to the last bit on the
 #   CPU. Checkpoints go from one to the other: `opt_state` holds the ascent gradient.
@@ -207,7 +209,12 @@ for row, values in accuracies.items():
     print(f"{row:<16} {cells[0]:>16} {cells[1]:>14} {cells[2]:>14}")
 
 # %% [markdown]
-# ASYNC_TEXT
+# Is AsyncSAM as accurate as SAM? With wrong labels, no. With b′ = b it keeps about six tenths of
+# SAM's gain over SGD, and with b/4 about four tenths; it is behind SAM by two and more standard
+# errors. With clean labels there is nothing to gain, and it is at most 0.3 points behind
+# ([results](results.md)). Whether longer trainings with smaller steps, which are the paper's, lose
+# less was not measured. So: if SAM's time is a problem and a second device stands idle, AsyncSAM is
+# a middle way. Its rival is `momentum_sam`, which needs no second device.
 #
 # ## 2. LSAM: workers around a center
 #
@@ -367,9 +374,8 @@ for name, curve in curves.items():
 # %%
 figure, axis = plt.subplots(figsize=(9.5, 4.4))
 names = {
-    "dp-sam": ("SAM, all workers wait", figures.RED),
-    "lsam": ("LSAM, nobody waits", figures.BLUE),
-    "easgd": ("EASGD: LSAM without SAM", figures.GREY),
+    "lsam": ("LSAM,\nnobody waits", figures.BLUE),
+    "dp-sam": ("SAM, all\nworkers wait", figures.RED),
 }
 for name, (label, color) in names.items():
     curve = curves[name]
@@ -389,7 +395,23 @@ figures.label_ends(axis)
 plt.show()
 
 # %% [markdown]
-# LSAM_TEXT
+# **At equal time** LSAM is far ahead: it uses all of the workers' speed, and data-parallel SAM a
+# quarter of it. Compare the rows "lsam" and "dp-sam, same time".
+#
+# **At equal gradients** it depends. Here LSAM leads data-parallel SAM by about 0.6 points, three
+# standard errors. The same script finds no lead with 1600 gradients (+0.08 ± 0.21) or with four
+# workers (−0.06 ± 0.29), and with 800 gradients LSAM is behind (−1.28 ± 0.33): a center that is an
+# average moves later.
+#
+# **The sharpness counts**: EASGD, the same workers with plain gradients, is 1.6 points behind.
+# And **one worker** that takes all steps alone is as good as LSAM or better. It needs seven times
+# as long: many steps on small batches are good for SAM, and LSAM's price is that the steps are
+# spread over workers.
+#
+# The clock is simulated. With real threads and with Ray, four workers on two cores and one of them
+# slowed down, LSAM took 10.6 s and 11.2 s where data-parallel SAM took 33.5 s for the same number
+# of gradients (`--engine threads`, `--engine ray`; both show the progress of each worker, and
+# continue from a checkpoint with `--resume`).
 #
 # ## Where to go next
 #
