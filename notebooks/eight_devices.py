@@ -43,7 +43,7 @@ from examples.common import figures
 figures.use_style()
 STEPS, BATCH, WIDTH, RHO, LEARNING_RATE = 100, 96, 64, 0.1, 0.1
 devices = jax.devices("cpu")[:8]
-print(f"{len(devices)} many devices: {devices[0]}, ..., {devices[-1]}")
+print(f"{len(devices)} devices: {devices[0]}, ..., {devices[-1]}")
 
 # %% [markdown]
 # ## One network, one step
