@@ -57,6 +57,34 @@ SMALLER = {
         '"figure.constrained_layout.use": True': '"figure.constrained_layout.use": False',
         "jax.random.split(jax.random.key(3), 10)": "jax.random.split(jax.random.key(3), 2)",
     },
+    "training_loops": {
+        "STEPS, BATCH, WIDTH, RHO, LEARNING_RATE = 150, 100, 64": (
+            "STEPS, BATCH, WIDTH, RHO, LEARNING_RATE = 4, 8, 16"
+        ),
+        "LARGE, PARTS, LARGE_STEPS = 800, 8, 60": "LARGE, PARTS, LARGE_STEPS = 8, 2, 2",
+        "FIRST, LAST = 20, 40": "FIRST, LAST = 1, 2",
+        "dtype=jnp.float16": "dtype=jnp.bfloat16",  # some processors have no float16
+        'for masks in ("same", "fresh"):': 'for masks in ("fresh",):',
+    },
+    "eight_devices": {
+        "STEPS, BATCH, WIDTH, RHO, LEARNING_RATE = 100": (
+            "STEPS, BATCH, WIDTH, RHO, LEARNING_RATE = 3"
+        ),
+        "SEEDS, EPOCHS, NOISE = 8, 20": "SEEDS, EPOCHS, NOISE = 2, 1",
+        "jnp.array([0.05, 0.1, 0.2, 0.3, 0.4])": "jnp.array([0.1])",
+        "for num_devices in (1, 2, 8):": "for num_devices in (1, 8):",
+        "PAIR_STEPS = 20": "PAIR_STEPS = 2",
+        '{"SAM": with_sam, "SAMPa": with_sampa}': '{"SAMPa": with_sampa}',
+    },
+    "workers_that_do_not_wait": {
+        "SEEDS, EPOCHS, GRADIENTS, REPEATS = 10, 40, 3200, 5": (
+            "SEEDS, EPOCHS, GRADIENTS, REPEATS = 2, 1, 64, 1"
+        ),
+        "batch_size=64, length=1000": "batch_size=64, length=2",
+        '    "async-sam, b/4": (0.1, 0.2),\n': "",
+        "EXCHANGES, SLOW, LIFE = 200, 0.02, 40": "EXCHANGES, SLOW, LIFE = 16, 0.0, 4",
+        '    "easgd": (0.03, 0.0),\n    "sam, one worker": (0.03, 0.5),\n': "",
+    },
 }
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
