@@ -7,10 +7,20 @@
 A small Flax network learns scikit-learn's digits (1797 real images of 8x8 pixels) twice: once with
 a share of the training labels flipped, and once with clean labels. Every method trains for the same
 number of epochs. `base2x` is the base optimizer with twice as many epochs, so that it spends as
-many gradients as SAM. The learning rate and rho of each method are chosen on a validation split,
-with separate seeds. The test split is used once, with the chosen values. Every seed has its own
-split, flipped labels, initialization and batches. All seeds and candidates train at the same time,
-under `vmap`.
+many gradients as SAM. The lead of SAM is its lead over the better of these two.
+
+The learning rate and rho of each method are chosen on a validation split, with separate seeds. The
+test split is used once, with the chosen values. Every seed has its own split, flipped labels,
+initialization and batches.
+
+Every method is tuned by the same rule. Learning rates and rho are 1, 2 or 5 times a power of ten.
+A method without rho has one number to tune, and its learning rates are closer together (1, 1.5, 2,
+3, 5, 7). The search tries five candidates, then the five that are nearest to the best one so far,
+and so on. It ends when everything up to a factor of 2 (or 2.5) away from the best candidate has
+been tried: all eight neighbours of a pair, two learning rates on each side of a single one. So the
+chosen values are not at an edge of what was tried. Where they are, the table marks them with a
+star: with `--rho`, which gives all candidates, or at the end of the axis. The rho axis begins with
+0, its natural end, which is not marked: there a method is its base optimizer.
 """
 
 import argparse
@@ -23,27 +33,17 @@ import numpy as np
 from tqdm import tqdm
 
 from examples.common import arguments, figures, files
-from examples.common.digits_task import BATCH, LEARNING_RATES, STEPS_PER_EPOCH, describe
+from examples.common.digits_task import BATCH, STEPS_PER_EPOCH, describe
 from examples.common.registry import BASES, VARIANTS, check_base
 from examples.common.report import Report, mean_and_error
-from examples.common.training import SHARPNESS_RADIUS, measure
-from examples.common.tuning import TUNING_SEEDS
+from examples.common.training import PLANNED, SHARPNESS_RADIUS, axes_of, measure, runs_to_try
 
 # Each row of the tables: the variant, and the factor on the number of epochs.
 ROWS = {"base": ("base", 1), "base2x": ("base", 2)} | {
     name: (name, 1) for name in VARIANTS if name not in ("base", "sampa-separate")
 }
-DEFAULT = ("base", "base2x", "sam", "asam", "sampa", "momentum-sam")
-
-
-def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float]]:
-    """Return the (learning rate, rho) pairs to choose from; the base optimizer has no rho."""
-    variant, _ = ROWS[row]
-    radii = VARIANTS[variant].radii
-    if args.rho and variant != "base":
-        radii = tuple(args.rho)
-    rates = VARIANTS[variant].learning_rates or LEARNING_RATES[args.base]
-    return [(rate, rho) for rate in rates for rho in radii]
+BASELINES = ("base", "base2x")
+DEFAULT = (*BASELINES, "sam", "asam", "sampa", "momentum-sam")
 
 
 def work_of(row: str, runs: int) -> int:
@@ -54,39 +54,76 @@ def work_of(row: str, runs: int) -> int:
 def print_table(results: list[dict], noise: float, seeds: int) -> None:
     """Print one line per method."""
     print(f"\n{describe(noise)}, {seeds} seeds (mean ± standard error)")
-    width = max(len("method"), *(len(result["row"]) for result in results))
-    head = f"{'method':<{width}} {'test acc. %':>14} {'train acc. %':>13} {'loss increase':>14}"
-    head += f" {'gradients':>10} {'ms/step':>8} {'lr':>7} {'rho':>6}"
+    mine = [result for result in results if result["noise"] == noise]
+    best = better_baseline(mine)
+    width = max(len("method"), *(len(result["row"]) for result in mine))
+    head = f"{'method':<{width}} {'test acc. %':>13} {f'minus {best}':>13} {'train acc. %':>12}"
+    head += f" {'loss incr.':>10} {'gradients':>9} {'ms/step':>8} {'lr':>7} {'rho':>6}"
     print(head + "\n" + "-" * len(head))
-    for result in (r for r in results if r["noise"] == noise):
-        test, error = mean_and_error([100 * a for a in result["test_accuracy"]])
+    for result in mine:
+        lead = "" if result["row"] == best else with_error(*lead_of(mine, result["row"], best))
+        test = with_error(*mean_and_error([100 * a for a in result["test_accuracy"]]), sign="")
         train_accuracy, _ = mean_and_error([100 * a for a in result["train_accuracy"]])
         increase, _ = mean_and_error(result["loss_increase"])
         print(
-            f"{result['row']:<{width}} {test:>7.2f} ± {error:4.2f} {train_accuracy:>13.2f}"
-            f" {increase:>14.4f} {result['gradients']:>10.0f}"
-            f" {1e3 * result['seconds_per_step']:>8.3f} {result['learning_rate']:>7g}"
-            f" {result['rho']:>6g}"
+            f"{result['row']:<{width}} {test:>13} {lead:>13} {train_accuracy:>12.2f}"
+            f" {increase:>10.4f} {result['gradients']:>9.0f}"
+            f" {1e3 * result['seconds_per_step']:>8.3f} {marked(result, 'learning_rate'):>7}"
+            f" {marked(result, 'rho'):>6}"
         )
+    if best:
+        print(f"minus {best}: in points, paired by seed")
     print(
-        f"loss increase: L(w + eps) - L(w), |eps| = {SHARPNESS_RADIUS}, mean over training batches "
+        f"loss incr.: L(w + eps) - L(w), |eps| = {SHARPNESS_RADIUS}, mean over training batches "
         f"of {BATCH}, with eps along the gradient of each batch"
     )
-    if any(result["row"] == "base2x" for result in results):
+    if any(result["row"] == "base2x" for result in mine):
         print("base2x: the base optimizer with twice as many epochs, so as many gradients as SAM")
+    if any(result["edges"] for result in mine):
+        print("*: at the edge of the values that were tried; a better one may lie beyond")
+
+
+def with_error(mean: float, error: float, sign: str = "+") -> str:
+    """Format a mean with its standard error."""
+    return f"{mean:{sign}.2f} ± {error:.2f}"
+
+
+def marked(result: dict, name: str) -> str:
+    """Format a chosen number, with a star if it is at the edge of the values that were tried."""
+    return f"{result[name]:g}" + "*" * (name in result["edges"])
+
+
+def better_baseline(results: list[dict]) -> str:
+    """Return the base optimizer's row with the highest test accuracy, "" if there is none.
+
+    The baselines compete on the test split itself. If that favours anybody, it favours them.
+    """
+    means = {r["row"]: np.mean(r["test_accuracy"]) for r in results if r["row"] in BASELINES}
+    return max(means, key=lambda row: means[row], default="")
+
+
+def lead_of(results: list[dict], row: str, other: str) -> tuple[float, float]:
+    """Return the mean and error of the lead of one row over another, paired by seed, in points."""
+    accuracies = {r["row"]: 100 * np.asarray(r["test_accuracy"]) for r in results}
+    return mean_and_error((accuracies[row] - accuracies[other]).tolist())
 
 
 def compare(results: list[dict], noise: float) -> None:
-    """Print SAM's lead over the base optimizer with equally many gradients, in standard errors."""
-    rows = {r["row"]: r for r in results if r["noise"] == noise}
-    if len(rows.get("sam", {}).get("test_accuracy", ())) < 2 or "base2x" not in rows:
+    """Print SAM's lead over the better of its baselines, then over the other ones."""
+    mine = [result for result in results if result["noise"] == noise]
+    rows = [result["row"] for result in mine]
+    best = better_baseline(mine)
+    if "sam" not in rows or not best:
         return
-    difference = np.subtract(rows["sam"]["test_accuracy"], rows["base2x"]["test_accuracy"])
-    lead, error = mean_and_error(list(100 * difference))
-    print(
-        f"sam - base2x, the same gradients and seeds: {lead:+.2f} ± {error:.2f} points, "
-        f"{lead / error:+.1f} standard errors"
-    )
+    others = [row for row in BASELINES if row in rows and row != best]
+    for row in (best, *others):
+        lead, error = lead_of(mine, "sam", row)
+        text = f"sam - {row}: {with_error(lead, error)} points"
+        if error > 0:
+            text += f", {lead / error:+.1f} standard errors"
+        if row == best and others:
+            text += f" ({best}: the better baseline)"
+        print(text)
 
 
 def draw(results: list[dict], noises: list[float], path: Path, title: str) -> None:
@@ -176,10 +213,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     report = Report(args)
     noises = list(dict.fromkeys([args.noise, 0.0]))
     total = sum(
-        work_of(row, len(candidates_of(row, args)) * len(TUNING_SEEDS) + args.seeds)
-        * ROWS[row][1]
-        * args.epochs
-        * len(noises)
+        work_of(row, runs_to_try(PLANNED) + args.seeds) * ROWS[row][1] * args.epochs * len(noises)
         for row in args.variants
     )
     results = []
@@ -189,7 +223,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             results += measure(
                 row,
                 VARIANTS[variant],
-                candidates_of(row, args),
+                axes_of(VARIANTS[variant], args.base, args.rho),
                 args,
                 times * args.epochs,
                 noises,

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import samx
 from examples.common import arguments, figures, files
-from examples.common.digits_task import LEARNING_RATES, TRAIN, Network, initialize, split
+from examples.common.digits_task import LEARNING_RATE, TRAIN, Network, initialize, split
 from examples.common.output import free_folder
 from examples.common.registry import BASES, VARIANTS, Setting, check_base
 from examples.common.report import Report
@@ -362,9 +362,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     arguments.add_out(parser, "data_parallel")
     args = parser.parse_args(argv)
     if args.rho is None:
-        args.rho = VARIANTS[args.variant].radii[0]
+        args.rho = VARIANTS[args.variant].start
     if args.learning_rate is None:
-        args.learning_rate = LEARNING_RATES[args.base][1]
+        args.learning_rate = LEARNING_RATE[args.base]
     arguments.check_range(parser, args, "epochs", "devices", "num_processes")
     arguments.check_range(parser, args, "batch", high=TRAIN)
     arguments.check_range(parser, args, "seed", low=0, high=2**31 - 1)
