@@ -27,15 +27,15 @@ import argparse
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
 from tqdm import tqdm
 
 from examples.common import arguments, figures, files
 from examples.common.digits_task import BATCH, STEPS_PER_EPOCH, describe
 from examples.common.registry import BASES, VARIANTS, check_base
-from examples.common.report import Report, mean_and_error
+from examples.common.report import MARK, Report, marked, mean_and_error
 from examples.common.training import PLANNED, SHARPNESS_RADIUS, axes_of, measure, runs_to_try
 
 # Each row of the tables: the variant, and the factor on the number of epochs.
@@ -80,17 +80,12 @@ def print_table(results: list[dict], noise: float, seeds: int) -> None:
     if any(result["row"] == "base2x" for result in mine):
         print("base2x: the base optimizer with twice as many epochs, so as many gradients as SAM")
     if any(result["edges"] for result in mine):
-        print("*: at the edge of the values that were tried; a better one may lie beyond")
+        print(MARK)
 
 
 def with_error(mean: float, error: float, sign: str = "+") -> str:
     """Format a mean with its standard error."""
     return f"{mean:{sign}.2f} ± {error:.2f}"
-
-
-def marked(result: dict, name: str) -> str:
-    """Format a chosen number, with a star if it is at the edge of the values that were tried."""
-    return f"{result[name]:g}" + "*" * (name in result["edges"])
 
 
 def better_baseline(results: list[dict]) -> str:
@@ -127,35 +122,94 @@ def compare(results: list[dict], noise: float) -> None:
 
 
 def draw(results: list[dict], noises: list[float], path: Path, title: str) -> None:
-    """Draw one row of panels per table: final accuracies left, training curves right."""
-    rows = list(dict.fromkeys(r["row"] for r in results))
-    palette = matplotlib.colormaps["tab10" if len(rows) <= 10 else "tab20"]
-    colors = {row: palette(position) for position, row in enumerate(rows)}
-    figure = figures.make_figure(11, 1.2 + 3.2 * len(noises))
-    axes = figure.subplots(len(noises), 2, squeeze=False)
-    for (left, right), noise in zip(axes, noises, strict=True):
-        for position, result in enumerate(r for r in results if r["noise"] == noise):
-            color = colors[result["row"]]
-            mean, error = mean_and_error([100 * a for a in result["test_accuracy"]])
-            left.errorbar(mean, position, xerr=error, fmt="o", color=color, capsize=4)
-            left.annotate(
-                f"{mean:.1f}", (mean, position), (0, 8), textcoords="offset points", ha="center"
-            )
-            curve = 100 * np.asarray(result["test_accuracy_by_epoch"])
-            right.plot(result["gradients_by_epoch"], curve, color=color, label=result["row"])
-        left.set_yticks(range(len(rows)), rows)
-        left.set_ylim(len(rows) - 0.4, -0.7)
-        left.set_title(describe(noise))
-        left.set_xlabel("test accuracy, % (mean ± standard error)")
-        left.grid(axis="x", alpha=0.3)
-        right.set_title("during training, at equal gradients")
-        right.set_xlabel("gradients spent")
-        right.set_ylabel("test accuracy, %")
-        best = max(max(r["test_accuracy_by_epoch"]) for r in results if r["noise"] == noise)
-        right.set_ylim(100 * best - 15, 100 * best + 1)
-        right.grid(alpha=0.3)
-        right.legend(loc="lower right", ncols=1 + len(rows) // 9)
+    """Draw one column of panels per table: final accuracies at the top, training curves below."""
+    order = sorted(
+        (r for r in results if r["noise"] == noises[0]), key=lambda r: np.mean(r["test_accuracy"])
+    )
+    rows = [result["row"] for result in order]
+    heights = [figures.height_of(len(rows)), figures.height_of()]
+    figure = figures.make_figure(len(noises), heights)
+    panels = figure.subplots(2, len(noises), squeeze=False, height_ratios=heights)
+    for (dots, curves), noise in zip(panels.T, noises, strict=True):
+        mine = {result["row"]: result for result in results if result["noise"] == noise}
+        draw_accuracies(dots, rows, mine)
+        dots.set_title(claim(list(mine.values()), noise))
+        draw_curves(curves, mine, highlighted(rows))
+    for dots in panels[0, 1:]:
+        dots.tick_params(labelleft=False)
+    panels[1, 0].set_ylabel("test accuracy, %")
     figures.save(figure, path, title)
+
+
+def color_of(row: str) -> str:
+    """Return the colour of a row: the base optimizer's differs from that of all methods."""
+    return figures.RED if row in BASELINES else figures.BLUE
+
+
+def draw_accuracies(axes: Any, rows: list[str], results: dict[str, dict]) -> None:
+    """Draw a point with its standard error for each row, and a line at the better baseline."""
+    best = better_baseline(list(results.values()))
+    points = {row: mean_and_error([100 * a for a in results[row]["test_accuracy"]]) for row in rows}
+    top = max(mean + np.nan_to_num(error) for mean, error in points.values())
+    low = min(mean - np.nan_to_num(error) for mean, error in points.values())
+    reference = points[best][0] if best else low
+    low = max(low, reference - 2 * max(top - reference, 1))  # what is far below stays at the edge
+    span = top - low
+    for position, row in enumerate(rows):
+        mean, error = points[row]
+        color = color_of(row)
+        if mean < low:
+            axes.plot(low, position, "<", color=color)
+        else:
+            axes.errorbar(mean, position, xerr=error, fmt="o", ms=5, color=color, capsize=2, lw=1.5)
+        axes.annotate(
+            f"{mean:.1f}", (top + 0.2 * span, position), ha="right", va="center", color=color
+        )
+    if best:
+        axes.axvline(reference, color=figures.RED, linewidth=1, zorder=0)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_xlim(low - 0.06 * span, top + 0.22 * span)
+    axes.set_xlabel("test accuracy, % (mean ± standard error)")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def highlighted(rows: list[str]) -> dict[str, str]:
+    """Choose the rows whose curves have a name and a colour: baselines, SAM, and the best."""
+    chosen = [row for row in (*BASELINES, "sam") if row in rows]
+    chosen += [row for row in reversed(rows) if row not in chosen][: len(figures.COLORS) - 3]
+    first = {"base": figures.RED, "base2x": figures.ORANGE, "sam": figures.BLUE}
+    others = iter(color for color in figures.COLORS if color not in first.values())
+    return {row: first.get(row) or next(others) for row in chosen}
+
+
+def draw_curves(axes: Any, results: dict[str, dict], colors: dict[str, str]) -> None:
+    """Draw test accuracy over gradients spent; the rows without a colour are grey."""
+    for row, result in sorted(results.items(), key=lambda item: item[0] in colors):
+        curve = 100 * np.asarray(result["test_accuracy_by_epoch"])
+        style = {"color": colors[row], "label": row} if row in colors else {"color": "0.85"}
+        axes.plot(result["gradients_by_epoch"], curve, linewidth=1.6, **style)
+    best = 100 * max(max(result["test_accuracy_by_epoch"]) for result in results.values())
+    axes.set_ylim(best - 15, best + 1)
+    axes.set_xlabel("gradients spent")
+    axes.set_title("during training")
+    axes.grid(alpha=0.3)
+    figures.label_ends(axes)
+
+
+def claim(results: list[dict], noise: float) -> str:
+    """State how many methods lead the better baseline by two standard errors, and which leads."""
+    best = better_baseline(results)
+    methods = [result["row"] for result in results if result["row"] not in BASELINES]
+    if not best or not methods:
+        return describe(noise)
+    leads = {row: lead_of(results, row, best) for row in methods}
+    ahead = [row for row, (lead, error) in leads.items() if lead > 2 * error]
+    text = f"{describe(noise)}: {len(ahead)} of {len(methods)} ahead of {best}"
+    if ahead:
+        first = max(ahead, key=lambda row: leads[row][0])
+        text += f", {first} by {with_error(*leads[first])}"
+    return text
 
 
 def can_have(variant: str, base: str) -> bool:
@@ -236,7 +290,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         compare(results, noise)
 
     report.save(results=results)
-    title = f"Digits: {args.base} and its sharpness-aware versions, {args.seeds} seeds"
+    title = f"Digits: {args.base} and its sharpness-aware versions, {args.seeds} seeds; ahead: by "
+    title += "two standard errors or more"
     draw(results, noises, args.folder / "digits.png", title)
     report.end("digits.png")
     return results

@@ -60,9 +60,9 @@ from examples.common import arguments, figures
 from examples.common.checkpoints import CheckpointError, Checkpoints, kept, newest
 from examples.common.digits_task import TRAIN, Network, describe, initialize, rows_of, split
 from examples.common.files import SaveError
-from examples.common.report import Report, mean_and_error
+from examples.common.report import MARK, Report, marked, mean_and_error
 from examples.common.resume import resumed, write_config
-from examples.common.tuning import TUNING_SEEDS, Runs, runs_of, scores_of
+from examples.common.tuning import TUNING_SEEDS, Runs, edges, runs_of, scores_of
 from samx import elastic
 
 LEARNING_RATES = (0.03, 0.1, 0.3)  # no row is better with 0.01 or 1
@@ -377,7 +377,8 @@ def measure(name: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
     runs = Runs(*runs_of(range(args.seeds), [chosen]))
     curve = simulate(name, runs, args, EVALUATIONS, bar.update)
     speeds = 1 / slowness(args)
-    return result_of(name, chosen, curve, speeds.sum()) | {"validation_accuracy": validation}
+    result = result_of(name, chosen, curve, speeds.sum())
+    return result | {"validation_accuracy": validation, "edges": edges(chosen, candidates)}
 
 
 def result_of(name: str, chosen: tuple[float, float], curve: Curve, speed: float) -> dict[str, Any]:
@@ -386,6 +387,7 @@ def result_of(name: str, chosen: tuple[float, float], curve: Curve, speed: float
         "row": name,
         "learning_rate": chosen[0],
         "rho": chosen[1],
+        "edges": [],
         "test_accuracy": curve.test[-1].tolist(),
         "gradients": curve.gradients[-1],
         "time": curve.time[-1],
@@ -660,8 +662,11 @@ def table(results: list[dict], unit: str) -> str:
         lines.append(
             f"{result['row']:<{width}} {accuracy:>14} {result['gradients']:>10}"
             f" {result['time']:>10.1f} {rate:>15.2f}"
-            f" {result['share_of_speed']:>13.0%} {result['learning_rate']:>7g} {result['rho']:>5g}"
+            f" {result['share_of_speed']:>13.0%} {marked(result, 'learning_rate'):>7}"
+            f" {marked(result, 'rho'):>5}"
         )
+    if any(result["edges"] for result in results):
+        lines.append(MARK)
     return "\n".join(lines)
 
 

@@ -60,7 +60,6 @@ import samx
 from examples.common import arguments, digits_task, figures, files
 from examples.common.digits_task import (
     BATCH,
-    LEARNING_RATES,
     TRAIN,
     Network,
     describe,
@@ -68,13 +67,19 @@ from examples.common.digits_task import (
     rows_of,
 )
 from examples.common.registry import BASES, VARIANTS, Setting
-from examples.common.report import Report, mean_and_error
-from examples.common.tuning import TUNING_SEEDS, runs_of, scores_of
+from examples.common.report import MARK, Report, marked, mean_and_error
+from examples.common.tuning import TUNING_SEEDS, edges, runs_of, scores_of
 
 EVERY = 10  # one of this many training images is held out
 HELD_OUT_BATCH = 50
 STEPS_PER_EPOCH = (TRAIN - TRAIN // EVERY) // BATCH
 FACTORS = (0.1, 1.0, 10.0)  # the starts, relative to the tuned radius
+LEARNING_RATES = {
+    "sgd": (0.1, 0.3, 1.0),
+    "momentum": (0.01, 0.03, 0.1, 0.3),
+    "adamw": (3e-4, 1e-3, 3e-3, 1e-2),
+}
+RADII = {"sam": (0.1, 0.2, 0.5, 1.0), "asam": (0.5, 1.0, 2.0, 4.0)}
 RATES = {  # candidates: the smallest move rho visibly, the largest move it far
     "exact": (3.0, 10.0, 30.0, 100.0),
     "diag_sq": (3e3, 1e4, 3e4, 1e5),
@@ -260,12 +265,13 @@ def tune_start(trainer: Trainer, args: argparse.Namespace, advance: Callable[[in
     return {
         "learning_rate": learning_rate,
         "rho": rho,
+        "edges": edges((learning_rate, rho), [candidate[:2] for candidate in candidates]),
         "validation_accuracy": float(accuracy[best]),
     }
 
 
 def start_candidates(args: argparse.Namespace) -> list[tuple[float, float]]:
-    radii = VARIANTS["asam" if args.asam else "sam"].radii
+    radii = RADII["asam" if args.asam else "sam"]
     return [(rate, rho) for rate in LEARNING_RATES[args.base] for rho in radii]
 
 
@@ -321,7 +327,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             else:
                 tried = try_rates(method, trainer, start, args, advance)
                 rate = max(tried, key=lambda of_rate: of_rate["validation_accuracy"])["rate"]
-                rates += [{**of_rate, "chosen": of_rate["rate"] == rate} for of_rate in tried]
+                at = edges([rate], [[of_rate["rate"]] for of_rate in tried], ["rate"])
+                for of_rate in tried:
+                    is_chosen = of_rate["rate"] == rate
+                    rates.append({**of_rate, "chosen": is_chosen, "edges": at * is_chosen})
             bar.set_description(method)
             radii = [factor * start["rho"] for factor in FACTORS]
             candidates = [(start["learning_rate"], radius, rate) for radius in radii]
@@ -455,7 +464,7 @@ def table_of_rates(rates: list[dict]) -> str:
     for result in rates:
         rho, _ = geometric(np.asarray(result["rho"]))
         lines.append(
-            f"{result['row']:<{width}} {result['rate']:>8g} {rho:>10.4f}"
+            f"{result['row']:<{width}} {marked(result, 'rate'):>8} {rho:>10.4f}"
             f" {min(result['rho']):>8.4f} {max(result['rho']):>8.4f} {np.mean(result['F']):>9.5f}"
             f" {100 * result['validation_accuracy']:>18.2f}{' chosen' * result['chosen']}"
         )
@@ -584,10 +593,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{found['diag_sq']:.2e}, that is {found['diag_sq'] / found['exact']:.1e} of the exact one"
     )
     print(
-        f"\n{sam} tuned: learning rate {start['learning_rate']:g}, rho {start['rho']:g}; "
+        f"\n{sam} tuned: learning rate {marked(start, 'learning_rate')}, "
+        f"rho {marked(start, 'rho')}; "
         f"validation accuracy {100 * start['validation_accuracy']:.2f} %.\nLETS from this start, "
         f"{len(TUNING_SEEDS)} seeds:\n{table_of_rates(measured['rates'])}"
     )
+    if any(tuned["edges"] for tuned in (start, *measured["rates"])):
+        print(MARK)
     print(f"\n{describe(args.noise)}, {args.seeds} seeds (mean ± standard error)")
     print(f"{table(results)}\n")
     print("\n".join(verdict(results, method) for method in args.methods))

@@ -46,8 +46,8 @@ import samx
 from examples.common import arguments, figures, files
 from examples.common.digits_task import Network, initialize
 from examples.common.registry import BASES
-from examples.common.report import Report, mean_and_error
-from examples.common.tuning import TUNING_SEEDS, Runs, runs_of, scores_of
+from examples.common.report import MARK, Report, marked, mean_and_error
+from examples.common.tuning import TUNING_SEEDS, Runs, edges, runs_of, scores_of
 
 CLASSES, LARGEST, BATCH = 10, 100, 40
 VALIDATION, TEST = 24, 50  # images of each class; digit 8 has 174 in all, enough for all splits
@@ -278,6 +278,7 @@ def measure(row: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
         "row": row,
         "learning_rate": learning_rate,
         "rho": rho,
+        "edges": edges((learning_rate, rho), candidates),
         "candidates": [
             {"learning_rate": rate, "rho": radius, "validation_accuracy": float(score)}
             for (rate, radius), score in zip(candidates, scores, strict=True)
@@ -315,8 +316,10 @@ def table(results: list[dict]) -> str:
         cells = "".join(f"{cell(v):>15}" for v in result["test_accuracy_by_group"].values())
         lines.append(
             f"{result['row']:<{width}} {cells} {result['gradients']:>10.0f}"
-            f" {result['learning_rate']:>6g} {result['rho']:>5g}"
+            f" {marked(result, 'learning_rate'):>6} {marked(result, 'rho'):>5}"
         )
+    if any(result["edges"] for result in results):
+        lines.append(MARK)
     return "\n".join(lines)
 
 
@@ -334,18 +337,6 @@ def comparison(results: list[dict]) -> str:
             cells = (f"{cell(values, '+'):>15}" for values in differences)
             lines.append(f"{row:<{width}} " + "".join(cells))
     return "\n".join(lines)
-
-
-def at_the_ends(results: list[dict]) -> list[str]:
-    """List the chosen values at an end of their grid: a better one may lie beyond."""
-    found = []
-    for result in results:
-        for name in ("learning_rate", "rho"):
-            values = sorted({candidate[name] for candidate in result["candidates"]})
-            if len(values) > 1 and result[name] in (values[0], values[-1]):
-                word = name.replace("_", " ")
-                found.append(f"{result['row']}: {word} {result[name]:g} is an end of its grid.")
-    return found
 
 
 def draw(results: list[dict], counts: list[int], path: Path, title: str) -> None:
@@ -436,9 +427,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print(f"Test accuracy in %, {args.seeds} seeds (mean ± standard error)\n{table(results)}")
     if text := comparison(results):
         print(f"\nThe same, difference to SAM, seed by seed\n{text}")
-
-    if lines := at_the_ends(results):
-        print("", *lines, sep="\n")
 
     report.save(class_counts=args.counts, groups=groups, results=results)
     title = f"Long-tailed digits, imbalance {args.imbalance:g}, {LOSSES[args.loss]}"
