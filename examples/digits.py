@@ -3,6 +3,7 @@
     python examples/digits.py
     python examples/digits.py --variants base sam --base adamw --seeds 5 --noise 0.5
     python examples/digits.py --variants sam looksam ae-sam vsam
+    python examples/digits.py --variants all
 
 A small Flax network learns scikit-learn's digits (1797 real images of 8x8 pixels) twice: once with
 a share of the training labels flipped, and once with clean labels. Every method trains for the same
@@ -24,19 +25,24 @@ star: with `--rho`, which gives all candidates, or at the end of the axis. The r
 """
 
 import argparse
+import json
 import math
+import os
 from functools import partial
 from pathlib import Path
+from platform import machine, python_version
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
 from examples.common import arguments, figures, files
 from examples.common.digits_task import BATCH, STEPS_PER_EPOCH, describe
 from examples.common.registry import BASES, VARIANTS, check_base
-from examples.common.report import MARK, Report, marked, mean_and_error
+from examples.common.report import MARK, Report, marked, mean_and_error, without_nans
 from examples.common.training import PLANNED, SHARPNESS_RADIUS, axes_of, measure, runs_to_try
+from examples.common.versions import versions
 
 # Each row of the tables: the variant, and the factor on the number of epochs.
 ROWS = {"base": ("base", 1), "base2x": ("base", 2)} | {
@@ -119,6 +125,38 @@ def compare(results: list[dict], noise: float) -> None:
         if row == best and others:
             text += f" ({best}: the better baseline)"
         print(text)
+
+
+def summary_of(results: list[dict], settings: dict[str, Any]) -> str:
+    """Return what tables and figures need of the results, as JSON with one row on each line."""
+    about = {
+        "command": "examples/digits.py",
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, {machine()}",
+        "versions": {"python": python_version(), **versions()},
+        "settings": {name: value for name, value in settings.items() if name != "variants"},
+    }
+    lines = [json.dumps(row) for row in map(summary_of_row, results)]
+    head = json.dumps(about, indent=1).removesuffix("\n}")
+    return f'{head},\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+
+
+def summary_of_row(result: dict) -> dict[str, Any]:
+    """Return a row of the summary; accuracies in %, but for each seed as a share."""
+    mean, error = mean_and_error([100 * a for a in result["test_accuracy"]])
+    train_accuracy, _ = mean_and_error([100 * a for a in result["train_accuracy"]])
+    increase, _ = mean_and_error(result["loss_increase"])
+    return without_nans(
+        {
+            **{name: result[name] for name in ("row", "noise", "learning_rate", "rho", "edges")},
+            "trials": len(result["candidates"]),
+            "gradients": round(result["gradients"], 1),
+            "mean": round(mean, 3),
+            "error": round(error, 3),
+            "train_accuracy": round(train_accuracy, 2),
+            "loss_increase": round(increase, 4),
+            "test_accuracy": [round(accuracy, 4) for accuracy in result["test_accuracy"]],
+        }
+    )
 
 
 def draw(results: list[dict], noises: list[float], path: Path, title: str) -> None:
@@ -244,13 +282,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--variants",
         nargs="+",
-        choices=list(ROWS),
+        choices=[*ROWS, "all"],
         help=f"default: those of {', '.join(DEFAULT)} that accept the base",
     )
     add_settings(parser, seeds=20, name="digits")
     args = parser.parse_args(argv)
-    default = (row for row in DEFAULT if can_have(ROWS[row][0], args.base))
-    args.variants = list(dict.fromkeys(args.variants or default))
+    if not args.variants or "all" in args.variants:
+        wanted = ROWS if args.variants else DEFAULT
+        args.variants = [row for row in wanted if can_have(ROWS[row][0], args.base)]
+    args.variants = list(dict.fromkeys(args.variants))
     check_settings(parser, args)
     try:
         for row in args.variants:
@@ -290,6 +330,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         compare(results, noise)
 
     report.save(results=results)
+    files.write(args.folder / "summary.json", summary_of(results, report.settings))
     title = f"Digits: {args.base} and its sharpness-aware versions, {args.seeds} seeds; ahead: by "
     title += "two standard errors or more"
     draw(results, noises, args.folder / "digits.png", title)

@@ -702,8 +702,10 @@ def verdict(results: list[dict], args: argparse.Namespace) -> str:
 
 def draw(results: list[dict], path: Path, title: str, unit: str, is_marked: bool) -> None:
     """Plot accuracy against time (left) and against gradients (right)."""
-    figure = figures.make_figure(12, 4.8)
+    figure = figures.make_figure(2.4)
     panels = figure.subplots(1, 2, sharey=True)
+    best = max(100 * np.mean(a) for r in results for a in r["curve"]["test_accuracy"])
+    panels[0].set_ylim(max(0.0, best - 20), best + 1)
     for axes, by, label in zip(
         panels,
         ("time", "gradients"),
@@ -715,18 +717,27 @@ def draw(results: list[dict], path: Path, title: str, unit: str, is_marked: bool
             accuracy = 100 * np.asarray(curve["test_accuracy"])
             mean, seeds = accuracy.mean(axis=1), accuracy.shape[1]
             error = accuracy.std(axis=1, ddof=1) / np.sqrt(seeds) if seeds > 1 else 0 * mean
-            [line] = axes.plot(
-                curve[by], mean, marker="o" if is_marked else None, ms=3, label=result["row"]
-            )
+            marker = "o" if is_marked else None
+            [line] = axes.plot(curve[by], mean, marker=marker, ms=3, label=result["row"])
             axes.fill_between(
-                curve[by], mean - error, mean + error, alpha=0.2, color=line.get_color()
+                curve[by], mean - error, mean + error, alpha=0.2, color=line.get_color(), lw=0
             )
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
-    best = max(100 * np.mean(a) for r in results for a in r["curve"]["test_accuracy"])
-    panels[0].set(ylabel="test accuracy of the center, %", ylim=(max(0.0, best - 20), best + 1))
-    panels[1].legend(loc="lower right")
+        figures.label_ends(axes)
+    panels[0].set_title(claim(results))
+    panels[0].set_ylabel("test accuracy of the center, %")
     figures.save(figure, path, title)
+
+
+def claim(results: list[dict]) -> str:
+    """State how far LSAM is ahead of data-parallel SAM in the same time, or what it reaches."""
+    for found in differences_of(results):
+        if found["row"] == SAME_TIME:
+            points = with_error(found["difference"], found["error"], "+.2f")
+            return f"LSAM - data-parallel SAM in the same time: {points} points"
+    lsam = next(result for result in results if result["row"] == LSAM)
+    return f"LSAM: {100 * np.mean(lsam['test_accuracy']):.2f} %"
 
 
 def make_parser() -> argparse.ArgumentParser:

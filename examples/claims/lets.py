@@ -53,7 +53,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 import samx
@@ -90,7 +89,6 @@ LINES = dict(zip(FACTORS, (":", "-", "--"), strict=True))
 DEFINITIONS = """\
 rho: geometric mean. F: (loss on all held-out images - loss on all training images)^2 / 2 at the
 end. - tuned SAM: difference to SAM with the tuned radius fixed, seed by seed."""
-COLORS = {"sam": "black", "exact": "C0", "diag_sq": "C1", "exact-next": "C2"}
 
 
 class Data(NamedTuple):
@@ -491,23 +489,27 @@ def verdict(results: list[dict], method: str) -> str:
 
 def draw(measured: dict[str, Any], path: Path, title: str) -> None:
     """Plot rho and F over the epochs, and the final rho of each rate from the tuned start."""
-    figure = figures.make_figure(15, 5)
+    methods = list(dict.fromkeys(result["row"] for result in measured["results"]))
+    palette = (figures.INK, figures.BLUE, figures.RED, figures.GREEN)
+    colors = dict(zip(("sam", *RATES), palette, strict=True))
+    figure = figures.make_figure(2.8)
     left, middle, right = figure.subplots(1, 3)
     for result in measured["results"]:
-        color, line = COLORS[result["row"]], LINES[result["factor"]]
+        color, line = colors[result["row"]], LINES[result["factor"]]
         logs = np.log(np.asarray(result["rho"]))
         mean, error = logs.mean(axis=0), spread(logs)
         epochs = range(len(mean))
         style = {"color": color, "linestyle": line, "linewidth": 1.6}
+        if result["factor"] == 1:  # the other starts have the same colours
+            style["label"] = result["row"]
         left.plot(epochs, np.exp(mean), **style)
         left.fill_between(
             epochs, np.exp(mean - error), np.exp(mean + error), color=color, alpha=0.15, linewidth=0
         )
         middle.plot(epochs, np.mean(result["F"], axis=0), **style)
-    left.set(title="radius (geometric mean ± standard error)", xlabel="epoch", ylabel="rho")
+    left.set(title=claim(measured["results"], methods), xlabel="epoch", ylabel="rho", yscale="log")
     middle.set(title="F = (held-out loss - training loss)² / 2", xlabel="epoch", ylabel="F")
 
-    methods = list(dict.fromkeys(result["row"] for result in measured["results"]))
     for method in methods:
         tried = sorted(
             (result for result in measured["rates"] if result["row"] == method and result["rate"]),
@@ -515,30 +517,42 @@ def draw(measured: dict[str, Any], path: Path, title: str) -> None:
         )
         ends = [geometric(np.asarray(result["rho"]))[0] for result in tried]
         rates = [result["rate"] for result in tried]
-        right.plot(rates, ends, "o-", color=COLORS[method], markersize=5, zorder=3)
+        right.plot(rates, ends, "o-", color=colors[method], markersize=5, zorder=3, label=method)
         for result, end in zip(tried, ends, strict=True):
             seeds = [result["rate"]] * len(result["rho"])
-            right.plot(seeds, result["rho"], ".", color=COLORS[method], alpha=0.4)
+            right.plot(seeds, result["rho"], ".", color=colors[method], alpha=0.4)
             if result["chosen"]:
-                right.plot(result["rate"], end, "o", color=COLORS[method], mfc="none", ms=12)
-    right.axhline(measured["start"]["rho"], color=COLORS["sam"], linewidth=1.6)
+                right.plot(result["rate"], end, "o", color=colors[method], mfc="none", ms=12)
+    right.axhline(measured["start"]["rho"], color=colors["sam"], linewidth=1.6)
     radii = [measured["start"]["rho"], *(r for tried in measured["rates"] for r in tried["rho"])]
-    right.set_ylim(min(radii) / 1.5, max(radii) * 1.5)
-    right.set(title="final radius from the tuned start (ring: chosen)", xlabel="rate")
+    right.set(yscale="log", ylim=(min(radii) / 1.5, max(radii) * 1.5), xlabel="rate")
+    right.set(title="final rho from the tuned start (line); ring: the chosen rate")
     if any(tried["rate"] for tried in measured["rates"]):  # a log axis cannot show 0
+        tried = sorted({tried["rate"] for tried in measured["rates"]} - {0})
         right.set_xscale("log")
-    for axes in (left, right):
-        axes.set(yscale="log")
+        right.set_xticks(tried, [f"{rate:g}" for rate in tried], minor=False)
+        right.set_xticks([], minor=True)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-    names = {name: "sam, rho fixed" if name == "sam" else name for name in methods}
-    handles = [Line2D([], [], color=COLORS[name], label=label) for name, label in names.items()]
-    handles += [
-        Line2D([], [], color="grey", linestyle=line, label=f"start: {factor:g} x the tuned rho")
-        for factor, line in LINES.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figures.save(figure, path, title)
+        figures.label_ends(axes)
+    names = ("dotted", "solid", "dashed")
+    starts = ", ".join(f"{n} {f:g}" for n, f in zip(names, FACTORS, strict=True))
+    figures.save(figure, path, f"{title}. Start, relative to the tuned rho: {starts}")
+
+
+def claim(results: list[dict], methods: list[str]) -> str:
+    """State how far apart the starts of LETS ended, of the form that brings them closest."""
+    apart = {}
+    for method in methods:
+        if method != "sam":
+            ends = [geometric(final(r, "rho"))[0] for r in results if r["row"] == method]
+            apart[method] = max(ends) / min(ends)
+    begun = [r["start"] for r in results if r["row"] == methods[0]]
+    closest = min(apart, key=lambda method: apart[method])
+    return (
+        f"starts {max(begun) / min(begun):.3g} times apart end {apart[closest]:.3g} times apart "
+        f"({closest})"
+    )
 
 
 def spread(values: np.ndarray) -> np.ndarray:

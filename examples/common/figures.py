@@ -221,8 +221,10 @@ def _wrap_titles(figure: Figure) -> None:
 def _wrap(text: Text, width: float) -> None:
     """Break a text into lines of at most so many pixels; what stands around ± stays together."""
     content = " ".join(text.get_text().split()).replace(" ± ", "\u00a0±\u00a0")
-    if content and (extent := text.get_window_extent().width) > width:
-        text.set_text(textwrap.fill(content, max(10, int(len(content) * width / extent))))
+    longest = len(content)
+    while content and longest > 10 and text.get_window_extent().width > width:
+        longest = int(0.9 * longest)
+        text.set_text(textwrap.fill(content, longest))
 
 
 def save(figure: Figure, path: Path, title: str = "") -> None:
