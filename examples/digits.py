@@ -21,7 +21,8 @@ and so on. It ends when everything up to a factor of 2 (or 2.5) away from the be
 been tried: all eight neighbours of a pair, two learning rates on each side of a single one. So the
 chosen values are not at an edge of what was tried. Where they are, the table marks them with a
 star: with `--rho`, which gives all candidates, or at the end of the axis. The rho axis begins with
-0, its natural end, which is not marked: there a method is its base optimizer.
+0, its natural end, which is not marked: there a method is its base optimizer. Standard errors are
+over the reported seeds; they do not contain the luck of a search.
 """
 
 import argparse
@@ -63,11 +64,13 @@ def print_table(results: list[dict], noise: float, seeds: int) -> None:
     mine = [result for result in results if result["noise"] == noise]
     best = better_baseline(mine)
     width = max(len("method"), *(len(result["row"]) for result in mine))
-    head = f"{'method':<{width}} {'test acc. %':>13} {f'minus {best}':>13} {'train acc. %':>12}"
+    minus = f"minus {best}" if best else ""
+    head = f"{'method':<{width}} {'test acc. %':>13} {minus:>13} {'train acc. %':>12}"
     head += f" {'loss incr.':>10} {'gradients':>9} {'ms/step':>8} {'lr':>7} {'rho':>6}"
     print(head + "\n" + "-" * len(head))
     for result in mine:
-        lead = "" if result["row"] == best else with_error(*lead_of(mine, result["row"], best))
+        is_compared = best and result["row"] != best
+        lead = with_error(*lead_of(mine, result["row"], best)) if is_compared else ""
         test = with_error(*mean_and_error([100 * a for a in result["test_accuracy"]]), sign="")
         train_accuracy, _ = mean_and_error([100 * a for a in result["train_accuracy"]])
         increase, _ = mean_and_error(result["loss_increase"])
@@ -78,7 +81,7 @@ def print_table(results: list[dict], noise: float, seeds: int) -> None:
             f" {marked(result, 'rho'):>6}"
         )
     if best:
-        print(f"minus {best}: in points, paired by seed")
+        print(f"{minus}: in points, paired by seed")
     print(
         f"loss incr.: L(w + eps) - L(w), |eps| = {SHARPNESS_RADIUS}, mean over training batches "
         f"of {BATCH}, with eps along the gradient of each batch"

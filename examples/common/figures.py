@@ -76,16 +76,18 @@ def label_ends(axis: Axes) -> None:
     """Write the label of each line at its right end, in the colour of the line.
 
     Labels that would overlap are moved apart. The label of a line that ends before the others do is
-    written where it covers no line. Call it when the limits of the axes are final.
+    written where it covers no line; that of a line that leaves the axes is at their border. Call it
+    when the limits of the axes are final.
     """
     for line in axis.get_lines():
         points = np.asarray(line.get_xydata(), float)
         points = points[np.isfinite(points).all(axis=1)]
         if line.get_label().startswith("_") or not len(points):
             continue
+        limits = np.sort([axis.get_xlim(), axis.get_ylim()])
         axis.annotate(
             line.get_label(),
-            points[-1],
+            np.clip(points[-1], *limits.T),
             xytext=(6, 0),
             textcoords="offset points",
             va="center",
