@@ -219,18 +219,28 @@ def describe_ascent_batch(found: samx.asynchronous.AscentBatch) -> str:
 
 def draw(results: list[dict], path: Path, title: str) -> None:
     """Plot the times of a step relative to SGD."""
-    figure = figures.make_figure(8, 1 + 0.5 * len(results))
+    figure = figures.make_figure(1.5, [figures.height_of(len(results))])
     axes = figure.subplots()
     middle, low, high = np.array([result["ratio"] for result in results]).T
-    colors = ["0.6" if result["row"] in ("sgd", "sam") else "C0" for result in results]
-    errors = [middle - low, high - middle]
-    bars = axes.barh(range(len(results)), middle, xerr=errors, color=colors, capsize=3)
-    axes.bar_label(bars, [f"{ratio:.2f}" for ratio in middle], padding=6)
+    is_reference = [result["row"] in ("sgd", "sam") for result in results]
+    colors = [figures.GREY if reference else figures.BLUE for reference in is_reference]
+    axes.barh(
+        range(len(results)), middle, xerr=[middle - low, high - middle], color=colors, capsize=3
+    )
+    for place, (end, value) in enumerate(zip(high, middle, strict=True)):
+        shift = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{value:.2f}", (end, place), **shift)
     axes.set_yticks(range(len(results)), [result["row"] for result in results])
     axes.invert_yaxis()
-    axes.axvline(1, color="black", linewidth=1)
+    axes.axvline(1, color=figures.INK, linewidth=1)
     axes.set_xlim(0, 1.15 * max(high))
     axes.set_xlabel("time of a step / SGD (median and quartiles)")
+    times = {result["row"]: result["ratio"][0] for result in results}
+    others = [row for row in times if row not in ("sgd", "sam")]
+    if others:
+        fastest = min(others, key=lambda row: times[row])
+        told = f"{fastest} takes {times[fastest]:.2f} times as long as SGD"
+        axes.set_title(told + (f", SAM {times['sam']:.2f} times" if "sam" in times else ""))
     figures.save(figure, path, title)
 
 

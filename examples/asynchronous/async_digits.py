@@ -53,7 +53,6 @@ from examples.asynchronous.async_cost import describe_ascent_batch
 from examples.common import files
 from examples.common.digits_task import (
     BATCH,
-    LEARNING_RATES,
     STEPS_PER_EPOCH,
     Network,
     initialize,
@@ -62,10 +61,9 @@ from examples.common.digits_task import (
     split,
 )
 from examples.common.output import choose_folder
-from examples.common.registry import BASES, RADII, VARIANTS, Setting, Variant
+from examples.common.registry import BASES, RADIUS, VARIANTS, Setting, Variant
 from examples.common.report import Report, mean_and_error
-from examples.common.training import measure
-from examples.common.tuning import TUNING_SEEDS
+from examples.common.training import PLANNED, axes_of, measure, runs_to_try
 
 SHARES = {"async-sam, b": 1.0, "async-sam, b/2": 0.5, "async-sam, b/4": 0.25}
 
@@ -85,7 +83,7 @@ def with_share(share: float) -> Variant:
 
         return optax.chain(samx.closure_transformation(tx.init, update_fn), base)
 
-    return Variant(make, RADII, 1 + share, 0.05)
+    return Variant(make, RADIUS, 1 + share, 0.05)
 
 
 def ascent_size(share: float, batch_size: int = BATCH) -> int:
@@ -100,12 +98,6 @@ def first_of(batch: dict[str, jax.Array], size: int) -> dict[str, jax.Array]:
 
 ROWS = {"base": VARIANTS["base"], "sam": VARIANTS["sam"]}
 ROWS |= {name: with_share(share) for name, share in SHARES.items()}
-
-
-def candidates_of(row: str, args: argparse.Namespace) -> list[tuple[float, float]]:
-    """Return the candidates (learning rate, rho); the base optimizer has no rho."""
-    radii = tuple(args.rho) if args.rho and row != "base" else ROWS[row].radii
-    return [(rate, rho) for rate in LEARNING_RATES[args.base] for rho in radii]
 
 
 def work_of(row: str, runs: int) -> float:
@@ -227,16 +219,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     report = Report(args)
     noises = list(dict.fromkeys([args.noise, 0.0]))
     total = sum(
-        work_of(row, len(candidates_of(row, args)) * len(TUNING_SEEDS) + args.seeds)
-        * args.epochs
-        * len(noises)
-        for row in ROWS
+        work_of(row, runs_to_try(PLANNED) + args.seeds) * args.epochs * len(noises) for row in ROWS
     )
     with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1, disable=None) as bar:
         results = []
         for row in ROWS:
-            candidates, work = candidates_of(row, args), partial(work_of, row)
-            results += measure(row, ROWS[row], candidates, args, args.epochs, noises, bar, work)
+            axes, work = axes_of(ROWS[row], args.base, args.rho), partial(work_of, row)
+            results += measure(row, ROWS[row], axes, args, args.epochs, noises, bar, work)
 
     comparisons = []
     for noise in noises:

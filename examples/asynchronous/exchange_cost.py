@@ -184,17 +184,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], millions: int, path: Path) -> None:
     """Plot a bar with quartiles for each row."""
-    figure = figures.make_figure(7, 1.2 + 0.45 * len(rows))
+    figure = figures.make_figure(1.5, [figures.height_of(len(rows))])
     axes = figure.subplots()
     names = [f"{r['engine']}, workers {r['workers']}, shards {r['shards']}" for r in rows]
     quartiles = [np.percentile(row["milliseconds"], [25, 50, 75]) for row in rows]
     low, middle, high = np.transpose(quartiles)
-    colors = [f"C{ENGINES.index(row['engine'])}" for row in rows]
+    colors = [figures.COLORS[ENGINES.index(row["engine"])] for row in rows]
     axes.barh(names, middle, color=colors, xerr=[middle - low, high - middle], capsize=2)
+    for place, (end, value) in enumerate(zip(high, middle, strict=True)):
+        shift = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{value:.3g}", (end, place), **shift)
     axes.invert_yaxis()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(f"ms for an exchange of {millions} million parameters, median and quartiles")
-    figures.save(figure, path)
+    axes.margins(x=0.1)
+    axes.set_xlabel("ms for an exchange, median and quartiles")
+    ends = dict.fromkeys(f"{value:.3g}" for value in (min(middle), max(middle)))
+    title = f"An exchange of {millions} million parameters takes {' to '.join(ends)} ms"
+    figures.save(figure, path, title)
 
 
 @files.ends_in_one_line

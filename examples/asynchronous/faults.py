@@ -660,29 +660,28 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plot how long each run took, by kind of fault."""
-    figure = figures.make_figure(8, 4.5)
+    """Plot how long each run took, by kind of fault and engine."""
+    kinds = [
+        (kind, engine)
+        for kind in KINDS
+        for engine in ENGINES
+        if any((row["kind"], row["engine"]) == (kind, engine) for row in rows)
+    ]
+    figure = figures.make_figure(1.5, [figures.height_of(len(kinds))])
     axes = figure.subplots()
-    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
-    for engine in ENGINES:
-        for is_bad in (False, True):
-            points = [
-                (row["seconds"], kinds.index(row["kind"]))
-                for row in rows
-                if row["engine"] == engine and bool(row["problems"]) == is_bad
-            ]
-            if points:
-                label = engine + (", failed" if is_bad else "")
-                offset = 0.15 if engine == "ray" else -0.15
-                x, y = np.transpose(points)
-                color = "red" if is_bad else f"C{ENGINES.index(engine)}"
-                axes.plot(x, y + offset, "x" if is_bad else "o", color=color, ms=4, label=label)
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.invert_yaxis()
+    for row in rows:
+        place, is_bad = kinds.index((row["kind"], row["engine"])), bool(row["problems"])
+        color = figures.RED if is_bad else figures.BLUE
+        axes.plot(row["seconds"], place, "x" if is_bad else "o", color=color, ms=5, alpha=0.7)
+    axes.set_yticks(range(len(kinds)), [f"{kind}, {engine}" for kind, engine in kinds])
+    axes.set_ylim(len(kinds) - 0.4, -0.6)
     axes.set(xlabel="seconds until training has ended", xlim=(0, None))
     axes.grid(alpha=0.3, axis="x")
-    axes.legend()
-    figures.save(figure, path, f"{len(rows)} faults in asynchronous training")
+    failed = sum(bool(row["problems"]) for row in rows)
+    slowest = max(row["seconds"] for row in rows)
+    title = f"{len(rows)} faults in asynchronous training: {failed or 'none'} failed"
+    title += " (crosses)" * bool(failed)
+    figures.save(figure, path, f"{title}, the slowest run took {slowest:.0f} s")
 
 
 def choose_cases(args: argparse.Namespace) -> list[Case]:

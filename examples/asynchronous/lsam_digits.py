@@ -136,9 +136,9 @@ from examples.common.checkpoints import CheckpointError, Checkpoints, kept, newe
 from examples.common.digits_task import Network, describe, initialize, rows_of, split
 from examples.common.files import SaveError
 from examples.common.output import choose_folder
-from examples.common.report import Report, mean_and_error
+from examples.common.report import MARK, Report, marked, mean_and_error
 from examples.common.resume import write_config
-from examples.common.tuning import TUNING_SEEDS, Runs, runs_of, scores_of
+from examples.common.tuning import TUNING_SEEDS, Runs, edges, runs_of, scores_of
 from samx import elastic
 
 LEARNING_RATES = (0.03, 0.1, 0.3)  # no row is better with 0.01 or 1
@@ -453,7 +453,8 @@ def measure(name: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
     runs = Runs(*runs_of(range(args.seeds), [chosen]))
     curve = simulate(name, runs, args, EVALUATIONS, bar.update)
     speeds = 1 / slowness(args)
-    return result_of(name, chosen, curve, speeds.sum()) | {"validation_accuracy": validation}
+    result = result_of(name, chosen, curve, speeds.sum())
+    return result | {"validation_accuracy": validation, "edges": edges(chosen, candidates)}
 
 
 def result_of(name: str, chosen: tuple[float, float], curve: Curve, speed: float) -> dict[str, Any]:
@@ -462,6 +463,7 @@ def result_of(name: str, chosen: tuple[float, float], curve: Curve, speed: float
         "row": name,
         "learning_rate": chosen[0],
         "rho": chosen[1],
+        "edges": [],
         "test_accuracy": curve.test[-1].tolist(),
         "gradients": curve.gradients[-1],
         "time": curve.time[-1],
@@ -739,8 +741,11 @@ def table(results: list[dict], unit: str) -> str:
         lines.append(
             f"{result['row']:<{width}} {accuracy:>14} {result['gradients']:>10}"
             f" {result['time']:>10.1f} {rate:>15.2f}"
-            f" {result['share_of_speed']:>13.0%} {result['learning_rate']:>7g} {result['rho']:>5g}"
+            f" {result['share_of_speed']:>13.0%} {marked(result, 'learning_rate'):>7}"
+            f" {marked(result, 'rho'):>5}"
         )
+    if any(result["edges"] for result in results):
+        lines.append(MARK)
     return "\n".join(lines)
 
 
@@ -776,8 +781,10 @@ def verdict(results: list[dict], args: argparse.Namespace) -> str:
 
 def draw(results: list[dict], path: Path, title: str, unit: str, is_marked: bool) -> None:
     """Plot accuracy against time (left) and against gradients (right)."""
-    figure = figures.make_figure(12, 4.8)
+    figure = figures.make_figure(2.4)
     panels = figure.subplots(1, 2, sharey=True)
+    best = max(100 * np.mean(a) for r in results for a in r["curve"]["test_accuracy"])
+    panels[0].set_ylim(max(0.0, best - 20), best + 1)
     for axes, by, label in zip(
         panels,
         ("time", "gradients"),
@@ -789,18 +796,27 @@ def draw(results: list[dict], path: Path, title: str, unit: str, is_marked: bool
             accuracy = 100 * np.asarray(curve["test_accuracy"])
             mean, seeds = accuracy.mean(axis=1), accuracy.shape[1]
             error = accuracy.std(axis=1, ddof=1) / np.sqrt(seeds) if seeds > 1 else 0 * mean
-            [line] = axes.plot(
-                curve[by], mean, marker="o" if is_marked else None, ms=3, label=result["row"]
-            )
+            marker = "o" if is_marked else None
+            [line] = axes.plot(curve[by], mean, marker=marker, ms=3, label=result["row"])
             axes.fill_between(
-                curve[by], mean - error, mean + error, alpha=0.2, color=line.get_color()
+                curve[by], mean - error, mean + error, alpha=0.2, color=line.get_color(), lw=0
             )
         axes.set(xlabel=label)
         axes.grid(alpha=0.3)
-    best = max(100 * np.mean(a) for r in results for a in r["curve"]["test_accuracy"])
-    panels[0].set(ylabel="test accuracy of the center, %", ylim=(max(0.0, best - 20), best + 1))
-    panels[1].legend(loc="lower right")
+        figures.label_ends(axes)
+    panels[0].set_title(claim(results))
+    panels[0].set_ylabel("test accuracy of the center, %")
     figures.save(figure, path, title)
+
+
+def claim(results: list[dict]) -> str:
+    """State how far LSAM is ahead of data-parallel SAM in the same time, or what it reaches."""
+    for found in differences_of(results):
+        if found["row"] == SAME_TIME:
+            points = with_error(found["difference"], found["error"], "+.2f")
+            return f"LSAM - data-parallel SAM in the same time: {points} points"
+    lsam = next(result for result in results if result["row"] == LSAM)
+    return f"LSAM: {100 * np.mean(lsam['test_accuracy']):.2f} %"
 
 
 def run(args: argparse.Namespace) -> list[dict]:

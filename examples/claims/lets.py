@@ -92,14 +92,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 import samx
 from examples.common import digits_task, figures, files
 from examples.common.digits_task import (
     BATCH,
-    LEARNING_RATES,
     TRAIN,
     Network,
     describe,
@@ -108,19 +106,24 @@ from examples.common.digits_task import (
 )
 from examples.common.output import choose_folder
 from examples.common.registry import BASES, VARIANTS, Setting
-from examples.common.report import Report, mean_and_error
-from examples.common.tuning import TUNING_SEEDS, runs_of, scores_of
+from examples.common.report import MARK, Report, marked, mean_and_error
+from examples.common.tuning import TUNING_SEEDS, edges, runs_of, scores_of
 
 EVERY = 10  # one of this many training images is held out
 HELD_OUT_BATCH = 50
 STEPS_PER_EPOCH = (TRAIN - TRAIN // EVERY) // BATCH
 FACTORS = (0.1, 1.0, 10.0)  # the starts, relative to the tuned radius
+LEARNING_RATES = {
+    "sgd": (0.1, 0.3, 1.0),
+    "momentum": (0.01, 0.03, 0.1, 0.3),
+    "adamw": (3e-4, 1e-3, 3e-3, 1e-2),
+}
+RADII = {"sam": (0.1, 0.2, 0.5, 1.0), "asam": (0.5, 1.0, 2.0, 4.0)}
 GRADIENTS = {"sam": 2, "exact": 6, "diag_sq": 4, "exact-next": 8}  # per step
 LINES = dict(zip(FACTORS, (":", "-", "--"), strict=True))
 DEFINITIONS = """\
 rho: geometric mean. F: (loss on all held-out images - loss on all training images)^2 / 2 at the
 end. - tuned SAM: difference to SAM with the tuned radius fixed, seed by seed."""
-COLORS = {"sam": "black", "exact": "C0", "diag_sq": "C1", "exact-next": "C2"}
 
 
 class Data(NamedTuple):
@@ -295,12 +298,13 @@ def tune_start(trainer: Trainer, args: argparse.Namespace, advance: Callable[[in
     return {
         "learning_rate": learning_rate,
         "rho": rho,
+        "edges": edges((learning_rate, rho), [candidate[:2] for candidate in candidates]),
         "validation_accuracy": float(accuracy[best]),
     }
 
 
 def start_candidates(args: argparse.Namespace) -> list[tuple[float, float]]:
-    radii = VARIANTS["asam" if args.asam else "sam"].radii
+    radii = RADII["asam" if args.asam else "sam"]
     return [(rate, rho) for rate in LEARNING_RATES[args.base] for rho in radii]
 
 
@@ -356,7 +360,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             else:
                 tried = try_rates(method, trainer, start, args, advance)
                 rate = max(tried, key=lambda of_rate: of_rate["validation_accuracy"])["rate"]
-                rates += [{**of_rate, "chosen": of_rate["rate"] == rate} for of_rate in tried]
+                at = edges([rate], [[of_rate["rate"]] for of_rate in tried], ["rate"])
+                for of_rate in tried:
+                    is_chosen = of_rate["rate"] == rate
+                    rates.append({**of_rate, "chosen": is_chosen, "edges": at * is_chosen})
             bar.set_description(method)
             radii = [factor * start["rho"] for factor in FACTORS]
             candidates = [(start["learning_rate"], radius, rate) for radius in radii]
@@ -490,7 +497,7 @@ def table_of_rates(rates: list[dict]) -> str:
     for result in rates:
         rho, _ = geometric(np.asarray(result["rho"]))
         lines.append(
-            f"{result['row']:<{width}} {result['rate']:>8g} {rho:>10.4f}"
+            f"{result['row']:<{width}} {marked(result, 'rate'):>8} {rho:>10.4f}"
             f" {min(result['rho']):>8.4f} {max(result['rho']):>8.4f} {np.mean(result['F']):>9.5f}"
             f" {100 * result['validation_accuracy']:>18.2f}{' chosen' * result['chosen']}"
         )
@@ -517,23 +524,27 @@ def verdict(results: list[dict], method: str) -> str:
 
 def draw(measured: dict[str, Any], path: Path, title: str) -> None:
     """Plot rho and F over the epochs, and the final rho of each rate from the tuned start."""
-    figure = figures.make_figure(15, 5)
+    methods = list(dict.fromkeys(result["row"] for result in measured["results"]))
+    palette = (figures.INK, figures.BLUE, figures.RED, figures.GREEN)
+    colors = dict(zip(("sam", *RATES), palette, strict=True))
+    figure = figures.make_figure(2.8)
     left, middle, right = figure.subplots(1, 3)
     for result in measured["results"]:
-        color, line = COLORS[result["row"]], LINES[result["factor"]]
+        color, line = colors[result["row"]], LINES[result["factor"]]
         logs = np.log(np.asarray(result["rho"]))
         mean, error = logs.mean(axis=0), spread(logs)
         epochs = range(len(mean))
         style = {"color": color, "linestyle": line, "linewidth": 1.6}
+        if result["factor"] == 1:  # the other starts have the same colours
+            style["label"] = result["row"]
         left.plot(epochs, np.exp(mean), **style)
         left.fill_between(
             epochs, np.exp(mean - error), np.exp(mean + error), color=color, alpha=0.15, linewidth=0
         )
         middle.plot(epochs, np.mean(result["F"], axis=0), **style)
-    left.set(title="radius (geometric mean ± standard error)", xlabel="epoch", ylabel="rho")
+    left.set(title=claim(measured["results"], methods), xlabel="epoch", ylabel="rho", yscale="log")
     middle.set(title="F = (held-out loss - training loss)² / 2", xlabel="epoch", ylabel="F")
 
-    methods = list(dict.fromkeys(result["row"] for result in measured["results"]))
     for method in methods:
         tried = sorted(
             (result for result in measured["rates"] if result["row"] == method and result["rate"]),
@@ -541,30 +552,42 @@ def draw(measured: dict[str, Any], path: Path, title: str) -> None:
         )
         ends = [geometric(np.asarray(result["rho"]))[0] for result in tried]
         rates = [result["rate"] for result in tried]
-        right.plot(rates, ends, "o-", color=COLORS[method], markersize=5, zorder=3)
+        right.plot(rates, ends, "o-", color=colors[method], markersize=5, zorder=3, label=method)
         for result, end in zip(tried, ends, strict=True):
             seeds = [result["rate"]] * len(result["rho"])
-            right.plot(seeds, result["rho"], ".", color=COLORS[method], alpha=0.4)
+            right.plot(seeds, result["rho"], ".", color=colors[method], alpha=0.4)
             if result["chosen"]:
-                right.plot(result["rate"], end, "o", color=COLORS[method], mfc="none", ms=12)
-    right.axhline(measured["start"]["rho"], color=COLORS["sam"], linewidth=1.6)
+                right.plot(result["rate"], end, "o", color=colors[method], mfc="none", ms=12)
+    right.axhline(measured["start"]["rho"], color=colors["sam"], linewidth=1.6)
     radii = [measured["start"]["rho"], *(r for tried in measured["rates"] for r in tried["rho"])]
-    right.set_ylim(min(radii) / 1.5, max(radii) * 1.5)
-    right.set(title="final radius from the tuned start (ring: chosen)", xlabel="rate")
+    right.set(yscale="log", ylim=(min(radii) / 1.5, max(radii) * 1.5), xlabel="rate")
+    right.set(title="final rho from the tuned start (line); ring: the chosen rate")
     if any(tried["rate"] for tried in measured["rates"]):  # a log axis cannot show 0
+        tried = sorted({tried["rate"] for tried in measured["rates"]} - {0})
         right.set_xscale("log")
-    for axes in (left, right):
-        axes.set(yscale="log")
+        right.set_xticks(tried, [f"{rate:g}" for rate in tried], minor=False)
+        right.set_xticks([], minor=True)
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-    names = {name: "sam, rho fixed" if name == "sam" else name for name in methods}
-    handles = [Line2D([], [], color=COLORS[name], label=label) for name, label in names.items()]
-    handles += [
-        Line2D([], [], color="grey", linestyle=line, label=f"start: {factor:g} x the tuned rho")
-        for factor, line in LINES.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figures.save(figure, path, title)
+        figures.label_ends(axes)
+    names = ("dotted", "solid", "dashed")
+    starts = ", ".join(f"{n} {f:g}" for n, f in zip(names, FACTORS, strict=True))
+    figures.save(figure, path, f"{title}. Start, relative to the tuned rho: {starts}")
+
+
+def claim(results: list[dict], methods: list[str]) -> str:
+    """State how far apart the starts of LETS ended, of the form that brings them closest."""
+    apart = {}
+    for method in methods:
+        if method != "sam":
+            ends = [geometric(final(r, "rho"))[0] for r in results if r["row"] == method]
+            apart[method] = max(ends) / min(ends)
+    begun = [r["start"] for r in results if r["row"] == methods[0]]
+    closest = min(apart, key=lambda method: apart[method])
+    return (
+        f"starts {max(begun) / min(begun):.3g} times apart end {apart[closest]:.3g} times apart "
+        f"({closest})"
+    )
 
 
 def spread(values: np.ndarray) -> np.ndarray:
@@ -587,10 +610,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{found['diag_sq']:.2e}, that is {found['diag_sq'] / found['exact']:.1e} of the exact one"
     )
     print(
-        f"\n{sam} tuned: learning rate {start['learning_rate']:g}, rho {start['rho']:g}; "
+        f"\n{sam} tuned: learning rate {marked(start, 'learning_rate')}, "
+        f"rho {marked(start, 'rho')}; "
         f"validation accuracy {100 * start['validation_accuracy']:.2f} %.\nLETS from this start, "
         f"{len(TUNING_SEEDS)} seeds:\n{table_of_rates(measured['rates'])}"
     )
+    if any(tuned["edges"] for tuned in (start, *measured["rates"])):
+        print(MARK)
     print(f"\n{describe(args.noise)}, {args.seeds} seeds (mean ± standard error)")
     print(f"{table(results)}\n")
     print("\n".join(verdict(results, method) for method in args.methods))

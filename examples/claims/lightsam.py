@@ -39,6 +39,7 @@ The script prints a table and a line for each method. It writes results.json and
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -301,35 +302,43 @@ def span(rows: list[dict], reference: str) -> str:
 def draw(results: list[dict], points: int, path: Path, title: str) -> None:
     """Draw one map per method: the norm over the last tenth relative to the start."""
     values = 10.0 ** np.linspace(LOW, HIGH, points)
-    labels = [f"{value:.3g}" for value in values]
+    shown = range(0, points, math.ceil(points / 5))
+    labels = [f"{float(f'{values[index]:.1g}'):g}" for index in shown]
     scale = TwoSlopeNorm(0, FLOOR, CEILING)  # white: the norm is the same as at the start
-    figure = figures.make_figure(4 * len(results) + 1, 4.6)
+    figure = figures.make_figure(0.75 * len(results) + 0.3)
     image = None
     for axes, result in zip(figure.subplots(1, len(results), sharey=True), results, strict=True):
         ratios = [ratio(row, "norm_at_start") for row in result["points"]]
         # At the optimum the ratio is 0. A ratio that is not finite stays grey.
         logs = [np.nan if r is None else np.log10(max(r, 1e-38)) for r in ratios]
         field = np.reshape(logs, (points, points))
-        axes.set_facecolor("grey")
+        axes.set_facecolor(figures.GREY)
         image = axes.imshow(field, cmap="RdBu_r", norm=scale, origin="lower", aspect="equal")
         for index, (row, value) in enumerate(zip(result["points"], ratios, strict=True)):
             y, x = divmod(index, points)
             if row["diverged"]:
-                axes.plot(x, y + 0.22, "kx", markersize=36 / points)
+                axes.plot(x, y + 0.22, "x", color=color_on(value), markersize=36 / points)
             if points <= 6:
-                is_dark = value is None or not -2.4 < np.log10(max(value, 1e-38)) < 0.6
-                color = "white" if is_dark else "black"
-                text = "inf" if value is None else f"{value:.2g}"
-                axes.text(x, y - 0.2, text, color=color, ha="center", va="center")
-        axes.set_xticks(range(points), labels, rotation=45 if points > 6 else 0)
-        axes.set_yticks(range(points), labels)
+                text = (
+                    "inf" if value is None else f"{value:.1g}" if value < 0.01 else f"{value:.2g}"
+                )
+                place = {"ha": "center", "va": "center", "fontsize": min(9, 40 / points)}
+                axes.text(x, y - 0.2, text, color=color_on(value), **place)
+        axes.set_xticks(shown, labels)
+        axes.set_yticks(shown, labels)
         axes.set_title(f"{result['method']}: fell at {result['fell']} of {points**2}")
         axes.set_xlabel("rho")
     figure.axes[0].set_ylabel("learning rate")
     if image is not None:
-        label = "log10(gradient norm, last tenth of the steps / start)"
-        figure.colorbar(image, ax=figure.axes, extend="both", label=label)
+        bar = figure.colorbar(image, ax=figure.axes, extend="both", aspect=12, shrink=0.8)
+        bar.set_label("log10(norm at the end / start)")
     figures.save(figure, path, f"{title}; cross: diverged")
+
+
+def color_on(value: float | None) -> str:
+    """Return a colour that can be read on the colour of a ratio in the map."""
+    is_dark = value is None or not -2.4 < np.log10(max(value, 1e-38)) < 0.6
+    return "white" if is_dark else "black"
 
 
 def measure(args: argparse.Namespace) -> list[dict]:

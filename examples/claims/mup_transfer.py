@@ -451,21 +451,27 @@ def transfer_table(results: list[dict]) -> str:
 
 def draw_effects(axes: Any, results: list[dict], widths: list[int], steps: int) -> None:
     """Plot the effects over the widths after `steps` steps, with all layers perturbed."""
-    for result in results:
-        if result["steps"] == steps and result["perturbed"] == "all":
-            is_mup = result["method"] == "mup_sam"
-            axes.loglog(
-                widths,
-                result["effect_by_width"],
-                *(("o-" if is_mup else "s--"),),
-                color=f"C{LAYERS.index(result['layer'])}",
-                label=f"{METHODS[result['method']].label}, {result['layer']}: {signed(result)}",
-            )
+    mine = [r for r in results if r["steps"] == steps and r["perturbed"] == "all"]
+    for result in mine:
+        is_mup = result["method"] == "mup_sam"
+        axes.loglog(
+            widths,
+            result["effect_by_width"],
+            "o-" if is_mup else "s--",
+            color=figures.COLORS[LAYERS.index(result["layer"])],
+            label=f"{METHODS[result['method']].label}, {result['layer']}: {signed(result)}",
+        )
+    largest = {
+        method.label: max(abs(r["exponent"]) for r in mine if r["method"] == name)
+        for name, method in METHODS.items()
+    }
+    told = ", ".join(f"{size:.2f} ({label})" for label, size in largest.items())
     axes.set_xticks(widths, [str(width) for width in widths])
     axes.minorticks_off()
-    axes.set(title=f"after {steps} step{'s' * (steps > 1)}", xlabel="width")
+    axes.set_title(f"after {steps} step{'s' * (steps > 1)}: exponents up to {told}")
+    axes.set_xlabel("width")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", title="exponent of the width", loc="lower center", ncols=2)
+    figures.label_ends(axes)
 
 
 def draw_grid(axes: Any, result: dict, rates: list[float], rhos: list[float], limits: Any) -> Any:
@@ -473,29 +479,31 @@ def draw_grid(axes: Any, result: dict, rates: list[float], rhos: list[float], li
     grid = np.array(result["loss"], np.float64)
     image = axes.imshow(grid, cmap="viridis_r", origin="lower", aspect="auto", **limits)
     row, column = best(result, "loss")
-    axes.plot(column, row, "r*", markersize=14, label=f"best: {grid[row, column]:.3f}")
+    axes.plot(column, row, "*", color=figures.RED, markersize=14)
     axes.set_xticks(range(len(rhos)), [f"{rho:g}" for rho in rhos])
     axes.set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
-    axes.set(title=title(result), xlabel="rho", ylabel="learning rate")
-    axes.legend(loc="lower right", fontsize="small")
+    axes.set(title=f"{title(result)}: best {grid[row, column]:.3f}", xlabel="rho")
     return image
 
 
 def draw(report: dict, args: argparse.Namespace, path: Path) -> None:
     """Plot the effects (top) and the grids (bottom)."""
     rows = [part for part in PARTS if part in args.parts]
-    figure = figures.make_figure(12, 0.5 + 4.3 * len(rows))
+    grids = without_repeats(report.get("grids", []))
+    columns = max(1.5 * len(args.steps) * ("exponents" in rows), 0.8 * len(grids))
+    figure = figures.make_figure(columns, [figures.height_of()] * len(rows))
+    left = {"x": 0.01, "ha": "left"}
     for part, row in zip(rows, figure.subfigures(len(rows), 1, squeeze=False)[:, 0], strict=True):
         if part == "exponents":
-            panels = row.subplots(1, len(args.steps), squeeze=False, sharey=True)[0]
+            panels = row.subplots(1, len(args.steps), squeeze=False)[0]
             for axes, steps in zip(panels, args.steps, strict=True):
                 draw_effects(axes, report["exponents"], args.widths, steps)
+            limits = [axes.get_ylim() for axes in panels]
+            for axes in panels:
+                axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
             panels[0].set_ylabel("change of the features, root mean square")
-            low, high = panels[0].get_ylim()  # shared
-            panels[0].set_ylim(low * (low / high) ** 0.4)  # room for the legends below the curves
-            row.suptitle(f"Effect of the perturbation on each layer, {args.seeds} seeds")
+            row.suptitle(f"Effect of the perturbation on each layer, {args.seeds} seeds", **left)
         else:
-            grids = without_repeats(report["grids"])
             panels = row.subplots(1, len(grids), squeeze=False)[0]
             losses = np.array([grid["loss"] for grid in grids], np.float64)
             losses = losses[np.isfinite(losses)]
@@ -505,9 +513,12 @@ def draw(report: dict, args: argparse.Namespace, path: Path) -> None:
                 draw_grid(axes, grid, args.learning_rates, args.rhos, limits)
                 for axes, grid in pairs
             ]
+            panels[0].set_ylabel("learning rate")
             row.colorbar(images[-1], ax=panels, label="loss on the images held out")
             row.suptitle(
-                f"Loss after {args.transfer_steps} steps, mean over {args.transfer_seeds} seeds"
+                f"Loss after {args.transfer_steps} steps, mean over {args.transfer_seeds} seeds; "
+                "star: the best",
+                **left,
             )
     figures.save(figure, path)
 

@@ -281,42 +281,55 @@ def verdict(ratio: np.ndarray) -> str:
 
 def draw(results: list[dict], path: Path, title: str) -> None:
     """Plot the ratio and the fraction of sharp steps over the epochs, and the times as bars."""
-    figure = figures.make_figure(15, 4.2)
+    figure = figures.make_figure(3, [figures.height_of(max(len(results), figures.ROWS))])
     ratio, sharp, bars = figure.subplots(1, 3)
-    for position, result in enumerate(results):
-        name, color = result["row"], f"C{position}"
+    longest = max(result["time_to_plain"][2] for result in results)
+    colors = [*figures.COLORS, *["0.8"] * len(results)]  # only the first rows have names in curves
+    for position, (result, color) in enumerate(zip(results, colors, strict=False)):
+        name = result["row"]
         for axes, values in (
             (ratio, result["ratio_by_epoch"]),
             (sharp, result["sharp_fraction_by_epoch"]),
         ):
             points = [(epoch, y) for epoch, y in enumerate(values, 1) if y is not None]
             if points and name != "base":
-                style = f"C{position}o{LINES[position % len(LINES)]}"
-                axes.plot(*zip(*points, strict=True), style, markersize=3, label=name)
+                style = {"linestyle": LINES[position % len(LINES)], "linewidth": 1.6}
+                style |= {"color": color, "zorder": 2 - position / len(results)}
+                style |= {"label": name} if position < len(figures.COLORS) else {}
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
         low, median, high = result["time_to_plain"]
         spread = [[median - low], [high - median]]
-        bars.bar(name, median, yerr=spread, color=color, capsize=4)
-        bars.annotate(
-            "\n".join(filter(None, (f"{median:.2f}", speed_up(result)))),
-            *((position, high), (0, 6)),
-            textcoords="offset points",
-            ha="center",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
-        )
+        bars.barh(position, median, xerr=spread, color=color, capsize=3)
+        text = " ".join(filter(None, (f"{median:.2f}", speed_up(result))))
+        bars.annotate(text, (1.45 * longest, position), ha="right", va="center")
+    bars.set_yticks(range(len(results)), [result["row"] for result in results])
+    bars.set_ylim(len(results) - 0.4, -1.4)
     sam = next(result for result in results if result["row"] == "sam")["time_to_plain"][1]
-    bars.axhline(sam, color="black", linewidth=1, linestyle="--", label="SAM")
-    label = f"{CLAIM:.0%} faster than SAM"
-    bars.axhline(sam / (1 + CLAIM), color="grey", linewidth=1, linestyle=":", label=label)
-    bars.set_ylim(0, 1.35 * max(result["time_to_plain"][2] for result in results))
-    bars.tick_params(axis="x", rotation=30)
-    bars.set(title="time of a step / plain step", ylabel="median over the seeds, quartiles")
-    ratio.set(title="second-order part, ||g_s - g|| / ||g||", xlabel="epoch")
+    bars.axvline(sam, color=figures.INK, linewidth=1, linestyle="--")
+    bars.axvline(sam / (1 + CLAIM), color=figures.GREY, linewidth=1, linestyle=":")
+    shift = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
+    bars.annotate("SAM", (sam, -0.95), **shift)
+    shift |= {"xytext": (-3, 0), "ha": "right"}
+    bars.annotate(f"{CLAIM:.0%} faster", (sam / (1 + CLAIM), -0.95), color=figures.GREY, **shift)
+    bars.set_xlim(0, 1.47 * longest)
+    bars.set(title="time of a step / plain step", xlabel="median over the seeds, quartiles")
+    ratio.set(title=claim(results), xlabel="epoch")
     ratio.set_ylim(bottom=0)
     sharp.set(title="share of sharp steps", xlabel="epoch", ylim=(-0.03, 1.05))
-    for axes in (ratio, sharp, bars):
+    for axes in (ratio, sharp):
         axes.grid(alpha=0.3, axis="y")
-        axes.legend(fontsize="small")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        figures.label_ends(axes)
+    bars.grid(alpha=0.3, axis="x")
     figures.save(figure, path, title)
+
+
+def claim(results: list[dict]) -> str:
+    """State how the second-order part of SAM's gradient went, from the first epoch to the last."""
+    sam = next(result for result in results if result["row"] == "sam")["ratio_by_epoch"]
+    known = [value for value in sam if value is not None]
+    text = "second-order part of SAM's gradient, ||g_s - g|| / ||g||"
+    return f"{text}: {known[0]:.2f} to {known[-1]:.2f}" if known else text
 
 
 @files.ends_in_one_line

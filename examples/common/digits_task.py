@@ -11,11 +11,7 @@ from examples.common.choices import TRAIN
 
 VALIDATION, BATCH = 297, 100  # of 1797 images; the other 500 are the test split
 STEPS_PER_EPOCH = TRAIN // BATCH
-LEARNING_RATES = {
-    "sgd": (0.1, 0.3, 1.0),
-    "momentum": (0.01, 0.03, 0.1, 0.3),
-    "adamw": (3e-4, 1e-3, 3e-3, 1e-2),
-}
+LEARNING_RATE = {"sgd": 0.5, "momentum": 0.05, "adamw": 2e-3}  # where a search for it begins
 
 
 class Network(nnx.Module):

@@ -1,11 +1,20 @@
-"""Figures of examples and notebooks: one style, one resolution, no window, no text over text."""
+"""Figures of examples and notebooks: one style, one rule for sizes, labels instead of legends.
+
+A figure's title states the result; a script computes it from the results that it draws. Lines and
+points carry their names (`label_ends`, `label_points`), in their own colours.
+"""
 
 import io
+import itertools
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
 
 from examples.common import files
 
@@ -31,47 +40,193 @@ STYLE = {
     "legend.frameon": False,
 }
 
+COLUMN = 5.2  # inches, the width of a panel
+FRAME, ROW = 1.2, 0.28  # inches, the height of a panel without its rows, and that of a row
+ROWS = 9  # how many rows a panel without rows is worth
+
+RADII = (8, 14, 22, 32, 44, 58, 74, 92)  # points between a name and its point; the nearest wins
+FAR = 20  # a name that is further away gets a line to its point
+END = "label at the end of a line"  # the gid of such a label
+
 
 def use_style() -> None:
     """Set matplotlib's defaults to the style of all figures."""
     matplotlib.rcParams.update(STYLE)
 
 
-def make_figure(width: float, height: float) -> Figure:
-    """Return an empty figure; its size is in inches."""
+def height_of(rows: int = ROWS) -> float:
+    """Return the height in inches of a panel with so many rows (names, bars): the only rule."""
+    return FRAME + ROW * rows
+
+
+def make_figure(columns: float = 2, heights: Sequence[float] | None = None) -> Figure:
+    """Return an empty figure.
+
+    Args:
+        columns: The number of panels side by side.
+        heights: The heights of the panels one below the other, from `height_of`; by default one
+            panel without rows.
+    """
     use_style()
-    return Figure(figsize=(width, height))
+    heights = [height_of()] if heights is None else heights
+    return Figure(figsize=(max(7.0, COLUMN * columns), sum(heights) + 0.3))
 
 
 def label_ends(axis: Axes) -> None:
     """Write the label of each line at its right end, in the colour of the line.
 
-    Call it last, when the limits of the axes are final. Labels that would overlap are moved apart.
+    Labels that would overlap are moved apart. The label of a line that ends before the others do is
+    written where it covers no line; that of a line that leaves the axes is at their border. Call it
+    when the limits of the axes are final.
     """
-    lines = [line for line in axis.get_lines() if not line.get_label().startswith("_")]
-    if not lines:
-        return
-    figure = axis.get_figure()
-    height = 1.25 * matplotlib.rcParams["font.size"] * figure.dpi / 72  # of a line of text
-    ends = []
-    for line in lines:
-        x, y = line.get_xydata()[-1]
-        ends.append((axis.transData.transform((x, y))[1], x, y, line))
-    ends.sort(key=lambda end: end[0])
-    places = [end[0] for end in ends]
-    for index in range(1, len(places)):
-        places[index] = max(places[index], places[index - 1] + height)
-    shift = sum(place - end[0] for place, end in zip(places, ends, strict=True)) / len(places)
-    for place, (pixel, x, y, line) in zip(places, ends, strict=True):
+    for line in axis.get_lines():
+        points = np.asarray(line.get_xydata(), float)
+        points = points[np.isfinite(points).all(axis=1)]
+        if line.get_label().startswith("_") or not len(points):
+            continue
+        limits = np.sort([axis.get_xlim(), axis.get_ylim()])
         axis.annotate(
             line.get_label(),
-            (x, y),
-            xytext=(6, (place - shift - pixel) * 72 / figure.dpi),
+            np.clip(points[-1], *limits.T),
+            xytext=(6, 0),
             textcoords="offset points",
             va="center",
             color=line.get_color(),
             annotation_clip=False,
+            gid=END,
         )
+    figure = axis.get_figure(root=True)
+    if figure.canvas.manager is not None:  # a notebook shows it; `save` does it for a script
+        _lay_out(figure)
+        _place_ends(axis)
+
+
+def label_points(axis: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write a name beside each point where it covers neither a name nor another point.
+
+    Call it when the limits of the axes are final. Error bars and lines count as points.
+
+    Args:
+        axis: The axes.
+        points: For each point x, y, its name and the colour of the name.
+    """
+    _lay_out(axis.get_figure(root=True))
+    labels = [
+        axis.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", color=color)
+        for x, y, name, color in points
+    ]
+    _place_freely(axis, labels)
+
+
+def _lay_out(figure: Figure) -> None:
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+
+
+def _place_ends(axis: Axes) -> None:
+    """Place the labels of `label_ends`."""
+    labels = [text for text in axis.texts if text.get_gid() == END]
+    if not labels:
+        return
+    scale = 72 / axis.get_figure(root=True).dpi
+    ends = {label: axis.transData.transform(label.xy) for label in labels}
+    last = max(x for x, _ in ends.values())
+    low, high = axis.get_window_extent().intervaly
+    at_end = [label for label in labels if ends[label][0] > last - 30]
+    at_end.sort(key=lambda label: ends[label][1])
+    heights = [label.get_window_extent().height for label in at_end]
+    wanted = [np.clip(ends[label][1], low, high) for label in at_end]
+    for label, middle in zip(at_end, _apart(wanted, heights, low, high), strict=True):
+        label.set_position((6, (middle - ends[label][1]) * scale))
+    if others := [label for label in labels if label not in at_end]:
+        for label in others:
+            label.set(va="baseline", position=(0, 0))
+        _place_freely(axis, others)
+
+
+def _apart(
+    wanted: Sequence[float], heights: Sequence[float], low: float, high: float
+) -> list[float]:
+    """Return middles near the wanted ones (ascending) for spans that may not overlap.
+
+    Spans that touch move together, so that none is further from its place than it must be.
+    """
+    groups: list[tuple[float, list[float]]] = []  # the lower end of a group, and its heights
+    for middle, height in zip(wanted, heights, strict=True):
+        start, group = middle - height / 2, [height]
+        start = max(low, min(start, high - height))
+        while groups and groups[-1][0] + sum(groups[-1][1]) > start:
+            other_start, other = groups.pop()
+            weight = len(other) / (len(other) + len(group))
+            start = weight * other_start + (1 - weight) * (start - sum(other))
+            group = other + group
+            start = max(low, min(start, high - sum(group)))
+        groups.append((start, group))
+    ends = [start + total for start, group in groups for total in itertools.accumulate(group)]
+    return [end - height / 2 for end, height in zip(ends, heights, strict=True)]
+
+
+def _place_freely(axis: Axes, labels: Sequence[Annotation]) -> None:
+    """Move each label to the nearest place where it covers neither text nor points nor lines."""
+    figure = axis.get_figure(root=True)
+    scale, inside = 72 / figure.dpi, np.array(axis.get_window_extent().extents)
+    others = [text.get_window_extent().extents for text in axis.texts if text not in labels]
+    points = _pixels_of(axis)
+    taken = np.concatenate([np.reshape(others, (-1, 4)), np.hstack([points - 4, points + 4])])
+    for label in labels:
+        size, point = label.get_window_extent(), axis.transData.transform(label.xy)
+        radius, turn = map(np.ravel, np.meshgrid(RADII, np.deg2rad(np.arange(0, 360, 15))))
+        x = point[0] + radius / scale * np.cos(turn) - size.width * (1 - np.cos(turn)) / 2
+        y = point[1] + radius / scale * np.sin(turn) - size.height * (1 - np.sin(turn)) / 2
+        boxes = np.stack([x, y, x + size.width, y + size.height], axis=1)
+        is_outside = (boxes[:, :2] < inside[:2]).any(1) | (boxes[:, 2:] > inside[2:]).any(1)
+        low = np.maximum(boxes[:, None, :2], taken[None, :, :2])
+        high = np.minimum(boxes[:, None, 2:], taken[None, :, 2:])
+        covered = (low < high).all(axis=2).sum(axis=1)
+        best = np.argmin(radius + 100 * covered + 10_000 * is_outside)
+        label.set_position(((x[best] - point[0]) * scale, (y[best] - point[1]) * scale))
+        taken = np.concatenate([taken, boxes[best : best + 1]])
+        if radius[best] > FAR:
+            axis.annotate(
+                "",
+                label.xy,
+                xytext=(radius[best] * np.cos(turn[best]), radius[best] * np.sin(turn[best])),
+                textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": label.get_color(), "linewidth": 0.7},
+            )
+
+
+def _pixels_of(axis: Axes) -> np.ndarray:
+    """Return the pixels of all lines, points and error bars of the axes, densely."""
+    paths = [line.get_xydata() for line in axis.get_lines()]
+    for collection in axis.collections:
+        paths += [path.vertices for path in collection.get_paths()]
+    found = [np.zeros((0, 2))]
+    for path in paths:
+        pixels = axis.transData.transform(np.asarray(path, float))
+        pixels = pixels[np.isfinite(pixels).all(axis=1)]
+        for start, end in itertools.pairwise(pixels):
+            found.append(np.linspace(start, end, 2 + int(min(np.hypot(*(end - start)), 5000) // 8)))
+        found.append(pixels)
+    return np.concatenate(found)
+
+
+def _wrap_titles(figure: Figure) -> None:
+    """Break titles that are wider than their panel, or the figure, into several lines."""
+    if figure._suptitle is not None:
+        _wrap(figure._suptitle, figure.bbox.width * 0.98)
+    for axis in figure.axes:
+        for title in (axis.title, axis._left_title, axis._right_title):
+            _wrap(title, axis.get_window_extent().width)
+
+
+def _wrap(text: Text, width: float) -> None:
+    """Break a text into lines of at most so many pixels; what stands around ± stays together."""
+    content = " ".join(text.get_text().split()).replace(" ± ", "\u00a0±\u00a0")
+    longest = len(content)
+    while content and longest > 10 and text.get_window_extent().width > width:
+        longest = int(0.9 * longest)
+        text.set_text(textwrap.fill(content, longest))
 
 
 def save(figure: Figure, path: Path, title: str = "") -> None:
@@ -82,6 +237,11 @@ def save(figure: Figure, path: Path, title: str = "") -> None:
     """
     if title:
         figure.suptitle(title, x=0.01, ha="left")
+    _lay_out(figure)
+    _wrap_titles(figure)
+    _lay_out(figure)
+    for axis in figure.axes:
+        _place_ends(axis)
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix[1:])
     files.write(path, picture.getvalue())

@@ -45,7 +45,7 @@ class Variant(NamedTuple):
 
     Attributes:
         make: `(rho, base, setting) -> tx`.
-        radii: Values of rho to choose from on a validation split, ascending.
+        start: Value of rho with which the search on a validation split begins; 0 is not searched.
         gradients: Gradients per step, in passes over one batch. This is an estimate if a policy
             depends on the gradients (`ae-sam`, `ae-looksam`, `vsam`, `arsam`) or if a bandit
             chooses layers.
@@ -58,19 +58,19 @@ class Variant(NamedTuple):
         settling: Steps before the first cycle: a warm-up of sharp steps, and averages that fill.
         uses_gradient: Whether `update` reads the gradient that it is given. If not, the compiler
             removes its computation.
-        learning_rates: Candidates for a variant that is an optimizer and has no base. They replace
-            the candidates of the base.
+        learning_rate: Where the search for the learning rate begins, if the variant is an optimizer
+            and has no base.
     """
 
     make: Make
-    radii: tuple[float, ...]
+    start: float
     gradients: float
     rho: float
     keeps_aux: bool = False
     cycle: int = 1
     settling: int = 0
     uses_gradient: bool = True
-    learning_rates: tuple[float, ...] | None = None
+    learning_rate: float | None = None
 
 
 def of(name: str, **fixed: Any) -> Make:
@@ -150,25 +150,25 @@ def async_sam(rho: Any) -> optax.GradientTransformationExtraArgs:
     return samx.closure_transformation(tx.init, update_fn, name="async_sam")
 
 
-RADII = (0.1, 0.2, 0.5, 1.0)
-SMALL = (0.02, 0.05, 0.1, 0.2)  # for a variant in which sharpness has nine times the weight
-FACTORS = (0.1, 0.3, 1.0, 3.0)  # for ε = rho g, or an ε that shrinks as g grows
-STEPS = (3e-4, 1e-3, 3e-3, 1e-2)  # sizes of the perturbation of one element
-ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RADIUS = 0.2
+SMALL = 0.05  # for a variant in which sharpness has nine times the weight
+FACTOR = 0.5  # for ε = rho g, or an ε that shrinks as g grows
+STEP = 2e-3  # the size of the perturbation of one element
+ADAM_RATE = 2e-3
 GSAM_ALPHA = 0.1  # between the paper's value for ResNets and its default for vision transformers
 ALPHA = 0.1  # for LookSAM and its relatives; the default 0.7 is for vision transformers
 PERIOD = 50  # steps between two computations of the mask
 WINDOW, WARMUP = 50, 50  # for `policies.quota`; its first window is one step shorter
 
 VARIANTS = {
-    "base": Variant(lambda rho, base, setting: base, (0.0,), 1, 0.0),
-    "sam": Variant(of("sam"), RADII, 2, 0.05),
-    "asam": Variant(of("asam"), (0.5, 1.0, 2.0, 4.0), 2, 0.5),
+    "base": Variant(lambda rho, base, setting: base, 0.0, 1, 0.0),
+    "sam": Variant(of("sam"), RADIUS, 2, 0.05),
+    "asam": Variant(of("asam"), 1.0, 2, 0.5),
     "sampa": Variant(
         lambda rho, base, setting: samx.sampa(
             base, rho, batch_like=setting.batch, aux_like=setting.aux
         ),
-        RADII,
+        RADIUS,
         2,
         0.1,
         keeps_aux=True,
@@ -178,7 +178,7 @@ VARIANTS = {
         lambda rho, base, setting: samx.sampa(
             base, rho, batch_like=setting.batch, aux_like=setting.aux, gradients="separate"
         ),
-        RADII,
+        RADIUS,
         2,
         0.1,
         keeps_aux=True,
@@ -186,72 +186,68 @@ VARIANTS = {
     ),
     "periodic": Variant(
         in_front(lambda rho: samx.perturb_if(policies.every(5), samx.sam(rho))),
-        RADII,
+        RADIUS,
         1.2,
         0.05,
         cycle=5,
     ),
     "rst": Variant(
         in_front(lambda rho: samx.perturb_if(policies.random(0.5), samx.sam(rho))),
-        RADII,
+        RADIUS,
         1.5,
         0.05,
         cycle=20,
     ),
-    "g-rst": Variant(in_front(g_rst), RADII, 1.5, 0.05, cycle=20),
-    "looksam": Variant(of("looksam", alpha=ALPHA), RADII, 1.2, 0.05, cycle=5),
+    "g-rst": Variant(in_front(g_rst), RADIUS, 1.5, 0.05, cycle=20),
+    "looksam": Variant(of("looksam", alpha=ALPHA), RADIUS, 1.2, 0.05, cycle=5),
     "look-layer-sam": Variant(
         of("look_layer_sam", alpha=ALPHA),
-        (0.001, 0.003, 0.01, 0.03),
+        0.005,
         1.2,
         0.05,
         cycle=5,
     ),
-    "ae-sam": Variant(of("ae_sam"), RADII, 1.5, 0.05, cycle=10, settling=50),
-    "ae-looksam": Variant(of("ae_looksam", alpha=ALPHA), RADII, 1.5, 0.05, cycle=10, settling=50),
-    "vsam": Variant(of("vsam"), RADII, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1),
-    "arsam": Variant(of("arsam"), RADII, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1),
-    "ksam": Variant(by_setting(ksam), RADII, 1 + 1 / 3, 0.05, uses_gradient=False),
-    "esam": Variant(by_setting(esam), RADII, 1 + 1 / 3 + 0.5, 0.05, uses_gradient=False),
+    "ae-sam": Variant(of("ae_sam"), RADIUS, 1.5, 0.05, cycle=10, settling=50),
+    "ae-looksam": Variant(of("ae_looksam", alpha=ALPHA), RADIUS, 1.5, 0.05, cycle=10, settling=50),
+    "vsam": Variant(of("vsam"), RADIUS, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1),
+    "arsam": Variant(of("arsam"), RADIUS, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1),
+    "ksam": Variant(by_setting(ksam), RADIUS, 1 + 1 / 3, 0.05, uses_gradient=False),
+    "esam": Variant(by_setting(esam), RADIUS, 1 + 1 / 3 + 0.5, 0.05, uses_gradient=False),
     "ausam": Variant(
-        by_setting(ausam), RADII, 1, 0.1, keeps_aux=True, settling=1, uses_gradient=False
+        by_setting(ausam), RADIUS, 1, 0.1, keeps_aux=True, settling=1, uses_gradient=False
     ),
     "sl-sam": Variant(
         lambda rho, base, setting: samx.sl_sam(base, rho, aux_like=setting.aux),
-        RADII,
+        RADIUS,
         1.5,
         0.05,
         keeps_aux=True,
         cycle=20,
         uses_gradient=False,
     ),
-    "gsam": Variant(of("gsam", alpha=GSAM_ALPHA), RADII, 2, 0.05),
+    "gsam": Variant(of("gsam", alpha=GSAM_ALPHA), RADIUS, 2, 0.05),
     "wsam": Variant(
-        lambda rho, base, setting: samx.wsam(base, setting.learning_rate, rho), RADII, 2, 0.05
+        lambda rho, base, setting: samx.wsam(base, setting.learning_rate, rho), RADIUS, 2, 0.05
     ),
     "coupled-wsam": Variant(of("coupled_wsam"), SMALL, 2, 0.05),
-    "stable-sam": Variant(of("stable_sam"), FACTORS, 2, 0.05),
-    "usam": Variant(of("usam"), FACTORS, 2, 0.05),
-    "friendly-sam": Variant(of("friendly_sam"), RADII, 2, 0.1),
-    "monge-sam": Variant(of("monge_sam"), FACTORS, 2, 0.05),
-    "msam": Variant(by_setting(msam), RADII, 2, 0.05, keeps_aux=True, uses_gradient=False),
-    "bisam": Variant(of("bisam"), RADII, 2, 0.05, uses_gradient=False),
-    "async-sam": Variant(in_front(async_sam), RADII, 2, 0.05),  # on one device it saves no time
+    "stable-sam": Variant(of("stable_sam"), FACTOR, 2, 0.05),
+    "usam": Variant(of("usam"), FACTOR, 2, 0.05),
+    "friendly-sam": Variant(of("friendly_sam"), RADIUS, 2, 0.1),
+    "monge-sam": Variant(of("monge_sam"), FACTOR, 2, 0.05),
+    "msam": Variant(by_setting(msam), RADIUS, 2, 0.05, keeps_aux=True, uses_gradient=False),
+    "bisam": Variant(of("bisam"), RADIUS, 2, 0.05, uses_gradient=False),
+    "async-sam": Variant(in_front(async_sam), RADIUS, 2, 0.05),  # on one device it saves no time
     "fisher-sparse-sam": Variant(
-        by_setting(fisher_sparse_sam), RADII, 2 + 1 / PERIOD, 0.1, cycle=PERIOD, settling=1
+        by_setting(fisher_sparse_sam), RADIUS, 2 + 1 / PERIOD, 0.1, cycle=PERIOD, settling=1
     ),
-    "dynamic-sparse-sam": Variant(of("dynamic_sparse_sam", period=PERIOD), RADII, 2, 0.1),
-    "lightsam-norm": Variant(
-        of("lightsam_norm"), FACTORS, 2, 0.05, learning_rates=(1.0, 3.0, 10.0, 30.0)
-    ),
-    "lightsam-adagrad": Variant(
-        of("lightsam_adagrad"), STEPS, 2, 1e-3, learning_rates=(0.01, 0.03, 0.1, 0.3)
-    ),
-    "lightsam-adam": Variant(of("lightsam_adam"), STEPS, 2, 1e-3, learning_rates=ADAM_RATES),
-    "adasam": Variant(of("adasam"), RADII, 2, 0.05, learning_rates=ADAM_RATES),
+    "dynamic-sparse-sam": Variant(of("dynamic_sparse_sam", period=PERIOD), RADIUS, 2, 0.1),
+    "lightsam-norm": Variant(of("lightsam_norm"), FACTOR, 2, 0.05, learning_rate=5.0),
+    "lightsam-adagrad": Variant(of("lightsam_adagrad"), STEP, 2, 1e-3, learning_rate=0.05),
+    "lightsam-adam": Variant(of("lightsam_adam"), STEP, 2, 1e-3, learning_rate=ADAM_RATE),
+    "adasam": Variant(of("adasam"), RADIUS, 2, 0.05, learning_rate=ADAM_RATE),
     "momentum-sam": Variant(
         lambda rho, base, setting: samx.momentum_sam(base, rho, aux_like=setting.aux),
-        (0.1, 0.3, 1.0, 3.0),
+        0.5,
         1,
         3.0,
         keeps_aux=True,
@@ -263,7 +259,7 @@ VARIANTS = {
 def plain(entry: Any) -> Variant:
     """Return the row of a variant that has no row above: SAM's radii, two gradients."""
     return Variant(
-        of(entry.name), RADII, 2, inspect.signature(entry.factory).parameters["rho"].default
+        of(entry.name), RADIUS, 2, inspect.signature(entry.factory).parameters["rho"].default
     )
 
 

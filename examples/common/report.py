@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import samx
 from examples.common import files
 
 NOT_SETTINGS = ("folder", "out")
+MARK = "*: at an edge of the values that were tried; a better value may lie beyond"
 
 
 class Report:
@@ -67,6 +68,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and its standard error; the error of a single value is NaN."""
     error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return float(np.mean(values)), float(error)
+
+
+def marked(result: Mapping[str, Any], name: str) -> str:
+    """Format a tuned number, with a star if `result["edges"]` names it."""
+    return f"{result[name]:g}" + "*" * (name in result["edges"])
 
 
 def without_nans(tree: Any) -> Any:

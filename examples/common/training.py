@@ -1,5 +1,6 @@
 """Train many runs of the digits task at once, choose their hyperparameters, and measure them."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from tqdm import tqdm
 import samx
 from examples.common.digits_task import (
     BATCH,
+    LEARNING_RATE,
     STEPS_PER_EPOCH,
     TRAIN,
     Network,
@@ -24,10 +26,26 @@ from examples.common.digits_task import (
     split,
 )
 from examples.common.registry import BASES, Setting, Variant
-from examples.common.tuning import TUNING_SEEDS, Runs, runs_of, scores_of
+from examples.common.tuning import (
+    SIXTHS,
+    THIRDS,
+    TOGETHER,
+    TUNING_SEEDS,
+    Axis,
+    Runs,
+    around,
+    best_of,
+    edges,
+    fixed,
+    from_zero,
+    runs_of,
+    scores_of,
+    search,
+)
 
 SHARPNESS_RADIUS = 0.2  # for the reported loss increase; the same for every method
 TIMED_STEPS = 100
+PLANNED = 10  # candidates of a search, for the progress bar
 
 
 class Trainer(NamedTuple):
@@ -145,12 +163,43 @@ def train(
     return Trained(params, np.stack(history), np.stack(gradients))
 
 
-def choose(trainer, candidates, noise, width, epochs, advance) -> tuple[float, float]:
-    """Return the (learning rate, rho) with the best mean validation accuracy over tuning seeds."""
-    runs = Runs(*runs_of(TUNING_SEEDS, candidates))
-    params, data = initialize(runs.seed, width), split(runs.seed, noise)
-    trained = train(trainer, params, runs, data, epochs, advance)
-    return candidates[int(scores_of(trained.accuracies[-1, :, 1], candidates).argmax())]
+def axes_of(variant: Variant, base: str, radii: Sequence[float] | None) -> list[Axis]:
+    """Return the axes of learning rate and rho that are searched for a variant.
+
+    Args:
+        variant: The variant, which says where its search begins.
+        base: Name of its base optimizer.
+        radii: The only radii to try, if not `None`.
+    """
+    rho = fixed([0.0])
+    if variant.start:
+        rho = fixed(radii) if radii else from_zero(around(variant.start, decades=2))
+    decade = THIRDS if len(rho.values) > 1 else SIXTHS
+    return [around(variant.learning_rate or LEARNING_RATE[base], decade), rho]
+
+
+def runs_to_try(candidates: int) -> int:
+    """Return how many runs train so many candidates."""
+    return math.ceil(candidates / TOGETHER) * TOGETHER * len(TUNING_SEEDS)
+
+
+def choose(
+    trainer: Trainer, axes: Sequence[Axis], noise: float, width: int, epochs: int, advance
+) -> dict[tuple[float, ...], float]:
+    """Search for the best learning rate and rho; return the score of each candidate tried.
+
+    A score is the mean validation accuracy over the tuning seeds.
+    """
+
+    def evaluate(candidates):
+        # Always equally many runs: the functions compile once.
+        padded = candidates + candidates[-1:] * (TOGETHER - len(candidates))
+        runs = Runs(*runs_of(TUNING_SEEDS, padded))
+        params, data = initialize(runs.seed, width), split(runs.seed, noise)
+        trained = train(trainer, params, runs, data, epochs, advance)
+        return scores_of(trained.accuracies[-1, :, 1], padded)[: len(candidates)]
+
+    return search(axes, evaluate)
 
 
 def seconds_per_step(trainer: Trainer, params, runs: Runs, data, gradients: float) -> float:
@@ -182,7 +231,7 @@ def seconds_per_step(trainer: Trainer, params, runs: Runs, data, gradients: floa
 def measure(
     row: str,
     variant: Variant,
-    candidates: Sequence[tuple[float, float]],
+    axes: Sequence[Axis],
     settings: Any,
     epochs: int,
     noises: list[float],
@@ -194,11 +243,12 @@ def measure(
     Args:
         row: Name of the row.
         variant: How its optimizer is built.
-        candidates: Pairs (learning rate, rho) to choose from.
+        axes: Those of the learning rate and of rho, where the search begins.
         settings: `base`, `width` and `seeds` of the command line.
         epochs: Epochs of the row.
         noises: Shares of wrong labels, one for each table.
-        bar: The progress bar.
+        bar: The progress bar. Its total expects `PLANNED` candidates for each search,
+            and is corrected when the search has ended.
         work: Gradients in one epoch of so many runs, for the progress bar.
 
     Returns:
@@ -212,7 +262,9 @@ def measure(
         def advance(runs: Runs) -> None:
             bar.update(work(len(runs.seed)))
 
-        learning_rate, rho = choose(trainer, candidates, noise, settings.width, epochs, advance)
+        tried = choose(trainer, axes, noise, settings.width, epochs, advance)
+        learning_rate, rho = chosen = best_of(tried)
+        bar.total += work(runs_to_try(len(tried)) - runs_to_try(PLANNED)) * epochs
         runs = Runs(*runs_of(range(settings.seeds), [(learning_rate, rho)]))
         data = split(runs.seed, noise)
         params = initialize(runs.seed, settings.width)
@@ -226,6 +278,11 @@ def measure(
                 "noise": noise,
                 "learning_rate": learning_rate,
                 "rho": rho,
+                "edges": edges(chosen, tried),
+                "candidates": [
+                    {"learning_rate": rate, "rho": radius, "validation_accuracy": score}
+                    for (rate, radius), score in tried.items()
+                ],
                 "train_accuracy": accuracies[-1, :, 0].tolist(),
                 "test_accuracy": accuracies[-1, :, 2].tolist(),
                 "test_accuracy_by_epoch": accuracies[:, :, 2].mean(axis=1).tolist(),

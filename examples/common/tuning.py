@@ -2,14 +2,23 @@
 
 Every candidate trains with every tuning seed. The candidate with the best mean validation accuracy
 is chosen. The test split is used once, with the chosen values and with the reported seeds 0, 1, ...
+
+A grid that ends beside the chosen value is too small: a better value may lie beyond. `search`
+therefore moves its grid until the best candidate is in its interior. `edges` says where it is not.
 """
 
-from collections.abc import Iterable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 TUNING_SEEDS = range(1000, 1004)  # none of them is a reported seed
+TOGETHER = 5  # candidates that train at the same time
+
+THIRDS = (1.0, 2.0, 5.0)  # the values of a decade, if two numbers are tuned
+SIXTHS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # if it is one; every second of them is one of the thirds
 
 
 class Runs(NamedTuple):
@@ -30,3 +39,113 @@ def runs_of(seeds: Iterable[int], candidates: Sequence[tuple[float, ...]]) -> li
 def scores_of(accuracies: Any, candidates: Sequence[tuple[float, ...]]) -> np.ndarray:
     """Return the mean accuracy of each candidate; the accuracies are in the order of `runs_of`."""
     return np.reshape(accuracies, (len(candidates), -1)).mean(axis=1)
+
+
+class Axis(NamedTuple):
+    """The values that one number may take.
+
+    Attributes:
+        values: Ascending.
+        start: Index of the value with which a search begins.
+        reach: Number of values on each side of the best one that must have been tried.
+    """
+
+    values: tuple[float, ...]
+    start: int
+    reach: int
+
+
+def fixed(values: Iterable[float]) -> Axis:
+    """Return an axis with a few given values, all of which are tried."""
+    values = tuple(sorted(set(values)))
+    return Axis(values, len(values) // 2, len(values))
+
+
+def around(start: float, decade: Sequence[float] = THIRDS, decades: int = 3) -> Axis:
+    """Return the logarithmic axis of a number; all values up to twice or 2.5 times away are tried.
+
+    Args:
+        start: Where the search begins; one of the values, such as 0.05.
+        decade: The values from 1 to 10.
+        decades: How far the axis goes in each direction.
+    """
+    low = math.floor(math.log10(start)) - decades
+    values = [
+        float(f"{mantissa:g}e{exponent}")
+        for exponent in range(low, low + 2 * decades + 2)
+        for mantissa in decade
+    ]
+    return Axis(tuple(values), values.index(start), len(decade) // len(THIRDS))
+
+
+def from_zero(axis: Axis) -> Axis:
+    """Return the axis with 0 in place of its lower end: a radius of 0 is the base optimizer."""
+    return axis._replace(values=(0.0, *axis.values), start=axis.start + 1)
+
+
+def search(
+    axes: Sequence[Axis], evaluate: Callable[[list[tuple[float, ...]]], Sequence[float]]
+) -> dict[tuple[float, ...], float]:
+    """Try candidates, always those nearest to the best one so far, until its neighbours are worse.
+
+    `TOGETHER` candidates are tried at a time. The search ends when all values within the reach of
+    the best candidate have been tried, on all axes together. Of equal candidates the one that was
+    tried first stays the best.
+
+    Args:
+        axes: One axis for each number of a candidate.
+        evaluate: `candidates -> scores`, for at most `TOGETHER` candidates.
+
+    Returns:
+        The score of every candidate that was tried, in the order in which they were tried.
+    """
+    grid = [*itertools.product(*(range(len(axis.values)) for axis in axes))]
+    values = [[axis.values[i] for axis, i in zip(axes, place, strict=True)] for place in grid]
+    places = dict(zip(map(tuple, values), grid, strict=True))
+    best, tried = tuple(axis.start for axis in axes), {}
+    while True:
+        order = {
+            candidate: distance(axes, place, best)
+            for candidate, place in places.items()
+            if candidate not in tried
+        }
+        if all(is_beyond for is_beyond, _ in order.values()):
+            return tried
+        candidates = sorted(order, key=lambda candidate: order[candidate])[:TOGETHER]
+        tried |= zip(candidates, map(float, evaluate(candidates)), strict=True)
+        best = places[best_of(tried)]
+
+
+def distance(axes: Sequence[Axis], place: Sequence[int], best: Sequence[int]) -> tuple[bool, int]:
+    """Return whether a place is beyond the reach of the best one, and its distance from it."""
+    steps = [abs(i - j) for i, j in zip(place, best, strict=True)]
+    return any(step > axis.reach for step, axis in zip(steps, axes, strict=True)), sum(steps)
+
+
+def best_of(tried: Mapping[tuple[float, ...], float]) -> tuple[float, ...]:
+    """Return the candidate with the best score, the first one of equals."""
+    return max(tried, key=lambda candidate: tried[candidate])
+
+
+def edges(
+    chosen: Sequence[float],
+    tried: Iterable[Sequence[float]],
+    names: Sequence[str] = ("learning_rate", "rho"),
+) -> list[str]:
+    """Return the names of the numbers that were chosen at an edge of what was tried.
+
+    A number is at an edge if only smaller or only larger values were tried together with the other
+    chosen numbers. A single value is not a grid and has no edge. Neither has a radius of 0, the
+    natural end of its axis.
+    """
+    found = []
+    for position, name in enumerate(names):
+        value = chosen[position]
+        line = {
+            candidate[position]
+            for candidate in tried
+            if all(i == position or candidate[i] == chosen[i] for i in range(len(names)))
+        }
+        if len(line) > 1 and value != 0 and value in (min(line), max(line)):
+            found.append(name)
+    return found

@@ -501,38 +501,38 @@ def plot(models: list[list[dict]], path: Path) -> None:
     results = list(itertools.chain(*models))
     names = list(dict.fromkeys(name for result in results for name in result["rows"]))
     num_sizes = len(models[0])
-    size = 2.5 + 4.5 * len(models), num_sizes * (1.6 + 0.4 * len(names))
-    figure = figures.make_figure(*size)
+    heights = [figures.height_of(len(names) + 3)] * num_sizes
+    figure = figures.make_figure(len(models) + 0.4, heights)
     panels = figure.subplots(num_sizes, len(models), sharey=True, squeeze=False)
     for axes, result in zip(panels.T.flat, results, strict=True):
         rows = result["rows"]
         place = np.array([names.index(name) for name in rows])
         low, middle, high = np.transpose([row["time_to_plain"] for row in rows.values()])
         flops = [row["mean_flops"] / rows["plain"]["mean_flops"] for row in rows.values()]
-        colors = ["C0" if name.split(",")[0] in VARIANTS else "0.6" for name in rows]
-        spans = [middle - low, high - middle]
-        axes.barh(place - 0.2, middle, 0.4, color=colors, xerr=spans, capsize=2)
-        axes.barh(place + 0.2, flops, 0.4, color="moccasin")
-        for y, x, ratio in zip(place - 0.2, high, middle, strict=True):
-            axes.annotate(f"{ratio:.2f}", (x, y), (4, -3), textcoords="offset points", fontsize=8)
-        axes.axvline(1, color="0.3", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+        is_ours = [name.split(",")[0] in VARIANTS for name in rows]
+        colors = [figures.BLUE if ours else figures.GREY for ours in is_ours]
+        axes.barh(place, middle, 0.75, color=colors, xerr=[middle - low, high - middle], capsize=2)
+        axes.plot(flops, place, "|", color=figures.ORANGE, markersize=12, markeredgewidth=2.5)
+        for y, x, ratio in zip(place, np.maximum(high, flops), middle, strict=True):
+            shift = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{ratio:.2f}", (x, y), fontsize=9, **shift)
+        axes.axvline(1, color=figures.INK, linewidth=0.8)
         axes.margins(x=0.12)
-        axes.set_title(heading(result), fontsize="medium")
-    panels[0, 0].set_yticks(range(len(names)), names)
-    panels[0, 0].set_ylim(len(names) - 0.4, -0.6)
-    figure.supxlabel(
-        "Blue: median time with samx,\ngrey: without; black: quartiles.\n"
-        "Light: flops, the mean over the branches taken",
-        fontsize="medium",
-    )
-    figures.save(figure, path, "A training step, relative to the plain step")
+        told = f"{sum(middle < CHEAP)} of {len(rows)} below {CHEAP} times a plain step"
+        axes.set_title(f"{heading(result)}: {told}", fontsize="medium")
+    for axes in panels[:, 0]:
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+    for axes in panels[-1]:
+        axes.set_xlabel("relative to the plain step")
+    title = "Time of a training step: blue with samx, grey without; orange marks: flops, the mean "
+    figures.save(figure, path, f"{title}over the branches taken")
 
 
 def plot_sizes(models: list[list[dict]], path: Path) -> None:
     """Draw steps per second over the batch size: one panel per model."""
-    figure = figures.make_figure(1 + 4 * len(models), 4)
-    panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+    figure = figures.make_figure(len(models))
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
     for axes, results in zip(panels, models, strict=True):
         sizes = [result["batch"] for result in results]
         for name in BY_SIZE:
@@ -543,9 +543,8 @@ def plot_sizes(models: list[list[dict]], path: Path) -> None:
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
         axes.set_xlabel("batch size")
-        axes.set_title(results[0]["model"])
-    panels[0].set_ylabel("steps per second (median)")
-    panels[0].legend()
+        axes.set_title(f"{results[0]['model']}: steps per second")
+        figures.label_ends(axes)
     figures.save(figure, path)
 
 

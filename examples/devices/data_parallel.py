@@ -111,7 +111,7 @@ from tqdm import tqdm
 
 import samx
 from examples.common import figures, files
-from examples.common.digits_task import LEARNING_RATES, TRAIN, Network, initialize, split
+from examples.common.digits_task import LEARNING_RATE, TRAIN, Network, initialize, split
 from examples.common.output import free_folder
 from examples.common.registry import BASES, VARIANTS, Setting, check_base
 from examples.common.report import Report
@@ -367,26 +367,29 @@ def print_tables(results: list[dict], args: argparse.Namespace) -> None:
 def draw(results: list[dict], path: Path, title: str) -> None:
     """Draw all curves in the same axes, and the difference of each from the first."""
     panels = 3 if len(results) > 1 else 2
-    figure = figures.make_figure(5 * panels, 4.2)
+    figure = figures.make_figure(panels)
     axes = figure.subplots(1, panels)
     # Equal curves cover each other, so each is thinner than the one below it.
-    styles = [("C0", "-", 7.0, 0.35), ("C1", "--", 3.0, 1.0), ("k", ":", 1.5, 1.0)]
-    for result, (color, line, width, alpha) in zip(results, styles, strict=False):
-        style = {"color": color, "linestyle": line, "linewidth": width, "alpha": alpha}
+    styles = [(figures.SKY, "-", 7.0), (figures.RED, "--", 3.0), (figures.INK, ":", 1.5)]
+    for result, (color, line, width) in zip(results, styles, strict=False):
+        style = {"color": color, "linestyle": line, "linewidth": width}
         style |= {"label": result["strategy"]}
         steps = np.arange(1, len(result["loss"]) + 1)
         epochs = np.arange(1, len(result["test_accuracy_by_epoch"]) + 1)
         axes[0].plot(steps, result["loss"], **style)
-        axes[1].plot(epochs, 100 * np.asarray(result["test_accuracy_by_epoch"]), **style)
+        accuracies = 100 * np.asarray(result["test_accuracy_by_epoch"])
+        axes[1].plot(epochs, accuracies, marker="." if len(epochs) == 1 else None, **style)
         if panels == 3:
             axes[2].plot(steps, np.subtract(result["loss"], results[0]["loss"]), **style)
     axes[0].set(title="training loss of every step", xlabel="step", yscale="log")
     axes[1].set(title="test accuracy, %", xlabel="epoch")
     if panels == 3:
-        axes[2].set(title=f"training loss, difference from {results[0]['strategy']}", xlabel="step")
+        first, largest = results[0]["strategy"], largest_difference(results)
+        axes[2].set(title=f"training loss, minus {first}'s: at most {largest:.1e}", xlabel="step")
     for panel in axes:
         panel.grid(alpha=0.3)
-        panel.legend()
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        figures.label_ends(panel)
     figures.save(figure, path, title)
 
 
@@ -397,9 +400,9 @@ def complete(args: argparse.Namespace) -> None:
     except ValueError as error:
         arguments.refuse(str(error))
     if args.rho is None:
-        args.rho = VARIANTS[args.variant].radii[0]
+        args.rho = VARIANTS[args.variant].start
     if args.learning_rate is None:
-        args.learning_rate = LEARNING_RATES[args.base][1]
+        args.learning_rate = LEARNING_RATE[args.base]
     args.dtype = np.float64 if args.float64 else np.float32
     args.steps = TRAIN // args.batch
 

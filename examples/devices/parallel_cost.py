@@ -301,28 +301,33 @@ def print_times(rows: list[dict], device: str) -> None:
 
 
 def draw(results: list[dict], rows: list[dict], path: Path, title: str) -> None:
-    figure = figures.make_figure(13, 4)
+    """Plot flops and bytes of a device over the number of devices, and where two groups lead."""
+    figure = figures.make_figure(3)
     flops, sent, lead = figure.subplots(1, 3)
     for position, name in enumerate(METHODS):
         mine = [r for r in results if r["method"] == name]
         devices = [r["devices"] for r in mine]
-        color, size = f"C{position}", 14 - 2.5 * position  # many points coincide
+        color, size = figures.COLORS[position], 14 - 2.5 * position  # many points coincide
         for axes, cost in ((flops, "flops"), (sent, "sent")):
             found, wanted = ([r[kind][cost] / 1e6 for r in mine] for kind in ("counted", "formula"))
-            axes.plot(devices, found, "o", label=name, color=color, markersize=size, mfc="none")
-            axes.plot(devices, wanted, color=color, alpha=0.5)
+            axes.plot(devices, found, "o", color=color, markersize=size, mfc="none")
+            axes.plot(devices, wanted, color=color, alpha=0.5, label=name)
     for axes, name in ((flops, "Mflops per device and step"), (sent, "MB all-reduced per step")):
+        numbers = sorted({result["devices"] for result in results})
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("devices")
+        axes.set_xticks(numbers, map(str, numbers))
+        axes.set_xlabel("devices (circles: counted; lines: formula)")
         axes.set_title(name)
         axes.grid(alpha=0.3)
     flops.set_yscale("log")
-    flops.legend(fontsize="small", title="counted; lines: formula")
+    for axes in (flops, sent):
+        figures.label_ends(axes)
     lead.plot([row["share"] for row in rows], [row["lead"] for row in rows], "o-")
-    lead.axhline(1, color="0.5", linewidth=0.8)
+    lead.axhline(1, color=figures.GREY, linewidth=0.8)
     lead.set_xscale("log", base=2)
     lead.set_xlabel("examples of a device, B/n")
-    lead.set_title("time of SAM / time of SAMPa on two groups")
+    ahead = sum(row["lead"] > 1 for row in rows)
+    lead.set_title(f"SAM's time / SAMPa's on two groups: above 1 at {ahead} of {len(rows)} sizes")
     lead.grid(alpha=0.3)
     figures.save(figure, path, title)
 

@@ -423,21 +423,24 @@ def finish(args, log: Log, state, on_test: dict, on_train: dict) -> dict[str, An
 
 def draw(log: Log, path: Path, title: str) -> None:
     """Plot losses (left) and accuracies (right)."""
-    figure = figures.make_figure(11, 4)
+    figure = figures.make_figure(2)
     left, right = figure.subplots(1, 2)
     steps, epochs = log.of("step"), log.of("epoch")
     for name in ("loss", "sharp_loss"):
         points = [(row["step"], row[name]) for row in steps if name in row]
         if points:
-            left.plot(*zip(*points, strict=True), label=name.replace("_", " "), linewidth=0.8)
-    left.set(xlabel="step", ylabel="loss", yscale="log")
+            style = {"label": name.replace("_", " "), "linewidth": 0.8}
+            left.plot(*zip(*points, strict=True), marker="." if len(points) == 1 else None, **style)
+    left.set(xlabel="step", title="loss", yscale="log")
     for name in ("train_accuracy", "test_accuracy"):
         points = [(row["step"], 100 * row[name]) for row in epochs]
-        right.plot(*zip(*points, strict=True), "o-", label=name.replace("_", " "), markersize=3)
-    right.set(xlabel="step", ylabel="accuracy, %")
+        label = name.removesuffix("_accuracy")
+        right.plot(*zip(*points, strict=True), "o-", label=label, markersize=3)
+    last = 100 * epochs[-1]["test_accuracy"]
+    right.set(xlabel="step", title=f"accuracy, %: {last:.2f} on the test images at the end")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        figures.label_ends(axes)
     figures.save(figure, path, title)
 
 

@@ -81,8 +81,8 @@ from examples.common import figures, files
 from examples.common.digits_task import Network, initialize
 from examples.common.output import choose_folder
 from examples.common.registry import BASES
-from examples.common.report import Report, mean_and_error
-from examples.common.tuning import TUNING_SEEDS, Runs, runs_of, scores_of
+from examples.common.report import MARK, Report, marked, mean_and_error
+from examples.common.tuning import TUNING_SEEDS, Runs, edges, runs_of, scores_of
 
 CLASSES, LARGEST, BATCH = 10, 100, 40
 VALIDATION, TEST = 24, 50  # images of each class; digit 8 has 174 in all, enough for all splits
@@ -312,6 +312,7 @@ def measure(row: str, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
         "row": row,
         "learning_rate": learning_rate,
         "rho": rho,
+        "edges": edges((learning_rate, rho), candidates),
         "candidates": [
             {"learning_rate": rate, "rho": radius, "validation_accuracy": float(score)}
             for (rate, radius), score in zip(candidates, scores, strict=True)
@@ -349,8 +350,10 @@ def table(results: list[dict]) -> str:
         cells = "".join(f"{cell(v):>15}" for v in result["test_accuracy_by_group"].values())
         lines.append(
             f"{result['row']:<{width}} {cells} {result['gradients']:>10.0f}"
-            f" {result['learning_rate']:>6g} {result['rho']:>5g}"
+            f" {marked(result, 'learning_rate'):>6} {marked(result, 'rho'):>5}"
         )
+    if any(result["edges"] for result in results):
+        lines.append(MARK)
     return "\n".join(lines)
 
 
@@ -370,63 +373,80 @@ def comparison(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def at_the_ends(results: list[dict]) -> list[str]:
-    """List the chosen values at an end of their grid: a better one may lie beyond."""
-    found = []
-    for result in results:
-        for name in ("learning_rate", "rho"):
-            values = sorted({candidate[name] for candidate in result["candidates"]})
-            if len(values) > 1 and result[name] in (values[0], values[-1]):
-                word = name.replace("_", " ")
-                found.append(f"{result['row']}: {word} {result[name]:g} is an end of its grid.")
-    return found
-
-
 def draw(results: list[dict], counts: list[int], path: Path, title: str) -> None:
     """Plot accuracy by group (left) and by the number of training images of a class (right)."""
-    figure = figures.make_figure(13, 5.2)
-    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     groups = groups_of(counts)
     names = list(results[0]["test_accuracy_by_group"])
+    figure = figures.make_figure(2, [figures.height_of(len(names) * (len(results) + 1))])
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     sizes = sorted(set(counts))
+    places, labels = [], []
+    for group, name in enumerate(names):
+        for position, result in enumerate(results):
+            place = group * (len(results) + 1) + position
+            mean, error = percent(result["test_accuracy_by_group"][name])
+            color = figures.COLORS[position]
+            left.errorbar(mean, place, xerr=error, fmt="o", ms=5, capsize=2, color=color)
+            shift = {"xytext": (8 if np.isnan(error) else 0, 0), "textcoords": "offset points"}
+            end = (mean + np.nan_to_num(error), place)
+            left.annotate(f"  {mean:.1f}", end, va="center", color=color, **shift)
+            places.append(place)
+            labels.append(result["row"])
+        middle = group * (len(results) + 1) - 1
+        left.annotate(
+            labelled(name, groups[name], counts),
+            (0, middle),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontweight="bold",
+        )
+    left.set_yticks(places, labels)
+    left.set_ylim(max(places) + 0.7, -1.7)
     for position, result in enumerate(results):
-        offset = position - (len(results) - 1) / 2
-        style = {"color": f"C{position}", "marker": "osD^v"[position], "capsize": 3}
-        style |= {"label": result["row"], "markersize": 5}
-        points = [percent(values) for values in result["test_accuracy_by_group"].values()]
-        places = np.arange(len(names)) + 0.17 * offset
-        left.errorbar(places, *zip(*points, strict=True), linestyle="none", **style)
-        for x, (mean, error) in zip(places, points, strict=True):
-            top = (x, mean + np.nan_to_num(error))
-            shift = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
-            left.annotate(f"{mean:.1f}", top, fontsize=7, **shift)
+        style = {"color": figures.COLORS[position]}
         accuracy = np.asarray(result["test_accuracy"])
         of_sizes = [accuracy[:, np.asarray(counts) == size].mean(axis=1) for size in sizes]
-        points = [percent(values) for values in of_sizes]
-        shifted = np.asarray(sizes) * 1.03**offset
-        right.errorbar(shifted, *zip(*points, strict=True), linewidth=1, **style)
-    left.set_xticks(range(len(names)), [labelled(name, groups[name], counts) for name in names])
-    left.set(
-        title="by group, mean over its classes", ylabel="test accuracy, % (mean ± standard error)"
-    )
+        means, errors = zip(*(percent(values) for values in of_sizes), strict=True)
+        shifted = np.asarray(sizes) * 1.03 ** (position - (len(results) - 1) / 2)
+        right.errorbar(shifted, means, yerr=errors, fmt="o", ms=4, capsize=2, lw=1, **style)
+        right.plot(shifted, means, linewidth=1.2, label=result["row"], **style)
+    left.set(title=claim(results), xlabel="test accuracy, % (mean ± standard error)")
     right.set_xscale("log")
-    right.set_xticks(sizes, map(str, sizes))
+    right.set_xticks(shown_sizes(sizes), map(str, shown_sizes(sizes)))
     right.xaxis.set_minor_locator(NullLocator())
     right.set(title="by class, mean over classes of equal size")
     right.set(xlabel="training images of the class", ylabel="test accuracy, %")
-    low = min(left.get_ylim()[0], right.get_ylim()[0])
-    for axes in (left, right):
-        axes.grid(alpha=0.3, axis="y")
-        axes.set_ylim(low, 103)
-    right.legend(loc="lower right")
+    left.grid(alpha=0.3, axis="x")
+    left.margins(x=0.16)
+    right.grid(alpha=0.3, axis="y")
+    figures.label_ends(right)
     figures.save(figure, path, title)
+
+
+def shown_sizes(sizes: list[int]) -> list[int]:
+    """Return those of the ascending class sizes whose ticks have room on a logarithmic axis."""
+    shown = sizes[-1:]
+    for size in reversed(sizes):
+        if shown[-1] / size > (sizes[-1] / sizes[0]) ** 0.09:
+            shown.append(size)
+    return shown[::-1]
+
+
+def claim(results: list[dict]) -> str:
+    """State who is best on the classes with the fewest images."""
+    group = next(name for name in reversed(results[0]["test_accuracy_by_group"]) if name != "all")
+    best = max(results, key=lambda result: np.mean(result["test_accuracy_by_group"][group]))
+    told = cell(best["test_accuracy_by_group"][group])
+    return f"{group} images: {best['row']} is best, {told} %"
 
 
 def labelled(name: str, classes: list[int], counts: list[int]) -> str:
     """Format a group's name and the number of training images of its classes."""
     sizes = [counts[label] for label in classes]
     low, high = min(sizes), max(sizes)
-    return f"{name}\n{low if low == high else f'{low} to {high}'} images"
+    return f"{name}: {low if low == high else f'{low} to {high}'} images"
 
 
 @files.ends_in_one_line
@@ -446,9 +466,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print(f"Test accuracy in %, {args.seeds} seeds (mean ± standard error)\n{table(results)}")
     if text := comparison(results):
         print(f"\nThe same, difference to SAM, seed by seed\n{text}")
-
-    if lines := at_the_ends(results):
-        print("", *lines, sep="\n")
 
     report.save(class_counts=args.counts, groups=groups, results=results)
     title = f"Long-tailed digits, imbalance {args.imbalance:g}, {LOSSES[args.loss]}"

@@ -9,18 +9,18 @@ import optax
 import pytest
 
 from examples.asynchronous import async_digits
-from examples.common import training
-from examples.common.digits_task import LEARNING_RATES
+from examples.common import training, tuning
 from examples.common.registry import VARIANTS, Setting
 
 
 def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     """Every stage has the same number of runs, which saves compilation."""
     monkeypatch.setattr(training, "TUNING_SEEDS", range(1000, 1001))
-    monkeypatch.setitem(LEARNING_RATES, "momentum", (0.3, 1e-4))  # only 0.3 learns
+    for module in (training, tuning):
+        monkeypatch.setattr(module, "TOGETHER", 2)
+    rates = tuning.fixed([0.3, 1e-4])  # only 0.3 learns
+    monkeypatch.setattr(training, "around", lambda start, decade: rates)
     monkeypatch.setattr(training, "seconds_per_step", lambda *args: 0.001)
-    for name in ("base", "sam"):
-        monkeypatch.setitem(async_digits.ROWS, name, async_digits.ROWS[name]._replace(radii=(0.1,)))
     kept = {"base", "sam", "async-sam, b/2"}
     rows = {name: row for name, row in async_digits.ROWS.items() if name in kept}
     monkeypatch.setattr(async_digits, "ROWS", rows)

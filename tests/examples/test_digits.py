@@ -1,13 +1,14 @@
 """The main example: a run of every kind of variant, its defaults, and what it refuses."""
 
+import json
 import re
 
 import numpy as np
 import pytest
 
 from examples import digits
-from examples.common import training
-from examples.common.digits_task import LEARNING_RATES, STEPS_PER_EPOCH
+from examples.common import training, tuning
+from examples.common.digits_task import STEPS_PER_EPOCH
 from examples.common.registry import VARIANTS
 
 TINY = ["--seeds", "2", "--epochs", "1", "--width", "4", "--noise", "0"]
@@ -16,8 +17,10 @@ SOME = ["base2x", "sam", "ae-sam", "lightsam-norm"]  # one of each kind
 
 def test_a_tiny_run_of_every_kind_of_variant(in_empty_folder, capsys, read_report, monkeypatch):
     """Every stage has the same number of runs, which saves compilation."""
-    for module in (digits, training):
-        monkeypatch.setattr(module, "TUNING_SEEDS", range(1000, 1001))
+    monkeypatch.setattr(training, "TUNING_SEEDS", range(1000, 1001))
+    for module in (training, tuning):
+        monkeypatch.setattr(module, "TOGETHER", 2)
+    monkeypatch.setattr(training, "around", lambda start, decade: tuning.fixed([start / 2, start]))
     monkeypatch.setattr(training, "TIMED_STEPS", 5)
     timed, seconds = training.seconds_per_step, []  # one row is timed, which saves compilation
 
@@ -26,9 +29,6 @@ def test_a_tiny_run_of_every_kind_of_variant(in_empty_folder, capsys, read_repor
         return seconds[-1]
 
     monkeypatch.setattr(training, "seconds_per_step", seconds_per_step)
-    monkeypatch.setitem(LEARNING_RATES, "adamw", (1e-3, 1e-2))
-    light = VARIANTS["lightsam-norm"]._replace(learning_rates=(1.0, 10.0))
-    monkeypatch.setitem(VARIANTS, "lightsam-norm", light)
     tiny = [*TINY, "--base", "adamw"]
     results = digits.main([*tiny, "--variants", *SOME, "--rho", "0.1", "--out", "results"])
     report = read_report(in_empty_folder / "results")
@@ -47,19 +47,87 @@ def test_a_tiny_run_of_every_kind_of_variant(in_empty_folder, capsys, read_repor
         assert len(result["test_accuracy_by_epoch"]) == times
         assert result["rho"] == (0.0 if variant == "base" else 0.1)
         assert result["seconds_per_step"] > 0
+        assert len(result["candidates"]) == 2
+        best = max(result["candidates"], key=lambda tried: tried["validation_accuracy"])
+        assert result["learning_rate"] == best["learning_rate"]
+        assert result["edges"] == ["learning_rate"]  # of two, each is at an edge; one rho has none
     assert (in_empty_folder / "results" / "digits.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    for text in ("device:", "standard error", "test acc", "loss increase", "results.json", "cpu"):
+    for text in ("device:", "standard error", "test acc", "loss incr.", "results.json", "cpu"):
         assert text in printed
     for row in SOME:
         assert row in printed
+    assert "*: at an edge" in printed
+    assert "minus base2x" in printed
+
+    text = (in_empty_folder / "results" / "summary.json").read_text()
+    summary = json.loads(text)
+    for result, row in zip(results, summary["rows"], strict=True):
+        assert row["mean"] == pytest.approx(100 * np.mean(result["test_accuracy"]), abs=1e-3)
+        assert row["test_accuracy"] == pytest.approx(result["test_accuracy"], abs=1e-4)
+        assert (row["trials"], row["edges"]) == (2, ["learning_rate"])
+    assert summary["settings"]["noise"] == 0
+    assert not {"out", "folder"} & summary["settings"].keys()
+    assert {"python", "samx", "jax"} <= summary["versions"].keys()
+    assert text.count("\n") < 60
+
+
+def result_of(row, accuracies, **changes):
+    result = {"row": row, "noise": 0.0, "test_accuracy": accuracies, "edges": []}
+    result |= {"train_accuracy": [1.0, 1.0, 1.0], "loss_increase": [0.1, 0.2, 0.3]}
+    result |= {"learning_rate": 0.1, "rho": 0.2, "gradients": 12.0, "seconds_per_step": 1e-3}
+    return result | changes
+
+
+def test_the_lead_is_that_over_the_better_baseline(capsys):
+    base, base2x = result_of("base", [0.9, 0.8, 0.7]), result_of("base2x", [0.7, 0.7, 0.7])
+    sam = result_of("sam", [0.92, 0.81, 0.70], edges=["rho"])
+    digits.compare([base, base2x, sam], 0.0)
+    best, other = capsys.readouterr().out.splitlines()
+    # The differences to the better one are 2, 1 and 0 points.
+    wanted = "sam - base: +1.00 ± 0.58 points, +1.7 standard errors (base: the better baseline)"
+    assert best == wanted
+    assert other.startswith("sam - base2x: +11.00 ± ")
+    digits.print_table([base2x, sam, base], 0.0, 3)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[2].startswith("method test acc. % minus base train acc. %")
+    of_row = {line.split()[0]: line for line in lines[4:7]}
+    assert of_row["sam"].startswith("sam 81.00 ± 6.35 +1.00 ± 0.58 100.00 0.2000 12 1.000 0.1 0.2*")
+    assert of_row["base"].startswith("base 80.00 ± 5.77 100.00")
+    assert of_row["base2x"].startswith("base2x 70.00 ± 0.00 -10.00 ± 5.77 100.00")
+    assert any(line.startswith("*: at an edge") for line in lines)
+
+
+def test_rows_without_a_baseline_are_printed_and_not_compared(capsys):
+    sam = result_of("sam", [0.92, 0.81, 0.70])
+    digits.print_table([sam], 0.0, 3)
+    digits.compare([sam], 0.0)
+    printed = capsys.readouterr().out
+    assert "sam" in printed
+    assert "minus" not in printed
+    assert "*" not in printed
+    assert digits.claim([sam], 0.0) == "clean labels"
+
+
+def test_what_a_panel_states():
+    base = result_of("base", [0.9, 0.8, 0.7])
+    ahead, behind = result_of("sam", [0.95, 0.85, 0.76]), result_of("looksam", [0.9, 0.7, 0.8])
+    text = digits.claim([base, ahead, behind], 0.3)
+    wanted = "30% of the training labels wrong: 1 of 2 ahead of base, sam by +5.33 ± 0.33"
+    assert text == wanted
 
 
 def test_digits_by_default_leaves_out_what_cannot_have_the_base(in_empty_folder):
-    for base, wanted in (("momentum", digits.DEFAULT), ("sgd", digits.DEFAULT[:-1])):
-        args = digits.parse(["--base", base])
+    def chosen(*argv):
+        args = digits.parse([*argv])
         digits.check_variants(args)
-        assert args.variants == [*wanted]
+        return args.variants
+
+    assert chosen() == [*digits.DEFAULT]
+    assert chosen("--base", "sgd") == [*digits.DEFAULT[:-1]]
+    assert chosen("--variants", "all") == [*digits.ROWS]
+    few = chosen("--base", "sgd", "--variants", "all")
+    assert few == [row for row in digits.ROWS if row != "momentum-sam"]
 
 
 @pytest.mark.slow

@@ -106,6 +106,7 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     assert (in_empty_folder / "results" / "lets.png").stat().st_size > 20_000
 
     assert (measured["start"]["learning_rate"], measured["start"]["rho"]) == (0.3, 0.1)
+    assert measured["start"]["edges"] == ["learning_rate", "rho"]
     found = measured["hypergradient"]
     assert found["relative_error"] < 1e-5
     np.testing.assert_allclose(found["exact"], found["differences"], rtol=1e-5)
@@ -120,6 +121,7 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     assert min(validation) < max(validation)
     [chosen] = [rate for rate in rates if rate["chosen"]]
     assert chosen["validation_accuracy"] == max(validation)
+    assert chosen["edges"] == ["rate"] * (chosen["rate"] in (0, 1e7) and chosen["rate"] > 0)
 
     results = measured["results"]
     rows = [(result["row"], result["factor"]) for result in results]
@@ -138,7 +140,8 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     for text in (
         "device:",
         "relative error",
-        "\nASAM tuned: learning rate 0.3, rho 0.1",
+        "\nASAM tuned: learning rate 0.3*, rho 0.1*",
+        "*: at an edge",
         "lets.png",
     ):
         assert text in printed

@@ -188,6 +188,7 @@ def test_values_are_chosen_on_validation_images_of_seeds_of_their_own(monkeypatc
     assert (best["learning_rate"], best["rho"]) == (0.1, 0.5)
     assert best["validation_accuracy"] == pytest.approx(0.245)
     assert len(result["candidates"]) == 5 * 5
+    assert result["edges"] == []
 
     tuned, *reported = looked
     for runs, part in looked:
@@ -239,6 +240,7 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
             np.testing.assert_allclose(values, accuracy[:, groups[name]].mean(axis=1))
         assert result["gradients"] == pytest.approx(gradients)
         assert [c["rho"] for c in result["candidates"]] == [result["rho"]] * 2
+        assert result["edges"] == ["learning_rate"]
         line = next(line for line in printed.splitlines() if line.startswith(result["row"]))
         assert f"{100 * accuracy.mean():.2f} ± " in line
     for text in (
@@ -254,9 +256,8 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
 
 def row_of(name, many, everything, **changes):
     groups = {"many": many, "all": everything}
-    candidates = [{"learning_rate": rate, "rho": 0.1} for rate in (0.1, 0.3, 1.0)]
     result = {"row": name, "test_accuracy_by_group": groups, "gradients": 12.0}
-    return result | {"learning_rate": 0.3, "rho": 0.1, "candidates": candidates} | changes
+    return result | {"learning_rate": 0.3, "rho": 0.1, "edges": []} | changes
 
 
 def test_tables_and_differences():
@@ -271,12 +272,12 @@ def test_tables_and_differences():
     assert long_tail.comparison([sam]) == long_tail.comparison([imb]) == ""
 
 
-def test_the_end_of_a_grid_is_told():
-    inside, low = row_of("base", [1], [1]), row_of("sam", [1], [1], learning_rate=0.1)
-    assert long_tail.at_the_ends([inside]) == []  # a single rho is not a grid
-    assert long_tail.at_the_ends([inside, low]) == ["sam: learning rate 0.1 is an end of its grid."]
-    high = row_of("sam", [1], [1], learning_rate=1.0)
-    assert long_tail.at_the_ends([high]) == ["sam: learning rate 1 is an end of its grid."]
+def test_the_end_of_a_grid_is_marked():
+    inside, low = row_of("base", [1], [1]), row_of("sam", [1], [1], edges=["learning_rate"])
+    assert "*" not in long_tail.table([inside])
+    lines = long_tail.table([inside, low]).splitlines()
+    assert [line.split()[-2:] for line in lines[2:4]] == [["0.3", "0.1"], ["0.3*", "0.1"]]
+    assert lines[4].startswith("*: at an edge")
 
 
 @pytest.mark.parametrize("imbalance", [1.0, 10.0])

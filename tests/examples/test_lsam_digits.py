@@ -214,7 +214,7 @@ def test_a_lost_center_is_told(in_empty_folder, monkeypatch):
 
 def row(name, accuracies, **facts):
     curve = {"time": [1.0, 2.0], "gradients": [32, 64], "test_accuracy": [accuracies, accuracies]}
-    numbers = {"learning_rate": 0.1, "rho": 0.2, "gradients": 64, "time": 16.0}
+    numbers = {"learning_rate": 0.1, "rho": 0.2, "gradients": 64, "time": 16.0, "edges": []}
     numbers |= {"share_of_speed": 0.5, "test_accuracy": accuracies, "curve": curve}
     return {"row": name, **numbers, **facts}
 
@@ -232,6 +232,10 @@ def test_what_is_told_and_drawn(tmp_path):
     ]
     wanted = ["lsam", "85.00", "±", "5.00", "64", "16.0", "4.00", "50%", "0.1", "0.2"]
     assert example.table(results, "g").splitlines()[2].split() == wanted
+    results[0]["edges"] = ["rho"]
+    lines = example.table(results, "g").splitlines()
+    assert lines[2].split() == [*wanted[:-1], "0.2*"]
+    assert lines[-1].startswith("*: at an edge")
 
     args.engine = "threads"
     facts["died"] = {1: "RuntimeError: no power\n\nTraceback"}

@@ -1,0 +1,399 @@
+"""Every figure of every script, with few rows and with all: nothing covers text, nothing is cut."""
+
+import argparse
+import ast
+import itertools
+from pathlib import Path
+
+import drawn
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from examples import digits
+from examples.asynchronous import async_cost, exchange_cost, faults, lsam_digits
+from examples.claims import lets, lightsam, mup_transfer, second_order
+from examples.common import figures
+from examples.common.registry import VARIANTS
+from examples.compare import front_figure
+from examples.cost import step_cost
+from examples.devices import data_parallel, parallel_cost
+from examples.train import cifar, long_tail
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RNG = np.random.default_rng(0)
+
+
+def some(*shape, low=0.9, high=0.97):
+    return (low + (high - low) * RNG.random(shape)).tolist()
+
+
+def rising(count, last):
+    return (last * (1 - np.exp(-np.arange(1, count + 1)))).tolist()
+
+
+def of_digits(rows, noises=(0.3, 0.0), seeds=3):
+    for noise, row in itertools.product(noises, rows):
+        accuracy = some(seeds, low=0.7 if row == "look-layer-sam" else 0.94)
+        spent = 400.0 * VARIANTS[digits.ROWS[row][0]].gradients * digits.ROWS[row][1]
+        yield {
+            **{"row": row, "noise": noise, "test_accuracy": accuracy, "gradients": spent},
+            "test_accuracy_by_epoch": rising(5, np.mean(accuracy)),
+            "gradients_by_epoch": np.linspace(spent / 5, spent, 5).tolist(),
+        }
+
+
+def draw_digits(path, rows, noises=(0.3, 0.0), seeds=3):
+    title = "Digits: momentum and its sharpness-aware versions, 20 seeds; ahead: by two "
+    title += "standard errors or more"
+    digits.draw([*of_digits(rows, noises, seeds)], [*noises], path, title)
+
+
+def draw_front(path, rows):
+    results = [
+        {
+            **{"row": r["row"], "noise": 0.3, "gradients": r["gradients"]},
+            **{"mean": 100 * np.mean(r["test_accuracy"]), "error": 0.3},
+            "test_accuracy": r["test_accuracy"],
+        }
+        for r in of_digits(rows, (0.3,))
+    ]
+    front_figure.draw({"settings": {"noise": 0.3, "seeds": 20}, "rows": results}, path)
+
+
+def draw_long_tail(path, rows, imbalance, seeds):
+    counts = long_tail.class_counts(imbalance)
+    groups = {name: rows for name, rows in long_tail.groups_of(counts).items() if rows}
+    results = []
+    for row in rows:
+        accuracy = np.array(some(seeds, 10, low=0.3))
+        by_group = {name: accuracy[:, at].mean(axis=1).tolist() for name, at in groups.items()}
+        results.append(
+            {"row": row, "test_accuracy": accuracy.tolist(), "test_accuracy_by_group": by_group}
+        )
+    long_tail.draw(
+        results, counts, path, "Long-tailed digits, imbalance 100, with a loss, 10 seeds"
+    )
+
+
+def draw_lets(path, methods, seeds):
+    results = [
+        {
+            **{"row": row, "factor": factor, "start": 0.2 * factor},
+            "rho": (0.2 * factor * np.array(some(seeds, 6, low=0.5))).tolist(),
+            "F": some(seeds, 6, low=0.1),
+        }
+        for row in ("sam", *methods)
+        for factor in lets.FACTORS
+    ]
+    rates = [
+        {"row": row, "rate": rate, "rho": some(seeds, low=0.1, high=0.3), "chosen": rate == 3}
+        for row in methods
+        for rate in (3.0, 10.0, 30.0)
+    ]
+    measured = {"start": {"rho": 0.2}, "rates": rates, "results": results}
+    title = "LETS on digits, 30% of the training labels wrong: 10 seeds, momentum"
+    lets.draw(measured, path, title)
+
+
+def draw_lightsam(path, points):
+    results = []
+    for method in lightsam.METHODS:
+        ends = [None, 0.0, 1e-30, *some(points**2 - 3, low=1e-3, high=20)]
+        rows = [
+            {"norm_at_start": 1.3, "norm_last_tenth": end, "diverged": end is None or end > 10}
+            for end in ends
+        ]
+        results.append({"method": method, "fell": 3, "points": rows})
+    lightsam.draw(results, points, path, "3000 steps of gradient descent on 1000 images")
+
+
+def draw_second_order(path, rows, epochs=5):
+    results = [
+        {
+            **{"row": row, "speed_up": 0.3, "time_to_plain": sorted(some(3, low=1, high=2))},
+            "ratio_by_epoch": [None] * epochs if row == "base" else some(epochs, low=0.2),
+            "sharp_fraction_by_epoch": some(epochs, low=0.0),
+        }
+        for row in rows
+    ]
+    second_order.draw(
+        results, path, "Digits, 30% of the training labels wrong: 10 seeds, width 256"
+    )
+
+
+def draw_mup(path, parts):
+    parser = argparse.ArgumentParser()
+    rates, rhos = [0.02, 0.04, 0.08, 0.16, 0.32], [0.05, 0.1, 0.2, 0.4, 0.8]
+    args = parser.parse_args([])
+    args.__dict__ |= {"parts": parts, "steps": (1, 10), "widths": [256, 512, 1024, 2048]}
+    args.__dict__ |= {"seeds": 10, "learning_rates": rates, "rhos": rhos}
+    args.__dict__ |= {"transfer_steps": 100, "transfer_seeds": 5}
+    report = {
+        "exponents": [
+            {
+                **{"method": method, "steps": steps, "perturbed": "all", "layer": layer},
+                **{"exponent": -0.5, "error": 0.01, "effect_by_width": some(4, low=1e-3)},
+            }
+            for method in mup_transfer.METHODS
+            for steps in (1, 10)
+            for layer in mup_transfer.LAYERS
+        ],
+        "grids": [
+            {"method": method, "width": width, "loss": some(5, 5, low=0.2), "accuracy": some(5, 5)}
+            for width in (mup_transfer.BASE_WIDTH, 1024)
+            for method in mup_transfer.METHODS
+        ],
+    }
+    mup_transfer.draw(report, args, path)
+
+
+class Log:
+    def __init__(self, epochs, names):
+        self.epochs, self.names = epochs, names
+
+    def of(self, kind):
+        if kind == "epoch":
+            pairs = zip(some(self.epochs), some(self.epochs), strict=True)
+            rows = [
+                dict(zip(("train_accuracy", "test_accuracy"), pair, strict=True)) for pair in pairs
+            ]
+        else:
+            rows = [dict.fromkeys(self.names, value) for value in some(self.epochs, low=0.1)]
+        return [{"step": 10 * (step + 1), **row} for step, row in enumerate(rows)]
+
+
+def draw_exchange(path, rows):
+    rows = [
+        {"engine": engine, "workers": workers, "shards": shards, "milliseconds": some(9, low=100)}
+        for engine, workers, shards in rows
+    ]
+    exchange_cost.plot(rows, 25, path)
+
+
+def draw_faults(path, kinds, problems):
+    rows = [
+        {"kind": kind, "engine": engine, "seconds": seconds, "problems": problems}
+        for kind in kinds
+        for engine in faults.ENGINES
+        for seconds in some(3, low=1, high=20)
+    ]
+    faults.plot(rows, path)
+
+
+def draw_async_cost(path, rows):
+    results = [{"row": row, "ratio": [1.5, 1.4, 1.7]} for row in rows]
+    async_cost.draw(results, path, "AsyncSAM on cpu and cpu, 64 examples")
+
+
+def draw_data_parallel(path, strategies, epochs):
+    loss = np.array(some(10 * epochs, low=0.01))
+    results = [
+        {
+            **{"strategy": name, "loss": (loss + 1e-7 * place).tolist()},
+            "test_accuracy_by_epoch": some(epochs),
+        }
+        for place, name in enumerate(strategies)
+    ]
+    data_parallel.draw(results, path, "sam on 4 simulated devices in 2 processes")
+
+
+def draw_parallel_cost(path, devices):
+    results = [
+        {
+            **{"method": name, "devices": n},
+            **{kind: {"flops": 1e8 / n, "sent": 1e6 * (n > 1)} for kind in ("formula", "counted")},
+        }
+        for name in parallel_cost.METHODS
+        for n in devices
+    ]
+    rows = [{"share": 2**i, "lead": lead} for i, lead in enumerate(some(9, low=0.8, high=1.8))]
+    parallel_cost.draw(results, rows, path, "dense, 1,234,567 parameters, one batch of 512")
+
+
+def of_step_cost(model, batch, names):
+    rows = {
+        name: {
+            **{"time_to_plain": sorted(some(3, low=0.8, high=2.4)), "mean_flops": 1.5},
+            "steps_per_second": 100.0,
+        }
+        for name in names
+    }
+    return {"model": model, "batch": batch, "parameters": 123_456, "rows": rows}
+
+
+def draw_step_cost(path, names, models, batches, function=step_cost.plot):
+    function([[of_step_cost(m, b, names) for b in batches] for m in models], path)
+
+
+def draw_lsam(path, rows, seeds, is_marked=False, low=0.85):
+    results = []
+    for row in rows:
+        curve = {"time": [1.0, 200.0, 442.0], "gradients": [32, 1600, 3200]}
+        curve |= {"test_accuracy": some(3, seeds, low=low)}
+        results.append({"row": row, "test_accuracy": curve["test_accuracy"][-1], "curve": curve})
+    title = (
+        "LSAM on digits, 30% of the training labels wrong, 8 workers, 10 seeds, the last 4 times"
+    )
+    lsam_digits.draw(results, path, f"{title} slower", "gradients of a fast worker", is_marked)
+
+
+STEPS = [*("gradient", "plain", "sam by hand", "sam, readings unread", "optax.contrib.sam")]
+EVERY = [name for name in VARIANTS if name != "base"]
+CASES = {
+    "digits.draw": [
+        lambda path: draw_digits(path, [*digits.ROWS]),
+        lambda path: draw_digits(path, ["base2x", "sam"], seeds=1),
+        lambda path: draw_digits(path, ["looksam"], noises=(0.0,)),
+    ],
+    "front_figure.draw": [
+        lambda path: draw_front(path, [*digits.ROWS]),
+        lambda path: draw_front(path, ["base", "base2x", "sam"]),
+    ],
+    "long_tail.draw": [
+        lambda path: draw_long_tail(path, [*long_tail.METHODS], 100.0, 3),
+        lambda path: draw_long_tail(path, ["sam"], 1.0, 1),
+        lambda path: draw_long_tail(path, ["base", "sam"], 10.0, 1),
+    ],
+    "lets.draw": [
+        lambda path: draw_lets(path, [*lets.RATES], 3),
+        lambda path: draw_lets(path, ["exact"], 1),
+    ],
+    "lightsam.draw": [
+        lambda path, points=points: draw_lightsam(path, points) for points in (2, 5, 9)
+    ],
+    "second_order.draw": [
+        lambda path: draw_second_order(path, ["base", "sam", *second_order.DEFAULT]),
+        lambda path: draw_second_order(path, ["base", "sam"], epochs=1),
+        lambda path: draw_second_order(path, [*VARIANTS]),
+    ],
+    "mup_transfer.draw": [
+        lambda path: draw_mup(path, ["exponents", "transfer"]),
+        lambda path: draw_mup(path, ["exponents"]),
+        lambda path: draw_mup(path, ["transfer"]),
+    ],
+    "cifar.draw": [
+        lambda path: cifar.draw(Log(9, ["loss", "sharp_loss"]), path, "resnet, sam, seed 0"),
+        lambda path: cifar.draw(Log(1, ["loss"]), path, "vit, base, seed 0"),
+    ],
+    "exchange_cost.plot": [
+        lambda path: draw_exchange(path, [("ray", w, s) for w in (1, 4, 8) for s in (1, 2, 4)]),
+        lambda path: draw_exchange(path, [("threads", 2, 1)]),
+    ],
+    "faults.plot": [
+        lambda path: draw_faults(path, faults.KINDS, ["thread worker 1 is left"]),
+        lambda path: draw_faults(path, ["hangs"], []),
+    ],
+    "async_cost.draw": [
+        lambda path: draw_async_cost(path, ["sgd", "sam", "async-sam, b", "async-sam, b/4"]),
+        lambda path: draw_async_cost(path, ["sgd"]),
+    ],
+    "data_parallel.draw": [
+        lambda path: draw_data_parallel(path, [*data_parallel.STRATEGIES], 5),
+        lambda path: draw_data_parallel(path, ["jit"], 1),
+    ],
+    "parallel_cost.draw": [
+        lambda path: draw_parallel_cost(path, [1, 2, 4, 8]),
+        lambda path: draw_parallel_cost(path, [1]),
+    ],
+    "step_cost.plot": [
+        lambda path: draw_step_cost(path, STEPS + EVERY, ["mlp", "conv"], [64]),
+        lambda path: draw_step_cost(path, ["plain", "sam"], ["mlp"], [64, 128]),
+    ],
+    "step_cost.plot_sizes": [
+        lambda path, names=names, models=models: draw_step_cost(
+            path, names, models, [32, 64, 128], step_cost.plot_sizes
+        )
+        for names, models in (
+            ([*step_cost.BY_SIZE], ["mlp", "conv", "transformer"]),
+            (["plain"], ["mlp"]),
+        )
+    ],
+    "lsam_digits.draw": [
+        lambda path: draw_lsam(path, [*lsam_digits.ROWS], 3),
+        lambda path: draw_lsam(path, ["lsam", "dp-sam, same time"], 1, is_marked=True),
+        lambda path: draw_lsam(path, [*lsam_digits.ROWS], 2, low=0.1),
+    ],
+}
+ALL = [
+    pytest.param(case, id=f"{name}-{number}")
+    for name, cases in CASES.items()
+    for number, case in enumerate(cases)
+]
+
+
+def functions_that_draw():
+    for path in EXAMPLES.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and "figures.save(" in ast.unparse(node):
+                yield f"{path.stem}.{node.name}"
+
+
+def test_every_function_that_draws_is_here():
+    assert sorted(functions_that_draw()) == sorted(CASES)
+
+
+@pytest.fixture
+def problems(monkeypatch):
+    """Return what is wrong with the figures that are saved; nothing is rendered to a file."""
+    found = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **keywords: found.append(drawn.problems_of(figure))
+    )
+    return found
+
+
+@pytest.mark.parametrize("draw", ALL)
+def test_all_text_is_readable(draw, tmp_path, problems):
+    draw(tmp_path / "plot.png")
+    assert problems == [[]]
+
+
+def two_panels():
+    figure = figures.make_figure(2)
+    return figure, figure.subplots(1, 2)
+
+
+def test_the_check_sees_what_is_wrong():
+    figure, (left, right) = two_panels()
+    left.text(0.2, 0.5, "one")
+    assert drawn.problems_of(figure) == []
+    left.text(0.2, 0.51, "other")
+    left.text(0.9, 0.2, "a text that is much too long for its panel").set_in_layout(False)
+    figure.text(0.99, 0.5, "cut")
+    text = "\n".join(drawn.problems_of(figure))
+    for wanted in (
+        "'one' over 'other'",
+        "too long for its panel' in another panel",
+        "'cut' outside",
+    ):
+        assert wanted in text
+    assert right.get_title() == ""
+
+
+def test_labels_of_ends_are_moved_apart_and_stay_near(tmp_path):
+    figure, (left, _) = two_panels()
+    for level in (0.1, 0.5, 0.501, 0.502, 0.9):
+        left.plot([0, 1], [level, level], label=f"at {level}")
+    left.plot([0, 0.5], [0.3, 0.3], label="short")
+    left.set_ylim(0, 1)
+    left.plot([0, 1], [0.2, -50], label="below")
+    figures.label_ends(left)
+    figures.save(figure, tmp_path / "plot.png")
+    boxes = {text.get_text(): text.get_window_extent() for text in left.texts}
+    for a, b in itertools.combinations(boxes.values(), 2):
+        assert drawn.overlap(a, b) < 1
+    for level in (0.1, 0.9):  # alone: at the height of its line
+        box, (_, pixel) = boxes[f"at {level}"], left.transData.transform((1, level))
+        assert abs((box.y0 + box.y1) / 2 - pixel) < 2
+    middle = boxes["at 0.501"]
+    assert abs((middle.y0 + middle.y1) / 2 - left.transData.transform((1, 0.501))[1]) < 2
+    assert boxes["short"].x1 < left.get_window_extent().x1
+    assert boxes["below"].y0 == pytest.approx(left.get_window_extent().y0, abs=2)
+    assert left.get_window_extent().height > 0.5 * figure.bbox.height
+
+
+def test_heights_follow_one_rule():
+    assert figures.height_of(2) - figures.height_of(1) == pytest.approx(figures.ROW)
+    figure = figures.make_figure(1, [figures.height_of(36), figures.height_of()])
+    assert figure.get_figheight() > 36 * figures.ROW
