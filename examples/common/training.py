@@ -1,5 +1,6 @@
 """Train many runs of the digits task at once, choose their hyperparameters, and measure them."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -45,28 +46,26 @@ from examples.common.tuning import (
 
 SHARPNESS_RADIUS = 0.2  # for the reported loss increase; the same for every method
 TIMED_STEPS = 100
+# Twice as many seeds as the other scripts use: neighbours in a search differ by less. The halves
+# train one after the other, each together with as many runs as are reported by default.
+HALVES = TUNING_SEEDS, range(TUNING_SEEDS.stop, TUNING_SEEDS.stop + len(TUNING_SEEDS))
 PLANNED = 10  # candidates of a search, for the progress bar
 
 
-class Trainer(NamedTuple):
-    """A method's compiled functions. They act on vectors of runs (seed, learning rate, rho)."""
+class Functions(NamedTuple):
+    """Functions of the network, the same for all methods; the last three are compiled."""
 
-    init: Callable[..., Any]  # runs, params -> state
-    epoch: Callable[..., Any]  # params, state, runs, data, epoch -> params, state, accuracies
-    loss_increase: Callable[..., Any]  # params, data -> [runs]
-    step: Callable[..., Any]  # one step of one run: params, state, run, batch -> params, state
-    accuracy: Callable[..., Any]  # of one run: params, one split -> share of correct predictions
+    logits: Callable[..., Any]  # params, images -> [images, 10]
+    losses_fn: Callable[..., Any]  # params, batch -> [images]
+    accuracy: Callable[..., Any]  # params, one split -> share of correct predictions
+    accuracies: Callable[..., Any]  # the same for a vector of runs
+    loss_increase: Callable[..., Any]  # params, training images -> [runs]
 
 
-def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Trainer:
-    """Build the functions that train a vector of runs for one epoch; each compiles once."""
+@functools.cache
+def make_functions(width: int) -> Functions:
+    """Build the functions of a network; they compile once for all methods."""
     graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
-    batch_like = {
-        "x": jax.ShapeDtypeStruct((BATCH, 64), jnp.float32),
-        "y": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
-        "index": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
-    }
-    setting = Setting(batch_like, batch_size=BATCH, num_examples=TRAIN)
 
     def logits(params, x):
         return nnx.merge(graph, params)(x)
@@ -78,6 +77,42 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
 
     def accuracy(params, data):
         return jnp.mean(logits(params, data["x"]).argmax(-1) == data["y"])
+
+    def loss_increase(params, images):
+        batches = jax.tree.map(lambda leaf: leaf.reshape(BATCH, -1, *leaf.shape[1:]), images)
+        ball = samx.perturbations.metric_ball(SHARPNESS_RADIUS)
+
+        def of_batch(batch):
+            loss, g = jax.value_and_grad(lambda p: losses_fn(p, batch).mean())(params)
+            eps, _ = ball.update(g, ball.init(params), params)
+            return losses_fn(optax.apply_updates(params, eps), batch).mean() - loss
+
+        return jax.vmap(of_batch, in_axes=1)(batches).mean()
+
+    of_runs = [jax.jit(jax.vmap(function)) for function in (accuracy, loss_increase)]
+    return Functions(logits, losses_fn, jax.jit(accuracy), *of_runs)
+
+
+class Trainer(NamedTuple):
+    """A method's compiled functions. They act on vectors of runs (seed, learning rate, rho)."""
+
+    init: Callable[..., Any]  # runs, params -> state
+    epoch: Callable[..., Any]  # params, state, runs, training images, epoch -> params, state
+    step: Callable[..., Any]  # one step of one run: params, state, run, batch -> params, state
+    accuracy: Callable[..., Any]  # those of `Functions`
+    accuracies: Callable[..., Any]
+    loss_increase: Callable[..., Any]
+
+
+def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Trainer:
+    """Build the functions that train a vector of runs for one epoch; each compiles once."""
+    logits, losses_fn, *compiled = make_functions(width)
+    batch_like = {
+        "x": jax.ShapeDtypeStruct((BATCH, 64), jnp.float32),
+        "y": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+        "index": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
+    }
+    setting = Setting(batch_like, batch_size=BATCH, num_examples=TRAIN)
 
     def optimizer(run):
         schedule = optax.cosine_decay_schedule(run.learning_rate, epochs * STEPS_PER_EPOCH)
@@ -110,57 +145,49 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
         )
         return optax.apply_updates(params, updates), state
 
-    def epoch(params, state, run, data, epoch):
+    def epoch(params, state, run, images, epoch):
         def body(carry, rows):
             params, state = carry
-            return step(params, state, run, rows_of(data[0], rows)), None
+            return step(params, state, run, rows_of(images, rows)), None
 
         (params, state), _ = jax.lax.scan(body, (params, state), shuffled(run.seed, epoch))
-        return params, state, jnp.stack([accuracy(params, part) for part in data])
-
-    def loss_increase(params, data):
-        batches = jax.tree.map(lambda leaf: leaf.reshape(BATCH, -1, *leaf.shape[1:]), data[0])
-        ball = samx.perturbations.metric_ball(SHARPNESS_RADIUS)
-
-        def of_batch(batch):
-            loss, g = jax.value_and_grad(lambda p: losses_fn(p, batch).mean())(params)
-            eps, _ = ball.update(g, ball.init(params), params)
-            return losses_fn(optax.apply_updates(params, eps), batch).mean() - loss
-
-        return jax.vmap(of_batch, in_axes=1)(batches).mean()
+        return params, state
 
     return Trainer(
         jax.jit(jax.vmap(init)),
         jax.jit(jax.vmap(epoch, in_axes=(0, 0, 0, 0, None)), donate_argnums=(0, 1)),
-        jax.jit(jax.vmap(loss_increase)),
         jax.jit(step),
-        jax.jit(accuracy),
+        *compiled,
     )
 
 
 class Trained(NamedTuple):
-    """The final parameters of all runs, and their accuracies and gradients after each epoch."""
+    """The final parameters of all runs, and what was seen after each epoch."""
 
     params: Any
-    accuracies: np.ndarray  # [epochs, runs, 3 splits of the data]
+    accuracies: np.ndarray  # [epochs, runs] on the watched split; [epochs] without one
     gradients: np.ndarray  # [epochs, runs], spent since the start
 
 
 def train(
-    trainer: Trainer, params, runs: Runs, data, epochs: int, advance: Callable[[Runs], Any]
+    trainer: Trainer, params, runs: Runs, images, epochs: int, advance, watched: Any = None
 ) -> Trained:
-    """Train all runs; `advance` is called with them after each epoch."""
+    """Train all runs.
+
+    After each epoch `advance` is called with them, and their accuracies on the split `watched`
+    are measured, if there is one.
+    """
     state = trainer.init(runs, params)
     history, gradients = [], []
     for index in range(epochs):
-        params, state, accuracies = trainer.epoch(params, state, runs, data, index)
-        history.append(np.asarray(accuracies))
+        params, state = jax.block_until_ready(trainer.epoch(params, state, runs, images, index))
+        history.append(np.nan if watched is None else trainer.accuracies(params, watched))
         spent = optax.tree.get(state, "gradients_spent")
         if spent is None:  # the base optimizer keeps no readings: one gradient per step
             spent = np.full(len(runs.seed), (index + 1) * STEPS_PER_EPOCH)
         gradients.append(np.asarray(spent))
         advance(runs)
-    return Trained(params, np.stack(history), np.stack(gradients))
+    return Trained(params, np.asarray(history), np.stack(gradients))
 
 
 def axes_of(variant: Variant, base: str, radii: Sequence[float] | None) -> list[Axis]:
@@ -180,7 +207,7 @@ def axes_of(variant: Variant, base: str, radii: Sequence[float] | None) -> list[
 
 def runs_to_try(candidates: int) -> int:
     """Return how many runs train so many candidates."""
-    return math.ceil(candidates / TOGETHER) * TOGETHER * len(TUNING_SEEDS)
+    return math.ceil(candidates / TOGETHER) * TOGETHER * sum(map(len, HALVES))
 
 
 def choose(
@@ -191,13 +218,17 @@ def choose(
     A score is the mean validation accuracy over the tuning seeds.
     """
 
+    def accuracies_of(runs):
+        params, data = initialize(runs.seed, width), split(runs.seed, noise)
+        trained = train(trainer, params, runs, data[0], epochs, advance)
+        return trainer.accuracies(trained.params, data[1])
+
     def evaluate(candidates):
         # Always equally many runs: the functions compile once.
         padded = candidates + candidates[-1:] * (TOGETHER - len(candidates))
-        runs = Runs(*runs_of(TUNING_SEEDS, padded))
-        params, data = initialize(runs.seed, width), split(runs.seed, noise)
-        trained = train(trainer, params, runs, data, epochs, advance)
-        return scores_of(trained.accuracies[-1, :, 1], padded)[: len(candidates)]
+        halves = [Runs(*runs_of(seeds, padded)) for seeds in HALVES]
+        scores = [scores_of(accuracies_of(runs), padded) for runs in halves]
+        return np.mean(scores, axis=0)[: len(candidates)]
 
     return search(axes, evaluate)
 
@@ -268,7 +299,7 @@ def measure(
         runs = Runs(*runs_of(range(settings.seeds), [(learning_rate, rho)]))
         data = split(runs.seed, noise)
         params = initialize(runs.seed, settings.width)
-        trained = train(trainer, params, runs, data, epochs, advance)
+        trained = train(trainer, params, runs, data[0], epochs, advance, watched=data[2])
         accuracies, gradients = trained.accuracies, trained.gradients.mean(axis=1)
         per_step = float(gradients[-1]) / (epochs * STEPS_PER_EPOCH)
         params = initialize(runs.seed, settings.width)  # training donated the others
@@ -283,10 +314,10 @@ def measure(
                     {"learning_rate": rate, "rho": radius, "validation_accuracy": score}
                     for (rate, radius), score in tried.items()
                 ],
-                "train_accuracy": accuracies[-1, :, 0].tolist(),
-                "test_accuracy": accuracies[-1, :, 2].tolist(),
-                "test_accuracy_by_epoch": accuracies[:, :, 2].mean(axis=1).tolist(),
-                "loss_increase": trainer.loss_increase(trained.params, data).tolist(),
+                "train_accuracy": trainer.accuracies(trained.params, data[0]).tolist(),
+                "test_accuracy": accuracies[-1].tolist(),
+                "test_accuracy_by_epoch": accuracies.mean(axis=1).tolist(),
+                "loss_increase": trainer.loss_increase(trained.params, data[0]).tolist(),
                 "gradients": float(gradients[-1]),
                 "gradients_by_epoch": gradients.tolist(),
                 "seconds_per_step": seconds_per_step(trainer, params, runs, data, per_step),

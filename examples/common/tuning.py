@@ -79,7 +79,7 @@ def around(start: float, decade: Sequence[float] = THIRDS, decades: int = 3) -> 
 
 
 def from_zero(axis: Axis) -> Axis:
-    """Return the axis with 0 in place of its lower end: a radius of 0 is the base optimizer."""
+    """Return the axis with 0 below its lowest value: a radius of 0 is the base optimizer."""
     return axis._replace(values=(0.0, *axis.values), start=axis.start + 1)
 
 
