@@ -26,6 +26,8 @@
 # transformers with AdamW and others are in the table below.
 
 # %%
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -121,25 +123,22 @@ def sweep(variant, base, rhos, rates):
 
 
 # %% [markdown]
-# Four maps: SAM and ASAM, each on SGD with momentum and on AdamW. On another task, replace `train`
-# and `accuracy`. If the runs do not fit into memory at once, put `jax.lax.map` in place of the
-# outer `vmap`: still one program, one value of ρ after the other.
+# Four maps: SAM and ASAM, each on SGD with momentum and on AdamW. So small a network keeps one CPU
+# core busy, and two threads compute two maps at a time. On another task, replace `train` and
+# `accuracy`. If the runs do not fit into memory at once, put `jax.lax.map` in place of the outer
+# `vmap`: still one program, one value of ρ after the other.
+
 
 # %%
-maps = {}
-
-
 def draw_map(variant, base):
     rhos, rates = jnp.array(RADII[variant], float), jnp.array(RATES[base])
-    maps[variant, base] = np.asarray(sweep(variant, base, rhos, rates))
+    return np.asarray(sweep(variant, base, rhos, rates))
 
 
-draw_map("SAM", "SGD")
-draw_map("ASAM", "SGD")
+pairs = [(variant, base) for base in bases for variant in variants]
+with ThreadPoolExecutor(2) as pool:
+    maps = dict(zip(pairs, pool.map(draw_map, *zip(*pairs, strict=True)), strict=True))
 
-# %%
-draw_map("SAM", "AdamW")
-draw_map("ASAM", "AdamW")
 runs = sum(accuracies.size for accuracies in maps.values())
 print(f"{runs} trainings in {len(maps)} compiled programs")
 
@@ -396,7 +395,9 @@ def test_accuracy(name, sharp):
     return jax.jit(jax.vmap(run))(seeds, initialize(seeds, WIDTH), split(seeds, 0.3))
 
 
-results = {name: test_accuracy(name, sharp) for name, sharp in scheduled.items()}
+with ThreadPoolExecutor(2) as pool:
+    measured = pool.map(test_accuracy, scheduled, scheduled.values())
+    results = dict(zip(scheduled, measured, strict=True))
 constant = np.asarray(results["constant"][0])
 differences = {}
 print(f"{'rho':<18}{'test accuracy':>14}{'minus constant':>18}{'gradients':>11}")

@@ -56,15 +56,18 @@ SMALLER = {
             '"SAM": (0, 0.2), "ASAM": (0, 1)'
         ),
         # One map, one variant with other units, and one schedule are enough.
-        'draw_map("ASAM", "SGD")\n': 'maps["ASAM", "SGD"] = maps["SAM", "SGD"]\n',
-        'draw_map("SAM", "AdamW")\n': 'maps["SAM", "AdamW"] = maps["SAM", "SGD"]\n',
-        'draw_map("ASAM", "AdamW")\n': 'maps["ASAM", "AdamW"] = maps["SAM", "SGD"]\n',
+        "pool.map(draw_map, *zip(*pairs, strict=True))": "[draw_map(*pairs[0])] * len(pairs)",
         "in same_rho.items():\n": "in list(same_rho.items())[1:2]:\n",
         '    "warm-up": samx.sam(warmup),\n    "first half only": between(0, half),\n': "",
     },
     "which_variant": {
         "NOISE, SEEDS, EPOCHS = 0.3, 10, 40\n": "NOISE, SEEDS, EPOCHS = 0.3, 2, 1\n",
-        '[rival, "sam", "momentum-sam", "looksam"]': '[rival, "sam"]',
+        "TIMED_WIDTH, ROUNDS = 512, 9\n": "TIMED_WIDTH, ROUNDS = 64, 1\n",
+        "steppers = {row: stepper(row) for row in timed}\n": (
+            "steppers = dict.fromkeys(timed, stepper(timed[0]))\n"
+        ),
+        'in (rival, "momentum-sam", "looksam", "sam")': 'in (rival, "sam")',
+        'live["sam, rate 0.1"] = run_row("sam", learning_rate=0.1)\n': "",
     },
 }
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
