@@ -46,7 +46,7 @@ SMALLER = {
         "jax.vmap(jax.grad(surface))(sam_path)": "jax.jit(jax.vmap(jax.grad(surface)))(sam_path)",
         "jax.vmap(surface)(section)": "jax.jit(jax.vmap(surface))(section)",
         "jax.vmap(worst, (0, None))": "jax.jit(jax.vmap(worst, (0, None)))",
-        '"SGD, lr 0.1": sgd(0.1, 0.3),\n}\n': '"SGD, lr 0.1": sgd(0.1, 0.3),\n}\n'
+        "    FAST: sgd_twice(SAM_RATE, 0.3),\n}\n": "    FAST: sgd_twice(SAM_RATE, 0.3),\n}\n"
         "runs = jax.device_get(runs)\n",
         "landscape(jax.tree.map(lambda leaf: leaf[0], params))": (
             "jax.device_get(landscape(jax.tree.map(lambda leaf: leaf[0], params)))"
@@ -54,7 +54,8 @@ SMALLER = {
         "jnp.linspace(-0.5, 0.5, 41), jnp.linspace(0, 1, 21)": (
             "jnp.linspace(-0.5, 0.5, 5), jnp.linspace(0, 1, 5)"
         ),
-        '"figure.constrained_layout.use": True': '"figure.constrained_layout.use": False',
+        "figures.use_style()\n": "figures.use_style()\n"
+        "plt.rcParams['figure.constrained_layout.use'] = False\n",
         "jax.random.split(jax.random.key(3), 10)": "jax.random.split(jax.random.key(3), 2)",
     },
     "training_loops": {
@@ -84,6 +85,28 @@ SMALLER = {
         '    "async-sam, b/4": (0.1, 0.2),\n': "",
         "EXCHANGES, SLOW, LIFE = 200, 0.02, 40": "EXCHANGES, SLOW, LIFE = 16, 0.0, 4",
         '    "easgd": (0.03, 0.0),\n    "sam, one worker": (0.03, 0.5),\n': "",
+    },
+    "choosing_rho": {
+        "EPOCHS, WIDTH, TEST_SEEDS = 40, 64, 10\n": "EPOCHS, WIDTH, TEST_SEEDS = 2, 4, 2\n",
+        '"SGD": (0.02, 0.05, 0.1, 0.2, 0.5), "AdamW": (1e-3, 2e-3, 5e-3, 0.01, 0.02)': (
+            '"SGD": (0.1, 0.2), "AdamW": (2e-3, 5e-3)'
+        ),
+        '"SAM": (0, 0.1, 0.2, 0.4, 0.8), "ASAM": (0, 0.25, 0.5, 1, 2)': (
+            '"SAM": (0, 0.2), "ASAM": (0, 1)'
+        ),
+        # One map, one variant with other units, and one schedule are enough.
+        "pool.map(draw_map, *zip(*pairs, strict=True))": "[draw_map(*pairs[0])] * len(pairs)",
+        "in same_rho.items():\n": "in list(same_rho.items())[1:2]:\n",
+        '    "warm-up": samx.sam(warmup),\n    "first half only": between(0, half),\n': "",
+    },
+    "which_variant": {
+        "NOISE, SEEDS, EPOCHS = 0.3, 10, 40\n": "NOISE, SEEDS, EPOCHS = 0.3, 2, 1\n",
+        "TIMED_WIDTH, ROUNDS = 512, 9\n": "TIMED_WIDTH, ROUNDS = 64, 1\n",
+        "steppers = {row: stepper(row) for row in timed}\n": (
+            "steppers = dict.fromkeys(timed, stepper(timed[0]))\n"
+        ),
+        'in (rival, "momentum-sam", "looksam", "sam")': 'in (rival, "sam")',
+        'live["sam, rate 0.1"] = run_row("sam", learning_rate=0.1)\n': "",
     },
 }
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
