@@ -19,14 +19,6 @@ TEXTS = [
     ROOT / "examples/README.md",
     ROOT / "tests/README.md",
 ]
-# Pages that are still being written. Links to them are not followed.
-COMING = (
-    *("changelog.md", "contract.md", "costs.md", "devices.md", "families.md", "fidelity.md"),
-    *("index.md", "methods.md", "results.md", "stability.md", "api.md"),
-    *("choosing_rho.ipynb", "coming_from.ipynb", "eight_devices.ipynb", "training_loops.ipynb"),
-    *("which_variant.ipynb", "workers_that_do_not_wait.ipynb", "write_your_variant.ipynb"),
-)
-
 FENCED = re.compile(r"^ *(`{3,}|~{3,}).*?^ *\1`*~* *$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
 TARGETS = (
@@ -92,8 +84,7 @@ def problem_of(target, path, text):
     if not file.is_relative_to(ROOT):
         return "outside of the repository"
     if not file.exists():
-        is_coming = file.parent == NOTEBOOKS and file.name in COMING
-        return None if is_coming else "no such file"
+        return "no such file"
     if anchor and anchor not in anchors_of(markdown_of(file)):
         return "no such heading"
     return None
