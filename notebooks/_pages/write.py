@@ -1,4 +1,6 @@
-"""Write what pages of the book take from the package: method cards, fidelity, the list of names.
+"""Write what pages take from the package and from committed results.
+
+These are the method cards, fidelity, the list of names, and the tables of the digits example.
 
     python notebooks/_pages/write.py
 
@@ -9,9 +11,11 @@ holds something else.
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import samx
@@ -19,6 +23,8 @@ from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
 
 FOLDER = Path(__file__).parents[1]
+DIGITS = FOLDER.parent / "examples" / "compare" / "results" / "digits.json"
+SHOWN = ("base", "base2x", "sam", "asam", "looksam", "momentum-sam")  # in the README
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 
 # The public names of `samx` itself, by kind. Variants come from the families of the cards.
@@ -52,6 +58,8 @@ def pages() -> dict[str, dict[str, str]]:
         "methods.md": {"table": method_table(), "cards": method_cards()},
         "fidelity.md": fidelity_tables(),
         "api.md": {"names": name_lists(), "reference": reference()},
+        "results.md": {"digits": digits_table(*digits_rows())},
+        "../README.md": {"digits": digits_table(*digits_rows(*SHOWN))},
     }
 
 
@@ -70,6 +78,51 @@ def fill(text: str, parts: dict[str, str]) -> str:
 def in_order() -> list[Entry]:
     """Return the entries in the order of the families."""
     return [BY_NAME[name] for names in FAMILIES.values() for name in names]
+
+
+# Results of examples/digits.py
+
+
+def digits_rows(*names: str) -> tuple[dict[float, dict[str, Any]], Iterable[str]]:
+    """Return the committed rows for each share of wrong labels, by name; and the names to show."""
+    rows: dict[float, dict[str, Any]] = {}
+    for row in json.loads(DIGITS.read_text())["rows"]:
+        rows.setdefault(row["noise"], {})[row["row"]] = row
+    wrong, *_ = rows.values()
+    return rows, names or wrong
+
+
+def digits_table(rows: dict[float, dict[str, Any]], names: Iterable[str]) -> str:
+    """Return accuracies and paired leads over the better of both baselines, in percent."""
+    head = ["method"]
+    for noise in rows:
+        labels = f"{noise:.0%} wrong labels" if noise else "clean labels"
+        head += [f"test accuracy, %, {labels}", f"minus {better_base(rows[noise])}"]
+    lines = [[*head, "gradients"], ["---"] * (len(head) + 1)]
+    for name in names:
+        cells, spent = (
+            [f"{name}"],
+            dict.fromkeys(f"{r[name]['gradients']:.0f}" for r in rows.values()),
+        )
+        for of_noise in rows.values():
+            row, base = of_noise[name], better_base(of_noise)
+            cells.append(f"{row['mean']:.2f} ± {row['error']:.2f}{'*' if row['edges'] else ''}")
+            cells.append("" if name == base else lead(row, of_noise[base]))
+        lines.append([*cells, ", ".join(spent)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def better_base(rows: dict[str, Any]) -> str:
+    """Return the baseline with the higher accuracy."""
+    return max(("base", "base2x"), key=lambda name: rows[name]["mean"])
+
+
+def lead(row: dict[str, Any], base: dict[str, Any]) -> str:
+    """Return the mean difference over the seeds and its standard error, in points."""
+    points = [
+        100 * (a - b) for a, b in zip(row["test_accuracy"], base["test_accuracy"], strict=True)
+    ]
+    return f"{fmean(points):+.2f} ± {stdev(points) / len(points) ** 0.5:.2f}"
 
 
 # Method cards

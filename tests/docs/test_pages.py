@@ -28,7 +28,7 @@ PAGES = write.pages()
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_what_the_generator_writes(name):
-    text = (BOOK / name).read_text()
+    text = (BOOK / name).read_text()  # of the README too
     message = f"{name} is out of date: python notebooks/_pages/write.py"
     assert text == write.fill(text, PAGES[name]), message
 
@@ -77,11 +77,11 @@ def test_measured_radii_come_from_results(tmp_path, monkeypatch):
     """The file is what its script writes, and new results change their own variants only."""
     old, new = measured.TARGET.read_text(), tmp_path / "measured.py"
     monkeypatch.setattr(measured, "TARGET", new)
-    measured.main([])
+    measured.main([str(ROOT / "examples/compare/results/digits.json")])
     assert new.read_text() == old
     rows = [("base", 0.3, 0.0), ("look-layer-sam", 0.3, 0.01), ("look-layer-sam", 0.0, 0.003)]
     results = [{"row": row, "noise": noise, "rho": rho} for row, noise, rho in rows]
-    report = {"settings": {"base": "adamw", "noise": 0.3}, "results": results}
+    report = {"settings": {"base": "adamw", "noise": 0.3}, "rows": results}
     (tmp_path / "results.json").write_text(json.dumps(report))
     measured.main([str(tmp_path / "results.json")])
     lines = set(new.read_text().splitlines()) - set(old.splitlines())
