@@ -198,12 +198,12 @@ def _place_freely(axis: Axes, labels: Sequence[Annotation]) -> None:
 
 def _pixels_of(axis: Axes) -> np.ndarray:
     """Return the pixels of all lines, points and error bars of the axes, densely."""
-    paths = [line.get_xydata() for line in axis.get_lines()]
+    paths = [(line.get_xydata(), line.get_transform()) for line in axis.get_lines()]
     for collection in axis.collections:
-        paths += [path.vertices for path in collection.get_paths()]
+        paths += [(path.vertices, axis.transData) for path in collection.get_paths()]
     found = [np.zeros((0, 2))]
-    for path in paths:
-        pixels = axis.transData.transform(np.asarray(path, float))
+    for path, transform in paths:
+        pixels = transform.transform(np.asarray(path, float))
         pixels = pixels[np.isfinite(pixels).all(axis=1)]
         for start, end in itertools.pairwise(pixels):
             found.append(np.linspace(start, end, 2 + int(min(np.hypot(*(end - start)), 5000) // 8)))
