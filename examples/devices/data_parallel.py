@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import samx
 from examples.common import arguments, figures, files
-from examples.common.digits_task import LEARNING_RATE, TRAIN, Network, initialize, split
+from examples.common.digits_task import TRAIN, Network, initialize, split
 from examples.common.output import free_folder
 from examples.common.registry import BASES, VARIANTS, Setting, check_base
 from examples.common.report import Report
@@ -50,6 +50,7 @@ from examples.common.report import Report
 WIDTH = 64
 GRAPH = nnx.graphdef(nnx.eval_shape(lambda: Network(WIDTH, rngs=nnx.Rngs(0))))
 SIMULATED = 8
+LEARNING_RATES = {"sgd": 0.3, "momentum": 0.03, "adamw": 1e-3}
 # Seconds after which a process ends by itself. DEAD_TIMEOUT: a peer has died. WAIT_TIMEOUT: a peer
 # does not reach the start or the end. At the end the others wait until process 0 has written the
 # results.
@@ -337,7 +338,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     parser.add_argument("--variant", choices=list(VARIANTS), default="sam")
     parser.add_argument("--base", choices=list(BASES), default="momentum")
     parser.add_argument(
-        "--rho", type=float, help="default: the variant's smallest radius in registry.py"
+        "--rho",
+        type=float,
+        help="default: half the radius with which its search begins in registry.py",
     )
     parser.add_argument("--learning-rate", type=float, help="default: one that suits the base")
     parser.add_argument(
@@ -365,9 +368,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     arguments.add_out(parser, "data_parallel")
     args = parser.parse_args(argv)
     if args.rho is None:
-        args.rho = VARIANTS[args.variant].start
+        args.rho = VARIANTS[args.variant].start / 2
     if args.learning_rate is None:
-        args.learning_rate = LEARNING_RATE[args.base]
+        args.learning_rate = LEARNING_RATES[args.base]
     arguments.check_range(parser, args, "epochs", "devices", "num_processes")
     arguments.check_range(parser, args, "batch", high=TRAIN)
     arguments.check_range(parser, args, "seed", low=0, high=2**31 - 1)
