@@ -10,9 +10,9 @@ a share of the training labels flipped, and once with clean labels. Every method
 number of epochs. `base2x` is the base optimizer with twice as many epochs, so that it spends as
 many gradients as SAM. The lead of SAM is its lead over the better of these two.
 
-The learning rate and rho of each method are chosen on a validation split, with separate seeds. The
-test split is used once, with the chosen values. Every seed has its own split, flipped labels,
-initialization and batches.
+The learning rate and rho of each method are chosen on a validation split, with eight separate
+seeds. The test split is used once, with the chosen values. Every seed has its own split, flipped
+labels, initialization and batches.
 
 Every method is tuned by the same rule. Learning rates and rho are 1, 2 or 5 times a power of ten.
 A method without rho has one number to tune, and its learning rates are closer together (1, 1.5, 2,

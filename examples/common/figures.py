@@ -198,12 +198,12 @@ def _place_freely(axis: Axes, labels: Sequence[Annotation]) -> None:
 
 def _pixels_of(axis: Axes) -> np.ndarray:
     """Return the pixels of all lines, points and error bars of the axes, densely."""
-    paths = [line.get_xydata() for line in axis.get_lines()]
+    paths = [(line.get_xydata(), line.get_transform()) for line in axis.get_lines()]
     for collection in axis.collections:
-        paths += [path.vertices for path in collection.get_paths()]
+        paths += [(path.vertices, axis.transData) for path in collection.get_paths()]
     found = [np.zeros((0, 2))]
-    for path in paths:
-        pixels = axis.transData.transform(np.asarray(path, float))
+    for path, transform in paths:
+        pixels = transform.transform(np.asarray(path, float))
         pixels = pixels[np.isfinite(pixels).all(axis=1)]
         for start, end in itertools.pairwise(pixels):
             found.append(np.linspace(start, end, 2 + int(min(np.hypot(*(end - start)), 5000) // 8)))
@@ -211,20 +211,21 @@ def _pixels_of(axis: Axes) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _wrap_titles(figure: Figure) -> None:
+def _wrap_titles(figure: Figure, over_all: Text | None) -> None:
     """Break titles that are wider than their panel, or the figure, into several lines."""
-    if figure._suptitle is not None:
-        _wrap(figure._suptitle, figure.bbox.width * 0.98)
+    if over_all is not None:
+        _wrap(over_all, figure.bbox.width * 0.98)
     for axis in figure.axes:
-        for title in (axis.title, axis._left_title, axis._right_title):
-            _wrap(title, axis.get_window_extent().width)
+        for side in ("left", "center", "right"):
+            if title := axis.get_title(side):
+                _wrap(axis.set_title(title, loc=side), axis.get_window_extent().width)
 
 
 def _wrap(text: Text, width: float) -> None:
     """Break a text into lines of at most so many pixels; what stands around ± stays together."""
     content = " ".join(text.get_text().split()).replace(" ± ", "\u00a0±\u00a0")
     longest = len(content)
-    while content and longest > 10 and text.get_window_extent().width > width:
+    while longest > 10 and text.get_window_extent().width > width:
         longest = int(0.9 * longest)
         text.set_text(textwrap.fill(content, longest))
 
@@ -235,10 +236,9 @@ def save(figure: Figure, path: Path, title: str = "") -> None:
     Raises:
         SaveError: If the file cannot be written.
     """
-    if title:
-        figure.suptitle(title, x=0.01, ha="left")
+    over_all = figure.suptitle(title, x=0.01, ha="left") if title else None
     _lay_out(figure)
-    _wrap_titles(figure)
+    _wrap_titles(figure, over_all)
     _lay_out(figure)
     for axis in figure.axes:
         _place_ends(axis)

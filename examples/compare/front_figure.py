@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.patheffects import withStroke
 
 import samx
 from examples.common import figures, files
@@ -47,7 +48,9 @@ START, LEARNING_RATE, RHO, STEPS = (-1.7, 1.5), 0.15, 0.5, 80
 PIT, FLAT = (-0.5, 0.8), (1.0, 0.0)  # near the sharp minimum, and the flat minimum
 ARROWS = 20  # as many steps show their perturbation
 NAMED = 10  # methods with a name, the baselines included
-ALWAYS = ("base", "base2x", "sam", "asam", "looksam", "momentum-sam")
+ALWAYS = ("base", "base2x", "sam", "asam", "looksam", "ausam", "momentum-sam")
+ALIKE, STEP = 0.03, 0.022  # costs that differ by less share a place, where dots stand side by side
+HALO = [withStroke(linewidth=2.5, foreground="white")]  # around text on lines
 BASELINES = ("base", "base2x")
 
 
@@ -98,7 +101,7 @@ def draw_paths(axes: Any) -> None:
     plain, sam, eps, sharp = paths()
     x, y = np.meshgrid(np.linspace(-2.3, 1.9, 161), np.linspace(-0.85, 2.15, 117))
     height = jax.vmap(jax.vmap(surface))(jnp.stack([x, y], axis=-1))
-    levels = np.linspace(0, 1.7, 26) ** 2  # dense where the loss is low, so that the pit shows
+    levels = np.linspace(0, 1.7, 14) ** 2  # dense where the loss is low, so that the pit shows
     axes.contourf(x, y, height, levels=levels, cmap="Greys", alpha=0.3, extend="max")
     axes.contour(x, y, height, levels=levels, colors=figures.GREY, linewidths=0.5)
     arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.005}
@@ -115,7 +118,7 @@ def draw_paths(axes: Any) -> None:
         ("SAM", (0.1, -0.33), figures.BLUE, "left"),
         ("its perturbations ε", (-2.2, -0.62), figures.BLUE, "left"),
     ):
-        axes.text(*place, text, color=color, ha=align)
+        axes.text(*place, text, color=color, ha=align, path_effects=HALO)
     axes.set(xticks=[], yticks=[], xlim=(-2.3, 1.9), ylim=(-0.85, 2.15), aspect="equal")
     axes.set_title(ends(plain[-1], sam[-1], sharp))
 
@@ -151,64 +154,74 @@ def rows_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def named(rows: list[dict[str, Any]]) -> list[str]:
-    """Choose the rows that get a name: those that are always named, and the most accurate ones."""
-    best = sorted(rows, key=lambda row: -row["mean"])
+    """Choose the rows that get a name: some always, the least accurate one, the most accurate."""
+    by_accuracy = [row["row"] for row in sorted(rows, key=lambda row: -row["mean"])]
     chosen = [row["row"] for row in rows if row["row"] in ALWAYS]
-    return (chosen + [row["row"] for row in best if row["row"] not in chosen])[:NAMED]
+    return list(dict.fromkeys([*chosen, by_accuracy[-1], *by_accuracy]))[:NAMED]
+
+
+def side_by_side(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return where each dot stands on the axis of gradients.
+
+    Many dots of (almost) equal cost stand in three columns, so that neighbours are apart.
+    """
+    places: dict[str, float] = {}
+    span = max(row["gradients"] for row in rows)
+    left = sorted(rows, key=lambda row: row["gradients"])
+    while left:
+        first = left[0]["gradients"]
+        group = [row for row in left if row["gradients"] <= first * (1 + ALIKE)]
+        left = left[len(group) :]
+        group.sort(key=lambda row: -row["mean"])
+        middle = np.mean([row["gradients"] for row in group])
+        for rank, row in enumerate(group):
+            column = rank % 3 - 1 if len(group) > 3 else 0
+            places[row["row"]] = float(middle + column * STEP * span)
+    return places
 
 
 def draw_results(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Draw accuracy against gradients, with the names of some methods."""
-    names = named(rows)
-    for row in sorted(rows, key=lambda row: row["row"] in BASELINES):
+    names, places, points = named(rows), side_by_side(rows), []
+    for row in sorted(rows, key=lambda row: row["row"] in names):
+        is_named, x = row["row"] in names, places[row["row"]]
         color = figures.RED if row["row"] in BASELINES else figures.BLUE
-        style = {"color": color, "alpha": 1.0 if row["row"] in names else 0.35, "fmt": "o"}
-        axes.errorbar(row["gradients"], row["mean"], yerr=row["error"], ms=5, lw=1, **style)
+        pale = {"alpha": 1.0 if is_named else 0.35, "zorder": 2 + is_named}
+        axes.errorbar(x, row["mean"], row["error"], fmt="o", ms=4.5, lw=1, color=color, **pale)
+        if is_named:
+            points.append((x, row["mean"], row["row"], color))
     better = max((row for row in rows if row["row"] in BASELINES), key=lambda row: row["mean"])
     axes.axhline(better["mean"], color=figures.RED, linewidth=0.8, linestyle=":")
-    span = np.ptp([row["mean"] for row in rows])
-    low = max(min(row["mean"] for row in rows), better["mean"] - 2.5)
-    top = max(row["mean"] + row["error"] for row in rows)
-    axes.set_ylim(low - 0.1 * min(span, 5), top + 0.15 * min(span, 5))
-    axes.margins(x=0.14)
+    axes.margins(x=0.2, y=0.1)
     axes.set(xlabel="gradients spent", ylabel="test accuracy, %")
     axes.grid(alpha=0.25)
     axes.set_title(claim(rows))
-    figures.label_points(
-        axes,
-        [
-            (
-                row["gradients"],
-                row["mean"],
-                row["row"],
-                figures.RED if row["row"] in BASELINES else figures.BLUE,
-            )
-            for row in rows
-            if row["row"] in names
-        ],
-    )
+    figures.label_points(axes, points)
 
 
 def claim(rows: list[dict[str, Any]]) -> str:
-    """State the lead of SAM over the better baseline."""
-    sam = next((row for row in rows if row["row"] == "sam"), None)
-    methods = [row for row in rows if row["row"] not in BASELINES]
-    ahead = sum(row["lead"] > 2 * row["lead_error"] for row in methods)
-    text = f"{ahead} of {len(methods)} methods beat the base optimizer"
-    if sam is None:
-        return text
-    return f"{text}; SAM by {sam['lead']:.1f} ± {sam['lead_error']:.1f} points"
+    """State how many methods lead the better baseline by two standard errors, and by how much."""
+    methods = {row["row"]: row for row in rows if row["row"] not in BASELINES}
+    ahead = sum(row["lead"] > 2 * row["lead_error"] for row in methods.values())
+    text = f"{ahead} of {len(methods)} methods beat the base"
+    best = max(methods, key=lambda name: methods[name]["lead"], default=None)
+    told = [
+        f"{name if name != 'sam' else 'SAM'} by {row['lead']:.1f} ± {row['lead_error']:.1f}"
+        for name, row in methods.items()
+        if name in ("sam", best)
+    ]
+    return f"{text}: {', '.join(told)} points" if told else text
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Draw both panels."""
     rows = rows_of(summary)
-    figure = figures.make_figure(2, [figures.height_of(11)])
+    figure = figures.make_figure(1.75, [figures.height_of(10)])
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     draw_paths(left)
     settings = summary["settings"]
     draw_results(right, rows)
-    right.set_xlabel(f"gradients spent; digits, {describe(settings['noise'])}")
+    right.set_xlabel(f"gradients spent ({describe(settings['noise'])})")
     figures.save(figure, path)
 
 

@@ -519,7 +519,7 @@ def plot(models: list[list[dict]], path: Path) -> None:
         axes.axvline(1, color=figures.INK, linewidth=0.8)
         axes.margins(x=0.12)
         told = f"{sum(middle < CHEAP)} of {len(rows)} below {CHEAP} times a plain step"
-        axes.set_title(f"{heading(result)}: {told}", fontsize="medium")
+        axes.set_title(f"{heading(result)}: {told}")
     for axes in panels[:, 0]:
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)

@@ -50,7 +50,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.add_names(parser, "--variant", names, "; default: sam", default="sam")
     parser.add_argument("--base", choices=choices.BASES, default="momentum")
     parser.add_argument(
-        "--rho", type=float, help="default: the variant's smallest radius in registry.py"
+        "--rho",
+        type=float,
+        help="default: half the radius with which its search begins in registry.py",
     )
     parser.add_argument("--learning-rate", type=float, help="default: one that suits the base")
     parser.add_argument(
@@ -111,13 +113,14 @@ from tqdm import tqdm
 
 import samx
 from examples.common import figures, files
-from examples.common.digits_task import LEARNING_RATE, TRAIN, Network, initialize, split
+from examples.common.digits_task import TRAIN, Network, initialize, split
 from examples.common.output import free_folder
 from examples.common.registry import BASES, VARIANTS, Setting, check_base
 from examples.common.report import Report
 
 WIDTH = 64
 GRAPH = nnx.graphdef(nnx.eval_shape(lambda: Network(WIDTH, rngs=nnx.Rngs(0))))
+LEARNING_RATES = {"sgd": 0.3, "momentum": 0.03, "adamw": 1e-3}
 # Seconds after which a process ends by itself. DEAD_TIMEOUT: a peer has died. WAIT_TIMEOUT: a peer
 # does not reach the start or the end. At the end the others wait until process 0 has written the
 # results.
@@ -400,9 +403,9 @@ def complete(args: argparse.Namespace) -> None:
     except ValueError as error:
         arguments.refuse(str(error))
     if args.rho is None:
-        args.rho = VARIANTS[args.variant].start
+        args.rho = VARIANTS[args.variant].start / 2
     if args.learning_rate is None:
-        args.learning_rate = LEARNING_RATE[args.base]
+        args.learning_rate = LEARNING_RATES[args.base]
     args.dtype = np.float64 if args.float64 else np.float32
     args.steps = TRAIN // args.batch
 

@@ -15,7 +15,7 @@ from examples.common.registry import VARIANTS, Setting
 
 def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     """Every stage has the same number of runs, which saves compilation."""
-    monkeypatch.setattr(training, "TUNING_SEEDS", range(1000, 1001))
+    monkeypatch.setattr(training, "HALVES", [range(1000, 1001)])
     for module in (training, tuning):
         monkeypatch.setattr(module, "TOGETHER", 2)
     rates = tuning.fixed([0.3, 1e-4])  # only 0.3 learns

@@ -167,6 +167,7 @@ def test_training_times_sharp_and_plain_steps_by_their_share(gradients, monkeypa
             {"is_sharp": state["step"] % 3 == 2, "step": state["step"] + 1},
         ),
         accuracy=training.train,
+        accuracies=training.train,
     )
     runs = Runs(*(jnp.zeros(1, int) for _ in Runs._fields))
     data = ({"x": jnp.zeros((1, digits_task.TRAIN, 1))},)

@@ -17,7 +17,7 @@ SOME = ["base2x", "sam", "ae-sam", "lightsam-norm"]  # one of each kind
 
 def test_a_tiny_run_of_every_kind_of_variant(in_empty_folder, capsys, read_report, monkeypatch):
     """Every stage has the same number of runs, which saves compilation."""
-    monkeypatch.setattr(training, "TUNING_SEEDS", range(1000, 1001))
+    monkeypatch.setattr(training, "HALVES", [range(1000, 1001)])
     for module in (training, tuning):
         monkeypatch.setattr(module, "TOGETHER", 2)
     monkeypatch.setattr(training, "around", lambda start, decade: tuning.fixed([start / 2, start]))

@@ -89,7 +89,7 @@ def test_a_folder_in_the_way(tmp_path):
 
 
 def test_a_picture_is_whole_or_absent(tmp_path, file_size_limit):
-    figure = figures.make_figure(4, 3)
+    figure = figures.make_figure(1)
     figure.subplots().plot(np.random.default_rng(0).normal(size=1000))
     with file_size_limit(1000), pytest.raises(SaveError, match=r"plot\.png cannot be written"):
         figures.save(figure, tmp_path / "plot.png")

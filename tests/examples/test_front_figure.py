@@ -53,9 +53,18 @@ def test_what_is_stated():
     rows = front_figure.rows_of(summary)
     assert [row["row"] for row in rows] == ["base", "base2x", "sam", "looksam"]
     text = front_figure.claim(rows)
-    assert text == "1 of 2 methods beat the base optimizer; SAM by 2.0 ± 0.6 points"
+    assert text == "1 of 2 methods beat the base: SAM by 2.0 ± 0.6 points"
     names = front_figure.named(rows)
     assert sorted(names) == ["base", "base2x", "looksam", "sam"]
+
+
+def test_dots_of_equal_cost_stand_side_by_side():
+    rows = [{"row": str(i), "gradients": 800.0 + i, "mean": -i} for i in range(4)]
+    rows.append({"row": "cheap", "gradients": 400.0, "mean": 90.0})
+    places = front_figure.side_by_side(rows)
+    assert places.pop("cheap") == 400
+    found = [round((places[str(i)] - 801.5) / (803 * front_figure.STEP)) for i in range(4)]
+    assert found == [-1, 0, 1, -1]
 
 
 def test_the_paths_end_where_the_title_says():

@@ -7,7 +7,7 @@ import pytest
 
 from examples.common import tuning
 from examples.common.registry import VARIANTS
-from examples.common.training import axes_of
+from examples.common.training import HALVES, axes_of
 from examples.common.tuning import SIXTHS, THIRDS, around, best_of, edges, fixed, from_zero, search
 
 
@@ -92,6 +92,12 @@ def test_given_values_are_all_tried_and_their_ends_are_edges():
     assert edges((0.1, 1.0), [(0.1, 1.0), (0.2, 2.0), (0.1, 0.5), (0.05, 1.0), (0.2, 1.0)]) == [
         "rho"
     ]
+
+
+def test_no_seed_is_tuned_twice_or_reported():
+    seeds = [*itertools.chain(*HALVES)]
+    assert len(seeds) == len(set(seeds)) == 8
+    assert min(seeds) >= 1000
 
 
 def test_every_variant_can_be_searched():
