@@ -106,7 +106,7 @@ SMALLER = {
             "steppers = dict.fromkeys(timed, stepper(timed[0]))\n"
         ),
         'in (rival, "momentum-sam", "looksam", "sam")': 'in (rival, "sam")',
-        'live["sam, rate 0.1"] = run_row("sam", learning_rate=0.1)\n': "",
+        'live[f"sam, rate {neighbour}"] = run_row("sam", learning_rate=neighbour)\n': "",
     },
 }
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
