@@ -9,9 +9,11 @@ import itertools
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
@@ -24,7 +26,7 @@ BLUE, RED, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, INK, GREY = "#E69F00", "#56B4E9", "#222222", "#8A8A8A"
 COLORS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, INK)
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 144,
     "savefig.dpi": 144,
     "figure.figsize": (9.5, 3.9),
@@ -34,7 +36,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.titlesize": 12,
     "axes.titlelocation": "left",
-    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.prop_cycle": cycler(color=COLORS),
     "figure.titlesize": 13,
     "lines.linewidth": 2,
     "legend.frameon": False,
@@ -82,11 +84,12 @@ def label_ends(axis: Axes) -> None:
     for line in axis.get_lines():
         points = np.asarray(line.get_xydata(), float)
         points = points[np.isfinite(points).all(axis=1)]
-        if line.get_label().startswith("_") or not len(points):
+        label = str(line.get_label())
+        if label.startswith("_") or not len(points):
             continue
         limits = np.sort([axis.get_xlim(), axis.get_ylim()])
         axis.annotate(
-            line.get_label(),
+            label,
             np.clip(points[-1], *limits.T),
             xytext=(6, 0),
             textcoords="offset points",
@@ -95,7 +98,7 @@ def label_ends(axis: Axes) -> None:
             annotation_clip=False,
             gid=END,
         )
-    figure = axis.get_figure(root=True)
+    figure = _figure_of(axis)
     if figure.canvas.manager is not None:  # a notebook shows it; `save` does it for a script
         _lay_out(figure)
         _place_ends(axis)
@@ -110,12 +113,19 @@ def label_points(axis: Axes, points: Sequence[tuple[float, float, str, str]]) ->
         axis: The axes.
         points: For each point x, y, its name and the colour of the name.
     """
-    _lay_out(axis.get_figure(root=True))
+    _lay_out(_figure_of(axis))
     labels = [
         axis.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", color=color)
         for x, y, name, color in points
     ]
     _place_freely(axis, labels)
+
+
+def _figure_of(axis: Axes) -> Figure:
+    """Return the whole figure that the axes belong to."""
+    figure = axis.get_figure(root=True)
+    assert figure is not None
+    return figure
 
 
 def _lay_out(figure: Figure) -> None:
@@ -125,10 +135,10 @@ def _lay_out(figure: Figure) -> None:
 
 def _place_ends(axis: Axes) -> None:
     """Place the labels of `label_ends`."""
-    labels = [text for text in axis.texts if text.get_gid() == END]
+    labels = [text for text in axis.texts if isinstance(text, Annotation) and text.get_gid() == END]
     if not labels:
         return
-    scale = 72 / axis.get_figure(root=True).dpi
+    scale = 72 / _figure_of(axis).dpi
     ends = {label: axis.transData.transform(label.xy) for label in labels}
     last = max(x for x, _ in ends.values())
     low, high = axis.get_window_extent().intervaly
@@ -168,7 +178,7 @@ def _apart(
 
 def _place_freely(axis: Axes, labels: Sequence[Annotation]) -> None:
     """Move each label to the nearest place where it covers neither text nor points nor lines."""
-    figure = axis.get_figure(root=True)
+    figure = _figure_of(axis)
     scale, inside = 72 / figure.dpi, np.array(axis.get_window_extent().extents)
     others = [text.get_window_extent().extents for text in axis.texts if text not in labels]
     points = _pixels_of(axis)

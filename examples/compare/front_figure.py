@@ -109,7 +109,7 @@ def draw_paths(axes: Any) -> None:
     for path, color in ((plain, figures.RED), (sam, figures.BLUE)):
         axes.plot(*path.T, "o-", color=color, markersize=3.5, linewidth=1.4)
     axes.plot(*START, "o", color=figures.INK, markersize=8)
-    axes.plot(*np.transpose([sharp, FLAT]), "+", color=figures.INK, ms=11, mew=2)
+    axes.plot(*np.stack([sharp, np.array(FLAT)]).T, "+", color=figures.INK, ms=11, mew=2)
     for text, place, color, align in (
         ("start", (-1.58, 1.68), figures.INK, "left"),
         ("sharp minimum", (-0.3, 1.2), figures.INK, "left"),
