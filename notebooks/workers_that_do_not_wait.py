@@ -195,8 +195,9 @@ def accuracy_of(row, learning_rate, rho):
     data = digits_task.split(runs.seed, 0.3)
     weights = digits_task.initialize(runs.seed, 64)
     trainer = training.make_trainer(async_digits.ROWS[row], "momentum", 64, EPOCHS)
-    trained = training.train(trainer, weights, runs, data, EPOCHS, lambda _: None)
-    return 100 * trained.accuracies[-1, :, 2]
+    train_set, _, test_set = data
+    trained = training.train(trainer, weights, runs, train_set, EPOCHS, lambda _: None, test_set)
+    return 100 * trained.accuracies[-1]
 
 
 accuracies = {row: accuracy_of(row, *numbers) for row, numbers in CHOSEN.items()}

@@ -94,7 +94,7 @@ def problems(text, path):
     """Return one line for each wrong link, and for each bare address of a repository."""
     found = [(target, problem_of(target, path, text)) for target in links(text)]
     wrong = [f"{target}: {problem}" for target, problem in found if problem]
-    bare = REPOSITORY.findall(re.sub(r"\]\([^)]*\)", "]", text))
+    bare = REPOSITORY.findall(re.sub(r"\]\([^)]*\)|\]: \S+", "]", text))
     return wrong + [f"{address}: a bare address of a repository" for address in bare]
 
 
