@@ -228,7 +228,7 @@ def lost(accuracies, rows, columns):
     return mean.max() - mean[row, column] if inside else np.nan
 
 
-print("points lost beside the best    smaller rho    larger rho    smaller rate    larger rate")
+print("points lost one cell away      smaller rho    larger rho    smaller rate    larger rate")
 for (variant, base), accuracies in maps.items():
     moves = [lost(accuracies, *move) for move in ((-1, 0), (1, 0), (0, -1), (0, 1))]
     print("{:<28}{:14.1f}{:14.1f}{:16.1f}{:15.1f}".format(f"{variant} on {base}", *moves))
@@ -280,10 +280,10 @@ for name, (tx, unit) in same_rho.items():
 
 # %% [markdown]
 # So a ρ that was tuned for one variant says nothing about another. `asam` starts at ten times SAM's
-# ρ on ResNets; above it wanted less than three times as much. `stable_sam` and `usam` multiply the
+# ρ on ResNets; on the digits it wanted one to five times as much. `stable_sam` and `usam` multiply the
 # gradient, so that their perturbation grows and shrinks with it. `lightsam_adagrad` and
 # `lightsam_adam` move each of $P$ parameters, hence the whole network by up to about
-# $\rho\sqrt{P}$: begin at 0.001. `momentum_sam` has SAM's unit (its first step has no momentum yet)
+# $\rho\sqrt{P}$: begin at 0.001. `momentum_sam` has SAM's unit
 # and still wants a larger ρ, up to ten times SAM's.
 #
 # ## Starting values

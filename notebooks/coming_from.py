@@ -82,7 +82,7 @@ tx = optax.chain(samx.sam(rho=0.05), optax.sgd(0.1))
 step = jax.jit(make_step(tx))  # then: params, state, value = step(params, state, batch)
 
 # %% [markdown]
-# What you need no longer:
+# What you no longer need:
 #
 # | in the PyTorch loop | here |
 # |---|---|
