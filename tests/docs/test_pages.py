@@ -100,5 +100,6 @@ def test_the_citation_file():
     assert citation["type"] == "software"
     assert citation["license"] == "Apache-2.0"
     assert str(citation["version"]) == samx.__version__
+    assert f"version = {{{samx.__version__}}}" in (ROOT / "README.md").read_text()
     assert [author["name"] for author in citation["authors"]] == ["The samx developers"]
     assert not {"doi", "url", "repository-code"} & citation.keys()  # nothing is invented
