@@ -2,10 +2,13 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from tqdm import tqdm
 
-from examples.common import tuning
+from examples.common import training, tuning
 from examples.common.registry import VARIANTS
 from examples.common.training import HALVES, axes_of
 from examples.common.tuning import SIXTHS, THIRDS, around, best_of, edges, fixed, from_zero, search
@@ -109,3 +112,53 @@ def test_every_variant_can_be_searched():
             assert rates.reach == (2 if name == "base" else 1)
     rates, radii = axes_of(VARIANTS["sam"], "momentum", [0.1])
     assert (radii.values, rates.reach) == ((0.1,), 2)  # one number is left to tune
+
+
+def test_the_test_split_is_looked_at_with_the_chosen_values_only(monkeypatch):
+    """With a fake training run, whose parameters are the numbers of its runs."""
+    images, looked = {"train": 7, "validation": 5, "test": 3}, []
+    level = {"train": 0.1, "validation": 0.2, "test": 0.3}
+
+    def accuracies(runs, part):
+        split = next(name for name, count in images.items() if part["x"].shape[1] == count)
+        looked.append((split, runs))
+        is_best = (runs.learning_rate == np.float32(0.1)) & (runs.rho == np.float32(0.5))
+        # One seed is better elsewhere, but the mean over the seeds is not: it must not decide.
+        is_lure = (runs.seed == 1001) & (runs.learning_rate == np.float32(0.2))
+        return level[split] + 0.1 * is_best + 0.2 * is_lure
+
+    def split(seeds, noise):
+        return tuple({"x": np.zeros((len(seeds), count))} for count in images.values())
+
+    fake = training.Trainer(
+        init=lambda runs, params: {"gradients_spent": 0 * runs.rho},
+        epoch=lambda params, state, runs, part, index: (
+            runs,
+            {"gradients_spent": state["gradients_spent"] + 20},
+        ),
+        step=None,
+        accuracy=None,
+        accuracies=accuracies,
+        loss_increase=lambda params, part: np.zeros(len(params.seed)),
+    )
+    monkeypatch.setattr(training, "make_trainer", lambda *args: fake)
+    monkeypatch.setattr(training, "split", split)
+    monkeypatch.setattr(training, "initialize", lambda seeds, width: {"w": np.zeros(len(seeds))})
+    monkeypatch.setattr(training, "seconds_per_step", lambda *args: 1.0)
+    settings = SimpleNamespace(base="momentum", width=4, seeds=12)
+    bar = tqdm(total=0, disable=True)
+    sam = VARIANTS["sam"]
+    axes = axes_of(sam, "momentum", None)
+    [result] = training.measure("sam", sam, axes, settings, 3, [0.3], bar, lambda runs: runs)
+    assert (result["learning_rate"], result["rho"], result["edges"]) == (0.1, 0.5, [])
+    assert result["test_accuracy"] == pytest.approx([0.4] * 12)
+    assert result["train_accuracy"] == pytest.approx([0.2] * 12)
+    assert result["gradients_by_epoch"] == [20, 40, 60]
+    for split, runs in looked:
+        seeds = set(runs.seed.tolist())
+        if split == "validation":
+            assert seeds <= set(itertools.chain(*HALVES))
+        else:
+            assert seeds <= set(range(12))
+            assert {*runs.learning_rate.tolist()} == {np.float32(0.1)}
+            assert {*runs.rho.tolist()} == {np.float32(0.5)}
