@@ -2,6 +2,9 @@
 
 import re
 
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
+
 import samx
 
 project = "samx"
@@ -41,6 +44,7 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
+html_math_renderer = "mathml"  # part of the page: formulas need no script from elsewhere
 html_title = "samx"
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
@@ -84,7 +88,18 @@ def link_documents(app, name, content):
     content[0] = re.sub(r"\]\((\.\./[^)#]+\.md)(#[^)]*)?\)", r"](<path:\1>)", content[0])
 
 
+def write_math(display):
+    """Return a visitor that writes a formula as MathML."""
+
+    def visit(translator, node):
+        translator.body.append(convert(node.astext(), display=display))
+        raise SkipNode
+
+    return visit, None
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", write_math("inline"), write_math("block"))
     app.connect("autodoc-process-docstring", adapt_docstring, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("source-read", link_documents)
