@@ -156,9 +156,9 @@ for name, seconds in rounds.items():
 
 # %% [markdown]
 # These times depend on the machine, and on what else it does: the second device has to be idle. On
-# two cores that are otherwise idle SAM takes about 2.4 times as long as SGD, and AsyncSAM about 1.2
-# times as long. While other programs use both cores, AsyncSAM takes about twice as long as SGD, and
-# saves little. The calibration measures one device at a time, and does not see what they do to each
+# two cores that are otherwise idle SAM takes 2.2 to 2.4 times as long as SGD, and AsyncSAM 1.0 to
+# 1.2 times as long. While other programs use both cores, AsyncSAM takes about twice as long as SGD,
+# and saves little. The calibration measures one device at a time, and does not see what they do to each
 # other. `examples/asynchronous/async_cost.py` measures it with more rounds.
 #
 # - **The same numbers** as `tx.update(..., ascent_fn=...)` on one device, to the last bit on the
