@@ -15,10 +15,10 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import samx
+from examples import digits
 from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
 
@@ -58,8 +58,8 @@ def pages() -> dict[str, dict[str, str]]:
         "methods.md": {"table": method_table(), "cards": method_cards()},
         "fidelity.md": fidelity_tables(),
         "api.md": {"names": name_lists(), "reference": reference()},
-        "results.md": {"digits": digits_table(*digits_rows())},
-        "../README.md": {"digits": digits_table(*digits_rows(*SHOWN))},
+        "results.md": {"digits": digits_table()},
+        "../README.md": {"digits": digits_table(*SHOWN)},
     }
 
 
@@ -83,46 +83,34 @@ def in_order() -> list[Entry]:
 # Results of examples/digits.py
 
 
-def digits_rows(*names: str) -> tuple[dict[float, dict[str, Any]], Iterable[str]]:
-    """Return the committed rows for each share of wrong labels, by name; and the names to show."""
-    rows: dict[float, dict[str, Any]] = {}
+def digits_table(*names: str) -> str:
+    """Return accuracies and paired leads over the better of both baselines, in percent.
+
+    Args:
+        names: The rows to show; all if there is none.
+    """
+    results: dict[float, list[dict[str, Any]]] = {}
     for row in json.loads(DIGITS.read_text())["rows"]:
-        rows.setdefault(row["noise"], {})[row["row"]] = row
-    wrong, *_ = rows.values()
-    return rows, names or wrong
-
-
-def digits_table(rows: dict[float, dict[str, Any]], names: Iterable[str]) -> str:
-    """Return accuracies and paired leads over the better of both baselines, in percent."""
+        results.setdefault(row["noise"], []).append(row)
+    bases = {noise: digits.better_baseline(rows) for noise, rows in results.items()}
     head = ["method"]
-    for noise in rows:
+    for noise, base in bases.items():
         labels = f"{noise:.0%} wrong labels" if noise else "clean labels"
-        head += [f"test accuracy, %, {labels}", f"minus {better_base(rows[noise])}"]
+        head += [f"test accuracy, %, {labels}", f"minus {base}"]
     lines = [[*head, "gradients"], ["---"] * (len(head) + 1)]
-    for name in names:
-        cells, spent = (
-            [f"{name}"],
-            dict.fromkeys(f"{r[name]['gradients']:.0f}" for r in rows.values()),
-        )
-        for of_noise in rows.values():
-            row, base = of_noise[name], better_base(of_noise)
-            cells.append(f"{row['mean']:.2f} ± {row['error']:.2f}{'*' if row['edges'] else ''}")
-            cells.append("" if name == base else lead(row, of_noise[base]))
-        lines.append([*cells, ", ".join(spent)])
+    for name in names or [row["row"] for row in results[0.0]]:
+        cells, spent = [name], []
+        for noise, rows in results.items():
+            [row] = [row for row in rows if row["row"] == name]
+            accuracy = digits.with_error(row["mean"], row["error"], sign="")
+            cells.append(accuracy + "*" * bool(row["edges"]))
+            is_base = name == bases[noise]
+            cells.append(
+                "" if is_base else digits.with_error(*digits.lead_of(rows, name, bases[noise]))
+            )
+            spent.append(f"{row['gradients']:.0f}")
+        lines.append([*cells, ", ".join(dict.fromkeys(spent))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def better_base(rows: dict[str, Any]) -> str:
-    """Return the baseline with the higher accuracy."""
-    return max(("base", "base2x"), key=lambda name: rows[name]["mean"])
-
-
-def lead(row: dict[str, Any], base: dict[str, Any]) -> str:
-    """Return the mean difference over the seeds and its standard error, in points."""
-    points = [
-        100 * (a - b) for a, b in zip(row["test_accuracy"], base["test_accuracy"], strict=True)
-    ]
-    return f"{fmean(points):+.2f} ± {stdev(points) / len(points) ** 0.5:.2f}"
 
 
 # Method cards

@@ -56,12 +56,6 @@ def test_the_table_of_methods_fits_a_phone():
         assert max(len(word) for cell in cells for word in re.split(r"[ /-]", cell)) <= 20, line
 
 
-@pytest.mark.parametrize("page", sorted(BOOK.glob("*.md")), ids=lambda page: page.name)
-def test_links_to_files_of_the_repository_lead_somewhere(page):
-    for target in re.findall(r"\]\((\.\./[^)#]+)\)", page.read_text()):
-        assert (BOOK / target).exists(), target
-
-
 def test_a_card_builds_its_optimizer():
     """The line on the card: the names are those of `samx`, and the base stands where it says."""
     lines = {entry.name: write.build(entry) for entry in samx.catalog()}
