@@ -41,6 +41,7 @@ import optax
 from matplotlib.patheffects import withStroke
 
 import samx
+from examples import digits
 from examples.common import figures, files
 from examples.common.digits_task import describe
 
@@ -51,7 +52,6 @@ NAMED = 10  # methods with a name, the baselines included
 ALWAYS = ("base", "base2x", "sam", "asam", "looksam", "ausam", "momentum-sam")
 ALIKE, STEP = 0.03, 0.022  # costs that differ by less share a place, where dots stand side by side
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # around text on lines
-BASELINES = ("base", "base2x")
 
 
 def surface(w: jax.Array) -> jax.Array:
@@ -141,15 +141,16 @@ def rows_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         noise = summary["settings"]["noise"]
         rows = [dict(row) for row in summary["rows"] if row["noise"] == noise]
-        base = {row["row"]: row for row in rows if row["row"] in BASELINES}
-        better = max((base[name] for name in BASELINES), key=lambda row: row["mean"])
+        if not {*digits.BASELINES} <= {row["row"] for row in rows}:
+            raise KeyError("a baseline is missing")
+        better = digits.better_baseline(rows)
         for row in rows:
-            difference = np.subtract(row["test_accuracy"], better["test_accuracy"])
-            row["lead"] = float(100 * difference.mean())
-            row["lead_error"] = float(100 * difference.std(ddof=1) / np.sqrt(len(difference)))
-            row["better"] = better["row"]
+            row["lead"], row["lead_error"] = digits.lead_of(rows, row["row"], better)
+            row["better"] = better
     except (KeyError, TypeError) as error:
-        raise ValueError(f"no summary of digits.py with {' and '.join(BASELINES)}") from error
+        raise ValueError(
+            f"no summary of digits.py with {' and '.join(digits.BASELINES)}"
+        ) from error
     return rows
 
 
@@ -185,12 +186,12 @@ def draw_results(axes: Any, rows: list[dict[str, Any]]) -> None:
     names, places, points = named(rows), side_by_side(rows), []
     for row in sorted(rows, key=lambda row: row["row"] in names):
         is_named, x = row["row"] in names, places[row["row"]]
-        color = figures.RED if row["row"] in BASELINES else figures.BLUE
+        color = figures.RED if row["row"] in digits.BASELINES else figures.BLUE
         pale = {"alpha": 1.0 if is_named else 0.35, "zorder": 2 + is_named}
         axes.errorbar(x, row["mean"], row["error"], fmt="o", ms=4.5, lw=1, color=color, **pale)
         if is_named:
             points.append((x, row["mean"], row["row"], color))
-    better = max((row for row in rows if row["row"] in BASELINES), key=lambda row: row["mean"])
+    better = next(row for row in rows if row["row"] == row["better"])
     axes.axhline(better["mean"], color=figures.RED, linewidth=0.8, linestyle=":")
     axes.margins(x=0.2, y=0.1)
     axes.set(xlabel="gradients spent", ylabel="test accuracy, %")
@@ -201,7 +202,7 @@ def draw_results(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 def claim(rows: list[dict[str, Any]]) -> str:
     """State how many methods lead the better baseline by two standard errors, and by how much."""
-    methods = {row["row"]: row for row in rows if row["row"] not in BASELINES}
+    methods = {row["row"]: row for row in rows if row["row"] not in digits.BASELINES}
     ahead = sum(row["lead"] > 2 * row["lead_error"] for row in methods.values())
     text = f"{ahead} of {len(methods)} methods beat the base"
     best = max(methods, key=lambda name: methods[name]["lead"], default=None)
