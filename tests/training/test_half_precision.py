@@ -17,6 +17,8 @@ from half_precision import (
     start,
 )
 
+import samx
+
 
 @functools.cache
 def wide(dtype):
