@@ -5,13 +5,20 @@ which is an error for explicitly sharded arrays. The sums of products here do ne
 leaves have no gradient and are ignored.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
+
+
+_KNOWN_LENGTH: ContextVar[Any] = ContextVar("known_length", default=None)
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -77,8 +84,11 @@ def common_dtype(*dtypes: Any) -> Any:
         is_low = jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8
         return jnp.int32 if is_low else dtype
 
+    found = {np.dtype(promotable(dtype)) for dtype in dtypes}
+    if len(found) == 1:  # most trees: a shorter way to the same dtype
+        return found.pop()
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*map(promotable, dtypes))
+        return jnp.result_type(*found)
 
 
 def real_dtype(*leaves: Any) -> Any:
@@ -109,7 +119,12 @@ def conj(tree: Any) -> Any:
 
 
 def dot(a: Any, b: Any) -> jax.Array:
-    """Return the real inner product `Re Σ conj(a)·b` of two trees, one scalar."""
+    """Return the real inner product `Re Σ conj(a)·b` of two trees, one scalar.
+
+    Take a root of it, or divide it, before it scales a tree. XLA copies cheap operations into the
+    program of each leaf that they scale, here the additions over all leaves. So the time to compile
+    would grow with the square of the number of leaves.
+    """
 
     def product(x, y):
         z = conj(widen(x)) * widen(y)
@@ -120,10 +135,16 @@ def dot(a: Any, b: Any) -> jax.Array:
     return sum(products, start=jnp.zeros((), real_dtype(*jax.tree.leaves(a))))
 
 
+@jax.custom_jvp
 def sqrt(x: jax.Array) -> jax.Array:
     """Return the square root; its derivative at 0 is 0, since a zero gradient gives no step."""
-    is_zero = x == 0
-    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))
+    return jnp.sqrt(x)
+
+
+@sqrt.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    root = sqrt(*primals)
+    return root, ratio(tangents[0], 2 * root)
 
 
 def plain_norm(tree: Any) -> jax.Array:
@@ -132,9 +153,12 @@ def plain_norm(tree: Any) -> jax.Array:
 
 
 def ratio(x: Any, y: Any) -> jax.Array:
-    """Return `x / y`; where `y` is 0, the ratio and its derivative are 0."""
+    """Return `x / y`; where `y` is 0, the ratio and its derivative are 0.
+
+    The division comes last, see `dot`.
+    """
     is_zero = y == 0
-    return jnp.where(is_zero, 0, x / jnp.where(is_zero, 1, y))
+    return jnp.where(is_zero, 0, x) / jnp.where(is_zero, 1, y)
 
 
 class Length(NamedTuple):
@@ -160,7 +184,21 @@ def length(tree: Any) -> Length:
     The first and the second measurement are one program, the body of a loop that mostly runs once.
     A branch for the second one would hold all the sums a second time.
     """
-    return Length(*_scale_and_norm([x for x in jax.tree.leaves(tree) if is_inexact(x)]))
+    leaves = [x for x in jax.tree.leaves(tree) if is_inexact(x)]
+    known, found = _KNOWN_LENGTH.get() or ([], None)
+    if found is not None and list(map(id, known)) == list(map(id, leaves)):
+        return found
+    return Length(*_scale_and_norm(leaves))
+
+
+@contextmanager
+def known_length(tree: Any, found: Length) -> Iterator[None]:
+    """Let `length` return what was found for this tree; for a branch, which would measure again."""
+    token = _KNOWN_LENGTH.set(([x for x in jax.tree.leaves(tree) if is_inexact(x)], found))
+    try:
+        yield
+    finally:
+        _KNOWN_LENGTH.reset(token)
 
 
 @jax.custom_jvp
@@ -208,10 +246,10 @@ def _measure(leaves: list[Any], scale: jax.Array) -> tuple[jax.Array, jax.Array,
 
 
 def _sum_of_squares(scale: jax.Array, x: Any) -> jax.Array:
-    """Return the sum of |scale·x|²; `abs` keeps the compiler from moving the factor out."""
+    """Return the sum of |scale·x|²."""
     if jnp.iscomplexobj(x):
         return _sum_of_squares(scale, x.real) + _sum_of_squares(scale, x.imag)
-    return jnp.sum(jnp.abs(scale * x.astype(scale.dtype)) ** 2)
+    return jnp.sum(jnp.square(scale * x.astype(scale.dtype)))
 
 
 def _scalar_like(leaves: list[Any], number: float) -> jax.Array:
@@ -295,6 +333,15 @@ def add_scaled(a: Any, scale: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: (widen(x) + scale * widen(y)).astype(x.dtype), a, b)
 
 
+def combine(a: Any, x: Any, b: Any, y: Any) -> Any:
+    """Return `a·x + b·y` in float32 or wider; integers become zero."""
+
+    def combined(x, y):
+        return a * widen(x) + b * widen(y) if is_inexact(x) else jnp.zeros_like(x)
+
+    return jax.tree.map(combined, x, y)
+
+
 def along(a: Any, b: Any, length: Length) -> jax.Array:
     """Return the component of `a` along `b`, `⟨b, a⟩ / ‖b‖`, where `length` is that of `b`."""
     factor = ratio(length.scale, length.norm)
@@ -306,7 +353,7 @@ def reject(a: Any, b: Any, length: Length) -> Any:
 
     `length` is that of `b`.
     """
-    return add_scaled(a, -along(a, b, length) * ratio(length.scale, length.norm), b)
+    return add_scaled(a, -ratio(along(a, b, length) * length.scale, length.norm), b)
 
 
 def on_line(a: Any, b: Any, weight: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from samx.core import tree
 from samx.core.hyperparams import check_function
 
 
@@ -68,13 +69,16 @@ def branch(
     and the new state of the policy. The policy has observed `g_s` if the step was sharp.
     """
     is_sharp, decided = policy.decide(g, state)
+    length = tree.length(g)
 
     def sharp():
-        g_s, result = look()
-        return result, policy.observe(g, g_s, decided)
+        with tree.known_length(g, length):
+            g_s, result = look()
+            return result, policy.observe(g, g_s, decided)
 
     def plain():
-        return skip(), decided
+        with tree.known_length(g, length):
+            return skip(), decided
 
     result, new_state = jax.lax.cond(is_sharp, sharp, plain)
     return is_sharp, result, new_state
