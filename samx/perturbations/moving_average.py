@@ -76,12 +76,14 @@ def subtract_ema(sigma: ScalarOrSchedule = 1.0, decay: ScalarOrSchedule = 0.9) -
 
     def update_fn(updates, state, params=None, **extra):
         del params, extra
-        sigma_t, decay_t = at_step(sigma, state.step), at_step(decay, state.step)
-        g = jax.tree.map(tree.widen, updates)
-        d = tree.add_scaled(g, -1 * sigma_t, state.average)
-        decay_t = jnp.where(state.step == 0, 0, decay_t)
-        average = tree.on_line(state.average, g, 1 - decay_t)
-        average = tree.if_finite(tree.cast_like(average, state.average), state.average)
+        # The order saves two copies of the parameters: the norm of g, then d, then m from d.
+        is_finite, m = jnp.isfinite(tree.length(updates).norm), state.average
+        sigma_t = jnp.where(is_finite, at_step(sigma, state.step), 0)
+        d = tree.add_scaled(jax.tree.map(tree.widen, updates), -1 * sigma_t, m)
+        decay_t = jnp.where(state.step == 0, 0, at_step(decay, state.step))
+        rate = jnp.where(is_finite, 1 - decay_t, 0)
+        average = tree.add_scaled(m, rate, tree.add_scaled(d, sigma_t - 1, m))
+        average = tree.where(is_finite, average, m)
         return d, SubtractEMAState(next_step(state.step), average)
 
     return checked_transformation("subtract_ema", init_fn, update_fn)
