@@ -238,7 +238,9 @@ def _measure(leaves: list[Any], scale: jax.Array) -> tuple[jax.Array, jax.Array,
     least = sum(map(jnp.size, leaves)) * float(limits.tiny) / float(limits.eps)
     # XLA may multiply the sum of a constant leaf by the square of `up`, which must be finite.
     up, down = 2.0 ** (limits.maxexp // 2 - 1), 2.0 ** -(limits.maxexp * 45 // 64)
-    squares = sum((_sum_of_squares(scale, x) for x in leaves), start=jnp.zeros_like(scale))
+    # One number for each leaf: XLA would store the broadcast of a common one in the shape of a leaf.
+    scales = jax.lax.optimization_barrier([scale] * len(leaves))
+    squares = sum(map(_sum_of_squares, scales, leaves), start=jnp.zeros_like(scale))
     is_small = squares < least  # lost squares would count
     better = jnp.where(squares < jnp.inf, jnp.where(is_small, up, 1.0), down).astype(scale.dtype)
     is_done = (scale != 1) | (better == 1)

@@ -52,24 +52,37 @@ def top_entries(scores: Any, count: Any, among: Any = None) -> Any:
     Scores are compared by absolute value, also complex ones. `among` is a mask of the entries that
     may be chosen; if there are fewer than `count`, all of them are chosen. Ties go to the lower
     index, in the order of the leaves and of the entries in them. Integer leaves are never chosen.
+
+    Every pass makes the keys and places of the entries again. The compiler would move them out of
+    the loops, and store them. A barrier that also holds the loop's number prevents that.
     """
     dtype = tree.real_dtype(*jax.tree.leaves(scores))
     word = jnp.uint64 if dtype == jnp.float64 else jnp.uint32
-    keys = jax.tree.map(lambda x: _key(x, dtype, word), scores)
-    if among is not None:
-        keys = jax.tree.map(lambda key, is_in: jnp.where(is_in, key, 0), keys, among)
 
-    smallest = _bisect(word, lambda key: _count(lambda x: x >= key, keys) >= count)
-    missing = count - _count(lambda x: x > smallest, keys)
-    ties = jax.tree.map(lambda x: (x == smallest) & (x > 0), keys)
-    places = _places(keys)
+    def keys_and_places(number):
+        start = jnp.zeros((), jnp.uint32)
+        held, is_in, start, _ = jax.lax.optimization_barrier((scores, among, start, number))
+        keys = jax.tree.map(lambda x: _key(x, dtype, word), held)
+        if among is not None:
+            keys = jax.tree.map(lambda key, is_in: jnp.where(is_in, key, 0), keys, is_in)
+        return keys, _places(keys, start)
 
-    def is_enough(place):
-        return _count(lambda tie, x: tie & (x < place), ties, places) <= missing
+    def is_above(key):
+        return _count(lambda x, _: x >= key, *keys_and_places(key)) >= count
+
+    smallest = _bisect(word, is_above)
+    missing = count - _count(lambda x, _: x > smallest, *keys_and_places(smallest))
+
+    def is_tie(x):
+        return (x == smallest) & (x > 0)
+
+    def is_enough(end):
+        pairs = keys_and_places(end)
+        return _count(lambda x, place: is_tie(x) & (place < end), *pairs) <= missing
 
     end = _bisect(jnp.uint32, is_enough)
     return jax.tree.map(
-        lambda x, tie, place: (x > smallest) | (tie & (place < end)), keys, ties, places
+        lambda x, place: (x > smallest) | (is_tie(x) & (place < end)), *keys_and_places(end)
     )
 
 
@@ -99,15 +112,15 @@ def _key(x: Any, dtype: Any, word: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.abs(tree.widen(x)).astype(dtype), word) + 1
 
 
-def _places(tree: Any) -> Any:
-    """Number all entries, row by row and leaf by leaf."""
+def _places(tree: Any, start: jax.Array) -> Any:
+    """Number all entries from `start` on, row by row and leaf by leaf."""
     leaves, structure = jax.tree.flatten(tree)
-    places, start = [], 0
+    places = []
     for leaf in leaves:
-        place = jnp.full((), start, jnp.uint32)
+        place = start
         for axis in range(leaf.ndim):
             stride = math.prod(leaf.shape[axis + 1 :])
-            place += stride * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            place = place + stride * jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
         places.append(jnp.broadcast_to(place, leaf.shape))
-        start += leaf.size
+        start = start + leaf.size
     return jax.tree.unflatten(structure, places)
