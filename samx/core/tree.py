@@ -17,7 +17,6 @@ import numpy as np
 from jax.core import Tracer
 from jax.experimental.layout import Layout, with_layout_constraint
 
-
 _KNOWN_LENGTH: ContextVar[Any] = ContextVar("known_length", default=None)
 
 
@@ -236,7 +235,7 @@ def _measure(leaves: list[Any], scale: jax.Array) -> tuple[jax.Array, jax.Array,
     least = sum(map(jnp.size, leaves)) * float(limits.tiny) / float(limits.eps)
     # XLA may multiply the sum of a constant leaf by the square of `up`, which must be finite.
     up, down = 2.0 ** (limits.maxexp // 2 - 1), 2.0 ** -(limits.maxexp * 45 // 64)
-    # One number for each leaf: XLA would store the broadcast of a common one in the shape of a leaf.
+    # One number for each leaf: of a common one XLA would store the broadcast, shaped like a leaf.
     scales = jax.lax.optimization_barrier([scale] * len(leaves))
     squares = sum(map(_sum_of_squares, scales, leaves), start=jnp.zeros_like(scale))
     is_small = squares < least  # lost squares would count

@@ -166,7 +166,7 @@ def _draws(key: jax.Array, step: Any, like: Any) -> Any:
     key = jax.random.fold_in(key, step)
 
     def draw(i, leaf):
-        zeros = jnp.zeros_like(leaf, jnp.float32)
+        zeros = jnp.zeros_like(leaf, float)
 
         def drawn():
             return jax.random.uniform(jax.random.fold_in(key, i), leaf.shape) + zeros

@@ -186,7 +186,7 @@ def reuse_orthogonal(
 def _orthogonal(g_s: Any, g: Any, length: tree.Length) -> tuple[Any, tree.Length]:
     """Return the component of `g_s` orthogonal to `g`; zero where it is only rounding error.
 
-    Its norm comes from another sum of the same two gradients: the compiler would store a common one.
+    Its norm comes from another sum of the two gradients: the compiler would store a common one.
     """
     weight = -tree.ratio(tree.along(g_s, g, length) * length.scale, length.norm)
     scaled = tree.combine(length.scale, g_s, length.scale * weight, g)
