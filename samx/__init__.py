@@ -34,6 +34,7 @@ from samx.core.transformation import closure_transformation
 from samx.parallel.data_parallel import axis_mean, data_parallel, state_specs, value_and_grad
 from samx.policies.perturb_if import perturb_if
 from samx.training.accumulate import accumulate
+from samx.training.all_readings import all_readings
 from samx.training.freeze import freeze
 from samx.training.preflight import preflight
 from samx.training.scale_loss import scale_loss
@@ -131,6 +132,7 @@ __all__ = [
     "value_and_grad_at",
     # Around an optimizer
     "accumulate",
+    "all_readings",
     "axis_mean",
     "data_parallel",
     "freeze",

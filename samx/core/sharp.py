@@ -236,7 +236,7 @@ def sharp_gradient(
         g=g,
         g_s=g_s,
         params=params,
-        point=perturbed(params, eps, perturb_dtype),
+        point=partial(perturbed, params, eps, perturb_dtype),
         gradients=gradients,
         ball=ball,
         mean_of_ascents=value_fn.mean_of_ascents,

@@ -5,11 +5,13 @@ which is an error for explicitly sharded arrays. The sums of products here do ne
 leaves have no gradient and are ignored.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.experimental.layout import Layout, with_layout_constraint
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -93,7 +95,12 @@ def coarsest_eps(tree: Any) -> float:
 def widen(leaf: Any) -> jax.Array:
     """Return a half-precision leaf as float32, and every other leaf unchanged."""
     leaf = jnp.asarray(leaf)
-    return leaf.astype(common_dtype(leaf.dtype, jnp.float32))
+    return leaf.astype(wide_dtype(leaf.dtype))
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """Return the dtype in which `widen` returns a leaf."""
+    return common_dtype(dtype, jnp.float32)
 
 
 def conj(tree: Any) -> Any:
@@ -150,23 +157,80 @@ def norm(tree: Any) -> jax.Array:
 def length(tree: Any) -> Length:
     """Return the global L2 norm over all leaves; it is measured again if squares are out of range.
 
-    The compiler merges the lengths of one tree.
+    The first and the second measurement are one program, the body of a loop that mostly runs once.
+    A branch for the second one would hold all the sums a second time.
     """
-    usual = dot(tree, tree)
-    limits = jnp.finfo(usual.dtype)
-    size = sum(jnp.size(x) for x in jax.tree.leaves(tree) if is_inexact(x))
-    is_small = usual < size * float(limits.tiny) / float(limits.eps)  # lost squares would count
+    return Length(*_scale_and_norm([x for x in jax.tree.leaves(tree) if is_inexact(x)]))
+
+
+@jax.custom_jvp
+def _scale_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
+    start = [_scalar_like(leaves, number) for number in (1.0, 0.0)]
+    is_traced = any(isinstance(x, Tracer) for x in (*start, *leaves))
+    if not is_traced:  # an eager loop would compile
+        scale, squares, is_done = _measure(leaves, start[0])
+        return scale, sqrt(squares if is_done else _measure(leaves, scale)[1])
+
+    def loop(leaves):
+        carry = *start, start[0] == 0
+        return jax.lax.while_loop(
+            lambda carry: ~carry[-1], lambda carry: _measure(leaves, carry[0]), carry
+        )
+
+    if any(x.dtype != wide_dtype(x.dtype) for x in leaves):
+        stored = partial(jax.tree.map, _stored_wide)
+        scale, squares, _ = jax.lax.platform_dependent(
+            leaves, cpu=lambda leaves: loop(stored(leaves)), default=loop
+        )
+    else:
+        scale, squares, _ = loop(leaves)
+    return scale, sqrt(squares)
+
+
+def _measure(leaves: list[Any], scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return `scale`, or a better one; the sum of |scale·x|²; whether it is in range."""
+    limits = jnp.finfo(scale.dtype)
+    least = sum(map(jnp.size, leaves)) * float(limits.tiny) / float(limits.eps)
     up, down = 2.0 ** (limits.maxexp * 5 // 8), 2.0 ** -(limits.maxexp * 45 // 64)
-    scale = jnp.where(usual < jnp.inf, jnp.where(is_small, up, 1.0), down).astype(usual.dtype)
+    squares = sum((_sum_of_squares(scale, x) for x in leaves), start=jnp.zeros_like(scale))
+    is_small = squares < least  # lost squares would count
+    better = jnp.where(squares < jnp.inf, jnp.where(is_small, up, 1.0), down).astype(scale.dtype)
+    is_done = (scale != 1) | (better == 1)
+    return jnp.where(is_done, scale, better), squares, is_done
 
-    def again():
-        # `abs` keeps the compiler from moving the factor behind the square.
-        leaves = filter(is_inexact, jax.tree.leaves(_times(scale, tree)))
-        return plain_norm([jnp.abs(x) for x in leaves]).astype(usual.dtype)
 
-    if isinstance(scale, Tracer):
-        return Length(scale, jax.lax.cond(scale == 1, lambda: sqrt(usual), again))
-    return Length(scale, sqrt(usual) if scale == 1 else again())  # an eager `cond` would compile
+def _sum_of_squares(scale: jax.Array, x: Any) -> jax.Array:
+    """Return the sum of |scale·x|²; `abs` keeps the compiler from moving the factor out."""
+    parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+    parts = [jnp.abs(scale * part.astype(scale.dtype)) for part in parts]
+    return jnp.sum(sum(part * part for part in parts))
+
+
+def _scalar_like(leaves: list[Any], number: float) -> jax.Array:
+    """Return a number that varies over the devices as the leaves do, as a loop's start must."""
+    dtype = real_dtype(*leaves)
+    start = jnp.full((), number, dtype)
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        start += sum(jnp.zeros_like(x, dtype, shape=()) for x in leaves)
+    return start
+
+
+def _stored_wide(x: jax.Array) -> jax.Array:
+    """Return a half-precision leaf as float32, as the CPU stores it in front of a loop anyway.
+
+    XLA has no half precision on the CPU: it computes a gradient in float32, rounds it and widens it
+    again. It drops the rounding outside of a loop only. The default layout saves a copy.
+    """
+    is_alone = jax.device_count() == 1  # on several devices the layout would cost an all-gather
+    return with_layout_constraint(widen(x), Layout(range(x.ndim))) if is_alone else widen(x)
+
+
+@_scale_and_norm.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    (leaves,), (moves,) = primals, tangents
+    scale, norm = _scale_and_norm(leaves)
+    slope = ratio(dot(_times(scale, leaves), _times(scale, moves)), norm)
+    return (scale, norm), (jnp.zeros_like(scale), slope)
 
 
 def scaled_norm(scale: jax.Array, tree: Any) -> jax.Array:

@@ -64,8 +64,16 @@ def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
         A perturbation that keeps a state is an optax transformation, see `subtract_ema`.
         `static_args`: `climb`.
     """
-    check_hyperparam("rho", rho, 0)
     check_function("climb", climb, 3)
+    return _ball(rho, lambda g, *rest: climb(jax.tree.map(tree.widen, g), *rest))
+
+
+def _ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
+    """Make a ball whose `climb` gets half-precision gradients as they are.
+
+    `tree.length` reads them in a loop, before which XLA would store wider ones.
+    """
+    check_hyperparam("rho", rho, 0)
 
     def init_fn(params):
         del params
@@ -73,10 +81,11 @@ def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
 
     def update_fn(updates, state, params=None, **extra):
         del extra
-        g = jax.tree.map(tree.widen, updates)
+        g = jax.tree.map(jnp.asarray, updates)
         eps = climb(g, params, at_step(rho, state.step))
         tree.check_like("climb(g, params, rho)", eps, "g", g)
-        return tree.cast_like(eps, g), BallState(next_step(state.step))
+        eps = jax.tree.map(lambda e, g: e.astype(tree.wide_dtype(g.dtype)), eps, g)
+        return eps, BallState(next_step(state.step))
 
     return checked_transformation("ball", init_fn, update_fn)
 
@@ -126,11 +135,11 @@ def metric_ball(
 
     def climb(g, params, radius):
         scales = metric(params)
-        scaled = jax.tree.map(lambda g, t: g * t, g, scales)
+        scaled = jax.tree.map(_times, g, scales)
         step = tree.with_length(scaled, radius, tree.length(scaled), norm_eps)
-        return jax.tree.map(lambda s, t: s * t, step, scales)
+        return jax.tree.map(_times, step, scales)
 
-    return ball(rho, climb)
+    return _ball(rho, climb)
 
 
 def linf_ball(rho: Radius, metric: Metric | None = None) -> Transformation:
@@ -267,7 +276,13 @@ def monge_ball(rho: Radius, *, norm_eps: float = 0.0) -> Transformation:
         on_surface = radius / jnp.hypot(1.0, length.norm / length.scale)
         return tree.with_length(g, on_surface, length, norm_eps)
 
-    return ball(rho, climb)
+    return _ball(rho, climb)
+
+
+def _times(x: jax.Array, scale: Any) -> jax.Array:
+    """Return `scale * x`, and `x` itself for the scale 1 of `identity`."""
+    is_one = isinstance(scale, float) and scale == 1.0
+    return x if is_one else tree.widen(x) * scale
 
 
 def _as_real(x: Any, like: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import Transformation
 from samx.core.closures import Closure, Evaluation, LossesClosure, batch_size
-from samx.core.readings import UNKNOWN, Readings, skip_readings
+from samx.core.readings import UNKNOWN, is_readings, skip_readings
 from samx.core.transformation import (
     SCALAR_CLOSURES,
     as_transformation,
@@ -85,9 +85,6 @@ def perturb_if(policy: Policy, inner: optax.GradientTransformation) -> Transform
     """
     check_policy("perturb_if", policy)
     inner = as_transformation("perturb_if", "inner", inner)
-
-    def is_readings(node):
-        return isinstance(node, Readings)
 
     def init_fn(params):
         inner_state = inner.init(params)

@@ -11,7 +11,7 @@ import optax
 from samx.core.aliases import Transformation
 from samx.core.closures import batch_size, evaluate_factors
 from samx.core.hyperparams import as_array, next_step
-from samx.core.readings import Readings, no_readings
+from samx.core.readings import Readings, no_readings, with_losses
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import closure_transformation
 
@@ -56,7 +56,7 @@ def split_sam(
         loss, g_a = plain["value"] + climbed["value"], optax.tree.add(plain["grad"], q_a)
         q_s, readings = sharp(sharp_fn, params, eps, state.readings, loss=loss, g=g_a, ball=ball)
         sharp_loss = plain["value"] + readings.sharp_loss
-        readings = readings._replace(sharp_loss=sharp_loss.astype(readings.loss.dtype))
+        readings = with_losses(readings, loss, sharp_loss)
         updates = optax.tree.add(plain["grad"], q_s)
         return updates, SplitState(next_step(state.step), ball, readings)
 

@@ -15,7 +15,7 @@ from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import Closure, evaluate, local_loss_and_grad
 from samx.core.hyperparams import Default, check_choice, check_number, next_step
-from samx.core.readings import UNKNOWN, Readings, no_readings, take_readings
+from samx.core.readings import UNKNOWN, Readings, no_readings, take_readings, with_loss
 from samx.core.sharp import perturbed, value_and_grad_at
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
@@ -160,10 +160,12 @@ def async_sam(
         else:
             both = _by_role(role_axis, ascent_fn, value_fn, sharp, params)
             (loss, a), ((sharp_loss, aux), g_s) = both
-        point, last = perturbed(params, eps, perturb_dtype), state.readings
+        point, spent = partial(perturbed, params, eps, perturb_dtype), 1 + ascent_share
+        on_same = loss if is_given else UNKNOWN  # the loss of the same examples at w
         readings = take_readings(
-            *(last, loss, sharp_loss, stale, g_s, params, point), 1 + ascent_share, ball_state
+            state.readings, on_same, sharp_loss, stale, g_s, params, point, spent, ball_state
         )
+        readings = with_loss(readings, loss)
         aux = kept_aux("async_sam", aux, aux_like, state.aux)
         return g_s, AsyncSAMState(next_step(state.step), a, ball_state, aux, readings)
 

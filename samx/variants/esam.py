@@ -19,7 +19,7 @@ from samx.core.hyperparams import (
     check_hyperparam,
     check_static_number,
 )
-from samx.core.readings import FORWARD, Readings, no_readings
+from samx.core.readings import FORWARD, Readings, no_readings, with_losses
 from samx.core.sharp import ascend, scores_at, sharp_gradient
 from samx.core.transformation import closure_transformation
 from samx.perturbations.leaves import random_leaves
@@ -157,8 +157,8 @@ def esam(
             gradients=cost,
         )
         after = aux[1].examples if after is None else after
-        sharp_loss = mean_over_batch(losses_fn, after, weights).astype(readings.loss.dtype)
-        return g_s, ESAMState(ball_state, readings._replace(sharp_loss=sharp_loss))
+        sharp_loss = mean_over_batch(losses_fn, after, weights)
+        return g_s, ESAMState(ball_state, with_losses(readings, seen["value"], sharp_loss))
 
     return closure_transformation(init_fn, update_fn, name="esam")
 

@@ -14,7 +14,7 @@ import optax
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import mean_over_batch
 from samx.core.hyperparams import Default
-from samx.core.readings import FORWARD, Readings, no_readings
+from samx.core.readings import FORWARD, Readings, no_readings, with_loss
 from samx.core.transformation import closure_transformation
 from samx.selection.examples import largest, num_taken, take, weights_of
 from samx.selection.sam_step import as_groups, groups_here, sam_step
@@ -123,7 +123,7 @@ def ksam(
             batch, weights = take(batch, position), weights_of(position, weights, count=count)
         cost = FORWARD + 2 * count / size
         step = sam_on(losses_fn, batch, weights, params, state, extra, gradients=cost)
-        readings = step.readings._replace(loss=loss.astype(step.readings.loss.dtype))
+        readings = with_loss(step.readings, loss)
         return step.updates, KSAMState(step.perturbation, step.readings.loss, readings)
 
     return closure_transformation(init_fn, update_fn, name="ksam")

@@ -4,6 +4,7 @@ Xie, Pethick, Cevher. "SAMPa: Sharpness-aware Minimization Parallelized", NeurIP
 https://arxiv.org/abs/2410.10683
 """
 
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.closures import batch_size, mean_loss, unit_weights
 from samx.core.hyperparams import Default, at_step, check_choice, check_hyperparam, next_step
-from samx.core.readings import Readings, no_readings, take_readings
+from samx.core.readings import UNKNOWN, Readings, no_readings, take_readings, with_loss
 from samx.core.sharp import perturbed, value_and_grad_at
 from samx.core.state import HeldBatch, as_like, first_aux, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
@@ -185,10 +186,11 @@ def sampa(
         mixed = jax.tree.map(lambda s, y: ((1 - lam_t) * s + lam_t * y).astype(s.dtype), g_s, g_y)
         updates, base_state = base.update(mixed, state.base, params, **keywords)
 
-        point, last = perturbed(params, eps, perturb_dtype), state.readings
+        point = partial(perturbed, params, eps, perturb_dtype)
         readings = take_readings(
-            last, loss, sharp_loss, state.g_y, g_s, params, point, 2, ball_state
+            *(state.readings, UNKNOWN, sharp_loss, state.g_y, g_s, params, point, 2, ball_state)
         )
+        readings = with_loss(readings, loss)  # of another batch than `sharp_loss`
         aux, step = kept_aux("sampa", aux, aux_like, state.aux, "losses_fn"), next_step(state.step)
         return updates, SAMPaState(step, base_state, ball_state, g_y, current, aux, readings)
 
