@@ -15,11 +15,16 @@ from jax.sharding import PartitionSpec as P
 
 import samx
 from examples.devices.communication import communicated_bytes
+from samx.perturbations import metric_ball, subtract_ema
 
 # One row for each set of closures, and one that needs the mean gradient too.
 PROGRAMS = [n for n in STRAIGHT if n in CLOSURES or n == "gsam"]
 SCALARS = 64  # bytes of losses, norms and shares in a step
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
+BALLS = {
+    "ball": metric_ball(0.1),
+    "average": optax.chain(subtract_ema(1.0, 0.9), metric_ball(0.1)),  # its state takes a gradient
+}
 
 
 def large_problem():
@@ -41,6 +46,10 @@ def build(name):
         return lambda batch_like: optax.with_extra_args_support(MOMENTUM)
     if name == "pair":
         return paired
+    if name.startswith("msam "):
+        _, how, ball = name.split()
+        tx = samx.msam(num_microbatches=4, how=how, perturbation=BALLS[ball])
+        return lambda batch_like: optax.chain(tx, MOMENTUM)
     if name.startswith("accumulated "):
         whole = build(name.removeprefix("accumulated "))
         return lambda batch_like: samx.accumulate(whole(batch_like), 4)
@@ -189,3 +198,19 @@ def test_accumulation_sends_each_gradient_once(ascent, copies):
     program = compiled("accumulated sam", "shard_map", ascent)
     assert_bytes(program, copies)
     assert flops(program) / one_pass(8) == pytest.approx(2 / 4, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "ascent", "copies"),
+    [
+        ("msam vmap ball", "global", 4 + 1),
+        ("msam vmap average", "global", 4 + 1),
+        ("msam vmap ball", "local", 1),
+        ("msam vmap average", "local", 2),
+        # XLA counts the loop's body once: what each microbatch sends, and then what all send.
+        ("msam scan ball", "global", 1 + 1),
+        ("msam scan ball", "local", 1),
+    ],
+)
+def test_msam_sums_before_it_averages(name, ascent, copies):
+    assert_bytes(compiled(name, "shard_map", ascent, check_vma="ball" in name), copies)
