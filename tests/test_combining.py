@@ -112,7 +112,7 @@ def test_it_is_the_one_that_was_given():
     def norms(params):
         norms = {}
         for taker in WHOLE:
-            tx = TAKERS[taker](mark)
+            tx = samx.all_readings(TAKERS[taker](mark))
             _, state = problem.make_step(tx)(params, tx.init(params), batch)
             norms[taker] = optax.tree.get(state, "perturbation_norm")
         return norms
@@ -150,7 +150,7 @@ def test_every_perturbation_climbs_as_it_does_alone():
         pairs = []
         for ball in PERTURBATIONS.values():
             eps, _ = ball.update(g, ball.init(params), params)
-            tx = samx.sharpness_aware(ball)
+            tx = samx.all_readings(samx.sharpness_aware(ball))
             _, state = tx.update(g, tx.init(params), params, **closures)
             pairs.append((optax.tree.norm(eps), state.readings.perturbation_norm))
         return pairs

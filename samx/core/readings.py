@@ -131,7 +131,7 @@ def take_readings(
     taken = Readings(
         loss=loss,
         sharp_loss=sharp_loss,
-        sharpness=rise(loss, sharp_loss),
+        sharpness=_rise(loss, sharp_loss, last.loss.dtype),
         grad_norm=mean_of_ascents(tree.norm(g)),
         is_sharp=jnp.ones((), bool),
         gradients_spent=last.gradients_spent + gradients + extra_gradients(ball),
@@ -155,10 +155,11 @@ def _measured(g_s: Any, params: Any, point: Any, mean_of_ascents: Any) -> dict[s
     return dict(zip(ON_REQUEST, (sharp_grad_norm, norm, cosine), strict=True))
 
 
-def rise(loss: Any, sharp_loss: Any) -> Any:
-    """Return how much the loss rises; infinity if one of the two losses is not known."""
+def _rise(loss: Any, sharp_loss: Any, dtype: Any) -> Any:
+    """Return how much the loss rises; infinity if the loss at the parameters is not known."""
     if loss is UNKNOWN:
         return UNKNOWN
+    loss, sharp_loss = jnp.asarray(loss, dtype), jnp.asarray(sharp_loss, dtype)
     return jnp.where(jnp.isposinf(loss), loss, sharp_loss - loss)
 
 
@@ -177,7 +178,8 @@ def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
 
 def with_losses(readings: Readings, loss: Any, sharp_loss: Any) -> Readings:
     """Return the readings with other losses, of the same examples at w and at w + ε."""
-    others = readings._replace(loss=loss, sharp_loss=sharp_loss, sharpness=rise(loss, sharp_loss))
+    sharpness = _rise(loss, sharp_loss, readings.loss.dtype)
+    others = readings._replace(loss=loss, sharp_loss=sharp_loss, sharpness=sharpness)
     return _like(readings, others)
 
 

@@ -191,7 +191,8 @@ def _measure(leaves: list[Any], scale: jax.Array) -> tuple[jax.Array, jax.Array,
     """Return `scale`, or a better one; the sum of |scale·x|²; whether it is in range."""
     limits = jnp.finfo(scale.dtype)
     least = sum(map(jnp.size, leaves)) * float(limits.tiny) / float(limits.eps)
-    up, down = 2.0 ** (limits.maxexp * 5 // 8), 2.0 ** -(limits.maxexp * 45 // 64)
+    # XLA may multiply the sum of a constant leaf by the square of `up`, which must be finite.
+    up, down = 2.0 ** (limits.maxexp // 2 - 1), 2.0 ** -(limits.maxexp * 45 // 64)
     squares = sum((_sum_of_squares(scale, x) for x in leaves), start=jnp.zeros_like(scale))
     is_small = squares < least  # lost squares would count
     better = jnp.where(squares < jnp.inf, jnp.where(is_small, up, 1.0), down).astype(scale.dtype)

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 def test_nothing_known_is_not_climbed(value):
     """A zero or non-finite ascent gradient is not climbed; the next step climbs again."""
     tx, params = optax.chain(samx.async_sam(0.1), optax.sgd(1.0)), problem.make()[1]
+    tx = samx.all_readings(tx)
     state = optax.tree.set(tx.init(params), step=jnp.int32(5))
     broken = params | {"b1": params["b1"].at[0].set(value)}
     if value == 0:

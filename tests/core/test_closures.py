@@ -39,14 +39,22 @@ def test_dtype_failure_at_the_perturbed_point_names_the_way_out():
 
 def test_opting_out_of_float32_is_visible_in_the_readings():
     w = jnp.full(1000, 100.0, jnp.bfloat16)
-    norms = {}
+    norms, rises = {}, {}
     for dtype in (jnp.float32, None):
-        tx = samx.sam(0.05, perturb_dtype=dtype)
-        update = functools.partial(tx.update, value_fn=lambda p: p.sum().astype(jnp.float32))
-        _, state = jax.jit(update)(w, tx.init(w), w)
+        tx = samx.all_readings(samx.sam(0.05, perturb_dtype=dtype))
+
+        def update(w, state, update=tx.update):
+            def loss(w):
+                return (w - 100).sum().astype(jnp.float32)
+
+            return update(jnp.ones_like(w), state, w, value=loss(w), value_fn=loss)
+
+        _, state = jax.jit(update)(w, tx.init(w))
         norms[dtype] = float(optax.tree.get(state, "perturbation_norm"))
+        rises[dtype] = float(optax.tree.get(state, "sharpness"))
     assert norms[jnp.float32] == pytest.approx(0.05, rel=1e-2)
-    assert norms[None] == 0.0
+    assert rises[jnp.float32] == pytest.approx(0.05 * 1000**0.5, rel=1e-2)
+    assert norms[None] == rises[None] == 0.0
 
 
 def test_with_base_hides_samx_keywords():

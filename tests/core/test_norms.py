@@ -102,7 +102,7 @@ def test_monge_and_fisher_steps_of_long_gradients():
     g = jnp.array([3e25, 4e25])
     step, _ = monge_ball(1e20).update(g, monge_ball(1e20).init(g), g)
     np.testing.assert_allclose(step, 1e20 / 5e25 * np.array([0.6, 0.8]), rtol=1e-5)
-    tx = samx.fisher_sam(1e20)
+    tx = samx.all_readings(samx.fisher_sam(1e20))
     w = jnp.zeros(2)
     _, state = tx.update(g, tx.init(w), w, value_fn=lambda w: g @ w)
     moved = np.sqrt(0.5) * 1e20 * np.array([1 / 3e25, 1 / 4e25])

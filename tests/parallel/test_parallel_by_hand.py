@@ -29,6 +29,10 @@ from samx.core.devices import is_mapped
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+def read_all(build):
+    return lambda batch_like: samx.all_readings(build(batch_like))
+
+
 @pytest.mark.parametrize("regime", LOCAL)
 def test_value_and_grad(regime):
     params, batch = first_batch()
@@ -101,7 +105,7 @@ def test_weights_count_examples_in_local_ascent(name, regime, groups):
     if groups == 2:
         names = ("outer", "inner")
         changes = {"ascent": ("inner",), "shape": (2, 4), "names": names, "axes": names}
-    tx = build(name, base=optax.sgd(1.0), rho=0.05)
+    tx = read_all(build(name, base=optax.sgd(1.0), rho=0.05))
     history = LOCAL[regime](tx, params, [(batch, weights)], **changes)
 
     @jax.jit
@@ -234,7 +238,9 @@ def test_a_line_search_sees_the_mean_loss():
 
 def test_readings_of_local_ascent_are_means_over_the_devices():
     params, batch = first_batch()
-    ((_, state, _),) = LOCAL["shard_map"](build("asam"), params, [(batch,)], ascent="local")
+    ((_, state, _),) = LOCAL["shard_map"](
+        read_all(build("asam")), params, [(batch,)], ascent="local"
+    )
 
     def alone(shard):
         loss, g = jax.value_and_grad(mean_loss)(params, shard)
@@ -253,6 +259,7 @@ def test_readings_of_local_ascent_are_means_over_the_devices():
     expected = {
         "loss": loss,
         "sharp_loss": sharp_loss,
+        "sharpness": sharp_loss - loss,
         "grad_norm": grad_norm,
         "sharp_grad_norm": length,
         "perturbation_norm": perturbation_norm,

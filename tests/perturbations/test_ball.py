@@ -58,7 +58,7 @@ def test_the_radius_follows_its_schedule():
 def test_any_variant_takes_it():
     """LookSAM with a user's geometry: here the sign of the gradient."""
     signs = ball(0.1, lambda g, params, rho: jax.tree.map(lambda x: rho * jnp.sign(x), g))
-    tx = optax.chain(samx.looksam(perturbation=signs, period=2), optax.sgd(0.1))
+    tx = samx.all_readings(samx.looksam(perturbation=signs, period=2))
     w = jnp.array([1.0, -2.0])
     _, state = tx.update(w, tx.init(w), w, value=0.0, value_fn=lambda w: 0.5 * w @ w)
     norm = optax.tree.get(state, "perturbation_norm")

@@ -125,7 +125,7 @@ def test_complex_parameters_climb():
 
     @jax.jit
     def update(w):
-        tx, (value, g) = samx.sam(0.1), jax.value_and_grad(loss)(w)
+        tx, (value, g) = samx.all_readings(samx.sam(0.1)), jax.value_and_grad(loss)(w)
         g = jnp.conj(g)
         return g, tx.update(g, tx.init(w), w, value=value, value_fn=loss)[1].readings
 

@@ -99,7 +99,7 @@ def test_a_skipped_step_calls_no_closure_and_takes_the_gradient(name):
 
 
 def test_readings_of_a_skipped_step():
-    tx = samx.perturb_if(policies.every(2), samx.sam(0.1))
+    tx = samx.all_readings(samx.perturb_if(policies.every(2), samx.sam(0.1)))
     w = jnp.array([3.0, 4.0])
     g, state, spent = jax.grad(loss)(w), tx.init(w), 0
     update = jax.jit(lambda state: tx.update(g, state, w, value=loss(w), value_fn=loss))
@@ -113,6 +113,7 @@ def test_readings_of_a_skipped_step():
         np.testing.assert_allclose(readings.loss, loss(w), rtol=1e-6)
         assert float(readings.grad_norm) == pytest.approx(float(optax.tree.norm(g)), rel=1e-5)
         assert bool(jnp.isinf(readings.sharp_loss)) == (not is_sharp)
+        assert bool(jnp.isinf(readings.sharpness)) == (not is_sharp)
         for reading in (readings.perturbation_norm, readings.sharp_grad_norm, readings.cosine):
             assert (float(reading) == 0) == (not is_sharp)
 
@@ -158,7 +159,7 @@ def test_a_variant_that_wraps_its_base_is_refused(around, inner):
 
 def test_parameters_named_like_a_momentum():
     w = {"mu": jnp.ones(2), "trace": jnp.ones(1)}
-    tx = samx.momentum_sam(optax.sgd(0.1, momentum=0.9), 0.1)
+    tx = samx.all_readings(samx.momentum_sam(optax.sgd(0.1, momentum=0.9), 0.1))
     state = tx.init(w)
     for _ in range(2):
         _, state = tx.update(w, state, w, value_fn=lambda w: (w["mu"] ** 2).sum() + w["trace"][0])

@@ -18,6 +18,8 @@ import recorded
 import reference
 from cases import VARIANTS, Case
 
+import samx
+
 SLOPE = 0.1  # of a schedule, per step, relative to its first value
 MOST_STEPS_BETWEEN = 7  # from one sharp step to the next, in any row
 
@@ -79,6 +81,7 @@ def program(name) -> Program:
     def step(params, state, batch, numbers, slopes, rate, factor):
         base = optax.chain(optax.zero_nans(), optax.sgd(rate, momentum=0.9))
         tx = case.build(base, batch_like=batch_like, **arguments(case, numbers, slopes))
+        tx = samx.all_readings(tx)
 
         def losses_fn(params, batch):
             return factor * problem.losses_fn(params, batch)
@@ -91,7 +94,7 @@ def program(name) -> Program:
     flat = dict.fromkeys(case.hyper, 0.0)
     base = optax.chain(optax.zero_nans(), optax.sgd(0.1, momentum=0.9))
     tx = case.build(base, batch_like=batch_like, **arguments(case, case.hyper, flat))
-    return Program(case, tx.init(params), step)
+    return Program(case, samx.all_readings(tx).init(params), step)
 
 
 def trajectory(history):
@@ -121,8 +124,8 @@ def assert_finite(tree):
 
 
 def without_sharp_loss(state):
-    """Clear the reading that is infinite if no step was sharp."""
-    cleared = optax.tree.get(state, "readings")._replace(sharp_loss=0.0)
+    """Clear the readings that are infinite if no step was sharp."""
+    cleared = optax.tree.get(state, "readings")._replace(sharp_loss=0.0, sharpness=0.0)
     return optax.tree.set(state, readings=cleared)
 
 
@@ -248,7 +251,7 @@ def reads_what_it_did(name):
             np.testing.assert_allclose(found.loss, loss, rtol=1e-6)
             np.testing.assert_allclose(found.grad_norm, reference.global_norm(grads), rtol=1e-6)
         if not found.is_sharp:
-            assert float(found.sharp_loss) == float("inf")
+            assert float(found.sharp_loss) == float(found.sharpness) == float("inf")
             assert float(found.perturbation_norm) == float(found.cosine) == 0
         elif case.climbs or t > 0:
             assert float(found.perturbation_norm) > 0
@@ -256,6 +259,8 @@ def reads_what_it_did(name):
         if found.is_sharp and case.climbs:
             assert float(found.cosine) > 0
             assert float(found.sharp_loss) > float(found.loss)
+            rise = found.sharp_loss - found.loss
+            np.testing.assert_allclose(found.sharpness, rise, rtol=1e-9, atol=1e-12)
         params = carry[0]
     assert set(are_sharp) == ({True, False} if case.is_gated else {True})
 

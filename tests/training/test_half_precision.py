@@ -17,6 +17,8 @@ from half_precision import (
     start,
 )
 
+import samx
+
 
 @functools.cache
 def wide(dtype):
@@ -36,6 +38,7 @@ def share_of_the_ascent(name, dtype, **changes):
     rho = case.hyper["rho"] / 10
     changes |= {"rho": rho} | ONE_EXAMPLE.get(name, {})
     tx = case.build(optax.sgd(0.0, momentum=0.0), batch_like=jnp.ones(1), **changes)
+    tx = samx.all_readings(tx)
     point, slope = ({k: np.asarray(x, float) for k, x in tree.items()} for tree in (w, g))
     seen = []
 

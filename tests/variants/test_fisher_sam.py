@@ -72,7 +72,7 @@ def test_half_precision_parameters_see_the_step():
 
     @jax.jit
     def readings(params):
-        tx, (value, g) = samx.fisher_sam(0.05), jax.value_and_grad(loss)(params)
+        tx, (value, g) = samx.all_readings(samx.fisher_sam(0.05)), jax.value_and_grad(loss)(params)
         return tx.update(g, tx.init(params), params, value=value, value_fn=loss)[1].readings
 
     assert readings(params).perturbation_norm > 0.03

@@ -207,8 +207,8 @@ def test_adasam_is_sam_with_amsgrad_but_for_where_it_starts():
 
 
 FIRST = {
-    "stable_sam": samx.stable_sam(5.0),
-    "asam": samx.asam(0.5),
+    "stable_sam": samx.all_readings(samx.stable_sam(5.0)),
+    "asam": samx.all_readings(samx.asam(0.5)),
     "sam": samx.sam(0.5),
     "sharp": samx.gsam(0.5, 0.7, descend="sharp"),
     "clean": samx.gsam(0.5, 0.7, descend="clean"),
