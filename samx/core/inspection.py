@@ -1,6 +1,6 @@
 """What `samx.preflight` measures inside a step; without a preflight nothing is measured."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -79,12 +79,12 @@ def inspect_update(name: str, updates: Any, params: Any, given: dict[str, Any]) 
     jax.debug.callback(partial(_store, update.seen), _measured(updates, params, given))
 
 
-def inspect_point(params: Any, eps: Any, point: Any) -> None:
-    """Measure, in a preflight, how much of a perturbation arrives at the point."""
+def inspect_point(params: Any, eps: Any, point: Callable[[], Any]) -> None:
+    """Measure, in a preflight, how much of a perturbation arrives at `point()`."""
     updates = _UPDATES.get()
     if not updates:
         return
-    moved = tree.subtract(point, params)
+    moved = tree.subtract(point(), params)
     numbers = {
         "length": tree.norm(eps),
         "arrived": tree.ratio(tree.dot(eps, moved), tree.norm(eps)),

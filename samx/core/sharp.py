@@ -70,7 +70,7 @@ def value_and_grad_at(
     check_flag("has_aux", has_aux)
     tree.check_arrays("params", params)
     tree.check_like("eps", eps, "params", params)
-    inspect_point(params, eps, perturbed(params, eps, perturb_dtype))
+    inspect_point(params, eps, partial(perturbed, params, eps, perturb_dtype))
     start = closure.evaluation.devices.pcast_left_out(
         jax.tree.map(lambda w: _widened(w, perturb_dtype), params)
     )

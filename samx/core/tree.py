@@ -165,26 +165,33 @@ def length(tree: Any) -> Length:
 
 @jax.custom_jvp
 def _scale_and_norm(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
-    start = [_scalar_like(leaves, number) for number in (1.0, 0.0)]
-    is_traced = any(isinstance(x, Tracer) for x in (*start, *leaves))
-    if not is_traced:  # an eager loop would compile
-        scale, squares, is_done = _measure(leaves, start[0])
-        return scale, sqrt(squares if is_done else _measure(leaves, scale)[1])
+    one = jnp.ones((), real_dtype(*leaves))
+    if any(isinstance(x, Tracer) for x in (one, *leaves)):
+        scale, squares = _measured(leaves)
+    else:  # a loop would be compiled
+        scale, squares, is_done = _measure(leaves, one)
+        squares = squares if is_done else _measure(leaves, scale)[1]
+    return scale, sqrt(squares)
+
+
+@jax.jit  # several norms of the same gradient are traced once
+def _measured(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
+    """Return the scale, and the sum of squares in range."""
 
     def loop(leaves):
-        carry = *start, start[0] == 0
+        one, zero = (_scalar_like(leaves, number) for number in (1.0, 0.0))
         return jax.lax.while_loop(
-            lambda carry: ~carry[-1], lambda carry: _measure(leaves, carry[0]), carry
-        )
+            lambda last: ~last[-1],
+            lambda last: _measure(leaves, last[0]),
+            (one, zero, one == 0),
+        )[:2]
 
-    if any(x.dtype != wide_dtype(x.dtype) for x in leaves):
-        stored = partial(jax.tree.map, _stored_wide)
-        scale, squares, _ = jax.lax.platform_dependent(
-            leaves, cpu=lambda leaves: loop(stored(leaves)), default=loop
-        )
-    else:
-        scale, squares, _ = loop(leaves)
-    return scale, sqrt(squares)
+    if all(x.dtype == wide_dtype(x.dtype) for x in leaves):
+        return loop(leaves)
+    wide = partial(jax.tree.map, _stored_wide)
+    return jax.lax.platform_dependent(
+        leaves, cpu=lambda leaves: loop(wide(leaves)), default=loop
+    )
 
 
 def _measure(leaves: list[Any], scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -202,9 +209,9 @@ def _measure(leaves: list[Any], scale: jax.Array) -> tuple[jax.Array, jax.Array,
 
 def _sum_of_squares(scale: jax.Array, x: Any) -> jax.Array:
     """Return the sum of |scale·x|²; `abs` keeps the compiler from moving the factor out."""
-    parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
-    parts = [jnp.abs(scale * part.astype(scale.dtype)) for part in parts]
-    return jnp.sum(sum(part * part for part in parts))
+    if jnp.iscomplexobj(x):
+        return _sum_of_squares(scale, x.real) + _sum_of_squares(scale, x.imag)
+    return jnp.sum(jnp.abs(scale * x.astype(scale.dtype)) ** 2)
 
 
 def _scalar_like(leaves: list[Any], number: float) -> jax.Array:
@@ -237,18 +244,24 @@ def _(primals: Any, tangents: Any) -> Any:
 def scaled_norm(scale: jax.Array, tree: Any) -> jax.Array:
     """Return the global L2 norm of `scale * tree`, in range for trees about as long as a `Length`.
 
-    `scale` is that of the `Length`. So only the gradient needs the branch of `length`.
+    `scale` is that of the `Length`. So only the gradient needs the loop of `length`.
     """
     return plain_norm(_times(scale, tree))
 
 
-def _times(scale: jax.Array, tree: Any) -> Any:
-    """Return `scale * tree`; the barrier keeps it out of matrix products, which would store it."""
+def stored(tree: Any) -> Any:
+    """Return the tree, which the compiler must store as it is.
 
+    Without this, it moves factors of a gradient into matrix products, and stores their results too.
+    """
+    return jax.lax.optimization_barrier(tree)
+
+
+def _times(scale: jax.Array, tree: Any) -> Any:
     def times(x):
         return scale * x.astype(common_dtype(x.dtype, scale.dtype)) if is_inexact(x) else x
 
-    return jax.tree.map(times, jax.lax.optimization_barrier(tree))
+    return jax.tree.map(times, tree)
 
 
 def with_length(tree: Any, new: Any, old: Length, norm_eps: Any = 0.0) -> Any:

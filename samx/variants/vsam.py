@@ -103,6 +103,7 @@ def reuse_second_order(
             g_s, readings = sharp(
                 value_fn, params, eps, state.readings, loss=value, g=g_a, ball=ball
             )
+            g_s = tree.stored(g_s)
             updates = tree.on_line(g, g_s, mixing(jnp.zeros_like(state.step), state.step))
             h = tree.subtract(g_s, g)
             length = g_length._replace(norm=tree.scaled_norm(g_length.scale, h))
