@@ -203,8 +203,7 @@ def ausam(
             return train(batch, weights, 2)
 
         def on_a_draw():
-            key = keys.of(state.key)
-            taken = groups * num_taken(batch, groups, count)
+            key, taken = keys.of(state.key), groups * num_taken(batch, groups, count)
             position = _draw(losses_fn, state, key, place, groups, taken, span, weights)
             drawn = weights_of(position, weights, fraction, count)
             return train(take(batch, position), drawn, 2 * count / group_size, position)

@@ -11,12 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer, eval_jaxpr
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, ScalarOrSchedule, Transformation
-from samx.core.closures import Closure, local_loss_and_grad
+from samx.core.closures import Closure
 from samx.core.hyperparams import (
     at_step,
     check_choice,
@@ -27,6 +25,7 @@ from samx.core.hyperparams import (
 )
 from samx.core.readings import UNKNOWN, Readings, no_readings
 from samx.core.sharp import ascend, sharp_gradient
+from samx.core.slopes import values_and_slopes
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.perturbations.balls import metric_ball
 
@@ -210,57 +209,10 @@ def _hypergradient(
     value_fn: Closure, validation_fn: Closure, after: Any, moved: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Return the gap L_V - L at the new parameters, and dF/dρ; `moved` is their derivative by ρ."""
-    fns, moved = (validation_fn, value_fn), _without_nans(moved, after)
-    found = _forward(fns, after, moved) or [_backward(fn, after, moved) for fn in fns]
-    (held_out, held_out_slope), (train, train_slope) = found
-    gap = held_out - train
-    return gap, gap * (held_out_slope - train_slope)
-
-
-def _forward(fns: tuple[Closure, ...], params: Any, moved: Any) -> list[Any] | None:
-    """Return each loss and its slope along `moved`, all in one forward pass: no gradient to send.
-
-    `None` if a loss has a custom VJP, and so no forward derivative, or if nothing is traced. JAX
-    raises its error for a custom VJP when it lowers the program; while tracing it leaves an
-    operation of this name.
-    """
-    if not any(isinstance(x, Tracer) for x in jax.tree.leaves((params, moved))):
-        return None
-    devices = fns[0].evaluation.devices
-
-    def losses(params):
-        return [tree.widen(fn.local(params)[0]) for fn in fns]
-
-    def along_moved():
-        tangent = jax.tree.map(_as_tangent, moved, params)
-        return jax.jvp(losses, (devices.pcast(params),), (devices.pcast(tangent),))
-
-    program = jax.make_jaxpr(along_moved)()
-    if _has_operation(program, "custom_lin"):
-        return None
-    values = eval_jaxpr(program.jaxpr, program.consts)
-    pairs = zip(values[: len(fns)], values[len(fns) :], strict=True)
-    return [devices.mean(x, devices.share(fn.weights)) for fn, x in zip(fns, pairs, strict=True)]
-
-
-def _backward(fn: Closure, params: Any, moved: Any) -> tuple[jax.Array, jax.Array]:
-    """Return the same two numbers; the slope is the product of a gradient and `moved`."""
-    devices, weights = fn.evaluation.devices, fn.weights
-    loss, own_g = local_loss_and_grad(fn, params)
-    slope = devices.psum(tree.dot(devices.part_of_mean_grad(own_g, weights), moved))
-    return devices.mean(tree.widen(loss), devices.share(weights)), slope
-
-
-def _has_operation(program: Any, name: str) -> bool:
-    """Return whether a jaxpr, or one inside its equations, has an operation of this name."""
-    if isinstance(program, tuple | list):
-        return any(_has_operation(part, name) for part in program)
-    if not isinstance(program, Jaxpr | ClosedJaxpr):
-        return False
-    return any(
-        eqn.primitive.name == name or _has_operation([*eqn.params.values()], name)
-        for eqn in program.eqns
-    )
+    moved = _without_nans(moved, after)
+    held_out, train = values_and_slopes((validation_fn, value_fn), after, moved)
+    gap = held_out[0] - train[0]
+    return gap, gap * (held_out[1] - train[1])
 
 
 def _finite_or_zero(x: jax.Array) -> jax.Array:
@@ -282,10 +234,3 @@ def _without_nans(moved: Any, like: Any) -> Any:
         moved,
         like,
     )
-
-
-def _as_tangent(moved: jax.Array, x: jax.Array) -> Any:
-    """Return a derivative as JAX takes the tangent of `x`."""
-    if not tree.is_inexact(x):
-        return np.zeros(jnp.shape(x), jax.dtypes.float0)
-    return moved.astype(jnp.result_type(x))
