@@ -189,7 +189,9 @@ def _measured(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
     if all(x.dtype == wide_dtype(x.dtype) for x in leaves):
         return loop(leaves)
     wide = partial(jax.tree.map, _stored_wide)
-    return jax.lax.platform_dependent(leaves, cpu=lambda leaves: loop(wide(leaves)), default=loop)
+    return jax.lax.platform_dependent(
+        leaves, cpu=lambda leaves: loop(wide(leaves)), default=loop
+    )
 
 
 def _measure(leaves: list[Any], scale: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

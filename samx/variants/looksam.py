@@ -187,9 +187,7 @@ def _orthogonal(g_s: Any, g: Any, length: tree.Length) -> tuple[Any, tree.Length
     """Return the component of `g_s` orthogonal to `g`; zero where it is only rounding error."""
     g_v = tree.reject(g_s, g, length)
     k = -tree.along(g_s, g, length) * tree.ratio(length.scale, length.norm)
-    norm = tree.plain_norm(
-        jax.tree.map(lambda a, b: length.scale * a + (length.scale * k) * b, g_s, g)
-    )
+    norm = tree.plain_norm(jax.tree.map(lambda a, b: length.scale * a + (length.scale * k) * b, g_s, g))
     rounding = max(tree.coarsest_eps(g_v), 4 * jnp.finfo(norm.dtype).eps)  # of leaves, of sums
     is_rounding = norm <= rounding * jnp.abs(tree.along(g_s, g, length)) * length.scale
     g_v = jax.tree.map(lambda x: jnp.where(is_rounding, jnp.zeros_like(x), x), g_v)
