@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from samx.core import tree
 
@@ -154,8 +154,10 @@ class Devices(NamedTuple):
     def all_gather(self, x: jax.Array) -> jax.Array:
         """Concatenate the `[b, ...]` of all devices to `[B, ...]`, equal on every device."""
         if not self.axes:
-            is_spread = any(jax.typeof(x).sharding.spec)  # on an Explicit mesh
-            return jax.sharding.reshard(x, PartitionSpec()) if is_spread else x
+            sharding = jax.typeof(x).sharding
+            if not any(sharding.spec):  # it does not show, or there is nothing to gather
+                return x
+            return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
         whole = _pcast(self.axes, jnp.zeros((self.count, *x.shape), x.dtype))
         whole = jax.lax.dynamic_update_index_in_dim(whole, x, jax.lax.axis_index(self.axes), 0)
         return jax.lax.psum(whole, self.axes).reshape(-1, *x.shape[1:])

@@ -130,62 +130,72 @@ def accumulated(
     return loss_and_aux(params, microbatches)
 
 
-class Means(NamedTuple):
-    """Results of one microbatch, or of all: gradients in float32 or wider, numbers, an aux."""
+class Parts(NamedTuple):
+    """This device's results of one microbatch, or of all.
+
+    Attributes:
+        gradients: The device's parts of mean gradients; their sum over the devices is the mean.
+        numbers: The device's numbers; they are averaged over the examples of all devices.
+        aux: The aux.
+    """
 
     gradients: Any
     numbers: Any
     aux: Any
 
 
-def means_over(
-    fn: Callable[[Any, Any], Means],
+def sums_over(
+    fn: Callable[[Any, Any], Parts],
     num_microbatches: int,
     how: Literal["scan", "vmap"],
-    losses_fn: Any,
+    devices: Devices,
     batch: Any,
     weights: Any,
     zeros: Any,
-) -> Means:
-    """Average `fn(batch, weights)` over the microbatches, weighted by the examples in each.
+) -> Parts:
+    """Sum `fn(batch, weights)` over the microbatches, weighted by the examples in each.
 
-    "scan" keeps one sum of the gradients, which starts at `zeros`. "vmap" keeps the gradients of
-    all microbatches. `losses_fn` is the closure that `fn` evaluates.
+    The gradients stay parts, in float32 or wider: sum them over the devices once. The numbers are
+    means over the devices already. "scan" keeps one sum of the gradients, which starts at `zeros`.
+    "vmap" keeps the gradients of all microbatches.
     """
-    parts = strided(num_microbatches, (batch, weights))
-    shares = _shares(num_microbatches, parts[1], losses_fn.evaluation.devices)
+    microbatches = strided(num_microbatches, (batch, weights))
+    shares, own_shares = _shares(num_microbatches, microbatches[1], devices)
 
-    def of_part(part):
-        *examples, share = part
-        means = fn(*examples)
-        gradients = jax.tree.map(tree.widen, means.gradients)
-        return means._replace(gradients=tree.scaled(share, gradients))
+    def of_one(microbatch):
+        *examples, share = microbatch
+        parts = fn(*examples)
+        gradients = jax.tree.map(tree.widen, parts.gradients)
+        return parts._replace(gradients=tree.scaled(share, gradients))
 
-    def add(total, part):
-        means = of_part(part)
-        return optax.tree.add(total, means.gradients), means._replace(gradients=())
+    def add(total, microbatch):
+        parts = of_one(microbatch)
+        return optax.tree.add(total, parts.gradients), parts._replace(gradients=())
 
     if how == "scan":
-        gradients, means = jax.lax.scan(add, zeros, (*parts, shares))
+        gradients, parts = jax.lax.scan(add, zeros, (*microbatches, shares))
     else:
-        means = jax.vmap(of_part)((*parts, shares))
-        gradients = jax.tree.map(lambda g: jnp.sum(g, 0), means.gradients)
+        parts = jax.vmap(of_one)((*microbatches, shares))
+        gradients = jax.tree.map(lambda g: jnp.sum(g, 0), parts.gradients)
 
     def mean(x):
-        dtype = tree.common_dtype(shares.dtype, x.dtype)
-        return jnp.sum((shares.astype(dtype) * x.astype(dtype)).astype(x.dtype))
+        dtype = tree.common_dtype(own_shares.dtype, x.dtype)
+        part = own_shares.astype(dtype) * x.astype(dtype)
+        part = jnp.where(own_shares == 0, 0, part)  # NaNs of a device without examples
+        return devices.psum(jnp.sum(part)).astype(x.dtype)
 
-    numbers = jax.tree.map(mean, means.numbers)
-    return Means(gradients, numbers, joined_aux(means.aux))
+    return Parts(gradients, jax.tree.map(mean, parts.numbers), joined_aux(parts.aux))
 
 
-def _shares(count: int, weights: Any, devices: Devices) -> jax.Array:
-    """Return the share of each microbatch in the batch, by the weights `[K, B / K]` of all devices.
+def _shares(count: int, weights: Any, devices: Devices) -> tuple[jax.Array, jax.Array]:
+    """Return the share of each microbatch in the batch, and that of its examples on this device.
 
-    The devices within one microbatch are weighted elsewhere, in the mean over the devices.
+    The weights `[K, B / K]` are those of this device; the batch is that of all devices.
     """
     if weights is None:
-        return jnp.full(count, 1 / count)
-    sums = devices.psum(jnp.sum(weights, axis=1, dtype=float))
+        return jnp.full(count, 1 / count), jnp.full(count, 1 / (count * devices.count))
+    own = jnp.sum(weights, axis=1, dtype=float)
+    sums = devices.psum(own)
     total = jnp.sum(sums)
-    return sums / jnp.where(total == 0, 1, total)
+    total = jnp.where(total == 0, 1, total)
+    return sums / total, own / total

@@ -79,9 +79,9 @@ def data_parallel(
         variant keeps are averaged too. Compute second derivatives inside a variant as `jax.jvp` of
         a gradient.
         Communication per step, for P parameters: one all-reduce of P per gradient, plus scalars.
-        That is 2P for `sam`, P for `sam` with `ascent="local"`, and one all-reduce of 2P for
-        `sampa`. `ascent` has no effect on `sampa` and `momentum_sam`: they climb what earlier steps
-        have already averaged.
+        That is 2P for `sam`, P for `sam` with `ascent="local"`, (K + 1)P for `msam` with K
+        microbatches, and one all-reduce of 2P for `sampa`. `ascent` has no effect on `sampa` and
+        `momentum_sam`: they climb what earlier steps have already averaged.
         `static_args`: all arguments.
     """
     axes = _axes("data_parallel", "axis_name", axis_name)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from samx.core.closures import batch_size
 from samx.core.hyperparams import REAL, as_array, as_count
@@ -163,8 +163,9 @@ def take(tree: Any, position: Any) -> Any:
 
     Notes:
         Under `jax.jit` with a sharded batch, no example moves between devices if `G` is a multiple
-        of the number of devices. With `G = 1`, the chosen examples are replicated, and every device
-        computes all of them. Cost: one copy of the chosen examples.
+        of the number of devices. Otherwise one all-reduce sends the chosen examples, and they are
+        sharded like the batch. On Auto axes this also works if the shards do not divide `G n`.
+        Cost: one copy of the chosen examples.
     """
     position = _as_position(position)
     num_groups, count = position.shape
@@ -172,6 +173,7 @@ def take(tree: Any, position: Any) -> Any:
 
     def rows(leaf, position):
         groups = leaf.reshape(num_groups, -1, *leaf.shape[1:])
+        position = _spread_like(groups, position)
         chosen = jax.vmap(lambda group, index: group[index])(groups, position)
         return chosen.reshape(num_groups * count, *leaf.shape[1:])
 
@@ -232,25 +234,41 @@ def put(values: Any, position: Any, size: int) -> jax.Array:
     return _on_auto_axes(scatter, size, values, position)
 
 
-def weights_of(position: jax.Array, weights: Any, fraction: float = 1.0) -> Any:
-    """Return the weights `[G n]` of the chosen examples, or `None` if the batch has no weights.
+def num_taken(batch: Any, num_groups: int, count: int) -> int:
+    """Return how many examples to take from each group, so that `count` of them can be used.
 
-    Padding counts in the size of a group, so the fixed number of chosen examples can be more than
-    `fraction` of the valid examples. In each group, only the first `fraction` of the valid examples
-    (at least one) keep their weights. The others get 0.
+    On an Explicit mesh, all shards of an array are equal. So there it is the next number that the
+    shards of the batch divide; `weights_of` gives the others weight 0. Otherwise every device would
+    compute all of them.
     """
+    _, _, num_shards = _shards_of(batch)
+    return count + -count % (num_shards // math.gcd(num_shards, num_groups))
+
+
+def weights_of(
+    position: jax.Array, weights: Any, fraction: float = 1.0, count: int | None = None
+) -> Any:
+    """Return the weights `[G n]` of the chosen examples, or `None` if all of them have weight 1.
+
+    Of the n examples of each group, only the first `count` keep their weights; the others get 0.
+    Padding counts in the size of a group, so this can be more than `fraction` of the valid
+    examples. In each group, only the first `fraction` of the valid examples (at least one) keep
+    their weights.
+    """
+    num_groups, num_positions = position.shape
+    count = num_positions if count is None else count
     if weights is None:
-        return None
-    num_groups, count = position.shape
+        is_used = jnp.tile(jnp.arange(num_positions) < count, num_groups)
+        return None if count == num_positions else is_used.astype(jnp.float32)
 
     def choose(weights, position):
         groups = weights.reshape(num_groups, -1)
         num_valid = jnp.sum(groups != 0, axis=1, keepdims=True)
-        num_kept = jnp.maximum(1, jnp.floor(fraction * num_valid + 1e-6))
+        num_kept = jnp.clip(jnp.floor(fraction * num_valid + 1e-6), 1, count)
         chosen = jnp.take_along_axis(groups, position, axis=1)
-        return jnp.where(jnp.arange(count)[None] < num_kept, chosen, 0).reshape(-1)
+        return jnp.where(jnp.arange(num_positions)[None] < num_kept, chosen, 0).reshape(-1)
 
-    return _on_auto_axes(choose, num_groups * count, weights, position)
+    return _on_auto_axes(choose, num_groups * num_positions, weights, position)
 
 
 def above_the_smallest(scores: jax.Array, weights: Any, num_groups: int) -> jax.Array:
@@ -304,18 +322,45 @@ def _count(name: str, num_selected: int, num_groups: int, size: int) -> int:
     return num_selected // num_groups
 
 
+def _spread_like(groups: jax.Array, position: jax.Array) -> jax.Array:
+    """Return positions `[G, n]` that the compiler spreads over the devices like the groups.
+
+    Under `jax.jit` on Auto axes, nothing shows while tracing how a batch is sharded. XLA would
+    replicate the positions, and so the examples that are taken with them, and all later work on
+    them. But XLA shards the result of an elementwise operation like its operands. The condition
+    here is never true, and XLA cannot know that.
+    """
+    if jnp.issubdtype(groups.dtype, jax.dtypes.prng_key):
+        groups = jax.random.key_data(groups)
+    if not groups.size:
+        return position
+    edge = groups[(..., *[0] * (groups.ndim - 2))].real[:, : position.shape[1]]
+    return jnp.where(edge < jax.lax.optimization_barrier(edge), 0, position)
+
+
 def _on_auto_axes(fn: Callable[..., Any], length: int, *args: Any) -> Any:
     """Return `fn(*args)`; on an Explicit mesh, the compiler chooses the shardings inside `fn`.
 
     On an Explicit mesh, JAX cannot infer the sharding of a gather across shards. The result has
     `length` rows. It is sharded like the first sharded argument if the shards divide `length`.
     """
-    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(args)]
-    spread = [sharding for sharding in shardings if any(sharding.spec)]
-    if not spread:
+    mesh, axes, num_shards = _shards_of(args)
+    if mesh is None:
         return fn(*args)
-    axes = spread[0].spec[0]
-    names = axes if isinstance(axes, tuple) else (axes,)
-    num_shards = math.prod(spread[0].mesh.shape[name] for name in names if name is not None)
     spec = PartitionSpec(axes if length % num_shards == 0 else None)
-    return jax.sharding.auto_axes(fn, out_sharding=spec)(*args)
+    sharding = NamedSharding(mesh, spec)  # names the mesh where `jax.set_mesh` does not
+    return jax.sharding.auto_axes(fn, out_sharding=sharding)(*args)
+
+
+def _shards_of(arrays: Any) -> tuple[Any, Any, int]:
+    """Return mesh, axes and number of shards of the rows, by the type of the first sharded array.
+
+    The types show them on Explicit axes only; otherwise the mesh is `None`, and the number 1.
+    """
+    shardings = (jax.typeof(x).sharding for x in jax.tree.leaves(arrays))
+    sharding = next((sharding for sharding in shardings if any(sharding.spec)), None)
+    if sharding is None:
+        return None, None, 1
+    axes = sharding.spec[0]
+    names = axes if isinstance(axes, tuple) else (axes,)
+    return sharding.mesh, axes, math.prod(sharding.mesh.shape[name] for name in names if name)

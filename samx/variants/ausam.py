@@ -25,7 +25,7 @@ from samx.core.hyperparams import (
 from samx.core.readings import Readings, no_readings
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
-from samx.selection.examples import put, sampled, take, weights_of
+from samx.selection.examples import num_taken, put, sampled, take, weights_of
 from samx.selection.sam_step import count_of, groups_here, sam_step
 from samx.selection.score_table import (
     nan_if_outside,
@@ -101,7 +101,7 @@ def ausam(
         low: Weight ≥ 0 of the lowest score of a batch; default 0.1.
         high: Weight ≥ 0 of the highest score of a batch after the ramp; default 0.5.
         num_groups: Number of contiguous groups of the batch, each with separate draws; default 1. A
-            multiple of the number of devices keeps every example on its device.
+            multiple of the number of devices keeps every example on its device. See `ksam`.
         key: Seed or random key of the draws, the same on all devices; default 0.
         aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `losses_fn`. The state
             then holds the aux of the pass at w over the drawn examples (for example BatchNorm
@@ -203,9 +203,9 @@ def ausam(
             return train(batch, weights, 2)
 
         def on_a_draw():
-            key = keys.of(state.key)
-            position = _draw(losses_fn, state, key, place, groups, groups * count, span, weights)
-            drawn = weights_of(position, weights, fraction)
+            key, taken = keys.of(state.key), groups * num_taken(batch, groups, count)
+            position = _draw(losses_fn, state, key, place, groups, taken, span, weights)
+            drawn = weights_of(position, weights, fraction, count)
             return train(take(batch, position), drawn, 2 * count / group_size, position)
 
         is_all = count == group_size

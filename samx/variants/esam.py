@@ -23,7 +23,7 @@ from samx.core.readings import FORWARD, Readings, no_readings, with_losses
 from samx.core.sharp import ascend, scores_at, sharp_gradient
 from samx.core.transformation import closure_transformation
 from samx.perturbations.leaves import random_leaves
-from samx.selection.examples import above_the_smallest, largest, take, weights_of
+from samx.selection.examples import above_the_smallest, largest, num_taken, take, weights_of
 from samx.selection.sam_step import count_of, groups_here, selected_loss
 from samx.variants._ball import ball_of
 
@@ -77,7 +77,8 @@ def esam(
             depend on each other (batch normalization). "whole" saves a forward pass, but its
             backward pass covers the whole batch: it is cheaper for γ above 2/3.
         num_groups: Number of contiguous groups of the batch, each with a separate selection;
-            default 1. A multiple of the number of devices keeps every example on its device.
+            default 1. A multiple of the number of devices keeps every example on its device. See
+            `ksam`.
         key: Seed or random key of the draws of tensors, the same on all devices; default 0.
         perturbation: Replaces the ball and `rho`. The authors' adaptive form is
             `metric_ball(rho, magnitude(0.0))` on all leaves.
@@ -141,7 +142,8 @@ def esam(
         value_fn, g, keywords = seen["value_fn"], seen["grad"], extra | seen
         eps, g_a, ball_state = ascend(value_fn, ball, g, state.perturbation, params, **keywords)
 
-        choose = partial(choose_sharpest, before.examples, weights, groups, count)
+        taken = num_taken(batch, groups, count)
+        choose = partial(choose_sharpest, before.examples, weights, groups, count, taken)
         score = partial(scores_at, losses_fn, params, eps, batch, perturb_dtype)
         sharp_fn, after = value_fn, None
         if count < size:
@@ -168,12 +170,13 @@ def _choose_sharpest(
     weights: Any,
     num_groups: int,
     count: int,
+    taken: int,
     after: jax.Array,
 ) -> tuple[jax.Array, Any]:
     """Return positions and weights of the examples whose losses the perturbation raises most."""
     increase = after - before
-    position = largest(increase, num_groups * count, num_groups=num_groups, weights=weights)
-    chosen = weights_of(position, weights, fraction)
+    position = largest(increase, num_groups * taken, num_groups=num_groups, weights=weights)
+    chosen = weights_of(position, weights, fraction, count)
     if select == "strict":
         chosen = above_the_smallest(take(increase, position), chosen, num_groups)
     return position, chosen

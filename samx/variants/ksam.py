@@ -16,7 +16,7 @@ from samx.core.closures import mean_over_batch
 from samx.core.hyperparams import Default
 from samx.core.readings import FORWARD, Readings, no_readings, with_loss
 from samx.core.transformation import closure_transformation
-from samx.selection.examples import largest, take, weights_of
+from samx.selection.examples import largest, num_taken, take, weights_of
 from samx.selection.sam_step import as_groups, groups_here, sam_step
 from samx.variants._ball import ball_of
 
@@ -59,7 +59,8 @@ def ksam(
             one gradient per step.
         num_groups: Number of contiguous groups of the batch, from each of which equally many are
             chosen; default 1. A multiple of the number of devices keeps every example on its
-            device.
+            device. Otherwise `jax.jit` sends the chosen examples of a sharded batch around, so that
+            every device computes its share of them.
         perturbation: Replaces the ball and `rho`.
         perturb_dtype: See `sharpness_aware`.
 
@@ -94,7 +95,10 @@ def ksam(
         labels alike. Batch normalization sees the chosen examples only: keep the statistics of your
         own pass, which XLA merges with the pass that scores.
         `num_selected` and `num_groups` are those of the whole batch: under `jax.jit`, `jax.pmap`
-        and `jax.shard_map` the same call takes the same step. With `ascent="local"` each device
+        and `jax.shard_map` the same call takes the same step. `jax.pmap` and `jax.shard_map` need
+        at least one group per device. On Explicit axes, where the shards do not divide
+        `num_selected`, the next examples fill them up with weight 0: they count for nothing, but
+        batch normalization sees them. With `ascent="local"` each device
         climbs the mean of its own chosen examples.
         Fidelity: **reconstructed** from the abstract, that both gradients use the top k examples by
         loss; that the second uses those of the first is inferred. Matches an independent
@@ -114,8 +118,9 @@ def ksam(
         losses = losses_fn.scores(params, batch)
         loss = mean_over_batch(losses_fn, losses, weights)
         if count < size:
-            position = largest(losses, groups * count, num_groups=groups, weights=weights)
-            batch, weights = take(batch, position), weights_of(position, weights)
+            taken = groups * num_taken(batch, groups, count)
+            position = largest(losses, taken, num_groups=groups, weights=weights)
+            batch, weights = take(batch, position), weights_of(position, weights, count=count)
         cost = FORWARD + 2 * count / size
         step = sam_on(losses_fn, batch, weights, params, state, extra, gradients=cost)
         readings = with_loss(step.readings, loss)

@@ -14,7 +14,7 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, ScalarOrSchedule, Transformation
-from samx.core.closures import Closure, evaluate
+from samx.core.closures import Closure
 from samx.core.hyperparams import (
     at_step,
     check_choice,
@@ -25,6 +25,7 @@ from samx.core.hyperparams import (
 )
 from samx.core.readings import UNKNOWN, Readings, no_readings
 from samx.core.sharp import ascend, sharp_gradient
+from samx.core.slopes import values_and_slopes
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.perturbations.balls import metric_ball
 
@@ -130,7 +131,11 @@ def lets(
         leaves ρ unchanged. If the loss does not depend on ρ through `base`, as after a sign, ρ
         stays.
         Cost: 6 gradients per step, "diag_sq" 4: g, g_s, its derivative along v, which takes as many
-        products as two, and both losses at w'. State: that of `base`, and numbers. `validation_fn`
+        products as two, and both losses at w'. These losses and their slopes along dw'/dρ take one
+        forward pass with as many products as two gradients. Devices then exchange numbers only, so
+        they send 3 gradients per step, "diag_sq" 2. A loss with a custom VJP has no forward
+        derivative: there two gradients take the place of that pass, which are sent too under
+        `jax.jit` with a sharded batch. State: that of `base`, and numbers. `validation_fn`
         is evaluated once per step; do not collect statistics of normalization in it. Inside
         `data_parallel` its mean over the devices has equal shares. `static_args`: `base`, `rho`,
         `hessian`, `bounds`.
@@ -204,11 +209,10 @@ def _hypergradient(
     value_fn: Closure, validation_fn: Closure, after: Any, moved: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Return the gap L_V - L at the new parameters, and dF/dρ; `moved` is their derivative by ρ."""
-    train, _ = evaluate(value_fn, after)
-    held_out, _ = evaluate(validation_fn, after)
-    gap = tree.widen(held_out["value"]) - tree.widen(train["value"])
-    slope = tree.subtract(held_out["grad"], train["grad"])
-    return gap, gap * tree.dot(slope, _without_nans(moved, slope))
+    moved = _without_nans(moved, after)
+    held_out, train = values_and_slopes((validation_fn, value_fn), after, moved)
+    gap = held_out[0] - train[0]
+    return gap, gap * (held_out[1] - train[1])
 
 
 def _finite_or_zero(x: jax.Array) -> jax.Array:

@@ -13,13 +13,19 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
-from samx.core.closures import batch_size
+from samx.core.closures import (
+    LossesClosure,
+    as_update_keywords,
+    batch_size,
+    local_value_and_grad,
+    mean_loss,
+)
 from samx.core.hyperparams import Default, as_count, check_choice
-from samx.core.microbatches import Means, means_over
-from samx.core.readings import Readings, extra_gradients, no_readings
+from samx.core.microbatches import Parts, sums_over
+from samx.core.readings import Readings, extra_gradients, no_readings, take_readings
+from samx.core.sharp import ascend, perturbed, value_and_grad_at
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
-from samx.selection.sam_step import sam_step
 from samx.variants._ball import ball_of
 
 
@@ -103,8 +109,10 @@ def msam(
         perturbation with a state starts on each microbatch from the same state, and then advances
         its state with the whole batch.
         Inside `data_parallel`, K counts within each device. With `ascent="local"`, D devices have
-        D·K microbatches. The gradients of each microbatch are averaged over the devices separately:
-        2K all-reduces of the parameters, K with local ascent.
+        D·K microbatches. The devices send K ascent gradients, and once the sum of their sharp
+        gradients: K + 1 all-reduces of the parameters. With local ascent it is 1, and 2 if the
+        perturbation has a state. `all_readings` adds K. Under `jax.jit` with a sharded batch, XLA
+        averages each gradient separately: 2K.
         Cost: 2 gradients per step, in K pieces each. "scan" holds one sum of gradients and the
         activations of one microbatch; small microbatches use a device less well. "vmap" holds K
         copies of the perturbed parameters, K gradients, and the activations of the whole batch.
@@ -115,23 +123,23 @@ def msam(
     num_microbatches = as_count("num_microbatches", num_microbatches)
     check_choice("how", how, ("scan", "vmap"))
     ball = ball_of("msam", rho, perturbation)
-    sam_on = partial(sam_step, gradients=2, perturbation=ball, perturb_dtype=perturb_dtype)
+    step_on = partial(_step_on, ball, perturb_dtype)
 
     def init_fn(params):
         return MSAMState(ball.init(params), first_aux(aux_like), no_readings(params))
 
     def update_fn(_, state, params, *, losses_fn, batch, weights=None, **extra):
         _check_divides(num_microbatches, batch_size("msam", batch))
-
-        def step_on(batch, weights):
-            step = sam_on(losses_fn, batch, weights, params, state, extra)
-            return Means((step.updates, step.gradient), step.readings, step.aux)
-
+        devices = losses_fn.evaluation.devices
+        step = partial(step_on, losses_fn, state, params, extra)
         zeros = optax.tree.zeros_like(jax.tree.map(tree.widen, params))
-        both, readings, aux = means_over(
-            *(step_on, num_microbatches, how, losses_fn, batch, weights), zeros=(zeros, zeros)
+        parts = devices.pcast(zeros)
+        both, readings, aux = sums_over(
+            *(step, num_microbatches, how, devices, batch, weights),
+            zeros=(parts, parts if devices.local_axes else zeros),
         )
         g_s, g = (tree.cast_like(gradient, params) for gradient in both)
+        g_s, g = devices.sum(g_s), devices.sum(g) if devices.local_axes else g
         _, ball_state = ball.update(g, state.perturbation, params, **extra)
         spent = state.readings.gradients_spent + 2 + extra_gradients(ball_state)
         readings = readings._replace(is_sharp=jnp.ones((), bool), gradients_spent=spent)
@@ -139,6 +147,39 @@ def msam(
         return g_s, MSAMState(ball_state, aux, readings)
 
     return closure_transformation(init_fn, update_fn, name="msam")
+
+
+def _step_on(
+    ball: optax.GradientTransformationExtraArgs,
+    perturb_dtype: DType,
+    losses_fn: LossesClosure,
+    state: MSAMState,
+    params: Any,
+    extra: dict[str, Any],
+    batch: Any,
+    weights: Any,
+) -> Parts:
+    """Take both gradients of one microbatch. Only the ascent gradient is averaged over devices.
+
+    The sharp gradient is this device's part. So is the gradient at w, if devices climb separately.
+    """
+    value_fn, devices = mean_loss(losses_fn, batch, weights), losses_fn.evaluation.devices
+    (loss, aux), own_g = local_value_and_grad(value_fn, params)
+    seen = as_update_keywords(value_fn, loss, own_g, params)
+    g, keywords = seen["grad"], extra | seen
+    eps, g_a, _ = ascend(seen["value_fn"], ball, g, state.perturbation, params, **keywords)
+    (sharp_loss, _), own_g_s = value_and_grad_at(
+        value_fn.alone(), devices.pcast(params), eps, has_aux=True, perturb_dtype=perturb_dtype
+    )
+    part = devices.part_of_mean_grad(own_g_s, weights)
+    if devices.local_axes:
+        g = tree.keep_floating(devices.part_of_mean_grad(tree.conj(own_g), weights), params)
+    point = partial(perturbed, params, eps, perturb_dtype)
+    g_s = devices.sum(part)  # for readings on request; otherwise XLA drops it
+    readings = take_readings(
+        *(state.readings, loss, sharp_loss, g_a, g_s, params, point), gradients=2, ball=None
+    )
+    return Parts((part, g), readings, devices.mean(aux, devices.share(weights)))
 
 
 def _check_divides(num_microbatches: int, size: int) -> None:

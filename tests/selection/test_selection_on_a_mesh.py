@@ -1,13 +1,17 @@
 """Positions in a batch that is spread over devices, and what is sent for them."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import problem
 import pytest
 import regimes
-from jax.sharding import AxisType
+from costs import flops, wide_problem
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import samx
@@ -63,6 +67,93 @@ def test_few_examples_on_many_devices_are_not_spread():
         chosen = jax.jit(lambda x: take(x, largest(x, 3)))(x)
     assert chosen.tolist() == [15.0, 14.0, 13.0]
     assert jax.typeof(chosen).sharding.spec == P(None)
+
+
+CHOOSING = {  # by default, and where 8 devices do not divide the chosen, after AUSAM's warm-up
+    "ksam": samx.ksam,
+    "esam": samx.esam,
+    "ausam": samx.ausam,
+    "ksam, odd": lambda: samx.ksam(0.1, 1001),
+    "esam, odd": lambda: samx.esam(selected_fraction=0.45),
+    "ausam, odd": lambda: samx.ausam(fraction=0.45, warmup_steps=0),
+}
+
+
+def losses_fn(params, batch):
+    hidden = jax.nn.relu(jax.nn.relu(batch["x"] @ params["W1"]) @ params["W2"])
+    return jnp.square(hidden @ params["W3"]).sum(1)
+
+
+def sam_with_gradient(_, state, params, *, losses_fn, batch, **extra):
+    def value_fn(params):
+        return losses_fn(params, batch).mean()
+
+    return samx.sam().update(jax.grad(value_fn)(params), state, params, value_fn=value_fn)
+
+
+SAM = optax.GradientTransformationExtraArgs(samx.sam().init, sam_with_gradient)
+
+
+@functools.cache
+def flops_of(name, regime):
+    """Flops of a step on one of 8 devices, or on one device alone; no mesh is set."""
+    tx = SAM if name == "sam" else CHOOSING[name]()
+    params, batch = wide_problem()
+    batch = jax.tree.map(lambda x: jnp.concatenate([x] * 8), batch)
+    axis_type = AxisType.Explicit if regime == "explicit" else AxisType.Auto
+    mesh = regimes.mesh_of(axis_type=axis_type)
+    specs = (P(), P(), P("data"))
+    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    args = (params, tx.init(params), batch)
+    if regime in ("auto", "explicit"):
+        args = tuple(regimes.place(arg, mesh, spec) for arg, spec in zip(args, specs, strict=True))
+
+    def step(params, state, batch):
+        index = jnp.arange(len(batch["y"]))
+        return tx.update(params, state, params, losses_fn=losses_fn, batch=batch, index=index)
+
+    keywords = {"in_shardings": shardings} if regime == "in_shardings" else {}
+    return flops(jax.jit(step, **keywords).lower(*args).compile())
+
+
+@pytest.mark.parametrize(
+    ("name", "regime"),
+    [
+        *((name, regime) for name in CHOOSING for regime in ("auto", "explicit")),
+        ("ksam", "in_shardings"),
+    ],
+)
+def test_a_device_computes_at_most_its_share_of_sam(name, regime, monkeypatch):
+    """The chosen examples, and so the work on them, are spread over the devices by default."""
+    if name.startswith("ausam,"):
+        monkeypatch.setattr(jax.lax, "cond", lambda _, *sides: sides[1]())
+    found = flops_of(name, regime)
+    assert found <= 1.002 * flops_of("sam", regime)  # AUSAM's table, beside its warm-up
+    assert found == pytest.approx(flops_of(name, "alone") / 8, rel=0.05)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", ["ksam", "esam", "ausam"])
+def test_examples_that_fill_up_the_shards_count_for_nothing(name, axis_type, float64):
+    """5 of 16 examples on 8 devices, without a mesh that is set, are those of one device."""
+    tx = {
+        "ksam": samx.ksam(0.1, 5),
+        "esam": samx.esam(0.1, 1.0, 0.35, select="strict"),
+        "ausam": samx.ausam(0.1, 0.35, 64, warmup_steps=0),
+    }[name]
+    batch, params = problem.batch_at(*problem.make()[:1], 0), problem.make()[1]
+    mesh = regimes.mesh_of(axis_type=axis_type)
+
+    def step(params, batch, weights):
+        closures = {"losses_fn": problem.losses_fn, "batch": batch, "index": jnp.arange(16)}
+        return tx.update(params, tx.init(params), params, weights=weights, **closures)
+
+    for weights in (None, jnp.ones(16).at[3:5].set(0)):
+        expected = jax.jit(step)(params, batch, weights)
+        args = regimes.place((batch, weights), mesh, P("data"))
+        found = jax.jit(step)(regimes.place(params, mesh, P()), *args)
+        found, expected = (problem.as_numbers(x) for x in (found, expected))
+        chex.assert_trees_all_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_integer_weights_are_not_rounded_on_three_devices(float64):

@@ -156,3 +156,40 @@ def test_a_validation_loss_that_is_no_number_leaves_the_radius_alone():
     _, state = update_of(tx, value_fn, lambda p: jnp.nan * value_fn(p))(params, tx.init(params))
     assert float(state.rho) == 0.05
     assert np.isnan(state.hypergradient)
+
+
+@jax.custom_vjp
+def unchanged(loss):
+    return loss
+
+
+unchanged.defvjp(lambda loss: (loss, None), lambda _, cotangent: (cotangent,))
+
+
+def in_a_loop(loss):
+    return jax.lax.scan(lambda total, x: (total + unchanged(x), None), 0.0, loss[None])[0]
+
+
+@pytest.mark.parametrize("hessian", ["exact", "diag_sq"])
+def test_a_loss_with_a_custom_vjp_has_the_same_hypergradient(hessian):
+    """It has no forward derivative; so the slopes come from gradients. Integers have none."""
+    params, *losses = first_batches()
+    params |= {"count": jnp.int32(3)}
+    base = optax.masked(optax.sgd(0.1, momentum=0.9), lambda tree: {k: k != "count" for k in tree})
+    tx, found = samx.lets(base, 0.2, 50.0, hessian=hessian), []
+    for wraps in ((None, None), (unchanged, None), (None, unchanged), (in_a_loop, unchanged)):
+        value_fn, validation_fn = (
+            (lambda p, fn=fn, wrap=wrap: wrap(fn(p))) if wrap else fn
+            for fn, wrap in zip(losses, wraps, strict=True)
+        )
+
+        @jax.jit
+        def update(params, state, value_fn=value_fn, validation_fn=validation_fn):
+            g = jax.grad(value_fn, allow_int=True)(params)
+            closures = {"value_fn": value_fn, "validation_fn": validation_fn}
+            return tx.update(g, state, params, **closures)[1]
+
+        state = update(params, tx.init(params))
+        found.append([float(x) for x in (state.gap, state.hypergradient, state.rho)])
+    assert abs(found[0][1]) > 1e-4
+    np.testing.assert_allclose(found[1:], found[:1] * 3, rtol=1e-12)
