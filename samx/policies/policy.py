@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import check_function
 
 
@@ -76,5 +77,5 @@ def branch(
     def plain():
         return skip(), decided
 
-    result, new_state = jax.lax.cond(is_sharp, sharp, plain)
+    result, new_state = fast_convolutions(jax.lax.cond)(is_sharp, sharp, plain)
     return is_sharp, result, new_state
