@@ -84,20 +84,15 @@ def fast_convolutions(fn: Callable[P, T]) -> Callable[P, T]:
     return with_fast_convolutions
 
 
-def _rewrite(value: Any, seen: dict[core.Jaxpr, core.Jaxpr]) -> Any:
-    """Rewrite a jaxpr, or the jaxprs in a parameter of an equation; return the same if it can.
+def _rewrite(value: Any, seen: dict[Any, Any]) -> Any:
+    """Rewrite a jaxpr, or the jaxprs in a parameter of an equation; return the rest as it is.
 
-    Everything but the convolutions stays as it was traced: derivatives, effects, shardings. `seen`
-    holds the jaxprs done so far, so that equations that share one still share it.
+    `seen` holds the jaxprs done so far, so that equations that share one still share it.
     """
-    if isinstance(value, core.Jaxpr):
+    if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
         if value not in seen:
-            eqns = [_rewrite_equation(eqn, seen) for eqn in value.eqns]
-            seen[value] = value.replace(eqns=eqns) if _differs(eqns, value.eqns) else value
+            seen[value] = _rewrite_jaxpr(value, seen)
         return seen[value]
-    if isinstance(value, core.ClosedJaxpr):  # since jax 0.12 a Jaxpr
-        jaxpr = _rewrite(value.jaxpr, seen)
-        return value if jaxpr is value.jaxpr else value.replace(jaxpr=jaxpr)
     if isinstance(value, tuple | list):
         parts = [_rewrite(part, seen) for part in value]
         if _differs(parts, value):
@@ -105,11 +100,19 @@ def _rewrite(value: Any, seen: dict[core.Jaxpr, core.Jaxpr]) -> Any:
     return value
 
 
+def _rewrite_jaxpr(jaxpr: Any, seen: dict[Any, Any]) -> Any:
+    if isinstance(jaxpr, core.Jaxpr):  # since jax 0.12, a ClosedJaxpr is one too
+        eqns = [_rewrite_equation(eqn, seen) for eqn in jaxpr.eqns]
+        return jaxpr.replace(eqns=eqns) if _differs(eqns, jaxpr.eqns) else jaxpr
+    inner = _rewrite(jaxpr.jaxpr, seen)
+    return jaxpr if inner is jaxpr.jaxpr else jaxpr.replace(jaxpr=inner)
+
+
 def _differs(new: Any, old: Any) -> bool:
     return any(a is not b for a, b in zip(new, old, strict=True))
 
 
-def _rewrite_equation(eqn: core.JaxprEqn, seen: dict[core.Jaxpr, core.Jaxpr]) -> core.JaxprEqn:
+def _rewrite_equation(eqn: core.JaxprEqn, seen: dict[Any, Any]) -> core.JaxprEqn:
     if eqn.primitive is primitives.conv_general_dilated_p:
         return _rewrite_convolution(eqn)
     if eqn.primitive.name == "shard_map":
