@@ -9,8 +9,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 from jax.core import eval_jaxpr
-from jax.extend import core
-from jax.extend.core import primitives
 from jax.lax import ConvDimensionNumbers
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -89,7 +87,7 @@ def _rewrite(value: Any, seen: dict[Any, Any]) -> Any:
 
     `seen` holds the jaxprs done so far, so that equations that share one still share it.
     """
-    if isinstance(value, core.Jaxpr | core.ClosedJaxpr):
+    if hasattr(value, "eqns"):  # a Jaxpr or a ClosedJaxpr
         if value not in seen:
             seen[value] = _rewrite_jaxpr(value, seen)
         return seen[value]
@@ -101,7 +99,7 @@ def _rewrite(value: Any, seen: dict[Any, Any]) -> Any:
 
 
 def _rewrite_jaxpr(jaxpr: Any, seen: dict[Any, Any]) -> Any:
-    if isinstance(jaxpr, core.Jaxpr):  # since jax 0.12, a ClosedJaxpr is one too
+    if getattr(jaxpr, "jaxpr", jaxpr) is jaxpr:  # no ClosedJaxpr; since jax 0.12 none is
         eqns = [_rewrite_equation(eqn, seen) for eqn in jaxpr.eqns]
         return jaxpr.replace(eqns=eqns) if _differs(eqns, jaxpr.eqns) else jaxpr
     inner = _rewrite(jaxpr.jaxpr, seen)
@@ -112,19 +110,19 @@ def _differs(new: Any, old: Any) -> bool:
     return any(a is not b for a, b in zip(new, old, strict=True))
 
 
-def _rewrite_equation(eqn: core.JaxprEqn, seen: dict[Any, Any]) -> core.JaxprEqn:
-    if eqn.primitive is primitives.conv_general_dilated_p:
+def _rewrite_equation(eqn: Any, seen: dict[Any, Any]) -> Any:
+    if eqn.primitive.name == "conv_general_dilated":
         return _rewrite_convolution(eqn)
     if eqn.primitive.name == "shard_map":
         return _rewrite_shard_map(eqn)
-    if eqn.params.get("name") == "fast_convolution":  # one that is rewritten already
+    if eqn.params.get("name") == "samx_fast_convolution":  # one that is rewritten already
         return eqn
     params = {name: _rewrite(value, seen) for name, value in eqn.params.items()}
     is_same = not _differs(params.values(), eqn.params.values())
     return eqn if is_same else eqn.replace(params=params)
 
 
-def _rewrite_shard_map(eqn: core.JaxprEqn) -> core.JaxprEqn:
+def _rewrite_shard_map(eqn: Any) -> Any:
     """Rewrite a mapped function where its axes are mapped: only there are the types of its arrays.
 
     Outside, a convolution would lose the axes along which its result varies.
@@ -143,13 +141,13 @@ def _rewrite_shard_map(eqn: core.JaxprEqn) -> core.JaxprEqn:
     return eqn.replace(params=params | {"jaxpr": call.params["jaxpr"]})
 
 
-def _trace(fn: Callable[..., Any], eqn: core.JaxprEqn) -> list[core.JaxprEqn]:
+def _trace(fn: Callable[..., Any], eqn: Any) -> list[Any]:
     """Return the equations of `fn` on arguments like those of `eqn`, with its mesh and settings."""
     with eqn.ctx.manager:
         return jax.make_jaxpr(fn)(*(var.aval for var in eqn.invars)).eqns
 
 
-def _rewrite_convolution(eqn: core.JaxprEqn) -> core.JaxprEqn:
+def _rewrite_convolution(eqn: Any) -> Any:
     """Return an equation that calls the same convolution, on the CPU in the fast layout.
 
     The fast layout is [batch, *space, features] for images, and [*space, features in, features out]
@@ -184,9 +182,9 @@ def _rewrite_convolution(eqn: core.JaxprEqn) -> core.JaxprEqn:
         return eqn.primitive.bind(x, w, **eqn.params)
 
     @jax.jit
-    def fast_convolution(x, w):
+    def samx_fast_convolution(x, w):
         return jax.lax.platform_dependent(x, w, cpu=fast, default=unchanged)
 
-    (call,) = _trace(fast_convolution, eqn)
+    (call,) = _trace(samx_fast_convolution, eqn)
     is_same = call.outvars[0].aval == eqn.outvars[0].aval  # not where a setting of JAX has changed
     return eqn.replace(primitive=call.primitive, params=call.params) if is_same else eqn
