@@ -304,18 +304,35 @@ def test_transformations():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), expected, got)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", ["Auto", "Explicit", "auto_axes"])
 def test_shardings(kind):
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
-    x, w = (jax.device_put(x, NamedSharding(mesh, s)) for x, s in [(X, P("data")), (W, P())])
+    """The batch, sharded, is the third axis of the images. Inside `auto_axes` the mesh is Auto."""
+    axis_type = AxisType.Auto if kind == "Auto" else AxisType.Explicit
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
+    specs = {"x": P(None, None, "data"), "w": P()}
+    arrays = {"x": jnp.moveaxis(X, 0, 2), "w": W}
+    arrays = {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in arrays.items()}
+
+    def loss(w, x):
+        numbers = ("HWNC", "HWIO", "HWNC")
+        y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers)
+        return jnp.sum(y**2) / 2
+
+    grads = jax.grad(loss, argnums=(0, 1))
+    if kind == "auto_axes":
+        grads = jax.sharding.auto_axes(grads, out_sharding=(specs["w"], specs["x"]))
 
     def fn(w, x):
-        return jax.lax.cond(True, jax.grad(loss, argnums=(0, 1)), lambda w, x: (w, x), w, x)
+        return jax.lax.cond(True, grads, lambda w, x: (w, x), w, x)
 
-    before, after = (jax.jit(f).lower(w, x).compile() for f in (fn, fast_convolutions(fn)))
+    with jax.set_mesh(mesh):
+        lowered = [jax.jit(f).lower(**arrays) for f in (fn, fast_convolutions(fn))]
+        before, after = (f.compile() for f in lowered)
+        outputs = zip(before(**arrays), after(**arrays), strict=True)
+    assert set(layouts(lowered[1])) == {FAST}
     collectives = [re.findall(r"(all-\w+|collective-\w+)\(", f.as_text()) for f in (before, after)]
     assert collectives[0] == collectives[1]
-    for expected, got in zip(before(w, x), after(w, x), strict=True):
+    for expected, got in outputs:
         assert jax.typeof(got) == jax.typeof(expected)
         assert got.sharding.is_equivalent_to(expected.sharding, got.ndim)
         np.testing.assert_array_equal(got, expected)
