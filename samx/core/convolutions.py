@@ -5,18 +5,17 @@ Public as `samx.fast_convolutions`.
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import jax
 from jax.core import eval_jaxpr
 from jax.lax import ConvDimensionNumbers
 from jax.sharding import NamedSharding, PartitionSpec
 
-P = ParamSpec("P")
-T = TypeVar("T")
+from samx.core.hyperparams import check_function
 
 
-def fast_convolutions(fn: Callable[P, T]) -> Callable[P, T]:
+def fast_convolutions(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Let convolutions inside branches and loops run at full speed on the CPU.
 
         fast_convolutions(fn)(...) = fn(...), where on the CPU every convolution is
@@ -29,7 +28,7 @@ def fast_convolutions(fn: Callable[P, T]) -> Callable[P, T]:
     for your own loops, such as a `scan` over training steps.
 
     Args:
-        fn: Any function of arrays that JAX can trace. `jax.lax.scan` and its relatives may be
+        fn: Any function that `jax.jit` could trace. `jax.lax.scan` and its relatives may be
             passed themselves: `fast_convolutions(jax.lax.scan)(body, carry, batches)`.
 
     Returns:
@@ -38,7 +37,7 @@ def fast_convolutions(fn: Callable[P, T]) -> Callable[P, T]:
         collectives, shardings, custom derivatives, nested branches and loops.
 
     Raises:
-        TypeError: When the function is called, if `fn` returns what JAX cannot trace.
+        TypeError: If `fn` is not a function.
 
     Example:
         Several training steps in one loop:
@@ -69,15 +68,23 @@ def fast_convolutions(fn: Callable[P, T]) -> Callable[P, T]:
         other devices, programs stay as they were. Under `jax.disable_jit`, `fn` is called as it is.
         Cost: `fn` is traced as before; a function with convolutions is then traced a second time.
     """
+    check_function("fn", fn)
 
     @functools.wraps(fn)
-    def with_fast_convolutions(*args: P.args, **kwargs: P.kwargs) -> T:
+    def with_fast_convolutions(*args: Any, **kwargs: Any) -> Any:
         if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue]
             return fn(*args, **kwargs)
-        traced, shapes = jax.make_jaxpr(lambda: fn(*args, **kwargs), return_shape=True)()
-        rewritten = _rewrite(traced, {})
-        leaves = eval_jaxpr(rewritten.jaxpr, rewritten.consts)
-        return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        others, structure = [], None
+
+        def arrays():
+            nonlocal others, structure
+            leaves, structure = jax.tree.flatten(fn(*args, **kwargs))
+            others = [None if isinstance(x, jax.Array) else x for x in leaves]
+            return [x for x in leaves if isinstance(x, jax.Array)]
+
+        jaxpr = _rewrite(jax.make_jaxpr(arrays)(), {})
+        results = iter(eval_jaxpr(jaxpr.jaxpr, jaxpr.consts))
+        return jax.tree.unflatten(structure, [next(results) if x is None else x for x in others])
 
     return with_fast_convolutions
 

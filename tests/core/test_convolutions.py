@@ -243,11 +243,18 @@ def test_a_program_without_convolutions_is_traced_once_and_stays_as_it_is():
 
     def fn(w):
         traces.append(w)
-        return jax.lax.cond(True, lambda: jax.lax.map(jax.nn.relu, w), lambda: w), 1.0, None
+        return jax.lax.cond(True, lambda: jax.lax.map(jax.nn.relu, w), lambda: w), None
 
     expected = jax.make_jaxpr(fn)(W)
     assert str(jax.make_jaxpr(fast_convolutions(fn))(W)) == str(expected)
     assert len(traces) == 2
+
+
+def test_results_that_are_no_arrays_stay_as_they_are():
+    result = fast_convolutions(lambda w, name: {"w": w, "name": name, "size": w.size})(W, name="x")
+    assert (result["name"], result["size"]) == ("x", W.size)
+    with pytest.raises(TypeError, match="`fn` must be a function, got 3"):
+        fast_convolutions(3)
 
 
 def test_what_is_shared_stays_shared():
