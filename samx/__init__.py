@@ -27,6 +27,7 @@ from samx import (
     selection,
 )
 from samx.catalog import catalog
+from samx.core.convolutions import fast_convolutions
 from samx.core.readings import Readings
 from samx.core.sharp import is_sharp_pass, value_and_grad_at
 from samx.core.state import HeldBatch
@@ -135,6 +136,7 @@ __all__ = [
     "all_readings",
     "axis_mean",
     "data_parallel",
+    "fast_convolutions",
     "freeze",
     "preflight",
     "state_specs",

@@ -104,6 +104,7 @@ GOOD = {
     "following.learning_rate": optax.cosine_decay_schedule(0.1, 10),
     "axis_mean.tree": PARAMS,
     "take.tree": BATCH,
+    "fast_convolutions.fn": jnp.sin,
     "num_exchanges": 3,
     "seconds_per_step": [1.0, 2.0],
     "order": [0, 1, 0],

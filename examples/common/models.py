@@ -25,7 +25,6 @@ class Model(NamedTuple):
     shape: tuple[int, ...]
     batch: int
     narrow: Callable[[nnx.Rngs], nnx.Module] | None = None
-    has_convolutions: bool = False
 
 
 def dense(rngs: nnx.Rngs, width: int = 1024) -> nnx.Module:
@@ -74,7 +73,7 @@ narrow = functools.partial(functools.partial, width=4)
 
 MODELS = {
     "dense": Model(dense, (784,), BATCHES["dense"], narrow(dense)),
-    "conv": Model(conv, (32, 32, 3), BATCHES["conv"], narrow(conv), has_convolutions=True),
+    "conv": Model(conv, (32, 32, 3), BATCHES["conv"], narrow(conv)),
     # 64 patches of 4 x 4 pixels
     "transformer": Model(transformer, (64, 48), BATCHES["transformer"], narrow(transformer)),
 }

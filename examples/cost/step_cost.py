@@ -3,7 +3,6 @@
     python examples/cost/step_cost.py                        # every variant, three models
     python examples/cost/step_cost.py --variants sam sampa --models dense --repeats 5
     python examples/cost/step_cost.py --variants sam sampa --batch 1 4 16 64 256
-    python examples/cost/step_cost.py --variants all --models conv   # on the CPU: takes hours
 
 Every row of the table is one jitted training step with SGD and momentum. All rows are compared with
 the plain step, which has no perturbation. In each round every row is timed once, in random order.
@@ -25,9 +24,8 @@ Two more rows show what SAM costs without samx: written by hand, and with optax.
 script prints a table for each model and batch size. It writes results.json and step_cost.png to
 --out.
 
-Without --variants every variant is measured. On two CPU cores this takes about a quarter of an
-hour. On the CPU the conv net then leaves out the variants with branches, because XLA runs
-convolutions inside a branch up to a hundred times slower.
+Without --variants every variant is measured. On two CPU cores this takes about half an
+hour; the conv net alone took 24 minutes on two cores that also did other work.
 
 Several batch sizes show at which size a step fills the machine. Below that size, SAMPa's two
 gradients in one vmapped call can take about as long as one gradient. With several sizes the script
@@ -49,15 +47,11 @@ from examples.common import arguments, choices
 REPEATS = 7
 
 
-def every_variant() -> list[str]:
-    return [name for name in choices.VARIANTS if name != "base"]
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = arguments.new_parser((__doc__ or "").splitlines()[0])
-    names = every_variant()
-    text = "; default: all, but on the CPU the conv net leaves out variants with branches"
-    arguments.add_names(parser, "--variants", [*names, "all"], text, nargs="+")
+    variants = [name for name in choices.VARIANTS if name != "base"]
+    names = [*variants, "all"]
+    arguments.add_names(parser, "--variants", names, "; default: all", nargs="+", default=["all"])
     models = [*choices.BATCHES]
     arguments.add_names(parser, "--models", models, "; default: all", nargs="+", default=models)
     text = f"rounds (default {REPEATS})"
@@ -72,8 +66,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     arguments.add_out(parser, "step_cost")
     args = parser.parse_args(argv)
-    if "all" in (args.variants or []):
-        args.variants = names
+    if "all" in args.variants:
+        args.variants = variants
     arguments.check_range(parser, args, "repeats", "batch")
     return args
 
@@ -346,23 +340,18 @@ def time_in_rounds(runners: dict[str, Runner], repeats: int, title: str) -> dict
 
 
 def measure(
-    model: str, size: int, variants: list[str] | None, repeats: int, counts: dict[str, dict]
+    model: str, size: int, variants: list[str], repeats: int, counts: dict[str, dict]
 ) -> dict:
     """Compile every row of one model at one batch size, then time them all in `repeats` rounds.
 
-    `counts` comes from `count_passes`. If `variants` is `None`, measure all variants that run at a
-    reasonable speed on this device.
+    `counts` comes from `count_passes`.
     """
-    forks, left_out = Forks(), []
-    rows, params, batches = make_rows(MODELS[model], size, variants or every_variant(), forks.watch)
-    is_slow = MODELS[model].has_convolutions and jax.default_backend() == "cpu"
+    forks = Forks()
+    rows, params, batches = make_rows(MODELS[model], size, variants, forks.watch)
     runners, results, title = {}, {}, f"{model}, batch {size}"
     for name, row in tqdm(rows.items(), desc=f"{title}: compile", unit="step", disable=None):
         args = row.step, params, row.state, batches[0]
         number = forks.number_in(*args)
-        if number and is_slow and variants is None:
-            left_out.append(name)
-            continue
         flops = flops_of_branches(forks, number, *args)
         runners[name] = Runner(row, params, batches)
         results[name] = {"num_branches": number, "branch_flops": flops} | counts[name]
@@ -373,7 +362,7 @@ def measure(
     leaves = jax.tree.leaves(params)
     relate(results, sum(leaf.nbytes for leaf in leaves))
     about = {"model": model, "batch": size, "parameters": sum(leaf.size for leaf in leaves)}
-    return about | {"left_out": left_out, "rows": results}
+    return about | {"rows": results}
 
 
 def relate(results: dict[str, dict], copy: int) -> None:
@@ -555,13 +544,10 @@ def main(argv: list[str] | None = None) -> None:
     report = Report(args)
     models = []
     for model in dict.fromkeys(args.models):
-        results, counts = [], count_passes(model, args.variants or every_variant())
+        results, counts = [], count_passes(model, args.variants)
         for size in sorted(set(args.batch or [MODELS[model].batch])):
             result = measure(model, size, args.variants, args.repeats, counts)
             print(f"\n{heading(result)}\n\n{table(result['rows'])}\n")
-            if result["left_out"]:
-                names = ", ".join(result["left_out"])
-                print(f"Left out, convolutions in branches being slow here: {names}\n")
             results.append(result)
         models.append(results)
         if len(results) > 1:

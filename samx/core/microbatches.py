@@ -11,6 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from samx.core import tree
+from samx.core.convolutions import fast_convolutions
 from samx.core.devices import Devices, PerExample
 
 
@@ -39,7 +40,7 @@ def _joined(x: jax.Array) -> jax.Array:
 
 def each(fn: Callable[[Any], jax.Array], num_microbatches: int, batch: Any) -> jax.Array:
     """Return one number per example, `fn(batch)`, computed one microbatch at a time."""
-    return _joined(jax.lax.map(fn, strided(num_microbatches, batch)))
+    return _joined(fast_convolutions(jax.lax.map)(fn, strided(num_microbatches, batch)))
 
 
 def strided(num_microbatches: int, tree: Any) -> Any:
@@ -99,7 +100,7 @@ def accumulated(
 
     @jax.custom_vjp
     def loss_and_aux(params, microbatches):
-        return whole(jax.lax.map(lambda m: part(params, m), microbatches))
+        return whole(fast_convolutions(jax.lax.map)(lambda m: part(params, m), microbatches))
 
     def forward(params, microbatches):
         def scaled(params, microbatch):
@@ -113,7 +114,7 @@ def accumulated(
             return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, g), result
 
         zeros = jax.tree.map(lambda w: jnp.zeros_like(tree.widen(w)), params)
-        g, parts = jax.lax.scan(add, zeros, microbatches)
+        g, parts = fast_convolutions(jax.lax.scan)(add, zeros, microbatches)
         return whole(parts), jax.tree.map(lambda x, w: x.astype(w.dtype), g, params)
 
     def backward(g, cotangents):
@@ -173,7 +174,7 @@ def sums_over(
         return optax.tree.add(total, parts.gradients), parts._replace(gradients=())
 
     if how == "scan":
-        gradients, parts = jax.lax.scan(add, zeros, (*microbatches, shares))
+        gradients, parts = fast_convolutions(jax.lax.scan)(add, zeros, (*microbatches, shares))
     else:
         parts = jax.vmap(of_one)((*microbatches, shares))
         gradients = jax.tree.map(lambda g: jnp.sum(g, 0), parts.gradients)

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from samx.core import tree
+from samx.core.convolutions import fast_convolutions
 from samx.core.devices import Devices, is_mapped
 
 
@@ -75,7 +76,7 @@ def evaluate_roles(
 
         return branch
 
-    results = jax.lax.cond(role == 0, only(0, first), only(1, second))
+    results = fast_convolutions(jax.lax.cond)(role == 0, only(0, first), only(1, second))
     shares = [jnp.where(role == i, share, 0.0) for i, share in enumerate(shares)]
     return _means(devices, results, shares)
 

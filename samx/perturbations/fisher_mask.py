@@ -11,6 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
 from samx.core.closures import LossesClosure, batch_size, unit_weights
+from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import Default, as_count, at_step, check_hyperparam, next_step
 from samx.core.microbatches import strided
 from samx.core.transformation import as_transformation, closure_transformation
@@ -154,7 +155,7 @@ def fisher_mask(
         is_due = (state.step >= state.next_look) & (not losses_fn.evaluation.is_skipped_step)
         in_time = state.step + period - (state.step - 1) % period
         weights = unit_weights(examples, jnp.float32) if weights is None else weights
-        mask = jax.lax.cond(
+        mask = fast_convolutions(jax.lax.cond)(
             is_due,
             lambda: _where_the_compiler_shards(look, params)(params, examples, weights, scale),
             lambda: state.mask,

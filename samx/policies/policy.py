@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from samx.core import tree
+from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import check_function
 
 
@@ -80,5 +81,5 @@ def branch(
         with tree.known_length(g, length):
             return skip(), decided
 
-    result, new_state = jax.lax.cond(is_sharp, sharp, plain)
+    result, new_state = fast_convolutions(jax.lax.cond)(is_sharp, sharp, plain)
     return is_sharp, result, new_state

@@ -14,6 +14,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import Closure, evaluate, local_loss_and_grad
+from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import Default, check_choice, check_number, next_step
 from samx.core.readings import UNKNOWN, Readings, no_readings, take_readings, with_loss
 from samx.core.sharp import perturbed, value_and_grad_at
@@ -181,7 +182,9 @@ def _ascent_gradient(state: AsyncSAMState, first: str, fresh: Any) -> tuple[Any,
     """Return the ascent gradient to climb, and whether it can be climbed."""
     is_first, stale = state.step == 0, state.ascent_grad
     if first == "sam":
-        stale = jax.lax.cond(is_first, lambda: fresh()[1], lambda: state.ascent_grad)
+        stale = fast_convolutions(jax.lax.cond)(
+            is_first, lambda: fresh()[1], lambda: state.ascent_grad
+        )
     is_known = jnp.isfinite(tree.norm(stale)) & (~is_first | (first == "sam"))
     return tree.where(is_known, stale, optax.tree.zeros_like(stale)), is_known
 

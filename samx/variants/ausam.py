@@ -13,6 +13,7 @@ import optax
 
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.closures import LossesClosure
+from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import (
     Default,
     RandomKey,
@@ -208,8 +209,8 @@ def ausam(
             drawn = weights_of(position, weights, fraction, count)
             return train(take(batch, position), drawn, 2 * count / group_size, position)
 
-        is_all = count == group_size
-        step = on_everything() if is_all else jax.lax.cond(is_warmup, on_everything, on_a_draw)
+        is_all, choose = count == group_size, fast_convolutions(jax.lax.cond)
+        step = on_everything() if is_all else choose(is_warmup, on_everything, on_a_draw)
         updates, *kept, rise, is_drawn = step
         table = recorded(losses_fn, state, place, rise, is_drawn, is_warmup)
         updates = nan_if_outside(updates, place, num_examples)

@@ -11,6 +11,7 @@ import jax
 import optax
 
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
+from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import Default, as_count
 from samx.core.readings import UNKNOWN, Readings, no_readings
 from samx.core.sharp import ascend, perturbed, sharp_gradient, value_and_grad_at
@@ -96,7 +97,7 @@ def sharpness_aware(
             step, _ = perturb(g_i, state, perturbed(params, eps, perturb_dtype))
             return optax.tree.add(eps, step)
 
-        return jax.lax.fori_loop(1, ascent_steps, climb, eps)
+        return fast_convolutions(jax.lax.fori_loop)(1, ascent_steps, climb, eps)
 
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
         eps, g_a, ball = ascend(value_fn, perturbation, g, state.perturbation, params, **extra)

@@ -14,6 +14,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.closures import Closure, evaluate
+from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import Default, RandomKey, at_step, check_hyperparam, next_step
 from samx.core.readings import FORWARD, Readings, no_readings
 from samx.core.sharp import ascend, sharp_gradient
@@ -185,7 +186,7 @@ def sl_sam(
         group = jax.random.categorical(key, jnp.log(p)).astype(jnp.int32)
         train = partial(train_group, value_fn, state, params, extra)
         branches = [partial(train, active) for active in groups_of(groups, params)]
-        updates, kept, g_norm = jax.lax.switch(group, branches)
+        updates, kept, g_norm = fast_convolutions(jax.lax.switch)(group, branches)
         rate = at_step(bandit_learning_rate, state.step)
         bandit = _reward(state, group, p[group], g_norm, rate)
         return updates, SLSAMState(next_step(state.step), state.key, *bandit, group, *kept)
