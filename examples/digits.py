@@ -14,20 +14,19 @@ The learning rate and rho of each method are chosen on a validation split, with 
 seeds. The test split is used once, with the chosen values. Every seed has its own split, flipped
 labels, initialization and batches.
 
-Every method is tuned by the same rule. Learning rates and rho are 1, 2 or 5 times a power of ten.
-A method without rho has one number to tune, and its learning rates are closer together (1, 1.5, 2,
-3, 5, 7). The search tries five candidates, then the five that are nearest to the best one so far,
-and so on. It ends when everything up to a factor of 2 (or 2.5) away from the best candidate has
-been tried: all eight neighbours of a pair, two learning rates on each side of a single one. So the
-chosen values are not at an edge of what was tried. Where they are, the table marks them with a
-star: with `--rho`, which gives all candidates, or at the end of the axis. The rho axis begins with
-0, its natural end, which is not marked: there a method is its base optimizer. Standard errors are
-over the reported seeds; they do not contain the luck of a search.
+Every method is tuned by the same rule. Learning rates and rho are 1, 2 or 5 times a power of ten. A
+method without rho has one number to tune, and its learning rates are closer together (1, 1.5, 2, 3,
+5, 7). The search tries a candidate and its neighbours, then the neighbours of the best one so far,
+at most five at a time. It ends when everything up to a factor of 2 (or 2.5) away from the best
+candidate has been tried: all eight neighbours of a pair, two learning rates on each side of a
+single one. So the chosen values are not at an edge of what was tried. Where they are, the table
+marks them with a star: with `--rho`, which gives all candidates, or at the end of the axis. The rho
+axis begins with 0, its natural end, which is not marked: there a method is its base optimizer.
+Standard errors are over the reported seeds; they do not contain the luck of a search.
 """
 
 import argparse
 import json
-import math
 import os
 from functools import partial
 from pathlib import Path
@@ -70,9 +69,9 @@ from examples.common.training import PLANNED, SHARPNESS_RADIUS, axes_of, measure
 from examples.common.versions import versions
 
 
-def work_of(row: str, runs: int) -> int:
-    """Return the gradients per epoch of `runs` runs; `vmap` computes both sides of a branch."""
-    return STEPS_PER_EPOCH * runs * math.ceil(VARIANTS[ROWS[row][0]].gradients)
+def work_of(row: str, runs: int) -> float:
+    """Return about how many gradients `runs` runs need for an epoch."""
+    return STEPS_PER_EPOCH * runs * VARIANTS[ROWS[row][0]].gradients
 
 
 def print_table(results: list[dict], noise: float, seeds: int) -> None:

@@ -150,8 +150,8 @@ def stepper(row):
     trainer = make_trainer(VARIANTS[ROWS[row][0]], "momentum", TIMED_WIDTH, EPOCHS)
     runs = Runs(*runs_of([0], [(rows[row]["learning_rate"], rows[row]["rho"])]))
     params, data = initialize(runs.seed, TIMED_WIDTH), split(runs.seed, NOISE)
-    carry = params, trainer.init(runs, params)
-    carry, run, images = jax.tree.map(lambda leaf: leaf[0], (carry, runs, data[0]))
+    params, run, images = jax.tree.map(lambda leaf: leaf[0], (params, runs, data[0]))
+    carry = params, trainer.init(run, params)
     batches = [rows_of(images, where) for where in shuffled(0, 0)]
 
     def ten_steps():

@@ -177,8 +177,8 @@ for name, seconds in rounds.items():
 # ### What the old gradient costs
 #
 # Digits with 30 % wrong training labels. Learning rates and radii were chosen on validation images
-# by `examples/asynchronous/async_digits.py`. All seeds train at once on one device, since two
-# devices give the same numbers.
+# by `examples/asynchronous/async_digits.py`. Every run trains on one device, since two devices give
+# the same numbers.
 
 # %%
 CHOSEN = {  # learning rate, rho

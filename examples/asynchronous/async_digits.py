@@ -11,11 +11,11 @@ seeds that are not reported; the test split is used once. The question: how much
 the ascent gradient is one step old, and comes from fewer examples? The answer is the difference to
 SAM, paired by seed.
 
-For the accuracies, all seeds train at once on one device, vmapped. On two devices the numbers are
-the same. The script shows this for one seed: `samx.asynchronous.pipelined` repeats its training run
-in float64, with descent and ascent on a device each. It also measures which ascent batch these two
-devices would hide; for a network as small as this one, most of the time goes into copies.
-async_cost.py shows what two devices save.
+For the accuracies, every run trains on one device. On two devices the numbers are the same. The
+script shows this for one seed: `samx.asynchronous.pipelined` repeats its training run in float64,
+with descent and ascent on a device each. It also measures which ascent batch these two devices
+would hide; for a network as small as this one, most of the time goes into copies. async_cost.py
+shows what two devices save.
 
 The script prints a table and the differences. It writes results.json and async_digits.png to --out.
 It takes about two minutes on two CPU cores.

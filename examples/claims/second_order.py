@@ -146,7 +146,7 @@ def measure(args: argparse.Namespace) -> dict[str, Row]:
         name: make_trainer(VARIANTS[name], "momentum", args.width, args.epochs)
         for name in args.rows
     }
-    starts = {name: trainer.init(runs, params) for name, trainer in trainers.items()}
+    starts = {name: jax.vmap(trainer.init)(runs, params) for name, trainer in trainers.items()}
     epochs = {name: make_epoch(trainer) for name, trainer in trainers.items()}
     shape = (args.seeds, args.epochs)
     rows = {name: Row(*np.full((len(Row._fields), *shape), np.nan)) for name in args.rows}

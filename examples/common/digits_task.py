@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from sklearn.datasets import load_digits
 
@@ -11,7 +12,8 @@ from examples.common.choices import TRAIN
 
 VALIDATION, BATCH = 297, 100  # of 1797 images; the other 500 are the test split
 STEPS_PER_EPOCH = TRAIN // BATCH
-LEARNING_RATE = {"sgd": 0.5, "momentum": 0.05, "adamw": 2e-3}  # where a search for it begins
+# Where a search for it begins; with momentum, most searches ended here or next to it.
+LEARNING_RATE = {"sgd": 0.5, "momentum": 0.1, "adamw": 2e-3}
 
 
 class Network(nnx.Module):
@@ -27,12 +29,16 @@ class Network(nnx.Module):
 
 
 @jax.jit
-@partial(jax.vmap, in_axes=(0, None))
-def split(seed: jax.Array, noise: jax.Array | float):
-    """Return the seed's training, validation and test split.
+def split(seeds: jax.Array | np.ndarray, noise: jax.Array | float):
+    """Return the training, validation and test split of each seed.
 
     A share `noise` of the training labels is wrong.
     """
+    return jax.lax.map(partial(split_of, noise), seeds)  # compiles in half the time of `vmap`
+
+
+def split_of(noise: jax.Array | float, seed: jax.Array):
+    """Return the training, validation and test split of one seed."""
     x, y = load_digits(return_X_y=True)
     x, y = jnp.asarray(x / 16, jnp.float32), jnp.asarray(y, jnp.int32)
     order, wrong = jax.random.split(jax.random.fold_in(jax.random.key(0), seed))
@@ -52,10 +58,13 @@ def split(seed: jax.Array, noise: jax.Array | float):
 
 
 @partial(jax.jit, static_argnums=1)
-@partial(jax.vmap, in_axes=(0, None))
-def initialize(seed: jax.Array, width: int):
-    """Return the seed's initial parameters."""
-    return nnx.state(Network(width, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
+def initialize(seeds: jax.Array | np.ndarray, width: int):
+    """Return the initial parameters of each seed."""
+
+    def of_seed(seed):
+        return nnx.state(Network(width, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
+
+    return jax.lax.map(of_seed, seeds)
 
 
 def shuffled(seed: jax.Array, epoch: jax.Array | int) -> jax.Array:

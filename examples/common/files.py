@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def ends_in_one_line(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let the `main` of a script end with one line if it cannot write its results."""
+    """Let the `main` of a script end with one line if it cannot write, or if it is interrupted."""
 
     @functools.wraps(main)
     def run(*args: Arguments.args, **keywords: Arguments.kwargs) -> Result:
@@ -84,5 +84,8 @@ def ends_in_one_line(main: Callable[Arguments, Result]) -> Callable[Arguments, R
             return main(*args, **keywords)
         except SaveError as error:
             sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
 
     return run

@@ -1,9 +1,9 @@
-"""Train many runs of the digits task at once, choose their hyperparameters, and measure them."""
+"""Train many runs of the digits task, choose their hyperparameters, and measure them."""
 
 import functools
-import math
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -31,7 +31,6 @@ from examples.common.registry import BASES, Setting, Variant
 from examples.common.tuning import (
     SIXTHS,
     THIRDS,
-    TOGETHER,
     TUNING_SEEDS,
     Axis,
     Runs,
@@ -46,12 +45,11 @@ from examples.common.tuning import (
 )
 
 SHARPNESS_RADIUS = 0.2  # for the reported loss increase; the same for every method
-TIMED_STEPS = 100
-# Twice as many seeds as the other scripts use: neighbours in a search differ by less. The halves
-# train at the same time, each in a thread, with as many runs as are reported by default: a program
-# of these small networks keeps one core busy.
-HALVES = TUNING_SEEDS, range(TUNING_SEEDS.stop, TUNING_SEEDS.stop + len(TUNING_SEEDS))
+TIMED_TRAININGS = 2
+# Twice as many seeds as the other scripts use: neighbours in a search differ by less.
+SEARCH_SEEDS = range(TUNING_SEEDS.start, TUNING_SEEDS.start + 2 * len(TUNING_SEEDS))
 PLANNED = 10  # candidates of a search, for the progress bar
+BLOCK = 10  # epochs that one call trains at most
 
 
 class Functions(NamedTuple):
@@ -60,14 +58,14 @@ class Functions(NamedTuple):
     logits: Callable[..., Any]  # params, images -> [images, 10]
     losses_fn: Callable[..., Any]  # params, batch -> [images]
     accuracy: Callable[..., Any]  # params, one split -> share of correct predictions
-    accuracies: Callable[..., Any]  # the same for a vector of runs
-    loss_increase: Callable[..., Any]  # params, training images -> [runs]
+    accuracies: Callable[..., Any]  # the same for a vector of parameters and one split
+    loss_increase: Callable[..., Any]  # params, training images -> mean over their batches
 
 
 @functools.cache
 def make_functions(width: int) -> Functions:
     """Build the functions of a network; they compile once for all methods."""
-    graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Network(width, rngs=nnx.Rngs(0))))
 
     def logits(params, x):
         return nnx.merge(graph, params)(x)
@@ -91,24 +89,50 @@ def make_functions(width: int) -> Functions:
 
         return jax.vmap(of_batch, in_axes=1)(batches).mean()
 
-    of_runs = [jax.jit(jax.vmap(function)) for function in (accuracy, loss_increase)]
-    return Functions(logits, losses_fn, jax.jit(accuracy), *of_runs)
+    of_runs = jax.vmap(accuracy, in_axes=(0, None))
+    return Functions(logits, losses_fn, *map(jax.jit, (accuracy, of_runs, loss_increase)))
 
 
 class Trainer(NamedTuple):
-    """A method's compiled functions. They act on vectors of runs (seed, learning rate, rho)."""
+    """A method's compiled functions. They act on one run (seed, learning rate, rho)."""
 
-    init: Callable[..., Any]  # runs, params -> state
-    epoch: Callable[..., Any]  # params, state, runs, training images, epoch -> params, state
-    step: Callable[..., Any]  # one step of one run: params, state, run, batch -> params, state
+    init: Callable[..., Any]  # run, params -> state
+    train_block: Callable[..., Any]  # params, state, run, images, batches, epochs -> `Block`
+    step: Callable[..., Any]  # params, state, run, batch -> params, state
     accuracy: Callable[..., Any]  # those of `Functions`
     accuracies: Callable[..., Any]
     loss_increase: Callable[..., Any]
 
 
+class Block(NamedTuple):
+    """A run after at most `BLOCK` epochs of training, and what it was after each of them."""
+
+    params: Any
+    state: Any
+    seen: "Seen"  # [BLOCK, ...]; zeros for epochs that were not trained
+
+
+class Seen(NamedTuple):
+    """What is looked at after an epoch."""
+
+    params: Any
+    gradients: Any  # spent since the start; `None` for an optimizer without readings
+
+
 def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Trainer:
-    """Build the functions that train a vector of runs for one epoch; each compiles once."""
-    logits, losses_fn, *compiled = make_functions(width)
+    """Build the functions that train a run; trainings of different length share their programs."""
+    init, train, step = make_steps(variant, base, width)
+    total = epochs * STEPS_PER_EPOCH
+    _, _, *compiled = make_functions(width)
+    return Trainer(
+        *(functools.partial(function, total) for function in (init, train, step)), *compiled
+    )
+
+
+@functools.cache
+def make_steps(variant: Variant, base: str, width: int) -> list[Callable[..., Any]]:
+    """Compile the first three functions of a `Trainer`, with the number of all steps in front."""
+    logits, losses_fn, *_ = make_functions(width)
     batch_like = {
         "x": jax.ShapeDtypeStruct((BATCH, 64), jnp.float32),
         "y": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
@@ -116,16 +140,16 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
     }
     setting = Setting(batch_like, batch_size=BATCH, num_examples=TRAIN)
 
-    def optimizer(run):
-        schedule = optax.cosine_decay_schedule(run.learning_rate, epochs * STEPS_PER_EPOCH)
+    def optimizer(total, run):
+        schedule = cosine_decay(run.learning_rate, total)
         here = setting._replace(learning_rate=schedule)
         tx = variant.make(run.rho, BASES[base](schedule), here)
         return optax.with_extra_args_support(tx)
 
-    def init(run, params):
-        return optimizer(run).init(params)
+    def init(total, run, params):
+        return optimizer(total, run).init(params)
 
-    def step(params, state, run, batch):
+    def step(total, params, state, run, batch):
         def value_fn(params):
             return losses_fn(params, batch).mean()
 
@@ -133,7 +157,7 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
             return samx.losses.log_lower_bound(logits(params, batch["x"]), batch["y"]).mean()
 
         value, grads = jax.value_and_grad(value_fn)(params)
-        updates, state = optimizer(run).update(
+        updates, state = optimizer(total, run).update(
             grads,
             state,
             params,
@@ -147,49 +171,128 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
         )
         return optax.apply_updates(params, updates), state
 
-    def epoch(params, state, run, images, epoch):
+    def train(total, params, state, run, images, batches, count):
         def body(carry, rows):
             params, state = carry
-            return step(params, state, run, rows_of(images, rows)), None
+            return step(total, params, state, run, rows_of(images, rows)), None
 
-        (params, state), _ = jax.lax.scan(body, (params, state), shuffled(run.seed, epoch))
-        return params, state
+        def epoch(index, block):
+            carry = block.params, block.state
+            (params, state), _ = jax.lax.scan(body, carry, batches[index])
+            now = see(params, state)
+            seen = jax.tree.map(lambda x, now: x.at[index].set(now), block.seen, now)
+            return Block(params, state, seen)
 
-    return Trainer(
-        jax.jit(jax.vmap(init)),
-        jax.jit(jax.vmap(epoch, in_axes=(0, 0, 0, 0, None)), donate_argnums=(0, 1)),
-        jax.jit(step),
-        *compiled,
-    )
+        seen = jax.tree.map(lambda x: jnp.zeros((BLOCK, *x.shape), x.dtype), see(params, state))
+        return jax.lax.fori_loop(0, count, epoch, Block(params, state, seen))
+
+    def see(params, state):
+        return Seen(params, optax.tree.get(state, "gradients_spent"))
+
+    return [jax.jit(init), jax.jit(train, donate_argnums=2), jax.jit(step)]
+
+
+def cosine_decay(peak: Any, steps: Any) -> Callable[[Any], Any]:
+    """Return the schedule of `optax.cosine_decay_schedule`; its length may be an array."""
+    return lambda count: peak * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count, steps) / steps))
+
+
+@functools.lru_cache(maxsize=100)
+def start_of(seed: int, width: int) -> Any:
+    """Return the initial parameters of a run."""
+    return row_of(jax.device_get(initialize(np.array([seed]), width)), 0)
+
+
+@functools.lru_cache(maxsize=100)
+def data_of(seed: int, noise: float) -> Any:
+    """Return the training, validation and test split of a run."""
+    return row_of(jax.device_get(split(np.array([seed]), noise)), 0)
+
+
+@functools.lru_cache(maxsize=1000)
+def batches_of(seed: int, first: int) -> jax.Array:
+    """Return the batches of `BLOCK` epochs, as indices of training images [epoch, step, batch]."""
+    return shuffle(seed, first)
+
+
+@jax.jit
+def shuffle(seed, first):
+    return jax.lax.map(functools.partial(shuffled, seed), first + jnp.arange(BLOCK))
+
+
+def row_of(tree: Any, index: int) -> Any:
+    """Return one row of every leaf."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def map_runs(function: Callable[..., Any], *trees: Any, advance: Callable[[int], Any]) -> Any:
+    """Call `function` with every row of the trees, and return what it returns as rows.
+
+    There is one call for each core at a time: the program of a small network keeps one core busy.
+    A network at a time is as fast as many under `vmap`: its numbers stay in the core's cache. And
+    a step without a sharp gradient saves its time, because a branch stays a branch. After each
+    call, `advance(1)` is called.
+    """
+    trees = jax.device_get(trees)
+    rows = [row_of(trees, index) for index in range(len(jax.tree.leaves(trees)[0]))]
+    found = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for result in pool.map(lambda row: jax.device_get(function(*row)), rows):
+                found.append(result)
+                advance(1)
+        finally:  # an interrupt does not wait for the runs that have not begun
+            pool.shutdown(cancel_futures=True)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
 
 
 class Trained(NamedTuple):
-    """The final parameters of all runs, and what was seen after each epoch."""
+    """The final parameters of one run, and what was seen after each epoch; or that of all runs."""
 
     params: Any
-    accuracies: np.ndarray  # [epochs, runs] on the watched split; [epochs] without one
-    gradients: np.ndarray  # [epochs, runs], spent since the start
+    accuracies: Any  # [epochs, runs] on the watched split, `None` without one
+    gradients: Any  # [epochs, runs], spent since the start
+
+
+def blocks(trainer: Trainer, params, run: Runs, images, epochs: int) -> Iterator[Block]:
+    """Train one run; stop after every `BLOCK` epochs, and after the last one."""
+    state, images = trainer.init(run, params), jax.device_put(images)
+    for first in range(0, epochs, BLOCK):
+        batches = batches_of(int(run.seed), first)
+        block = trainer.train_block(params, state, run, images, batches, min(BLOCK, epochs - first))
+        yield block
+        params, state = block.params, block.state
+
+
+def train_run(
+    trainer: Trainer, params, run: Runs, images, epochs: int, watched: Any = None
+) -> Trained:
+    """Train one run; after each epoch measure its accuracy on the split `watched`, if any."""
+    accuracies, gradients = [], []
+    for block in blocks(trainer, params, run, images, epochs):
+        params = block.params
+        gradients.append(block.seen.gradients)
+        if watched is not None:
+            accuracies.append(trainer.accuracies(block.seen.params, watched))
+    if gradients[0] is None:  # the base optimizer keeps no readings: one gradient per step
+        gradients = [STEPS_PER_EPOCH * np.arange(1, epochs + 1)]
+    return Trained(
+        params,
+        np.concatenate(accuracies)[:epochs] if accuracies else None,
+        np.concatenate(gradients)[:epochs],
+    )
 
 
 def train(
     trainer: Trainer, params, runs: Runs, images, epochs: int, advance, watched: Any = None
 ) -> Trained:
-    """Train all runs.
+    """Train all runs; see `train_run` and `map_runs`."""
 
-    After each epoch `advance` is called with them, and their accuracies on the split `watched`
-    are measured, if there is one.
-    """
-    state = trainer.init(runs, params)
-    history, gradients = [], []
-    for index in range(epochs):
-        params, state = jax.block_until_ready(trainer.epoch(params, state, runs, images, index))
-        history.append(np.nan if watched is None else trainer.accuracies(params, watched))
-        spent = optax.tree.get(state, "gradients_spent")
-        if spent is None:  # the base optimizer keeps no readings: one gradient per step
-            spent = np.full(len(runs.seed), (index + 1) * STEPS_PER_EPOCH)
-        gradients.append(np.asarray(spent))
-        advance(runs)
-    return Trained(params, np.asarray(history), np.stack(gradients))
+    def of_run(params, run, images, watched):
+        return train_run(trainer, params, run, images, epochs, watched)
+
+    params, *seen = map_runs(of_run, params, runs, images, watched, advance=advance)
+    return Trained(params, *jax.tree.map(np.transpose, seen))
 
 
 def axes_of(variant: Variant, base: str, radii: Sequence[float] | None) -> list[Axis]:
@@ -209,7 +312,7 @@ def axes_of(variant: Variant, base: str, radii: Sequence[float] | None) -> list[
 
 def runs_to_try(candidates: int) -> int:
     """Return how many runs train so many candidates."""
-    return math.ceil(candidates / TOGETHER) * TOGETHER * sum(map(len, HALVES))
+    return candidates * len(SEARCH_SEEDS)
 
 
 def choose(
@@ -220,46 +323,32 @@ def choose(
     A score is the mean validation accuracy over the tuning seeds.
     """
 
-    def accuracies_of(runs):
-        params, data = initialize(runs.seed, width), split(runs.seed, noise)
-        trained = train(trainer, params, runs, data[0], epochs, advance)
-        return trainer.accuracies(trained.params, data[1])
+    def accuracy_of(run):
+        seed = int(run.seed)
+        images, validation, _ = data_of(seed, noise)
+        trained = train_run(trainer, start_of(seed, width), run, images, epochs)
+        return trainer.accuracy(trained.params, validation)
 
     def evaluate(candidates):
-        # Always equally many runs: the functions compile once.
-        padded = candidates + candidates[-1:] * (TOGETHER - len(candidates))
-        halves = [Runs(*runs_of(seeds, padded)) for seeds in HALVES]
-        with ThreadPoolExecutor(len(HALVES)) as pool:
-            scores = [scores_of(found, padded) for found in pool.map(accuracies_of, halves)]
-        return np.mean(scores, axis=0)[: len(candidates)]
+        runs = Runs(*runs_of(SEARCH_SEEDS, candidates))
+        return scores_of(map_runs(accuracy_of, runs, advance=advance), candidates).tolist()
 
     return search(axes, evaluate)
 
 
-def seconds_per_step(trainer: Trainer, params, runs: Runs, data, gradients: float) -> float:
-    """Return the mean seconds per step of one run, without `vmap`.
+def seconds_per_step(trainer: Trainer, params, run: Runs, images, epochs: int) -> float:
+    """Return the mean seconds per step of a run that trains alone.
 
-    Sharp and plain steps are timed separately. The result is the mean of their two medians,
-    weighted by how often each kind occurred in training. This weight follows from `gradients`, the
-    mean number of gradients per step. One median over all steps would be the median of the more
-    frequent kind.
+    It trains a few times, and the fastest time of each block counts: the others were disturbed.
     """
-    state = trainer.init(runs, params)
-    params, state, run, images = jax.tree.map(lambda x: x[0], (params, state, runs, data[0]))
-    batches = [rows_of(images, rows) for rows in shuffled(run.seed, 0)]
-    jax.block_until_ready(trainer.step(params, state, run, batches[0]))
-    seconds: dict[bool, list[float]] = {}
-    for index in range(TIMED_STEPS):
-        start = time.perf_counter()
-        params, state = trainer.step(params, state, run, batches[index % STEPS_PER_EPOCH])
-        jax.block_until_ready((params, state))
-        stop = time.perf_counter()
-        is_sharp = bool(optax.tree.get(state, "is_sharp", default=False))
-        seconds.setdefault(is_sharp, []).append(stop - start)
-    medians = {kind: float(np.median(times)) for kind, times in seconds.items()}
-    if len(medians) == 1:
-        return next(iter(medians.values()))
-    return (2 - gradients) * medians[False] + (gradients - 1) * medians[True]
+    seconds = []
+    for _ in range(TIMED_TRAININGS):
+        ends = [time.perf_counter()]
+        for block in blocks(trainer, params, run, images, epochs):
+            jax.block_until_ready(block)
+            ends.append(time.perf_counter())
+        seconds.append(np.diff(ends))
+    return float(np.min(seconds, axis=0).sum()) / (epochs * STEPS_PER_EPOCH)
 
 
 def measure(
@@ -293,19 +382,25 @@ def measure(
     for noise in noises:
         bar.set_description(f"{row}, {describe(noise)}")
 
-        def advance(runs: Runs) -> None:
-            bar.update(work(len(runs.seed)))
+        def advance(runs: int) -> None:
+            bar.update(work(runs) * epochs)
+
+        def measure_run(run: Runs, noise: float = noise):
+            seed = int(run.seed)
+            images, _, test = data_of(seed, noise)
+            params = start_of(seed, settings.width)
+            trained = train_run(trainer, params, run, images, epochs, watched=test)
+            accuracy = trainer.accuracy(trained.params, images)
+            increase = trainer.loss_increase(trained.params, images)
+            return trained.accuracies, trained.gradients, accuracy, increase
 
         tried = choose(trainer, axes, noise, settings.width, epochs, advance)
         learning_rate, rho = chosen = best_of(tried)
         bar.total += work(runs_to_try(len(tried)) - runs_to_try(PLANNED)) * epochs
         runs = Runs(*runs_of(range(settings.seeds), [(learning_rate, rho)]))
-        data = split(runs.seed, noise)
-        params = initialize(runs.seed, settings.width)
-        trained = train(trainer, params, runs, data[0], epochs, advance, watched=data[2])
-        accuracies, gradients = trained.accuracies, trained.gradients.mean(axis=1)
-        per_step = float(gradients[-1]) / (epochs * STEPS_PER_EPOCH)
-        params = initialize(runs.seed, settings.width)  # training donated the others
+        test, spent, train, increase = map_runs(measure_run, runs, advance=advance)
+        first, gradients = row_of(runs, 0), spent.mean(axis=0)
+        timed = start_of(0, settings.width), first, data_of(0, noise)[0], epochs
         results.append(
             {
                 "row": row,
@@ -317,13 +412,13 @@ def measure(
                     {"learning_rate": rate, "rho": radius, "validation_accuracy": score}
                     for (rate, radius), score in tried.items()
                 ],
-                "train_accuracy": trainer.accuracies(trained.params, data[0]).tolist(),
-                "test_accuracy": accuracies[-1].tolist(),
-                "test_accuracy_by_epoch": accuracies.mean(axis=1).tolist(),
-                "loss_increase": trainer.loss_increase(trained.params, data[0]).tolist(),
+                "train_accuracy": train.tolist(),
+                "test_accuracy": test[:, -1].tolist(),
+                "test_accuracy_by_epoch": test.mean(axis=0).tolist(),
+                "loss_increase": increase.tolist(),
                 "gradients": float(gradients[-1]),
                 "gradients_by_epoch": gradients.tolist(),
-                "seconds_per_step": seconds_per_step(trainer, params, runs, data, per_step),
+                "seconds_per_step": seconds_per_step(trainer, *timed),
             }
         )
     return results

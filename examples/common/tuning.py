@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 TUNING_SEEDS = range(1000, 1004)  # none of them is a reported seed
-TOGETHER = 5  # candidates that train at the same time
+TOGETHER = 5  # candidates that a search tries at a time, at most
 
 THIRDS = (1.0, 2.0, 5.0)  # the values of a decade, if two numbers are tuned
 SIXTHS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # if it is one; every second of them is one of the thirds
@@ -88,9 +88,9 @@ def search(
 ) -> dict[tuple[float, ...], float]:
     """Try candidates, always those nearest to the best one so far, until its neighbours are worse.
 
-    `TOGETHER` candidates are tried at a time. The search ends when all values within the reach of
-    the best candidate have been tried, on all axes together. Of equal candidates the one that was
-    tried first stays the best.
+    At most `TOGETHER` candidates are tried at a time, all within the reach of the best one on all
+    axes. The search ends when none of them is left. Of equal candidates the one that was tried
+    first stays the best.
 
     Args:
         axes: One axis for each number of a candidate.
@@ -109,9 +109,10 @@ def search(
             for candidate, place in places.items()
             if candidate not in tried
         }
-        if all(is_beyond for is_beyond, _ in order.values()):
+        near = [candidate for candidate, (is_beyond, _) in order.items() if not is_beyond]
+        if not near:
             return tried
-        candidates = sorted(order, key=lambda candidate: order[candidate])[:TOGETHER]
+        candidates = sorted(near, key=lambda candidate: order[candidate])[:TOGETHER]
         tried |= zip(candidates, map(float, evaluate(candidates)), strict=True)
         best = places[best_of(tried)]
 

@@ -14,13 +14,9 @@ from examples.common.registry import VARIANTS, Setting
 
 
 def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
-    """Every stage has the same number of runs, which saves compilation."""
-    monkeypatch.setattr(training, "HALVES", [range(1000, 1001)])
-    for module in (training, tuning):
-        monkeypatch.setattr(module, "TOGETHER", 2)
+    monkeypatch.setattr(training, "SEARCH_SEEDS", range(1000, 1001))
     rates = tuning.fixed([0.3, 1e-4])  # only 0.3 learns
     monkeypatch.setattr(training, "around", lambda start, decade: rates)
-    monkeypatch.setattr(training, "seconds_per_step", lambda *args: 0.001)
     kept = {"base", "sam", "async-sam, b/2"}
     rows = {name: row for name, row in async_digits.ROWS.items() if name in kept}
     monkeypatch.setattr(async_digits, "ROWS", rows)

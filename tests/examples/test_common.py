@@ -4,7 +4,6 @@ import argparse
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -153,26 +152,15 @@ def test_flipped_labels_are_wrong_and_only_in_training():
     assert [len(part["y"]) for part in clean] == [digits_task.TRAIN, digits_task.VALIDATION, 500]
 
 
-@pytest.mark.parametrize("gradients", [1.0, 1.2, 2.0])
-def test_training_times_sharp_and_plain_steps_by_their_share(gradients, monkeypatch):
-    """On a fake clock, a plain step takes 1 s; every third step is sharp and takes 11 s."""
-    ticks = iter(np.cumsum([0.0, *([1.0, 0.0] * 2 + [11.0, 0.0]) * training.TIMED_STEPS]))
+def test_the_time_of_a_step_is_that_of_the_whole_training_without_disturbances(monkeypatch):
+    """On a fake clock: three blocks, of which another one is disturbed in each training."""
+    times = [[90.0, 12.0, 3.0], [20.0, 12.0, 3.0]]
+    ticks = iter(np.cumsum([[0.0, *blocks] for blocks in times]))
     monkeypatch.setattr(training.time, "perf_counter", lambda: next(ticks))
-    trainer = training.Trainer(
-        init=lambda runs, params: {"is_sharp": jnp.zeros(1, bool), "step": jnp.zeros(1)},
-        epoch=training.train,
-        loss_increase=training.train,
-        step=lambda params, state, run, batch: (
-            params,
-            {"is_sharp": state["step"] % 3 == 2, "step": state["step"] + 1},
-        ),
-        accuracy=training.train,
-        accuracies=training.train,
-    )
-    runs = Runs(*(jnp.zeros(1, int) for _ in Runs._fields))
-    data = ({"x": jnp.zeros((1, digits_task.TRAIN, 1))},)
-    seconds = training.seconds_per_step(trainer, {}, runs, data, gradients)
-    assert seconds == pytest.approx(1 + 10 * (gradients - 1))
+    monkeypatch.setattr(training, "blocks", lambda *args: iter(times[0]))
+    assert len(times) == training.TIMED_TRAININGS
+    seconds = training.seconds_per_step(None, {}, None, {}, 25)
+    assert seconds == pytest.approx((20 + 12 + 3) / (25 * digits_task.STEPS_PER_EPOCH))
 
 
 @pytest.mark.parametrize("name", models.MODELS)

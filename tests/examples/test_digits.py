@@ -1,10 +1,13 @@
 """The main example: a run of every kind of variant, its defaults, and what it refuses."""
 
+import io
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from examples import digits
 from examples.common import training, tuning
@@ -12,25 +15,26 @@ from examples.common.digits_task import STEPS_PER_EPOCH
 from examples.common.registry import VARIANTS
 
 TINY = ["--seeds", "2", "--epochs", "1", "--width", "4", "--noise", "0"]
-SOME = ["base2x", "sam", "ae-sam", "lightsam-norm"]  # one of each kind
+SOME = ["base", "base2x", "sam", "ae-sam", "lightsam-norm"]  # one of each kind
+COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of JAX, also if it is cached
 
 
 def test_a_tiny_run_of_every_kind_of_variant(in_empty_folder, capsys, read_report, monkeypatch):
-    """Every stage has the same number of runs, which saves compilation."""
-    monkeypatch.setattr(training, "HALVES", [range(1000, 1001)])
-    for module in (training, tuning):
-        monkeypatch.setattr(module, "TOGETHER", 2)
+    """No stage has the same number of runs, and yet there are two programs for each method."""
+    monkeypatch.setattr(training, "SEARCH_SEEDS", range(1000, 1003))
     monkeypatch.setattr(training, "around", lambda start, decade: tuning.fixed([start / 2, start]))
-    monkeypatch.setattr(training, "TIMED_STEPS", 5)
-    timed, seconds = training.seconds_per_step, []  # one row is timed, which saves compilation
-
-    def seconds_per_step(*args):
-        seconds.append(seconds[0] if seconds else timed(*args))
-        return seconds[-1]
-
-    monkeypatch.setattr(training, "seconds_per_step", seconds_per_step)
+    bars, programs = [], []
+    shown = {"disable": False, "file": io.StringIO()}
+    monkeypatch.setattr(digits, "tqdm", lambda **to: bars.append(tqdm(**to | shown)) or bars[0])
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **about: programs.append(event) if event == COMPILED else None
+    )
     tiny = [*TINY, "--base", "adamw"]
     results = digits.main([*tiny, "--variants", *SOME, "--rho", "0.1", "--out", "results"])
+    methods = len({digits.ROWS[row][0] for row in SOME})
+    # The others: initial parameters, splits, batches, three accuracies, and the loss increase.
+    assert 2 * methods <= len(programs) <= 2 * methods + 7
+    assert bars[0].n == pytest.approx(bars[0].total)
     report = read_report(in_empty_folder / "results")
     assert [r["row"] for r in report["results"]] == [r["row"] for r in results]
     assert {(r["row"], r["noise"]) for r in results} == {(row, 0.0) for row in SOME}

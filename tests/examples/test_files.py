@@ -96,9 +96,11 @@ def test_a_picture_is_whole_or_absent(tmp_path, file_size_limit):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_script_ends_in_one_line(monkeypatch, tmp_path):
+def test_a_script_ends_in_one_line(monkeypatch, tmp_path, capsys):
     @files.ends_in_one_line
     def main(argv=None):
+        if argv == ["interrupt"]:
+            raise KeyboardInterrupt
         if argv:
             files.write(tmp_path / "missing" / "results.json", json.dumps(argv))
         return 5
@@ -111,3 +113,6 @@ def test_a_script_ends_in_one_line(monkeypatch, tmp_path):
     assert stop.value.code == (
         f"digits.py: error: {path} cannot be written (No such file or directory)"
     )
+    with pytest.raises(SystemExit) as stop:
+        main(["interrupt"])
+    assert (stop.value.code, capsys.readouterr().err) == (130, "\ninterrupted\n")

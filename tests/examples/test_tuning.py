@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from examples.common import training, tuning
 from examples.common.registry import VARIANTS
-from examples.common.training import HALVES, axes_of
+from examples.common.training import SEARCH_SEEDS, axes_of
 from examples.common.tuning import SIXTHS, THIRDS, around, best_of, edges, fixed, from_zero, search
 
 
@@ -26,6 +26,13 @@ def hill(*tops):
         ]
 
     return evaluate, calls
+
+
+def is_near(axes, candidate, other):
+    return all(
+        abs(axis.values.index(x) - axis.values.index(y)) <= axis.reach
+        for axis, x, y in zip(axes, candidate, other, strict=True)
+    )
 
 
 def test_an_axis_has_the_values_of_a_decade():
@@ -52,10 +59,13 @@ def test_the_search_moves_until_all_neighbours_are_worse(top):
     for i, j in itertools.product((-1, 0, 1), repeat=2):
         assert (axes[0].values[rate + i], axes[1].values[rho + j]) in tried
     assert all(len(call) <= tuning.TOGETHER for call in calls)
+    for before, call in zip(itertools.accumulate(calls), calls[1:], strict=False):
+        so_far = max(before, key=lambda candidate: tried[candidate])
+        assert all(is_near(axes, candidate, so_far) for candidate in call)
     candidates = [*itertools.chain(*calls)]
     assert len(candidates) == len(set(candidates)) == len(tried)  # nothing is tried twice
     if top == (0.05, 0.2):
-        assert len(tried) == 2 * tuning.TOGETHER
+        assert len(tried) == 3 * 3
 
 
 def test_one_number_is_searched_on_the_finer_axis():
@@ -70,7 +80,7 @@ def test_of_equal_candidates_the_first_one_stays():
         [around(0.05), from_zero(around(0.2))], lambda candidates: [1.0] * len(candidates)
     )
     assert best_of(tried) == (0.05, 0.2)
-    assert len(tried) == 2 * tuning.TOGETHER
+    assert len(tried) == 3 * 3
 
 
 def test_a_search_that_arrives_at_the_end_of_an_axis_is_marked_but_not_at_zero():
@@ -98,9 +108,8 @@ def test_given_values_are_all_tried_and_their_ends_are_edges():
 
 
 def test_no_seed_is_tuned_twice_or_reported():
-    seeds = [*itertools.chain(*HALVES)]
-    assert len(seeds) == len(set(seeds)) == 8
-    assert min(seeds) >= 1000
+    assert len(set(SEARCH_SEEDS)) == 8
+    assert min(SEARCH_SEEDS) >= 1000
 
 
 def test_every_variant_can_be_searched():
@@ -119,46 +128,45 @@ def test_the_test_split_is_looked_at_with_the_chosen_values_only(monkeypatch):
     images, looked = {"train": 7, "validation": 5, "test": 3}, []
     level = {"train": 0.1, "validation": 0.2, "test": 0.3}
 
-    def accuracies(runs, part):
-        split = next(name for name, count in images.items() if part["x"].shape[1] == count)
-        looked.append((split, runs))
-        is_best = (runs.learning_rate == np.float32(0.1)) & (runs.rho == np.float32(0.5))
+    def accuracy(run, part):
+        split = next(name for name, count in images.items() if len(part["x"]) == count)
+        looked.append((split, run))
+        is_best = (run.learning_rate == np.float32(0.1)) & (run.rho == np.float32(0.5))
         # One seed is better elsewhere, but the mean over the seeds is not: it must not decide.
-        is_lure = (runs.seed == 1001) & (runs.learning_rate == np.float32(0.2))
+        is_lure = (run.seed == 1001) & (run.learning_rate == np.float32(0.2))
         return level[split] + 0.1 * is_best + 0.2 * is_lure
 
-    def split(seeds, noise):
-        return tuple({"x": np.zeros((len(seeds), count))} for count in images.values())
+    def train_block(params, spent, run, part, batches, epochs):
+        seen = training.Seen(run, spent + 20 * np.arange(1, 11))
+        return training.Block(run, spent + 20 * epochs, seen)
 
     fake = training.Trainer(
-        init=lambda runs, params: {"gradients_spent": 0 * runs.rho},
-        epoch=lambda params, state, runs, part, index: (
-            runs,
-            {"gradients_spent": state["gradients_spent"] + 20},
-        ),
+        init=lambda run, params: 0,
+        train_block=train_block,
         step=None,
-        accuracy=None,
-        accuracies=accuracies,
-        loss_increase=lambda params, part: np.zeros(len(params.seed)),
+        accuracy=accuracy,
+        accuracies=lambda run, part: np.full(10, accuracy(run, part)),
+        loss_increase=lambda run, part: 0.0,
     )
+    splits = tuple({"x": np.zeros(count)} for count in images.values())
     monkeypatch.setattr(training, "make_trainer", lambda *args: fake)
-    monkeypatch.setattr(training, "split", split)
-    monkeypatch.setattr(training, "initialize", lambda seeds, width: {"w": np.zeros(len(seeds))})
+    monkeypatch.setattr(training, "data_of", lambda seed, noise: splits)
+    monkeypatch.setattr(training, "start_of", lambda seed, width: {"w": 0.0})
+    monkeypatch.setattr(training, "batches_of", lambda seed, first: None)
     monkeypatch.setattr(training, "seconds_per_step", lambda *args: 1.0)
     settings = SimpleNamespace(base="momentum", width=4, seeds=12)
     bar = tqdm(total=0, disable=True)
     sam = VARIANTS["sam"]
     axes = axes_of(sam, "momentum", None)
-    [result] = training.measure("sam", sam, axes, settings, 3, [0.3], bar, lambda runs: runs)
+    [result] = training.measure("sam", sam, axes, settings, 13, [0.3], bar, lambda runs: runs)
     assert (result["learning_rate"], result["rho"], result["edges"]) == (0.1, 0.5, [])
     assert result["test_accuracy"] == pytest.approx([0.4] * 12)
     assert result["train_accuracy"] == pytest.approx([0.2] * 12)
-    assert result["gradients_by_epoch"] == [20, 40, 60]
-    for split, runs in looked:
-        seeds = set(runs.seed.tolist())
+    assert result["gradients_by_epoch"] == [20 * (1 + epoch) for epoch in range(13)]
+    assert len(result["test_accuracy_by_epoch"]) == 13
+    for split, run in looked:
         if split == "validation":
-            assert seeds <= set(itertools.chain(*HALVES))
+            assert run.seed in SEARCH_SEEDS
         else:
-            assert seeds <= set(range(12))
-            assert {*runs.learning_rate.tolist()} == {np.float32(0.1)}
-            assert {*runs.rho.tolist()} == {np.float32(0.5)}
+            assert run.seed in range(12)
+            assert (run.learning_rate, run.rho) == (np.float32(0.1), np.float32(0.5))
