@@ -274,6 +274,7 @@ params, data = jax.tree.map(lambda leaf: leaf[0], (initialize(tuning, WIDTH), sp
 
 print(f"length of ε at rho = {SAME_RHO}    first 10 steps    last 10 steps")
 for name, (tx, unit) in same_rho.items():
+    tx = samx.all_readings(tx)
     _, readings = jax.jit(lambda tx=tx: train(tx, tuning[0], params, data[0]))()
     norm = readings.perturbation_norm
     print(f"{name:<24}{norm[:10].mean():18.4f}{norm[-10:].mean():17.4f}    {unit}")

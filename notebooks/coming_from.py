@@ -340,7 +340,7 @@ w, zero = jnp.array([3.0, 4.0]), jnp.zeros(2)
 radius = optax.linear_schedule(0.4, 0.1, 3)
 shrinking = optax.chain(optax.contrib.normalize(), optax.sgd(radius))
 theirs = optax.contrib.sam(optax.sgd(0.0), shrinking, opaque_mode=True)
-ours = optax.chain(samx.sam(radius), optax.sgd(0.0))
+ours = samx.all_readings(optax.chain(samx.sam(radius), optax.sgd(0.0)))
 seen = []
 
 

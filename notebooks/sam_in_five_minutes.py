@@ -201,11 +201,12 @@ for _ in range(5):
     params, state = step(params, state, batch)
 
 for name, reading in optax.tree.get(state, "readings")._asdict().items():
-    print(f"{name:<18} {float(reading):.4g}")
+    if reading is not None:  # three more are there on request: samx.all_readings(tx)
+        print(f"{name:<18} {float(reading):.4g}")
 
 # %% [markdown]
-# What to check: `perturbation_norm` is `rho`, `sharp_loss` is above `loss`, and five steps spent
-# ten gradients. Forget the closure and samx says what is missing:
+# What to check: `sharpness`, the rise of the loss, is about `rho * grad_norm` or more, and five steps
+# spent ten gradients. Forget the closure and samx says what is missing:
 
 # %%
 try:

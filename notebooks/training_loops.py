@@ -444,7 +444,7 @@ print(
 # **bfloat16 or float16 parameters** work too. A perturbation is small beside the weights: a step of
 # radius 0.05 over two million parameters would be rounded away. So the closure gets them in
 # float32 at the perturbed point, and its gradient comes back in their dtype. `perturb_dtype=None`
-# switches that off; the reading `perturbation_norm` shows what the closure then really sees.
+# switches that off; the reading `perturbation_norm` shows what the closure then really sees; `all_readings` asks for it.
 
 # %%
 losses = []
@@ -466,7 +466,7 @@ def small_losses(params, batch, dtype=jnp.float32):  # without BatchNorm, for th
 start = {name: weights[name] for name in ("first", "last")}
 half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), start)
 for perturb_dtype in ("float32", None):
-    tx = samx.sam(0.0002, perturb_dtype=perturb_dtype)
+    tx = samx.all_readings(samx.sam(0.0002, perturb_dtype=perturb_dtype))
 
     @jax.jit
     def reading(params, tx=tx):

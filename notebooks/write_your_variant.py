@@ -267,6 +267,7 @@ compositions = {
 data, start = problem.make("float32")
 print(f"{'':<22} {'sharp steps':<13} gradients   radius of the last sharp step")
 for name, tx in compositions.items():
+    tx = samx.all_readings(tx)
     step, params, state = jax.jit(problem.make_step(tx)), start, tx.init(start)
     sharp, radius = "", 0.0
     for t in range(6):

@@ -25,8 +25,7 @@ EQUIVALENT = {
     (
         "perturbations/dynamic_mask.py",
         "_draws",
-        "jax.random.uniform(jax.random.fold_in(key, i), leaf.shape)"
-        " + jnp.zeros_like(leaf, jnp.float32)",
+        "jax.random.uniform(jax.random.fold_in(key, i), leaf.shape) + zeros",
     ): "zeros, which only give the draws the sharding of the leaf",
     (
         "perturbations/patterns.py",

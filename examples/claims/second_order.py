@@ -72,7 +72,7 @@ from examples.common.digits_task import (
     split,
 )
 from examples.common.output import choose_folder
-from examples.common.registry import VARIANTS
+from examples.common.registry import VARIANTS, Variant
 from examples.common.report import Report, mean_and_error
 from examples.common.training import Trainer, make_trainer
 from examples.common.tuning import Runs, runs_of
@@ -112,6 +112,14 @@ def second_order_ratio(readings: samx.Readings) -> jax.Array:
     return jnp.sqrt(jnp.maximum(1 + relative**2 - 2 * relative * readings.cosine, 0))
 
 
+def with_all_readings(name: str) -> Variant:
+    """Return the variant of this name, whose states hold what `seen` reads."""
+    variant = VARIANTS[name]
+    if name == "base":
+        return variant
+    return variant._replace(make=lambda *args: samx.all_readings(variant.make(*args)))
+
+
 def seen(state: Any) -> Seen:
     """Return the measurements of the last step; zeros for the base, which has no readings."""
     readings = optax.tree.get(state, "readings")
@@ -143,7 +151,7 @@ def measure(args: argparse.Namespace) -> dict[str, Row]:
     runs = Runs(*runs_of(range(args.seeds), [(args.learning_rate, args.rho)]))
     data, params = split(runs.seed, args.noise), initialize(runs.seed, args.width)
     trainers = {
-        name: make_trainer(VARIANTS[name], "momentum", args.width, args.epochs)
+        name: make_trainer(with_all_readings(name), "momentum", args.width, args.epochs)
         for name in args.rows
     }
     starts = {name: jax.vmap(trainer.init)(runs, params) for name, trainer in trainers.items()}

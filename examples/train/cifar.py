@@ -139,7 +139,7 @@ from examples.train.cifar_data import (
 )
 from examples.train.metrics import Log
 
-READINGS = ("loss", "sharp_loss", "grad_norm", "perturbation_norm", "cosine", "is_sharp")
+READINGS = ("loss", "sharp_loss", "sharpness", "grad_norm", "is_sharp")
 TRAIN_ACCURACY_IMAGES = 2048  # training images for the training accuracy of each epoch
 IN_FLIGHT = 2  # steps that may be dispatched before the first one has ended
 

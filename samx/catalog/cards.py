@@ -152,7 +152,7 @@ CARDS = {
             Start("that radius divided by their number", "several ascent steps, which add up",
                   "default"),
         ),
-        watch="The reading `perturbation_norm` is the length of the whole step.",
+        watch="With `all_readings`, `perturbation_norm` is the length of the whole step.",
         coming_from={
             "optax.contrib.sam": {
                 "sync_period=n": "ascent_steps=n - 1",
@@ -192,7 +192,7 @@ CARDS = {
             *digits("usam"),
         ),
         watch="rho is a factor of the gradient, not a radius: SAM's values do not carry over. Read "
-        "`perturbation_norm`.",
+        "`perturbation_norm`, which `all_readings` asks for.",
         coming_from={"cltan023/stablesam2024": {"usam.py, rho": "rho", "stable=False": "usam"}},
         shown_in=(DIGITS,),
     ),
@@ -207,7 +207,7 @@ CARDS = {
             Start("0.1, decay 0.95", "the authors' command line", "cited", "nblt/F-SAM"),
             *digits("friendly_sam"),
         ),
-        watch="The reading `cosine` compares a direction that is not the gradient, so it may be "
+        watch="With `all_readings`, `cosine` compares a direction that is not the gradient, so it may be "
         "negative.",
         coming_from={
             "nblt/F-SAM": {
@@ -245,7 +245,7 @@ CARDS = {
                   "the sweep of a third party, manavdahra/sam-opt-research"),
             *digits("monge_sam"),
         ),
-        watch="`perturbation_norm` is below rho, far below it where gradients are long. M-SAM is "
+        watch="With `all_readings`, `perturbation_norm` is below rho, far below it where gradients are long. M-SAM is "
         "not Momentum-SAM, and not micro-batch SAM.",
         coming_from={"manavdahra/sam-opt-research": {"rho": "rho"}},
         shown_in=(DIGITS,),

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.experimental.layout import Layout, with_layout_constraint
 
 _KNOWN_LENGTH: ContextVar[Any] = ContextVar("known_length", default=None)
 
@@ -266,8 +265,11 @@ def _stored_wide(x: jax.Array) -> jax.Array:
     XLA has no half precision on the CPU: it computes a gradient in float32, rounds it and widens it
     again. It drops the rounding outside of a loop only. The default layout saves a copy.
     """
+    from jax.experimental.layout import Layout, with_layout_constraint  # a slow import
+
     is_alone = jax.device_count() == 1  # on several devices the layout would cost an all-gather
-    return with_layout_constraint(widen(x), Layout(range(x.ndim))) if is_alone else widen(x)
+    default = Layout(tuple(range(x.ndim)))
+    return with_layout_constraint(widen(x), default) if is_alone else widen(x)
 
 
 @_scale_and_norm.defjvp

@@ -53,7 +53,7 @@ def bisam(
         ...     w, tx.init(w), w,
         ...     value_fn=lambda w: cross_entropy(x @ w, y).mean(),
         ...     ascent_fn=lambda w: samx.losses.log_lower_bound(x @ w, y).mean())
-        >>> bool(optax.tree.get(state, "cosine") > 0)
+        >>> bool(optax.tree.get(state, "sharp_loss") > 0)
         True
 
     References:

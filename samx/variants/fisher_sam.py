@@ -39,7 +39,7 @@ def fisher_sam(
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
-        >>> tx = optax.chain(samx.fisher_sam(rho=0.1), optax.sgd(0.1))
+        >>> tx = samx.all_readings(optax.chain(samx.fisher_sam(rho=0.1), optax.sgd(0.1)))
         >>> w, loss = jnp.array([0.6, 0.8]), lambda w: 0.5 * w @ w
         >>> _, state = tx.update(w, tx.init(w), w, value_fn=loss)
         >>> round(float(optax.tree.get(state, "perturbation_norm")), 3)

@@ -62,7 +62,7 @@ def friendly_sam(
         `sigma=0` is SAM. Cost: 2 gradients per step, in sequence; one more copy of the parameters
         in the state. The direction is `perturbations.subtract_ema`, which other variants can take
         too. If the gradient hardly changes (that of a whole data set, say), d is rounding error.
-        The reading `cosine` compares ε with g_s: along d, which is not g, the loss need not rise.
+        Along d, which is not g, the loss need not rise: `sharpness` and `cosine` may be negative.
         This follows the code. By a transcription of the paper, m starts at 0 there and is updated
         before d is taken: d = g − σ (λ m + (1 − λ) g). That is the same direction as here with
         σ λ / (1 − σ (1 − λ)) in place of σ; so for σ = 1 they differ in the first steps only.

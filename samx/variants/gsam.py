@@ -74,7 +74,7 @@ def gsam(
     Notes:
         `alpha=0` is SAM, with "clean" the base optimizer. Cost: 2 gradients per step, in sequence,
         and two transient copies of the parameters, because g is kept until the end. The reading
-        `sharp_grad_norm` is ‖g_s‖, before the subtraction. For any other variant:
+        `sharp_grad_norm` (on request, `samx.all_readings`) is that of g_s. For any other variant:
         `samx.combinations.surrogate_gap`. Where devices climb separately
         (`data_parallel(..., ascent="local")`), the means of g and g_s over the devices are
         decomposed; in the authors' code each device decomposes its own. Fidelity: matches

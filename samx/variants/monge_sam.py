@@ -32,7 +32,7 @@ def monge_sam(rho: Radius = 0.05, *, perturb_dtype: DType = "float32") -> Transf
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
-        >>> tx = optax.chain(samx.monge_sam(rho=1.0), optax.sgd(0.1))
+        >>> tx = samx.all_readings(optax.chain(samx.monge_sam(rho=1.0), optax.sgd(0.1)))
         >>> w, loss = jnp.array([3.0, 4.0]), lambda w: 0.5 * w @ w
         >>> _, state = tx.update(w, tx.init(w), w, value_fn=loss)
         >>> round(float(optax.tree.get(state, "perturbation_norm")), 4)  # 1 / √26

@@ -47,7 +47,7 @@ def sam_on(
         >>> import jax, jax.numpy as jnp, optax, samx
         >>> from samx.perturbations import magnitude, metric_ball
         >>> ball = metric_ball(1.0, magnitude(0.01, is_scaled=lambda path, leaf: True))
-        >>> tx = optax.chain(samx.sam_on(perturbation=ball), optax.sgd(0.1))
+        >>> tx = samx.all_readings(samx.sam_on(perturbation=ball))
         >>> w = {"dense": {"kernel": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
         >>> loss = lambda w: jnp.sum((w["dense"]["kernel"] * w["norm"]["scale"]) ** 2)
         >>> updates, state = tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)

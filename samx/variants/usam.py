@@ -39,7 +39,8 @@ def usam(
 
     Example:
         >>> import jax.numpy as jnp, optax, samx
-        >>> tx, w, loss = samx.usam(rho=0.5), jnp.array([3.0, 4.0]), lambda w: 0.5 * w @ w
+        >>> tx = samx.all_readings(samx.usam(rho=0.5))
+        >>> w, loss = jnp.array([3.0, 4.0]), lambda w: 0.5 * w @ w
         >>> g_s, state = tx.update(w, tx.init(w), w, value_fn=loss)
         >>> g_s.tolist(), float(state.readings.perturbation_norm)
         ([4.5, 6.0], 2.5)

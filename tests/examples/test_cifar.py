@@ -150,8 +150,8 @@ def test_a_tiny_run(finished):
     assert [row["step"] for row in epochs] == [2, 4]
     assert all(np.isfinite(row["loss"]) for row in steps)
     assert results["gradients"] == 8
-    assert steps[0]["perturbation_norm"] == 0  # SAMPa's g_y starts at 0
-    assert any(row["perturbation_norm"] > 0 for row in steps)
+    assert steps[0]["grad_norm"] == 0  # SAMPa's g_y starts at 0
+    assert any(row["grad_norm"] > 0 for row in steps)
     assert 0 <= results["test"]["accuracy"] <= 1
     assert len(results["test"]["accuracy_by_class"]) == 10
     assert json.loads((folder / "results.json").read_text()) == results

@@ -10,7 +10,7 @@ import pytest
 
 import samx
 from examples.claims import second_order
-from examples.common.registry import VARIANTS, Setting
+from examples.common.registry import Setting
 from samx import policies
 
 
@@ -57,7 +57,8 @@ def test_the_ratio_is_that_of_the_second_order_part(name):
     def after_one_step(tx):
         return tx.update(jax.grad(loss)(w), tx.init(w), w, value_fn=loss)[1]
 
-    state = after_one_step(VARIANTS[name].make(0.3, optax.sgd(0.1), Setting(w, 1, 1)))
+    variant = second_order.with_all_readings(name)
+    state = after_one_step(variant.make(0.3, optax.sgd(0.1), Setting(w, 1, 1)))
     arsam = after_one_step(samx.arsam(0.3, policy=policies.every(1)))
     ratio, is_sharp = second_order.seen(state)
     if is_sharp:

@@ -238,7 +238,7 @@ def test_step_cost_measures_every_variant_by_default(tiny_models, tmp_path, caps
     printed = capsys.readouterr().out
     low, high = rows["periodic"]["branch_flops_to_gradient"]
     assert f"{low:.2f} | {high:.2f}" in printed
-    for text in ("periodic*", "sam, readings unread", "optax.contrib.sam", "forward", "peak"):
+    for text in ("periodic*", "sam, all readings", "optax.contrib.sam", "forward", "peak"):
         assert text in printed
     assert (tmp_path / "cost" / "step_cost.png").stat().st_size > 10_000
 
