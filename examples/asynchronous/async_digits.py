@@ -18,7 +18,7 @@ would hide; for a network as small as this one, most of the time goes into copie
 shows what two devices save.
 
 The script prints a table and the differences. It writes results.json and async_digits.png to --out.
-It takes about two minutes on two CPU cores.
+It takes about one and a half minutes on two CPU cores.
 """
 
 import argparse

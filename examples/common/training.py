@@ -129,7 +129,7 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)  # `base2x` follows `base`
 def make_steps(variant: Variant, base: str, width: int) -> list[Callable[..., Any]]:
     """Compile the first three functions of a `Trainer`, with the number of all steps in front."""
     logits, losses_fn, *_ = make_functions(width)
