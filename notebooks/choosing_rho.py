@@ -456,25 +456,25 @@ plt.show()
 
 # %%
 readings = jax.tree.map(lambda leaf: leaf[0], results["constant"][1])  # of the first seed
-print("epoch   perturbation_norm   sharp_loss − loss   cosine   gradients_spent")
+print("epoch   sharpness   rho * grad_norm   sharp_loss   gradients_spent")
 for epoch in sorted({0, EPOCHS // 4, EPOCHS // 2, EPOCHS - 1}):
     part = jax.tree.map(
         lambda leaf, epoch=epoch: leaf.reshape(EPOCHS, STEPS_PER_EPOCH)[epoch], readings
     )
     print(
-        f"{epoch:5d}{part.perturbation_norm.mean():20.3f}"
-        f"{(part.sharp_loss - part.loss).mean():20.3f}{part.cosine.mean():9.2f}"
-        f"{part.gradients_spent[-1]:18.0f}"
+        f"{epoch:5d}{part.sharpness.mean():12.3f}{best_rho * part.grad_norm.mean():18.3f}"
+        f"{part.sharp_loss.mean():13.3f}{part.gradients_spent[-1]:18.0f}"
     )
 
 # %% [markdown]
 # | reading | expect | otherwise |
 # |---|---|---|
-# | `perturbation_norm` | `sam`: exactly ρ | 0: ρ is 0, or half precision rounds ε away |
-# | `sharp_loss - loss` | above 0 on nearly every step | about 0: ρ is too small to do anything |
+# | `sharpness` | at least about ρ · `grad_norm`, the rise of a straight line | 0: ρ is 0, or half precision rounds ε away |
 # | `sharp_loss` | of the order of `loss` | far above it, and training stalls: ρ is too large |
-# | `cosine` | between 0 and 1 | about 1: the sharp gradient adds nothing; ρ is too small |
 # | `gradients_spent` | 2 per step | 1 per step: the policy skips, or SAM is not in the chain |
+#
+# `samx.all_readings(tx)` adds the norm of the perturbation and the cosine between it and the sharp
+# gradient, for some more memory traffic.
 #
 # ## Where to go next
 #

@@ -120,8 +120,8 @@ def dense(sizes: list[int], batch: int) -> Problem:
         *hidden, last = params.values()
         x = batch["image"].astype(last["kernel"].dtype)
         for layer in hidden:
-            x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
-        return cross_entropy(x @ last["kernel"] + last["bias"], batch)
+            x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+        return cross_entropy(x @ last["kernel"] + last["bias"][None], batch)
 
     return Problem(losses_fn, params, {"image": jnp.ones((batch, sizes[0])), **labels(batch)})
 
@@ -526,7 +526,7 @@ def draw_points(axes: Any, points: dict[tuple[str, str], float]) -> None:
 def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     args = parse(argv)
     choose_folder(args, "lean")
-    report, results, older = Report(args), {}, None
+    report, results, older = Report(args, left_out=["before"]), {}, None
     if args.before is not None:
         with version_in(args.before) as older:
             pass

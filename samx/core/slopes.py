@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer, eval_jaxpr
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from samx.core import tree
 from samx.core.closures import Closure, local_loss_and_grad
@@ -59,7 +58,7 @@ def _has_operation(program: Any, name: str) -> bool:
     """Return whether a jaxpr, or one inside its equations, has an operation of this name."""
     if isinstance(program, tuple | list):
         return any(_has_operation(part, name) for part in program)
-    if not isinstance(program, Jaxpr | ClosedJaxpr):
+    if not hasattr(program, "eqns"):  # a Jaxpr or a ClosedJaxpr
         return False
     return any(
         eqn.primitive.name == name or _has_operation([*eqn.params.values()], name)

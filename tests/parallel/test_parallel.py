@@ -301,6 +301,20 @@ def test_aux_in_the_state_is_common_to_all_devices(regime):
         assert_close(found, wanted)
 
 
+def test_aux_of_microbatches_is_common_to_all_devices():
+    params, data = problem.make()[1], batches(1)
+    aux_like = jax.eval_shape(with_statistics, params, data[0][0])[1]
+
+    def build(batch_like):
+        del batch_like
+        return optax.chain(samx.msam(0.05, 2, aux_like=aux_like), optax.sgd(0.1))
+
+    expected = regimes.single(build, params, data, losses_fn=with_statistics)
+    found = regimes.shard_map(build, params, data, True, losses_fn=with_statistics)
+    means = [optax.tree.get(history[0][1], "aux")["mean"] for history in (found, expected)]
+    assert_close(*means)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["asam", "two ascent steps", "sampa"])
 @pytest.mark.parametrize("ascent", ["global", "local"])

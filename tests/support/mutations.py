@@ -78,6 +78,7 @@ SUITES = {
     "variants/lets.py": ("variants/test_lets_radius.py", "perturbations/test_extra_gradients.py"),
     "variants/looksam.py": ("variants/test_reuse.py", "perturbations/test_extra_gradients.py"),
     "variants/momentum_sam.py": ("variants/test_momentum_sam.py",),
+    "variants/msam.py": ("variants/test_msam.py", "parallel/test_parallel.py::test_aux"),
     "variants/sl_sam.py": ("variants/test_sl_sam.py", "perturbations/test_extra_gradients.py"),
     "variants/": ("perturbations/test_extra_gradients.py",),
     "variants/esam.py": (
