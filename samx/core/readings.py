@@ -78,9 +78,9 @@ class Readings(NamedTuple):
     grad_norm: jax.Array
     is_sharp: jax.Array
     gradients_spent: jax.Array
-    sharp_grad_norm: jax.Array | None = None
-    perturbation_norm: jax.Array | None = None
-    cosine: jax.Array | None = None
+    sharp_grad_norm: Any = None
+    perturbation_norm: Any = None
+    cosine: Any = None
 
 
 ON_REQUEST = ("sharp_grad_norm", "perturbation_norm", "cosine")

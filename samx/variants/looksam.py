@@ -84,8 +84,8 @@ def looksam(
         which is another algorithm. If g_s is parallel to g up to rounding, nothing is reused.
         Otherwise reuse multiplies the rounding error in g_v by α ‖g‖ / ‖g_v‖ (about ten), which
         matters in half precision.
-        Cost: 1 + 1/period gradients per step, one copy of the parameters in the state, and one
-        transient copy.
+        Cost: 1 + 1/period gradients per step, one copy of the parameters in the state, and two
+        transient copies.
         Fidelity: no code of the authors exists, and the paper's own text was not at hand. The rule
         is the one on which secondary sources and four implementations agree. It matches the
         LookSAM in the code of the authors of Momentum-SAM, MarlonBecker/MSAM. `static_args`:
