@@ -23,11 +23,6 @@ EQUIVALENT = {
         "jnp.sign(g) + 0 * g",
     ): "zero, or NaN where an entry is infinite, with either sign",
     (
-        "perturbations/dynamic_mask.py",
-        "_draws",
-        "jax.random.uniform(jax.random.fold_in(key, i), leaf.shape) + zeros",
-    ): "zeros, which only give the draws the sharding of the leaf",
-    (
         "perturbations/patterns.py",
         "_whole_leaves",
         "x.size * ok",

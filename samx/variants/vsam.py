@@ -70,7 +70,7 @@ def vsam(
 
     Notes:
         Cost: 1 gradient per step, 1 more on ⌊quota⌋ steps of every window (29% and 60% of the steps
-        in the authors' own traces), one copy of the parameters in the state, and two transient ones.
+        in the authors' own traces), one copy of the parameters in the state, two transient copies.
         Fidelity: matches ajiaaa/vSAM, controller included. Defaults are those of its script, except
         the warm-up (three epochs there). There, fewer than `window` samples before the first window
         give NaN; here a missing sample counts as no change. For some `decay` (0.9 is one), rounding
