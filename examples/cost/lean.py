@@ -491,8 +491,8 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
     height = max(figures.height_of(len({key for key, _ in lines[name]})) for name in panels)
     figure = figures.make_figure(len(panels), [height])
     titles = {
-        "bytes": "memory traffic of `sam`, relative to the step written by hand",
-        "peak": "peak memory of a step, in copies of the parameters",
+        "bytes": "memory traffic of SAM / by hand",
+        "peak": "peak, copies of the parameters",
     }
     for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw_points(axes, lines[name])
@@ -510,16 +510,26 @@ def relative_bytes(rows: list[dict]) -> dict[tuple[str, str], float]:
 
 
 def draw_points(axes: Any, points: dict[tuple[str, str], float]) -> None:
-    """Draw one line of points per key: today's blue, an older version's red."""
-    keys = [key.removesuffix(" before") for key, _ in points]
-    rows = list(reversed(dict.fromkeys(keys)))
+    """Draw one line of points per key; the points that lie farthest apart get their names."""
+    lines: dict[str, dict[str, float]] = {}
     for (key, kind), value in points.items():
-        is_before = " before" in key + kind
-        color = figures.RED if is_before else figures.SKY if "all" in kind else figures.BLUE
-        axes.plot(value, rows.index(key.removesuffix(" before")), "o", color=color, ms=5)
+        name = next((word for word in ("before", "all readings") if word in key + kind), "today")
+        lines.setdefault(key.removesuffix(" before"), {})[name] = value
+    colors = {"today": figures.BLUE, "all readings": figures.PINK, "before": figures.RED}
+    rows = list(reversed(lines))
+    for key, line in lines.items():
+        for name, value in line.items():
+            axes.plot(value, rows.index(key), "o", color=colors[name], ms=5)
     axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlim(left=min(1.0, *points.values()) - 0.05)
+    low, high = min(points.values()), max(points.values())
+    span = max(high - low, 0.5)
+    axes.set_xlim(low - 0.08 * span, high + 0.12 * span)
+    widest = max(lines, key=lambda key: max(lines[key].values()) - min(lines[key].values()))
+    named = [(x, rows.index(widest), name, colors[name]) for name, x in lines[widest].items()]
+    if len(named) > 1:
+        figures.label_points(axes, named)
 
 
 @files.ends_in_one_line

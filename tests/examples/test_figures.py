@@ -16,7 +16,7 @@ from examples.claims import lets, lightsam, mup_transfer, second_order
 from examples.common import figures
 from examples.common.registry import VARIANTS
 from examples.compare import front_figure
-from examples.cost import step_cost
+from examples.cost import lean, step_cost
 from examples.devices import data_parallel, parallel_cost
 from examples.train import cifar, long_tail
 
@@ -211,6 +211,22 @@ def draw_parallel_cost(path, devices):
     parallel_cost.draw(results, rows, path, "dense, 1,234,567 parameters, one batch of 512")
 
 
+def draw_lean(path, models, variants, versions):
+    rows = ["by hand", "sam", "sam, all readings", *[f"sam{when}" for when in versions if when]]
+    traffic = [
+        {"model": model, "dtype": dtype, "row": row, "bytes": 10.0 + number * (1 + place / 5)}
+        for place, model in enumerate(models)
+        for dtype in lean.DTYPES
+        for number, row in enumerate(rows)
+    ]
+    peaks = [
+        {"row": name + when, "peak": 3 + place / 7 + len(when) / 5}
+        for when in versions
+        for place, name in enumerate(variants)
+    ]
+    lean.draw({"bytes": traffic, "peak": peaks}, path)
+
+
 def of_step_cost(model, batch, names):
     rows = {
         name: {
@@ -308,6 +324,11 @@ CASES = {
             ([*step_cost.BY_SIZE], ["mlp", "conv", "transformer"]),
             (["plain"], ["mlp"]),
         )
+    ],
+    "lean.draw": [
+        lambda path: draw_lean(path, lean.MODELS, lean.VARIANTS, ["", " before"]),
+        lambda path: draw_lean(path, lean.MODELS[:1], ["sam"], [""]),
+        lambda path: draw_lean(path, [], lean.VARIANTS, [""]),
     ],
     "lsam_digits.draw": [
         lambda path: draw_lsam(path, [*lsam_digits.ROWS], 3),
