@@ -88,6 +88,7 @@ from examples.common.models import CLASSES, as_problem
 from examples.common.models import MODELS as NETS
 from examples.common.output import choose_folder
 from examples.common.report import Report
+from examples.cost.passes import Forks
 from examples.cost.step_cost import flops_of, peak_bytes
 from examples.devices.communication import communicated_bytes
 
@@ -307,11 +308,17 @@ def count_peaks(args: argparse.Namespace, older: Any) -> list[dict]:
             makes = transformations(version, batch)
             txs = {name + when: makes[name]() for name in args.variants}
             programs |= {name: (with_samx(it.losses_fn, tx), tx) for name, tx in txs.items()}
-    rows = tqdm(programs.items(), desc="peak", unit="step", disable=None)
-    return [
-        {"row": row} | counts(compile_step(step, tx, params, batch), it.copy)
-        for row, (step, tx) in rows
-    ]
+    found = []
+    for row, (step, tx) in tqdm(programs.items(), desc="peak", unit="step", disable=None):
+        found.append({"row": row} | counts(compile_step(step, tx, params, batch), it.copy))
+        if row == "looksam":  # what the branch costs: each of its sides alone
+            forks = Forks()
+            for choice, side in enumerate(("other side alone", "sharp side alone")):
+                alone = with_samx(forks.watch(it.losses_fn), tx)
+                with forks.only(choice):
+                    program = compile_step(alone, tx, params, batch)
+                found.append({"row": f"{row}, {side}"} | counts(program, it.copy))
+    return found
 
 
 def count_sent(args: argparse.Namespace, older: Any) -> list[dict]:
@@ -443,7 +450,7 @@ def stages(step: Callable, tx: Any, it: Problem, is_compiled: bool) -> dict[str,
     if is_compiled:
         program = lowered.compile()
         clock.append(time.process_time())
-        result = {"call": seconds_to_call(program, it, tx)}
+        result = {"call, ms": 1e3 * seconds_to_call(program, it, tx)}
     gc.enable()
     names = ("trace", "lower", "compile")
     return dict(zip(names, np.diff(clock).tolist(), strict=False)) | result

@@ -33,7 +33,7 @@ def test_a_tiny_run(tmp_path, capsys, monkeypatch):
     assert flops["ksam, jit"] < flops["sam, jit"]
     quartiles = next(row["ratio"] for row in results["time"] if row["row"] == "sam")
     assert quartiles == sorted(quartiles)
-    assert {"trace", "lower", "compile", "call"} <= results["trace"][0].keys()
+    assert {"trace", "lower", "compile", "call, ms"} <= results["trace"][0].keys()
     for text in ("by hand", "sam before", "sam, all readings", "sampa"):
         assert (text in out) == (text != "sampa")
 
