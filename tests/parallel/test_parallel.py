@@ -302,6 +302,7 @@ def test_aux_in_the_state_is_common_to_all_devices(regime):
 
 
 def test_aux_of_microbatches_is_common_to_all_devices():
+    """Their readings too: means over the examples of all devices."""
     params, data = problem.make()[1], batches(1)
     aux_like = jax.eval_shape(with_statistics, params, data[0][0])[1]
 
@@ -311,8 +312,8 @@ def test_aux_of_microbatches_is_common_to_all_devices():
 
     expected = regimes.single(build, params, data, losses_fn=with_statistics)
     found = regimes.shard_map(build, params, data, True, losses_fn=with_statistics)
-    means = [optax.tree.get(history[0][1], "aux")["mean"] for history in (found, expected)]
-    assert_close(*means)
+    for name in ("mean", "loss", "sharp_loss"):
+        assert_close(*(optax.tree.get(history[0][1], name) for history in (found, expected)))
 
 
 @pytest.mark.slow

@@ -117,8 +117,10 @@ SUITES = {
         "core/test_factory_errors.py",
     ),
     "policies/norms.py": ("policies/test_policies.py",),
+    "core/convolutions.py": ("core/test_convolutions.py",),
     "core/microbatches.py": (
         "variants/test_msam.py",
+        "parallel/test_parallel.py::test_aux",
         "training/test_accumulation.py",
         "parallel/test_parallel_by_hand.py::test_accumulation",
         "variants/test_cost.py::test_msam",
