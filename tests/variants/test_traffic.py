@@ -11,6 +11,8 @@ import samx
 from examples.cost import lean
 
 BASE = lean.base()
+# What a compiler stores is its own choice; that of jax 0.10.0 counts a copy more or less.
+COUNTED = pytest.mark.skipif(jax.__version_info__ < (0, 10, 2), reason="another compiler")
 
 
 def program(it, tx, dtype="float32"):
@@ -20,6 +22,7 @@ def program(it, tx, dtype="float32"):
     return lean.counts(lean.compile_step(step, tx, params, it.batch), it.copy)
 
 
+@COUNTED
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "it", [lean.dense([64, 256, 256, 10], 8), lean.embedding(5000, 8)], ids=["dense", "embedding"]
@@ -46,6 +49,7 @@ COPIES = {
 }
 
 
+@COUNTED
 @pytest.mark.parametrize("name", COPIES)
 def test_peak_in_copies_of_the_parameters(name):
     """Of eight equal layers: one leaf more or less is an eighth of a copy."""
@@ -53,6 +57,7 @@ def test_peak_in_copies_of_the_parameters(name):
     assert program(LAYERS, optax.chain(make(), BASE))["peak"] < copies
 
 
+@COUNTED
 def test_weighted_sam_holds_both_gradients():
     assert program(LAYERS, samx.wsam(BASE, 0.1, 0.05))["peak"] < 4.2
 
