@@ -26,9 +26,9 @@ class Readings(NamedTuple):
     `samx.all_readings` asks for them, because they read every parameter several more times.
 
     Log `sharpness` during training: it shows whether SAM does what it should. Healthy values are
-    positive, and at least about `rho * grad_norm`, the rise of a straight line. 0 or rounding error
-    means that SAM does nothing: rho is 0, or half precision rounds the perturbation away. As large
-    as the loss or larger means that rho is too large.
+    positive. For `sam` they are about `rho * grad_norm`, the rise of a straight line, and more where
+    the loss curves up. 0 or rounding error means that SAM does nothing: rho is 0, or half precision
+    rounds the perturbation away. As large as the loss or larger means that rho is too large.
 
     Losses and norms are float32, or float64 if a parameter is float64. Squares of `g_s` are summed
     as they are: above 1.8e19 the reading `sharp_grad_norm` is infinite, and `cosine` 0. Inside

@@ -13,9 +13,9 @@ from samx.core.transformation import as_transformation, checked_transformation
 def all_readings(tx: optax.GradientTransformation) -> Transformation:
     """Take all readings of a variant, also those that read every parameter again.
 
-        sharp_grad_norm  = ‖g_s‖
+        sharp_grad_norm   = ‖g_s‖
         perturbation_norm = ‖(w + ε) − w‖
-        cosine           = ⟨(w + ε) − w, g_s⟩ / (‖(w + ε) − w‖ ‖g_s‖)
+        cosine            = ⟨(w + ε) − w, g_s⟩ / (‖(w + ε) − w‖ ‖g_s‖)
 
     Without it a state holds only the readings that a step computes anyway, see `samx.Readings`.
 
