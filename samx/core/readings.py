@@ -26,7 +26,7 @@ class Readings(NamedTuple):
     `samx.all_readings` asks for them, because they read every parameter several more times.
 
     Log `sharpness` during training: it shows whether SAM does what it should. Healthy values are
-    positive. For `sam` they are about `rho * grad_norm`, the rise of a straight line, and more where
+    positive. For `sam` they are about `rho * grad_norm`, the rise of a straight line, or more where
     the loss curves up. 0 or rounding error means that SAM does nothing: rho is 0, or half precision
     rounds the perturbation away. As large as the loss or larger means that rho is too large.
 
