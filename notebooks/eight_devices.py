@@ -261,7 +261,7 @@ print(f"50 images on 8 devices, minus 50 images on one device: {worst:.1e}")
 # The compiler's program shows it:
 
 # %%
-from examples.devices.communication import communicated_bytes
+from examples.common.programs import communicated_bytes
 
 local = samx.data_parallel(sam, "data", ascent="local")
 by_local = on_shards(local, specs)

@@ -87,10 +87,10 @@ from examples.common import figures, files
 from examples.common.models import CLASSES, as_problem
 from examples.common.models import MODELS as NETS
 from examples.common.output import choose_folder
+from examples.common.programs import communicated_bytes, peak_bytes
 from examples.common.report import Report
 from examples.cost.passes import Forks
-from examples.cost.step_cost import flops_of, peak_bytes
-from examples.devices.communication import communicated_bytes
+from examples.cost.step_cost import flops_of
 
 RHO, LEARNING_RATE, MOMENTUM = 0.05, 0.1, 0.9
 TIMED = ("dense 16", "dense 128", "embedding")

@@ -85,6 +85,7 @@ import samx
 from examples.common import figures, files
 from examples.common.models import CLASSES, MODELS, Model, as_problem
 from examples.common.output import choose_folder
+from examples.common.programs import peak_bytes
 from examples.common.registry import BASES, VARIANTS, Setting
 from examples.common.report import Report
 from examples.cost.passes import Counter, Forks
@@ -265,16 +266,6 @@ def compile_step(step: Callable, *args: Any, is_timed: bool = True) -> Any:
 
 def flops_of(compiled: Any) -> float:
     return compiled.cost_analysis()["flops"]
-
-
-def peak_bytes(compiled: Any) -> int:
-    """Return the peak memory of a run: arguments, results, and the arena of temporaries.
-
-    `peak_memory_in_bytes` is not used, because on the CPU it leaves out the temporaries (jax 0.10).
-    """
-    memory = compiled.memory_analysis()
-    size = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return size + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
 class Runner:

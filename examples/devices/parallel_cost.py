@@ -61,9 +61,9 @@ import samx
 from examples.common import figures, files
 from examples.common.models import problem
 from examples.common.output import choose_folder
+from examples.common.programs import communicated_bytes
 from examples.common.registry import BASES
 from examples.common.report import Report
-from examples.devices.communication import communicated_bytes
 
 RHO, LEARNING_RATE = 0.05, 0.1
 LEAST_SECONDS = 0.05  # of one measurement

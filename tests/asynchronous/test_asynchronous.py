@@ -16,7 +16,7 @@ from costs import Counter, compiled, flops, wide_losses, wide_problem
 from jax.sharding import PartitionSpec as P
 
 import samx
-from examples.devices.communication import communicated_bytes
+from examples.common.programs import communicated_bytes
 from samx.asynchronous import pipelined
 
 pytestmark = pytest.mark.usefixtures("float64")

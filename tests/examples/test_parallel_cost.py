@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from examples.common.models import MODELS, as_problem
+from examples.common.programs import communicated_bytes
 from examples.devices import parallel_cost
-from examples.devices.communication import communicated_bytes
 
 
 def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):

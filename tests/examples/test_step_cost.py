@@ -11,6 +11,7 @@ from flax import nnx
 
 import samx
 from examples.common import choices
+from examples.common.programs import peak_bytes
 from examples.common.registry import BASES, VARIANTS, Setting, Variant
 from examples.cost import step_cost
 from examples.cost.passes import Counter, Forks
@@ -257,7 +258,7 @@ def test_peak_is_what_a_run_holds(alias):
     donated = {"donate_argnums": 0} if alias else {}
     step = jax.jit(lambda x, y: jnp.tanh(x @ y) @ x, **donated)
     compiled = step.lower(x, x).compile()
-    copies = step_cost.peak_bytes(compiled) / x.nbytes
+    copies = peak_bytes(compiled) / x.nbytes
     assert copies >= 3
     assert copies <= 5 - bool(alias)
 

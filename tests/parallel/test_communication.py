@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import samx
-from examples.devices.communication import communicated_bytes
+from examples.common.programs import communicated_bytes
 from samx.perturbations import metric_ball, subtract_ema
 
 # One row for each set of closures, and one that needs the mean gradient too.

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import samx
-from examples.devices.communication import communicated_bytes
+from examples.common.programs import communicated_bytes
 from samx.selection import largest, put, take
 from samx.selection.examples import weights_of
 

@@ -1,0 +1,149 @@
+"""A language model of today's kind in Flax nnx, and what its training needs: a GPT.
+
+A decoder-only transformer: rotary positions, RMSNorm before each branch, a gated MLP, no biases,
+the embedding also gives the logits. The layers are one stack of parameters, [depth, ...] each, and
+one loop runs over them. So a model of 32 layers is traced and compiled as fast as one of 2.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+GATHERED = "gathered parameters"
+ALL_BUT_GATHERED = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+
+
+class Size(NamedTuple):
+    """The size of a model: features, layers, vocabulary, and tokens of an example."""
+
+    width: int
+    depth: int
+    vocabulary: int
+    length: int
+
+    @property
+    def heads(self) -> int:
+        """Attention heads: of 64 features, of 128 in a wide model, or a single small one."""
+        return max(1, self.width // (128 if self.width >= 2048 else 64))
+
+    @property
+    def hidden(self) -> int:
+        """Features inside the MLP: 8/3 of the width, rounded up to a multiple of 32, or of 256."""
+        unit = 256 if self.width >= 768 else 32
+        return unit * math.ceil(8 * self.width / 3 / unit)
+
+
+SIZES = {
+    "100M": Size(width=768, depth=12, vocabulary=32_768, length=1024),
+    "1B": Size(width=2048, depth=18, vocabulary=32_768, length=2048),
+    "7B": Size(width=4096, depth=32, vocabulary=32_768, length=2048),
+}
+
+
+class Block(nnx.Module):
+    """One layer: attention, then a gated MLP, each in a residual branch."""
+
+    def __init__(self, size: Size, *, rngs: nnx.Rngs, **dtypes: Any):
+        linear = partial(nnx.Linear, use_bias=False, rngs=rngs, **dtypes)
+        norm = partial(nnx.RMSNorm, size.width, rngs=rngs, **dtypes)
+        into_stream = nnx.initializers.variance_scaling(0.5 / size.depth, "fan_in", "normal")
+        self.heads = size.heads
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.query_key_value = linear(size.width, 3 * size.width)
+        self.attention_out = linear(size.width, size.width, kernel_init=into_stream)
+        self.gate_up = linear(size.width, 2 * size.hidden)
+        self.down = linear(size.hidden, size.width, kernel_init=into_stream)
+
+    def __call__(self, x):  # noqa: D102
+        qkv = self.query_key_value(self.attention_norm(x))
+        qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, -1)
+        query, key, value = (qkv[..., i, :, :] for i in range(3))
+        mixed = jax.nn.dot_product_attention(rotated(query), rotated(key), value, is_causal=True)
+        x += self.attention_out(mixed.reshape(x.shape))
+        gate, up = jnp.split(self.gate_up(self.mlp_norm(x)), 2, axis=-1)
+        return x + self.down(jax.nn.silu(gate) * up)
+
+
+class GPT(nnx.Module):
+    """The model: `tokens`, int[B, T], to logits, float[B, T, vocabulary].
+
+    Args:
+        size: Its size.
+        remat: Whether a backward pass computes a layer again, instead of storing what is inside.
+        gather: `params -> params`, called with the parameters of a layer before it is used. Under
+            FSDP it gathers their parts. A backward pass gathers them again.
+        rngs: The random key of the initial parameters.
+        dtype: Dtype of the computation. Logits are at least float32.
+        param_dtype: Dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        *,
+        remat: bool = False,
+        gather: Callable[[Any], Any] | None = None,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+    ):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+
+        @nnx.split_rngs(splits=size.depth)
+        @nnx.vmap
+        def stack(rngs):
+            return Block(size, rngs=rngs, **dtypes)
+
+        self.gather = gather
+        self.remat = remat
+        self.embedding = nnx.Embed(
+            size.vocabulary,
+            size.width,
+            rngs=rngs,
+            embedding_init=nnx.initializers.normal(0.02),
+            **dtypes,
+        )
+        self.blocks = stack(rngs)
+        self.norm = nnx.RMSNorm(size.width, rngs=rngs, **dtypes)
+
+    def __call__(self, tokens):  # noqa: D102
+        def layer(x, block):
+            return self.whole(block)(x)
+
+        if self.remat or self.gather is not None:
+            policy = None if self.remat else ALL_BUT_GATHERED
+            layer = nnx.remat(layer, prevent_cse=False, policy=policy)
+        layers = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        embedding = self.whole(self.embedding)
+        x = layers(embedding(tokens), self.blocks)
+        logits = embedding.attend(self.norm(x))
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+    def whole(self, module: nnx.Module) -> Any:
+        """Return a module with gathered parameters."""
+        if self.gather is None:
+            return module
+        graph, params = nnx.split(module)
+        return nnx.merge(graph, checkpoint_name(self.gather(params), GATHERED))
+
+
+def rotated(x: jax.Array) -> jax.Array:
+    """Turn pairs of features by angles that grow with the position: `x` is [..., T, heads, F]."""
+    half = x.shape[-1] // 2
+    speed = 10_000.0 ** (-jnp.arange(half) / half)
+    angle = (jnp.arange(x.shape[-3])[:, None] * speed)[:, None, :]
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def losses_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the mean loss of each example, in nats per token: [B, T, vocabulary] to [B]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean(axis=-1)

@@ -1,0 +1,177 @@
+"""The step of a language model, and where its arrays are: what training and counting share.
+
+Under data parallelism every device holds the parameters; each has its own examples. Under FSDP
+(fully sharded data parallelism, also called ZeRO-3) every device holds a part of each large array
+only: of parameters, gradients, and everything in the optimizer's state that is shaped like them. A
+layer's parameters are gathered when the layer is computed, and its gradient is scattered after it.
+Both are the same program of `jax.jit`; only the shardings differ.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import samx
+import samx.flax
+from examples.common.gpt import GPT, Size, losses_of
+from examples.common.readings import readings_of
+
+Parallel = Literal["data", "fsdp"]
+
+
+class Task(NamedTuple):
+    """A training task, before anything is computed.
+
+    Attributes:
+        init: `key -> state`; compiled, so that each device makes its own part.
+        state: Shapes, dtypes and shardings of the state, a `samx.flax.TrainState`.
+        step: `(state, batch) -> (state, readings)`, to be called or lowered; it donates the state.
+        batch_sharding: The sharding of every leaf of a batch.
+    """
+
+    init: Callable[[jax.Array], samx.flax.TrainState]
+    state: samx.flax.TrainState
+    step: Any
+    batch_sharding: NamedSharding
+
+    @property
+    def shardings(self) -> samx.flax.TrainState:
+        """The sharding of each leaf of the state."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
+
+
+def make_task(
+    size: Size,
+    tx: optax.GradientTransformation,
+    *,
+    devices: Sequence[Any],
+    parallel: Parallel = "data",
+    remat: bool = False,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+) -> Task:
+    """Describe a training of the language model.
+
+    Args:
+        size: The size of the model.
+        tx: The whole optimizer.
+        devices: The devices that share each batch.
+        parallel: What the devices hold of the parameters: "data" all of them, "fsdp" a part.
+        remat: Whether the backward pass computes each layer again.
+        dtype: Dtype of the computation.
+        param_dtype: Dtype of the parameters.
+    """
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    parts = mesh.size if parallel == "fsdp" else 1
+
+    def make_model(key):
+        return GPT(
+            size,
+            remat=remat,
+            gather=None if parts == 1 else lambda params: gather(params, mesh),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=nnx.Rngs(key),
+        )
+
+    graph = nnx.graphdef(nnx.eval_shape(make_model, jax.random.key(0)))
+
+    def apply_fn(params, tokens):
+        return nnx.merge(graph, params)(tokens)
+
+    def create(key):
+        params = nnx.to_pure_dict(nnx.state(make_model(key)))
+        return samx.flax.TrainState.create(apply_fn=apply_fn, params=params, tx=tx)
+
+    state = jax.eval_shape(create, jax.random.key(0))
+    param_specs = specs_of(state.params, parts)
+    specs = jax.tree.map(lambda _: P(), state).replace(
+        params=param_specs,
+        opt_state=samx.state_specs(
+            tx, state.params, param_specs=param_specs, batch_specs=P("data")
+        ),
+    )
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    everywhere = NamedSharding(mesh, P())
+    return Task(
+        init=jax.jit(create, out_shardings=shardings),
+        state=jax.tree.map(lambda x, at: x.update(sharding=at), state, shardings),
+        step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        batch_sharding=NamedSharding(mesh, P("data")),
+    )
+
+
+def train_step(
+    state: samx.flax.TrainState, batch: dict[str, jax.Array]
+) -> tuple[samx.flax.TrainState, dict[str, jax.Array]]:
+    """Take one step of any variant.
+
+    Args:
+        state: The training state.
+        batch: "tokens", int[B, T + 1], and "index", int[B], the examples' numbers in the data.
+    """
+
+    def logits_of(params, batch):
+        return state.apply_fn(params, batch["tokens"][:, :-1])
+
+    def losses_fn(params, batch):
+        return losses_of(logits_of(params, batch), batch["tokens"][:, 1:])
+
+    def ascent_fn(params):
+        targets = batch["tokens"][:, 1:]
+        return samx.losses.log_lower_bound(logits_of(params, batch), targets).mean()
+
+    value, grads = jax.value_and_grad(lambda params: losses_fn(params, batch).mean())(state.params)
+    state = state.apply_gradients(
+        grads=grads,
+        value=value,
+        losses_fn=losses_fn,
+        batch=batch,
+        index=batch["index"],
+        ascent_fn=ascent_fn,
+    )
+    return state, readings_of(state.opt_state, value)
+
+
+def batch_like(size: Size, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of a batch."""
+    return {
+        "tokens": jax.ShapeDtypeStruct((examples, size.length + 1), jnp.int32),
+        "index": jax.ShapeDtypeStruct((examples,), jnp.int32),
+    }
+
+
+def spec_of(shape: tuple[int, ...], parts: int) -> P:
+    """Split the longest dimension that `parts` divides; vectors are small and stay whole."""
+    fitting = [n if n % parts == 0 else 0 for n in shape]
+    if parts == 1 or len(shape) < 2 or not any(fitting):
+        return P()
+    return P(*([None] * fitting.index(max(fitting))), "data")
+
+
+def specs_of(params: Any, parts: int) -> Any:
+    """Return the `PartitionSpec` of each parameter; the layers of a stack are not split up."""
+    specs = {name: jax.tree.map(lambda x: spec_of(x.shape, parts), params[name]) for name in params}
+    stack = jax.tree.map(lambda x: P(None, *spec_of(x.shape[1:], parts)), params["blocks"])
+    return specs | {"blocks": stack}
+
+
+def gather(params: Any, mesh: Mesh) -> Any:
+    """Give every device the whole of some parameters of which each holds a part.
+
+    In a backward pass the same two constraints, in the other order, sum the gradient over the
+    devices and leave each its part.
+    """
+
+    def of(x):
+        part = NamedSharding(mesh, spec_of(x.shape, mesh.size))
+        x = jax.lax.with_sharding_constraint(x, part)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P()))
+
+    return jax.tree.map(of, params)
