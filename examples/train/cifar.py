@@ -18,11 +18,9 @@ At half precision (--precision) parameters stay in float32; float16 scales the l
 """
 
 import argparse
-import contextlib
 import json
 import sys
 import time
-from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,17 +113,17 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 import samx
 import samx.flax
 from examples.common import figures, files
-from examples.common.checkpoints import CheckpointError, Checkpoints, fingerprint, kept
-from examples.common.files import SaveError
+from examples.common.checkpoints import fingerprint
 from examples.common.output import choose_folder
+from examples.common.readings import readings_of
 from examples.common.registry import VARIANTS, Setting
 from examples.common.resume import write_config
 from examples.common.vision import MODELS, describe
+from examples.train import loop
 from examples.train.cifar_data import (
     Cifar,
     load,
@@ -139,9 +137,7 @@ from examples.train.cifar_data import (
 )
 from examples.train.metrics import Log
 
-READINGS = ("loss", "sharp_loss", "sharpness", "grad_norm", "is_sharp")
 TRAIN_ACCURACY_IMAGES = 2048  # training images for the training accuracy of each epoch
-IN_FLIGHT = 2  # steps that may be dispatched before the first one has ended
 
 
 def load_data(args: argparse.Namespace) -> Cifar:
@@ -159,36 +155,12 @@ def load_data(args: argparse.Namespace) -> Cifar:
     return data._replace(train=train)
 
 
-def make_schedule(args: argparse.Namespace, steps: int) -> optax.Schedule:
-    """Return a schedule over `steps` steps: linear warm-up, then --schedule."""
-    warmup = round(args.warmup * steps)
-    rate, rest = args.learning_rate, steps - warmup
-    after = {
-        "cosine": optax.cosine_decay_schedule(rate, max(rest, 1)),
-        "step": optax.piecewise_constant_schedule(rate, {rest // 2: 0.1, 3 * rest // 4: 0.1}),
-        "constant": optax.constant_schedule(rate),
-    }[args.schedule]
-    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
-
-
-def make_optimizer(
-    args: argparse.Namespace, schedule: optax.Schedule, setting: Setting
-) -> optax.GradientTransformation:
-    """Return the variant with its base, wrapped for --accumulate and float16."""
+def make_base(args: argparse.Namespace, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Return the base optimizer."""
     if args.base == "adamw":
-        base = optax.adamw(schedule, weight_decay=args.weight_decay)
-    else:
-        decay = optax.add_decayed_weights(args.weight_decay)
-        base = optax.chain(decay, optax.sgd(schedule, momentum=0.9))
-    variant = VARIANTS[args.variant]
-    tx = variant.make(args.rho, base, setting)
-    if args.accumulate > 1:
-        tx = samx.accumulate(
-            tx, args.accumulate, aux_like=None if variant.keeps_aux else setting.aux
-        )
-    if args.precision == "float16":
-        tx = samx.scale_loss(tx)
-    return tx
+        return optax.adamw(schedule, weight_decay=args.weight_decay)
+    decay = optax.add_decayed_weights(args.weight_decay)
+    return optax.chain(decay, optax.sgd(schedule, momentum=0.9))
 
 
 def make_state(
@@ -205,7 +177,7 @@ def make_state(
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     sizes = {"batch_size": args.batch, "num_examples": len(data.train.label)}
     setting = Setting(batch, **sizes, aux=batch_stats, num_groups=mesh.size, learning_rate=schedule)
-    tx = make_optimizer(args, schedule, setting)
+    tx = loop.make_optimizer(args, make_base(args, schedule), setting)
     state = samx.flax.TrainState.create(
         apply_fn=model.apply, params=params, tx=tx, batch_stats=batch_stats, key=key
     )
@@ -266,10 +238,7 @@ def train_step(state, batch, *, classes: int, smoothing: float):
         ascent_fn=ascent_fn,
         batch_stats=batch_stats,
     )
-    readings = optax.tree.get(state.opt_state, "readings")
-    if readings is None:  # the base alone has no readings
-        return state, {"loss": value}
-    return state, {name: getattr(readings, name) for name in READINGS}
+    return state, readings_of(state.opt_state, value)
 
 
 @partial(jax.jit, static_argnames="classes")
@@ -310,7 +279,7 @@ def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str
     place = partial(jax.device_put, device=NamedSharding(mesh, P("data")))
     steps_per_epoch = max(1, len(data.train.label) // args.batch)
     steps = args.epochs * steps_per_epoch
-    schedule = make_schedule(args, steps)
+    schedule = loop.make_schedule(args, steps)
     batches = train_batches(data.train, args.batch, seed=args.seed, augment=args.augment)
     batch = place(next(train_batches(data.train, args.batch, seed=0, augment="none")))
     state, shardings = make_state(args, data, batch, schedule, mesh)
@@ -328,63 +297,38 @@ def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str
     )
     on_test = Evaluation(data.test, args.batch, classes, place)
     on_train = Evaluation(first, args.batch, classes, place)
-    checkpoint_every = args.checkpoint_every or steps_per_epoch
 
-    with Checkpoints(args.folder / "checkpoints", "cifar.py") as checkpoints:
-        state, start_step = checkpoints.restore(state, batches)
-        if start_step:
-            print(f"resumed at step {start_step} of {steps}")
-        log = Log(args.folder, start_step)
-        running: deque[tuple[int, dict]] = deque()
+    def evaluate(state, step, loss, rate):
+        tested = on_test(state)
+        values = {
+            "epoch": step // steps_per_epoch,
+            "loss": loss,
+            "test_loss": tested["loss"],
+            "test_accuracy": tested["accuracy"],
+            "train_accuracy": on_train(state)["accuracy"],
+            "images_per_second": rate,
+        }
+        return values, describe_epoch(values, args.epochs)
 
-        def finish_one():
-            step, readings = running.popleft()
-            values = {name: float(x) for name, x in jax.device_get(readings).items()}
-            if not values.get("is_sharp", True):
-                del values["sharp_loss"]  # this step did not measure it
-            rate = float(np.asarray(schedule(step - 1)))
-            log.write("step", step, **values, learning_rate=rate)
-            bar.update(args.batch)
-            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+    def finish(state, log):
+        return write_results(args, log, state, on_test(state), on_train(state))
 
-        with tqdm(
-            total=steps * args.batch,
-            initial=start_step * args.batch,
-            unit=" images",
-            unit_scale=True,
-            smoothing=0.1,
-            disable=None,
-        ) as bar:
-            epoch_start, epoch_first = time.perf_counter(), start_step
-            for step in range(start_step + 1, steps + 1):
-                state, readings = step_fn(state, place(next(batches)))
-                running.append((step, readings))
-                is_epoch = step % steps_per_epoch == 0
-                is_saved = step % checkpoint_every == 0 or step == steps
-                while len(running) > (0 if is_epoch or is_saved else IN_FLIGHT):
-                    finish_one()
-                if is_epoch:
-                    seconds = time.perf_counter() - epoch_start
-                    tested, losses = on_test(state), log.of("step")[-steps_per_epoch:]
-                    values = {
-                        "epoch": step // steps_per_epoch,
-                        "loss": float(np.mean([row["loss"] for row in losses])),
-                        "test_loss": tested["loss"],
-                        "test_accuracy": tested["accuracy"],
-                        "train_accuracy": on_train(state)["accuracy"],
-                        "images_per_second": (step - epoch_first) * args.batch / seconds,
-                    }
-                    log.write("epoch", step, **values)
-                    bar.write(describe_epoch(values, args.epochs))
-                    epoch_start, epoch_first = time.perf_counter(), step
-                if is_saved:
-                    try:
-                        log.flush()
-                    except SaveError as error:  # a checkpoint must have the rows before it
-                        checkpoints.fail(step, error)
-                    else:
-                        checkpoints.save(step, state, batches)
-        return finish(args, log, state, on_test(state), on_train(state))
+    return loop.train(
+        args.folder,
+        "cifar.py",
+        state,
+        step_fn,
+        batches,
+        place,
+        evaluate,
+        finish,
+        steps=steps,
+        evaluate_every=steps_per_epoch,
+        checkpoint_every=args.checkpoint_every or steps_per_epoch,
+        schedule=schedule,
+        unit="images",
+        units=args.batch,
+    )
 
 
 def describe_epoch(values: dict[str, Any], epochs: int) -> str:
@@ -395,16 +339,9 @@ def describe_epoch(values: dict[str, Any], epochs: int) -> str:
     )
 
 
-def finish(args, log: Log, state, on_test: dict, on_train: dict) -> dict[str, Any]:
+def write_results(args, log: Log, state, on_test: dict, on_train: dict) -> dict[str, Any]:
     """Write results.json and curves.png; return the results."""
-    spent = optax.tree.get(state.opt_state, "gradients_spent")
-    skipped = optax.tree.get(state.opt_state, "skipped_steps")
-    rates = [row["images_per_second"] for row in log.of("epoch")]
-    results = {
-        "steps": int(state.step),
-        "gradients": float(state.step if spent is None else spent),
-        "skipped_steps": 0 if skipped is None else int(skipped),
-        "images_per_second": float(np.median(rates)),
+    results = loop.counts_of(state, log, "images") | {
         "test": on_test,
         "train": on_train,
         "state_sha256": fingerprint(state),
@@ -425,12 +362,8 @@ def draw(log: Log, path: Path, title: str) -> None:
     """Plot losses (left) and accuracies (right)."""
     figure = figures.make_figure(2)
     left, right = figure.subplots(1, 2)
-    steps, epochs = log.of("step"), log.of("epoch")
-    for name in ("loss", "sharp_loss"):
-        points = [(row["step"], row[name]) for row in steps if name in row]
-        if points:
-            style = {"label": name.replace("_", " "), "linewidth": 0.8}
-            left.plot(*zip(*points, strict=True), marker="." if len(points) == 1 else None, **style)
+    epochs = log.of("epoch")
+    loop.draw_losses(left, log)
     left.set(xlabel="step", title="loss", yscale="log")
     for name in ("train_accuracy", "test_accuracy"):
         points = [(row["step"], 100 * row[name]) for row in epochs]
@@ -444,30 +377,11 @@ def draw(log: Log, path: Path, title: str) -> None:
     figures.save(figure, path, title)
 
 
-def choose_devices(args: argparse.Namespace) -> list[Any]:
-    """Return the devices that share each batch."""
-    if args.devices is not None:
-        with contextlib.suppress(RuntimeError):  # a running backend cannot be changed
-            jax.config.update("jax_num_cpu_devices", args.devices)
-    devices = jax.devices()
-    if args.devices is not None and len(devices) < args.devices:
-        devices = jax.devices("cpu")
-    devices = devices[: args.devices]
-    if args.devices is not None and len(devices) < args.devices:
-        arguments.refuse(f"--devices must be at most {len(devices)} here, got {args.devices}")
-    shares = len(devices) * args.accumulate
-    if args.batch % shares:
-        arguments.refuse(
-            f"--batch must be a multiple of {shares} ({len(devices)} devices, {args.accumulate} "
-            f"microbatches each), got {args.batch}"
-        )
-    return devices
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     args.rho = VARIANTS[args.variant].rho if args.rho is None else args.rho
-    devices = choose_devices(args)
+    devices = loop.choose_devices(args.devices)
+    loop.check_batch(args, devices)
     try:
         data = load_data(args)
         sha256 = fingerprint((data.train, data.test))
@@ -485,15 +399,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{len(data.train.label)} training images, {len(data.test.label)} test images, "
         f"{len(data.classes)} classes\nrun: {args.folder}"
     )
-    try:
+    with loop.ends_in_one_line("cifar.py", args.folder):
         return train(args, data, devices)
-    except SaveError as error:
-        sys.exit(f"cifar.py: error: {error}; kept: {kept(args.folder / 'checkpoints')}")
-    except (OSError, CheckpointError) as error:
-        sys.exit(f"cifar.py: error: {error}")
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; continue with --resume {args.folder}", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

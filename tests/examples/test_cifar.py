@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType
 
 from examples.common.files import SaveError
-from examples.train import cifar
+from examples.train import cifar, loop
 from examples.train.cifar_data import load, write_digits
 
 TINY = {"resnet18": "--width 8", "vit": "--width 8 --depth 2"}
@@ -106,7 +106,7 @@ def test_a_step_at_batch_64_fits_in_4_gb(model, archive):
     )
     batch = next(cifar.train_batches(data.train, 64, seed=0, augment="none"))
     batch = jax.device_put(batch, cifar.NamedSharding(mesh, cifar.P("data")))
-    state, shardings = cifar.make_state(args, data, batch, cifar.make_schedule(args, 10), mesh)
+    state, shardings = cifar.make_state(args, data, batch, loop.make_schedule(args, 10), mesh)
     wanted = {"resnet18": 11.17, "vit": 2.69}[model]
     assert cifar.describe(state.params) == f"{wanted} million parameters"
     if model == "resnet18":  # needs more memory than the ViT
@@ -191,7 +191,7 @@ def test_a_finished_run_stays_finished(finished, monkeypatch):
 
 def test_a_disk_that_is_full_for_the_last_checkpoint(run, monkeypatch, file_size_limit, capfd):
     """Training goes on. The end says what is missing, and the run can be resumed."""
-    save, told = cifar.Checkpoints.save, []
+    save, told = loop.Checkpoints.save, []
 
     def full(checkpoints, step, *args):
         told.append(capfd.readouterr().err)  # the limit counts for the file of this text too
@@ -202,7 +202,7 @@ def test_a_disk_that_is_full_for_the_last_checkpoint(run, monkeypatch, file_size
     options = f"{tiny('vit')} --depth 1 --variant base --checkpoint-every 1"
     monkeypatch.setattr(cifar, "draw", lambda *args: None)
     with monkeypatch.context() as then:
-        then.setattr(cifar.Checkpoints, "save", full)
+        then.setattr(loop.Checkpoints, "save", full)
         with pytest.raises(SystemExit) as stop:
             run(f"{options} --out run")
     wanted = "step 4 could not be written.*(File too large); kept: the checkpoint of step 2"
@@ -230,7 +230,7 @@ def test_a_checkpoint_has_the_rows_before_it(run, monkeypatch):
         if log.of("step"):
             raise SaveError("run/metrics.jsonl cannot be written (No space left on device)")
 
-    monkeypatch.setattr(cifar.Log, "flush", fail)
+    monkeypatch.setattr(loop.Log, "flush", fail)
     monkeypatch.setattr(cifar, "draw", lambda *args: None)
     with pytest.raises(SystemExit, match=r"step 4 .*\(run/metrics.jsonl .*kept: no checkpoint$"):
         run(f"{tiny('vit')} --depth 1 --variant base --out run")

@@ -93,7 +93,9 @@ def test_communicated_bytes_reads_every_operation():
 )
 def test_groups_as_any_xla_prints_them(groups, size):
     line = f"  %r = f32[4]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add"
-    program = types.SimpleNamespace(as_text=lambda: f"ENTRY %main (x: f32[4]) -> f32[4] {{\n{line}\n}}")
+    program = types.SimpleNamespace(
+        as_text=lambda: f"ENTRY %main (x: f32[4]) -> f32[4] {{\n{line}\n}}"
+    )
     assert communicated_bytes(program) == ({"all-reduce": size} if size else {})
 
 
