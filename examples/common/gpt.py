@@ -13,10 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-
-GATHERED = "gathered parameters"
-ALL_BUT_GATHERED = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
 
 
 class Size(NamedTuple):
@@ -64,7 +60,7 @@ class Block(nnx.Module):
         qkv = self.query_key_value(self.attention_norm(x))
         qkv = qkv.reshape(*x.shape[:-1], 3, self.heads, -1)
         query, key, value = (qkv[..., i, :, :] for i in range(3))
-        mixed = jax.nn.dot_product_attention(rotated(query), rotated(key), value, is_causal=True)
+        mixed = attention(rotated(query), rotated(key), value)
         x += self.attention_out(mixed.reshape(x.shape))
         gate, up = jnp.split(self.gate_up(self.mlp_norm(x)), 2, axis=-1)
         return x + self.down(jax.nn.silu(gate) * up)
@@ -75,7 +71,9 @@ class GPT(nnx.Module):
 
     Args:
         size: Its size.
-        remat: Whether a backward pass computes a layer again, instead of storing what is inside.
+        remat: Whether only the input of each layer is stored for the backward pass, and all that is
+            inside is computed again. Otherwise the results of products are stored, and what costs
+            little is computed again.
         gather: `params -> params`, called with the parameters of a layer before it is used. Under
             FSDP it gathers their parts. A backward pass gathers them again.
         rngs: The random key of the initial parameters.
@@ -116,9 +114,8 @@ class GPT(nnx.Module):
         def layer(x, block):
             return self.whole(block)(x)
 
-        if self.remat or self.gather is not None:
-            policy = None if self.remat else ALL_BUT_GATHERED
-            layer = nnx.remat(layer, prevent_cse=False, policy=policy)
+        policy = None if self.remat else jax.checkpoint_policies.dots_saveable
+        layer = nnx.remat(layer, prevent_cse=False, policy=policy)
         layers = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         embedding = self.whole(self.embedding)
         x = layers(embedding(tokens), self.blocks)
@@ -130,14 +127,28 @@ class GPT(nnx.Module):
         if self.gather is None:
             return module
         graph, params = nnx.split(module)
-        return nnx.merge(graph, checkpoint_name(self.gather(params), GATHERED))
+        return nnx.merge(graph, self.gather(params))
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Return causal attention: each position mixes the values up to its own; [B, T, heads, F].
+
+    The softmax is at least in float32. `jax.nn.dot_product_attention` has it in float32 always, and
+    float64 would be lost.
+    """
+    scores = jnp.einsum("bqhf,bkhf->bhqk", query, key) * query.shape[-1] ** -0.5
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    later = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
+    earlier = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 3)
+    weights = jax.nn.softmax(jnp.where(later >= earlier, scores, -jnp.inf))
+    return jnp.einsum("bhqk,bkhf->bqhf", weights.astype(value.dtype), value)
 
 
 def rotated(x: jax.Array) -> jax.Array:
-    """Turn pairs of features by angles that grow with the position: `x` is [..., T, heads, F]."""
+    """Turn pairs of features by angles that grow with the position: `x` is [B, T, heads, F]."""
     half = x.shape[-1] // 2
     speed = 10_000.0 ** (-jnp.arange(half) / half)
-    angle = (jnp.arange(x.shape[-3])[:, None] * speed)[:, None, :]
+    angle = (jnp.arange(x.shape[1])[:, None] * speed[None])[None, :, None]
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -149,6 +160,6 @@ def losses_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
     The logit of the target is taken by a comparison. Indexing would be undone, in the backward
     pass, by a scatter into an array of zeros as large as the logits.
     """
-    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
-    of_target = jnp.where(is_target, logits, 0).sum(axis=-1)
+    token = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    of_target = jnp.where(token == targets[..., None], logits, 0).sum(axis=-1)
     return (jax.nn.logsumexp(logits, axis=-1) - of_target).mean(axis=-1)

@@ -119,6 +119,7 @@ import samx.flax
 from examples.common import figures, files
 from examples.common.checkpoints import fingerprint
 from examples.common.output import choose_folder
+from examples.common.programs import peak_bytes
 from examples.common.readings import readings_of
 from examples.common.registry import VARIANTS, Setting
 from examples.common.resume import write_config
@@ -194,12 +195,6 @@ def compile_step(args: argparse.Namespace, state, shardings, batch, classes: int
     step = partial(train_step, classes=classes, smoothing=args.label_smoothing)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     return step.lower(state, batch).compile()
-
-
-def gigabytes_of(program: Any) -> float:
-    """Return the memory of a compiled program on each device: arguments and temporary memory."""
-    memory = program.memory_analysis()
-    return (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 1e9
 
 
 def train_step(state, batch, *, classes: int, smoothing: float):
@@ -287,8 +282,8 @@ def train(args: argparse.Namespace, data: Cifar, devices: list[Any]) -> dict[str
     step_fn = compile_step(args, state, shardings, batch, classes)
     print(
         f"{args.model}: {describe(state.params)}; compiled in {time.perf_counter() - start:.0f} s; "
-        f"a step of {args.variant} at batch {args.batch} needs {gigabytes_of(step_fn):.2f} GB on "
-        "each device"
+        f"a step of {args.variant} at batch {args.batch} needs "
+        f"{peak_bytes(step_fn) / 1e9:.2f} GB on each device"
     )
 
     first = data.train._replace(

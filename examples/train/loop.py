@@ -57,9 +57,9 @@ def train(
         step_fn: `(state, batch) -> (state, readings)`.
         batches: Iterator over the data, whose position is saved with the state.
         place: Puts a batch on the devices.
-        evaluate: `(state, step, loss, rate) -> (values, line)`, called at the end of each epoch,
-            with the epoch's mean training loss and its units per second; values go to the metrics,
-            the line to the terminal.
+        evaluate: `(state, step, loss, rate) -> (values, line)`, called after each epoch and at the
+            end, with the epoch's mean training loss and its units per second. The values go to the
+            metrics, the line to the terminal.
         finish: `(state, log) -> results`, called at the end, also if the last checkpoint could not
             be written.
         steps: All steps of the run.
@@ -105,13 +105,14 @@ def train(
             for step in range(start_step + 1, steps + 1):
                 state, readings = step_fn(state, place(next(batches)))
                 running.append((step, readings))
-                is_epoch = step % evaluate_every == 0
+                is_epoch = step % evaluate_every == 0 or step == steps
                 is_saved = step % checkpoint_every == 0 or step == steps
                 while len(running) > (0 if is_epoch or is_saved else IN_FLIGHT):
                     finish_one()
                 if is_epoch:
                     rate = (step - epoch_first) * units / (time.perf_counter() - epoch_start)
-                    losses = [row["loss"] for row in log.of("step")[-evaluate_every:]]
+                    since = step % evaluate_every or evaluate_every
+                    losses = [row["loss"] for row in log.of("step")[-since:]]
                     values, line = evaluate(state, step, float(np.mean(losses)), rate)
                     log.write("epoch", step, **values)
                     bar.write(line)

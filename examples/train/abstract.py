@@ -1,0 +1,236 @@
+"""What a step of a large language model computes, sends and holds: from shapes, without a run.
+
+`language_model.py --abstract` compiles each step for simulated devices of the CPU. Nothing is
+computed, so a model may be larger than this machine. The counts are those of the CPU's compiler. An
+accelerator's compiler may store bfloat16 where this one stores float32, may fuse attention, and may
+order the step in another way.
+"""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from examples.common import arguments, figures
+from examples.common.gpt import SIZES, Size
+from examples.common.language_task import Task, batch_like, make_task
+from examples.common.output import choose_folder
+from examples.common.programs import communicated_bytes, peak_bytes, product_flops
+from examples.common.registry import VARIANTS, Setting
+from examples.common.report import Report
+
+LEARNING_RATE, RHO = 1e-3, 0.05
+BY_HAND = "sam by hand"
+# Compile fast: the machine code is not run. The order of the program is the one that needs least
+# memory; by default the CPU's compiler prefers one in which more can be done at once.
+OPTIONS = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
+
+
+def sam_by_hand(base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Return SAM without samx, in front of a base: what its step costs at least."""
+
+    def update_fn(g: Any, state: Any, params: Any = None, **closures: Any):
+        losses_fn, batch = closures["losses_fn"], closures["batch"]
+        scale = RHO / (optax.tree.norm(g) + 1e-12)
+        point = jax.tree.map(lambda w, x: w + scale * x, params, g)
+        g_s = jax.grad(lambda params: losses_fn(params, batch).mean())(point)
+        return base.update(g_s, state, params)
+
+    return optax.GradientTransformationExtraArgs(base.init, update_fn)  # type: ignore[arg-type]
+
+
+def methods(names: list[str]) -> dict[str, Callable[[Setting], optax.GradientTransformation]]:
+    """Return how each method is built: two optimizers, SAM by hand, and the variants on AdamW."""
+
+    def variant(name):
+        base = optax.adamw(LEARNING_RATE)
+        return lambda setting: VARIANTS[name].make(RHO, base, setting)
+
+    return {
+        "sgd": lambda setting: optax.sgd(LEARNING_RATE),
+        "adamw": lambda setting: optax.adamw(LEARNING_RATE),
+        BY_HAND: lambda setting: sam_by_hand(optax.adamw(LEARNING_RATE)),
+    } | {name: variant(name) for name in names if name != "base"}
+
+
+def task_of(
+    size: Size,
+    make: Callable[[Setting], optax.GradientTransformation],
+    *,
+    devices: list[Any],
+    examples: int,
+    remat: bool,
+) -> tuple[Task, Any]:
+    """Return the task under FSDP, bfloat16 computation and float32 parameters; and a batch."""
+    batch = batch_like(size, examples * len(devices))
+    count = examples * len(devices)
+    setting = Setting(batch, batch_size=count, num_examples=count, learning_rate=LEARNING_RATE)
+    task = make_task(
+        size, make(setting), devices=devices, parallel="fsdp", remat=remat, dtype=jnp.bfloat16
+    )
+    return task, jax.tree.map(lambda leaf: leaf.update(sharding=task.batch_sharding), batch)
+
+
+def count(task: Task, batch: Any) -> dict[str, Any]:
+    """Compile a step and return its counts for one device."""
+    program = task.step.lower(task.state, batch).compile(OPTIONS)
+    sent = communicated_bytes(program)
+    return {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(task.state.params)),
+        "parameter_bytes": held_bytes(task.state.params),
+        "state_bytes": held_bytes(task.state),
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        "peak_bytes": peak_bytes(program),
+        "flops": product_flops(program),
+        "sent_bytes": sum(sent.values()),
+        "sent": sent,
+    }
+
+
+def held_bytes(tree: Any) -> int:
+    """Return the bytes of one device's part of all leaves."""
+    leaves = jax.tree.leaves(tree)
+    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
+
+
+def relate(rows: list[dict]) -> None:
+    """Add, to each row, its copies of the parameters, and what it is to AdamW."""
+    plain = {setting_of(row): row for row in rows if row["method"] == "adamw"}
+    for row in rows:
+        adamw = plain[setting_of(row)]
+        row["copies"] = row["state_bytes"] / row["parameter_bytes"]
+        row["peak_to_adamw"] = row["peak_bytes"] / adamw["peak_bytes"]
+        row["flops_to_adamw"] = row["flops"] / adamw["flops"]
+        row["sent_to_adamw"] = row["sent_bytes"] / max(adamw["sent_bytes"], 1)
+
+
+def setting_of(row: dict) -> tuple:
+    return row["size"], row["remat"], row["devices"]
+
+
+def table(rows: list[dict]) -> str:
+    """Return the table of one size, with or without remat."""
+    numbers = sorted({row["devices"] for row in rows})
+    head = f"{'':<18}{'copies':>7}" + "".join(f"{f'{n} devices':>24}" for n in numbers)
+    head += f"{'flops':>8}{'sent':>8}"
+    under = f"{'':<18}{'P':>7}" + f"{'state + temporary, GB':>24}" * len(numbers)
+    under += f"{'/adamw':>8}{'/adamw':>8}"
+    lines = [head, under, "-" * len(head)]
+    for name in dict.fromkeys(row["method"] for row in rows):
+        mine = {row["devices"]: row for row in rows if row["method"] == name}
+        last = mine[numbers[-1]]
+        line = f"{name:<18}{last['copies']:>7.2f}"
+        for n in numbers:
+            state, temporary = mine[n]["state_bytes"] / 1e9, mine[n]["temporary_bytes"] / 1e9
+            line += f"{state:>12.2f} +{temporary:>10.2f}"
+        sent = f"{last['sent_to_adamw']:>8.2f}" if numbers[-1] > 1 else f"{'':>8}"
+        lines.append(f"{line}{last['flops_to_adamw']:>8.2f}{sent}")
+    return "\n".join(lines)
+
+
+def heading(rows: list[dict], examples: int) -> str:
+    first, size = rows[0], SIZES[rows[0]["size"]]
+    tokens = f"{examples} examples of {size.length} tokens on each device"
+    remat = "with remat" if first["remat"] else "without remat"
+    return (
+        f"{first['size']}: {first['parameters'] / 1e6:,.0f} million parameters, {tokens}, {remat}"
+    )
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Plot the memory of each method with remat: one panel per size, on one number of devices."""
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    numbers = sorted({row["devices"] for row in rows})
+    n = numbers[len(numbers) // 2]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    figure = figures.make_figure(len(sizes) + 0.3, [figures.height_of(len(names))])
+    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    for axes, size in zip(panels, sizes, strict=True):
+        mine = {row["method"]: row for row in rows if setting_of(row) == (size, True, n)}
+        state, temporary = (
+            np.array([mine[name][f"{kind}_bytes"] / 1e9 for name in names])
+            for kind in ("state", "temporary")
+        )
+        axes.barh(names, state, 0.75, color=figures.BLUE, label="state")
+        axes.barh(names, temporary, 0.75, left=state, color=figures.ORANGE, label="temporary")
+        for y, (name, end) in enumerate(zip(names, state + temporary, strict=True)):
+            text = f"{mine[name]['peak_to_adamw']:.2f}"
+            shift = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(text, (end, y), fontsize=9, **shift)
+        axes.margins(x=0.15)
+        axes.set_xlabel("GB on each device; numbers: relative to AdamW")
+        least = min((mine[name]["peak_to_adamw"], name) for name in names if name in VARIANTS)
+        axes.set_title(f"{size}: least with {least[1]}, {least[0]:.2f} times AdamW's")
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    title = f"Memory of a step on each of {n} devices, with remat: blue state, orange temporary"
+    figures.save(figure, path, title)
+
+
+def main(args: argparse.Namespace) -> list[dict]:
+    """Compile every configuration; print tables, write results.json and abstract.png."""
+    with contextlib.suppress(RuntimeError):  # a running backend stays unchanged
+        jax.config.update("jax_num_cpu_devices", args.devices[-1])
+    devices = jax.devices("cpu")
+    if len(devices) < args.devices[-1]:
+        arguments.refuse(f"--devices must be at most {len(devices)} here, got {args.devices[-1]}")
+    choose_folder(args, "language")
+    names = [*VARIANTS] if "all" in args.variants else args.variants
+    makes = methods(names)
+    report = Report(
+        argparse.Namespace(
+            folder=args.folder,
+            sizes=list(args.sizes),
+            devices=args.devices,
+            variants=list(names),
+            examples=args.examples,
+        ),
+        device="simulated devices of the CPU",
+    )
+    jobs = [
+        {"size": size, "remat": remat, "devices": n, "method": method}
+        for size in args.sizes
+        for remat in (True, False)
+        for method in makes
+        for n in args.devices
+    ]
+
+    def run(job):
+        task, batch = task_of(
+            SIZES[job["size"]],
+            makes[job["method"]],
+            devices=devices[: job["devices"]],
+            examples=args.examples,
+            remat=job["remat"],
+        )
+        return job | count(task, batch)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(pool.map(run, jobs), total=len(jobs), desc="compile", unit="step", disable=None)
+        rows = list(bar)
+    relate(rows)
+    for size in args.sizes:
+        for remat in (True, False):
+            mine = [row for row in rows if (row["size"], row["remat"]) == (size, remat)]
+            print(f"\n{heading(mine, args.examples)}\n\n{table(mine)}")
+    print(
+        "\nOn each device, under FSDP, as the CPU's compiler says; an accelerator's may differ. "
+        "P: the device's\nparameters, float32. Temporary: activations, gradients and workspace. "
+        f"Flops and sent: {args.devices[-1]} devices."
+    )
+    report.save(rows=rows)
+    draw(rows, args.folder / "abstract.png")
+    report.end("abstract.png")
+    return rows
