@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+import samx
 from examples.common import arguments, figures
 from examples.common.gpt import SIZES, Size
 from examples.common.language_task import Task, batch_like, make_task
@@ -27,9 +28,11 @@ from examples.common.output import choose_folder
 from examples.common.programs import communicated_bytes, peak_bytes, product_flops
 from examples.common.registry import VARIANTS, Setting
 from examples.common.report import Report
+from samx import policies
 
 LEARNING_RATE, RHO = 1e-3, 0.05
-BY_HAND = "sam by hand"
+BY_HAND, IN_A_BRANCH = "sam by hand", "sam in a branch"
+ALWAYS = policies.between(0, 2**31 - 1)  # the compiler keeps the branch
 # Compile fast: the machine code is not run. The order of the program is the one that needs least
 # memory; by default the CPU's compiler prefers one in which more can be done at once.
 OPTIONS = {
@@ -53,7 +56,7 @@ def sam_by_hand(base: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def methods(names: list[str]) -> dict[str, Callable[[Setting], optax.GradientTransformation]]:
-    """Return how each method is built: two optimizers, SAM by hand, and the variants on AdamW."""
+    """Return how each method is built: optimizers, SAM by hand, and the variants on AdamW."""
 
     def variant(name):
         base = optax.adamw(LEARNING_RATE)
@@ -63,6 +66,9 @@ def methods(names: list[str]) -> dict[str, Callable[[Setting], optax.GradientTra
         "sgd": lambda setting: optax.sgd(LEARNING_RATE),
         "adamw": lambda setting: optax.adamw(LEARNING_RATE),
         BY_HAND: lambda setting: sam_by_hand(optax.adamw(LEARNING_RATE)),
+        IN_A_BRANCH: lambda setting: optax.chain(
+            samx.perturb_if(ALWAYS, samx.sam(RHO)), optax.adamw(LEARNING_RATE)
+        ),
     } | {name: variant(name) for name in names if name != "base"}
 
 

@@ -245,13 +245,8 @@ def test_counts_multiply_the_rounds_of_loops():
 # Runs.
 
 
-@pytest.fixture
-def finished(run):
-    return run(f"{TINY} --devices 1 --checkpoint-every 2 --out run")
-
-
-def test_a_tiny_run(finished, run, monkeypatch, capsys):
-    results = finished
+def test_a_tiny_run(run, monkeypatch, capsys):
+    results = run(f"{TINY} --devices 1 --checkpoint-every 2 --out run")
     steps, epochs = read("run", "step"), read("run", "epoch")
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert [row["step"] for row in epochs] == [2, 4]
@@ -336,7 +331,7 @@ def test_abstract(in_empty_folder, monkeypatch, capsys, read_report):
     monkeypatch.setattr(abstract, "draw", lambda rows, path: path.write_bytes(b""))
     arguments = "--abstract --sizes 1B --devices 8 --variants sam momentum-sam looksam --examples 1"
     rows = language_model.main(arguments.split())
-    assert len(rows) == 2 * 6
+    assert len(rows) == 2 * 7
     report = read_report(Path("runs/language-001"))
     assert report["settings"]["devices"] == [8]
     by_name = {(row["method"], row["remat"]): row for row in report["rows"]}
