@@ -8,6 +8,8 @@ order the step in another way.
 
 import argparse
 import contextlib
+import gc
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +23,7 @@ import optax
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments, figures
+from examples.common import arguments, figures, files
 from examples.common.gpt import SIZES, Size
 from examples.common.language_task import Task, batch_like, make_task
 from examples.common.output import choose_folder
@@ -185,6 +187,7 @@ def draw(rows: list[dict], path: Path) -> None:
     figures.save(figure, path, title)
 
 
+@files.ends_in_one_line
 def main(args: argparse.Namespace) -> list[dict]:
     """Compile every configuration; print tables, write results.json and abstract.png."""
     with contextlib.suppress(RuntimeError):  # a running backend stays unchanged
@@ -205,10 +208,10 @@ def main(args: argparse.Namespace) -> list[dict]:
         ),
         device="simulated devices of the CPU",
     )
+    tables = list(itertools.product(args.sizes, (True, False)))
     jobs = [
         {"size": size, "remat": remat, "devices": n, "method": method}
-        for size in args.sizes
-        for remat in (True, False)
+        for size, remat in tables
         for method in makes
         for n in args.devices
     ]
@@ -223,14 +226,21 @@ def main(args: argparse.Namespace) -> list[dict]:
         )
         return job | count(task, batch)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(pool.map(run, jobs), total=len(jobs), desc="compile", unit="step", disable=None)
-        rows = list(bar)
-    relate(rows)
-    for size in args.sizes:
-        for remat in (True, False):
-            mine = [row for row in rows if (row["size"], row["remat"]) == (size, remat)]
-            print(f"\n{heading(mine, args.examples)}\n\n{table(mine)}")
+    rows = []
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(jobs), desc="compile", unit="step", disable=None) as bar,
+    ):
+        for at in tables:
+            mine = []
+            for row in pool.map(run, [job for job in jobs if (job["size"], job["remat"]) == at]):
+                mine.append(row)
+                bar.update()
+            relate(mine)
+            bar.write(f"\n{heading(mine, args.examples)}\n\n{table(mine)}")
+            rows += mine
+            jax.clear_caches()  # hundreds of programs would be too many for one process
+            gc.collect()
     print(
         "\nOn each device, under FSDP, as the CPU's compiler says; an accelerator's may differ. "
         "P: the device's\nparameters, float32. Temporary: activations, gradients and workspace. "

@@ -1,6 +1,7 @@
 """Write what pages take from the package and from committed results.
 
-These are the method cards, fidelity, the list of names, and the tables of the digits example.
+These are the method cards, fidelity, the list of names, and the tables of results: of the digits
+example, and of the memory of large models.
 
     python notebooks/_pages/write.py
 
@@ -23,7 +24,8 @@ from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
 
 FOLDER = Path(__file__).parents[1]
-DIGITS = FOLDER.parent / "examples" / "compare" / "results" / "digits.json"
+RESULTS = FOLDER.parent / "examples" / "compare" / "results"
+DIGITS = RESULTS / "digits.json"
 SHOWN = ("base", "base2x", "sam", "asam", "looksam", "momentum-sam")  # in the README
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 
@@ -62,6 +64,7 @@ def pages() -> dict[str, dict[str, str]]:
         "fidelity.md": fidelity_tables(),
         "api.md": {"names": name_lists(), "reference": reference()},
         "results.md": {"digits": digits_table()},
+        "memory.md": memory_tables(),
         "../README.md": {"digits": digits_table(*SHOWN)},
     }
 
@@ -114,6 +117,83 @@ def digits_table(*names: str) -> str:
             spent.append(f"{row['gradients']:.0f}")
         lines.append([*cells, ", ".join(dict.fromkeys(spent))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# Results of examples/train/language_model.py --abstract
+
+Place = tuple[str, bool, int]  # size, remat, devices
+PLACES: tuple[Place, ...] = tuple(
+    (size, True, n) for size, n in (("100M", 1), ("1B", 8), ("7B", 8), ("7B", 64))
+)
+ONE_SIZE = ("1B", True, 8)
+
+
+def memory_tables() -> dict[str, str]:
+    """Return the tables of kinds of variants, with and without remat, and of every variant."""
+    kinds, every = (
+        json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+        for name in ("memory", "memory_of_every_variant")
+    )
+    at: dict[Place, dict[str, dict[str, Any]]] = {}
+    for row in [*every, *kinds]:
+        at.setdefault((row["size"], row["remat"], row["devices"]), {})[row["method"]] = row
+    methods = list(dict.fromkeys(row["method"] for row in kinds))
+    return {
+        "kinds": table_of(
+            ["method", "state", *map(place_name, PLACES), "flops", "sent"],
+            [
+                [
+                    method_name(name),
+                    f"{at[ONE_SIZE][name]['copies']:.2f} P",
+                    *(peak(at[place][name]) for place in PLACES),
+                    f"{at[PLACES[-1]][name]['flops_to_adamw']:.2f}",
+                    f"{at[PLACES[-1]][name]['sent_to_adamw']:.2f}",
+                ]
+                for name in methods
+            ],
+        ),
+        "remat": table_of(
+            ["method", *(f"{size}, {n} devices" for size, _, n in PLACES[1:3])],
+            [
+                [method_name(name), *(peak(at[size, False, n][name]) for size, _, n in PLACES[1:3])]
+                for name in methods
+            ],
+        ),
+        "every": table_of(
+            ["method", "state", "temporary, GB", "peak / AdamW's", "flops", "sent"],
+            [
+                [
+                    method_name(row["method"]),
+                    f"{row['copies']:.2f} P",
+                    f"{row['temporary_bytes'] / 1e9:.2f}",
+                    f"{row['peak_to_adamw']:.2f}",
+                    f"{row['flops_to_adamw']:.2f}",
+                    f"{row['sent_to_adamw']:.2f}",
+                ]
+                for row in sorted(at[ONE_SIZE].values(), key=lambda row: row["peak_bytes"])
+            ],
+        ),
+    }
+
+
+def place_name(place: Place) -> str:
+    size, _, n = place
+    return f"{size}, {n} device{'s' * (n > 1)}"
+
+
+def peak(row: dict[str, Any]) -> str:
+    """Return a peak in GB, and in brackets relative to AdamW's."""
+    return f"{row['peak_bytes'] / 1e9:.1f} ({row['peak_to_adamw']:.2f})"
+
+
+def method_name(name: str) -> str:
+    """Return the name of a row, with a link to the card if there is one."""
+    card = name.replace("-", "_")
+    return f"[{name}](methods.md#{card})" if card in BY_NAME else name
+
+
+def table_of(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
 # Method cards

@@ -18,7 +18,7 @@ from examples.common.registry import VARIANTS
 from examples.compare import front_figure
 from examples.cost import lean, step_cost
 from examples.devices import data_parallel, parallel_cost
-from examples.train import cifar, long_tail
+from examples.train import abstract, cifar, language_model, long_tail
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RNG = np.random.default_rng(0)
@@ -148,16 +148,33 @@ def draw_mup(path, parts):
     mup_transfer.draw(report, args, path)
 
 
+def draw_language(path, points, losses):
+    log = Log(points, ["loss", "sharp_loss"], ("loss", "held_out_loss"))
+    language_model.draw(log, losses, path, "sam, width 128, depth 4, seed 0")
+
+
+def draw_abstract(path, names, sizes, devices):
+    rows = [
+        {
+            **{"size": size, "remat": True, "devices": n, "method": name},
+            **{"state_bytes": (3 + i % 2) * 4e9 / n, "temporary_bytes": 1e9 * (2 + i)},
+            "peak_to_adamw": 1 + i / 9,
+        }
+        for size in sizes
+        for i, name in enumerate(["adamw", *names])
+        for n in devices
+    ]
+    abstract.draw(rows, path)
+
+
 class Log:
-    def __init__(self, epochs, names):
-        self.epochs, self.names = epochs, names
+    def __init__(self, epochs, names, epoch_names=("train_accuracy", "test_accuracy")):
+        self.epochs, self.names, self.epoch_names = epochs, names, epoch_names
 
     def of(self, kind):
         if kind == "epoch":
             pairs = zip(some(self.epochs), some(self.epochs), strict=True)
-            rows = [
-                dict(zip(("train_accuracy", "test_accuracy"), pair, strict=True)) for pair in pairs
-            ]
+            rows = [dict(zip(self.epoch_names, pair, strict=True)) for pair in pairs]
         else:
             rows = [dict.fromkeys(self.names, value) for value in some(self.epochs, low=0.1)]
         return [{"step": 10 * (step + 1), **row} for step, row in enumerate(rows)]
@@ -291,6 +308,14 @@ CASES = {
     "cifar.draw": [
         lambda path: cifar.draw(Log(9, ["loss", "sharp_loss"]), path, "resnet, sam, seed 0"),
         lambda path: cifar.draw(Log(1, ["loss"]), path, "vit, base, seed 0"),
+    ],
+    "language_model.draw": [
+        lambda path: draw_language(path, 9, {"trigram_loss": 0.96, "held_out_loss": 0.9}),
+        lambda path: draw_language(path, 1, {"trigram_loss": 0.9, "held_out_loss": 0.97}),
+    ],
+    "abstract.draw": [
+        lambda path: draw_abstract(path, EVERY, ("100M", "1B", "7B"), [1, 8, 64]),
+        lambda path: draw_abstract(path, ["sam"], ("7B",), [1]),
     ],
     "exchange_cost.plot": [
         lambda path: draw_exchange(path, [("ray", w, s) for w in (1, 4, 8) for s in (1, 2, 4)]),
