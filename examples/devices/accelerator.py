@@ -1,0 +1,642 @@
+"""Measure on one accelerator whether samx is right there, and what it costs.
+
+    python examples/devices/accelerator.py --out results
+    python examples/devices/accelerator.py --smoke        # the same code, tiny, on a CPU
+
+It needs jax, flax, optax, numpy, scikit-learn and matplotlib, and this repository on PYTHONPATH. It
+prints a plan with estimates, works through its parts, and writes results.json and table.txt after
+each one, and accelerator.png at the end. A part for which the time does not suffice is left. The
+same command goes on with what is left. So it does after an interruption: the part that was running
+is run again, after the others. A row that fails holds the reason, and the others go on.
+
+fidelity   twelve recorded trajectories in float32: at the highest precision of matrix products they
+           must stay within 1e-5 of the recording; at the default precision the difference is shown
+memory     a step of the language model: what the CPU's compiler predicts, what the device's
+           compiler needs, what was allocated. It comes second: the allocator knows its largest use
+           only, so little may run before.
+steps      times of the plain step, of SAM without samx (by hand and with optax.contrib.sam), and of
+           one variant of each kind, in float32 at the default precision and in bfloat16. Parameters
+           are float32. In each round every row is timed, in random order, and divided by the plain
+           step. ResNet-18, the ViT and the wide dense net have fewer rows, because their programs
+           take longest to compile; so has the language model in bfloat16.
+SAMPa      its two gradients in one vectorized call, and one by one, over batch sizes
+AsyncSAM   the device descends, the CPU ascends; with the calibrated ascent batch
+images     images per second through ResNet-18, with bytes from the host in every step
+
+JAX must see the CPU too: leave JAX_PLATFORMS unset, or set it to cuda,cpu. The estimates are
+guesses: nobody has run this on a GPU yet. If parts take longer, the estimates of the others grow.
+"""
+
+import argparse
+import time
+
+from examples.common import arguments
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = arguments.new_parser(__doc__)
+    text = "end before this time has passed, if the estimates are right (default 8)"
+    parser.add_argument("--minutes", type=float, default=8.0, help=text)
+    text = "run the parts again in which something failed"
+    parser.add_argument("--retry", action="store_true", help=text)
+    text = "tiny models and few rows, to see on a CPU that everything runs (90 s on two cores)"
+    parser.add_argument("--smoke", action="store_true", help=text)
+    text = (
+        "a new or empty folder, or that of an earlier call, which is continued "
+        "(default runs/accelerator)"
+    )
+    parser.add_argument("--out", metavar="FOLDER", default="runs/accelerator", help=text)
+    args = parser.parse_args(argv)
+    arguments.check_finite(parser, args, "minutes", above_zero=True)
+    return args
+
+
+STARTED = None
+if __name__ == "__main__":
+    STARTED = time.perf_counter()  # --minutes include the imports
+    parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
+
+import contextlib
+import gc
+import math
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from examples.common import figures, files
+from examples.common.gpt import SIZES, Size
+from examples.common.measuring import described
+from examples.common.report import Report, describe_device, without_nans
+from examples.common.versions import versions
+from examples.common.vision import ResNet18, ViT
+from examples.devices import accelerator_parts as parts
+from examples.devices.accelerator_parts import Scale, Steps
+
+SCRIPT = "accelerator.py"
+CHEAP = 1.2  # "about one gradient": time of a step relative to the plain step
+
+REFERENCES = ("plain", "sam by hand", "optax.contrib.sam")
+FEW = (*REFERENCES, "sam", "sampa", "looksam", "momentum-sam")
+# One of each kind: two gradients, both in one call, one by one, a branch, no further gradient,
+# chosen examples, microbatches, and further arrays in the state (two rows).
+KINDS = (
+    *(*REFERENCES, "sam", "sampa", "sampa-separate", "looksam", "momentum-sam", "esam", "msam"),
+    *("friendly-sam", "async-sam"),
+)
+GPT, SHORT = "language model", "language model, 128 tokens"
+SHORT_SIZE = SIZES["100M"]._replace(length=128)
+
+FULL = Scale(
+    least_seconds=0.08,
+    rounds=7,
+    trajectories=tuple(parts.TRAJECTORIES),
+    models={
+        "dense": (partial(parts.dense_problem, 1024), 512),
+        "wide dense": (partial(parts.dense_problem, 8192), 2048),
+        GPT: (partial(parts.language_problem, SIZES["100M"]), 8),
+        SHORT: (partial(parts.language_problem, SHORT_SIZE), 64),
+        "ResNet-18": (partial(parts.vision_problem, ResNet18), 512),
+        "ViT": (partial(parts.vision_problem, ViT), 512),
+    },
+    steps=(
+        Steps("dense", "float32", KINDS),
+        Steps(GPT, "float32", KINDS),
+        Steps("ResNet-18", "float32", FEW),
+        Steps("ViT", "float32", FEW),
+        Steps("wide dense", "float32", FEW),
+        Steps("dense", "bfloat16", KINDS),
+        Steps(GPT, "bfloat16", FEW),
+        Steps("ResNet-18", "bfloat16", FEW),
+        Steps("ViT", "bfloat16", FEW),
+        Steps("wide dense", "bfloat16", FEW),
+    ),
+    language=(SIZES["100M"], 8),
+    sizes={"dense": (1, 4, 16, 64, 256, 1024, 4096), SHORT: (1, 4, 16, 64)},
+    async_sam=("dense", 4096, 10),
+    images=(ResNet18, (512,)),
+    image_dtypes=("float32", "bfloat16"),
+    seconds={
+        "fidelity": 25,
+        "memory": 30,
+        "dense float32": 12,
+        f"{GPT} float32": 50,
+        "ResNet-18 float32": 50,
+        "ViT float32": 35,
+        "wide dense float32": 10,
+        "dense bfloat16": 12,
+        f"{GPT} bfloat16": 30,
+        "ResNet-18 bfloat16": 50,
+        "ViT bfloat16": 35,
+        "wide dense bfloat16": 10,
+        "SAMPa dense": 20,
+        f"SAMPa {SHORT}": 30,
+        "AsyncSAM": 20,
+        "images": 35,
+    },
+)
+
+TINY = Size(width=16, depth=2, vocabulary=64, length=8)
+SMOKE = Scale(
+    least_seconds=0.001,
+    rounds=2,
+    trajectories=tuple(parts.TRAJECTORIES),
+    models={
+        "dense": (partial(parts.dense_problem, 16), 16),
+        GPT: (partial(parts.language_problem, TINY), 4),
+        "ResNet-18": (partial(parts.vision_problem, partial(ResNet18, width=2)), 4),
+        "ViT": (partial(parts.vision_problem, partial(ViT, width=16, depth=1)), 4),
+    },
+    steps=(
+        Steps("dense", "float32", KINDS),
+        Steps(GPT, "float32", ("plain", "sam")),
+        Steps("ResNet-18", "float32", ("plain",)),
+        Steps("ViT", "float32", ("plain", "sam")),
+        Steps("dense", "bfloat16", ("plain", "sam by hand", "sam")),
+    ),
+    language=(TINY, 4),
+    sizes={"dense": (1, 16)},
+    async_sam=("dense", 16, 2),
+    images=(partial(ResNet18, width=2), (4,)),
+    image_dtypes=("float32",),
+    seconds={
+        "fidelity": 15,
+        "memory": 10,
+        "dense float32": 10,
+        f"{GPT} float32": 5,
+        "ResNet-18 float32": 5,
+        "ViT float32": 5,
+        "dense bfloat16": 5,
+        "SAMPa dense": 5,
+        "AsyncSAM": 5,
+        "images": 10,
+    },
+)
+
+
+class Part(NamedTuple):
+    """A part of the run.
+
+    Attributes:
+        name: Its name.
+        seconds: The estimate of its time.
+        run: `scale -> rows`.
+        columns: For each title of the table, `row -> text`.
+        note: `rows -> text`: the result in a few words.
+    """
+
+    name: str
+    seconds: float
+    run: Callable[[Scale], list[dict]]
+    columns: dict[str, Callable[[dict], str]]
+    note: Callable[[list[dict]], str]
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+def whole(rows: Iterable[dict]) -> list[dict]:
+    """Return the rows that did not fail."""
+    return [row for row in rows if "failed" not in row]
+
+
+def number(name: str, form: str, factor: float = 1.0) -> Callable[[dict], str]:
+    """Return a column of a number; it is empty where a row has none."""
+    return lambda row: "" if row.get(name) is None else format(factor * row[name], form)
+
+
+def text(name: str) -> Callable[[dict], str]:
+    return lambda row: str(row.get(name, ""))
+
+
+def ratio(row: dict) -> str:
+    """Return the median and the quartiles of the ratio."""
+    three = row.get("ratio")
+    return "{1:.2f} [{0:.2f}, {2:.2f}]".format(*three) if three else ""
+
+
+def rate(row: dict) -> str:
+    return f"{1e3 / row['ms']:.1f}"
+
+
+def note_fidelity(rows: list[dict]) -> str:
+    passed = sum(row.get("passed", False) for row in rows)
+    return (
+        f"{passed} of {len(rows)} trajectories within {parts.TOLERANCE:g} at the highest "
+        f"precision; largest difference {worst(rows, 'highest'):.1e}, at the default precision "
+        f"{worst(rows, 'default'):.1e}"
+    )
+
+
+def worst(rows: list[dict], precision: str) -> float:
+    """Return the largest difference of the rows that did not fail; results.json has no NaN."""
+    differences = [row[precision] for row in whole(rows)]
+    return max([math.inf if x is None else x for x in differences], default=math.nan)
+
+
+def note_memory(rows: list[dict]) -> str:
+    shares = [row["predicted_bytes"] / row["compiled_bytes"] for row in whole(rows)]
+    if not shares:
+        return "nothing was counted"
+    return (
+        f"the CPU's compiler predicts {min(shares):.2f} to {max(shares):.2f} times what the "
+        "device's compiler needs"
+    )
+
+
+def note_steps(rows: list[dict]) -> str:
+    found = [f"{row['row']} {row['ratio'][1]:.2f}" for row in whole(rows) if row["ratio"]]
+    return f"relative to the plain step: {', '.join(found[1:]) or 'nothing was measured'}"
+
+
+def note_sampa(rows: list[dict]) -> str:
+    ours = [row for row in whole(rows) if row["row"] == "sampa" and row["ratio"]]
+    cheap = [row["batch"] for row in ours if row["ratio"][1] < CHEAP]
+    largest = f"batch {max(cheap)}" if cheap else "none of these"
+    return f"largest batch at which vectorized SAMPa takes below {CHEAP:g} x plain: {largest}"
+
+
+def note_async(rows: list[dict]) -> str:
+    return next((row["text"] for row in rows if "text" in row), "no calibration")
+
+
+def note_images(rows: list[dict]) -> str:
+    rates = [
+        f"{row['row']} {row['dtype']} {row['images_per_second']:.0f}"
+        for row in whole(rows)
+        if row["batch"] == max(row["batch"] for row in rows)
+    ]
+    return f"images per second: {', '.join(rates) or 'nothing was measured'}"
+
+
+def table(part: Part, rows: list[dict]) -> str:
+    """Format the rows of a part, and its result in a few words."""
+    grid = [["", *part.columns]]
+    shown = [row for row in rows if "text" not in row]  # what the note says
+    grid += [
+        [row["row"], *("" if "failed" in row else column(row) for column in part.columns.values())]
+        for row in shown
+    ]
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in grid
+    ]
+    for place, row in enumerate(shown, start=1):
+        if "failed" in row:
+            where = " ".join(str(row[name]) for name in ("dtype", "batch") if name in row)
+            lines[place] = f"{row['row'].ljust(widths[0])}  {where} failed: {row['failed']}"
+    return "\n".join([part.name, *lines, part.note(rows)])
+
+
+def all_parts(scale: Scale) -> list[Part]:
+    """Return the parts in the order in which they are run."""
+
+    def part(name, run, columns, note):
+        return Part(name, scale.seconds[name], run, columns, note)
+
+    gigabytes = partial(number, form=".3g", factor=1e-9)
+    times = {"ms": number("ms", ".3f"), "/ plain [quartiles]": ratio}
+    sizes = {"batch": text("batch")}
+    return [
+        part(
+            "fidelity",
+            parts.fidelity,
+            {name: number(name, ".1e") for name in ("highest", "default")},
+            note_fidelity,
+        ),
+        part(
+            "memory",
+            parts.memory,
+            {
+                "CPU compiler, GB": gigabytes("predicted_bytes"),
+                "device compiler, GB": gigabytes("compiled_bytes"),
+                "allocated, GB": gigabytes("allocated_bytes"),
+            },
+            note_memory,
+        ),
+        *(
+            part(
+                f"{one.model} {one.dtype}",
+                partial(parts.steps, one),
+                times | {"steps/s": rate, "peak GB": gigabytes("peak_bytes")},
+                note_steps,
+            )
+            for one in scale.steps
+        ),
+        *(
+            part(f"SAMPa {model}", partial(parts.sampa_by_size, model), sizes | times, note_sampa)
+            for model in scale.sizes
+        ),
+        part(
+            "AsyncSAM",
+            parts.async_on_two,
+            {
+                "ms": number("ms", ".3f"),
+                "/ SGD [quartiles]": ratio,
+                "handed out, ms": number("handed_out_ms", ".3f"),
+            },
+            note_async,
+        ),
+        part(
+            "images",
+            parts.images,
+            {"dtype": text("dtype")}
+            | sizes
+            | times
+            | {"images/s": number("images_per_second", ".0f")},
+            note_images,
+        ),
+    ]
+
+
+# Figure -------------------------------------------------------------------------------------------
+DTYPES = {"float32": figures.BLUE, "bfloat16": figures.ORANGE}
+COLUMNS = 3  # panels side by side
+FLOOR = 1e-9  # smaller differences are drawn here
+
+
+def draw(found: dict[str, list[dict]], path: Path, title: str) -> None:
+    """Draw a panel for each model whose steps were timed, and for fidelity, memory and SAMPa."""
+    panels = panels_of(found)
+    columns = min(COLUMNS, len(panels))
+    lines = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    heights = [figures.height_of(max(rows for rows, _ in line)) for line in lines]
+    figure = figures.make_figure(columns, heights)
+    axes = figure.subplots(
+        len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights}
+    )
+    for place, axis in enumerate(axes.flat):
+        if place < len(panels):
+            panels[place][1](axis)
+        else:
+            axis.set_axis_off()
+    figures.save(figure, path, title)
+
+
+def panels_of(found: dict[str, list[dict]]) -> list[tuple[int, Callable[[Any], None]]]:
+    """Return the number of rows of each panel, and the function that draws it."""
+    panels = []
+    if rows := whole(found.get("fidelity", [])):
+        panels.append((len(rows), partial(draw_fidelity, rows)))
+    if rows := whole(found.get("memory", [])):
+        panels.append((2 * len(rows), partial(draw_memory, rows)))
+    models: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for name, rows in found.items():
+        model, _, dtype = name.rpartition(" ")
+        ratios = {row["row"]: row["ratio"] for row in whole(rows) if row.get("ratio")}
+        if dtype in DTYPES and ratios.pop("plain", None):
+            models.setdefault(model, {})[dtype] = ratios
+    for model, ratios in models.items():
+        names = list(dict.fromkeys(name for of in ratios.values() for name in of))
+        if names:
+            panels.append((2 * len(names), partial(draw_steps, model, names, ratios)))
+    sizes = {
+        name.removeprefix("SAMPa "): rows
+        for name, rows in found.items()
+        if name.startswith("SAMPa ") and any(row.get("ratio") for row in whole(rows))
+    }
+    if sizes:
+        panels.append((figures.ROWS, partial(draw_sampa, sizes)))
+    return panels
+
+
+def draw_fidelity(rows: list[dict], axis: Any) -> None:
+    """Draw the difference of each trajectory at both precisions."""
+    names = [row["row"].partition("__")[0] for row in rows]
+    for precision, color in (("default", figures.GREY), ("highest", figures.BLUE)):
+        values = [1 if row[precision] is None else max(row[precision], FLOOR) for row in rows]
+        axis.plot(values, range(len(rows)), "o", color=color)
+    axis.axvline(parts.TOLERANCE, color=figures.INK, linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(rows)), names)
+    axis.invert_yaxis()
+    axis.set_xlabel("relative difference (blue: highest precision, grey: default)")
+    passed = sum(row["passed"] for row in rows)
+    axis.set_title(f"fidelity: {passed} of {len(rows)} within {parts.TOLERANCE:g}")
+
+
+def draw_memory(rows: list[dict], axis: Any) -> None:
+    """Draw the memory of each row of the language model, as predicted, compiled and allocated."""
+    kinds = {
+        "predicted_bytes": ("o", figures.BLUE),
+        "compiled_bytes": ("|", figures.INK),
+        "allocated_bytes": ("x", figures.ORANGE),
+    }
+    for name, (marker, color) in kinds.items():
+        points = [
+            (row[name] / 1e9, place) for place, row in enumerate(rows) if row.get(name) is not None
+        ]
+        if points:
+            style = {"markersize": 10, "markeredgewidth": 2, "mfc": "none"}
+            axis.plot(*zip(*points, strict=True), marker, color=color, **style)
+    axis.set_yticks(range(len(rows)), [row["row"] for row in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("GB (circle: CPU's compiler; bar: device's; cross: allocated)")
+    axis.set_title(f"memory of the language model: {note_memory(rows)}")
+
+
+def draw_steps(
+    model: str, names: list[str], ratios: dict[str, dict[str, list[float]]], axis: Any
+) -> None:
+    """Draw the times of one model relative to the plain step, for each dtype."""
+    height = 0.8 / len(ratios)
+    for number, (dtype, of) in enumerate(ratios.items()):
+        shift = (number - (len(ratios) - 1) / 2) * height
+        place = np.array([names.index(name) for name in of]) + shift
+        low, middle, high = np.transpose([*of.values()])
+        errors = [middle - low, high - middle]
+        axis.barh(place, middle, height, color=DTYPES[dtype], xerr=errors, capsize=2)
+        for y, x, value in zip(place, high, middle, strict=True):
+            offset = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+            axis.annotate(f"{value:.2f}", (x, y), fontsize=9, **offset)
+    axis.axvline(1, color=figures.INK, linewidth=0.8)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.margins(x=0.12)
+    axis.set_xlabel("time / plain step (blue: float32, orange: bfloat16)")
+    told = [f"{of['sam'][1]:.2f} in {dtype}" for dtype, of in ratios.items() if "sam" in of]
+    axis.set_title(f"{model}: SAM {' and '.join(told)}" if told else model)
+
+
+def draw_sampa(found: dict[str, list[dict]], axis: Any) -> None:
+    """Draw the time of SAMPa relative to the plain step over batch sizes."""
+    names = {"sampa": ("one call", "-"), "sampa-separate": ("one by one", "--")}
+    sizes = set()
+    for (model, rows), color in zip(found.items(), figures.COLORS, strict=False):
+        for name, (label, style) in names.items():
+            mine = [row for row in whole(rows) if row["row"] == name and row["ratio"]]
+            points = [(row["batch"], row["ratio"][1]) for row in mine]
+            sizes.update(size for size, _ in points)
+            if points:
+                label = f"{model.split(',')[0]}, {label}"
+                axis.plot(*zip(*points, strict=True), style, color=color, marker="o", label=label)
+    axis.set_xscale("log")
+    axis.set_xticks(sorted(sizes), [str(size) for size in sorted(sizes)])
+    axis.set_xticks([], minor=True)
+    axis.axhline(CHEAP, color=figures.GREY, linewidth=0.8)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("batch size")
+    axis.set_ylabel("time / plain step")
+    told = [note_sampa(rows).rpartition(": ")[2] for rows in found.values()]
+    axis.set_title(f"SAMPa in one call below {CHEAP:g} x plain up to: {', '.join(told)}")
+    figures.label_ends(axis)
+
+
+# The run ------------------------------------------------------------------------------------------
+
+
+class Results:
+    """What is in the folder: the rows of each part that has ended, and its seconds."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.folder = args.folder = Path(args.out)
+        self.about = {
+            "script": SCRIPT,
+            "versions": versions() | {"jaxlib": metadata.version("jaxlib")},
+            "platform": jax.devices()[0].client.platform_version,
+        }
+        found = self.read()
+        fixed = {"device": describe_device(), "settings": {"smoke": args.smoke}, **self.about}
+        for name, value in fixed.items():
+            if found and found.get(name) != value:
+                raise ValueError(
+                    f"{self.folder} was measured with {name} {found.get(name)!s:.80}, this is "
+                    f"{value!s:.80}; choose another folder"
+                )
+        self.rows: dict[str, list[dict]] = found.get("parts", {})
+        self.seconds: dict[str, float] = found.get("seconds", {})
+        self.running: str | None = found.get("running")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.report = Report(args, left_out=("minutes", "retry"))
+
+    def read(self) -> dict[str, Any]:
+        """Return results.json of an earlier call; nothing if the folder is new or empty."""
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return {}
+        try:
+            found = files.read_json(self.folder / "results.json")
+        except (OSError, ValueError):
+            found = {}
+        if found.get("script") != SCRIPT:
+            raise ValueError(f"{self.folder} is not empty, and no results of {SCRIPT} are there")
+        return found
+
+    def save(self, all_of: list[Part]) -> None:
+        """Write results.json, with the plan and its real times, and table.txt."""
+        plan = [
+            {"part": p.name, "planned_seconds": p.seconds, "seconds": self.seconds.get(p.name)}
+            for p in all_of
+        ]
+        done = {"parts": self.rows, "seconds": self.seconds, "running": self.running}
+        self.report.save(**self.about, plan=plan, **done)
+        tables = [table(part, self.rows[part.name]) for part in all_of if part.name in self.rows]
+        files.write(self.folder / "table.txt", "\n\n".join([*tables, ""]))
+
+
+def to_do(all_of: list[Part], results: Results, retry: bool) -> list[Part]:
+    """Return the parts to run; one that an earlier call did not end comes last."""
+    left = [
+        part
+        for part in all_of
+        if part.name not in results.rows
+        or (retry and len(whole(results.rows[part.name])) < len(results.rows[part.name]))
+    ]
+    return sorted(left, key=lambda part: part.name == results.running)
+
+
+def print_plan(left: list[Part], done: int, minutes: float) -> None:
+    before = f", {done} parts are done" if done else ""
+    print(f"\nplan for {minutes:g} minutes, in seconds (estimates){before}")
+    for part in left:
+        print(f"{part.seconds:6.0f}  {part.name}")
+    print(f"{sum(part.seconds for part in left):6.0f}  in all", flush=True)
+
+
+def run_parts(
+    left: list[Part], scale: Scale, results: Results, save: Callable[[], None], end: float
+) -> list[str]:
+    """Run the parts that fit in the time; return the names of the others."""
+    planned = spent = 0.0
+    skipped = []
+    for part in left:
+        pace = max(1.0, spent / planned) if planned else 1.0  # parts may take longer than planned
+        now = time.perf_counter()
+        if now + pace * part.seconds > end:
+            skipped.append(part.name)
+            continue
+        print(f"\n{part.name}: about {pace * part.seconds:.0f} s, {end - now:.0f} s are left")
+        results.running = part.name
+        save()
+        try:
+            rows = part.run(scale)
+        except Exception as error:
+            rows = [{"row": part.name, "failed": described(error)}]
+        gc.collect()  # a failed row's traceback holds arrays
+        seconds = time.perf_counter() - now
+        planned, spent = planned + part.seconds, spent + seconds
+        results.rows[part.name] = without_nans(rows)
+        results.seconds[part.name] = seconds
+        results.running = None
+        save()
+        print(f"\n{table(part, results.rows[part.name])}")
+        print(f"took {seconds:.0f} s, planned {part.seconds:.0f} s", flush=True)
+    return skipped
+
+
+def conclude(all_of: list[Part], results: Results, skipped: list[str]) -> None:
+    """Print the results in a few words, what failed and what is left."""
+    print("\nin short")
+    for part in all_of:
+        rows = results.rows.get(part.name)
+        if rows is not None:
+            failed = len(rows) - len(whole(rows))
+            print(f"{part.name}: {part.note(rows)}" + (f" ({failed} failed)" if failed else ""))
+    if any(len(whole(rows)) < len(rows) for rows in results.rows.values()):
+        print("\nthe same command with --retry runs the parts again in which something failed")
+    if skipped:
+        print(f"\nleft: {', '.join(skipped)}; the same command goes on with them")
+
+
+@files.ends_in_one_line
+def main(argv: list[str] | None = None, started: float | None = None) -> dict[str, list[dict]]:
+    args = parse(argv)
+    end = (time.perf_counter() if started is None else started) + 60 * args.minutes
+    with contextlib.suppress(RuntimeError):  # a running backend cannot be changed
+        jax.config.update("jax_num_cpu_devices", 2)
+    if args.smoke:
+        jax.config.update("jax_disable_most_optimizations", True)
+    elif jax.default_backend() == "cpu":
+        arguments.refuse("jax sees no accelerator, only the CPU; --smoke runs there")
+    try:
+        results = Results(args)
+    except (OSError, ValueError) as error:
+        arguments.refuse(f"--out: {error}")
+    scale = SMOKE if args.smoke else FULL
+    all_of = all_parts(scale)
+    left = to_do(all_of, results, args.retry)
+    print_plan(left, len(all_of) - len(left), args.minutes)
+    save = partial(results.save, all_of)
+    try:
+        skipped = run_parts(left, scale, results, save, end)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted in {results.running}; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    conclude(all_of, results, skipped)
+    plots = []
+    if panels_of(results.rows):
+        about = f"samx {results.about['versions']['samx']} on {jax.devices()[0].device_kind}"
+        draw(results.rows, results.folder / "accelerator.png", about)
+        plots.append("accelerator.png")
+    results.report.end(*plots)
+    return results.rows
+
+
+if __name__ == "__main__":
+    main(started=STARTED)
