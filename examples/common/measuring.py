@@ -55,7 +55,7 @@ class Runner:
         self.advance = advance
         self.run(max(WARM_UP, settling))
         cycles = math.ceil(least / (cycle * self.run(cycle)))
-        self.calls = max(2, cycle * cycles)
+        self.calls = cycle * cycles
 
     def run(self, calls: int) -> float:
         """Make some calls and return the seconds per call."""

@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help=text)
     text = "run the parts again in which something failed"
     parser.add_argument("--retry", action="store_true", help=text)
-    text = "tiny models and few rows, to see on a CPU that everything runs (90 s on two cores)"
+    text = "tiny models and few rows, to see on a CPU that everything runs (75 s on two cores)"
     parser.add_argument("--smoke", action="store_true", help=text)
     text = (
         "a new or empty folder, or that of an earlier call, which is continued "
@@ -58,28 +58,27 @@ if __name__ == "__main__":
 
 import contextlib
 import gc
-import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from examples.common import figures, files
+from examples.common import files
 from examples.common.gpt import SIZES, Size
 from examples.common.measuring import described
 from examples.common.report import Report, describe_device, without_nans
 from examples.common.versions import versions
 from examples.common.vision import ResNet18, ViT
 from examples.devices import accelerator_parts as parts
+from examples.devices import accelerator_report as report
 from examples.devices.accelerator_parts import Scale, Steps
+from examples.devices.accelerator_report import Shown
 
 SCRIPT = "accelerator.py"
-CHEAP = 1.2  # "about one gradient": time of a step relative to the plain step
 
 REFERENCES = ("plain", "sam by hand", "optax.contrib.sam")
 FEW = (*REFERENCES, "sam", "sampa", "looksam", "momentum-sam")
@@ -165,331 +164,49 @@ SMOKE = Scale(
     images=(partial(ResNet18, width=2), (4,)),
     image_dtypes=("float32",),
     seconds={
-        "fidelity": 15,
-        "memory": 10,
+        "fidelity": 12,
+        "memory": 13,
         "dense float32": 10,
         f"{GPT} float32": 5,
-        "ResNet-18 float32": 5,
+        "ResNet-18 float32": 4,
         "ViT float32": 5,
-        "dense bfloat16": 5,
-        "SAMPa dense": 5,
-        "AsyncSAM": 5,
-        "images": 10,
+        "dense bfloat16": 2,
+        "SAMPa dense": 4,
+        "AsyncSAM": 4,
+        "images": 12,
     },
 )
 
 
 class Part(NamedTuple):
-    """A part of the run.
-
-    Attributes:
-        name: Its name.
-        seconds: The estimate of its time.
-        run: `scale -> rows`.
-        columns: For each title of the table, `row -> text`.
-        note: `rows -> text`: the result in a few words.
-    """
+    """A part of the run: its name, the estimate of its seconds, its function, how it is shown."""
 
     name: str
     seconds: float
     run: Callable[[Scale], list[dict]]
-    columns: dict[str, Callable[[dict], str]]
-    note: Callable[[list[dict]], str]
-
-
-# Tables -------------------------------------------------------------------------------------------
-
-
-def whole(rows: Iterable[dict]) -> list[dict]:
-    """Return the rows that did not fail."""
-    return [row for row in rows if "failed" not in row]
-
-
-def number(name: str, form: str, factor: float = 1.0) -> Callable[[dict], str]:
-    """Return a column of a number; it is empty where a row has none."""
-    return lambda row: "" if row.get(name) is None else format(factor * row[name], form)
-
-
-def text(name: str) -> Callable[[dict], str]:
-    return lambda row: str(row.get(name, ""))
-
-
-def ratio(row: dict) -> str:
-    """Return the median and the quartiles of the ratio."""
-    three = row.get("ratio")
-    return "{1:.2f} [{0:.2f}, {2:.2f}]".format(*three) if three else ""
-
-
-def rate(row: dict) -> str:
-    return f"{1e3 / row['ms']:.1f}"
-
-
-def note_fidelity(rows: list[dict]) -> str:
-    passed = sum(row.get("passed", False) for row in rows)
-    return (
-        f"{passed} of {len(rows)} trajectories within {parts.TOLERANCE:g} at the highest "
-        f"precision; largest difference {worst(rows, 'highest'):.1e}, at the default precision "
-        f"{worst(rows, 'default'):.1e}"
-    )
-
-
-def worst(rows: list[dict], precision: str) -> float:
-    """Return the largest difference of the rows that did not fail; results.json has no NaN."""
-    differences = [row[precision] for row in whole(rows)]
-    return max([math.inf if x is None else x for x in differences], default=math.nan)
-
-
-def note_memory(rows: list[dict]) -> str:
-    shares = [row["predicted_bytes"] / row["compiled_bytes"] for row in whole(rows)]
-    if not shares:
-        return "nothing was counted"
-    return (
-        f"the CPU's compiler predicts {min(shares):.2f} to {max(shares):.2f} times what the "
-        "device's compiler needs"
-    )
-
-
-def note_steps(rows: list[dict]) -> str:
-    found = [f"{row['row']} {row['ratio'][1]:.2f}" for row in whole(rows) if row["ratio"]]
-    return f"relative to the plain step: {', '.join(found[1:]) or 'nothing was measured'}"
-
-
-def note_sampa(rows: list[dict]) -> str:
-    ours = [row for row in whole(rows) if row["row"] == "sampa" and row["ratio"]]
-    cheap = [row["batch"] for row in ours if row["ratio"][1] < CHEAP]
-    largest = f"batch {max(cheap)}" if cheap else "none of these"
-    return f"largest batch at which vectorized SAMPa takes below {CHEAP:g} x plain: {largest}"
-
-
-def note_async(rows: list[dict]) -> str:
-    return next((row["text"] for row in rows if "text" in row), "no calibration")
-
-
-def note_images(rows: list[dict]) -> str:
-    rates = [
-        f"{row['row']} {row['dtype']} {row['images_per_second']:.0f}"
-        for row in whole(rows)
-        if row["batch"] == max(row["batch"] for row in rows)
-    ]
-    return f"images per second: {', '.join(rates) or 'nothing was measured'}"
-
-
-def table(part: Part, rows: list[dict]) -> str:
-    """Format the rows of a part, and its result in a few words."""
-    grid = [["", *part.columns]]
-    shown = [row for row in rows if "text" not in row]  # what the note says
-    grid += [
-        [row["row"], *("" if "failed" in row else column(row) for column in part.columns.values())]
-        for row in shown
-    ]
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in grid
-    ]
-    for place, row in enumerate(shown, start=1):
-        if "failed" in row:
-            where = " ".join(str(row[name]) for name in ("dtype", "batch") if name in row)
-            lines[place] = f"{row['row'].ljust(widths[0])}  {where} failed: {row['failed']}"
-    return "\n".join([part.name, *lines, part.note(rows)])
+    shown: Shown
 
 
 def all_parts(scale: Scale) -> list[Part]:
     """Return the parts in the order in which they are run."""
 
-    def part(name, run, columns, note):
-        return Part(name, scale.seconds[name], run, columns, note)
+    def part(name, run, shown):
+        return Part(name, scale.seconds[name], run, shown)
 
-    gigabytes = partial(number, form=".3g", factor=1e-9)
-    times = {"ms": number("ms", ".3f"), "/ plain [quartiles]": ratio}
-    sizes = {"batch": text("batch")}
     return [
-        part(
-            "fidelity",
-            parts.fidelity,
-            {name: number(name, ".1e") for name in ("highest", "default")},
-            note_fidelity,
-        ),
-        part(
-            "memory",
-            parts.memory,
-            {
-                "CPU compiler, GB": gigabytes("predicted_bytes"),
-                "device compiler, GB": gigabytes("compiled_bytes"),
-                "allocated, GB": gigabytes("allocated_bytes"),
-            },
-            note_memory,
-        ),
+        part("fidelity", parts.fidelity, report.FIDELITY),
+        part("memory", parts.memory, report.MEMORY),
         *(
-            part(
-                f"{one.model} {one.dtype}",
-                partial(parts.steps, one),
-                times | {"steps/s": rate, "peak GB": gigabytes("peak_bytes")},
-                note_steps,
-            )
+            part(f"{one.model} {one.dtype}", partial(parts.steps, one), report.STEPS)
             for one in scale.steps
         ),
         *(
-            part(f"SAMPa {model}", partial(parts.sampa_by_size, model), sizes | times, note_sampa)
+            part(f"SAMPa {model}", partial(parts.sampa_by_size, model), report.SAMPA)
             for model in scale.sizes
         ),
-        part(
-            "AsyncSAM",
-            parts.async_on_two,
-            {
-                "ms": number("ms", ".3f"),
-                "/ SGD [quartiles]": ratio,
-                "handed out, ms": number("handed_out_ms", ".3f"),
-            },
-            note_async,
-        ),
-        part(
-            "images",
-            parts.images,
-            {"dtype": text("dtype")}
-            | sizes
-            | times
-            | {"images/s": number("images_per_second", ".0f")},
-            note_images,
-        ),
+        part("AsyncSAM", parts.async_on_two, report.ASYNC),
+        part("images", parts.images, report.IMAGES),
     ]
-
-
-# Figure -------------------------------------------------------------------------------------------
-DTYPES = {"float32": figures.BLUE, "bfloat16": figures.ORANGE}
-COLUMNS = 3  # panels side by side
-FLOOR = 1e-9  # smaller differences are drawn here
-
-
-def draw(found: dict[str, list[dict]], path: Path, title: str) -> None:
-    """Draw a panel for each model whose steps were timed, and for fidelity, memory and SAMPa."""
-    panels = panels_of(found)
-    columns = min(COLUMNS, len(panels))
-    lines = [panels[start : start + columns] for start in range(0, len(panels), columns)]
-    heights = [figures.height_of(max(rows for rows, _ in line)) for line in lines]
-    figure = figures.make_figure(columns, heights)
-    axes = figure.subplots(
-        len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    for place, axis in enumerate(axes.flat):
-        if place < len(panels):
-            panels[place][1](axis)
-        else:
-            axis.set_axis_off()
-    figures.save(figure, path, title)
-
-
-def panels_of(found: dict[str, list[dict]]) -> list[tuple[int, Callable[[Any], None]]]:
-    """Return the number of rows of each panel, and the function that draws it."""
-    panels = []
-    if rows := whole(found.get("fidelity", [])):
-        panels.append((len(rows), partial(draw_fidelity, rows)))
-    if rows := whole(found.get("memory", [])):
-        panels.append((2 * len(rows), partial(draw_memory, rows)))
-    models: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for name, rows in found.items():
-        model, _, dtype = name.rpartition(" ")
-        ratios = {row["row"]: row["ratio"] for row in whole(rows) if row.get("ratio")}
-        if dtype in DTYPES and ratios.pop("plain", None):
-            models.setdefault(model, {})[dtype] = ratios
-    for model, ratios in models.items():
-        names = list(dict.fromkeys(name for of in ratios.values() for name in of))
-        if names:
-            panels.append((2 * len(names), partial(draw_steps, model, names, ratios)))
-    sizes = {
-        name.removeprefix("SAMPa "): rows
-        for name, rows in found.items()
-        if name.startswith("SAMPa ") and any(row.get("ratio") for row in whole(rows))
-    }
-    if sizes:
-        panels.append((figures.ROWS, partial(draw_sampa, sizes)))
-    return panels
-
-
-def draw_fidelity(rows: list[dict], axis: Any) -> None:
-    """Draw the difference of each trajectory at both precisions."""
-    names = [row["row"].partition("__")[0] for row in rows]
-    for precision, color in (("default", figures.GREY), ("highest", figures.BLUE)):
-        values = [1 if row[precision] is None else max(row[precision], FLOOR) for row in rows]
-        axis.plot(values, range(len(rows)), "o", color=color)
-    axis.axvline(parts.TOLERANCE, color=figures.INK, linewidth=0.8)
-    axis.set_xscale("log")
-    axis.set_yticks(range(len(rows)), names)
-    axis.invert_yaxis()
-    axis.set_xlabel("relative difference (blue: highest precision, grey: default)")
-    passed = sum(row["passed"] for row in rows)
-    axis.set_title(f"fidelity: {passed} of {len(rows)} within {parts.TOLERANCE:g}")
-
-
-def draw_memory(rows: list[dict], axis: Any) -> None:
-    """Draw the memory of each row of the language model, as predicted, compiled and allocated."""
-    kinds = {
-        "predicted_bytes": ("o", figures.BLUE),
-        "compiled_bytes": ("|", figures.INK),
-        "allocated_bytes": ("x", figures.ORANGE),
-    }
-    for name, (marker, color) in kinds.items():
-        points = [
-            (row[name] / 1e9, place) for place, row in enumerate(rows) if row.get(name) is not None
-        ]
-        if points:
-            style = {"markersize": 10, "markeredgewidth": 2, "mfc": "none"}
-            axis.plot(*zip(*points, strict=True), marker, color=color, **style)
-    axis.set_yticks(range(len(rows)), [row["row"] for row in rows])
-    axis.set_ylim(len(rows) - 0.5, -0.5)
-    axis.set_xlim(left=0)
-    axis.set_xlabel("GB (circle: CPU's compiler; bar: device's; cross: allocated)")
-    axis.set_title(f"memory of the language model: {note_memory(rows)}")
-
-
-def draw_steps(
-    model: str, names: list[str], ratios: dict[str, dict[str, list[float]]], axis: Any
-) -> None:
-    """Draw the times of one model relative to the plain step, for each dtype."""
-    height = 0.8 / len(ratios)
-    for number, (dtype, of) in enumerate(ratios.items()):
-        shift = (number - (len(ratios) - 1) / 2) * height
-        place = np.array([names.index(name) for name in of]) + shift
-        low, middle, high = np.transpose([*of.values()])
-        errors = [middle - low, high - middle]
-        axis.barh(place, middle, height, color=DTYPES[dtype], xerr=errors, capsize=2)
-        for y, x, value in zip(place, high, middle, strict=True):
-            offset = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-            axis.annotate(f"{value:.2f}", (x, y), fontsize=9, **offset)
-    axis.axvline(1, color=figures.INK, linewidth=0.8)
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.4, -0.6)
-    axis.margins(x=0.12)
-    axis.set_xlabel("time / plain step (blue: float32, orange: bfloat16)")
-    told = [f"{of['sam'][1]:.2f} in {dtype}" for dtype, of in ratios.items() if "sam" in of]
-    axis.set_title(f"{model}: SAM {' and '.join(told)}" if told else model)
-
-
-def draw_sampa(found: dict[str, list[dict]], axis: Any) -> None:
-    """Draw the time of SAMPa relative to the plain step over batch sizes."""
-    names = {"sampa": ("one call", "-"), "sampa-separate": ("one by one", "--")}
-    sizes = set()
-    for (model, rows), color in zip(found.items(), figures.COLORS, strict=False):
-        for name, (label, style) in names.items():
-            mine = [row for row in whole(rows) if row["row"] == name and row["ratio"]]
-            points = [(row["batch"], row["ratio"][1]) for row in mine]
-            sizes.update(size for size, _ in points)
-            if points:
-                label = f"{model.split(',')[0]}, {label}"
-                axis.plot(*zip(*points, strict=True), style, color=color, marker="o", label=label)
-    axis.set_xscale("log")
-    axis.set_xticks(sorted(sizes), [str(size) for size in sorted(sizes)])
-    axis.set_xticks([], minor=True)
-    axis.axhline(CHEAP, color=figures.GREY, linewidth=0.8)
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("batch size")
-    axis.set_ylabel("time / plain step")
-    told = [note_sampa(rows).rpartition(": ")[2] for rows in found.values()]
-    axis.set_title(f"SAMPa in one call below {CHEAP:g} x plain up to: {', '.join(told)}")
-    figures.label_ends(axis)
-
-
-# The run ------------------------------------------------------------------------------------------
 
 
 class Results:
@@ -536,7 +253,11 @@ class Results:
         ]
         done = {"parts": self.rows, "seconds": self.seconds, "running": self.running}
         self.report.save(**self.about, plan=plan, **done)
-        tables = [table(part, self.rows[part.name]) for part in all_of if part.name in self.rows]
+        tables = [
+            report.table(part.name, part.shown, self.rows[part.name])
+            for part in all_of
+            if part.name in self.rows
+        ]
         files.write(self.folder / "table.txt", "\n\n".join([*tables, ""]))
 
 
@@ -546,7 +267,7 @@ def to_do(all_of: list[Part], results: Results, retry: bool) -> list[Part]:
         part
         for part in all_of
         if part.name not in results.rows
-        or (retry and len(whole(results.rows[part.name])) < len(results.rows[part.name]))
+        or (retry and len(report.whole(results.rows[part.name])) < len(results.rows[part.name]))
     ]
     return sorted(left, key=lambda part: part.name == results.running)
 
@@ -585,7 +306,7 @@ def run_parts(
         results.seconds[part.name] = seconds
         results.running = None
         save()
-        print(f"\n{table(part, results.rows[part.name])}")
+        print(f"\n{report.table(part.name, part.shown, results.rows[part.name])}")
         print(f"took {seconds:.0f} s, planned {part.seconds:.0f} s", flush=True)
     return skipped
 
@@ -596,9 +317,11 @@ def conclude(all_of: list[Part], results: Results, skipped: list[str]) -> None:
     for part in all_of:
         rows = results.rows.get(part.name)
         if rows is not None:
-            failed = len(rows) - len(whole(rows))
-            print(f"{part.name}: {part.note(rows)}" + (f" ({failed} failed)" if failed else ""))
-    if any(len(whole(rows)) < len(rows) for rows in results.rows.values()):
+            failed = len(rows) - len(report.whole(rows))
+            print(
+                f"{part.name}: {part.shown.note(rows)}" + (f" ({failed} failed)" if failed else "")
+            )
+    if any(len(report.whole(rows)) < len(rows) for rows in results.rows.values()):
         print("\nthe same command with --retry runs the parts again in which something failed")
     if skipped:
         print(f"\nleft: {', '.join(skipped)}; the same command goes on with them")
@@ -630,9 +353,9 @@ def main(argv: list[str] | None = None, started: float | None = None) -> dict[st
         sys.exit(130)
     conclude(all_of, results, skipped)
     plots = []
-    if panels_of(results.rows):
+    if report.panels_of(results.rows):
         about = f"samx {results.about['versions']['samx']} on {jax.devices()[0].device_kind}"
-        draw(results.rows, results.folder / "accelerator.png", about)
+        report.draw(results.rows, results.folder / "accelerator.png", about)
         plots.append("accelerator.png")
     results.report.end(*plots)
     return results.rows
