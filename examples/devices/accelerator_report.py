@@ -79,10 +79,17 @@ def note_steps(rows: list[dict]) -> str:
 
 
 def note_sampa(rows: list[dict]) -> str:
+    return (
+        f"largest batch at which vectorized SAMPa takes below {CHEAP:g} x plain: "
+        f"{cheap_until(rows)}"
+    )
+
+
+def cheap_until(rows: list[dict]) -> int | str:
+    """Return the largest batch size at which SAMPa in one call costs about one gradient."""
     ours = [row for row in whole(rows) if row["row"] == "sampa" and row["ratio"]]
     cheap = [row["batch"] for row in ours if row["ratio"][1] < CHEAP]
-    largest = f"batch {max(cheap)}" if cheap else "none of these"
-    return f"largest batch at which vectorized SAMPa takes below {CHEAP:g} x plain: {largest}"
+    return max(cheap, default="none")
 
 
 def note_async(rows: list[dict]) -> str:
@@ -176,7 +183,7 @@ def draw(found: dict[str, list[dict]], path: Path, title: str) -> None:
             panels[place][1](axis)
         else:
             axis.set_axis_off()
-    figures.save(figure, path, title)
+    figures.save(figure, path, f"{title}; times: blue in float32, orange in bfloat16")
 
 
 def panels_of(found: dict[str, list[dict]]) -> list[tuple[int, Callable[[Any], None]]]:
@@ -260,9 +267,9 @@ def draw_steps(
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.margins(x=0.12)
-    axis.set_xlabel("time / plain step (blue: float32, orange: bfloat16)")
+    axis.set_xlabel("time / plain step")
     told = [f"{of['sam'][1]:.2f} in {dtype}" for dtype, of in ratios.items() if "sam" in of]
-    axis.set_title(f"{model}: SAM {' and '.join(told)}" if told else model)
+    axis.set_title(f"{model}: SAM takes {', '.join(told)}" if told else model)
 
 
 def draw_sampa(found: dict[str, list[dict]], axis: Any) -> None:
@@ -284,6 +291,6 @@ def draw_sampa(found: dict[str, list[dict]], axis: Any) -> None:
     axis.set_ylim(bottom=0)
     axis.set_xlabel("batch size")
     axis.set_ylabel("time / plain step")
-    told = [note_sampa(rows).rpartition(": ")[2] for rows in found.values()]
-    axis.set_title(f"SAMPa in one call below {CHEAP:g} x plain up to: {', '.join(told)}")
+    told = [f"{model.split(',')[0]} {cheap_until(rows)}" for model, rows in found.items()]
+    axis.set_title(f"SAMPa below {CHEAP:g} x plain in one call, up to batch: {', '.join(told)}")
     figures.label_ends(axis)
