@@ -86,8 +86,8 @@ from examples.common.models import CLASSES, MODELS, Model, as_problem
 from examples.common.output import choose_folder
 from examples.common.programs import peak_bytes
 from examples.common.registry import VARIANTS
-from examples.common.report import Report
-from examples.common.steps import Row, reference_rows, samx_row
+from examples.common.report import Report, aligned
+from examples.common.steps import CHEAP, Row, reference_rows, samx_row
 from examples.cost.passes import Counter, Forks
 
 # A measurement is long enough for the resolution of the clock. It covers whole cycles of the
@@ -97,7 +97,6 @@ LEAST_CALLS = 5
 # Passes are counted over whole cycles and at least this many steps: enough for random policies.
 COUNTED_STEPS, COUNTED_EXAMPLES = 100, 8
 SAME = 0.005  # branches whose flops differ relatively by less share a number in the table
-CHEAP = 1.2  # "about one gradient": time of a step relative to the plain step
 COMPARISONS = {
     "samx SAM vs by hand": ("sam", "sam by hand"),
     "the same with all readings": ("sam, all readings", "sam by hand"),
@@ -327,11 +326,7 @@ HEADER = (
 
 def table(rows: dict) -> str:
     grid = [*HEADER, *(cells(name, row) for name, row in rows.items())]
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in grid
-    ]
+    lines = aligned(grid)
     lines.append(
         "Passes: over one batch, per step. Peak: arguments, results and temporaries.\n"
         "Flops and bytes of a loop, msam's say, are those of its body: one of its rounds.\n"

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from examples.common import figures
+from examples.common.report import aligned
+from examples.common.steps import CHEAP
 from examples.devices.accelerator_parts import TOLERANCE
 
-CHEAP = 1.2  # "about one gradient": time of a step relative to the plain step
 MEGABYTE = 1e-6
 DTYPES = {"float32": figures.BLUE, "bfloat16": figures.ORANGE}
 COLUMNS = 3  # panels side by side
@@ -156,11 +157,7 @@ def table(name: str, shown: Shown, rows: list[dict]) -> str:
     for row in listed:
         columns = shown.columns.values()
         grid.append([row["row"], *("" if "failed" in row else column(row) for column in columns)])
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in grid
-    ]
+    lines = aligned(grid)
     for place, row in enumerate(listed, start=1):
         if "failed" in row:
             where = [str(row[name]) for name in ("dtype", "batch") if name in row]
