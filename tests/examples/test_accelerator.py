@@ -233,11 +233,19 @@ def test_memory_of_a_device_beside_the_cpu(monkeypatch):
     cpu, device = jax.devices("cpu")[:2]
     monkeypatch.setattr(jax, "devices", lambda kind=None: [device] if kind is None else [cpu])
     monkeypatch.setattr(accelerator_parts, "HELD", {"plain": "base", "again": "base"})
+    make_task, places = accelerator_parts.make_task, []
+
+    def noted(*args, devices):
+        places.extend(devices)
+        return make_task(*args, devices=devices)
+
+    monkeypatch.setattr(accelerator_parts, "make_task", noted)
     peaks = iter([10, 20, 20, 20])
     monkeypatch.setattr(accelerator_parts, "allocated_bytes", lambda device: next(peaks))
     with jax.default_device(device), jax.numpy_rank_promotion("allow"):
         plain, again = accelerator_parts.memory(accelerator.SMOKE)
     assert plain["predicted_bytes"] == plain["compiled_bytes"] > 1000
+    assert places == [device, cpu] * 2
     assert plain["allocated_bytes"] == 20
     assert again["allocated_bytes"] is None  # not above what was in use before
 
