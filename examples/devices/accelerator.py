@@ -3,17 +3,17 @@
     python examples/devices/accelerator.py --out results
     python examples/devices/accelerator.py --smoke        # the same code, tiny, on a CPU
 
-It needs jax, flax, optax, numpy, scikit-learn and matplotlib, and this repository on PYTHONPATH. It
-prints a plan with estimates, works through its parts, and writes results.json and table.txt after
-each one, and accelerator.png at the end. A part for which the time does not suffice is left. The
-same command goes on with what is left. So it does after an interruption: the part that was running
+It needs jax, flax, optax, numpy and matplotlib, and this repository on PYTHONPATH: no extras. It
+prints a plan with estimates and works through its parts. After each part it writes results.json and
+table.txt, at the end accelerator.png. A part that no longer fits in the time is left. The same
+command goes on with what is left. After an interruption it does so too: the part that was running
 is run again, after the others. A row that fails holds the reason, and the others go on.
 
 fidelity   twelve recorded trajectories in float32: at the highest precision of matrix products they
            must stay within 1e-5 of the recording; at the default precision the difference is shown
 memory     a step of the language model: what the CPU's compiler predicts, what the device's
-           compiler needs, what was allocated. It comes second: the allocator knows its largest use
-           only, so little may run before.
+           compiler needs, and what was allocated. It comes second, because the allocator knows only
+           its largest use so far.
 steps      times of the plain step, of SAM without samx (by hand and with optax.contrib.sam), and of
            one variant of each kind, in float32 at the default precision and in bfloat16. Parameters
            are float32. In each round every row is timed, in random order, and divided by the plain
@@ -24,7 +24,7 @@ AsyncSAM   the device descends, the CPU ascends; with the calibrated ascent batc
 images     images per second through ResNet-18, with bytes from the host in every step
 
 JAX must see the CPU too: leave JAX_PLATFORMS unset, or set it to cuda,cpu. The estimates are
-guesses: nobody has run this on a GPU yet. If parts take longer, the estimates of the others grow.
+guesses, made without a GPU. If parts take longer, the estimates of the others grow.
 """
 
 import argparse
