@@ -13,6 +13,7 @@ import numpy as np
 
 from examples.common import files
 
+MOST_SECONDS = 180  # for all programs that are compiled together
 WARM_UP = 3  # calls before anything is timed: a GPU records its launches in the first ones
 
 
@@ -27,7 +28,8 @@ def described(error: Exception) -> str:
 def compile_all(lower: dict[Any, Callable[[], list[Any]]]) -> tuple[dict[Any, Any], dict[Any, str]]:
     """Return the programs of each key, and the reasons of those that failed.
 
-    Each function returns lowered programs. XLA compiles without Python's lock.
+    Each function returns lowered programs. XLA compiles without Python's lock. A program that is
+    not ready after `MOST_SECONDS` counts as failed; its thread cannot be stopped.
     """
     start, programs, failed, waiting = time.perf_counter(), {}, {}, {}
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -39,7 +41,12 @@ def compile_all(lower: dict[Any, Callable[[], list[Any]]]) -> tuple[dict[Any, An
                 failed[key] = described(error)
         for key, futures in waiting.items():
             try:
-                programs[key] = [future.result() for future in futures]
+                end = start + MOST_SECONDS
+                programs[key] = [
+                    future.result(max(0, end - time.perf_counter())) for future in futures
+                ]
+            except TimeoutError:
+                failed[key] = f"not compiled within {MOST_SECONDS} s"
             except Exception as error:
                 failed[key] = described(error)
     finally:

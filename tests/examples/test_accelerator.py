@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import types
 from functools import partial
 from pathlib import Path
 
@@ -190,6 +192,16 @@ def test_a_row_that_fails_stops_no_other(capsys):
     assert other["peak_bytes"] > 0
     assert all(row["batch"] == 3 for row in results)
     assert "compiled 3 of 4 rows" in capsys.readouterr().out
+
+
+def test_a_program_that_never_compiles_is_not_waited_for(monkeypatch):
+    is_over = threading.Event()
+    slow = types.SimpleNamespace(compile=lambda: is_over.wait(30))
+    fast = types.SimpleNamespace(compile=lambda: "a program")
+    monkeypatch.setattr(measuring, "MOST_SECONDS", 0.1)
+    found = measuring.compile_all({"slow": lambda: [slow], "fast": lambda: [fast, fast]})
+    is_over.set()
+    assert found == ({"fast": ["a program"] * 2}, {"slow": "not compiled within 0.1 s"})
 
 
 def test_rounds_go_on_without_a_row_that_fails():
