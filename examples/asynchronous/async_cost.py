@@ -22,10 +22,8 @@ results.json and async_cost.png to --out. It takes about a minute on two CPU cor
 
 import argparse
 import contextlib
-import itertools
 import os
 import random
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,18 +56,21 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from tqdm import tqdm
 
 import samx
 from examples.common import figures, files
+from examples.common.async_steps import (
+    describe_ascent_batch,
+    make_rows,
+    summarized,
+    timed,
+)
 from examples.common.models import problem
 from examples.common.output import choose_folder
 from examples.common.report import Report
 
-RHO, LEARNING_RATE = 0.05, 1e-3
 WIDTH, DEPTH = 128, 4  # numbers per example, operations per checkpoint
-SHARES = {"b": 1.0, "b/2": 0.5, "b/4": 0.25}
 
 
 def elementwise(batch_size: int, length: int) -> tuple[Any, Any, Any]:
@@ -96,74 +97,6 @@ def dense(batch_size: int) -> tuple[Any, Any, Any]:
     return lambda params, batch: losses_fn(params, batch).mean(), params, batch
 
 
-def base() -> optax.GradientTransformationExtraArgs:
-    return optax.with_extra_args_support(optax.sgd(LEARNING_RATE, momentum=0.9))
-
-
-def on_one_device(tx: Any, loss: Any, params: Any, batch: Any, device: Any) -> Iterator[Any]:
-    """Yield steps without end; each is dispatched asynchronously."""
-
-    def step(params, state, batch):
-        g = jax.grad(loss)(params, batch)
-        updates, state = tx.update(g, state, params, value_fn=lambda p: loss(p, batch))
-        return optax.apply_updates(params, updates), state
-
-    step = jax.jit(step, donate_argnums=(0, 1))
-    carry = jax.device_put((params, tx.init(params)), device, may_alias=False)
-    while True:
-        carry = step(*carry, jax.device_put(batch, device))
-        yield carry
-
-
-def async_sam(loss: Any, params: Any, batch: Any, size: int, one: Any, other: Any) -> Iterator[Any]:
-    """Yield steps of AsyncSAM without end; the first `size` examples are the ascent batch."""
-    tx = optax.chain(samx.async_sam(RHO), base())
-
-    def descend(params, state, batch, ascent_grad):
-        updates, state = tx.update(ascent_grad, state, params, value_fn=lambda p: loss(p, batch))
-        return optax.apply_updates(params, updates), state, None
-
-    return samx.asynchronous.pipelined(
-        descend,
-        jax.grad(loss),
-        params,
-        tx.init(params),
-        itertools.repeat((batch, jax.tree.map(lambda x: x[:size], batch))),
-        descent_device=one,
-        ascent_device=other,
-    )
-
-
-def make_rows(
-    loss: Any, params: Any, batch: Any, found: int, devices: tuple[Any, Any]
-) -> dict[str, Iterator[Any]]:
-    """Return the rows to time; `found` is the calibrated size of the ascent batch."""
-    one, other = devices
-    whole = len(jax.tree.leaves(batch)[0])
-    sizes = {f"async-sam, {name}": round(share * whole) for name, share in SHARES.items()}
-    if found not in sizes.values():
-        sizes[f"async-sam, {found} examples"] = found
-    rows = {
-        "sgd": on_one_device(base(), loss, params, batch, one),
-        "sam": on_one_device(optax.chain(samx.sam(RHO), base()), loss, params, batch, one),
-    }
-    for name, size in sizes.items():
-        rows[name] = async_sam(loss, params, batch, size, one, other)
-    rows["async-sam, b, on one device"] = async_sam(loss, params, batch, whole, one, one)
-    return rows
-
-
-def timed(steps: Iterator[Any], count: int) -> tuple[float, float]:
-    """Return the seconds per step until its call returns, and until it is done."""
-    start, handed_out = time.perf_counter(), []
-    for _ in range(count):
-        before = time.perf_counter()
-        result = next(steps)
-        handed_out.append(time.perf_counter() - before)
-    jax.block_until_ready(result)
-    return float(np.median(handed_out)), (time.perf_counter() - start) / count
-
-
 def measure(rows: dict[str, Iterator[Any]], repeats: int, count: int) -> list[dict]:
     """Time all rows in rounds, in random order."""
     for steps in tqdm(rows.values(), desc="compile", unit="row", disable=None):
@@ -175,20 +108,7 @@ def measure(rows: dict[str, Iterator[Any]], repeats: int, count: int) -> list[di
             for name in order.sample(list(rows), len(rows)):
                 seconds[name].append(timed(rows[name], count))
                 bar.update()
-    plain = np.array([done for _, done in seconds["sgd"]])
-    results = []
-    for name, pairs in seconds.items():
-        handed_out, done = np.array(pairs).T
-        results.append(
-            {
-                "row": name,
-                "ms": 1e3 * float(np.median(done)),
-                "handed_out_ms": 1e3 * float(np.median(handed_out)),
-                "ratio": np.quantile(done / plain, [0.5, 0.25, 0.75]).tolist(),
-                "seconds": done.tolist(),
-            }
-        )
-    return results
+    return summarized(seconds)
 
 
 def table(results: list[dict]) -> str:
@@ -204,17 +124,6 @@ def table(results: list[dict]) -> str:
             f" {result['handed_out_ms']:>15.2f}"
         )
     return "\n".join(lines)
-
-
-def describe_ascent_batch(found: samx.asynchronous.AscentBatch) -> str:
-    """Describe what `calibrate_ascent_batch` decided and measured."""
-    times = ", ".join(f"{k}: {1e3 * s:.2f}" for k, s in found.ascent_seconds.items())
-    hidden = "" if found.is_hidden else ", although its gradient takes longer than the descent's"
-    return (
-        f"ascent batch for these devices: {found.size} examples{hidden}\n"
-        f"    descent {1e3 * found.descent_seconds:.2f} ms; ascent with copies, of so many "
-        f"examples: {times} ms; copies {1e3 * found.copy_seconds:.2f} ms"
-    )
 
 
 def draw(results: list[dict], path: Path, title: str) -> None:

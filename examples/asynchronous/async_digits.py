@@ -49,8 +49,8 @@ from tqdm import tqdm
 
 import samx
 from examples import digits
-from examples.asynchronous.async_cost import describe_ascent_batch
 from examples.common import files
+from examples.common.async_steps import describe_ascent_batch
 from examples.common.digits_task import (
     BATCH,
     STEPS_PER_EPOCH,

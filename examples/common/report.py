@@ -64,6 +64,15 @@ def describe_device() -> str:
     return f"{jax.devices()[0].device_kind} ({os.cpu_count()} CPU cores)"
 
 
+def aligned(grid: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: the first column starts at the left, the others end together."""
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in grid
+    ]
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and its standard error; the error of a single value is NaN."""
     error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan

@@ -33,14 +33,13 @@ also prints a summary of each model and writes sizes.png.
 """
 
 import argparse
-import functools
 import itertools
 import math
 import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from examples.common import arguments, choices
 
@@ -86,13 +85,11 @@ from examples.common import figures, files
 from examples.common.models import CLASSES, MODELS, Model, as_problem
 from examples.common.output import choose_folder
 from examples.common.programs import peak_bytes
-from examples.common.registry import BASES, VARIANTS, Setting
-from examples.common.report import Report
+from examples.common.registry import VARIANTS
+from examples.common.report import Report, aligned
+from examples.common.steps import CHEAP, Row, reference_rows, samx_row
 from examples.cost.passes import Counter, Forks
 
-LEARNING_RATE = 0.1
-MOMENTUM = 0.9
-RHO = 0.05  # the same for every row: it does not change the cost
 # A measurement is long enough for the resolution of the clock. It covers whole cycles of the
 # variants that do not take a sharp gradient on every step.
 LEAST_SECONDS = 0.02
@@ -100,7 +97,6 @@ LEAST_CALLS = 5
 # Passes are counted over whole cycles and at least this many steps: enough for random policies.
 COUNTED_STEPS, COUNTED_EXAMPLES = 100, 8
 SAME = 0.005  # branches whose flops differ relatively by less share a number in the table
-CHEAP = 1.2  # "about one gradient": time of a step relative to the plain step
 COMPARISONS = {
     "samx SAM vs by hand": ("sam", "sam by hand"),
     "the same with all readings": ("sam, all readings", "sam by hand"),
@@ -110,106 +106,6 @@ COMPARISONS = {
     "Momentum-SAM vs plain": ("momentum-sam", "plain"),
 }
 BY_SIZE = ("plain", "sam", "sampa", "sampa-separate")
-
-
-class Row(NamedTuple):
-    """A step to measure: `step(params, state, batch) -> (params, state, loss)`.
-
-    `gradients` is the number of gradients per step, for states that do not count gradients.
-    `outside` is the number of passes that `update` does not see. `cycle` and `settling` are those
-    of the variant.
-    """
-
-    step: Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]
-    state: Any
-    gradients: float
-    outside: int = 0
-    cycle: int = 1
-    settling: int = 0
-
-
-def reference_rows(losses_fn: Callable, params: Any) -> dict[str, Row]:
-    """Return the rows for the gradient, the plain step, and SAM without samx."""
-    base = BASES["momentum"](LEARNING_RATE)
-    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(RHO))
-    contrib = optax.contrib.sam(base, adversary, opaque_mode=True)
-
-    def mean_loss(params, batch):
-        return losses_fn(params, batch).mean()
-
-    def gradient(params, state, batch):
-        del state
-        value, g = jax.value_and_grad(mean_loss)(params, batch)
-        return params, g, value
-
-    def plain(params, state, batch):
-        value, g = jax.value_and_grad(mean_loss)(params, batch)
-        updates, state = base.update(g, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    def by_hand(params, velocity, batch):
-        value, g = jax.value_and_grad(mean_loss)(params, batch)
-        norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(g)))
-        scale = RHO / (norm + 1e-12)
-        point = jax.tree.map(lambda w, d: w + scale * d, params, g)
-        g_s = jax.grad(mean_loss)(point, batch)
-        velocity = jax.tree.map(lambda v, d: MOMENTUM * v + d, velocity, g_s)
-        params = jax.tree.map(lambda w, v: w - LEARNING_RATE * v, params, velocity)
-        return params, velocity, value
-
-    def optax_contrib(params, state, batch):
-        value, g = jax.value_and_grad(mean_loss)(params, batch)
-        grad_fn = jax.grad(lambda p, _: mean_loss(p, batch))
-        updates, state = contrib.update(g, state, params, grad_fn=grad_fn)
-        return optax.apply_updates(params, updates), state, value
-
-    zeros = optax.tree.zeros_like(params)
-    return {
-        "gradient": Row(gradient, zeros, 1),
-        "plain": Row(plain, base.init(params), 1),
-        "sam by hand": Row(by_hand, zeros, 2),
-        "optax.contrib.sam": Row(optax_contrib, contrib.init(params), 2),
-    }
-
-
-def samx_rows(
-    losses_fn: Callable,
-    params: Any,
-    batch: Any,
-    variants: list[str],
-    watch: Callable[[Callable], Callable],
-) -> dict[str, Row]:
-    """Return one row per variant, and one more for SAM; `update` sees `watch(losses_fn)`."""
-    base = BASES["momentum"](LEARNING_RATE)
-    size = len(batch["label"])
-    setting = Setting(batch, size, num_examples=size, learning_rate=LEARNING_RATE)
-
-    def step(tx, params, state, data):
-        data = dict(data)
-        index = data.pop("index")  # the positions of the examples in a data set
-        value, g = jax.value_and_grad(lambda p: losses_fn(p, data).mean())(params)
-        watched = watch(losses_fn)
-        closures = dict(losses_fn=watched, batch=data, index=index)
-        # Climbing another loss costs as much as climbing the same one.
-        closures |= dict(ascent_fn=lambda params: watched(params, data).mean())
-        updates, new = tx.update(g, state, params, value=value, **closures)
-        # Do not use `value`: if a variant ignores it, it would keep a forward pass in the program.
-        loss = optax.tree.get(new, "loss")
-        return optax.apply_updates(params, updates), new, loss
-
-    def row(name, wrap=lambda tx: tx):
-        known = VARIANTS[name]
-        tx = wrap(known.make(RHO, base, setting))
-        one_step, outside = functools.partial(step, tx), int(known.uses_gradient)
-        state = tx.init(params)
-        return Row(one_step, state, known.gradients, outside, known.cycle, known.settling)
-
-    rows = {}
-    for name in variants:
-        rows[name] = row(name)
-        if name == "sam":
-            rows["sam, all readings"] = row(name, samx.all_readings)
-    return rows
 
 
 def make_rows(
@@ -222,11 +118,15 @@ def make_rows(
     pass if the variant ignores its result.
     """
     losses_fn, params, batch = as_problem(model, size)
-    rows = reference_rows(watch(losses_fn), params)
-    rows |= samx_rows(losses_fn, params, batch, variants, watch)
-    batch["index"] = jnp.arange(size, dtype=jnp.int32)
+    rows = reference_rows(watch(losses_fn))
+    for name in variants:
+        rows[name] = samx_row(name, losses_fn, batch, watch)
+        if name == "sam":
+            wrap = samx.all_readings
+            rows["sam, all readings"] = samx_row(name, losses_fn, batch, watch, wrap)
+    index = jnp.arange(size, dtype=jnp.int32)
     shifted = [(batch["label"] + shift) % CLASSES for shift in range(CLASSES)]
-    return rows, params, [batch | {"label": label} for label in shifted]
+    return rows, params, [batch | {"label": label, "index": index} for label in shifted]
 
 
 def count_passes(model: str, variants: list[str]) -> dict[str, dict]:
@@ -242,9 +142,9 @@ def count_passes(model: str, variants: list[str]) -> dict[str, dict]:
     counts = {}
     for name, row in tqdm(rows.items(), desc=f"{model}: count passes", unit="row", disable=None):
         counted = math.ceil(COUNTED_STEPS / row.cycle) * row.cycle
+        state = row.init(params)
         with forks.counted():
-            step = compile_step(row.step, params, row.state, batches[0], is_timed=False)
-        state = row.state
+            step = compile_step(row.step, params, state, batches[0], is_timed=False)
         for call in range(row.settling + counted):
             if call == row.settling:
                 counter.clear()
@@ -273,8 +173,8 @@ class Runner:
 
     def __init__(self, row: Row, params: Any, batches: list[dict[str, jax.Array]]):
         self.row, self.params, self.batches = row, params, batches
-        self.compiled = compile_step(row.step, params, row.state, batches[0])
-        self.state, self.made = row.state, 0
+        self.state, self.made = row.init(params), 0
+        self.compiled = compile_step(row.step, params, self.state, batches[0])
         self.seconds(max(1, row.settling))
         cycle = self.seconds(row.cycle)
         self.calls = math.ceil(max(LEAST_CALLS, LEAST_SECONDS / cycle) / row.cycle) * row.cycle
@@ -340,7 +240,7 @@ def measure(
     rows, params, batches = make_rows(MODELS[model], size, variants, forks.watch)
     runners, results, title = {}, {}, f"{model}, batch {size}"
     for name, row in tqdm(rows.items(), desc=f"{title}: compile", unit="step", disable=None):
-        args = row.step, params, row.state, batches[0]
+        args = row.step, params, row.init(params), batches[0]
         number = forks.number_in(*args)
         flops = flops_of_branches(forks, number, *args)
         runners[name] = Runner(row, params, batches)
@@ -426,11 +326,7 @@ HEADER = (
 
 def table(rows: dict) -> str:
     grid = [*HEADER, *(cells(name, row) for name, row in rows.items())]
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in grid
-    ]
+    lines = aligned(grid)
     lines.append(
         "Passes: over one batch, per step. Peak: arguments, results and temporaries.\n"
         "Flops and bytes of a loop, msam's say, are those of its body: one of its rounds.\n"

@@ -8,6 +8,7 @@ import pytest
 
 import samx
 from examples.asynchronous import async_cost
+from examples.common import async_steps
 
 
 def test_a_tiny_run(in_empty_folder, capsys, read_report):
@@ -18,7 +19,7 @@ def test_a_tiny_run(in_empty_folder, capsys, read_report):
     assert report["settings"]["length"] == 2
     assert (in_empty_folder / "results" / "async_cost.png").stat().st_size > 10_000
     rows = {result["row"]: result for result in measured["results"]}
-    assert {"sgd", "sam", *(f"async-sam, {name}" for name in async_cost.SHARES)} <= set(rows)
+    assert {"sgd", "sam", *(f"async-sam, {name}" for name in async_steps.SHARES)} <= set(rows)
     assert "async-sam, b, on one device" in rows
     for result in rows.values():
         assert len(result["seconds"]) == 2

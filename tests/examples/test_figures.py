@@ -17,7 +17,13 @@ from examples.common import figures
 from examples.common.registry import VARIANTS
 from examples.compare import front_figure
 from examples.cost import lean, step_cost
-from examples.devices import data_parallel, parallel_cost
+from examples.devices import (
+    accelerator,
+    accelerator_parts,
+    accelerator_report,
+    data_parallel,
+    parallel_cost,
+)
 from examples.train import abstract, cifar, language_model, long_tail
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -228,6 +234,36 @@ def draw_parallel_cost(path, devices):
     parallel_cost.draw(results, rows, path, "dense, 1,234,567 parameters, one batch of 512")
 
 
+def draw_accelerator(path, scale, names, rows=None):
+    """Draw the parts of these names; `rows` are those of a part that times steps."""
+    found = {}
+    for part in accelerator.all_parts(scale):
+        if part.name.partition(" ")[0] not in names:
+            continue
+        if part.name == "fidelity":
+            values = {"highest": 1e-7, "default": 3e-4, "passed": True}
+            found[part.name] = [{"row": name, **values} for name in scale.trajectories]
+        elif part.name == "memory":
+            kinds = ("predicted_bytes", "compiled_bytes", "allocated_bytes")
+            found[part.name] = [
+                {"row": row, **dict(zip(kinds, some(3, low=2e10, high=4e10), strict=True))}
+                for row in accelerator_parts.HELD
+            ]
+        elif part.shown is accelerator_report.STEPS:
+            found[part.name] = [
+                {"row": row, "ratio": [1.0] * 3 if row == "plain" else sorted(some(3, high=2.2))}
+                for row in rows or accelerator.KINDS
+            ]
+        elif part.shown is accelerator_report.SAMPA:
+            sizes = scale.sizes[part.name.removeprefix("SAMPa ")]
+            found[part.name] = [
+                {"row": row, "batch": size, "ratio": [1.0 + size / 5000] * 3}
+                for row in ("plain", "sampa", "sampa-separate")
+                for size in sizes
+            ]
+    accelerator_report.draw(found, path, "samx 0.2.0 on NVIDIA H200")
+
+
 def draw_lean(path, models, variants, versions):
     rows = ["by hand", "sam", "sam, all readings", *[f"sam{when}" for when in versions if when]]
     traffic = [
@@ -336,6 +372,16 @@ CASES = {
     "parallel_cost.draw": [
         lambda path: draw_parallel_cost(path, [1, 2, 4, 8]),
         lambda path: draw_parallel_cost(path, [1]),
+    ],
+    "accelerator_report.draw": [
+        lambda path: draw_accelerator(
+            path,
+            accelerator.FULL,
+            ["fidelity", "memory", "dense", "language", "ResNet-18", "ViT", "wide", "SAMPa"],
+        ),
+        lambda path: draw_accelerator(path, accelerator.SMOKE, ["fidelity"]),
+        lambda path: draw_accelerator(path, accelerator.SMOKE, ["ViT", "SAMPa"], ["plain", "sam"]),
+        lambda path: draw_accelerator(path, accelerator.SMOKE, ["memory", "ViT"], ["plain"]),
     ],
     "step_cost.plot": [
         lambda path: draw_step_cost(path, STEPS + EVERY, ["mlp", "conv"], [64]),

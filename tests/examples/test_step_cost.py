@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import samx
-from examples.common import choices
+from examples.common import choices, steps
 from examples.common.programs import peak_bytes
 from examples.common.registry import BASES, VARIANTS, Setting, Variant
 from examples.cost import step_cost
@@ -80,7 +80,7 @@ def test_counter_counts_passes_over_a_batch(work):
 
 def test_passes_of_whole_steps(tiny_models, monkeypatch):
     """One variant of each kind. `tests/variants` counts the passes inside `update` for all."""
-    monkeypatch.setattr(step_cost, "VARIANTS", VARIANTS)
+    monkeypatch.setattr(steps, "VARIANTS", VARIANTS)
     monkeypatch.setattr(step_cost, "reference_rows", lambda *args: {})  # the tiny run counts them
     counts = step_cost.count_passes("tiny", ["sam", "momentum-sam", "periodic", "rst"])
     share = counts["rst"]["branch_shares"][1]
@@ -203,7 +203,8 @@ def tiny_models(monkeypatch, in_empty_folder):
     monkeypatch.setattr(step_cost, "MODELS", models)
     half = Variant(lambda *_: half_batch(), (0.1,), 0.5, 0.1, uses_gradient=False)
     some = {name: VARIANTS[name] for name in ("base", "sam", "periodic", "vsam")}
-    monkeypatch.setattr(step_cost, "VARIANTS", some | {"half": half})
+    for module in (step_cost, steps):
+        monkeypatch.setattr(module, "VARIANTS", some | {"half": half})
     monkeypatch.setattr(choices, "VARIANTS", [*some, "half"])
     monkeypatch.setattr(choices, "BATCHES", {name: model.batch for name, model in models.items()})
 
