@@ -11,9 +11,9 @@ is run again, after the others. A row that fails holds the reason, and the other
 
 fidelity   twelve recorded trajectories in float32: at the highest precision of matrix products they
            must stay within 1e-5 of the recording; at the default precision the difference is shown
-memory     a step of the language model: what the CPU's compiler predicts, what the device's
-           compiler needs, and what was allocated. It comes second, because the allocator knows only
-           its largest use so far.
+memory     a step of the language model, in bfloat16 on AdamW: what language_model.py --abstract
+           predicts, what the device's compiler needs, and what was allocated. It comes second,
+           because the allocator knows only its largest use so far.
 steps      times of the plain step, of SAM without samx (by hand and with optax.contrib.sam), and of
            one variant of each kind, in float32 at the default precision and in bfloat16. Parameters
            are float32. In each round every row is timed, in random order, and divided by the plain
@@ -115,14 +115,18 @@ FULL = Scale(
         Steps("ViT", "bfloat16", FEW),
         Steps("wide dense", "bfloat16", FEW),
     ),
-    language=(SIZES["100M"], 8),
+    language=(SIZES["100M"], 4),
+    held=(
+        *("adamw", "momentum-sam", "looksam", "sam in a branch", "sam by hand", "sam"),
+        *("async-sam", "sampa"),
+    ),
     sizes={"dense": (1, 4, 16, 64, 256, 1024, 4096), SHORT: (1, 4, 16, 64)},
     async_sam=("dense", 4096, 10),
     images=(ResNet18, (512,)),
     image_dtypes=("float32", "bfloat16"),
     seconds={
         "fidelity": 25,
-        "memory": 30,
+        "memory": 45,
         "dense float32": 12,
         f"{GPT} float32": 50,
         "ResNet-18 float32": 50,
@@ -159,6 +163,7 @@ SMOKE = Scale(
         Steps("dense", "bfloat16", ("plain", "sam by hand", "sam")),
     ),
     language=(TINY, 4),
+    held=("adamw", "sam"),
     sizes={"dense": (1, 16)},
     async_sam=("dense", 16, 2),
     images=(partial(ResNet18, width=2), (4,)),

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +22,10 @@ import optax
 
 import samx
 import samx.flax
+from examples.common import shapes
 from examples.common.async_steps import describe_ascent_batch, make_rows, summarized, timed
 from examples.common.gpt import Size, losses_of
-from examples.common.language_task import batch_like, make_task
+from examples.common.language_task import make_task
 from examples.common.measuring import (
     WARM_UP,
     Runner,
@@ -43,9 +45,7 @@ SUPPORT = Path(__file__).parents[2] / "tests" / "support"
 TOLERANCE = 1e-5  # of a trajectory in float32, relative to the largest parameter
 
 PAIR = ("sampa", "sampa-separate")
-# Rows and their names in the registry: those whose memory is counted, in ascending order, and those
-# that are fed with images.
-HELD = {"plain": "base"} | {name: name for name in ("momentum-sam", "sam", "sampa")}
+# Rows that are fed with images, and their names in the registry.
 FED = {"plain": "base", "sam": "sam"}
 
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
@@ -101,6 +101,7 @@ class Scale(NamedTuple):
         models: `(dtype, number of examples) -> Problem`, and the number of examples of a step.
         steps: The parts that time steps.
         language: Size of the language model whose memory is counted, and examples of a batch.
+        held: The methods whose memory is counted, those that need less first.
         sizes: Batch sizes of SAMPa, for each model.
         async_sam: Model, examples of a batch, and steps of a measurement.
         images: The image model and its batch sizes.
@@ -114,6 +115,7 @@ class Scale(NamedTuple):
     models: dict[str, tuple[Callable[[str, int], Problem], int]]
     steps: tuple[Steps, ...]
     language: tuple[Size, int]
+    held: tuple[str, ...]
     sizes: dict[str, tuple[int, ...]]
     async_sam: tuple[str, int, int]
     images: tuple[Callable[..., Any], tuple[int, ...]]
@@ -326,38 +328,40 @@ def fidelity(scale: Scale) -> list[dict]:
 def memory(scale: Scale) -> list[dict]:
     """Count the memory of a step of the language model: both compilers', and what was allocated.
 
-    The allocator knows only the largest use so far. A row that is not above it has none.
+    The prediction is that of `language_model.py --abstract` for one device, without remat. The
+    allocator knows only the largest use so far. A row that is not above it has none.
     """
     size, examples = scale.language
-    like = batch_like(size, examples)
     device, cpu = jax.devices()[0], jax.devices("cpu")[0]
-    tasks = {}
+    makes, tasks = shapes.methods(VARIANTS), {}
 
-    def lower(name, place):
-        setting = Setting(like, examples, num_examples=examples)
-        tx = VARIANTS[HELD[name]].make(RHO, BASES["momentum"](LEARNING_RATE), setting)
-        task = tasks[name, place] = make_task(size, tx, devices=[place])
-        batch = jax.tree.map(lambda x: x.update(sharding=task.batch_sharding), like)
+    def lower(name, where):
+        place = device if where == "device" else cpu
+        task, batch = shapes.task_of(
+            size, makes[name], devices=[place], examples=examples, remat=False
+        )
         step = task.step.lower(task.state, batch)
-        return [step, task.init.lower(jax.random.key(0))] if place is device else [step]
+        if where == "prediction":
+            return [SimpleNamespace(compile=partial(step.compile, shapes.OPTIONS))]
+        tasks[name] = task
+        return [step, task.init.lower(jax.random.key(0))]
 
-    places = dict.fromkeys([device, cpu])  # one, if the device is the CPU
-    keys = list(itertools.product(HELD, places))
+    keys = list(itertools.product(scale.held, ("device", "prediction")))
     programs, failed = compile_all({key: partial(lower, *key) for key in keys})
     batch = {"tokens": tokens_of(size, examples), "index": jnp.arange(examples, dtype=jnp.int32)}
     results = []
-    for name in HELD:
+    for name in scale.held:
         row: dict[str, Any] = {"row": name}
-        for place in places:
-            if (name, place) in failed:
-                row["failed"] = failed[name, place]
+        for key in keys:
+            if key[0] == name and key in failed:
+                row["failed"] = failed[key]
         if "failed" not in row:
-            step, init = programs[name, device]
-            row["predicted_bytes"] = peak_bytes(programs[name, cpu][0])
+            step, init = programs[name, "device"]
+            row["predicted_bytes"] = peak_bytes(programs[name, "prediction"][0])
             row["compiled_bytes"] = peak_bytes(step)
             try:
                 before = allocated_bytes(device)
-                place = tasks[name, device].batch_sharding
+                place = tasks[name].batch_sharding
                 state = init(jax.random.key(0))
                 for _ in range(WARM_UP):
                     state, _ = step(state, jax.device_put(batch, place))

@@ -1,117 +1,23 @@
-"""What a step of a large language model computes, sends and holds: from shapes, without a run.
-
-`language_model.py --abstract` compiles each step for simulated devices of the CPU. Nothing is
-computed, so a model may be larger than this machine. The counts are those of the CPU's compiler. An
-accelerator's compiler may store bfloat16 where this one stores float32, may fuse attention, and may
-order the step in another way.
-"""
+"""The counts of `language_model.py --abstract`, from shapes alone, as tables and a plot."""
 
 import argparse
 import contextlib
 import gc
 import itertools
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from tqdm import tqdm
 
-import samx
 from examples.common import arguments, figures, files
-from examples.common.gpt import SIZES, Size
-from examples.common.language_task import Task, batch_like, make_task
+from examples.common.gpt import SIZES
 from examples.common.output import choose_folder
-from examples.common.programs import communicated_bytes, peak_bytes, product_flops
-from examples.common.registry import VARIANTS, Setting
+from examples.common.registry import VARIANTS
 from examples.common.report import Report
-from samx import policies
-
-LEARNING_RATE, RHO = 1e-3, 0.05
-BY_HAND, IN_A_BRANCH = "sam by hand", "sam in a branch"
-ALWAYS = policies.between(0, 2**31 - 1)  # the compiler keeps the branch
-# Compile fast: the machine code is not run. The order of the program is the one that needs least
-# memory; by default the CPU's compiler prefers one in which more can be done at once.
-OPTIONS = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-}
-
-
-def sam_by_hand(base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Return SAM without samx, in front of a base: what its step costs at least."""
-
-    def update_fn(g: Any, state: Any, params: Any = None, **closures: Any):
-        losses_fn, batch = closures["losses_fn"], closures["batch"]
-        scale = RHO / (optax.tree.norm(g) + 1e-12)
-        point = jax.tree.map(lambda w, x: w + scale * x, params, g)
-        g_s = jax.grad(lambda params: losses_fn(params, batch).mean())(point)
-        return base.update(g_s, state, params)
-
-    return optax.GradientTransformationExtraArgs(base.init, update_fn)  # type: ignore[arg-type]
-
-
-def methods(names: list[str]) -> dict[str, Callable[[Setting], optax.GradientTransformation]]:
-    """Return how each method is built: optimizers, SAM by hand, and the variants on AdamW."""
-
-    def variant(name):
-        base = optax.adamw(LEARNING_RATE)
-        return lambda setting: VARIANTS[name].make(RHO, base, setting)
-
-    return {
-        "sgd": lambda setting: optax.sgd(LEARNING_RATE),
-        "adamw": lambda setting: optax.adamw(LEARNING_RATE),
-        BY_HAND: lambda setting: sam_by_hand(optax.adamw(LEARNING_RATE)),
-        IN_A_BRANCH: lambda setting: optax.chain(
-            samx.perturb_if(ALWAYS, samx.sam(RHO)), optax.adamw(LEARNING_RATE)
-        ),
-    } | {name: variant(name) for name in names if name != "base"}
-
-
-def task_of(
-    size: Size,
-    make: Callable[[Setting], optax.GradientTransformation],
-    *,
-    devices: list[Any],
-    examples: int,
-    remat: bool,
-) -> tuple[Task, Any]:
-    """Return the task under FSDP, bfloat16 computation and float32 parameters; and a batch."""
-    batch = batch_like(size, examples * len(devices))
-    count = examples * len(devices)
-    setting = Setting(batch, batch_size=count, num_examples=count, learning_rate=LEARNING_RATE)
-    task = make_task(
-        size, make(setting), devices=devices, parallel="fsdp", remat=remat, dtype=jnp.bfloat16
-    )
-    return task, jax.tree.map(lambda leaf: leaf.update(sharding=task.batch_sharding), batch)
-
-
-def count(task: Task, batch: Any) -> dict[str, Any]:
-    """Compile a step and return its counts for one device."""
-    program = task.step.lower(task.state, batch).compile(OPTIONS)
-    sent = communicated_bytes(program)
-    return {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(task.state.params)),
-        "parameter_bytes": held_bytes(task.state.params),
-        "state_bytes": held_bytes(task.state),
-        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
-        "peak_bytes": peak_bytes(program),
-        "flops": product_flops(program),
-        "sent_bytes": sum(sent.values()),
-        "sent": sent,
-    }
-
-
-def held_bytes(tree: Any) -> int:
-    """Return the bytes of one device's part of all leaves."""
-    leaves = jax.tree.leaves(tree)
-    return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
+from examples.common.shapes import count, methods, task_of
 
 
 def relate(rows: list[dict]) -> None:

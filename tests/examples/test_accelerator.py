@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import samx
-from examples.common import measuring
+from examples.common import measuring, shapes
 from examples.common.steps import Row
 from examples.devices import accelerator, accelerator_parts, accelerator_report
 
@@ -49,7 +49,7 @@ def test_a_tiny_run_with_few_packages(in_empty_folder, read_report):
     assert len(report["parts"]["fidelity"]) == 12
     assert [row["row"] for row in report["parts"]["dense float32"]] == [*accelerator.KINDS]
     for row in report["parts"]["memory"]:  # here the device's compiler is the CPU's
-        assert row["predicted_bytes"] == row["compiled_bytes"] > 0
+        assert row["predicted_bytes"] / row["compiled_bytes"] == pytest.approx(1, rel=0.2)
     assert {"jax", "jaxlib", "flax", "optax", "samx"} <= report["versions"].keys()
     assert [row["part"] for row in report["plan"]] == names
     assert all(row["seconds"] > 0 for row in report["plan"])
@@ -244,22 +244,22 @@ def test_memory_of_a_device_beside_the_cpu(monkeypatch):
     """The prediction is for another device; the allocator knows its largest use only."""
     cpu, device = jax.devices("cpu")[:2]
     monkeypatch.setattr(jax, "devices", lambda kind=None: [device] if kind is None else [cpu])
-    monkeypatch.setattr(accelerator_parts, "HELD", {"plain": "base", "again": "base"})
-    make_task, places = accelerator_parts.make_task, []
+    make_task, places = shapes.make_task, []
 
-    def noted(*args, devices):
+    def noted(*args, devices, **keywords):
         places.extend(devices)
-        return make_task(*args, devices=devices)
+        return make_task(*args, devices=devices, **keywords)
 
-    monkeypatch.setattr(accelerator_parts, "make_task", noted)
+    monkeypatch.setattr(shapes, "make_task", noted)
     peaks = iter([10, 20, 20, 20])
     monkeypatch.setattr(accelerator_parts, "allocated_bytes", lambda device: next(peaks))
     with jax.default_device(device), jax.numpy_rank_promotion("allow"):
-        plain, again = accelerator_parts.memory(accelerator.SMOKE)
-    assert plain["predicted_bytes"] == plain["compiled_bytes"] > 1000
+        plain, sam = accelerator_parts.memory(accelerator.SMOKE)
+    assert plain["predicted_bytes"] / plain["compiled_bytes"] == pytest.approx(1, rel=0.2)
+    assert plain["predicted_bytes"] < sam["predicted_bytes"]
     assert places == [device, cpu] * 2
     assert plain["allocated_bytes"] == 20
-    assert again["allocated_bytes"] is None  # not above what was in use before
+    assert sam["allocated_bytes"] is None  # not above what was in use before
 
 
 def test_bfloat16_is_the_dtype_of_the_computation():

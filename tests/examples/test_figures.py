@@ -19,7 +19,6 @@ from examples.compare import front_figure
 from examples.cost import lean, step_cost
 from examples.devices import (
     accelerator,
-    accelerator_parts,
     accelerator_report,
     data_parallel,
     parallel_cost,
@@ -247,7 +246,7 @@ def draw_accelerator(path, scale, names, rows=None):
             kinds = ("predicted_bytes", "compiled_bytes", "allocated_bytes")
             found[part.name] = [
                 {"row": row, **dict(zip(kinds, some(3, low=2e10, high=4e10), strict=True))}
-                for row in accelerator_parts.HELD
+                for row in scale.held
             ]
         elif part.shown is accelerator_report.STEPS:
             found[part.name] = [

@@ -17,6 +17,7 @@ from examples.common.gpt import GPT, Size, losses_of
 from examples.common.language_task import batch_like, make_task
 from examples.common.programs import communicated_bytes, product_flops
 from examples.common.registry import VARIANTS, Setting
+from examples.common.shapes import held_bytes
 from examples.train import abstract, language_model, loop, text
 
 SIZE = Size(width=16, depth=2, vocabulary=32, length=8)
@@ -198,14 +199,14 @@ def test_what_fsdp_shards():
     params = task.state.params
     whole = sum(leaf.size for leaf in jax.tree.leaves(params))
     vectors = sum(leaf.size for leaf in jax.tree.leaves(params) if "norm" in str(leaf.shape))
-    held = abstract.held_bytes(params) / 4
+    held = held_bytes(params) / 4
     assert whole / 8 <= held - vectors < whole / 8 * 1.2
     assert params["blocks"]["down"]["kernel"].sharding.spec == P(None, "data")
     assert params["embedding"]["embedding"].sharding.spec == P("data")
     for leaf in jax.tree.leaves(optax.tree.get_all_with_path(task.state.opt_state, "mu")):
         if hasattr(leaf, "sharding") and leaf.ndim == 3:
             assert not leaf.sharding.is_fully_replicated
-    assert abstract.held_bytes(task.state) / 4 == pytest.approx(4 * held, rel=0.01)
+    assert held_bytes(task.state) / 4 == pytest.approx(4 * held, rel=0.01)
 
 
 @pytest.mark.parametrize(
