@@ -39,6 +39,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help=text)
     text = "run the parts again in which something failed"
     parser.add_argument("--retry", action="store_true", help=text)
+    text = "print the plan of a full run, and stop; works on every machine"
+    parser.add_argument("--plan", action="store_true", help=text)
     text = "tiny models and few rows, to see on a CPU that everything runs (75 s on two cores)"
     parser.add_argument("--smoke", action="store_true", help=text)
     text = (
@@ -338,7 +340,12 @@ def main(argv: list[str] | None = None, started: float | None = None) -> dict[st
     end = (time.perf_counter() if started is None else started) + 60 * args.minutes
     with contextlib.suppress(RuntimeError):  # a running backend cannot be changed
         jax.config.update("jax_num_cpu_devices", 2)
+    if args.plan or args.smoke:
+        print_plan(all_parts(FULL), 0, args.minutes)
+    if args.plan:
+        return {}
     if args.smoke:
+        print("\nthat is the plan of a full run, on an accelerator; --smoke has a smaller one")
         jax.config.update("jax_disable_most_optimizations", True)
     elif jax.default_backend() == "cpu":
         arguments.refuse("jax sees no accelerator, only the CPU; --smoke runs there")

@@ -16,8 +16,10 @@ from examples.common import arguments, figures, files
 from examples.common.gpt import SIZES
 from examples.common.output import choose_folder
 from examples.common.registry import VARIANTS
-from examples.common.report import Report
+from examples.common.report import Report, aligned
 from examples.common.shapes import count, methods, task_of
+
+SENT = ("gather", "reduce", "other", ""), ("GB", "GB", "GB", "/adamw")  # titles of columns
 
 
 def relate(rows: list[dict]) -> None:
@@ -36,23 +38,34 @@ def setting_of(row: dict) -> tuple:
 
 
 def table(rows: list[dict]) -> str:
-    """Return the table of one size, with or without remat."""
+    """Return the table of one size, with or without remat.
+
+    Flops and bytes sent are those on the largest number of devices.
+    """
     numbers = sorted({row["devices"] for row in rows})
-    head = f"{'':<18}{'copies':>7}" + "".join(f"{f'{n} devices':>24}" for n in numbers)
-    head += f"{'flops':>8}{'sent':>8}"
-    under = f"{'':<18}{'P':>7}" + f"{'state + temporary, GB':>24}" * len(numbers)
-    under += f"{'/adamw':>8}{'/adamw':>8}"
-    lines = [head, under, "-" * len(head)]
+    grid = [
+        ["", "copies", *(f"n = {n}: GB" for n in numbers), "Tflop", "", *SENT[0]],
+        ["", "P", *["held + temporary"] * len(numbers), "", "/adamw", *SENT[1]],
+    ]
     for name in dict.fromkeys(row["method"] for row in rows):
         mine = {row["devices"]: row for row in rows if row["method"] == name}
         last = mine[numbers[-1]]
-        line = f"{name:<18}{last['copies']:>7.2f}"
-        for n in numbers:
-            state, temporary = mine[n]["state_bytes"] / 1e9, mine[n]["temporary_bytes"] / 1e9
-            line += f"{state:>12.2f} +{temporary:>10.2f}"
-        sent = f"{last['sent_to_adamw']:>8.2f}" if numbers[-1] > 1 else f"{'':>8}"
-        lines.append(f"{line}{last['flops_to_adamw']:>8.2f}{sent}")
-    return "\n".join(lines)
+        sent = dict(last["sent"])
+        parts = [sent.pop("all-gather", 0), sent.pop("all-reduce", 0), sum(sent.values())]
+        is_alone = numbers[-1] == 1
+        grid.append(
+            [
+                *(name, f"{last['copies']:.2f}"),
+                *(
+                    f"{mine[n]['state_bytes'] / 1e9:.2f} + {mine[n]['temporary_bytes'] / 1e9:6.2f}"
+                    for n in numbers
+                ),
+                *(f"{last['flops'] / 1e12:.2f}", f"{last['flops_to_adamw']:.2f}"),
+                *(["", "", ""] if is_alone else [f"{part / 1e9:.2f}" for part in parts]),
+                "" if is_alone else f"{last['sent_to_adamw']:.2f}",
+            ]
+        )
+    return "\n".join(aligned(grid))
 
 
 def heading(rows: list[dict], examples: int) -> str:
@@ -148,9 +161,10 @@ def main(args: argparse.Namespace) -> list[dict]:
             jax.clear_caches()  # hundreds of programs would be too many for one process
             gc.collect()
     print(
-        "\nOn each device, under FSDP, as the CPU's compiler says; an accelerator's may differ. "
-        "P: the device's\nparameters, float32. Temporary: activations, gradients and workspace. "
-        f"Flops and sent: {args.devices[-1]} devices."
+        "\nOn each of n devices, under FSDP, as the CPU's compiler says. An accelerator's may differ,\n"
+        "above all in bfloat16 and remat. Held: parameters and optimizer, in copies P of the float32\n"
+        "parameters. Temporary: activations, gradients, workspace. Flops and bytes sent: "
+        f"n = {args.devices[-1]}."
     )
     report.save(rows=rows)
     draw(rows, args.folder / "abstract.png")
