@@ -20,6 +20,10 @@ from examples.common.report import Report, aligned
 from examples.common.shapes import count, methods, task_of
 
 SENT = ("gather", "reduce", "other", ""), ("GB", "GB", "GB", "/adamw")  # titles of columns
+NOTE = """
+On each of n devices, under FSDP, as the CPU's compiler says. An accelerator's may differ, above all
+in bfloat16 and remat. Held: parameters and optimizer, in copies P of the float32 parameters.
+Temporary: activations, gradients, workspace. Flops and bytes sent:"""
 
 
 def relate(rows: list[dict]) -> None:
@@ -160,12 +164,7 @@ def main(args: argparse.Namespace) -> list[dict]:
             rows += mine
             jax.clear_caches()  # hundreds of programs would be too many for one process
             gc.collect()
-    print(
-        "\nOn each of n devices, under FSDP, as the CPU's compiler says. An accelerator's may differ,\n"
-        "above all in bfloat16 and remat. Held: parameters and optimizer, in copies P of the float32\n"
-        "parameters. Temporary: activations, gradients, workspace. Flops and bytes sent: "
-        f"n = {args.devices[-1]}."
-    )
+    print(f"{NOTE} n = {args.devices[-1]}.")
     report.save(rows=rows)
     draw(rows, args.folder / "abstract.png")
     report.end("abstract.png")
