@@ -22,7 +22,8 @@ from examples.common.registry import VARIANTS, Setting
 from samx import policies
 
 LEARNING_RATE, RHO = 1e-3, 0.05
-BY_HAND, IN_A_BRANCH = "sam by hand", "sam in a branch"
+MICROBATCHES = 4
+BY_HAND, IN_A_BRANCH, ACCUMULATED = "sam by hand", "sam in a branch", "sam accumulated"
 ALWAYS = policies.between(0, 2**31 - 1)  # the compiler keeps the branch
 # Compile fast: the machine code is not run. The order of the program is the one that needs least
 # memory; by default the CPU's compiler prefers one in which more can be done at once.
@@ -47,7 +48,7 @@ def sam_by_hand(base: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def methods(names: Iterable[str]) -> dict[str, Callable[[Setting], optax.GradientTransformation]]:
-    """Return how each method is built: optimizers, SAM by hand, and the variants on AdamW."""
+    """Return how each method is built: optimizers, SAM in some forms, and the variants on AdamW."""
 
     def variant(name):
         base = optax.adamw(LEARNING_RATE)
@@ -59,6 +60,9 @@ def methods(names: Iterable[str]) -> dict[str, Callable[[Setting], optax.Gradien
         BY_HAND: lambda setting: sam_by_hand(optax.adamw(LEARNING_RATE)),
         IN_A_BRANCH: lambda setting: optax.chain(
             samx.perturb_if(ALWAYS, samx.sam(RHO)), optax.adamw(LEARNING_RATE)
+        ),
+        ACCUMULATED: lambda setting: samx.accumulate(
+            optax.chain(samx.sam(RHO), optax.adamw(LEARNING_RATE)), MICROBATCHES
         ),
     } | {name: variant(name) for name in names if name != "base"}
 

@@ -179,6 +179,7 @@ def test_eight_devices_under_fsdp_are_one(name):
     schedule = optax.linear_schedule(0.0, 1e-2, 3)
     for devices, parallel in ((1, "data"), (8, "fsdp")):
         tx = optimizer(name, schedule, examples=16)
+        tx = samx.accumulate(tx, 2) if devices > 1 else tx
         task = make(
             tx,
             devices=devices,
@@ -343,9 +344,9 @@ def test_a_warm_up_from_zero_under_fsdp_learns(run):
 def test_abstract(in_empty_folder, monkeypatch, capsys, read_report):
     monkeypatch.setitem(abstract.SIZES, "1B", SIZE)
     monkeypatch.setattr(abstract, "draw", lambda rows, path: path.write_bytes(b""))
-    arguments = "--abstract --sizes 1B --devices 8 --variants sam momentum-sam looksam --examples 1"
+    arguments = "--abstract --sizes 1B --devices 8 --variants sam momentum-sam looksam --examples 4"
     rows = language_model.main(arguments.split())
-    assert len(rows) == 2 * 7
+    assert len(rows) == 2 * 8
     report = read_report(Path("runs/language-001"))
     assert report["settings"]["devices"] == [8]
     by_name = {(row["method"], row["remat"]): row for row in report["rows"]}
