@@ -6,6 +6,7 @@ may store bfloat16 where this one stores float32, may fuse attention, and may or
 another way.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -62,7 +63,8 @@ def methods(names: Iterable[str]) -> dict[str, Callable[[Setting], optax.Gradien
             samx.perturb_if(ALWAYS, samx.sam(RHO)), optax.adamw(LEARNING_RATE)
         ),
         ACCUMULATED: lambda setting: samx.accumulate(
-            optax.chain(samx.sam(RHO), optax.adamw(LEARNING_RATE)), MICROBATCHES
+            optax.chain(samx.sam(RHO), optax.adamw(LEARNING_RATE)),
+            math.gcd(setting.batch_size, MICROBATCHES),
         ),
     } | {name: variant(name) for name in names if name != "base"}
 
