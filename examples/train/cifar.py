@@ -19,7 +19,6 @@ At half precision (--precision) parameters stay in float32; float16 scales the l
 
 import argparse
 import json
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -118,11 +117,9 @@ import samx
 import samx.flax
 from examples.common import figures, files
 from examples.common.checkpoints import fingerprint
-from examples.common.output import choose_folder
 from examples.common.programs import peak_bytes
 from examples.common.readings import readings_of
 from examples.common.registry import VARIANTS, Setting
-from examples.common.resume import write_config
 from examples.common.vision import MODELS, describe
 from examples.train import loop
 from examples.train.cifar_data import (
@@ -377,17 +374,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args.rho = VARIANTS[args.variant].rho if args.rho is None else args.rho
     devices = loop.choose_devices(args.devices)
     loop.check_batch(args, devices)
-    try:
-        data = load_data(args)
-        sha256 = fingerprint((data.train, data.test))
-        if args.resume is not None and sha256 != args.data_sha256:
-            raise ValueError(f"{args.data or 'digits'} is not the data of the run in {args.resume}")
-        settings = {k: v for k, v in vars(args).items() if k not in (*NOT_SETTINGS, "data_sha256")}
-        choose_folder(args, "cifar")
-        if args.resume is None:
-            write_config(args.folder, "cifar.py", settings, data_sha256=sha256)
-    except (OSError, ValueError) as error:
-        sys.exit(f"cifar.py: error: {error}")
+    data = loop.begin(
+        args,
+        "cifar.py",
+        "cifar",
+        partial(load_data, args),
+        data_name=args.data or "digits",
+        not_settings=NOT_SETTINGS,
+    )
     print(
         f"device: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax "
         f"{jax.__version__}, samx {samx.__version__}\n"

@@ -23,7 +23,6 @@ their shapes alone, and prints what each device computes, sends and holds.
 
 import argparse
 import json
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -109,7 +108,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             not_settings=NOT_SETTINGS,
             changeable=CHANGEABLE,
         )
-        args.text_sha256 = config.get("text_sha256")
+        args.data_sha256 = config.get("data_sha256")
     arguments.check_range(parser, args, "devices")
     if args.abstract:
         args.devices = sorted(set(args.devices or (1, 8, 64)))
@@ -147,10 +146,8 @@ from examples.common import figures, files
 from examples.common.checkpoints import fingerprint
 from examples.common.gpt import Size, losses_of
 from examples.common.language_task import Task, batch_like, make_task
-from examples.common.output import choose_folder
 from examples.common.programs import peak_bytes
 from examples.common.registry import VARIANTS, Setting
-from examples.common.resume import write_config
 from examples.train import abstract, loop, text
 from examples.train.metrics import Log
 
@@ -328,17 +325,14 @@ def main(argv: list[str] | None = None) -> Any:
         args.precision = "float32" if devices[0].platform == "cpu" else "bfloat16"
     if args.precision == "float64":
         jax.config.update("jax_enable_x64", True)
-    try:
-        data = text.load()
-        sha256 = fingerprint(data)
-        if args.resume is not None and sha256 != args.text_sha256:
-            raise ValueError(f"the text of this Python is not that of the run in {args.resume}")
-        settings = {k: v for k, v in vars(args).items() if k not in (*NOT_SETTINGS, "text_sha256")}
-        choose_folder(args, "language")
-        if args.resume is None:
-            write_config(args.folder, "language_model.py", settings, text_sha256=sha256)
-    except (OSError, ValueError) as error:
-        sys.exit(f"language_model.py: error: {error}")
+    data = loop.begin(
+        args,
+        "language_model.py",
+        "language",
+        text.load,
+        data_name="the text of this Python",
+        not_settings=NOT_SETTINGS,
+    )
     print(
         f"device: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), "
         f"{args.precision}, jax {jax.__version__}, samx {samx.__version__}\n"

@@ -9,7 +9,7 @@ import contextlib
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +21,15 @@ from tqdm import tqdm
 
 import samx
 from examples.common import arguments
-from examples.common.checkpoints import CheckpointError, Checkpoints, kept
+from examples.common.checkpoints import CheckpointError, Checkpoints, fingerprint, kept
 from examples.common.files import SaveError
+from examples.common.output import choose_folder
 from examples.common.registry import VARIANTS, Setting
+from examples.common.resume import write_config
 from examples.train.metrics import Log
 
 State = TypeVar("State")
+Data = TypeVar("Data")
 
 IN_FLIGHT = 2  # steps that may be dispatched before the first one has ended
 
@@ -152,6 +155,43 @@ def make_optimizer(
     if args.precision == "float16":
         tx = samx.scale_loss(tx)
     return tx
+
+
+def begin(
+    args: argparse.Namespace,
+    script: str,
+    name: str,
+    load: Callable[[], Data],
+    *,
+    data_name: str,
+    not_settings: Sequence[str],
+) -> Data:
+    """Load the data, choose the folder of the run, and write config.json if the run is new.
+
+    A run is continued with the data with which it began, or the script ends.
+
+    Args:
+        args: The arguments; a resumed run has `data_sha256` from config.json.
+        script: Name of the script.
+        name: First part of the name of a chosen folder.
+        load: Returns the data, a pytree; its NumPy arrays are what a run must find again.
+        data_name: What a message calls the data.
+        not_settings: Arguments that config.json does not hold.
+    """
+    try:
+        data = load()
+        arrays = [leaf for leaf in jax.tree.leaves(data) if isinstance(leaf, np.ndarray)]
+        sha256 = fingerprint(arrays)
+        if args.resume is not None and sha256 != args.data_sha256:
+            raise ValueError(f"{data_name} is not the data of the run in {args.resume}")
+        left_out = (*not_settings, "data_sha256")
+        settings = {key: value for key, value in vars(args).items() if key not in left_out}
+        choose_folder(args, name)
+        if args.resume is None:
+            write_config(args.folder, script, settings, data_sha256=sha256)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{script}: error: {error}")
+    return data
 
 
 def choose_devices(number: int | None) -> list[Any]:

@@ -292,7 +292,7 @@ def test_a_tiny_run(run, monkeypatch, capsys):
     assert read("killed", "step") == steps
 
     monkeypatch.setattr(text, "load", lambda: text.Text(np.ones(99, np.uint8), np.ones(99)))
-    with pytest.raises(SystemExit, match="is not that of the run in killed"):
+    with pytest.raises(SystemExit, match="of this Python is not the data of the run in killed"):
         run("--resume killed --devices 1")
 
 
