@@ -29,12 +29,17 @@ Temporary: activations, gradients, workspace. Flops and bytes sent:"""
 def relate(rows: list[dict]) -> None:
     """Add, to each row, its copies of the parameters, and what it is to AdamW."""
     plain = {setting_of(row): row for row in rows if row["method"] == "adamw"}
-    for row in rows:
+    for row in compiled(rows):
         adamw = plain[setting_of(row)]
         row["copies"] = row["state_bytes"] / row["parameter_bytes"]
         row["peak_to_adamw"] = row["peak_bytes"] / adamw["peak_bytes"]
         row["flops_to_adamw"] = row["flops"] / adamw["flops"]
         row["sent_to_adamw"] = row["sent_bytes"] / max(adamw["sent_bytes"], 1)
+
+
+def compiled(rows: list[dict]) -> list[dict]:
+    """Return the rows that a variant did not refuse."""
+    return [row for row in rows if "refused" not in row]
 
 
 def setting_of(row: dict) -> tuple:
@@ -51,7 +56,7 @@ def table(rows: list[dict]) -> str:
         ["", "copies", *(f"n = {n}: GB" for n in numbers), "Tflop", "", *SENT[0]],
         ["", "P", *["held + temporary"] * len(numbers), "", "/adamw", *SENT[1]],
     ]
-    for name in dict.fromkeys(row["method"] for row in rows):
+    for name in dict.fromkeys(row["method"] for row in compiled(rows)):
         mine = {row["devices"]: row for row in rows if row["method"] == name}
         last = mine[numbers[-1]]
         sent = dict(last["sent"])
@@ -69,7 +74,8 @@ def table(rows: list[dict]) -> str:
                 "" if is_alone else f"{last['sent_to_adamw']:.2f}",
             ]
         )
-    return "\n".join(aligned(grid))
+    refused = {row["method"]: row["refused"] for row in rows if "refused" in row}
+    return "\n".join([*aligned(grid), *(f"{name}: {reason}" for name, reason in refused.items())])
 
 
 def heading(rows: list[dict], examples: int) -> str:
@@ -83,6 +89,7 @@ def heading(rows: list[dict], examples: int) -> str:
 
 def draw(rows: list[dict], path: Path) -> None:
     """Plot the memory of each method with remat: one panel per size, on one number of devices."""
+    rows = compiled(rows)
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     numbers = sorted({row["devices"] for row in rows})
     n = numbers[len(numbers) // 2]
@@ -91,20 +98,22 @@ def draw(rows: list[dict], path: Path) -> None:
     panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
     for axes, size in zip(panels, sizes, strict=True):
         mine = {row["method"]: row for row in rows if setting_of(row) == (size, True, n)}
+        places = [names.index(name) for name in mine]
         state, temporary = (
-            np.array([mine[name][f"{kind}_bytes"] / 1e9 for name in names])
+            np.array([row[f"{kind}_bytes"] / 1e9 for row in mine.values()])
             for kind in ("state", "temporary")
         )
-        axes.barh(names, state, 0.75, color=figures.BLUE, label="state")
-        axes.barh(names, temporary, 0.75, left=state, color=figures.ORANGE, label="temporary")
-        for y, (name, end) in enumerate(zip(names, state + temporary, strict=True)):
-            text = f"{mine[name]['peak_to_adamw']:.2f}"
+        axes.barh(places, state, 0.75, color=figures.BLUE, label="state")
+        axes.barh(places, temporary, 0.75, left=state, color=figures.ORANGE, label="temporary")
+        for y, row, end in zip(places, mine.values(), state + temporary, strict=True):
+            text = f"{row['peak_to_adamw']:.2f}"
             shift = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
             axes.annotate(text, (end, y), fontsize=9, **shift)
         axes.margins(x=0.15)
         axes.set_xlabel("GB on each device; numbers: relative to AdamW")
-        least = min((mine[name]["peak_to_adamw"], name) for name in names if name in VARIANTS)
+        least = min((row["peak_to_adamw"], name) for name, row in mine.items() if name in VARIANTS)
         axes.set_title(f"{size}: least with {least[1]}, {least[0]:.2f} times AdamW's")
+    panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
     title = f"Memory of a step on each of {n} devices, with remat: blue state, orange temporary"
     figures.save(figure, path, title)
@@ -140,14 +149,17 @@ def main(args: argparse.Namespace) -> list[dict]:
     ]
 
     def run(job):
-        task, batch = task_of(
-            SIZES[job["size"]],
-            makes[job["method"]],
-            devices=devices[: job["devices"]],
-            examples=args.examples,
-            remat=job["remat"],
-        )
-        return job | count(task, batch)
+        try:
+            task, batch = task_of(
+                SIZES[job["size"]],
+                makes[job["method"]],
+                devices=devices[: job["devices"]],
+                examples=args.examples,
+                remat=job["remat"],
+            )
+            return job | count(task, batch)
+        except ValueError as error:  # some variants have a largest size
+            return job | {"refused": files.reason(error)}
 
     rows = []
     with (

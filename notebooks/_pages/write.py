@@ -138,6 +138,7 @@ def memory_tables() -> dict[str, str]:
     for row in [*every, *kinds]:
         at.setdefault((row["size"], row["remat"], row["devices"]), {})[row["method"]] = row
     methods = list(dict.fromkeys(row["method"] for row in kinds))
+    largest = at[PLACES[-1]]
     return {
         "kinds": table_of(
             ["method", "state", *map(place_name, PLACES), "flops", "sent"],
@@ -146,8 +147,7 @@ def memory_tables() -> dict[str, str]:
                     method_name(name),
                     f"{at[ONE_SIZE][name]['copies']:.2f} P",
                     *(peak(at[place][name]) for place in PLACES),
-                    f"{at[PLACES[-1]][name]['flops_to_adamw']:.2f}",
-                    f"{at[PLACES[-1]][name]['sent_to_adamw']:.2f}",
+                    *(times_adamw(largest[name], kind) for kind in ("flops", "sent")),
                 ]
                 for name in methods
             ],
@@ -181,8 +181,14 @@ def place_name(place: Place) -> str:
     return f"{size}, {n} device{'s' * (n > 1)}"
 
 
+def times_adamw(row: dict[str, Any], kind: str) -> str:
+    return "refused" if "refused" in row else f"{row[f'{kind}_to_adamw']:.2f}"
+
+
 def peak(row: dict[str, Any]) -> str:
     """Return a peak in GB, and in brackets relative to AdamW's."""
+    if "refused" in row:
+        return "refused"
     return f"{row['peak_bytes'] / 1e9:.1f} ({row['peak_to_adamw']:.2f})"
 
 

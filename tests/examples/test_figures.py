@@ -169,6 +169,7 @@ def draw_abstract(path, names, sizes, devices):
         for i, name in enumerate(["adamw", *names])
         for n in devices
     ]
+    rows.append(rows[-1] | {"method": "too large", "refused": "at most 2147483647 entries"})
     abstract.draw(rows, path)
 
 
