@@ -314,9 +314,14 @@ def with_length(tree: Any, new: Any, old: Length, norm_eps: Any = 0.0) -> Any:
 
     def resized(x):
         x = widen(x)
-        return x * first.astype(x.real.dtype) * second.astype(x.real.dtype)
+        return times(times(x, first), second)
 
     return jax.tree.map(lambda x: resized(x) if is_inexact(x) else x, tree)
+
+
+def times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """Return `factor·x` in the dtype of `x`, also if the factor is out of range in this dtype."""
+    return (x.astype(common_dtype(x.dtype, factor.dtype)) * factor).astype(x.dtype)
 
 
 def subtract(a: Any, b: Any) -> Any:

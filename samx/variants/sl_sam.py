@@ -178,7 +178,8 @@ def sl_sam(
         updates, base_state = base.update(filled(g_s, zeros), state.base, params, **keywords)
         base_state = _restored(base_state, state.base, active)
         aux = kept_aux("sl_sam", aux, aux_like, state.aux)
-        return tree.keep(updates, active), (base_state, ball_state, aux, readings), tree.norm(g)
+        norm = tree.norm(g).astype(state.largest_norm.dtype)  # of all groups
+        return tree.keep(updates, active), (base_state, ball_state, aux, readings), norm
 
     def update_fn(_, state, params, *, value_fn, **extra):
         p = _probabilities(state.log_weights, at_step(exploration, state.step))

@@ -80,6 +80,21 @@ def test_a_radius_does_not_depend_on_the_scale(name):
         chex.assert_trees_all_close(step(scaled(scale)), usual, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", BALLS)
+@pytest.mark.usefixtures("float64")
+def test_a_tree_of_two_precisions(name):
+    """A factor in the range of the wide leaf may be out of that of the narrow one."""
+    for scale in (0.0, 1e-200, 1e-30, 1.0, 1e30):
+        wide, params = scaled(scale, jnp.float64), scaled(0.1, jnp.float64)
+        mixed, narrow = (tree | {"a": tree["a"].astype(jnp.float32)} for tree in (wide, params))
+        wide["a"] = mixed["a"].astype(jnp.float64)
+        ball = BALLS[name]
+        eps, _ = ball.update(mixed, ball.init(narrow), narrow)
+        expected, _ = ball.update(wide, ball.init(params), params)
+        assert eps["a"].dtype == jnp.float32
+        chex.assert_trees_all_close(jax.tree.map(np.float64, eps), expected, rtol=1e-5)
+
+
 def test_norm_eps_shrinks_the_radius_if_one_asks_for_it():
     ball = metric_ball(0.1, norm_eps=13e-20)
     eps, _ = ball.update(scaled(1e-20), ball.init(TREE), TREE)
