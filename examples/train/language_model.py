@@ -22,6 +22,7 @@ their shapes alone, and prints what each device computes, sends and holds.
 """
 
 import argparse
+import contextlib
 import json
 import time
 from functools import partial
@@ -323,8 +324,6 @@ def main(argv: list[str] | None = None) -> Any:
     args.rho = VARIANTS[args.variant].rho if args.rho is None else args.rho
     if args.precision is None:
         args.precision = "float32" if devices[0].platform == "cpu" else "bfloat16"
-    if args.precision == "float64":
-        jax.config.update("jax_enable_x64", True)
     data = loop.begin(
         args,
         "language_model.py",
@@ -339,7 +338,8 @@ def main(argv: list[str] | None = None) -> Any:
         f"{len(data.train):,} bytes to train on, {len(data.held_out):,} bytes held out\n"
         f"run: {args.folder}"
     )
-    with loop.ends_in_one_line("language_model.py", args.folder):
+    wide = jax.enable_x64(True) if args.precision == "float64" else contextlib.nullcontext()
+    with wide, loop.ends_in_one_line("language_model.py", args.folder):
         return train(args, data, devices)
 
 

@@ -296,7 +296,6 @@ def test_a_tiny_run(run, monkeypatch, capsys):
         run("--resume killed --devices 1")
 
 
-@pytest.mark.usefixtures("float64")
 def test_a_run_goes_on_with_another_number_of_devices(run, monkeypatch):
     """A warm-up from 0 and a cosine, a checkpoint on 8 devices under FSDP, the end on 2 devices."""
     ends = []
