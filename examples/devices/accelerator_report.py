@@ -220,7 +220,7 @@ def draw_fidelity(rows: list[dict], axis: Any) -> None:
     axis.set_xscale("log")
     axis.set_yticks(range(len(rows)), names)
     axis.invert_yaxis()
-    axis.set_xlabel("relative difference (blue: highest precision, grey: default)")
+    axis.set_xlabel("difference (blue: highest precision, grey: default)")
     passed = sum(row["passed"] for row in rows)
     axis.set_title(f"fidelity: {passed} of {len(rows)} within {TOLERANCE:g}")
 
@@ -241,7 +241,7 @@ def draw_memory(rows: list[dict], axis: Any) -> None:
     axis.set_yticks(range(len(rows)), [row["row"] for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlim(left=0)
-    axis.set_xlabel("MB (circle: CPU's compiler; bar: device's; cross: allocated)")
+    axis.set_xlabel("MB (circle: predicted, bar: compiled, cross: used)")
     low, high = predicted_shares(rows)
     axis.set_title(f"memory: the CPU's compiler predicts {low:.2f} to {high:.2f} of the device's")
 
