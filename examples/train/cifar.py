@@ -255,7 +255,10 @@ class Evaluation:
 
     def __call__(self, state) -> dict[str, Any]:
         """Return "loss", "accuracy" and "accuracy_by_class" over all images."""
-        sums = [self._sums(state, self._place(batch)) for batch in self._batches()]
+        # Each batch is waited for. Simulated devices of a CPU share its threads, and many programs at
+        # once could wait for one another for ever.
+        batches = map(self._place, self._batches())
+        sums = [jax.device_get(self._sums(state, batch)) for batch in batches]
         loss, right, examples = (np.sum(part, axis=0) for part in zip(*sums, strict=True))
         return {
             "loss": float(loss / examples.sum()),
