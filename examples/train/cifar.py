@@ -255,7 +255,7 @@ class Evaluation:
 
     def __call__(self, state) -> dict[str, Any]:
         """Return "loss", "accuracy" and "accuracy_by_class" over all images."""
-        # Each batch is waited for. Simulated devices of a CPU share its threads, and many programs at
+        # Each batch is waited for. Simulated devices of a CPU share its threads: many programs at
         # once could wait for one another for ever.
         batches = map(self._place, self._batches())
         sums = [jax.device_get(self._sums(state, batch)) for batch in batches]
