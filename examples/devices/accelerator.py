@@ -238,7 +238,7 @@ class Results:
         self.seconds: dict[str, float] = found.get("seconds", {})
         self.running: str | None = found.get("running")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.report = Report(args, left_out=("minutes", "retry"))
+        self.report = Report(args, left_out=("minutes", "plan", "retry"))
 
     def read(self) -> dict[str, Any]:
         """Return results.json of an earlier call; nothing if the folder is new or empty."""
