@@ -23,6 +23,11 @@ EQUIVALENT = {
         "jnp.sign(g) + 0 * g",
     ): "zero, or NaN where an entry is infinite, with either sign",
     (
+        "perturbations/top_entries.py",
+        "_count.in_leaf",
+        "2**16",
+    ): "a smaller bound, so that counts are wider where they need not be",
+    (
         "perturbations/patterns.py",
         "_whole_leaves",
         "x.size * ok",

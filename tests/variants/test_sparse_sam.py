@@ -15,6 +15,7 @@ from recorded import assert_same
 
 import samx
 from samx.perturbations import dynamic_mask, fisher_mask, metric_ball
+from samx.perturbations.top_entries import top_entries
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -290,3 +291,10 @@ def test_the_mask_does_not_depend_on_the_scale_of_the_loss(name, float64):
     assert 0 < sum(int(x.sum()) for x in jax.tree.leaves(masks[0])) < 227
     for mask in masks[1:]:
         jax.tree.map(np.testing.assert_array_equal, mask, masks[0])
+
+
+def test_rows_that_are_too_long_for_16_bits():
+    """The counts of a row of more than 65,535 entries."""
+    scores = jnp.arange(2 * 70_000, dtype=jnp.float32).reshape(2, -1)
+    mask = jax.jit(top_entries, static_argnums=1)(scores, 137_000)
+    np.testing.assert_array_equal(mask, scores >= 3_000)
