@@ -261,7 +261,7 @@ def draw_accelerator(path, scale, names, rows=None):
                 for row in ("plain", "sampa", "sampa-separate")
                 for size in sizes
             ]
-    accelerator_report.draw(found, path, "samx 0.2.0 on NVIDIA H200")
+    accelerator_report.draw(found, path, "samx 0.2.0 on a GPU")
 
 
 def draw_lean(path, models, variants, versions):
