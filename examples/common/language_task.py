@@ -40,11 +40,6 @@ class Task(NamedTuple):
     step: Any
     batch_sharding: NamedSharding
 
-    @property
-    def shardings(self) -> samx.flax.TrainState:
-        """The sharding of each leaf of the state."""
-        return jax.tree.map(lambda leaf: leaf.sharding, self.state)
-
 
 def make_task(
     size: Size,

@@ -57,25 +57,28 @@ def table(rows: list[dict]) -> str:
         ["", "P", *["held + temporary"] * len(numbers), "", "/adamw", *SENT[1]],
     ]
     for name in dict.fromkeys(row["method"] for row in compiled(rows)):
-        mine = {row["devices"]: row for row in rows if row["method"] == name}
-        last = mine[numbers[-1]]
-        sent = dict(last["sent"])
-        parts = [sent.pop("all-gather", 0), sent.pop("all-reduce", 0), sum(sent.values())]
-        is_alone = numbers[-1] == 1
-        grid.append(
-            [
-                *(name, f"{last['copies']:.2f}"),
-                *(
-                    f"{mine[n]['state_bytes'] / 1e9:.2f} + {mine[n]['temporary_bytes'] / 1e9:6.2f}"
-                    for n in numbers
-                ),
-                *(f"{last['flops'] / 1e12:.2f}", f"{last['flops_to_adamw']:.2f}"),
-                *(["", "", ""] if is_alone else [f"{part / 1e9:.2f}" for part in parts]),
-                "" if is_alone else f"{last['sent_to_adamw']:.2f}",
-            ]
-        )
+        mine = {row["devices"]: row for row in compiled(rows) if row["method"] == name}
+        line = [name, f"{next(iter(mine.values()))['copies']:.2f}"]
+        line += [held_and_temporary(mine[n]) if n in mine else "refused" for n in numbers]
+        last = mine.get(numbers[-1])
+        line += [""] * 6 if last is None else flops_and_sent(last)
+        grid.append(line)
     refused = {row["method"]: row["refused"] for row in rows if "refused" in row}
     return "\n".join([*aligned(grid), *(f"{name}: {reason}" for name, reason in refused.items())])
+
+
+def held_and_temporary(row: dict) -> str:
+    return f"{row['state_bytes'] / 1e9:.2f} + {row['temporary_bytes'] / 1e9:6.2f}"
+
+
+def flops_and_sent(row: dict) -> list[str]:
+    """Return the last columns of a row; one device sends nothing."""
+    flops = [f"{row['flops'] / 1e12:.2f}", f"{row['flops_to_adamw']:.2f}"]
+    if row["devices"] == 1:
+        return [*flops, "", "", "", ""]
+    sent = dict(row["sent"])
+    parts = [sent.pop("all-gather", 0), sent.pop("all-reduce", 0), sum(sent.values())]
+    return [*flops, *(f"{part / 1e9:.2f}" for part in parts), f"{row['sent_to_adamw']:.2f}"]
 
 
 def heading(rows: list[dict], examples: int) -> str:
@@ -111,8 +114,8 @@ def draw(rows: list[dict], path: Path) -> None:
             axes.annotate(text, (end, y), fontsize=9, **shift)
         axes.margins(x=0.15)
         axes.set_xlabel("GB on each device; numbers: relative to AdamW")
-        least = min((row["peak_to_adamw"], name) for name, row in mine.items() if name in VARIANTS)
-        axes.set_title(f"{size}: least with {least[1]}, {least[0]:.2f} times AdamW's")
+        ratio, least = min((row["peak_to_adamw"], name) for name, row in mine.items())
+        axes.set_title(f"{size}: least with {least}, {ratio:.2f} times AdamW's")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
     title = f"Memory of a step on each of {n} devices, with remat: blue state, orange temporary"

@@ -112,6 +112,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.data_sha256 = config.get("data_sha256")
     arguments.check_range(parser, args, "devices")
     if args.abstract:
+        if args.resume is not None:
+            parser.error("--abstract and --resume exclude each other: nothing is trained")
         args.devices = sorted(set(args.devices or (1, 8, 64)))
         args.sizes = args.sizes or SIZES
         args.variants = args.variants or KINDS
@@ -299,8 +301,7 @@ def draw(log: Log, losses: dict[str, float], path: Path, title: str) -> None:
     left.set(xlabel="step", title="loss of each batch, nats per byte")
     for name, label in (("loss", "training"), ("held_out_loss", "held-out")):
         points = [(row["step"], row[name]) for row in log.of("epoch")]
-        if points:
-            right.plot(*zip(*points, strict=True), "o-", label=label, markersize=3)
+        right.plot(*zip(*points, strict=True), "o-", label=label, markersize=3)
     right.axhline(losses["trigram_loss"], color=figures.GREY, linewidth=1)
     right.annotate(
         "trigram model",

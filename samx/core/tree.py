@@ -312,16 +312,8 @@ def with_length(tree: Any, new: Any, old: Length, norm_eps: Any = 0.0) -> Any:
     # scale does in `scaled_norm`, would be stored in the shape of a leaf.
     first, second = 2 * old.scale, ratio(0.5 * new, old.norm + old.scale * norm_eps)
 
-    def resized(x):
-        x = widen(x)
-        return times(times(x, first), second)
-
-    return jax.tree.map(lambda x: resized(x) if is_inexact(x) else x, tree)
-
-
-def times(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """Return `factor·x` in the dtype of `x`, also if the factor is out of range in this dtype."""
-    return (x.astype(common_dtype(x.dtype, factor.dtype)) * factor).astype(x.dtype)
+    wide = jax.tree.map(lambda x: widen(x) if is_inexact(x) else x, tree)
+    return scaled(second, scaled(first, wide))
 
 
 def subtract(a: Any, b: Any) -> Any:
@@ -330,8 +322,17 @@ def subtract(a: Any, b: Any) -> Any:
 
 
 def scaled(scale: Any, tree: Any) -> Any:
-    """Return `scale·tree` in the dtypes of the tree; integers do not change."""
-    return jax.tree.map(lambda x: (scale * widen(x)).astype(x.dtype) if is_inexact(x) else x, tree)
+    """Return `scale·tree` in the dtypes of the tree; integers do not change.
+
+    The scale of a tree of two precisions may be out of the range of its narrow leaves.
+    """
+
+    def of(x):
+        wide = widen(x)
+        dtype = common_dtype(wide.dtype, getattr(scale, "dtype", wide.dtype))
+        return (scale * wide.astype(dtype)).astype(x.dtype)
+
+    return jax.tree.map(lambda x: of(x) if is_inexact(x) else x, tree)
 
 
 def add_scaled(a: Any, scale: Any, b: Any) -> Any:

@@ -103,7 +103,7 @@ def layer_steps(
             scale = scaling(w_norm, *norms)
             check_scalar("scaling(w_norm, g_norm, total)", scale)
             factor = jnp.where(is_zero, 0, radius * scale)
-            return tree.times(g, factor)
+            return tree.scaled(factor, g)
 
         return jax.tree.map(step, g, params)
 
