@@ -291,6 +291,9 @@ def test_a_tiny_run(run, monkeypatch, capsys):
     assert again["state_sha256"] == results["state_sha256"]
     assert read("killed", "step") == steps
 
+    with pytest.raises(SystemExit):
+        run("--abstract --resume killed")
+    assert "--abstract and --resume exclude each other" in capsys.readouterr().err
     monkeypatch.setattr(text, "load", lambda: text.Text(np.ones(99, np.uint8), np.ones(99)))
     with pytest.raises(SystemExit, match="of this Python is not the data of the run in killed"):
         run("--resume killed --devices 1")
@@ -364,6 +367,22 @@ def test_abstract(in_empty_folder, monkeypatch, capsys, read_report):
     out = capsys.readouterr().out
     for words in ("with remat", "without remat", "as the CPU's compiler says", "abstract.png"):
         assert words in out
+
+
+def test_a_variant_that_refuses_a_size():
+    """On one of the numbers of devices, and on all of them."""
+    counts = {"copies": 3.0, "state_bytes": 12e9, "temporary_bytes": 5e9, "flops": 2e12}
+    counts |= {"flops_to_adamw": 1.0, "sent_to_adamw": 1.0, "sent": {"all-gather": 7e9}}
+    rows = [{"method": "adamw", "devices": n} | counts for n in (1, 8)]
+    rows += [rows[0] | {"method": "sam"}, rows[1] | {"method": "sam", "refused": "too many"}]
+    rows += [row | {"method": "other", "refused": "too large"} for row in rows[:2]]
+    *_, adamw, sam, sam_refused, other = abstract.table(rows).splitlines()
+    assert (
+        adamw.split()
+        == "adamw 3.00 12.00 + 5.00 12.00 + 5.00 2.00 1.00 7.00 0.00 0.00 1.00".split()
+    )
+    assert sam.split() == "sam 3.00 12.00 + 5.00 refused".split()
+    assert (sam_refused, other) == ("sam: too many", "other: too large")
 
 
 @pytest.mark.parametrize(
