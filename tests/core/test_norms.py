@@ -89,7 +89,8 @@ def test_a_tree_of_two_precisions(name):
         mixed, narrow = (tree | {"a": tree["a"].astype(jnp.float32)} for tree in (wide, params))
         wide["a"] = mixed["a"].astype(jnp.float64)
         ball = BALLS[name]
-        eps, _ = ball.update(mixed, ball.init(narrow), narrow)
+        with jax.numpy_dtype_promotion("strict"):
+            eps, _ = ball.update(mixed, ball.init(narrow), narrow)
         expected, _ = ball.update(wide, ball.init(params), params)
         assert eps["a"].dtype == jnp.float32
         chex.assert_trees_all_close(jax.tree.map(np.float64, eps), expected, rtol=1e-5)

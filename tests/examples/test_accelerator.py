@@ -48,6 +48,8 @@ def test_a_tiny_run_with_few_packages(in_empty_folder, read_report):
     assert all(row["passed"] for row in report["parts"]["fidelity"])
     assert len(report["parts"]["fidelity"]) == 12
     assert [row["row"] for row in report["parts"]["dense float32"]] == [*accelerator.KINDS]
+    for row in report["parts"]["images"]:
+        assert row["images_per_second"] == pytest.approx(row["batch"] / (row["ms"] / 1e3))
     for row in report["parts"]["memory"]:  # here the device's compiler is the CPU's
         assert row["predicted_bytes"] / row["compiled_bytes"] == pytest.approx(1, rel=0.2)
     assert {"jax", "jaxlib", "flax", "optax", "samx"} <= report["versions"].keys()
@@ -156,6 +158,13 @@ def test_results_of_another_device_are_not_continued(run, in_empty_folder, capsy
         run(("one", 1, ROWS, 1))
     error = " ".join(capsys.readouterr().err.split())
     assert re.search("--out: results was measured with device tpu.*choose another folder", error)
+
+
+def test_times_relative_to_the_plain_step():
+    row = measuring.time_of([0.2, 0.4, 0.9], [0.1, 0.1, 0.3])
+    assert row["ms"] == pytest.approx(400)
+    assert row["ratio"] == pytest.approx([2.5, 3, 3.5])
+    assert measuring.time_of([0.2], None)["ratio"] is None
 
 
 def test_a_row_that_fails_stops_no_other(capsys):

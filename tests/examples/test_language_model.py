@@ -377,11 +377,9 @@ def test_a_variant_that_refuses_a_size():
     rows += [rows[0] | {"method": "sam"}, rows[1] | {"method": "sam", "refused": "too many"}]
     rows += [row | {"method": "other", "refused": "too large"} for row in rows[:2]]
     *_, adamw, sam, sam_refused, other = abstract.table(rows).splitlines()
-    assert (
-        adamw.split()
-        == "adamw 3.00 12.00 + 5.00 12.00 + 5.00 2.00 1.00 7.00 0.00 0.00 1.00".split()
-    )
-    assert sam.split() == "sam 3.00 12.00 + 5.00 refused".split()
+    words = re.sub(" +", " ", adamw)
+    assert words == "adamw 3.00 12.00 + 5.00 12.00 + 5.00 2.00 1.00 7.00 0.00 0.00 1.00"
+    assert re.sub(" +", " ", sam) == "sam 3.00 12.00 + 5.00 refused"
     assert (sam_refused, other) == ("sam: too many", "other: too large")
 
 
