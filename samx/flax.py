@@ -24,7 +24,7 @@ from flax.errors import TraceContextError
 from flax.training import train_state
 
 from samx.core.captured import captured, replace_captured
-from samx.core.closures import loss_and_aux
+from samx.core.closures import value_and_aux
 from samx.core.hyperparams import check_choice, check_function, is_typed_key
 from samx.core.readings import Readings
 from samx.core.sharp import is_sharp_pass
@@ -119,7 +119,8 @@ class TrainState(train_state.TrainState):
             **kwargs: The keywords of the contract (`value_fn`, `losses_fn`, `batch`, `weights`,
                 `value`, ...), which go to the optimizer. And fields of this state, which replace
                 the old ones, for example the `batch_stats` of your own forward pass. A name that
-                is both does both.
+                is both does both, except `apply_fn`: that of the contract goes to the optimizer
+                only.
 
         Returns:
             The state after the step. If the optimizer keeps the aux of a pass (`aux_like`), this
@@ -131,7 +132,8 @@ class TrainState(train_state.TrainState):
             ValueError: If `tx` raises it, or if the aux that the optimizer keeps does not have the
                 structure of `batch_stats`.
         """
-        changes = {f.name: kwargs[f.name] for f in fields(self) if f.name in kwargs}
+        names = {f.name for f in fields(self)} - {"apply_fn"}  # this one is for the optimizer
+        changes = {name: kwargs[name] for name in names if name in kwargs}
         if "batch_stats" in changes:
             changes["batch_stats"] = _as_frozen(changes["batch_stats"], self.batch_stats)
         keywords = {key: value for key, value in kwargs.items() if key in _UPDATE_KEYWORDS}
@@ -280,7 +282,7 @@ def closure(
         copy_of = dict(zip(map(id, [*free, *tied]), [*copies, *constants], strict=True))
         on_copies = replace_captured(fn, _NNX_OBJECTS, lambda x: copy_of.get(id(x), x))
         try:
-            loss, _ = loss_and_aux(on_copies(copy, *args))
+            loss, _ = value_and_aux(on_copies(copy, *args))
         except TraceContextError as error:
             raise ValueError(_NOT_FOUND) from error
         return loss, statistics(copy, wrt=wrt)

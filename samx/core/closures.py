@@ -105,7 +105,7 @@ class Closure:
         return devices.mean(x, devices.share(self.weights)) if devices.local_axes else x
 
     def _checked(self, result: Any) -> tuple[jax.Array, Any]:
-        loss, aux = loss_and_aux(result)
+        loss, aux = value_and_aux(result)
         _check_array(self.name, self.keyword, "a scalar or (scalar, aux)", loss)
         if jnp.shape(loss) != ():
             raise ValueError(
@@ -126,11 +126,13 @@ class LossesClosure:
     Attributes:
         fn: `(params, batch) -> losses` or `(params, batch) -> (losses, aux)`.
         name: Name of the transformation in error messages.
+        keyword: Name of the function that returns the losses in error messages.
         evaluation: Settings for the evaluation of the losses.
     """
 
     fn: Callable[[Any, Any], Any]
     name: str = "update"
+    keyword: str = "losses_fn"
     evaluation: Evaluation = _PLAIN
 
     def __call__(self, params: Any, batch: Any) -> jax.Array:
@@ -140,15 +142,15 @@ class LossesClosure:
     def with_aux(self, params: Any, batch: Any) -> tuple[jax.Array, Any]:
         """Return `(losses, aux)`, checked."""
         with _flat_parameters_named(params):
-            losses, aux = loss_and_aux(self.fn(params, batch))
-        _check_array(self.name, "losses_fn", "losses [B] or (losses, aux)", losses)
+            losses, aux = value_and_aux(self.fn(params, batch))
+        _check_array(self.name, self.keyword, "losses [B] or (losses, aux)", losses)
         size = batch_size(self.name, batch)
         if jnp.shape(losses) != (size,):
             raise ValueError(
-                f"{self.name}: `losses_fn` must return one loss per example, shape ({size},), "
+                f"{self.name}: `{self.keyword}` must return one loss per example, shape ({size},), "
                 f"got {jnp.shape(losses)}"
             )
-        _check_floating(self.name, "losses_fn", losses)
+        _check_floating(self.name, self.keyword, losses)
         return losses, aux
 
     def compose(self, fn: Callable[[Any], Any]) -> "LossesClosure":
@@ -171,6 +173,32 @@ class LossesClosure:
         return replace(self, evaluation=self.evaluation._replace(**changes))
 
 
+@dataclass(frozen=True, eq=False)
+class LogitsClosure:
+    """A closure of a model's outputs: calling it gives the logits, `with_aux` `(logits, aux)`.
+
+    Attributes:
+        fn: `(params, batch) -> logits` or `(params, batch) -> (logits, aux)`.
+        name: Name of the transformation in error messages.
+    """
+
+    fn: Callable[[Any, Any], Any]
+    name: str = "update"
+
+    def __call__(self, params: Any, batch: Any) -> Any:
+        """Return the logits without their aux."""
+        return self.with_aux(params, batch)[0]
+
+    def with_aux(self, params: Any, batch: Any) -> tuple[Any, Any]:
+        """Return `(logits, aux)`."""
+        with _flat_parameters_named(params):
+            return value_and_aux(self.fn(params, batch))
+
+    def compose(self, fn: Callable[[Any], Any]) -> "LogitsClosure":
+        """Return the closure that evaluates the model at `fn(params)`."""
+        return replace(self, fn=lambda params, batch: self.fn(fn(params), batch))
+
+
 @contextmanager
 def _flat_parameters_named(params: Any) -> Iterator[None]:
     """Add to an error of the caller's loss that its parameters were one flat vector."""
@@ -187,8 +215,8 @@ def _flat_parameters_named(params: Any) -> Iterator[None]:
         raise
 
 
-def loss_and_aux(result: Any) -> tuple[Any, Any]:
-    """Split the result of a caller's closure into `(loss, aux)`; a missing aux is `None`."""
+def value_and_aux(result: Any) -> tuple[Any, Any]:
+    """Split the result of a caller's closure into `(value, aux)`; a missing aux is `None`."""
     return result if isinstance(result, tuple) and len(result) == 2 else (result, None)
 
 
@@ -206,6 +234,27 @@ def losses_closure(name: str, fn: Callable[..., Any]) -> LossesClosure:
         return fn
     check_function("losses_fn", fn, 2)
     return LossesClosure(fn, name)
+
+
+def logits_closure(name: str, fn: Callable[..., Any]) -> LogitsClosure:
+    """Return a caller's function as a `LogitsClosure`; one from an outer wrapper is kept."""
+    if isinstance(fn, LogitsClosure):
+        return fn
+    check_function("apply_fn", fn, 2)
+    return LogitsClosure(fn, name)
+
+
+def in_two_parts(
+    name: str, apply_fn: LogitsClosure, loss_on_logits: Callable[[Any, Any], Any]
+) -> LossesClosure:
+    """Return the closure of the losses `loss_on_logits(apply_fn(params, batch), batch)`."""
+    check_function("loss_on_logits", loss_on_logits, 2)
+
+    def losses_and_aux(params, batch):
+        logits, aux = apply_fn.with_aux(params, batch)
+        return loss_on_logits(logits, batch), aux
+
+    return LossesClosure(losses_and_aux, name, "loss_on_logits")
 
 
 def _check_array(name: str, keyword: str, wanted: str, loss: Any) -> None:

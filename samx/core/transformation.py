@@ -12,7 +12,15 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import Transformation
-from samx.core.closures import as_weights, batch_size, losses_closure, mean_loss, scalar_closure
+from samx.core.closures import (
+    as_weights,
+    batch_size,
+    in_two_parts,
+    logits_closure,
+    losses_closure,
+    mean_loss,
+    scalar_closure,
+)
 from samx.core.hyperparams import check_function, check_scalar, check_text
 from samx.core.inspection import inside_update, inspect_update
 from samx.core.readings import Readings
@@ -20,11 +28,13 @@ from samx.core.readings import Readings
 # The keywords of `update` that are samx's own. optax knows `value`, `grad` and `value_fn` too.
 OWN_KEYWORDS = frozenset(
     {
+        "apply_fn",
         "ascent_fn",
         "batch",
         "fisher_batch",
         "index",
         "labels",
+        "loss_on_logits",
         "losses_fn",
         "validation_fn",
         "weights",
@@ -33,6 +43,7 @@ OWN_KEYWORDS = frozenset(
 # Nodes in the parameters by which optax's wrappers are known.
 _WRAPPED = ("MaskedNode", "SplitRealAndImaginaryArrays")
 SCALAR_CLOSURES = ("value_fn", "ascent_fn", "validation_fn")
+CLOSURES_OF_PARAMS = (*SCALAR_CLOSURES, "losses_fn", "apply_fn")
 _OWN_MESSAGE = re.compile(r"\w+: .*(`state`|state's)")  # of the check of a state
 _FIXES = {
     "value_fn": "value_fn=lambda p: loss(p, batch)) or, with per-example losses [B], "
@@ -40,6 +51,10 @@ _FIXES = {
     "losses_fn": "losses_fn=losses, batch=batch), where losses(params, batch) are per example, [B]",
     "batch": "losses_fn=losses, batch=batch), a pytree of arrays [B, ...]",
     "labels": "losses_fn=losses, batch=batch, labels=labels), the class of each example, int[B]",
+    "apply_fn": "apply_fn=apply, loss_on_logits=losses, batch=batch), where apply(params, batch) are "
+    "the logits, and losses(logits, batch) are per example, [B]",
+    "loss_on_logits": "apply_fn=apply, loss_on_logits=losses, batch=batch), where "
+    "losses(logits, batch) are per example, [B]",
     "ascent_fn": "value_fn=..., ascent_fn=lambda p: other_loss(p, batch)), the loss to climb",
     "validation_fn": "value_fn=..., validation_fn=lambda p: loss(p, held_out)), the loss on "
     "examples that are not trained on",
@@ -64,8 +79,11 @@ def closure_transformation(
     - Closures arrive checked and in one form, whether or not the caller's closures return an aux:
       `value_fn(params)` is the scalar loss, `value_fn.with_aux(params)` is `(loss, aux)`;
       `losses_fn(params, batch)` and `losses_fn.with_aux(params, batch)` give the losses `[B]`.
-    - `value_fn` may be left out if `losses_fn` and `batch` are given. It is then the mean of the
-      losses, weighted by `weights` if given.
+      `apply_fn(params, batch)` and `apply_fn.with_aux(params, batch)` give the logits.
+    - `losses_fn` may be left out if `apply_fn` and `loss_on_logits` are given. It is then
+      `loss_on_logits(apply_fn(params, batch), batch)`.
+    - `value_fn` may be left out if `losses_fn` (or its two parts) and `batch` are given. It is then
+      the mean of the losses, weighted by `weights` if given.
     - `value` is the loss at `params`, for the readings. If the caller does not pass it, the reading
       `loss` is infinite.
     - `g` is the gradient at `params`. At complex leaves it is the conjugate of `jax.grad`'s: as
@@ -201,7 +219,7 @@ def checked_transformation(
 def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
     """Check the keywords of `update`, and turn every loss function into a closure object."""
     extra = {k: v for k, v in extra.items() if v is not None}
-    for keyword in (*SCALAR_CLOSURES, "losses_fn"):
+    for keyword in (*CLOSURES_OF_PARAMS, "loss_on_logits"):
         if keyword in extra and not callable(extra[keyword]):
             kind = type(extra[keyword]).__name__
             raise TypeError(f"{name}: `{keyword}` must be a function, got {kind}")
@@ -210,6 +228,10 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
             extra[keyword] = scalar_closure(name, keyword, extra[keyword])
     if "losses_fn" in extra:
         extra["losses_fn"] = losses_closure(name, extra["losses_fn"])
+    if "apply_fn" in extra:
+        extra["apply_fn"] = logits_closure(name, extra["apply_fn"])
+    if {"apply_fn", "loss_on_logits"} <= extra.keys() and "losses_fn" not in extra:
+        extra["losses_fn"] = in_two_parts(name, extra["apply_fn"], extra["loss_on_logits"])
     if "value" in extra:
         check_scalar("value", extra["value"])
     if "batch" in extra:
@@ -234,8 +256,7 @@ def freeze_leaves(extra: dict[str, Any], is_frozen: Any) -> dict[str, Any]:
             lambda w, held: jax.lax.stop_gradient(w) if held else w, params, is_frozen
         )
 
-    closures = (*SCALAR_CLOSURES, "losses_fn")
-    return extra | {k: extra[k].compose(frozen) for k in closures if k in extra}
+    return extra | {k: extra[k].compose(frozen) for k in CLOSURES_OF_PARAMS if k in extra}
 
 
 def as_transformation(name: str, keyword: str, tx: Any) -> Transformation:

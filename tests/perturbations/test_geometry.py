@@ -38,6 +38,17 @@ def test_radius_is_the_length_of_the_step(rho):
     assert all(np.all(np.abs(leaf) == rho) for leaf in jax.tree.leaves(corner))
 
 
+def test_numbers_as_scales():
+    """A metric may return Python's numbers, one for a leaf."""
+    g, params = gradient()
+    numbers = {name: 0.5 + len(name) * i for i, name in enumerate(params)}
+    arrays = jax.tree.map(jnp.asarray, numbers)
+    eps = ball_step(geometry.metric_ball(0.3, lambda params: numbers), g, params)
+    assert_same(eps, ball_step(geometry.metric_ball(0.3, lambda params: arrays), g, params))
+    relative = jax.tree.map(jnp.divide, eps, arrays)
+    np.testing.assert_allclose(optax.tree.norm(relative), 0.3, rtol=1e-10)
+
+
 def test_corner_of_an_adaptive_ball():
     g, params = gradient()
     metric = geometry.magnitude(0.1)
