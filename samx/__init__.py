@@ -25,6 +25,7 @@ from samx import (
     policies,
     schedules,
     selection,
+    sharpness,
 )
 from samx.catalog import catalog
 from samx.core.convolutions import fast_convolutions
@@ -130,6 +131,7 @@ __all__ = [
     "policies",
     "schedules",
     "selection",
+    "sharpness",
     "value_and_grad_at",
     # Around an optimizer
     "accumulate",

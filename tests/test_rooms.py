@@ -23,7 +23,7 @@ VARIANTS = sorted((PACKAGE / "variants").glob("*.py"))
 
 IDEAS = (
     *("perturbations", "selection", "parallel", "training"),
-    *("combinations", "losses", "schedules", "mup", "elastic"),
+    *("combinations", "losses", "schedules", "mup", "elastic", "sharpness"),
 )
 FLOORS = [
     ("core",),
@@ -35,7 +35,7 @@ FLOORS = [
     ("__init__",),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-BETWEEN_IDEAS = {("mup", "perturbations")}
+BETWEEN_IDEAS = {("mup", "perturbations"), ("sharpness", "perturbations")}
 
 
 def room_of(path):

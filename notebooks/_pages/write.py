@@ -48,6 +48,7 @@ MODULES = (
     "policies",
     "combinations",
     "selection",
+    "sharpness",
     "schedules",
     "losses",
     "mup",

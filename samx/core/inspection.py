@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from samx.core import tree
-from samx.core.closures import evaluate, mean_loss
+from samx.core.closures import evaluate, in_two_parts, mean_loss
 
 Numbers = dict[str, np.ndarray]
 
@@ -101,6 +101,10 @@ def _measured(updates: Any, params: Any, given: dict[str, Any]) -> dict[str, Any
     if {"value_fn", "losses_fn", "batch"} <= given.keys():
         losses = mean_loss(given["losses_fn"], given["batch"], given.get("weights"))
         numbers["mean_of_losses"] = losses(params)
+    if {"value_fn", "apply_fn", "loss_on_logits", "batch"} <= given.keys():
+        losses_fn = in_two_parts("preflight", given["apply_fn"], given["loss_on_logits"])
+        parts = mean_loss(losses_fn, given["batch"], given.get("weights"))
+        numbers["mean_of_two_parts"] = parts(params)
     if "value_fn" in given:
         seen, _ = evaluate(given["value_fn"], params)
         g = seen["grad"]

@@ -168,6 +168,11 @@ def _of_losses(numbers: dict[str, Any], rtol: float) -> Iterator[str]:
     for key, what, fix in (
         ("value", "`value`", "pass the loss at the parameters, as `value_fn` returns it"),
         ("mean_of_losses", "the mean of `losses_fn`", "they must be the same objective"),
+        (
+            "mean_of_two_parts",
+            "the mean of `loss_on_logits` after `apply_fn`",
+            "they must be the same objective",
+        ),
     ):
         if key in numbers and "loss" in numbers:
             got, wanted = float(numbers[key]), float(numbers["loss"])

@@ -11,7 +11,17 @@ import pytest
 
 import samx
 import samx.flax
-from samx import combinations, elastic, losses, mup, perturbations, policies, schedules, selection
+from samx import (
+    combinations,
+    elastic,
+    losses,
+    mup,
+    perturbations,
+    policies,
+    schedules,
+    selection,
+    sharpness,
+)
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -26,6 +36,7 @@ MODULES = {
     "policies": policies,
     "combinations": combinations,
     "selection": selection,
+    "sharpness": sharpness,
     "schedules": schedules,
     "mup": mup,
     "losses": losses,
