@@ -43,7 +43,7 @@ def quadratic(name="psd"):
     """Return f(v) = v'Av/2 + b'v over a tree of 16 numbers, its point, A and b."""
     prefix = f"quad/{name}" if f"quad/{name}/A" in REFERENCE else "quad/psd"
     point = f"quad/{name}/w" if f"quad/{name}/w" in REFERENCE else "quad/w"
-    a, b = (jnp.asarray(REFERENCE[f"{prefix}/{key}"]) for key in ("A", "b"))
+    a, b = jnp.asarray(REFERENCE[f"{prefix}/A"]), jnp.asarray(REFERENCE["quad/b"])
     flat = jnp.asarray(REFERENCE[point])
     params = {"a": flat[:12].reshape(3, 4), "b": flat[12:]}
 
