@@ -55,8 +55,9 @@ def monitor(
 
     Returns:
         A transformation that does not change the updates. Find what it measured like readings:
-        `optax.tree.get(state, "monitored").values["top"]`, or `optax.tree.get(state, "top")`.
-        Values are those at the parameters before the step.
+        `optax.tree.get(state, "monitored").values["top"]`, or `optax.tree.get(state, "top")` if no
+        other state has a field of that name (`optax.trace` has one called "trace"). Values are
+        those at the parameters before the step.
 
     Raises:
         ValueError: If `measures` is empty, `every` is below 1, or `values_like` has a name that
