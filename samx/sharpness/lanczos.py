@@ -120,14 +120,9 @@ def short_lanczos(
 
 def combined(basis: Vector, weights: jax.Array) -> Vector:
     """Return the sums over the basis `[m, ...]` with weights `[m, k]`, as `[k, ...]`."""
-    contracted = (((0,), (0,)), ((), ()))
-
-    def total(b):
-        return jax.lax.dot_general(
-            weights.astype(b.dtype), b, contracted, precision=jax.lax.Precision.HIGHEST
-        )
-
-    return [total(b) for b in basis]
+    numbers = (((0,), (0,)), ((), ()))
+    highest = jax.lax.Precision.HIGHEST
+    return [jax.lax.dot_general(weights.astype(b.dtype), b, numbers, highest) for b in basis]
 
 
 def _scan(*args: Any) -> Any:
@@ -162,16 +157,11 @@ def _over(x: Vector, length: jax.Array) -> Vector:
 def _rejected(basis: Vector, w: Vector) -> Vector:
     """Return the part of `w` orthogonal to the basis, whose missing vectors are zeros.
 
-    Sums of products, and no matrix products: leaves may be sharded along every axis.
+    One vector after the other: products with all of them at once would hold as much memory again.
     """
-    products = (
-        jnp.sum(b * x[None], axis=tuple(range(1, b.ndim)), dtype=tree.real_dtype(x))
-        for b, x in zip(basis, w, strict=True)
-    )
-    weights = reduce(jnp.add, products)
 
-    def without(x, b):
-        shaped = weights.astype(b.dtype).reshape(-1, *(1,) * x.ndim)
-        return x - jnp.sum(shaped * b, axis=0)
+    def without(w, b):
+        along = tree.dot(b, w)
+        return [x - along.astype(x.dtype) * y for x, y in zip(w, b, strict=True)], None
 
-    return [without(x, b) for x, b in zip(w, basis, strict=True)]
+    return _scan(without, w, basis)[0]

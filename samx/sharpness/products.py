@@ -133,8 +133,8 @@ def _ggn(name: str, f: Objective, space: Coordinates) -> Product:
             def total(logits):
                 return jnp.sum(tree.widen(loss_on_logits(logits, batch)))
 
-            pulled = jax.lax.stop_gradient(jax.jvp(jax.grad(total), (logits,), (moved,))[1])
-            return _per_example(pulled, apply_at(x, batch))
+            cotangents = jax.lax.stop_gradient(jax.jvp(jax.grad(total), (logits,), (moved,))[1])
+            return _per_example(cotangents, apply_at(x, batch))
 
         return jax.grad(f.mean(replace(losses_fn, fn=losses)))(space.start)
 
