@@ -6,6 +6,7 @@ trains is also the one that measures. Measures work under `jit`, `vmap`, on shar
 inside mapped functions. They never form a matrix of parameters.
 """
 
+from samx.sharpness.edge import edge
 from samx.sharpness.estimates import Estimate
 from samx.sharpness.objective import Objective, objective
 from samx.sharpness.products import ggn_vp, hvp
@@ -16,4 +17,6 @@ __all__ = [
     "hvp",
     "ggn_vp",
     "Estimate",
+    # Predicted
+    "edge",
 ]
