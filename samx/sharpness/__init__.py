@@ -6,17 +6,30 @@ trains is also the one that measures. Measures work under `jit`, `vmap`, on shar
 inside mapped functions. They never form a matrix of parameters.
 """
 
+from samx.sharpness.density import density
 from samx.sharpness.edge import edge
+from samx.sharpness.eigenvalues import Eigenvalues, eigenvalues, extreme_eigenvalue
 from samx.sharpness.estimates import Estimate
 from samx.sharpness.objective import Objective, objective
 from samx.sharpness.products import ggn_vp, hvp
+from samx.sharpness.traces import diagonal, frobenius, moments, trace
 
 __all__ = [
+    # The loss that is measured
     "objective",
     "Objective",
+    # Curvature
     "hvp",
     "ggn_vp",
+    "eigenvalues",
+    "extreme_eigenvalue",
+    "Eigenvalues",
+    "trace",
+    "frobenius",
+    "diagonal",
+    "moments",
+    "density",
     "Estimate",
-    # Predicted
+    # Stability
     "edge",
 ]

@@ -15,7 +15,7 @@ def edge(learning_rate: Any, *, radius: Any, momentum: Any = 0.0, weight: Any = 
 
         λ (1 + a r λ) = 2 (1 + β) / η,   solved for λ
 
-        r = ρ / ‖∇L(w)‖   for SAM          r = ρ   for un-normalized SAM          r = 0   for the base
+        r = ρ / ‖∇L(w)‖ for SAM,   r = ρ for un-normalized SAM,   r = 0 for the base
 
     On a quadratic loss, the step multiplies an eigenvector's coordinate of the gradient by
     λ (1 + a r λ). Above the edge this coordinate grows. Full-batch training raises the top

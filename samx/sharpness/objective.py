@@ -1,7 +1,7 @@
 """The loss that is measured: a closure of the contract, or the losses over a data set."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from samx.core.closures import (
     Closure,
-    Evaluation,
     LogitsClosure,
     LossesClosure,
     as_weights,
@@ -135,8 +134,8 @@ def objective(
 ) -> Objective:
     """Make the loss to measure from the closures of the contract.
 
-        L(w) = Σ_i weight_i ℓ_i(w) / Σ_i weight_i          ℓ = losses_fn(w, batch)
-                                                           or loss_on_logits(apply_fn(w, batch), batch)
+        L(w) = Σ_i weight_i ℓ_i(w) / Σ_i weight_i
+        ℓ(w) = losses_fn(w, batch)  or  loss_on_logits(apply_fn(w, batch), batch)
 
     Every function of `samx.sharpness` takes a plain loss `params -> scalar` in its place. An
     objective adds what one number cannot give: losses of examples, logits, batches, devices.
