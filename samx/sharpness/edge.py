@@ -10,16 +10,22 @@ from samx.core import tree
 from samx.core.hyperparams import INFINITY, as_array, check_number
 
 
-def edge(learning_rate: Any, *, radius: Any, momentum: Any = 0.0, weight: Any = 1.0) -> jax.Array:
+def edge(
+    learning_rate: float | jax.Array,
+    *,
+    radius: float | jax.Array,
+    momentum: float | jax.Array = 0.0,
+    weight: float | jax.Array = 1.0,
+) -> jax.Array:
     """Return the edge of stability of sharpness-aware training, a bound on the top eigenvalue.
 
         λ (1 + a r λ) = 2 (1 + β) / η,   solved for λ
 
         r = ρ / ‖∇L(w)‖ for SAM,   r = ρ for un-normalized SAM,   r = 0 for the base
 
-    On a quadratic loss, the step multiplies an eigenvector's coordinate of the gradient by
-    λ (1 + a r λ). Above the edge this coordinate grows. Full-batch training raises the top
-    eigenvalue of the Hessian up to the edge, and then holds it there.
+    On a quadratic loss, the gradient of a step is λ (1 + a r λ) times the distance to the minimum,
+    along an eigenvector of the Hessian with eigenvalue λ. Above the edge this distance grows. In
+    full-batch training the top eigenvalue often rises to the edge, and then stays there.
 
     Args:
         learning_rate: η > 0, that of `optax.sgd`.
