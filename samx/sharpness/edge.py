@@ -39,7 +39,7 @@ def edge(
         λ, in float32 or wider, of the shape that the arguments have together.
 
     Raises:
-        ValueError: If a Python number is out of range.
+        ValueError: If a number of Python or NumPy is out of range; arrays are not checked for it.
         TypeError: If an argument is neither a number nor an array of real numbers.
 
     Example:
@@ -59,9 +59,10 @@ def edge(
     Notes:
         The formula with momentum and weight follows from the same quadratic; it is exact there.
         The eigenvalue stays at the edge for full batches, squared error and small radii, after
-        a thousand steps or more. Mini-batches and adaptive optimizers have other edges. With
-        cross-entropy the eigenvalue falls below the edge late in training. Cost: none; the
-        gradient's norm and the eigenvalue cost passes.
+        a thousand steps or more; on a small network it was then 0 to 5% above it on average.
+        Mini-batches and adaptive optimizers have other edges. With cross-entropy the eigenvalue
+        falls below the edge late in training. Cost: none; the gradient's norm and the eigenvalue
+        cost passes.
     """
     eta = _real("learning_rate", learning_rate, 0, excluded=0)
     r, a = _real("radius", radius, 0), _real("weight", weight, 0)
