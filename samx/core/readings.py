@@ -83,6 +83,30 @@ class Readings(NamedTuple):
     cosine: Any = None
 
 
+class Monitored(NamedTuple):
+    """What `samx.sharpness.monitor` measured last.
+
+    Attributes:
+        values: A dictionary from the names of the measures to their values; infinite before the
+            first measurement.
+        at_step: int32, the step before which they were measured, counted from 0; -1 before the
+            first.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, samx
+        >>> measures = {"trace": lambda f, w: samx.sharpness.trace(f, w, draws=2).mean}
+        >>> tx = optax.chain(optax.sgd(0.1), samx.sharpness.monitor(measures, every=10))
+        >>> w, loss = jnp.ones(3), lambda w: w @ w
+        >>> _, state = tx.update(w, tx.init(w), w, value_fn=loss)
+        >>> monitored = optax.tree.get(state, "monitored")
+        >>> float(monitored.values["trace"]), int(monitored.at_step)
+        (6.0, 0)
+    """
+
+    values: Any
+    at_step: jax.Array
+
+
 ON_REQUEST = ("sharp_grad_norm", "perturbation_norm", "cosine")
 
 
@@ -95,7 +119,7 @@ def no_readings(params: Any) -> Readings:
     """Return the readings before the first step: losses are infinite, everything else is zero."""
     dtype = tree.real_dtype(*jax.tree.leaves(params))
     return Readings(
-        *(jnp.full((), _stored(UNKNOWN), dtype) for _ in range(3)),
+        *(jnp.full((), stored_number(UNKNOWN), dtype) for _ in range(3)),
         grad_norm=jnp.zeros((), dtype),
         is_sharp=jnp.zeros((), bool),
         gradients_spent=jnp.zeros((), jnp.float32),
@@ -165,7 +189,7 @@ def _rise(loss: Any, sharp_loss: Any, dtype: Any) -> Any:
 
 def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
     """Return the readings of a step that used the gradient `g` and no sharp gradient."""
-    unknown = jnp.asarray(_stored(UNKNOWN))
+    unknown = jnp.asarray(stored_number(UNKNOWN))
     taken = jax.tree.map(jnp.zeros_like, last)._replace(
         loss=loss,
         sharp_loss=unknown,
@@ -189,10 +213,10 @@ def with_loss(readings: Readings, loss: Any) -> Readings:
 
 
 def _like(last: Readings, taken: Readings) -> Readings:
-    return jax.tree.map(lambda new, old: jnp.asarray(_stored(new), old.dtype), taken, last)
+    return jax.tree.map(lambda new, old: jnp.asarray(stored_number(new), old.dtype), taken, last)
 
 
-def _stored(number: Any) -> Any:
+def stored_number(number: Any) -> Any:
     """Return the number; where `jax_debug_infs` forbids infinity, the largest float32 instead."""
     if isinstance(number, float) and number == UNKNOWN and FLAGS.jax_debug_infs:
         return float(jnp.finfo(jnp.float32).max)

@@ -51,8 +51,8 @@ _FIXES = {
     "losses_fn": "losses_fn=losses, batch=batch), where losses(params, batch) are per example, [B]",
     "batch": "losses_fn=losses, batch=batch), a pytree of arrays [B, ...]",
     "labels": "losses_fn=losses, batch=batch, labels=labels), the class of each example, int[B]",
-    "apply_fn": "apply_fn=apply, loss_on_logits=losses, batch=batch), where apply(params, batch) are "
-    "the logits, and losses(logits, batch) are per example, [B]",
+    "apply_fn": "apply_fn=apply, loss_on_logits=losses, batch=batch), where apply(params, batch) "
+    "are the logits, and losses(logits, batch) are per example, [B]",
     "loss_on_logits": "apply_fn=apply, loss_on_logits=losses, batch=batch), where "
     "losses(logits, batch) are per example, [B]",
     "ascent_fn": "value_fn=..., ascent_fn=lambda p: other_loss(p, batch)), the loss to climb",
@@ -171,7 +171,7 @@ def closure_transformation(
         given, extra = extra, unify(name, extra)
         for keyword in required:
             if keyword not in extra:
-                raise ValueError(_missing(name, keyword, extra))
+                raise ValueError(missing(name, keyword, extra))
         updates, is_frozen = _filled(updates, params)
         trees.check(updates, state, params)
         if is_frozen is not None:
@@ -335,7 +335,7 @@ class _Trees:
         if _OWN_MESSAGE.match(str(error)):
             return
         if params is None:
-            raise ValueError(_no_params(self.name)) from error
+            raise ValueError(no_params(self.name)) from error
         try:
             wanted, found = shapes(jax.eval_shape(self.init_fn, params)), shapes(state)
         except Exception:
@@ -361,7 +361,7 @@ def _init_perturbation(name: str, init_fn: Callable[[Any], Any], params: Any) ->
 
 def _check_params(name: str, params: Any) -> None:
     if params is None:
-        raise ValueError(_no_params(name))
+        raise ValueError(no_params(name))
     nodes = jax.tree.leaves(params, is_leaf=lambda x: type(x).__name__ in _WRAPPED)
     if any(isinstance(node, optax.MaskedNode) for node in nodes):
         raise ValueError(
@@ -403,7 +403,8 @@ def _filled(updates: Any, params: Any) -> tuple[Any, Any]:
     return tuple(jax.tree.unflatten(structure, leaves) for leaves in (filled, is_frozen))
 
 
-def _no_params(name: str) -> str:
+def no_params(name: str) -> str:
+    """Return the message for an `update` without parameters."""
     return f"{name}: `params` is missing. Call tx.update(grads, state, params, value_fn=...)."
 
 
@@ -414,7 +415,8 @@ def _check_leaves(name: str, params: Any) -> None:
         raise TypeError(f"{name}: {error}") from None
 
 
-def _missing(name: str, keyword: str, given: dict[str, Any]) -> str:
+def missing(name: str, keyword: str, given: dict[str, Any]) -> str:
+    """Return the message for a keyword that `update` did not get."""
     return (
         f"{name}: `{keyword}` is missing. "
         f"Call tx.update(grads, state, params, {_FIXES.get(keyword, f'{keyword}=...)')}. "

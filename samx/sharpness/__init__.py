@@ -6,10 +6,12 @@ trains is also the one that measures. Measures work under `jit`, `vmap`, on shar
 inside mapped functions. They never form a matrix of parameters.
 """
 
+from samx.core.readings import Monitored
 from samx.sharpness.density import density
 from samx.sharpness.edge import edge
 from samx.sharpness.eigenvalues import Eigenvalues, eigenvalues, extreme_eigenvalue
 from samx.sharpness.estimates import Estimate
+from samx.sharpness.monitor import monitor
 from samx.sharpness.objective import Objective, objective
 from samx.sharpness.products import ggn_vp, hvp
 from samx.sharpness.traces import diagonal, frobenius, moments, trace
@@ -30,6 +32,8 @@ __all__ = [
     "moments",
     "density",
     "Estimate",
-    # Stability
+    # During training
     "edge",
+    "monitor",
+    "Monitored",
 ]

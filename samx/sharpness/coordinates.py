@@ -67,7 +67,7 @@ class Coordinates:
         """Draw a vector; `sample(key, shape, dtype)` draws the numbers of one array."""
         keys = jax.random.split(key, len(self.start))
         return [
-            _sharded_like(x, sample(k, x.shape, x.dtype))
+            sharded(sample(k, x.shape, x.dtype), jax.typeof(x).sharding)
             for k, x in zip(keys, self.start, strict=True)
         ]
 
@@ -93,10 +93,9 @@ class Coordinates:
         return structure.unflatten([leaf(w) for w in leaves])
 
 
-def _sharded_like(x: jax.Array, draw: jax.Array) -> jax.Array:
-    """Return the draw sharded like `x`, if the mesh has explicit axes."""
-    sharding = jax.typeof(x).sharding
-    return jax.sharding.reshard(draw, sharding) if any(sharding.spec) else draw
+def sharded(x: jax.Array, sharding: Any) -> jax.Array:
+    """Return the array with this sharding of a type, if its mesh has explicit axes."""
+    return jax.sharding.reshard(x, sharding) if sharding and any(sharding.spec) else x
 
 
 def signs(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -122,7 +122,7 @@ def _ggn(name: str, f: Objective, space: Coordinates) -> Product:
 
     So batches, weights and devices are treated as in every other mean.
     """
-    losses_fn, (apply_fn, loss_on_logits) = f.losses(name), f.two_parts(name)
+    (apply_fn, loss_on_logits), losses_fn = f.two_parts(name), f.losses(name)
     apply_at, pcast = apply_fn.compose(space.point), losses_fn.evaluation.devices.pcast
 
     def times(v):

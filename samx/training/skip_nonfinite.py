@@ -8,7 +8,7 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import Transformation
-from samx.core.readings import Readings
+from samx.core.readings import Monitored, Readings
 from samx.core.state import HeldBatch
 from samx.core.transformation import as_transformation, checked_transformation
 
@@ -100,6 +100,6 @@ def skip_nonfinite(tx: optax.GradientTransformation) -> Transformation:
 
 def _computed(state: Any) -> list[Any]:
     """Return the leaves of a state that its optimizer computed and will use again."""
-    apart = HeldBatch | Readings
+    apart = HeldBatch | Monitored | Readings
     leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, apart))
     return [leaf for leaf in leaves if not isinstance(leaf, apart)]
