@@ -8,6 +8,7 @@ inside mapped functions. They never form a matrix of parameters.
 
 from samx.core.readings import Monitored
 from samx.sharpness.density import density
+from samx.sharpness.edge import edge
 from samx.sharpness.eigenvalues import Eigenvalues, eigenvalues, extreme_eigenvalue
 from samx.sharpness.estimates import Estimate
 from samx.sharpness.monitor import monitor
@@ -32,6 +33,7 @@ __all__ = [
     "density",
     "Estimate",
     # During training
+    "edge",
     "monitor",
     "Monitored",
 ]

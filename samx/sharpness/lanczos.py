@@ -1,7 +1,6 @@
 """Lanczos' method for symmetric products, with full reorthogonalization or with three vectors."""
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any, NamedTuple
 
 import jax

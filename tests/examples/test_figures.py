@@ -23,6 +23,7 @@ from examples.devices import (
     data_parallel,
     parallel_cost,
 )
+from examples.measure import edge_of_stability
 from examples.train import abstract, cifar, language_model, long_tail
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -307,6 +308,19 @@ def draw_lsam(path, rows, seeds, is_marked=False, low=0.85):
     lsam_digits.draw(results, path, f"{title} slower", "gradients of a fast worker", is_marked)
 
 
+def draw_edge(path, arguments, steps):
+    args = edge_of_stability.parse(arguments.split())
+    args.steps = 100 * (steps - 1)
+    results = []
+    for name, case in edge_of_stability.cases_of(args).items():
+        count = 1 if name == "usam-large" else steps
+        run = {"step": [100 * step for step in range(count)], "eigenvalue": some(count, high=20)}
+        run["edge"] = some(count, low=5, high=9) if case.loss_name == "squared" else some(count)
+        run["edge"][-1] = run["eigenvalue"][-1]
+        results.append(edge_of_stability.summarize(name, case, run, args))
+    edge_of_stability.draw(results, path, edge_of_stability.CAPTION)
+
+
 STEPS = [*("gradient", "plain", "sam by hand", "sam, readings unread", "optax.contrib.sam")]
 EVERY = [name for name in VARIANTS if name != "base"]
 CASES = {
@@ -400,6 +414,12 @@ CASES = {
         lambda path: draw_lean(path, lean.MODELS, lean.VARIANTS, ["", " before"]),
         lambda path: draw_lean(path, lean.MODELS[:1], ["sam"], [""]),
         lambda path: draw_lean(path, [], lean.VARIANTS, [""]),
+    ],
+    "edge_of_stability.draw": [
+        lambda path: draw_edge(path, "", 31),
+        lambda path: draw_edge(path, "--cases gd", 2),
+        lambda path: draw_edge(path, "--cases usam usam-large", 5),
+        lambda path: draw_edge(path, "--cases sam cross-entropy --loss cross_entropy", 5),
     ],
     "lsam_digits.draw": [
         lambda path: draw_lsam(path, [*lsam_digits.ROWS], 3),
