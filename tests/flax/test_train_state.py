@@ -31,10 +31,12 @@ def test_contract_keywords_reach_the_optimizer_and_unknown_ones_raise():
         lambda params: (), lambda g, state, params, **keywords: (g, seen.update(keywords) or ())
     )
     names = "value grad value_fn losses_fn batch weights ascent_fn validation_fn labels index"
+    names += " apply_fn loss_on_logits"
     given = {name: i for i, name in enumerate(names.split())}
     state = small_state(tx).apply_gradients(grads=GRADS, **given, extra_args={"obj": 1})
     assert seen == given | {"obj": 1}
     assert state.tx is tx
+    assert state.apply_fn is None  # that of the contract is not the state's
     with pytest.raises(TypeError, match=r"\['batch_stat'\] are neither fields of TrainState nor"):
         state.apply_gradients(grads=GRADS, batch_stat={})
     plain = small_state(optax.scale(-1.0))  # takes no keywords

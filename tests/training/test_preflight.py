@@ -93,6 +93,14 @@ WRONG = {
         dict(losses_fn=lambda p, b: 1 + problem.losses_fn(p, b), batch=BATCH),
         r"the mean of `losses_fn` is .*, but `value_fn` gives .*; they must be the same objective",
     ),
+    "two parts of another objective": (
+        dict(
+            apply_fn=problem.logits_of,
+            loss_on_logits=lambda z, b: 2 * problem.cross_entropy(z, b["y"]),
+            batch=BATCH,
+        ),
+        "the mean of `loss_on_logits` after `apply_fn` is .*, but `value_fn` gives",
+    ),
     "a mean that forgets its weights": (
         dict(losses_fn=problem.losses_fn, batch=BATCH, weights=jnp.arange(16.0)),
         "the mean of `losses_fn`",
