@@ -67,7 +67,7 @@ class Coordinates:
         """Draw a vector; `sample(key, shape, dtype)` draws the numbers of one array."""
         keys = jax.random.split(key, len(self.start))
         return [
-            _sharded_like(x, sample(k, x.shape, x.dtype))
+            sharded_like(x, sample(k, x.shape, x.dtype))
             for k, x in zip(keys, self.start, strict=True)
         ]
 
@@ -93,7 +93,7 @@ class Coordinates:
         return structure.unflatten([leaf(w) for w in leaves])
 
 
-def _sharded_like(x: jax.Array, draw: jax.Array) -> jax.Array:
+def sharded_like(x: jax.Array, draw: jax.Array) -> jax.Array:
     """Return the draw sharded like `x`, if the mesh has explicit axes."""
     sharding = jax.typeof(x).sharding
     return jax.sharding.reshard(draw, sharding) if any(sharding.spec) else draw
