@@ -128,6 +128,7 @@ def smoothed(
     found, space = as_objective("smoothed", f), Coordinates("smoothed", params)
     check_number("sigma", sigma, 0)
     count, draw = vectors_of("smoothed", space, draws, key, normal)
+    loss = found.closure("smoothed").compose(space.point)
     rise, moved = rise_from("smoothed", found, space), _mover(space, None, sigma)
 
     def pair(i):
@@ -138,7 +139,7 @@ def smoothed(
         return jnp.mean(rises)
 
     mean, stderr = mean_over(count, pair)
-    return Estimate(found.closure("smoothed")(params) + mean, stderr)
+    return Estimate(loss(space.start).astype(mean.dtype) + mean, stderr)
 
 
 def _mover(space: Coordinates, metric: Any, rho: Any) -> Callable[[Vector], Vector]:

@@ -84,6 +84,7 @@ def barrier(f: Any, a: Any, b: Any, *, points: int = 11) -> Barrier:
         return [scaled(1 - t, x) + scaled(t, y) for x, y in zip(space.start, end, strict=True)]
 
     losses = losses_at(loss, point, t)
+    t = t.astype(losses.dtype)
     above = losses - ((1 - t) * losses[0] + t * losses[-1])
     highest = jnp.argmax(above)
     return Barrier(above[highest], t[highest], losses)

@@ -177,10 +177,11 @@ def relative_flatness(
     index = _chosen(space, is_chosen)
     kernel = space.start[index]
 
-    def at(kernel):
-        return space.point([*space.start[:index], kernel, *space.start[index + 1 :]])
+    loss = found.closure(name).compose(space.point)
 
-    gradient = jax.grad(found.closure(name).compose(at))
+    @jax.grad
+    def gradient(kernel):
+        return loss([*space.start[:index], kernel, *space.start[index + 1 :]])
 
     def curvature(u):
         u = sharded_like(kernel, u.reshape(kernel.shape))
@@ -203,7 +204,7 @@ def relative_flatness(
 
     def of_draw(i):
         z = signs(jax.random.fold_in(start, i), (num_inputs, rank), rows.dtype)
-        return scale * curvature(z @ rows)
+        return scale * curvature(jnp.matmul(z, rows, precision="highest"))
 
     return mean_over(count, of_draw)
 

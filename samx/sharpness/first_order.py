@@ -30,7 +30,8 @@ def first_order(f: Any, params: Any, perturbation: optax.GradientTransformation)
         f: The loss, `params -> scalar`, or `samx.sharpness.objective(...)`.
         params: The parameters w, any pytree.
         perturbation: Computes the step ε, for example `samx.perturbations.metric_ball(0.05)`; the
-            one that trains. It acts as on the first step of training: schedules are at step 0.
+            one that trains. It acts as on the first step of training: schedules are at step 0,
+            masks and averages are those of a new state.
 
     Returns:
         The rise, one number. It is at most the `samx.sharpness.worst_case` of the same ball.
@@ -148,9 +149,12 @@ def _contiguous(size: int, x: Any) -> jax.Array:
     shards = ONE_DEVICE.all_gather(x).reshape(-1, size, *x.shape[1:])
     if not any(sharding.spec):
         return shards
+    one = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+    num_parts = x.shape[0] // one.shard_shape(x.shape[:1])[0]
+    if size % num_parts:
+        return shards
     spec = PartitionSpec(None, *sharding.spec)
-    is_even = size % NamedSharding(sharding.mesh, spec).shard_shape(shards.shape)[1] == 0
-    return jax.sharding.reshard(shards, NamedSharding(sharding.mesh, spec)) if is_even else shards
+    return jax.sharding.reshard(shards, NamedSharding(sharding.mesh, spec))
 
 
 class ExactSAMGradient(NamedTuple):

@@ -71,7 +71,7 @@ def filter_normalize(
             return jnp.zeros_like(d)
         if d.ndim < 2:
             return d
-        return d * (_norms(tree.widen(w), axis) / (_norms(d, axis) + _NORM_EPS))
+        return d / (_norms(d, axis) + _NORM_EPS) * _norms(tree.widen(w), axis)
 
     d = space.vector(space.of("direction", direction))
     return jax.tree.map(of_leaf, d, params)
@@ -169,6 +169,7 @@ def _moved(x: Vector, step: jax.Array, d: Vector) -> Vector:
 
 
 def scaled(step: jax.Array, x: jax.Array) -> jax.Array:
+    """Return `step * x` in the dtype of x."""
     return step.astype(x.dtype) * x
 
 
