@@ -7,13 +7,23 @@ inside mapped functions. They never form a matrix of parameters.
 """
 
 from samx.core.readings import Monitored
+from samx.sharpness.average_case import average_case, smoothed
+from samx.sharpness.barrier import Barrier, barrier
 from samx.sharpness.density import density
+from samx.sharpness.directions import alignment, directional, relative_flatness
 from samx.sharpness.edge import edge
 from samx.sharpness.eigenvalues import Eigenvalues, eigenvalues, extreme_eigenvalue
 from samx.sharpness.estimates import Estimate
+from samx.sharpness.first_order import (
+    ExactSAMGradient,
+    exact_sam_gradient,
+    first_order,
+    m_sharpness,
+)
 from samx.sharpness.monitor import monitor
 from samx.sharpness.objective import Objective, objective
 from samx.sharpness.products import ggn_vp, hvp
+from samx.sharpness.slices import filter_normalize, slice_1d, slice_2d
 from samx.sharpness.traces import diagonal, frobenius, moments, trace
 
 __all__ = [
@@ -32,6 +42,23 @@ __all__ = [
     "moments",
     "density",
     "Estimate",
+    # Curvature along directions
+    "directional",
+    "alignment",
+    "relative_flatness",
+    # The loss around the parameters
+    "first_order",
+    "m_sharpness",
+    "average_case",
+    "smoothed",
+    "exact_sam_gradient",
+    "ExactSAMGradient",
+    # Slices
+    "filter_normalize",
+    "slice_1d",
+    "slice_2d",
+    "barrier",
+    "Barrier",
     # During training
     "edge",
     "monitor",

@@ -67,7 +67,7 @@ class Coordinates:
         """Draw a vector; `sample(key, shape, dtype)` draws the numbers of one array."""
         keys = jax.random.split(key, len(self.start))
         return [
-            sharded(sample(k, x.shape, x.dtype), jax.typeof(x).sharding)
+            sharded_like(x, sample(k, x.shape, x.dtype))
             for k, x in zip(keys, self.start, strict=True)
         ]
 
@@ -93,8 +93,10 @@ class Coordinates:
         return structure.unflatten([leaf(w) for w in leaves])
 
 
-def sharded(x: jax.Array, sharding: Any) -> jax.Array:
-    """Return the array with this sharding of a type, if its mesh has explicit axes."""
+def sharded_like(like: Any, x: jax.Array) -> jax.Array:
+    """Return `x` sharded like an array or the shape of one, if the mesh has explicit axes."""
+    typed = like if isinstance(like, jax.ShapeDtypeStruct) else jax.typeof(like)
+    sharding = typed.sharding
     return jax.sharding.reshard(x, sharding) if sharding and any(sharding.spec) else x
 
 

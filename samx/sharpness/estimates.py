@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from samx.core import tree
 from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import as_count, check_key, is_typed_key
-from samx.sharpness.coordinates import Coordinates, Vector, sharded
+from samx.sharpness.coordinates import Coordinates, Vector, sharded_like
 
 
 class Estimate(NamedTuple):
@@ -80,7 +80,7 @@ def mean_over(count: int, fn: Callable[[jax.Array], Any]) -> Estimate:
         return (mean, squares), None
 
     shape = jax.eval_shape(lambda: jax.tree.map(tree.widen, fn(jnp.zeros((), jnp.int32))))
-    zeros = jax.tree.map(lambda x: sharded(jnp.zeros(x.shape, x.dtype), x.sharding), shape)
+    zeros = jax.tree.map(lambda x: sharded_like(x, jnp.zeros(x.shape, x.dtype)), shape)
     (mean, squares), _ = fast_convolutions(jax.lax.scan)(
         add, (zeros, zeros), jnp.arange(count, dtype=jnp.int32)
     )

@@ -110,6 +110,18 @@ class Objective:
             )
         return logits_closure(name, self.apply_fn), self._required(name, "loss_on_logits")
 
+    def keywords(self, name: str) -> dict[str, Any]:
+        """Return the closures as keywords of `update`, for a perturbation that reads them."""
+        found: dict[str, Any] = {"value_fn": self.closure(name)}
+        if self.value_fn is None:
+            batch, weights = padded(self.batch, self.weights, self.num_batches)
+            found |= {"losses_fn": self.losses(name), "batch": batch}
+            found |= {} if weights is None else {"weights": weights}
+        if self.apply_fn is not None:
+            apply_fn, loss_on_logits = self.two_parts(name)
+            found |= {"apply_fn": apply_fn, "loss_on_logits": loss_on_logits}
+        return found
+
     def _devices(self, name: str) -> Devices:
         check_mapped(name, "axis_name", self.axis_names)
         return Devices(self.axis_names)

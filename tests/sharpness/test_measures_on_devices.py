@@ -1,0 +1,120 @@
+"""The same numbers from batches, with weights, and on eight devices, whatever maps the code."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from regimes import mapped, mesh_of, place
+
+from samx import sharpness
+from samx.perturbations import magnitude, metric_ball
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def data():
+    rng = np.random.RandomState(0)
+    x, y, weights = rng.randn(32, 3), rng.randn(32), rng.rand(32) * (np.arange(32) != 5)
+    w = {"kernel": rng.randn(3, 8), "out": rng.randn(8)}
+    return jax.tree.map(jnp.asarray, (w, x, y, weights))
+
+
+def whole(w):
+    """Gather sharded parameters, as the model of a user does on a mesh with explicit axes."""
+
+    def gathered(x):
+        return jax.sharding.reshard(x, P()) if any(jax.typeof(x).sharding.spec) else x
+
+    return jax.tree.map(gathered, w)
+
+
+def losses_fn(w, batch):
+    w = whole(w)
+    return (jnp.tanh(batch["x"] @ w["kernel"]) @ w["out"] - batch["y"]) ** 2
+
+
+def is_kernel(path, leaf):
+    return leaf.ndim == 2
+
+
+def measures(w, x, y, weights=None, **how):
+    """All of them on one small network; the shards are of two examples."""
+    f = sharpness.objective(losses_fn=losses_fn, batch={"x": x, "y": y}, weights=weights, **how)
+    ball = metric_ball(0.3, magnitude(0.1))
+    d = jax.tree.map(lambda w: jnp.sin(7 * w) + w, w)
+    stack = jax.tree.map(lambda x: jnp.stack([x, x * x]), d)
+    return {
+        "average_case": sharpness.average_case(f, w, 0.1, metric=magnitude(0.1), draws=2),
+        "smoothed": sharpness.smoothed(f, w, 0.1, draws=2),
+        "first_order": sharpness.first_order(f, w, ball),
+        "m_sharpness": sharpness.m_sharpness(f, w, ball, shard_size=2),
+        "exact_sam_gradient": sharpness.exact_sam_gradient(f, w, ball),
+        "directional": sharpness.directional(f, w, d),
+        "alignment": sharpness.alignment(stack, w),
+        "relative_flatness": sharpness.relative_flatness(f, w, is_kernel, draws=2),
+        "exact_flatness": sharpness.relative_flatness(f, w, is_kernel),
+        "filter_normalize": sharpness.filter_normalize(d, w),
+        "slice_1d": sharpness.slice_1d(f, w, d, [0.0, 0.1]),
+        "slice_2d": sharpness.slice_2d(f, w, stack, [0.0, 0.1], [0.2]),
+        "barrier": sharpness.barrier(f, w, d, points=3),
+    }
+
+
+@cache
+def expected(has_weights):
+    with jax.enable_x64(True):
+        return jax.jit(measures)(*data()[: 4 if has_weights else 3])
+
+
+def assert_expected(found, has_weights):
+    for name, value in expected(has_weights).items():
+        for x, y in zip(*map(jax.tree.leaves, (found[name], value)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-13, err_msg=name)
+
+
+def test_seven_batches():
+    """They divide neither the examples nor the shards."""
+    found = jax.jit(lambda *args: measures(*args, num_batches=7))(*data())
+    assert_expected(found, True)
+
+
+@pytest.mark.parametrize(
+    ("axis_type", "is_sharded"),
+    [
+        pytest.param(AxisType.Auto, True, marks=pytest.mark.slow),
+        pytest.param(AxisType.Explicit, False, marks=pytest.mark.slow),
+        (AxisType.Explicit, True),
+    ],
+)
+def test_a_sharded_batch_and_sharded_parameters(axis_type, is_sharded):
+    mesh = mesh_of(axis_type=axis_type)
+    w, *examples = data()
+    specs = {"kernel": P(None, "data"), "out": P("data")} if is_sharded else P()
+    with jax.set_mesh(mesh):
+        args = place(w, mesh, specs), *place(examples, mesh, P("data"))
+        found = jax.jit(measures)(*args)
+    assert_expected(found, True)
+
+
+@pytest.mark.parametrize(
+    ("regime", "num_batches", "has_weights"),
+    [
+        ("shard_map", 3, True),
+        pytest.param("shard_map", 1, False, marks=pytest.mark.slow),
+        pytest.param("shard_map_unchecked", 3, True, marks=pytest.mark.slow),
+        pytest.param("shard_map_unchecked", 1, False, marks=pytest.mark.slow),
+        pytest.param("pmap", 3, True, marks=pytest.mark.slow),
+    ],
+)
+def test_mapped_functions(regime, num_batches, has_weights):
+    """Each device has its own shards, and its own sum of weights."""
+    w, *examples = data()[: 4 if has_weights else 3]
+
+    def run(*args):
+        return measures(*args, axis_name="data", num_batches=num_batches)
+
+    assert_expected(mapped(run, regime, len(examples))(w, *examples), has_weights)
