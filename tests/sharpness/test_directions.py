@@ -180,7 +180,7 @@ W = {"kernel": np.ones((2, 3)), "bias": np.ones(3)}
         (ValueError, "`operator` must be", lambda s: s.directional(loss_of, W, W, operator="h")),
         (
             ValueError,
-            "directional: needs the losses of examples",
+            "directional: needs the logits",
             lambda s: s.directional(loss_of, W, W, operator="ggn"),
         ),
         (
