@@ -19,6 +19,7 @@ from samx.sharpness.first_order import (
 from samx.sharpness.objective import Objective, objective
 from samx.sharpness.products import ggn_vp, hvp
 from samx.sharpness.slices import filter_normalize, slice_1d, slice_2d
+from samx.sharpness.worst_case import WorstCase, worst_case
 
 __all__ = [
     # the loss
@@ -35,6 +36,8 @@ __all__ = [
     "m_sharpness",
     "exact_sam_gradient",
     "ExactSAMGradient",
+    "worst_case",
+    "WorstCase",
     # curvature along directions
     "directional",
     "alignment",

@@ -99,9 +99,7 @@ def _product(name: str, f: Any, params: Any, operator: Operator) -> Callable[[An
     return lambda v: space.vector(times(space.of("v", v)))
 
 
-def product_with(
-    name: str, f: Any, params: Any, operator: Operator
-) -> tuple[Coordinates, Product]:
+def product_with(name: str, f: Any, params: Any, operator: Operator) -> tuple[Coordinates, Product]:
     """Return the coordinates of the parameters, and the product with a matrix in them."""
     check_choice("operator", operator, ("hessian", "ggn", "empirical_fisher"))
     found, space = as_objective(name, f), Coordinates(name, params)
