@@ -25,6 +25,7 @@ from samx.sharpness.objective import Objective, objective
 from samx.sharpness.products import ggn_vp, hvp
 from samx.sharpness.slices import filter_normalize, slice_1d, slice_2d
 from samx.sharpness.traces import diagonal, frobenius, moments, trace
+from samx.sharpness.worst_case import WorstCase, worst_case
 
 __all__ = [
     # The loss that is measured
@@ -47,6 +48,8 @@ __all__ = [
     "alignment",
     "relative_flatness",
     # The loss around the parameters
+    "worst_case",
+    "WorstCase",
     "first_order",
     "m_sharpness",
     "average_case",
