@@ -173,6 +173,7 @@ plt.show()
 # %%
 radii = jnp.array([0.05, 0.1, 0.2, 0.4, 0.8])
 P = sum(x.size for x in jax.tree.leaves(networks["SGD"]))
+STYLES = {"worst case": "-", "first order": "--", "average case": ":"}
 
 
 def rises(f, w):
@@ -190,7 +191,7 @@ def rises(f, w):
 curves = measured(rises)
 figure, axis = plt.subplots(figsize=(7, 4))
 for name, found in curves.items():
-    for what, style in (("worst case", "-"), ("first order", "--"), ("average case", ":")):
+    for what, style in STYLES.items():
         label = f"{name}, {what}"
         axis.loglog(radii, found[what], style, marker="o", color=COLORS[name], label=label)
 axis.set(
@@ -270,6 +271,7 @@ plt.show()
 
 # %%
 alphas = jnp.linspace(-1, 1, 41)
+POINTS = 41
 
 
 def slices(f, w):
@@ -280,7 +282,7 @@ def slices(f, w):
     return jax.lax.map(along, jax.random.split(jax.random.key(1), 5))
 
 
-between = jax.jit(lambda a, b: sharpness.barrier(f, a, b, points=41))(*networks.values())
+between = jax.jit(lambda a, b: sharpness.barrier(f, a, b, points=POINTS))(*networks.values())
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
 for name, values in measured(slices).items():
     left.plot(alphas, values.T, color=COLORS[name], linewidth=0.6, alpha=0.4)
@@ -292,7 +294,7 @@ left.set(
     ylim=(0, 8),
 )
 left.legend()
-right.plot(np.linspace(0, 1, 41), between.losses, color=INK)
+right.plot(np.linspace(0, 1, POINTS), between.losses, color=INK)
 right.set(
     title=f"The barrier between the networks is {float(between.height):.2f} high",
     xlabel="from SGD (0) to SAM (1)",
@@ -345,8 +347,7 @@ def follow(tx, rho):
     keys = jax.random.split(jax.random.key(0), 3)
     sizes = ((64, 24), (24, 24), (24, 10))
     params = [
-        jax.random.normal(key, size) / size[0] ** 0.5
-        for key, size in zip(keys, sizes, strict=True)
+        jax.random.normal(key, size) / size[0] ** 0.5 for key, size in zip(keys, sizes, strict=True)
     ]
     _, seen = jax.lax.scan(step, (params, tx.init(params)), length=EDGE_STEPS)
     seen = {name: values[::EVERY] for name, values in seen.items()}

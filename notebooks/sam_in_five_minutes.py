@@ -398,57 +398,52 @@ _ = report(
 # ## 4. The landscape around the solutions
 #
 # Seed 0 of each run, and always the training loss with the **given labels**, wrong ones included.
-# Left: a walk from the final weights in random directions; each tensor of a direction is scaled to
+# Left: a walk from the final weights in random directions; each column of a direction is scaled to
 # the norm of the weights it changes, so that 0.5 means "moved by half their size". Right: SAM's own
-# view, the loss at $w + \rho \, g / \|g\|$ against ρ, averaged over batches of 100 as in training.
+# view, the rise of the loss at $w + \rho \, g / \|g\|$ against ρ, averaged over batches of 100 as in
+# training. `samx.sharpness` has both, and [many more measures](measuring_sharpness.ipynb).
 
 # %%
 train_set, _ = make_data(0, 0.3)
 distances, radii = jnp.linspace(-0.5, 0.5, 41), jnp.linspace(0, 1, 21)
 
 
-def loss_along(params, direction, distances, batch):
-    def at(distance):
-        return cross_entropy(optax.tree.add_scale(params, distance, direction), batch)
-
-    return jax.vmap(at)(distances)
+def losses_fn(params, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch["x"]), batch["y"])
 
 
-def random_walk(params, key):
-    direction = optax.tree.random_like(key, params)
-    direction = jax.tree.map(
-        lambda d, w: d * jnp.linalg.norm(w) / jnp.linalg.norm(d), direction, params
-    )
-    return loss_along(params, direction, distances, train_set)
-
-
-def climb(params, batch):
-    grad = jax.grad(cross_entropy)(params, batch)
-    return loss_along(params, optax.tree.scale(1 / optax.tree.norm(grad), grad), radii, batch)
+f = samx.sharpness.objective(losses_fn=losses_fn, batch=train_set)
 
 
 @jax.jit
 def landscape(params):
-    keys = jax.random.split(jax.random.key(3), 10)
-    batches = jax.tree.map(lambda leaf: leaf.reshape(BATCH, -1, *leaf.shape[1:]), train_set)
-    walks = jax.vmap(random_walk, (None, 0))(params, keys)
-    climbs = jax.vmap(climb, (None, 1))(params, batches)
-    return walks, climbs.mean(axis=0), climb(params, train_set)
+    def random_walk(key):
+        direction = optax.tree.random_like(key, params)
+        direction = samx.sharpness.filter_normalize(direction, params)
+        return samx.sharpness.slice_1d(f, params, direction, distances)
+
+    def climb(radius):
+        ball = samx.perturbations.metric_ball(radius)
+        on_batches = samx.sharpness.m_sharpness(f, params, ball, shard_size=BATCH)
+        return on_batches, samx.sharpness.first_order(f, params, ball)
+
+    walks = jax.lax.map(random_walk, jax.random.split(jax.random.key(3), 10))
+    return walks, *jax.lax.map(climb, radii), f(params)
 
 
-figure, (left, right) = plt.subplots(1, 2, sharey=True)
+figure, (left, right) = plt.subplots(1, 2)
 print("training loss         at w    its rise at ρ = 0.2 on a batch    on the whole training set")
 for name, (params, _) in runs.items():
-    walks, climbs, full = landscape(jax.tree.map(lambda leaf: leaf[0], params))
+    walks, climbs, full, value = landscape(jax.tree.map(lambda leaf: leaf[0], params))
     left.plot(distances, walks.T, color=COLORS[name], linewidth=0.5, alpha=0.35)
     left.plot(distances, walks.mean(axis=0), STYLES[name], color=COLORS[name], label=name)
     right.plot(radii, climbs, STYLES[name], color=COLORS[name])
-    rise, full_rise = (np.interp(0.2, radii, curve) - curve[0] for curve in (climbs, full))
-    print(f"{name:<18} {full[0]:7.2f} {rise:33.3f} {full_rise:28.3f}")
+    rise, full_rise = (np.interp(0.2, radii, curve) for curve in (climbs, full))
+    print(f"{name:<18} {value:7.2f} {rise:33.3f} {full_rise:28.3f}")
 right.axvline(0.2, color=INK, linewidth=0.8)
-right.annotate("ρ in training", (0.22, 0.08))
+right.annotate("ρ in training", (0.22, 0.05))
 left.set(title="SAM's loss rises least in random directions", xlabel="relative distance")
-right.set(title="… and up the gradient of a batch", xlabel="ρ", ylim=(0, 3.5))
+right.set(title="… and up the gradient of a batch", xlabel="ρ", ylabel="rise of the training loss")
 left.set_ylabel("training loss")
 figures.label_ends(left)
 plt.show()

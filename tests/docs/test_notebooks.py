@@ -57,6 +57,21 @@ SMALLER = {
         "plt.rcParams['figure.constrained_layout.use'] = False\n",
         "jax.random.split(jax.random.key(3), 10)": "jax.random.split(jax.random.key(3), 2)",
     },
+    "measuring_sharpness": {
+        "EPOCHS, WIDTH, RHO, BATCH = 40, 32, 0.2": "EPOCHS, WIDTH, RHO, BATCH = 1, 4, 0.2",
+        '"ggn": "Gauss-Newton", "empirical_fisher": "empirical Fisher"}': '"ggn": "G"}',
+        "grid = jnp.linspace(-2, 14, 800)": "grid = jnp.linspace(-2, 14, 5)",
+        "sigma=0.3, iterations=60": "sigma=0.3, iterations=3, draws=2",
+        "jnp.array([0.05, 0.1, 0.2, 0.4, 0.8])": "jnp.array([0.1, 0.2])",
+        "metric_ball(rho)\n": "metric_ball(rho)\n        return dict.fromkeys(STYLES, rho)\n",
+        '    "L2, ρ = 0.2": metric_ball(0.2),\n': "",
+        '    "adaptive L2, ρ = 0.2": metric_ball(0.2, everywhere),\n': "",
+        "SIZES = (1, 4, 20, 100, 1000)": "SIZES = (500, 1000)",
+        "alphas = jnp.linspace(-1, 1, 41)": "alphas = jnp.linspace(-1, 1, 3)",
+        "POINTS = 41": "POINTS = 3",
+        "EDGE_STEPS, EVERY = 0.2, 0.05, 1500, 50": "EDGE_STEPS, EVERY = 0.2, 0.05, 100, 50",
+        '    "gradient descent": (optax.sgd(EDGE_RATE), 0.0, RED),\n': "",
+    },
     "training_loops": {
         "STEPS, BATCH, WIDTH, RHO, LEARNING_RATE = 150, 100, 64": (
             "STEPS, BATCH, WIDTH, RHO, LEARNING_RATE = 4, 8, 16"
