@@ -412,7 +412,9 @@ def losses_fn(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch["x"]), batch["y"])
 
 
-f = samx.sharpness.objective(losses_fn=losses_fn, batch=train_set)
+order = jax.random.permutation(jax.random.key(4), TRAIN)  # the wrong labels stand first
+shuffled = jax.tree.map(lambda leaf: leaf[order], train_set)
+f = samx.sharpness.objective(losses_fn=losses_fn, batch=shuffled)
 
 
 @jax.jit

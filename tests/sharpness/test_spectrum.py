@@ -1,5 +1,7 @@
 """Eigenvalues, traces, moments and densities against dense matrices and exact cases."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from measured import REFERENCE, net_loss, net_params, net_tree, quadratic
 from samx import sharpness
 
 pytestmark = pytest.mark.usefixtures("float64")
-OPERATORS = {"hessian": "hessian", "ggn": "ggn", "empirical_fisher": "empirical_fisher"}
+OPERATORS = ("hessian", "ggn", "empirical_fisher")
 
 
 def close(value, wanted, rtol=1e-7, atol=0.0):
@@ -24,31 +26,32 @@ def within_errors(estimate, wanted, most=3.0):
     assert np.all(np.abs(mean - wanted) <= most * stderr + 1e-12), (mean, wanted, stderr)
 
 
-@pytest.fixture(scope="module")
+@functools.cache
 def spectra():
-    """The five largest eigenvalues of each matrix of the net, from one compiled program each."""
-    with jax.enable_x64(True):
+    """The five largest eigenvalues of each matrix of the net, from one compiled program."""
 
-        def measure(operator, params):
-            return sharpness.eigenvalues(net_loss(), params, operator=operator, iterations=90)
+    def measure(params):
+        return {
+            operator: sharpness.eigenvalues(net_loss(), params, operator=operator, iterations=90)
+            for operator in OPERATORS
+        }
 
-        compiled = jax.jit(measure, static_argnums=0)
-        return {operator: compiled(operator, net_params()) for operator in OPERATORS}
+    return jax.jit(measure)(net_params())
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_the_top_eigenvalues_of_the_net(spectra, operator):
-    close(spectra[operator].values, REFERENCE[f"net/{operator}/top5"])
-    assert np.all(spectra[operator].residuals < 1e-8)
+def test_the_top_eigenvalues_of_the_net(operator):
+    close(spectra()[operator].values, REFERENCE[f"net/{operator}/top5"])
+    assert np.all(spectra()[operator].residuals < 1e-8)
 
 
-def test_the_three_matrices_are_not_confused(spectra):
-    tops = [float(found.values[0]) for found in spectra.values()]
+def test_the_three_matrices_are_not_confused():
+    tops = [float(found.values[0]) for found in spectra().values()]
     assert np.min(np.abs(np.subtract.outer(tops, tops)) + np.eye(3)) > 0.02
 
 
-def test_eigenvectors_of_the_net(spectra):
-    found = spectra["hessian"]
+def test_eigenvectors_of_the_net():
+    found = spectra()["hessian"]
     flat = np.stack(
         [ravel_pytree(jax.tree.map(lambda v, i=i: v[i], found.vectors))[0] for i in range(5)]
     )

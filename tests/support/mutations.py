@@ -28,7 +28,7 @@ import recorded
 import samx
 
 PACKAGE = Path(samx.__file__).parent
-FOLDERS = ("variants", "perturbations", "policies", "core", "selection")
+FOLDERS = ("variants", "perturbations", "policies", "core", "selection", "sharpness")
 FILES = [
     *(f for folder in FOLDERS for f in sorted((PACKAGE / folder).glob("*.py"))),
     PACKAGE / "combinations.py",
@@ -161,6 +161,23 @@ SUITES = {
     ),
     "selection/": ("selection/test_selection.py", "selection/test_selection_on_a_mesh.py"),
     "combinations.py": ("variants/test_reuse.py",),
+    "sharpness/": ("sharpness/test_spectrum.py", "sharpness/test_objective.py"),
+    "sharpness/average_case.py": ("sharpness/test_average_case.py",),
+    "sharpness/barrier.py": ("sharpness/test_slices.py",),
+    "sharpness/directions.py": ("sharpness/test_directions.py",),
+    "sharpness/edge.py": ("sharpness/test_edge.py",),
+    "sharpness/first_order.py": (
+        "sharpness/test_first_order.py",
+        "sharpness/test_measures_on_devices.py",
+    ),
+    "sharpness/monitor.py": ("sharpness/test_monitor.py",),
+    "sharpness/objective.py": ("sharpness/test_objective.py",),
+    "sharpness/rises.py": ("sharpness/test_average_case.py", "sharpness/test_first_order.py"),
+    "sharpness/slices.py": ("sharpness/test_slices.py",),
+    "sharpness/worst_case.py": (
+        "sharpness/test_worst_case.py",
+        "sharpness/test_worst_case_on_devices.py",
+    ),
 }
 PARTNERS = {"minimum": "maximum", "maximum": "minimum"}
 
@@ -450,8 +467,7 @@ def run_suite(file: Path, only: str) -> None:
     common = as_list(getattr(module, "pytestmark", []))
     for name, function in vars(module).items():
         marks = [*common, *getattr(function, "pytestmark", [])]
-        is_slow = any(mark.name == "slow" for mark in marks)
-        if not (name == only if is_slow else name.startswith(only)):
+        if not (name == only if is_slow(marks) else name.startswith(only)):
             continue
         used = [argument for mark in marks if mark.name == "usefixtures" for argument in mark.args]
         wanted = set(inspect.signature(function).parameters)
@@ -464,6 +480,10 @@ def run_suite(file: Path, only: str) -> None:
                 function(**arguments, **{k: given[k] for k in fixtures & wanted})
 
 
+def is_slow(marks):
+    return any(mark.name == "slow" for mark in marks)
+
+
 def as_list(value):
     return value if isinstance(value, list) else [value]
 
@@ -474,6 +494,7 @@ def every_setting(marks):
     for mark in marks:
         if mark.name == "parametrize":
             names, values = mark.args
+            values = [value for value in values if not is_slow(getattr(value, "marks", ()))]
             names = (
                 names if isinstance(names, tuple | list) else [n.strip() for n in names.split(",")]
             )
