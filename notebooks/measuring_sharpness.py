@@ -242,8 +242,9 @@ for title, ball in BALLS.items():
 # ## 6. On how many examples?
 #
 # SAM takes its perturbation on a batch, so it flattens the loss of *batches*. **m-sharpness** is
-# the mean rise over groups of m examples, each climbed alone. Compare two networks at the same m:
-# the smaller the group, the larger the rise.
+# the mean rise over groups of m examples, each climbed alone. The smaller the group, the larger the
+# rise, so compare two networks at the same m. Here even the order depends on it: SAM's network is
+# flatter in groups of up to a batch, and not on the whole training set.
 
 # %%
 SIZES = (1, 4, 20, 100, 1000)

@@ -443,7 +443,7 @@ for name, (params, _) in runs.items():
     rise, full_rise = (np.interp(0.2, radii, curve) for curve in (climbs, full))
     print(f"{name:<18} {value:7.2f} {rise:33.3f} {full_rise:28.3f}")
 right.axvline(0.2, color=INK, linewidth=0.8)
-right.annotate("ρ in training", (0.22, 0.05))
+right.annotate("ρ in training", (0.22, 2.7))
 left.set(title="SAM's loss rises least in random directions", xlabel="relative distance")
 right.set(title="… and up the gradient of a batch", xlabel="ρ", ylabel="rise of the training loss")
 left.set_ylabel("training loss")
