@@ -2,8 +2,8 @@
 
 The compiler's own totals count the body of a loop once, however often it runs. The counts here go
 through the text of the program and multiply by the number of rounds, wherever the compiler knows
-it: that of `jax.lax.scan` and of a `fori_loop` with fixed bounds. Of the sides of a branch, the
-costliest counts.
+it: that of `jax.lax.scan` and of a `fori_loop` with fixed bounds. Other loops count as one round,
+if the caller does not say how many. Of the sides of a branch, the costliest counts.
 """
 
 import math
@@ -47,13 +47,17 @@ def communicated_bytes(program: Any) -> dict[str, int]:
     return {kind: int(size) for kind, size in _counted(program).items() if kind in OPERATIONS}
 
 
-def product_flops(program: Any) -> float:
+def product_flops(program: Any, rounds: int = 1) -> float:
     """Return the flops of the matrix products of one device's program, 2 for each multiplication.
 
     On a CPU every product is an instruction of the program. Other compilers hide products in calls
     of libraries, where they are not found.
+
+    Args:
+        program: A compiled function.
+        rounds: The number of rounds of every loop of which the compiler does not know it.
     """
-    return _counted(program).get("dot", 0.0)
+    return _counted(program, rounds).get("dot", 0.0)
 
 
 def peak_bytes(program: Any) -> int:
@@ -66,7 +70,7 @@ def peak_bytes(program: Any) -> int:
     return size + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
-def _counted(program: Any) -> Counts:
+def _counted(program: Any, rounds: int = 1) -> Counts:
     """Return the totals of the program's entry."""
     computations, entry = _computations(program.as_text())
 
@@ -78,7 +82,7 @@ def _counted(program: Any) -> Counts:
             arrays[result] = shape
             for kind, size in _own(shape, operation, rest, arrays):
                 found[kind] = found.get(kind, 0) + size
-            for kind, size in _inside(operation, rest, total).items():
+            for kind, size in _inside(operation, rest, total, rounds).items():
                 found[kind] = found.get(kind, 0) + size
         return found
 
@@ -117,7 +121,7 @@ def _own(
         yield "dot", 2.0 * math.prod(_dims_of(shape)) * math.prod(dims[int(i)] for i in indices)
 
 
-def _inside(operation: str, rest: str, total: Any) -> Counts:
+def _inside(operation: str, rest: str, total: Any, rounds: int) -> Counts:
     """Return the totals of the computations that an instruction runs."""
     if operation == "conditional" and (sides := _BRANCHES.search(rest)):
         names = sides[1].split(",") if sides[1] else sides.groups()[1:]
@@ -128,7 +132,7 @@ def _inside(operation: str, rest: str, total: Any) -> Counts:
         return {}
     called = _CALLED.search(rest)
     known = _ROUNDS.search(rest)
-    times = int(known[1]) if operation == "while" and known else 1
+    times = (int(known[1]) if known else rounds) if operation == "while" else 1
     return {kind: times * size for kind, size in (total(called[1]) if called else {}).items()}
 
 

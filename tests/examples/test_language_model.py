@@ -255,6 +255,9 @@ def test_counts_multiply_the_rounds_of_loops():
     assert product_flops(often) == 7 * 2 * 8**3
     branch = jax.jit(lambda p, x: jax.lax.cond(p, lambda x: x @ x @ x, lambda x: x @ x, x))
     assert product_flops(branch.lower(True, x).compile()) == 2 * 2 * 8**3
+    unknown = jax.jit(looped).lower(x, 7).compile()
+    assert product_flops(unknown) == 2 * 8**3
+    assert product_flops(unknown, rounds=7) == 7 * 2 * 8**3
 
 
 # Runs.
