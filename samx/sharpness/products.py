@@ -44,8 +44,10 @@ def hvp(f: Any, params: Any) -> Callable[[Any], Any]:
         Pearlmutter, "Fast Exact Multiplication by the Hessian", Neural Computation 1994.
 
     Notes:
-        Forward over reverse: the derivative of the gradient along `v`. Cost: about 1.9 gradients in
-        floating-point operations, 1.3 to 1.7 in time, and the memory of a gradient twice.
+        Forward over reverse: the derivative of the gradient along `v`. Cost in matrix products: 1.5
+        gradients for one hidden layer, 2.3 for three, up to 2.7 for many. In a loop over vectors at
+        the same parameters, XLA computes what does not depend on `v` once; then a product costs 1.1
+        to 2.0. With several batches it cannot. Memory of a gradient twice.
     """
     return _product("hvp", f, params, "hessian")
 
