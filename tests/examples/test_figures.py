@@ -23,7 +23,13 @@ from examples.devices import (
     data_parallel,
     parallel_cost,
 )
-from examples.measure import edge_of_stability
+from examples.measure import (
+    edge_of_stability,
+    sharpness,
+    sharpness_cost,
+    sharpness_figure,
+    sharpness_measures,
+)
 from examples.train import abstract, cifar, language_model, long_tail
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -321,6 +327,57 @@ def draw_edge(path, arguments, steps):
     edge_of_stability.draw(results, path, edge_of_stability.CAPTION)
 
 
+def draw_sharpness(path, names, arguments=""):
+    args = sharpness.parse(arguments.split())
+    numbers = ("value", "fifth", "share", "agree", "stationarity", "test_accuracy", "test", "train")
+    numbers += ("train_accuracy", "grad_norm")
+    curves = {
+        "density": lambda scale: {
+            "grid": np.linspace(-0.2, 1.1, 50),
+            "density": np.geomspace(10, 1e-9, 50) * scale,
+        },
+        "slice": lambda scale: {"losses": 1 + scale * sharpness_measures.ALPHAS**2},
+        "plane": lambda scale: {
+            "losses": 1 + np.add.outer(*[scale * sharpness_measures.ALPHAS**2] * 2)
+        },
+    }
+    checkpoints = []
+    for place, name in enumerate(names):
+        measured = {}
+        for program in ("basics", *sharpness_measures.programs_of(args)):
+            scale = some(low=0.1 if place else 0.9, high=3 if place else 1.1)
+            measured[program] = dict.fromkeys(numbers, scale) | {"error": 0.1 * scale}
+            measured[program] |= curves[program](scale) if program in curves else {}
+        measured["basics"] |= {"test_accuracy": some(), "test_accuracy_error": 0.01}
+        checkpoints.append({"name": name, "measured": measured})
+    rows = [r for r in sharpness_measures.rows_of(args) if r.program in checkpoints[0]["measured"]]
+    pairs = [
+        {"names": [*pair], "losses": some(21)}
+        for pair in itertools.combinations(names, 2)
+        if "barrier" in args.measures
+    ]
+    title = sharpness.title_of(checkpoints, rows)
+    assert not sharpness_figure.is_empty(checkpoints, pairs, rows)
+    caption = sharpness.CAPTION.format(
+        size="8,970", images="1,000", labels="30% of the training labels wrong", gradients=800
+    )
+    sharpness_figure.draw(checkpoints, pairs, rows, path, title, caption)
+
+
+def draw_sharpness_cost(path, names):
+    results = [
+        {
+            **{"row": name, "title": row.title, "gradients": some(low=0.3, high=80)},
+            **{"ratio": sorted(some(3, low=1, high=80)), "peak": some(low=1, high=30)},
+        }
+        for name, row in sharpness_cost.rows_of(512).items()
+        if name in names
+    ]
+    results[-1] |= {"gradients": None, "failed": "too large"}
+    caption = sharpness_cost.CAPTION.format(small=50_826, large=9.9, layers=6, examples=512)
+    sharpness_cost.draw(results, path, caption)
+
+
 STEPS = [*("gradient", "plain", "sam by hand", "sam, readings unread", "optax.contrib.sam")]
 EVERY = [name for name in VARIANTS if name != "base"]
 CASES = {
@@ -420,6 +477,21 @@ CASES = {
         lambda path: draw_edge(path, "--cases gd", 2),
         lambda path: draw_edge(path, "--cases usam usam-large", 5),
         lambda path: draw_edge(path, "--cases sam cross-entropy --loss cross_entropy", 5),
+    ],
+    "sharpness_figure.draw": [
+        lambda path: draw_sharpness(path, ["base", "sam", "asam", "msam"]),
+        lambda path: draw_sharpness(
+            path, [*VARIANTS], f"--measures {' '.join(sharpness.MEASURES)}"
+        ),
+        lambda path: draw_sharpness(path, ["base", "sam"], "--measures trace"),
+        lambda path: draw_sharpness(path, ["a long name of a run"], "--measures slice"),
+        lambda path: draw_sharpness(path, ["base", "sam", "asam"], "--measures plane barrier"),
+        lambda path: draw_sharpness(path, ["one run"], "--measures plane"),
+        lambda path: draw_sharpness(path, ["sam", "asam"], "--measures density slice m-sharpness"),
+    ],
+    "sharpness_cost.draw": [
+        lambda path: draw_sharpness_cost(path, sharpness_cost.ROWS),
+        lambda path: draw_sharpness_cost(path, sharpness_cost.ALWAYS),
     ],
     "lsam_digits.draw": [
         lambda path: draw_lsam(path, [*lsam_digits.ROWS], 3),
