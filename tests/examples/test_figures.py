@@ -481,7 +481,7 @@ CASES = {
     "sharpness_figure.draw": [
         lambda path: draw_sharpness(path, ["base", "sam", "asam", "msam"]),
         lambda path: draw_sharpness(
-            path, [*VARIANTS], f"--measures {' '.join(sharpness.MEASURES)}"
+            path, [*VARIANTS], "--measures eigenvalues density m-sharpness slice plane barrier"
         ),
         lambda path: draw_sharpness(path, ["base", "sam"], "--measures trace"),
         lambda path: draw_sharpness(path, ["a long name of a run"], "--measures slice"),

@@ -5,7 +5,6 @@ import re
 import jax
 import pytest
 
-from examples.common.programs import product_flops
 from examples.common.shapes import OPTIONS
 from examples.measure import sharpness_cost
 
@@ -49,16 +48,9 @@ def test_every_row_can_be_measured():
 def test_rounds_of_an_ascent_are_counted():
     """Its loop ends by itself: every restart counts with all of its steps."""
     net = sharpness_cost.net(1, 8, 16, has_values=False)
-    rows = sharpness_cost.rows_of(16)
-    worst, gradient = (
-        product_flops(
-            sharpness_cost.lower(rows[name], net, compiler_options=OPTIONS).compile(),
-            rows[name].rounds,
-        )
-        for name in ("worst_case", "gradient")
-    )
+    (gradient, worst), _ = sharpness_cost.count(["gradient", "worst_case"], net, net)
     steps = sharpness_cost.STEPS * sharpness_cost.RESTARTS
-    assert worst / gradient == pytest.approx(steps + 1, rel=0.05)
+    assert worst["flops"] / gradient["flops"] == pytest.approx(steps + 1, rel=0.05)
 
 
 def test_the_memory_of_eigenvalues():
