@@ -404,6 +404,6 @@ plt.show()
 # accuracy and is flatter in most of them, elsewhere flatness and accuracy disagree
 # ([Andriushchenko et al., 2023](https://arxiv.org/abs/2302.07011)).
 #
-# `examples/measure/sharpness.py` measures checkpoints in every way, `examples/measure/cost.py` says
+# `examples/measure/sharpness.py` measures checkpoints in every way, `examples/measure/sharpness_cost.py` says
 # what each measure costs, and `examples/measure/edge_of_stability.py` tests the law on more
 # optimizers.
