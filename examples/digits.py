@@ -48,8 +48,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = f", or all; default: those of {', '.join(DEFAULT)} that accept the base"
     arguments.add_names(parser, "--variants", [*ROWS, "all"], text, nargs="+")
     arguments.add_settings(parser, seeds=20, name="digits")
+    text = (
+        "on all training images, at the end of an epoch and of the training; 0, the default: never"
+    )
+    arguments.add_monitor(parser, text)
     args = parser.parse_args(argv)
     arguments.check_settings(parser, args)
+    arguments.check_range(parser, args, "monitor", low=0)
     return args
 
 
@@ -83,6 +88,8 @@ def print_table(results: list[dict], noise: float, seeds: int) -> None:
     minus = f"minus {best}" if best else ""
     head = f"{'method':<{width}} {'test acc. %':>13} {minus:>13} {'train acc. %':>12}"
     head += f" {'loss incr.':>10} {'gradients':>9} {'ms/step':>8} {'lr':>7} {'rho':>6}"
+    is_monitored = any("monitored" in result for result in mine)
+    head += " top eig." * is_monitored
     print(head + "\n" + "-" * len(head))
     for result in mine:
         is_compared = best and result["row"] != best
@@ -90,11 +97,12 @@ def print_table(results: list[dict], noise: float, seeds: int) -> None:
         test = with_error(*mean_and_error([100 * a for a in result["test_accuracy"]]), sign="")
         train_accuracy, _ = mean_and_error([100 * a for a in result["train_accuracy"]])
         increase, _ = mean_and_error(result["loss_increase"])
+        top = f" {top_at_end(result):>8.3g}" if is_monitored else ""
         print(
             f"{result['row']:<{width}} {test:>13} {lead:>13} {train_accuracy:>12.2f}"
             f" {increase:>10.4f} {result['gradients']:>9.0f}"
             f" {1e3 * result['seconds_per_step']:>8.3f} {marked(result, 'learning_rate'):>7}"
-            f" {marked(result, 'rho'):>6}"
+            f" {marked(result, 'rho'):>6}{top}"
         )
     if best:
         print(f"{minus}: in points, paired by seed")
@@ -102,6 +110,12 @@ def print_table(results: list[dict], noise: float, seeds: int) -> None:
         f"loss incr.: L(w + eps) - L(w), |eps| = {SHARPNESS_RADIUS}, mean over training batches "
         f"of {BATCH}, with eps along the gradient of each batch"
     )
+    if is_monitored:
+        worst = max(np.max(result["monitored"]["top_eigenvalue_error"][-1]) for result in mine)
+        print(
+            "top eig.: largest eigenvalue of the Hessian of the loss on all training images, mean "
+            f"over the seeds; error of each at most {worst:.1g}"
+        )
     if any(result["row"] == "base2x" for result in mine):
         print("base2x: the base optimizer with twice as many epochs, so as many gradients as SAM")
     if any(result["edges"] for result in mine):
@@ -111,6 +125,11 @@ def print_table(results: list[dict], noise: float, seeds: int) -> None:
 def with_error(mean: float, error: float, sign: str = "+") -> str:
     """Format a mean with its standard error."""
     return f"{mean:{sign}.2f} ± {error:.2f}"
+
+
+def top_at_end(result: dict) -> float:
+    """Return the top eigenvalue after the last step, the mean over the seeds."""
+    return float(np.mean(result["monitored"]["top_eigenvalue"][-1]))
 
 
 def better_baseline(results: list[dict]) -> str:
@@ -164,6 +183,7 @@ def summary_of_row(result: dict) -> dict[str, Any]:
     mean, error = mean_and_error([100 * a for a in result["test_accuracy"]])
     train_accuracy, _ = mean_and_error([100 * a for a in result["train_accuracy"]])
     increase, _ = mean_and_error(result["loss_increase"])
+    top = {"top_eigenvalue": round(top_at_end(result), 3)} if "monitored" in result else {}
     return without_nans(
         {
             **{name: result[name] for name in ("row", "noise", "learning_rate", "rho", "edges")},
@@ -173,28 +193,37 @@ def summary_of_row(result: dict) -> dict[str, Any]:
             "error": round(error, 3),
             "train_accuracy": round(train_accuracy, 2),
             "loss_increase": round(increase, 4),
+            **top,
             "test_accuracy": [round(accuracy, 4) for accuracy in result["test_accuracy"]],
         }
     )
 
 
 def draw(results: list[dict], noises: list[float], path: Path, title: str) -> None:
-    """Draw one column of panels per table: final accuracies at the top, training curves below."""
+    """Draw one column of panels per table: final accuracies at the top, training curves below.
+
+    What --monitor measured is at the bottom.
+    """
     order = sorted(
         (r for r in results if r["noise"] == noises[0]), key=lambda r: np.mean(r["test_accuracy"])
     )
     rows = [result["row"] for result in order]
-    heights = [figures.height_of(len(rows)), figures.height_of()]
+    is_monitored = any("monitored" in result for result in results)
+    heights = [figures.height_of(len(rows))] + [figures.height_of()] * (1 + is_monitored)
     figure = figures.make_figure(len(noises), heights)
-    panels = figure.subplots(2, len(noises), squeeze=False, height_ratios=heights)
-    for (dots, curves), noise in zip(panels.T, noises, strict=True):
+    panels = figure.subplots(len(heights), len(noises), squeeze=False, height_ratios=heights)
+    for (dots, curves, *tops), noise in zip(panels.T, noises, strict=True):
         mine = {result["row"]: result for result in results if result["noise"] == noise}
         draw_accuracies(dots, rows, mine)
         dots.set_title(claim(list(mine.values()), noise))
         draw_curves(curves, mine, highlighted(rows))
+        for axes in tops:
+            draw_top_eigenvalues(axes, mine, highlighted(rows))
     for dots in panels[0, 1:]:
         dots.tick_params(labelleft=False)
     panels[1, 0].set_ylabel("test accuracy, %")
+    if is_monitored:
+        panels[2, 0].set_ylabel("top eigenvalue")
     figures.save(figure, path, title)
 
 
@@ -250,6 +279,21 @@ def draw_curves(axes: Any, results: dict[str, dict], colors: dict[str, str]) -> 
     axes.set_ylim(best - 15, best + 1)
     axes.set_xlabel("gradients spent")
     axes.set_title("during training")
+    axes.grid(alpha=0.3)
+    figures.label_ends(axes)
+
+
+def draw_top_eigenvalues(axes: Any, results: dict[str, dict], colors: dict[str, str]) -> None:
+    """Draw the top eigenvalue over the steps; the rows without a colour are grey."""
+    drawn = []
+    for row, result in sorted(results.items(), key=lambda item: item[0] in colors):
+        steps = result["monitored"]["step"]
+        drawn.append(np.mean(result["monitored"]["top_eigenvalue"], axis=1))
+        style = {"color": colors[row], "label": row} if row in colors else {"color": "0.85"}
+        axes.plot(steps, drawn[-1], "o-", markersize=3, linewidth=1.6, **style)
+    axes.set_yscale(figures.scale_of(np.concatenate(drawn)))
+    axes.set_xlabel("step")
+    axes.set_title("Hessian of the loss on all training images")
     axes.grid(alpha=0.3)
     figures.label_ends(axes)
 
@@ -315,6 +359,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
                 noises,
                 bar,
                 partial(work_of, row),
+                args.monitor,
             )
 
     for noise in noises:

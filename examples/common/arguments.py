@@ -84,6 +84,14 @@ def add_out(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--out", metavar="FOLDER", help=text)
 
 
+def add_monitor(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add --monitor; `text` tells on which examples a script measures, and what that costs."""
+    measures = "top eigenvalue of the Hessian with its error, and rise of the loss, measured every "
+    parser.add_argument(
+        "--monitor", type=int, default=0, metavar="EVERY", help=f"{measures}so many steps {text}"
+    )
+
+
 def add_settings(parser: argparse.ArgumentParser, seeds: int, name: str) -> None:
     """Add the arguments of digits.py and async_digits.py; `seeds` is the default number."""
     parser.add_argument("--base", choices=BASES, default="momentum")

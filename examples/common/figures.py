@@ -74,6 +74,13 @@ def make_figure(columns: float = 2, heights: Sequence[float] | None = None) -> F
     return Figure(figsize=(max(7.0, COLUMN * columns), sum(heights) + 0.3))
 
 
+def scale_of(values: Any) -> str:
+    """Return "log" for positive numbers of several sizes, otherwise "linear"."""
+    numbers = np.ravel(np.asarray(values, float))
+    numbers = numbers[np.isfinite(numbers)]
+    return "log" if len(numbers) and 0 < 10 * numbers.min() < numbers.max() else "linear"
+
+
 def label_ends(axis: Axes) -> None:
     """Write the label of each line at its right end, in the colour of the line.
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import samx
 import samx.flax
+from examples.common import monitoring
 from examples.common.gpt import GPT, Size, losses_of
 from examples.common.readings import readings_of
 
@@ -123,7 +124,7 @@ def train_step(
         return samx.losses.log_lower_bound(logits_of(params, batch), targets).mean()
 
     value, grads = jax.value_and_grad(lambda params: losses_fn(params, batch).mean())(state.params)
-    state = state.apply_gradients(
+    new = state.apply_gradients(
         grads=grads,
         value=value,
         losses_fn=losses_fn,
@@ -131,7 +132,8 @@ def train_step(
         index=batch["index"],
         ascent_fn=ascent_fn,
     )
-    return state, readings_of(state.opt_state, value)
+    measured = monitoring.measured(new.opt_state, state.opt_state)
+    return new, readings_of(new.opt_state, value) | measured
 
 
 def batch_like(size: Size, examples: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -15,6 +15,7 @@ from flax import nnx
 from tqdm import tqdm
 
 import samx
+from examples.common import monitoring
 from examples.common.digits_task import (
     BATCH,
     LEARNING_RATE,
@@ -53,13 +54,14 @@ BLOCK = 10  # epochs that one call trains at most
 
 
 class Functions(NamedTuple):
-    """Functions of the network, the same for all methods; the last three are compiled."""
+    """Functions of the network, the same for all methods; the last four are compiled."""
 
     logits: Callable[..., Any]  # params, images -> [images, 10]
     losses_fn: Callable[..., Any]  # params, batch -> [images]
     accuracy: Callable[..., Any]  # params, one split -> share of correct predictions
     accuracies: Callable[..., Any]  # the same for a vector of parameters and one split
     loss_increase: Callable[..., Any]  # params, training images -> mean over their batches
+    measures: Callable[..., Any]  # a vector of parameters, index, images -> `monitoring.measure`
 
 
 @functools.cache
@@ -89,8 +91,12 @@ def make_functions(width: int) -> Functions:
 
         return jax.vmap(of_batch, in_axes=1)(batches).mean()
 
-    of_runs = jax.vmap(accuracy, in_axes=(0, None))
-    return Functions(logits, losses_fn, *map(jax.jit, (accuracy, of_runs, loss_increase)))
+    def measures(params, index, images):
+        f = samx.sharpness.objective(losses_fn=losses_fn, batch=images)
+        return monitoring.measure(f, row_of(params, index), SHARPNESS_RADIUS)
+
+    compiled = accuracy, jax.vmap(accuracy, in_axes=(0, None)), loss_increase, measures
+    return Functions(logits, losses_fn, *map(jax.jit, compiled))
 
 
 class Trainer(NamedTuple):
@@ -102,6 +108,7 @@ class Trainer(NamedTuple):
     accuracy: Callable[..., Any]  # those of `Functions`
     accuracies: Callable[..., Any]
     loss_increase: Callable[..., Any]
+    measures: Callable[..., Any]
 
 
 class Block(NamedTuple):
@@ -252,6 +259,7 @@ class Trained(NamedTuple):
     params: Any
     accuracies: Any  # [epochs, runs] on the watched split, `None` without one
     gradients: Any  # [epochs, runs], spent since the start
+    monitored: Any = None  # the measures of the epochs that were asked for, each [measured, runs]
 
 
 def blocks(trainer: Trainer, params, run: Runs, images, epochs: int) -> Iterator[Block]:
@@ -265,22 +273,48 @@ def blocks(trainer: Trainer, params, run: Runs, images, epochs: int) -> Iterator
 
 
 def train_run(
-    trainer: Trainer, params, run: Runs, images, epochs: int, watched: Any = None
+    trainer: Trainer,
+    params,
+    run: Runs,
+    images,
+    epochs: int,
+    watched: Any = None,
+    monitored: Sequence[int] = (),
 ) -> Trained:
-    """Train one run; after each epoch measure its accuracy on the split `watched`, if any."""
-    accuracies, gradients = [], []
-    for block in blocks(trainer, params, run, images, epochs):
+    """Train one run; after each epoch measure its accuracy on the split `watched`, if any.
+
+    After the epochs `monitored`, counted from 1, take the measures of sharpness too.
+    """
+    accuracies, gradients, measures = [], [], []
+    trained = blocks(trainer, params, run, images, epochs)
+    for first, block in zip(range(0, epochs, BLOCK), trained, strict=True):
         params = block.params
         gradients.append(block.seen.gradients)
         if watched is not None:
             accuracies.append(trainer.accuracies(block.seen.params, watched))
+        for epoch in monitored:
+            if first < epoch <= first + BLOCK:
+                now = trainer.measures(block.seen.params, epoch - first - 1, images)
+                measures.append(jax.device_get(now))
     if gradients[0] is None:  # the base optimizer keeps no readings: one gradient per step
         gradients = [STEPS_PER_EPOCH * np.arange(1, epochs + 1)]
     return Trained(
         params,
         np.concatenate(accuracies)[:epochs] if accuracies else None,
         np.concatenate(gradients)[:epochs],
+        jax.tree.map(lambda *numbers: np.stack(numbers), *measures) if measures else None,
     )
+
+
+def monitored_epochs(every: int, epochs: int) -> list[int]:
+    """Return the epochs, counted from 1, in which a multiple of `every` steps ends, and the last.
+
+    None if `every` is 0.
+    """
+    if not every:
+        return []
+    ends = [STEPS_PER_EPOCH * epoch // every for epoch in range(epochs + 1)]
+    return [e for e in range(1, epochs + 1) if ends[e] > ends[e - 1] or e == epochs]
 
 
 def train(
@@ -360,6 +394,7 @@ def measure(
     noises: list[float],
     bar: tqdm,
     work: Callable[[int], float],
+    monitor: int = 0,
 ) -> list[dict]:
     """Choose the hyperparameters of one row, then train and measure it, for every table.
 
@@ -373,12 +408,13 @@ def measure(
         bar: The progress bar. Its total expects `PLANNED` candidates for each search,
             and is corrected when the search has ended.
         work: Gradients in one epoch of so many runs, for the progress bar.
+        monitor: Steps between two measurements of sharpness on all training images; 0: none.
 
     Returns:
         One result for each share of wrong labels.
     """
     trainer = make_trainer(variant, settings.base, settings.width, epochs)
-    results = []
+    results, due = [], monitored_epochs(monitor, epochs)
     for noise in noises:
         bar.set_description(f"{row}, {describe(noise)}")
 
@@ -389,20 +425,22 @@ def measure(
             seed = int(run.seed)
             images, _, test = data_of(seed, noise)
             params = start_of(seed, settings.width)
-            trained = train_run(trainer, params, run, images, epochs, watched=test)
+            trained = train_run(trainer, params, run, images, epochs, test, due)
             accuracy = trainer.accuracy(trained.params, images)
             increase = trainer.loss_increase(trained.params, images)
-            return trained.accuracies, trained.gradients, accuracy, increase
+            seen = trained.accuracies, trained.gradients, trained.monitored
+            return *seen, accuracy, increase
 
         tried = choose(trainer, axes, noise, settings.width, epochs, advance)
         learning_rate, rho = chosen = best_of(tried)
         bar.total += work(runs_to_try(len(tried)) - runs_to_try(PLANNED)) * epochs
         runs = Runs(*runs_of(range(settings.seeds), [(learning_rate, rho)]))
-        test, spent, train, increase = map_runs(measure_run, runs, advance=advance)
+        test, spent, taken, train, increase = map_runs(measure_run, runs, advance=advance)
         first, gradients = row_of(runs, 0), spent.mean(axis=0)
         timed = start_of(0, settings.width), first, data_of(0, noise)[0], epochs
         results.append(
             {
+                **monitored_of(due, taken),
                 "row": row,
                 "noise": noise,
                 "learning_rate": learning_rate,
@@ -422,3 +460,12 @@ def measure(
             }
         )
     return results
+
+
+def monitored_of(epochs: list[int], measures: Any) -> dict[str, Any]:
+    """Return the part of a result with what was measured along the runs, if anything was."""
+    if not epochs:
+        return {}
+    steps = [STEPS_PER_EPOCH * epoch for epoch in epochs]
+    found = {name: np.transpose(measures[name]).tolist() for name in monitoring.NAMES}
+    return {"monitored": {"step": steps, **found}}

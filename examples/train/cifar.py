@@ -70,6 +70,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--devices", type=int, help="default: all; if too few, simulated on the CPU")
     add("--seed", type=int, default=0)
     add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="default: one epoch")
+    text = (
+        "on its batch, with its dropout masks and BatchNorm over the batch; 0, the default: never"
+    )
+    arguments.add_monitor(parser, text)
     arguments.add_out(parser, "cifar")
     add("--resume", metavar="FOLDER", help="continue this run, with its settings")
     return parser
@@ -93,7 +97,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.data is None and not args.digits:
         parser.error(NO_DATA)
     arguments.check_range(parser, args, "epochs", "batch", "accumulate", "devices")
-    arguments.check_range(parser, args, "images", "width", "depth", "checkpoint_every", low=0)
+    arguments.check_range(parser, args, "images", "width", "depth", low=0)
+    arguments.check_range(parser, args, "checkpoint_every", "monitor", low=0)
     arguments.check_range(parser, args, "seed", low=0, high=2**31 - 1)
     arguments.check_range(parser, args, "imbalance", high=1e6)
     arguments.check_range(parser, args, "rho", "learning_rate", "weight_decay", low=0, high=1e6)
@@ -115,7 +120,7 @@ from jax.sharding import PartitionSpec as P
 
 import samx
 import samx.flax
-from examples.common import figures, files
+from examples.common import figures, files, monitoring
 from examples.common.checkpoints import fingerprint
 from examples.common.programs import peak_bytes
 from examples.common.readings import readings_of
@@ -220,7 +225,7 @@ def train_step(state, batch, *, classes: int, smoothing: float):
         return losses.mean(), batch_stats
 
     (value, batch_stats), grads = jax.value_and_grad(value_fn, has_aux=True)(state.params)
-    state = state.apply_gradients(
+    new = state.apply_gradients(
         grads=grads,
         value=value,
         losses_fn=losses_fn,
@@ -230,7 +235,8 @@ def train_step(state, batch, *, classes: int, smoothing: float):
         ascent_fn=ascent_fn,
         batch_stats=batch_stats,
     )
-    return state, readings_of(state.opt_state, value)
+    measured = monitoring.measured(new.opt_state, state.opt_state)
+    return new, readings_of(new.opt_state, value) | measured
 
 
 @partial(jax.jit, static_argnames="classes")
@@ -346,7 +352,8 @@ def write_results(args, log: Log, state, on_test: dict, on_train: dict) -> dict[
     print(
         f"test accuracy {100 * on_test['accuracy']:.2f}%, train accuracy "
         f"{100 * on_train['accuracy']:.2f}%, {results['gradients']:.0f} gradients, "
-        f"{results['images_per_second']:.0f} images/s\nstate sha256 {results['state_sha256']}"
+        f"{results['images_per_second']:.0f} images/s\n"
+        f"{loop.describe_monitored(results)}state sha256 {results['state_sha256']}"
     )
     print(f"Results: {args.folder / 'results.json'}\nPlot: {args.folder / 'curves.png'}")
     print(f"TensorBoard: tensorboard --logdir {args.folder / 'tensorboard'}")
@@ -354,9 +361,9 @@ def write_results(args, log: Log, state, on_test: dict, on_train: dict) -> dict[
 
 
 def draw(log: Log, path: Path, title: str) -> None:
-    """Plot losses (left) and accuracies (right)."""
-    figure = figures.make_figure(2)
-    left, right = figure.subplots(1, 2)
+    """Plot losses, accuracies and, if it was measured, the top eigenvalue."""
+    figure, panels = loop.make_panels(log)
+    left, right, *_ = panels
     epochs = log.of("epoch")
     loop.draw_losses(left, log)
     left.set(xlabel="step", title="loss", yscale="log")
@@ -366,7 +373,7 @@ def draw(log: Log, path: Path, title: str) -> None:
         right.plot(*zip(*points, strict=True), "o-", label=label, markersize=3)
     last = 100 * epochs[-1]["test_accuracy"]
     right.set(xlabel="step", title=f"accuracy, %: {last:.2f} on the test images at the end")
-    for axes in (left, right):
+    for axes in panels:
         axes.grid(alpha=0.3)
         figures.label_ends(axes)
     figures.save(figure, path, title)

@@ -82,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--evaluate-every", type=int, default=100, metavar="STEPS")
     add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="default: as --evaluate")
+    arguments.add_monitor(parser, "on its batch; 0, the default: never")
     arguments.add_out(parser, "language")
     add("--resume", metavar="FOLDER", help="continue this run, with its settings")
     add("--abstract", action="store_true", help="compile steps of large models; train nothing")
@@ -127,7 +128,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--devices must be one number without --abstract, got {args.devices}")
     sizes = ("width", "depth", "length", "steps", "batch", "accumulate", "evaluate_every")
     arguments.check_range(parser, args, *sizes)
-    arguments.check_range(parser, args, "checkpoint_every", low=0)
+    arguments.check_range(parser, args, "checkpoint_every", "monitor", low=0)
     arguments.check_range(parser, args, "seed", low=0, high=2**31 - 1)
     arguments.check_range(parser, args, "rho", "learning_rate", "weight_decay", low=0, high=1e6)
     arguments.check_range(parser, args, "warmup", low=0, high=1)
@@ -286,7 +287,8 @@ def write_results(
     print(
         f"\n{sample}\n\nheld-out loss {losses['held_out_loss']:.4f} (trigram model: "
         f"{losses['trigram_loss']:.4f}), {results['gradients']:.0f} gradients, "
-        f"{results['bytes_per_second']:.0f} bytes/s\nstate sha256 {results['state_sha256']}"
+        f"{results['bytes_per_second']:.0f} bytes/s\n"
+        f"{loop.describe_monitored(results)}state sha256 {results['state_sha256']}"
     )
     print(f"Results: {args.folder / 'results.json'}\nPlot: {args.folder / 'curves.png'}")
     print(f"TensorBoard: tensorboard --logdir {args.folder / 'tensorboard'}")
@@ -294,9 +296,9 @@ def write_results(
 
 
 def draw(log: Log, losses: dict[str, float], path: Path, title: str) -> None:
-    """Plot the losses of all steps (left), and training and held-out loss over time (right)."""
-    figure = figures.make_figure(2)
-    left, right = figure.subplots(1, 2)
+    """Plot the losses of all steps, training and held-out loss over time, the top eigenvalue."""
+    figure, panels = loop.make_panels(log)
+    left, right, *_ = panels
     loop.draw_losses(left, log)
     left.set(xlabel="step", title="loss of each batch, nats per byte")
     for name, label in (("loss", "training"), ("held_out_loss", "held-out")):
@@ -314,7 +316,7 @@ def draw(log: Log, losses: dict[str, float], path: Path, title: str) -> None:
     gain = losses["trigram_loss"] - losses["held_out_loss"]
     told = "below" if gain > 0 else "above"
     right.set(xlabel="step", title=f"held-out loss ends {abs(gain):.2f} {told} a trigram model's")
-    for axes in (left, right):
+    for axes in panels:
         axes.grid(alpha=0.3)
         figures.label_ends(axes)
     figures.save(figure, path, title)

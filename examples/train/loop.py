@@ -17,10 +17,12 @@ import grain
 import jax
 import numpy as np
 import optax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import samx
-from examples.common import arguments
+from examples.common import arguments, figures, monitoring
 from examples.common.checkpoints import CheckpointError, Checkpoints, fingerprint, kept
 from examples.common.files import SaveError
 from examples.common.output import choose_folder
@@ -85,16 +87,21 @@ def train(
             print(f"resumed at step {start_step} of {steps}")
         log = Log(folder, start_step)
         running: deque[tuple[int, dict]] = deque()
+        shown: dict[str, str] = {}  # of what was measured last
 
         def finish_one():
             step, readings = running.popleft()
             values = {name: float(x) for name, x in jax.device_get(readings).items()}
             if not values.get("is_sharp", True):
                 del values["sharp_loss"]  # this step did not measure it
+            if not values.pop("is_measured", True):
+                values = {name: x for name, x in values.items() if name not in monitoring.NAMES}
+            if "top_eigenvalue" in values:
+                shown["top eigenvalue"] = f"{values['top_eigenvalue']:.3g}"
             rate = float(np.asarray(schedule(step - 1)))
             log.write("step", step, **values, learning_rate=rate)
             bar.update(units)
-            bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+            bar.set_postfix({"loss": f"{values['loss']:.3f}", **shown}, refresh=False)
 
         with tqdm(
             total=steps * units,
@@ -118,7 +125,7 @@ def train(
                     losses = [row["loss"] for row in log.of("step")[-since:]]
                     values, line = evaluate(state, step, float(np.mean(losses)), rate)
                     log.write("epoch", step, **values)
-                    bar.write(line)
+                    bar.write("  ".join([line, *map(" ".join, shown.items())]))
                     epoch_start, epoch_first = time.perf_counter(), step
                 if is_saved:
                     try:
@@ -145,9 +152,9 @@ def make_schedule(args: argparse.Namespace, steps: int) -> optax.Schedule:
 def make_optimizer(
     args: argparse.Namespace, base: optax.GradientTransformation, setting: Setting
 ) -> optax.GradientTransformation:
-    """Return the variant with its base, wrapped for --accumulate and float16."""
+    """Return the variant with its base and --monitor, wrapped for --accumulate and float16."""
     variant = VARIANTS[args.variant]
-    tx = variant.make(args.rho, base, setting)
+    tx = monitoring.monitored(variant.make(args.rho, base, setting), args.monitor)
     if args.accumulate > 1:
         tx = samx.accumulate(
             tx, args.accumulate, aux_like=None if variant.keeps_aux else setting.aux
@@ -219,16 +226,63 @@ def check_batch(args: argparse.Namespace, devices: list[Any]) -> None:
 
 
 def counts_of(state: Any, log: Log, unit: str) -> dict[str, Any]:
-    """Return what a run counted: steps, gradients, skipped steps, and units per second."""
+    """Return what a run counted: steps, gradients, skipped steps, and units per second.
+
+    With --monitor also what was measured last.
+    """
     spent = optax.tree.get(state.opt_state, "gradients_spent")
     skipped = optax.tree.get(state.opt_state, "skipped_steps")
     rates = [row[f"{unit}_per_second"] for row in log.of("epoch")]
-    return {
+    counts = {
         "steps": int(state.step),
         "gradients": float(state.step if spent is None else spent),
         "skipped_steps": 0 if skipped is None else int(skipped),
         f"{unit}_per_second": float(np.median(rates)),
     }
+    if rows := measured_rows(log):
+        counts["monitored"] = {name: rows[-1][name] for name in ("step", *monitoring.NAMES)}
+    return counts
+
+
+def measured_rows(log: Log) -> list[dict]:
+    """Return the lines of the steps that --monitor measured."""
+    return [row for row in log.of("step") if "top_eigenvalue" in row]
+
+
+def describe_monitored(results: dict[str, Any]) -> str:
+    """Return a line about what was measured last; nothing if nothing was."""
+    if "monitored" not in results:
+        return ""
+    last = results["monitored"]
+    return (
+        f"step {last['step']}: top eigenvalue {last['top_eigenvalue']:.4g} (error at most "
+        f"{last['top_eigenvalue_error']:.1g}), the loss rises by {last['rise']:.4f} at radius "
+        f"{monitoring.RADIUS}\n"
+    )
+
+
+def make_panels(log: Log) -> tuple[Figure, list[Axes]]:
+    """Return a figure with two empty panels; if --monitor measured, the third has its curve."""
+    rows = measured_rows(log)
+    count = 3 if rows else 2
+    figure = figures.make_figure(count)
+    panels = [*figure.subplots(1, count)]
+    if rows:
+        draw_top_eigenvalue(panels[-1], rows)
+    return figure, panels
+
+
+def draw_top_eigenvalue(axes: Axes, rows: list[dict]) -> None:
+    """Plot the top eigenvalue over the steps, and its error as a band."""
+    steps, values, errors = np.transpose(
+        [[row["step"], row["top_eigenvalue"], row["top_eigenvalue_error"]] for row in rows]
+    )
+    axes.plot(steps, values, "o-", markersize=3)
+    title = f"top eigenvalue of the Hessian: {values[-1]:.3g} in step {steps[-1]:.0f}"
+    axes.set(xlabel="step", title=title, yscale=figures.scale_of(values))
+    limits = axes.get_ylim()
+    axes.fill_between(steps, values - errors, values + errors, alpha=0.2, linewidth=0)
+    axes.set_ylim(limits)
 
 
 def draw_losses(axes: Any, log: Log) -> None:

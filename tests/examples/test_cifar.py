@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from examples.common import monitoring
 from examples.common.files import SaveError
 from examples.common.programs import peak_bytes
 from examples.train import cifar, loop
@@ -124,20 +125,22 @@ def assert_close(results, others):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, cheap_measure):
     """A run on digits of which some labels are wrong and some classes small, with defaults.
 
     It returns the folder where it was started, its results, and what it printed.
     """
     folder = tmp_path_factory.mktemp("finished")
     arguments = f"--digits {tiny('vit')} --depth 1 --devices 1 --variant sampa"
-    arguments += " --images 200 --label-noise 0.2 --imbalance 100"
+    arguments += " --images 200 --label-noise 0.2 --imbalance 100 --monitor 3"
     out, err = io.StringIO(), io.StringIO()
     with (
+        pytest.MonkeyPatch.context() as patch,
         contextlib.chdir(folder),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
+        patch.setattr(monitoring, "measure", cheap_measure)
         results = cifar.main(arguments.split())
     return folder, results, out.getvalue(), err.getvalue()
 
@@ -153,12 +156,18 @@ def test_a_tiny_run(finished):
     assert results["gradients"] == 8
     assert steps[0]["grad_norm"] == 0  # SAMPa's g_y starts at 0
     assert any(row["grad_norm"] > 0 for row in steps)
+    measured = [row for row in steps if "top_eigenvalue" in row]
+    assert [row["step"] for row in measured] == [1, 4]
+    assert results["monitored"] == {name: measured[-1][name] for name in results["monitored"]}
     assert 0 <= results["test"]["accuracy"] <= 1
     assert len(results["test"]["accuracy_by_class"]) == 10
     assert json.loads((folder / "results.json").read_text()) == results
     assert (folder / "curves.png").stat().st_size > 10_000
     (events,) = (folder / "tensorboard").iterdir()
-    assert b"step/loss" in events.read_bytes()
+    for text in (b"step/loss", b"step/top_eigenvalue", b"step/rise"):
+        assert text in events.read_bytes()
+    for text in (r"images/s  top eigenvalue [\d.]+$", r"^step 4: top eigenvalue .*error at most"):
+        assert re.search(text, out, re.MULTILINE)
     for text in ("training images", "GB on each device", "test accuracy", "results.json"):
         assert text in out
     assert "images/s" not in err  # the progress line is for terminals
@@ -173,7 +182,7 @@ def test_label_noise_and_imbalance(archive):
     assert counts.max() > 20 * counts.min()
 
 
-def test_a_finished_run_stays_finished(finished, monkeypatch):
+def test_a_finished_run_stays_finished(finished, monkeypatch, cheap_measure):
     """The parameters are those of the checkpoint, to the last bit. Their loss is another matter.
 
     It is evaluated by a program that is compiled again, so it may differ by rounding.
@@ -181,16 +190,19 @@ def test_a_finished_run_stays_finished(finished, monkeypatch):
     folder, results, *_ = finished
     monkeypatch.chdir(folder)
     monkeypatch.setattr(cifar, "draw", lambda *args: None)  # drawn once is enough
+    monkeypatch.setattr(monitoring, "measure", cheap_measure)
     again = cifar.main(["--resume", "runs/cifar-001", "--devices", "1"])
     assert again.keys() == results.keys()
     assert again["state_sha256"] == results["state_sha256"]
-    for name in ("steps", "gradients", "skipped_steps", "images_per_second"):
+    for name in ("steps", "gradients", "skipped_steps", "images_per_second", "monitored"):
         assert again[name] == results[name]
     for part in ("train", "test"):
         assert_close(results[part], again[part])
 
 
-def test_a_disk_that_is_full_for_the_last_checkpoint(run, monkeypatch, file_size_limit, capfd):
+def test_a_disk_that_is_full_for_the_last_checkpoint(
+    run, monkeypatch, file_size_limit, capfd, cheap_measure
+):
     """Training goes on. The end says what is missing, and the run can be resumed."""
     save, told = loop.Checkpoints.save, []
 
@@ -200,7 +212,8 @@ def test_a_disk_that_is_full_for_the_last_checkpoint(run, monkeypatch, file_size
             save(checkpoints, step, *args)
             checkpoints._wait()
 
-    options = f"{tiny('vit')} --depth 1 --variant base --checkpoint-every 1"
+    options = f"{tiny('vit')} --depth 1 --variant base --checkpoint-every 1 --monitor 2"
+    monkeypatch.setattr(monitoring, "measure", cheap_measure)
     monkeypatch.setattr(cifar, "draw", lambda *args: None)
     with monkeypatch.context() as then:
         then.setattr(loop.Checkpoints, "save", full)
@@ -217,6 +230,11 @@ def test_a_disk_that_is_full_for_the_last_checkpoint(run, monkeypatch, file_size
     again = run("--resume run")
     assert "resumed at step 2" in capfd.readouterr().out
     assert again["state_sha256"] == results["state_sha256"]
+    steps = read("run", "step")
+    assert [row["step"] for row in steps if "rise" in row] == [1, 3]
+    for row in steps[::2]:  # measured on the batch of the step, at the parameters before it
+        assert row["top_eigenvalue"] == pytest.approx(row["loss"], rel=1e-6)
+    assert steps[0]["rise"] != steps[2]["rise"]
 
     rows = Path("run/metrics.jsonl").read_text()
     Path("run/metrics.jsonl").write_text(rows[3:])
@@ -251,6 +269,7 @@ def contents(folder):
         ("--data {archive} --out {run}", "not empty"),
         ("--data {archive} --out {run}/config.json/run", "config.json"),
         ("--data {archive} --batch 30 --accumulate 4", "--batch must be a multiple of 4"),
+        ("--data {archive} --monitor -1", "--monitor must be at least 0, got -1"),
         ("--data {archive} --batch 0", "--batch must be at least 1, got 0"),
         ("--data {archive} --label-noise 1.5", "--label-noise must be 0 to 0.999, got 1.5"),
         ("--data {archive} --imbalance 0.5", "--imbalance must be 1 to 1e.06, got 0.5"),
@@ -287,7 +306,7 @@ def test_other_data_or_another_checkpoint_is_refused(finished, tmp_path, monkeyp
     (folder / "config.json").write_text(json.dumps(config | {"data_sha256": "0"}))
     with pytest.raises(SystemExit, match=r"is not the data of the run in .*copy"):
         cifar.main(["--resume", str(folder), "--devices", "1"])
-    config["settings"]["variant"] = "base"  # a program that compiles fast
+    config["settings"] |= {"variant": "base", "monitor": 0}  # a program that compiles fast
     (folder / "config.json").write_text(json.dumps(config))
     before = contents(folder)
     with pytest.raises(SystemExit, match="another model, variant"):

@@ -163,6 +163,34 @@ def test_the_time_of_a_step_is_that_of_the_whole_training_without_disturbances(m
     assert seconds == pytest.approx((20 + 12 + 3) / (25 * digits_task.STEPS_PER_EPOCH))
 
 
+@pytest.mark.parametrize(
+    ("every", "epochs", "wanted"),
+    [(0, 4, []), (5, 2, [1, 2]), (10, 3, [1, 2, 3]), (25, 6, [3, 5, 6]), (100, 4, [4])],
+)
+def test_the_epochs_in_which_the_monitor_is_due(every, epochs, wanted):
+    assert digits_task.STEPS_PER_EPOCH == 10
+    assert training.monitored_epochs(every, epochs) == wanted
+
+
+def test_the_monitor_measures_the_parameters_of_its_epochs(monkeypatch):
+    """The parameters of a fake training are the number of the epoch."""
+
+    def train_block(params, state, run, images, batches, epochs):
+        seen = training.Seen(params + np.arange(1, 11), np.ones(10))
+        return training.Block(params + epochs, state, seen)
+
+    fake = training.Trainer(*[None] * 7)._replace(
+        init=lambda run, params: 0,
+        train_block=train_block,
+        measures=lambda w, index, images: {"top": w[index]},
+    )
+    monkeypatch.setattr(training, "batches_of", lambda seed, first: None)
+    run = Runs(0, 0.1, 0.2)
+    trained = training.train_run(fake, 0, run, {}, 25, monitored=[1, 10, 11, 25])
+    assert trained.monitored["top"].tolist() == [1, 10, 11, 25]
+    assert training.train_run(fake, 0, run, {}, 25).monitored is None
+
+
 @pytest.mark.parametrize("name", models.MODELS)
 def test_narrow_models_have_the_same_layers(name):
     model = models.MODELS[name]

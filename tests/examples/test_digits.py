@@ -10,7 +10,7 @@ import pytest
 from tqdm import tqdm
 
 from examples import digits
-from examples.common import training, tuning
+from examples.common import monitoring, training, tuning
 from examples.common.digits_task import STEPS_PER_EPOCH
 from examples.common.registry import VARIANTS
 
@@ -29,11 +29,12 @@ def test_a_tiny_run_of_every_kind_of_variant(in_empty_folder, capsys, read_repor
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **about: programs.append(event) if event == COMPILED else None
     )
-    tiny = [*TINY, "--base", "adamw"]
+    tiny = [*TINY, "--base", "adamw", "--monitor", "5"]
     results = digits.main([*tiny, "--variants", *SOME, "--rho", "0.1", "--out", "results"])
     methods = len({digits.ROWS[row][0] for row in SOME})
-    # The others: initial parameters, splits, batches, three accuracies, and the loss increase.
-    assert 2 * methods <= len(programs) <= 2 * methods + 7
+    # The others: initial parameters, splits, batches, three accuracies, the loss increase, and the
+    # measures of sharpness.
+    assert 2 * methods <= len(programs) <= 2 * methods + 8
     assert bars[0].n == pytest.approx(bars[0].total)
     report = read_report(in_empty_folder / "results")
     assert [r["row"] for r in report["results"]] == [r["row"] for r in results]
@@ -51,13 +52,20 @@ def test_a_tiny_run_of_every_kind_of_variant(in_empty_folder, capsys, read_repor
         assert len(result["test_accuracy_by_epoch"]) == times
         assert result["rho"] == (0.0 if variant == "base" else 0.1)
         assert result["seconds_per_step"] > 0
+        monitored = result["monitored"]
+        assert monitored["step"] == [*range(STEPS_PER_EPOCH, steps + 1, STEPS_PER_EPOCH)]
+        for name in monitoring.NAMES:
+            assert np.shape(monitored[name]) == (times, 2)
+            assert np.all(np.asarray(monitored[name]) > 0)
+        increase = np.array(result["loss_increase"])  # of batches, in which it is larger
+        assert np.all((0.5 * increase < monitored["rise"][-1]) & (monitored["rise"][-1] < increase))
         assert len(result["candidates"]) == 2
         best = max(result["candidates"], key=lambda tried: tried["validation_accuracy"])
         assert result["learning_rate"] == best["learning_rate"]
         assert result["edges"] == ["learning_rate"]  # of two, each is at an edge; one rho has none
     assert (in_empty_folder / "results" / "digits.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    for text in ("device:", "standard error", "test acc", "loss incr.", "results.json", "cpu"):
+    for text in ("device:", "standard error", "test acc", "loss incr.", "top eig.", "results.json"):
         assert text in printed
     for row in SOME:
         assert row in printed
@@ -70,6 +78,8 @@ def test_a_tiny_run_of_every_kind_of_variant(in_empty_folder, capsys, read_repor
         assert row["mean"] == pytest.approx(100 * np.mean(result["test_accuracy"]), abs=1e-3)
         assert row["test_accuracy"] == pytest.approx(result["test_accuracy"], abs=1e-4)
         assert (row["trials"], row["edges"]) == (2, ["learning_rate"])
+        top = np.mean(result["monitored"]["top_eigenvalue"][-1])
+        assert row["top_eigenvalue"] == pytest.approx(top, abs=1e-3)
     assert summary["settings"]["noise"] == 0
     assert not {"out", "folder"} & summary["settings"].keys()
     assert {"python", "samx", "jax"} <= summary["versions"].keys()
@@ -151,6 +161,7 @@ def test_digits_learns(in_empty_folder):
         ("--noise 1.5", r"--noise must be in \[0, 1\), got 1.5"),
         ("--noise nan", "--noise must be in"),
         ("--rho -0.1", "--rho must be finite and at least 0"),
+        ("--monitor -1", "--monitor must be at least 0, got -1"),
         ("--rho nan", "--rho must be finite and at least 0"),
         ("--base adagrad", "adagrad.*momentum"),
         ("--base sgd --variants sam momentum-sam", "momentum_sam: `base` must have one momentum"),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from examples import digits
 from examples.asynchronous import async_cost, exchange_cost, faults, lsam_digits
 from examples.claims import lets, lightsam, mup_transfer, second_order
-from examples.common import figures
+from examples.common import figures, monitoring
 from examples.common.registry import VARIANTS
 from examples.compare import front_figure
 from examples.cost import lean, step_cost
@@ -44,7 +44,7 @@ def rising(count, last):
     return (last * (1 - np.exp(-np.arange(1, count + 1)))).tolist()
 
 
-def of_digits(rows, noises=(0.3, 0.0), seeds=3):
+def of_digits(rows, noises=(0.3, 0.0), seeds=3, monitored=0):
     for noise, row in itertools.product(noises, rows):
         accuracy = some(seeds, low=0.7 if row == "look-layer-sam" else 0.94)
         spent = 400.0 * VARIANTS[digits.ROWS[row][0]].gradients * digits.ROWS[row][1]
@@ -52,13 +52,21 @@ def of_digits(rows, noises=(0.3, 0.0), seeds=3):
             **{"row": row, "noise": noise, "test_accuracy": accuracy, "gradients": spent},
             "test_accuracy_by_epoch": rising(5, np.mean(accuracy)),
             "gradients_by_epoch": np.linspace(spent / 5, spent, 5).tolist(),
+            **of_monitor(monitored, seeds),
         }
 
 
-def draw_digits(path, rows, noises=(0.3, 0.0), seeds=3):
+def of_monitor(count, seeds):
+    """Return top eigenvalues of several sizes, or nothing."""
+    steps = [100 * (1 + number) for number in range(count)]
+    top = {"step": steps, "top_eigenvalue": some(count, seeds, low=0.01, high=80)}
+    return {"monitored": top} if count else {}
+
+
+def draw_digits(path, rows, noises=(0.3, 0.0), seeds=3, monitored=0):
     title = "Digits: momentum and its sharpness-aware versions, 20 seeds; ahead: by two "
     title += "standard errors or more"
-    digits.draw([*of_digits(rows, noises, seeds)], [*noises], path, title)
+    digits.draw([*of_digits(rows, noises, seeds, monitored)], [*noises], path, title)
 
 
 def draw_front(path, rows):
@@ -160,8 +168,8 @@ def draw_mup(path, parts):
     mup_transfer.draw(report, args, path)
 
 
-def draw_language(path, points, losses):
-    log = Log(points, ["loss", "sharp_loss"], ("loss", "held_out_loss"))
+def draw_language(path, points, losses, names=()):
+    log = Log(points, ["loss", "sharp_loss", *names], ("loss", "held_out_loss"))
     language_model.draw(log, losses, path, "sam, width 128, depth 4, seed 0")
 
 
@@ -385,6 +393,8 @@ CASES = {
         lambda path: draw_digits(path, [*digits.ROWS]),
         lambda path: draw_digits(path, ["base2x", "sam"], seeds=1),
         lambda path: draw_digits(path, ["looksam"], noises=(0.0,)),
+        lambda path: draw_digits(path, [*digits.DEFAULT], monitored=4),
+        lambda path: draw_digits(path, ["base", "sam"], noises=(0.0,), seeds=1, monitored=1),
     ],
     "front_figure.draw": [
         lambda path: draw_front(path, [*digits.ROWS]),
@@ -415,10 +425,14 @@ CASES = {
     "cifar.draw": [
         lambda path: cifar.draw(Log(9, ["loss", "sharp_loss"]), path, "resnet, sam, seed 0"),
         lambda path: cifar.draw(Log(1, ["loss"]), path, "vit, base, seed 0"),
+        lambda path: cifar.draw(Log(9, ["loss", *monitoring.NAMES]), path, "vit, base, seed 0"),
     ],
     "language_model.draw": [
         lambda path: draw_language(path, 9, {"trigram_loss": 0.96, "held_out_loss": 0.9}),
         lambda path: draw_language(path, 1, {"trigram_loss": 0.9, "held_out_loss": 0.97}),
+        lambda path: draw_language(
+            path, 1, {"trigram_loss": 0.9, "held_out_loss": 0.97}, monitoring.NAMES
+        ),
     ],
     "abstract.draw": [
         lambda path: draw_abstract(path, EVERY, ("100M", "1B", "7B"), [1, 8, 64]),

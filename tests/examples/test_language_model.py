@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import samx
-from examples.common import choices
+from examples.common import choices, monitoring
 from examples.common.gpt import GPT, Size, losses_of
 from examples.common.language_task import batch_like, make_task
 from examples.common.programs import communicated_bytes, product_flops
@@ -202,8 +202,27 @@ def test_eight_devices_under_fsdp_are_one(name):
         assert losses[4] < losses[2]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+def test_what_eight_devices_measure_under_fsdp():
+    found = []
+    for devices, parallel in ((1, "data"), (8, "fsdp")):
+        tx = monitoring.monitored(optimizer("sam"), every=2)
+        tx = samx.accumulate(tx, 2) if devices == 1 else tx
+        task = make(tx, devices=devices, parallel=parallel, dtype=jnp.float64)
+        state, rows = task.init(jax.random.key(0)), []
+        for step in range(3):
+            batch = jax.device_put(batch_at(step, 16), task.batch_sharding)
+            state, readings = task.step(state, batch)
+            rows.append(jax.device_get(readings))
+        assert [bool(row["is_measured"]) for row in rows] == [True, False, True]
+        found.append([[row[name] for name in monitoring.NAMES] for row in rows[::2]])
+    np.testing.assert_allclose(*found, rtol=1e-3)
+    assert np.abs(np.diff(found[0], axis=0)).min() > 1e-6
+
+
 def test_what_fsdp_shards():
-    task = make(optax.chain(samx.looksam(0.05), optax.adamw(1e-3)))
+    task = make(monitoring.monitored(optax.chain(samx.looksam(0.05), optax.adamw(1e-3)), 100))
     params = task.state.params
     whole = sum(leaf.size for leaf in jax.tree.leaves(params))
     vectors = sum(leaf.size for leaf in jax.tree.leaves(params) if "norm" in str(leaf.shape))
@@ -263,8 +282,9 @@ def test_counts_multiply_the_rounds_of_loops():
 # Runs.
 
 
-def test_a_tiny_run(run, monkeypatch, capsys):
-    results = run(f"{TINY} --devices 1 --checkpoint-every 2 --out run")
+def test_a_tiny_run(run, monkeypatch, capsys, cheap_measure):
+    monkeypatch.setattr(monitoring, "measure", cheap_measure)
+    results = run(f"{TINY} --devices 1 --checkpoint-every 2 --monitor 2 --out run")
     steps, epochs = read("run", "step"), read("run", "epoch")
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5]
     assert [row["step"] for row in epochs] == [2, 4, 5]  # the last one is shorter
@@ -273,6 +293,9 @@ def test_a_tiny_run(run, monkeypatch, capsys):
     np.testing.assert_allclose([row["loss"] for row in epochs], means, rtol=1e-12)
     assert steps[0]["learning_rate"] == pytest.approx(4e-3)  # 5% of 5 steps are none
     assert results["gradients"] == 10
+    measured = {row["step"]: row["top_eigenvalue"] for row in steps if "top_eigenvalue" in row}
+    assert measured == pytest.approx({step: losses[step - 1] for step in (1, 3, 5)}, rel=1e-6)
+    assert results["monitored"]["top_eigenvalue"] == measured[5]
     assert np.log(3) < results["held_out_loss"] < np.log(256) + 0.5
     assert 1.0 < results["trigram_loss"] < 1.2  # of 3 bytes in random order: log 3
     assert len(results["sample"]) == 4

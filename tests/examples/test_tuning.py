@@ -147,6 +147,7 @@ def test_the_test_split_is_looked_at_with_the_chosen_values_only(monkeypatch):
         accuracy=accuracy,
         accuracies=lambda run, part: np.full(10, accuracy(run, part)),
         loss_increase=lambda run, part: 0.0,
+        measures=None,
     )
     splits = tuple({"x": np.zeros(count)} for count in images.values())
     monkeypatch.setattr(training, "make_trainer", lambda *args: fake)
