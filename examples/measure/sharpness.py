@@ -100,7 +100,7 @@ if __name__ == "__main__":
     parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -213,7 +213,7 @@ def claims(checkpoints: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> lis
     by_name = {name: found for name, found in flattest(checkpoints, rows).items() if found}
     counts = sorted(by_name, key=lambda name: -len(by_name[name]))
     listed = ", ".join(f"{name} by {len(by_name[name])}" for name in counts)
-    found = [f"Flattest of {len(checkpoints)} checkpoints, by {len(measures)} measures: {listed}."]
+    found = [f"Flattest of {len(checkpoints)} checkpoints, by {many(measures)}: {listed}."]
     if len(by_name) > 1:
         for name in counts[1:]:
             found.append(f"  {name}: {'; '.join(row.title.strip() for row in by_name[name])}")
@@ -225,11 +225,15 @@ def claims(checkpoints: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> lis
     wrong = [title for title, (right, clear) in judged.items() if 2 * right < clear]
     found.append(
         f"The flatter of two checkpoints always has the higher test accuracy by {len(whole)} of "
-        f"{len(judged)} measures"
+        f"{many(judged)}"
         + (f", and in less than half of the pairs by: {'; '.join(wrong)}." if wrong else ".")
     )
     found.append(doubt(checkpoints))
     return found
+
+
+def many(measures: Collection[Any]) -> str:
+    return f"{len(measures)} measure{'s' * (len(measures) != 1)}"
 
 
 def doubt(checkpoints: Sequence[Mapping[str, Any]]) -> str:

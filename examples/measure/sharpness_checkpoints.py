@@ -112,6 +112,7 @@ def _grouped(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, dict[str, np.
     """Return the arrays by checkpoint, layer and part."""
     found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for path, array in arrays.items():
+        path = path.removesuffix("/value")  # of an `nnx.Variable`, as in data_parallel.py
         *name, layer, part = path.split("/") if "/" in path else ("", path)
         found.setdefault("/".join(name), {}).setdefault(layer, {})[part] = array
     return found

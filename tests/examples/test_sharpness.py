@@ -198,7 +198,7 @@ def test_tuned_numbers_are_those_of_the_committed_results():
 
 
 def test_checkpoints_of_several_files_get_different_names(in_empty_folder):
-    np.savez("one.npz", **{f"jit/{name}": array for name, array in arrays(0).items()})
+    np.savez("one.npz", **{f"jit/{name}/value": array for name, array in arrays(0).items()})
     several = {f"{run}/{name}": x for run in ("jit", "pmap") for name, x in arrays(1).items()}
     np.savez("two.npz", **several)
     found = sharpness_checkpoints.read(["one.npz", "two.npz", "one.npz"])
