@@ -59,7 +59,7 @@ def density(
         Eigenvalue Density", ICML 2019, https://arxiv.org/abs/1901.10159
 
     Notes:
-        Cost: `iterations` products for each draw, 1.9 gradients each for the Hessian, and
+        Cost: `iterations` products for each draw, about 2 gradients each for the Hessian, and
         `iterations` + 1 copies of the parameters in memory.
     """
     check_number("sigma", sigma, 0, excluded=0)

@@ -91,9 +91,10 @@ def eigenvalues(
         copy of another. If the space is exhausted early, as for a matrix of low rank, it goes on
         from a random vector, and the values stay right. Of a multiple eigenvalue such a space
         shows one copy for each start. Half-precision parameters are measured in float32.
-        Cost: `iterations` products of 1.9 gradients each (Gauss-Newton: 1.6), and `iterations` + 1
-        copies of the parameters in memory. On small networks 20 iterations gave the top eigenvalue
-        to 1e-3 and five of them to 1% of the top one. For large models see `extreme_eigenvalue`.
+        Cost: `iterations` products of about 2 gradients each (Gauss-Newton: 1.6), see `hvp`, and
+        `iterations` copies of the parameters in memory beside those of a product. On small networks
+        20 iterations gave the top eigenvalue to 1e-3 and five of them to 1% of the top one. The
+        bottom converges more slowly: take 40. For large models see `extreme_eigenvalue`.
     """
     check_choice("which", which, ("top", "bottom", "magnitude"))
     k, iterations = as_count("k", k), as_count("iterations", iterations)

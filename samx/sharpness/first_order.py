@@ -53,7 +53,7 @@ def first_order(f: Any, params: Any, perturbation: optax.GradientTransformation)
 
     Notes:
         For large radii it is far below the worst case: one step is no maximization. Cost: one
-        gradient, two forward passes, and one copy of the parameters.
+        gradient, one forward pass, and one copy of the parameters.
     """
     found, space = as_objective("first_order", f), Coordinates("first_order", params)
     return _first_order("first_order", found, space, perturbation)
@@ -110,7 +110,7 @@ def m_sharpness(
         batches too. Inside mapped functions the shards are those of each device, the devices work
         at the same time, and the mean is over all shards. Under `jax.jit` with a sharded batch
         every shard is spread over the devices, and the examples are exchanged once: slower if
-        shards are small. Cost: one gradient and two forward passes over the examples.
+        shards are small. Cost: one gradient and one forward pass over the examples.
     """
     found = as_objective("m_sharpness", f)
     losses_fn = found.losses("m_sharpness")
@@ -219,7 +219,7 @@ def exact_sam_gradient(
 
     Notes:
         Sign functions, masks and ranks in a perturbation count as constants, as always in JAX.
-        Cost: two gradients, one product with the Hessian (1.9 gradients), one backward pass through
+        Cost: two gradients, one product with the Hessian (about 2 gradients), one backward pass through
         the perturbation; about four gradients.
     """
     name = "exact_sam_gradient"

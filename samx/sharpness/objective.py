@@ -194,8 +194,8 @@ def objective(
 
     Notes:
         Batch j holds the examples j, j + K, j + 2K, ..., so that sharded examples stay on their
-        devices. Cost: none; a loop over batches costs no further passes, and one more copy of the
-        parameters.
+        devices. Cost: none; a loop over batches costs one more copy of the parameters. A loop over
+        vectors or draws then repeats the gradient's own passes, which XLA otherwise computes once.
     """
     num_batches = as_count("num_batches", num_batches)
     given = {"losses_fn": losses_fn, "apply_fn": apply_fn, "loss_on_logits": loss_on_logits}

@@ -52,8 +52,8 @@ def trace(
 
     Notes:
         One draw has the standard deviation √(2 Σ_{i≠j} A_ij²). On a reference network it is 27% of
-        the trace: 30 draws give 5%, 750 give 1%. Cost: one product for each draw, 1.9 gradients
-        for the Hessian; memory of one product.
+        the trace: 30 draws give 5%, 750 give 1%. Cost: one product for each draw, about 2
+        gradients for the Hessian; memory of one product.
     """
     space, times = product_with("trace", f, params, operator)
     count, draw = vectors_of("trace", space, draws, key, signs)
@@ -101,7 +101,7 @@ def frobenius(
         Hutchinson, 1990, applied to A².
 
     Notes:
-        Cost: one product for each draw, 1.9 gradients for the Hessian; memory of one product.
+        Cost: one product for each draw, about 2 gradients for the Hessian; memory of one product.
     """
     space, times = product_with("frobenius", f, params, operator)
     count, draw = vectors_of("frobenius", space, draws, key, signs)
@@ -151,8 +151,8 @@ def diagonal(
         Bekas, Kokiopoulou, Saad, "An Estimator for the Diagonal of a Matrix", 2007
 
     Notes:
-        The variance of one draw at i is Σ_{j≠i} A_ij². Cost: one product for each draw, 1.9
-        gradients for the Hessian; memory: two more copies of the parameters.
+        The variance of one draw at i is Σ_{j≠i} A_ij². Cost: one product for each draw, about
+        2 gradients for the Hessian; memory: two more copies of the parameters.
     """
     space, times = product_with("diagonal", f, params, operator)
     count, draw = vectors_of("diagonal", space, draws, key, signs)
@@ -204,7 +204,7 @@ def moments(
 
     Notes:
         Two moments share a product, (Aʲz)ᵀ(Aʲz) and (Aʲ⁻¹z)ᵀ(Aʲz). Cost: count/2 products for each
-        draw, 1.9 gradients each for the Hessian.
+        draw, about 2 gradients each for the Hessian.
     """
     num_moments = as_count("count", count)
     space, times = product_with("moments", f, params, operator)
