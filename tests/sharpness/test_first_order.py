@@ -48,12 +48,13 @@ def test_first_order_is_the_recorded_rise():
 
 
 @pytest.mark.parametrize("name", ["psd", "indefinite"])
-@pytest.mark.parametrize("rho", [0.1, 1.0])
-def test_first_order_on_a_quadratic(name, rho):
+def test_first_order_on_a_quadratic(name):
     """g'ε + ε'Aε/2 in closed form."""
     f, w, _, _ = quadratic(name)
-    wanted = REFERENCE[f"quad/{name}/sam_sharpness_closed/rho{rho}"]
-    np.testing.assert_allclose(sharpness.first_order(f, w, metric_ball(rho)), wanted, rtol=1e-11)
+    rise = jax.jit(lambda rho: sharpness.first_order(f, w, metric_ball(rho)))
+    for rho in (0.1, 1.0):
+        wanted = REFERENCE[f"quad/{name}/sam_sharpness_closed/rho{rho}"]
+        np.testing.assert_allclose(rise(rho), wanted, rtol=1e-11)
 
 
 def linear_model():
@@ -72,9 +73,13 @@ def test_first_order_takes_every_perturbation():
     def moved(factor):
         return f(jax.tree.map(lambda w, g: w + factor * g, w, jax.grad(f)(w))) - f(w)
 
-    found = sharpness.first_order(f, w, ball(lambda step: 0.1 + step, half))
-    np.testing.assert_allclose(found, moved(0.05), rtol=1e-12)
-    np.testing.assert_allclose(sharpness.first_order(f, w, optax.sgd(-0.2)), moved(0.2), rtol=1e-12)
+    @jax.jit
+    def rises():
+        own, sgd = ball(lambda step: 0.1 + step, half), optax.sgd(-0.2)
+        found = sharpness.first_order(f, w, own), sharpness.first_order(f, w, sgd)
+        return jnp.stack(found), jnp.stack([moved(0.05), moved(0.2)])
+
+    np.testing.assert_allclose(*rises(), rtol=1e-12)
 
 
 def test_a_perturbation_may_read_the_losses_of_examples():
@@ -87,8 +92,13 @@ def test_a_perturbation_may_read_the_losses_of_examples():
 
     climb = optax.GradientTransformationExtraArgs(lambda params: (), update)
     f = sharpness.objective(losses_fn=losses, batch=batch, weights=weights, num_batches=2)
-    eps = jnp.max(weights * losses(w, batch)) / f(w) * jax.grad(f)(w)
-    np.testing.assert_allclose(sharpness.first_order(f, w, climb), f(w + eps) - f(w), rtol=1e-11)
+
+    @jax.jit
+    def rises(w):
+        eps = jnp.max(weights * losses(w, batch)) / f(w) * jax.grad(f)(w)
+        return sharpness.first_order(f, w, climb), f(w + eps) - f(w)
+
+    np.testing.assert_allclose(*rises(w), rtol=1e-11)
 
 
 @pytest.mark.parametrize("size", [1, 4, 16, 64])
@@ -110,19 +120,40 @@ def test_shards_and_examples_count_by_their_weights(num_batches, has_weights):
     losses, batch, w = linear_model()
     weights = np.random.RandomState(2).rand(11) * (np.arange(11) != 6) if has_weights else None
     of = np.ones(11) if weights is None else weights
-    total = 0.0
-    for start in (0, 4, 8):
-        own = slice(start, start + 4)
-        shard = jax.tree.map(lambda x, own=own: x[own], batch)
-
-        def mean(w, shard=shard, own=own):
-            return jnp.sum(losses(w, shard) * of[own]) / np.sum(of[own])
-
-        g = jax.grad(mean)(w)
-        total += np.sum(of[own]) * (mean(w + 0.3 * g / jnp.linalg.norm(g)) - mean(w))
     f = sharpness.objective(losses_fn=losses, batch=batch, weights=weights, num_batches=num_batches)
-    found = sharpness.m_sharpness(f, w, metric_ball(0.3), shard_size=4)
-    np.testing.assert_allclose(found, total / np.sum(of), rtol=1e-12)
+
+    def by_hand(w):
+        total = 0.0
+        for start in (0, 4, 8):
+            own = slice(start, start + 4)
+            shard = jax.tree.map(lambda x, own=own: x[own], batch)
+
+            def mean(w, shard=shard, own=own):
+                return jnp.sum(losses(w, shard) * of[own]) / np.sum(of[own])
+
+            g = jax.grad(mean)(w)
+            total += np.sum(of[own]) * (mean(w + 0.3 * g / jnp.linalg.norm(g)) - mean(w))
+        return total / np.sum(of)
+
+    @jax.jit
+    def both(w):
+        return sharpness.m_sharpness(f, w, metric_ball(0.3), shard_size=4), by_hand(w)
+
+    np.testing.assert_allclose(*both(w), rtol=1e-12)
+
+
+def test_a_large_shard_is_split_into_batches():
+    """No more examples are in memory than in a batch of the objective, a third of 11."""
+    losses, batch, w = linear_model()
+    sizes = set()
+
+    def seen(w, batch):
+        sizes.add(len(batch["y"]))
+        return losses(w, batch)
+
+    f = sharpness.objective(losses_fn=seen, batch=batch, num_batches=3)
+    jax.eval_shape(lambda w: sharpness.m_sharpness(f, w, metric_ball(0.3), shard_size=8), w)
+    assert sizes == {4}
 
 
 def test_a_shard_of_padding_counts_nothing():
@@ -131,8 +162,12 @@ def test_a_shard_of_padding_counts_nothing():
     f = sharpness.objective(losses_fn=losses, batch=batch, weights=weights)
     first = jax.tree.map(lambda x: x[:5], batch)
     few = sharpness.objective(losses_fn=losses, batch=first)
-    found, wanted = (sharpness.m_sharpness(f, w, metric_ball(0.3), shard_size=5) for f in (f, few))
-    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+    @jax.jit
+    def both(w):
+        return [sharpness.m_sharpness(f, w, metric_ball(0.3), shard_size=5) for f in (f, few)]
+
+    np.testing.assert_allclose(*both(w), rtol=1e-12)
 
 
 def by_hand(f, rho, metric=None, power=2):
@@ -182,13 +217,18 @@ def test_the_exact_gradient_is_that_of_the_composition(name):
 def test_the_exact_gradient_of_corners():
     """Signs are constants, the metric is not: ε = ρ |w| sign(g) has ∂ε/∂w = ρ sign(w) sign(g)."""
     f, w, a, b = quadratic()
-    found = sharpness.exact_sam_gradient(f, w, linf_ball(0.1, elementwise()))
-    v = jnp.concatenate([w["a"].reshape(-1), w["b"]])
-    s = jnp.sign(a @ v + b)
-    g_s = a @ (v + 0.1 * jnp.abs(v) * s) + b
-    exact = g_s + 0.1 * jnp.sign(v) * s * g_s
-    flat = jnp.concatenate([found.gradient["a"].reshape(-1), found.gradient["b"]])
-    np.testing.assert_allclose(flat, exact, rtol=1e-12)
+
+    @jax.jit
+    def both():
+        found = sharpness.exact_sam_gradient(f, w, linf_ball(0.1, elementwise())).gradient
+        v = jnp.concatenate([w["a"].reshape(-1), w["b"]])
+        s = jnp.sign(a @ v + b)
+        g_s = a @ (v + 0.1 * jnp.abs(v) * s) + b
+        return jnp.concatenate([found["a"].reshape(-1), found["b"]]), g_s * (
+            1 + 0.1 * jnp.sign(v) * s
+        )
+
+    np.testing.assert_allclose(*both(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("make", [metric_ball, monge_ball])
@@ -201,26 +241,32 @@ def test_the_exact_gradient_of_a_quadratic_in_closed_form(make):
     def value(w):
         return sharpness.first_order(loss, w, make(0.2)) + loss(w)
 
-    w = jnp.array([1.0, -0.3])
-    found = sharpness.exact_sam_gradient(loss, w, make(0.2))
-    np.testing.assert_allclose(found.gradient, jax.grad(value)(w), rtol=1e-11)
-    found = sharpness.exact_sam_gradient(loss, 0 * w, make(0.2))
-    np.testing.assert_array_equal(jnp.concatenate([*found[:2], found.cosine[None]]), 0)
-    assert sharpness.first_order(loss, 0 * w, make(0.2)) == 0
+    @jax.jit
+    def measures(w):
+        found = sharpness.exact_sam_gradient(loss, w, make(0.2))
+        return found, jax.grad(value)(w), sharpness.first_order(loss, w, make(0.2))
+
+    found, wanted, _ = measures(jnp.array([1.0, -0.3]))
+    np.testing.assert_allclose(found.gradient, wanted, rtol=1e-11)
+    for x in jax.tree.leaves(measures(jnp.zeros(2))):
+        np.testing.assert_array_equal(x, np.zeros(x.shape))
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
-def test_float32_and_other_dtypes(scale):
+def test_float32_and_other_dtypes():
     """A half-precision, a complex and an integer leaf against real float64 ones; any scale."""
     coefficients = jnp.array([1.0, 2.0, 3.0, 0.5])
 
     def quartic(v):
         return jnp.sum(coefficients.astype(v.dtype) * v**2) + v[0] * v[1] * v[2] ** 2 * v[3]
 
-    def loss(w):
+    def loss(w, scale):
         real = [w["half"], w["z"].real, w["z"].imag, w["x"]]
         value = quartic(jnp.stack([x.astype(jnp.float32) for x in real]))
-        return jnp.float32(scale) * (value + 0 * w["count"])
+        return scale * (value + 0 * w["count"])
+
+    def measures(f, w):
+        exact = sharpness.exact_sam_gradient(f, w, metric_ball(0.1))
+        return exact, sharpness.first_order(f, w, metric_ball(0.1))
 
     v = jnp.array([0.5, 1.0, -0.75, 1.25])
     w = {
@@ -229,16 +275,16 @@ def test_float32_and_other_dtypes(scale):
         "x": v[3].astype(jnp.float32),
         "count": jnp.array(3),
     }
-    found = jax.jit(lambda w: sharpness.exact_sam_gradient(loss, w, metric_ball(0.1)))(w)
-    wanted = sharpness.exact_sam_gradient(quartic, v, metric_ball(0.1))
-    for tree, flat in ((found.gradient, wanted.gradient), (found.first_order, wanted.first_order)):
-        assert tree["half"].dtype == jnp.float32
-        numbers = jnp.stack([tree["half"], tree["z"].real, tree["z"].imag, tree["x"]])
-        np.testing.assert_allclose(np.float64(numbers) / np.float32(scale), flat, rtol=2e-5)
-    np.testing.assert_allclose(found.cosine, wanted.cosine, rtol=1e-5)
-    rise = sharpness.first_order(loss, w, metric_ball(0.1))
-    wanted = sharpness.first_order(quartic, v, metric_ball(0.1))
-    np.testing.assert_allclose(np.float64(rise) / np.float32(scale), wanted, rtol=2e-5)
+    found_at = jax.jit(lambda w, scale: measures(lambda w: loss(w, scale), w))
+    wanted, wanted_rise = jax.jit(lambda v: measures(quartic, v))(v)
+    for scale in map(np.float32, (1e-25, 1.0, 1e25)):
+        found, rise = found_at(w, scale)
+        np.testing.assert_allclose(found.cosine, wanted.cosine, rtol=1e-5)
+        np.testing.assert_allclose(np.float64(rise) / scale, wanted_rise, rtol=2e-5)
+        for tree, flat in zip(found[:2], wanted[:2], strict=True):
+            assert tree["half"].dtype == jnp.float32
+            numbers = [tree["half"], tree["z"].real, tree["z"].imag, tree["x"]]
+            np.testing.assert_allclose(np.float64(numbers) / scale, flat, rtol=2e-5)
 
 
 def test_other_parameters_at_once():
@@ -252,10 +298,10 @@ def test_other_parameters_at_once():
         return sharpness.first_order(loss, w, metric_ball(0.1)), exact
 
     seeds = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([0.5, 0.1])}
-    found = jax.vmap(measures)(seeds)
-    for i, one in enumerate(({"a": 1.0, "b": 0.5}, {"a": 2.0, "b": 0.1})):
-        wanted, own = measures(one), jax.tree.map(lambda x, i=i: x[i], found)
-        assert relative_error(own, wanted) < 1e-12
+    found = jax.jit(jax.vmap(measures))(seeds)
+    alone = jax.jit(lambda: [measures({"a": 1.0, "b": 0.5}), measures({"a": 2.0, "b": 0.1})])
+    for i, wanted in enumerate(alone()):
+        assert relative_error(jax.tree.map(lambda x, i=i: x[i], found), wanted) < 1e-12
 
 
 def losses(w, x):

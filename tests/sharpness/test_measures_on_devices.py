@@ -1,6 +1,6 @@
 """The same numbers from batches, with weights, and on eight devices, whatever maps the code."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -45,23 +45,45 @@ def measures(w, x, y, weights=None, **how):
     """All of them on one small network; the shards are of two examples."""
     f = sharpness.objective(losses_fn=losses_fn, batch={"x": x, "y": y}, weights=weights, **how)
     ball = metric_ball(0.3, magnitude(0.1))
-    d = jax.tree.map(lambda w: jnp.sin(7 * w) + w, w)
-    stack = jax.tree.map(lambda x: jnp.stack([x, x * x]), d)
-    return {
-        "average_case": sharpness.average_case(f, w, 0.1, metric=magnitude(0.1), draws=2),
-        "smoothed": sharpness.smoothed(f, w, 0.1, draws=2),
-        "first_order": sharpness.first_order(f, w, ball),
-        "m_sharpness": sharpness.m_sharpness(f, w, ball, shard_size=2),
-        "exact_sam_gradient": sharpness.exact_sam_gradient(f, w, ball),
-        "directional": sharpness.directional(f, w, d),
-        "alignment": sharpness.alignment(stack, w),
-        "relative_flatness": sharpness.relative_flatness(f, w, is_kernel, draws=2),
-        "exact_flatness": sharpness.relative_flatness(f, w, is_kernel),
-        "filter_normalize": sharpness.filter_normalize(d, w),
-        "slice_1d": sharpness.slice_1d(f, w, d, [0.0, 0.1]),
-        "slice_2d": sharpness.slice_2d(f, w, stack, [0.0, 0.1], [0.2]),
-        "barrier": sharpness.barrier(f, w, d, points=3),
+
+    def moved(w):
+        return jax.tree.map(lambda w: jnp.sin(7 * w) + w, w)
+
+    def stack(w):
+        return jax.tree.map(lambda x: jnp.stack([x, x * x]), moved(w))
+
+    def average_case(w):
+        return sharpness.average_case(f, w, 0.1, metric=magnitude(0.1), draws=2)
+
+    fns = {
+        "average_case": average_case,
+        "smoothed": lambda w: sharpness.smoothed(f, w, 0.1, draws=2),
+        "first_order": lambda w: sharpness.first_order(f, w, ball),
+        "m_sharpness": lambda w: sharpness.m_sharpness(f, w, ball, shard_size=2),
+        "exact_sam_gradient": lambda w: sharpness.exact_sam_gradient(f, w, ball),
+        "directional": lambda w: sharpness.directional(f, w, moved(w)),
+        "alignment": lambda w: sharpness.alignment(stack(w), w),
+        "relative_flatness": lambda w: sharpness.relative_flatness(f, w, is_kernel, draws=2),
+        "exact_flatness": lambda w: sharpness.relative_flatness(f, w, is_kernel),
+        "filter_normalize": lambda w: sharpness.filter_normalize(moved(w), w),
+        "slice_2d": lambda w: sharpness.slice_2d(f, w, stack(w), [0.0, 0.1], [0.2]),
+        "barrier": lambda w: sharpness.barrier(f, w, moved(w), points=3),
     }
+    return in_turn(fns, w)
+
+
+def in_turn(fns, w):
+    """Return the results of all functions; each one starts after the one before has ended.
+
+    A program for the CPU that JAX has read from its cache may start independent collectives in
+    another order on each device, and then hangs.
+    """
+    found = {}
+    for name, fn in fns.items():
+        found[name] = fn(w)
+        zero = 0 * sum(jnp.sum(x) for x in jax.tree.leaves(found[name]))
+        w = jax.tree.map(lambda x, zero=zero: x + zero, w)
+    return found
 
 
 @cache
@@ -76,28 +98,53 @@ def assert_expected(found, has_weights):
             np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-13, err_msg=name)
 
 
+@pytest.mark.slow
 def test_seven_batches():
     """They divide neither the examples nor the shards."""
     found = jax.jit(lambda *args: measures(*args, num_batches=7))(*data())
     assert_expected(found, True)
 
 
-@pytest.mark.parametrize(
-    ("axis_type", "is_sharded"),
-    [
-        pytest.param(AxisType.Auto, True, marks=pytest.mark.slow),
-        pytest.param(AxisType.Explicit, False, marks=pytest.mark.slow),
-        (AxisType.Explicit, True),
-    ],
-)
-def test_a_sharded_batch_and_sharded_parameters(axis_type, is_sharded):
+def on_a_mesh(transform, axis_type, is_sharded=True):
+    """Apply `transform`, such as `jax.jit`, to the measures, and call it with sharded arguments."""
     mesh = mesh_of(axis_type=axis_type)
     w, *examples = data()
     specs = {"kernel": P(None, "data"), "out": P("data")} if is_sharded else P()
     with jax.set_mesh(mesh):
         args = place(w, mesh, specs), *place(examples, mesh, P("data"))
-        found = jax.jit(measures)(*args)
-    assert_expected(found, True)
+        return transform(measures)(*args)
+
+
+def test_explicit_shardings_are_right():
+    """JAX checks them while it traces."""
+    on_a_mesh(lambda fn: partial(jax.eval_shape, fn), AxisType.Explicit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_sharded_batch_and_sharded_parameters(axis_type, is_sharded):
+    assert_expected(on_a_mesh(jax.jit, axis_type, is_sharded), True)
+
+
+def test_a_shard_is_spread_over_the_devices():
+    """If they divide it; a loop cannot run over an axis that devices share."""
+    mesh, seen = mesh_of(axis_type=AxisType.Explicit), []
+
+    def losses(w, x):
+        seen.append(jax.typeof(x).sharding.spec[0])
+        return x @ w
+
+    def measure(w, x, size):
+        f = sharpness.objective(losses_fn=losses, batch=x)
+        return sharpness.m_sharpness(f, w, metric_ball(0.1), shard_size=size)
+
+    with jax.set_mesh(mesh):
+        w, x = place(jnp.ones(3), mesh, P()), place(jnp.ones((32, 3)), mesh, P("data"))
+        for size, axis in ((16, "data"), (4, None)):
+            jax.eval_shape(lambda w, x, size=size: measure(w, x, size), w, x)
+            assert set(seen) == {axis}
+            seen.clear()
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,12 @@ def direction(i, kind="normalized"):
     return {name: jnp.asarray(REFERENCE[f"net/slice/direction{i}_{kind}/{name}"]) for name in NAMES}
 
 
-@pytest.mark.parametrize("i", [1, 2])
-def test_recorded_filters(i):
-    found = sharpness.filter_normalize(direction(i, "raw"), net_params())
-    for name in NAMES:
-        np.testing.assert_allclose(found[name], direction(i)[name], rtol=1e-14)
+def test_recorded_filters():
+    normalize = jax.jit(lambda d: sharpness.filter_normalize(d, net_params()))
+    for i in (1, 2):
+        found = normalize(direction(i, "raw"))
+        for name in NAMES:
+            np.testing.assert_allclose(found[name], direction(i)[name], rtol=1e-14)
 
 
 def test_recorded_slices():
@@ -41,39 +42,49 @@ def test_recorded_slices():
     np.testing.assert_array_equal(plane, same)
 
 
+def lengths(kernel, axis=-1):
+    return np.linalg.norm(np.moveaxis(kernel, axis, 0).reshape(kernel.shape[axis], -1), axis=1)
+
+
 def test_filters_of_convolutions_and_other_axes():
     rng = np.random.RandomState(0)
-    w = {"conv": jnp.asarray(rng.randn(2, 3, 4, 5)), "scale": jnp.array(2.0), "n": jnp.arange(3)}
-    w["bias"], w["zero"] = jnp.ones(3), jnp.zeros((2, 2))
-    d = jax.tree.map(lambda x: jnp.asarray(rng.randn(*x.shape)), w)
-    found = sharpness.filter_normalize(d, w)
-    lengths = jnp.linalg.norm(w["conv"].reshape(-1, 5), axis=0)
-    np.testing.assert_allclose(jnp.linalg.norm(found["conv"].reshape(-1, 5), axis=0), lengths)
-    cosines = jnp.sum((found["conv"] * d["conv"]).reshape(-1, 5), 0)
-    directions = jnp.linalg.norm(d["conv"].reshape(-1, 5), axis=0)
-    np.testing.assert_allclose(cosines, lengths * directions)
+    w = {"conv": rng.randn(2, 3, 4, 5), "scale": np.array(2.0), "n": np.arange(3)}
+    w |= {"bias": np.ones(3), "zero": np.zeros((2, 2))}
+    d = jax.tree.map(lambda x: rng.randn(*x.shape), w)
+
+    @jax.jit
+    def directions(d, w):
+        hows = {}, {"vectors": "keep"}, {"filter_axis": 0}
+        zeros = jax.tree.map(jnp.zeros_like, d)
+        found = [sharpness.filter_normalize(d, w, **how) for how in hows]
+        return *found, sharpness.filter_normalize(zeros, w)
+
+    found, kept, first, zeros = directions(d, w)
+    conv = np.asarray(found["conv"])
+    np.testing.assert_allclose(lengths(conv), lengths(w["conv"]))
+    np.testing.assert_allclose(conv / lengths(conv), d["conv"] / lengths(d["conv"]))
+    np.testing.assert_allclose(lengths(np.asarray(first["conv"]), 0), lengths(w["conv"], 0))
     for name in ("scale", "bias", "zero", "n"):
-        np.testing.assert_array_equal(found[name], jnp.zeros_like(w[name]))
+        np.testing.assert_array_equal(found[name], np.zeros_like(w[name]))
         assert found[name].dtype == w[name].dtype
-    kept = sharpness.filter_normalize(d, w, vectors="keep")
     np.testing.assert_array_equal(kept["bias"], d["bias"])
     np.testing.assert_array_equal(kept["scale"], d["scale"])
-    first = sharpness.filter_normalize(d, w, filter_axis=0)["conv"]
-    lengths = jnp.linalg.norm(w["conv"].reshape(2, -1), axis=1)
-    np.testing.assert_allclose(jnp.linalg.norm(first.reshape(2, -1), axis=1), lengths)
-    zeros = sharpness.filter_normalize(jax.tree.map(jnp.zeros_like, d), w)
-    assert all(np.all(x == 0) for x in jax.tree.leaves(zeros))
+    assert not any(np.any(x) for x in jax.tree.leaves(zeros))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
-def test_filters_of_any_length_and_dtype(dtype):
+def test_filters_of_any_length_and_dtype():
     """Squares leave the range of float32; a complex filter has one length."""
-    w = jnp.array([[3.0, 3e-25], [4.0, 4e-25]], dtype)
-    if dtype == jnp.complex64:
-        w = w.at[1].multiply(1j)
-    found = sharpness.filter_normalize(jnp.array([[6.0, 6e25], [8.0, 8e25]]), w)
-    assert found.dtype == (dtype if dtype == jnp.complex64 else jnp.float32)
-    np.testing.assert_allclose(found, [[3.0, 3e-25], [4.0, 4e-25]], rtol=4e-3, atol=1e-28)
+    w = np.array([[3.0, 3e-25], [4.0, 4e-25]], np.complex64)
+    given = {
+        "f": w.real,
+        "h": jnp.asarray(w.real, jnp.bfloat16),
+        "z": w * np.array([[1], [1j]], w.dtype),
+    }
+    d = np.array([[6.0, 6e25], [8.0, 8e25]])
+    found = jax.jit(sharpness.filter_normalize)(dict.fromkeys(given, d), given)
+    for name, x in found.items():
+        assert x.dtype == (jnp.complex64 if name == "z" else jnp.float32)
+        np.testing.assert_allclose(x, w.real, rtol=4e-3, atol=1e-28)
 
 
 def test_slices_in_half_precision_and_over_seeds():
@@ -106,33 +117,43 @@ def test_a_pair_of_pairs():
 
 def test_the_recorded_barrier():
     f, a, b = net_loss(num_batches=7), net_params(), net_params("net_b")
-    found = jax.jit(lambda a, b: sharpness.barrier(f, a, b))(a, b)
+
+    @jax.jit
+    def barriers(a, b):
+        return sharpness.barrier(f, a, b), sharpness.barrier(net_loss(), a, b, points=10001)
+
+    found, dense = barriers(a, b)
     np.testing.assert_allclose(found.losses, REFERENCE["barrier/losses_11"], rtol=1e-13)
     np.testing.assert_allclose(found.height, REFERENCE["barrier/above_line_11"], rtol=1e-13)
     assert found.t == 0.5
-    dense = jax.jit(lambda a, b: sharpness.barrier(net_loss(), a, b, points=10001))(a, b)
     np.testing.assert_allclose(dense.height, REFERENCE["barrier/above_line"], rtol=1e-13)
     np.testing.assert_allclose(dense.above_mean, REFERENCE["barrier/above_mean"], rtol=1e-13)
     np.testing.assert_allclose(dense.t, REFERENCE["barrier/above_line_t"])
 
 
 def test_no_barrier_in_a_convex_loss():
-    """Exactly 0, at both ends of lines in a quadratic; a linear loss has none either."""
+    """Exactly 0 at the ends of a line in a quadratic; a concave loss has a barrier."""
     f, w, _, _ = quadratic()
-    ends = jax.tree.map(lambda x: jnp.stack([x + 1, -x]), w)
-    found = jax.vmap(lambda end: sharpness.barrier(f, w, end, points=5))(ends)
-    np.testing.assert_array_equal(found.height, 0)
-    assert found.above_mean.shape == (2,)
-    concave = sharpness.barrier(lambda w: -f(w), w, jax.tree.map(lambda x: x[0], ends), points=5)
-    assert concave.height > 0
-    assert concave.above_mean > 0
+
+    @jax.jit
+    def barriers():
+        ends = jax.tree.map(lambda x: jnp.stack([x + 1, -x]), w)
+        convex = jax.vmap(lambda end: sharpness.barrier(f, w, end, points=5))(ends)
+        concave = jax.vmap(lambda end: sharpness.barrier(lambda w: -f(w), w, end))(ends)
+        return convex, concave, concave.above_mean
+
+    convex, concave, above_mean = barriers()
+    np.testing.assert_array_equal(convex.height, [0, 0])
+    assert np.all(concave.height > 0)
+    assert np.all(above_mean >= concave.height)
 
 
 def test_a_barrier_in_float32_ends_at_the_given_points():
-    a, b = jnp.float32(0.1), jnp.float32(0.7)
-    found = sharpness.barrier(lambda w: jnp.sin(10 * w), a, b, points=4)
-    ends = jnp.sin(10 * jnp.stack([a, b]))
-    np.testing.assert_array_equal(found.losses[jnp.array([0, 3])], ends)
+    line = jax.jit(lambda a, b: sharpness.barrier(lambda w: w, a, b, points=4))
+    a, b = np.float32(100.1), np.float32(0.001)
+    np.testing.assert_array_equal(line(a, b).losses[np.array([0, 3])], [a, b])
+    wave = jax.jit(lambda a, b: sharpness.barrier(lambda w: jnp.sin(10 * w), a, b, points=4))
+    found = wave(np.float32(0.1), np.float32(0.7))
     t = np.linspace(0, 1, 4)
     losses = np.sin(1 + 6 * t)
     above = losses - ((1 - t) * losses[0] + t * losses[-1])
