@@ -219,8 +219,8 @@ def exact_sam_gradient(
 
     Notes:
         Sign functions, masks and ranks in a perturbation count as constants, as always in JAX.
-        Cost: two gradients, one product with the Hessian (about 2 gradients), one backward pass through
-        the perturbation; about four gradients.
+        Cost: two gradients, one product with the Hessian (about 2 gradients), and one backward pass
+        through the perturbation; about four gradients.
     """
     name = "exact_sam_gradient"
     found, space = as_objective(name, f), Coordinates(name, params)

@@ -116,17 +116,43 @@ def monitor(
         f = _objective(extra)
 
         def measure():
-            values = {
-                name: _like(name, fn(f, params), state.monitored.values[name])
-                for name, fn in measures.items()
-            }
+            values, w = {}, params
+            for name, fn in measures.items():
+                values[name] = _like(name, fn(f, w), state.monitored.values[name])
+                w = tree.where(_never_after(values[name]), w, params)
             return Monitored(values, state.step)
 
-        is_due = state.step % every == 0
+        is_due = (state.step % every == 0) & ~_never_after(updates)
         monitored = fast_convolutions(jax.lax.cond)(is_due, measure, lambda: state.monitored)
         return updates, MonitorState(next_step(state.step), monitored)
 
     return checked_transformation("monitor", init_fn, update_fn)
+
+
+def _never_after(x: Any) -> jax.Array:
+    """Return False, in a way that the compiler knows only when it knows `x`.
+
+    So the measures start one after the other, when the step is known. The compiler may otherwise
+    compute them at the same time: that takes more memory, and where programs for the CPU come from
+    JAX's cache, devices then mix up the messages of the two.
+    """
+    numbers = [jnp.ravel(leaf)[:1] for leaf in jax.tree.leaves(x) if tree.is_inexact(leaf)]
+    total = sum(
+        (jnp.sum(jnp.abs(n), dtype=tree.real_dtype(n)) for n in numbers), start=jnp.zeros(())
+    )
+    return _is_below_zero(jax.lax.stop_gradient(total))
+
+
+@jax.custom_batching.custom_vmap
+def _is_below_zero(number: jax.Array) -> jax.Array:
+    return number < 0
+
+
+@_is_below_zero.def_vmap
+def _(axis_size: int, in_batched: Any, number: jax.Array) -> tuple[jax.Array, bool]:
+    """Return one answer for all lanes of `jax.vmap`, so that the branch stays a real one."""
+    del axis_size, in_batched
+    return _is_below_zero(jnp.sum(number)), False
 
 
 def _objective(extra: dict[str, Any]) -> Objective:
