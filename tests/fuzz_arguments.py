@@ -477,8 +477,8 @@ def is_right_integer(a, value):
 
 
 def are_right_numbers(a, value):
-    """Whether these are numbers of any shape, as `edge` takes them."""
-    if is_array(value) and np.ndim(value):
+    """Whether these are numbers of any shape, as `edge` takes them; arrays may hold any number."""
+    if is_array(value) and not isinstance(value, np.generic):
         return None if any(jnp.issubdtype(value.dtype, kind) for kind in REAL) else False
     return is_right_number(a, value)
 
