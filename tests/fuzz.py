@@ -169,8 +169,14 @@ def call_and_use(owner, fn, found, given, positional=()):
     """Call it, and use what it returns once with right inputs."""
     if "axis_name" in given and owner == "samx.axis_mean":
         return mapped(lambda: fn(**given))
-    result = fn(*positional, **given)
-    return result if is_record(fn) else use(result, owner, fn)
+
+    def run():
+        result = fn(*positional, **given)
+        return result if is_record(fn) else use(result, owner, fn)
+
+    is_measure = owner.startswith("samx.sharpness.")
+    # Measures are only traced: to compute them all would take hours.
+    return jax.eval_shape(lambda: (run(), jnp.ones(()))[1]) if is_measure else run()
 
 
 def mapped(fn):
@@ -188,6 +194,8 @@ def use(result, owner, fn):
     if isinstance(result, samx.policies.Policy):
         state = jax.eval_shape(result.init, PARAMS)
         return jax.eval_shape(result.decide, PARAMS, state)
+    if isinstance(result, samx.sharpness.Objective):
+        return result(PARAMS)
     if isinstance(result, Iterator):
         return list(itertools.islice(result, 30))
     if inspect.isfunction(result):
@@ -201,8 +209,8 @@ def use_function(result, owner, fn):
     count = sum(p.default is p.empty for p in inspect.signature(result).parameters.values())
     if owner == "samx.flax.closure":
         return result(nnx.state(arguments.MODEL, nnx.Param))
-    is_metric = ".perturbations." in owner
-    inputs = [PARAMS] if is_metric else [jnp.zeros((), jnp.int32)] * count
+    takes_params = ".perturbations." in owner or ".sharpness." in owner
+    inputs = [PARAMS] if takes_params else [jnp.zeros((), jnp.int32)] * count
     if owner == "samx.fast_convolutions":  # of a function that may return anything
         return result(*inputs)
     return jax.eval_shape(result, *inputs)

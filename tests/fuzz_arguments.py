@@ -41,6 +41,17 @@ def loss(params):
     return losses(params, BATCH).mean()
 
 
+def logits_of(params, batch):
+    return batch["x"] @ params["norm"] + params["b"]
+
+
+def loss_on_logits(logits, batch):
+    return (logits - batch["y"]) ** 2
+
+
+OBJECTIVE = samx.sharpness.objective(apply_fn=logits_of, loss_on_logits=loss_on_logits, batch=BATCH)
+
+
 def gradient(params, batch):
     return jax.grad(lambda p: losses(p, batch).mean())(params)
 
@@ -119,6 +130,20 @@ GOOD = {
     "model": MODEL,
     "optimizer": nnx.Optimizer(MODEL, SGD, wrt=nnx.Param),
     "fn": lambda model: model(BATCH["x"]).mean(),
+    **dict.fromkeys(("direction", "g", "a", "b"), PARAMS),
+    **dict.fromkeys(("grid", "alphas", "betas"), jnp.array([-1.0, 0.0, 1.0])),
+    **dict.fromkeys(("sigma", "radius"), 0.25),
+    **dict.fromkeys(("shard_size", "every"), 3),
+    "f": OBJECTIVE,
+    "vectors": jax.tree.map(lambda x: jnp.stack([x, 2 * x]), PARAMS),
+    "directions": (PARAMS, jax.tree.map(jnp.cos, PARAMS)),
+    "is_chosen": lambda path, leaf: jnp.ndim(leaf) == 2,
+    "measures": {"loss": lambda f, params: f(params)},
+    "relative_flatness.params": {"norm": jnp.eye(2), "b": jnp.ones(2)},
+    "relative_flatness.f": lambda params: jnp.sum(params["norm"] ** 3) + params["b"].sum(),
+    "eigenvalues.k": 2,
+    "objective.losses_fn": losses,
+    "objective.batch": BATCH,
 }
 
 SEQUENCES = {  # of what: a test of the elements, of the whole
@@ -142,9 +167,13 @@ ARRAYS = {  # shape or None, whether of integers
     "noise": ((4,), False),
     "position": ((1, 2), True),
     "values": ((2,), False),
+    **dict.fromkeys(("grid", "alphas", "betas"), ((3,), False)),
     **dict.fromkeys(("w_norm", "g_norm", "total"), ((), False)),
 }
 TREES = {"params", "base_params", "eps", "center", "move", "tree", "scales", "opt_state"}
+TREES |= {"a", "b", "g", "direction", "directions", "vectors"}
+COMPARED = {"eps", "move", "scales", "base_params", "opt_state"}
+COMPARED |= {"b", "direction", "directions", "vectors"}
 SHAPES_SUFFICE = ("state_specs", "layer_scales", "learning_rates", "constants", "mup_sam")
 RECORDS = {"resume": Checkpoint, "event": Event, "rule": Rule, "engine": Threads}
 
@@ -195,6 +224,8 @@ def argument(owner, parameter):
     inputs = get_args(function)[0] if function else ()
     arity = -1 if inputs is Ellipsis else len(inputs)
     kind = kind_of(annotation, parameter, bool(function), literals)
+    if owner.endswith(".edge"):
+        kind = "numbers"
     return Argument(owner, name, kind, parameter.default, arity, literals[0] if literals else ())
 
 
@@ -209,16 +240,18 @@ def kind_of(annotation, parameter, is_function, literals):
     if name in ("model", "optimizer", "wrt") and not literals:
         return name
     if name.endswith("_axis"):
-        return "axis"
+        return "integer" if annotation is int else "axis"
     if name in SEQUENCES:
         return "sequence"
-    if name in ARRAYS:
+    if name in ARRAYS and not literals:
         return "array"
     if name in RECORDS:
         return "record"
     if name == "aux_like":
         return "aux"
-    if annotation in (float, float | None) or isinstance(parameter.default, float):
+    if annotation in (float, float | None, float | jax.Array) or isinstance(
+        parameter.default, float
+    ):
         return "number"
     if annotation in (int, int | None):
         return "count"
@@ -236,9 +269,13 @@ def kind_of(annotation, parameter, is_function, literals):
         return "batch"
     if name in TREES:
         return "tree"
-    if is_function:
+    if is_function and name != "measures":
         return "function"
     return {
+        "f": "loss",
+        "draws": "draws",
+        "measures": "measures",
+        "values_like": "values_like",
         "batches": "iterable",
         "worker_options": "mapping",
         "descent_device": "device",
@@ -336,9 +373,13 @@ VALUES = {
     "a checkpoint of texts": Checkpoint(PARAMS, np.array(["a", "b"])),
     "a checkpoint below 0": Checkpoint(PARAMS, np.array([-1, 0])),
     "a rule": Rule(),
+    "an objective": OBJECTIVE,
 }
 
 NO_SCHEDULES = ("a schedule of None", "a schedule of texts", "a schedule of vectors", "optax.sgd")
+
+
+REAL = (jnp.integer, jnp.floating)
 
 
 def is_array(value):
@@ -348,8 +389,7 @@ def is_array(value):
 def is_real(value):
     """Whether this is one real number of Python, NumPy or JAX."""
     if is_array(value):
-        kinds = (jnp.integer, jnp.floating)
-        return value.shape == () and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+        return value.shape == () and any(jnp.issubdtype(value.dtype, kind) for kind in REAL)
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -430,6 +470,41 @@ def is_right_key(a, value):
     if isinstance(value, jax.Array):
         return value.shape == () and jnp.issubdtype(value.dtype, jnp.integer)
     return is_whole(value) and -(2**63) <= operator.index(value) < 2**63
+
+
+def is_right_integer(a, value):
+    return None if is_whole(value) else False
+
+
+def are_right_numbers(a, value):
+    """Whether these are numbers of any shape, as `edge` takes them; arrays may hold any number."""
+    if is_array(value) and not isinstance(value, np.generic):
+        return None if any(jnp.issubdtype(value.dtype, kind) for kind in REAL) else False
+    return is_right_number(a, value)
+
+
+def is_right_loss(a, value):
+    return None if isinstance(value, samx.sharpness.Objective) else takes(value, 1)
+
+
+def are_right_draws(a, value):
+    """Whether this is the number of draws, or a tree of them."""
+    if jax.tree.structure(value) == jax.tree.structure(PARAMS):
+        return None if all(is_leaf(x) and np.ndim(x) for x in jax.tree.leaves(value)) else False
+    return is_right_count(a, value)
+
+
+def are_right_measures(a, value):
+    if not isinstance(value, Mapping) or not value:
+        return False
+    are_functions = all(takes(fn, 2) is not False for fn in value.values())
+    return None if are_functions and all(isinstance(name, str) for name in value) else False
+
+
+def are_right_values(a, value):
+    """Whether this names measures, and what their values are like."""
+    is_known = isinstance(value, Mapping) and value.keys() <= GOOD["measures"].keys()
+    return None if is_known and all(map(is_leaf, jax.tree.leaves(value))) else False
 
 
 def is_right_flag(a, value):
@@ -543,8 +618,7 @@ def is_right_tree(a, value):
     if not a.owner.endswith(SHAPES_SUFFICE):
         are_arrays &= not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
     is_like = jax.tree.structure(value) == jax.tree.structure(a.good)
-    is_compared = a.name in ("eps", "move", "scales", "base_params", "opt_state")
-    return None if are_arrays and (is_like or not is_compared) else False
+    return None if are_arrays and (is_like or a.name not in COMPARED) else False
 
 
 def is_right_record(a, value):
@@ -562,6 +636,12 @@ RULES = {
     "hyperparam": is_right_hyperparam,
     "number": is_right_number,
     "count": is_right_count,
+    "integer": is_right_integer,
+    "numbers": are_right_numbers,
+    "loss": is_right_loss,
+    "draws": are_right_draws,
+    "measures": are_right_measures,
+    "values_like": are_right_values,
     "key": is_right_key,
     "flag": is_right_flag,
     "dtype": is_right_dtype,
@@ -597,5 +677,5 @@ RULES = {
 def is_right(a, value):
     """Whether a value is right for an argument: True, False, or None where it may be either."""
     if value is None and a.is_optional and a.default is None:
-        return True
+        return None if a.is_given else True  # a right call may need it
     return RULES[a.kind](a, value)

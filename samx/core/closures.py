@@ -143,7 +143,13 @@ class LossesClosure:
         """Return `(losses, aux)`, checked."""
         with _flat_parameters_named(params):
             losses, aux = value_and_aux(self.fn(params, batch))
-        _check_array(self.name, self.keyword, "losses [B] or (losses, aux)", losses)
+        self.check(losses, batch)
+        return losses, aux
+
+    def check(self, losses: Any, batch: Any) -> None:
+        """Require real losses `[B]`."""
+        or_pair = "" if self.keyword == "loss_on_logits" else " or (losses, aux)"
+        _check_array(self.name, self.keyword, f"losses [B]{or_pair}", losses)
         size = batch_size(self.name, batch)
         if jnp.shape(losses) != (size,):
             raise ValueError(
@@ -151,7 +157,6 @@ class LossesClosure:
                 f"got {jnp.shape(losses)}"
             )
         _check_floating(self.name, self.keyword, losses)
-        return losses, aux
 
     def compose(self, fn: Callable[[Any], Any]) -> "LossesClosure":
         """Return the closure that evaluates the losses at `fn(params)`."""
@@ -192,7 +197,12 @@ class LogitsClosure:
     def with_aux(self, params: Any, batch: Any) -> tuple[Any, Any]:
         """Return `(logits, aux)`."""
         with _flat_parameters_named(params):
-            return value_and_aux(self.fn(params, batch))
+            logits, aux = value_and_aux(self.fn(params, batch))
+        try:
+            tree.check_arrays("apply_fn(params, batch)", logits)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {error}") from error
+        return logits, aux
 
     def compose(self, fn: Callable[[Any], Any]) -> "LogitsClosure":
         """Return the closure that evaluates the model at `fn(params)`."""

@@ -11,6 +11,7 @@ The weight of a device stands before its backward pass, not behind it. So the gr
 where the losses of the devices depend on one another, as with synchronized BatchNorm.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -171,6 +172,16 @@ class Devices(NamedTuple):
 
 
 ONE_DEVICE = Devices()
+
+
+def as_axes(name: str, keyword: str, axes: Any) -> tuple[str, ...]:
+    """Return one axis name, or a sequence of names, as a tuple."""
+    axes = (axes,) if isinstance(axes, str) else axes
+    if not isinstance(axes, Sequence) or not all(isinstance(axis, str) for axis in axes):
+        raise TypeError(f"{name}: `{keyword}` must be the name of an axis, or several, got {axes}")
+    if not axes:
+        raise ValueError(f"{name}: `{keyword}` must name at least one axis, got {axes}")
+    return tuple(axes)
 
 
 def is_mapped(axis: str) -> bool:

@@ -120,7 +120,7 @@ def accumulated(
     def backward(g, cotangents):
         return jax.tree.map(
             lambda x: (
-                (cotangents[0] * x).astype(x.dtype)
+                tree.scaled(cotangents[0], x)
                 if tree.is_inexact(x)
                 else np.zeros(x.shape, jax.dtypes.float0)
             ),

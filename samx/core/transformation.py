@@ -378,12 +378,7 @@ def _check_params(name: str, params: Any) -> None:
             "needs complex parameters. Wrap the base alone: optax.chain(samx.sam(...), "
             "optax.contrib.split_real_and_imaginary(base))."
         )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            raise ValueError(
-                f"{name}: `params` must not hold random keys, which have no gradient, got one at "
-                f"params{jax.tree_util.keystr(path)}. Give it to the loss by another way."
-            )
+    tree.check_no_keys(name, params)
     _check_leaves(name, params)
 
 

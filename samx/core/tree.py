@@ -46,6 +46,16 @@ def check_arrays(name: str, tree: Any, *, has_shapes: bool = False) -> None:
             raise TypeError(f"{where} must be an array, got a {type(leaf).__name__}")
 
 
+def check_no_keys(name: str, params: Any, keyword: str = "params") -> None:
+    """Raise a `ValueError` if a leaf is a random key."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"{name}: `{keyword}` must not hold random keys, which have no gradient, got one "
+                f"at {keyword}{jax.tree_util.keystr(path)}. Give it to the loss by another way."
+            )
+
+
 def check_like(name: str, tree: Any, like_name: str, like: Any) -> None:
     """Require a tree like another one: in structure, in the shapes of floating leaves, and real."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
@@ -298,7 +308,10 @@ def stored(tree: Any) -> Any:
 
 def _times(scale: jax.Array, tree: Any) -> Any:
     def times(x):
-        return scale * x.astype(common_dtype(x.dtype, scale.dtype)) if is_inexact(x) else x
+        if not is_inexact(x):
+            return x
+        dtype = common_dtype(x.dtype, scale.dtype)
+        return scale.astype(dtype) * x.astype(dtype)
 
     return jax.tree.map(times, tree)
 
@@ -330,7 +343,7 @@ def scaled(scale: Any, tree: Any) -> Any:
     def of(x):
         wide = widen(x)
         dtype = common_dtype(wide.dtype, getattr(scale, "dtype", wide.dtype))
-        return (scale * wide.astype(dtype)).astype(x.dtype)
+        return (jnp.asarray(scale, dtype) * wide.astype(dtype)).astype(x.dtype)
 
     return jax.tree.map(lambda x: of(x) if is_inexact(x) else x, tree)
 

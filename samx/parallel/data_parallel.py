@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from samx.core.aliases import Transformation
 from samx.core.closures import as_weights, evaluate, local_value_and_grad, scalar_closure
-from samx.core.devices import Devices, check_mapped
+from samx.core.devices import Devices, as_axes, check_mapped
 from samx.core.hyperparams import check_flag, check_function
 from samx.core.state import HeldBatch
 from samx.core.transformation import SCALAR_CLOSURES, as_transformation, closure_transformation
@@ -84,7 +84,7 @@ def data_parallel(
         `momentum_sam`: they climb what earlier steps have already averaged.
         `static_args`: all arguments.
     """
-    axes = _axes("data_parallel", "axis_name", axis_name)
+    axes = as_axes("data_parallel", "axis_name", axis_name)
     devices = Devices(axes, _local_axes(ascent, axes))
     inner = as_transformation("data_parallel", "tx", tx)
 
@@ -157,7 +157,7 @@ def value_and_grad(
         `check_vma=False`. With `check_vma=True` it gives the sum over the devices. Cost: one
         gradient and one all-reduce of it.
     """
-    devices = Devices(_axes("value_and_grad", "axis_name", axis_name))
+    devices = Devices(as_axes("value_and_grad", "axis_name", axis_name))
     check_function("value_fn", value_fn)
     check_flag("has_aux", has_aux)
     if weights is not None:
@@ -210,7 +210,7 @@ def axis_mean(tree: Any, axis_name: str | Sequence[str], *, weights: Any = None)
     Notes:
         A device without examples is ignored, and so are its NaNs. Cost: one all-reduce.
     """
-    devices = Devices(_axes("axis_mean", "axis_name", axis_name))
+    devices = Devices(as_axes("axis_mean", "axis_name", axis_name))
     check_mapped("axis_mean", "axis_name", devices.axes)
     check_arrays("tree", tree)
     if weights is not None:
@@ -294,23 +294,13 @@ def _like(name, specs, tree):
         ) from error
 
 
-def _axes(name: str, keyword: str, axes: Any) -> tuple[str, ...]:
-    """Return one axis name, or a sequence of names, as a tuple."""
-    axes = (axes,) if isinstance(axes, str) else axes
-    if not isinstance(axes, Sequence) or not all(isinstance(axis, str) for axis in axes):
-        raise TypeError(f"{name}: `{keyword}` must be the name of an axis, or several, got {axes}")
-    if not axes:
-        raise ValueError(f"{name}: `{keyword}` must name at least one axis, got {axes}")
-    return tuple(axes)
-
-
 def _local_axes(ascent: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
     """Return the axes along which devices climb separately."""
     if ascent == "global":
         return ()
     if ascent == "local":
         return axes
-    if isinstance(ascent, str) or not set(_axes("data_parallel", "ascent", ascent)) <= set(axes):
+    if isinstance(ascent, str) or not set(as_axes("data_parallel", "ascent", ascent)) <= set(axes):
         raise ValueError(
             f"data_parallel: `ascent` must be 'global', 'local' or some of the axes {axes}, "
             f"got {ascent!r}"

@@ -10,7 +10,7 @@ from samx.core import tree
 from samx.core.aliases import Radius, Transformation
 from samx.core.hyperparams import at_step, check_function, check_hyperparam, check_number, next_step
 from samx.core.transformation import checked_transformation
-from samx.perturbations.metrics import Metric, identity
+from samx.perturbations.metrics import Metric, checked_metric
 
 
 class BallState(NamedTuple):
@@ -130,7 +130,7 @@ def metric_ball(
         One norm over all leaves, accumulated in float32 or wider. Cost: one norm, elementwise
         work. `static_args`: `metric`.
     """
-    metric = _metric(metric)
+    metric = checked_metric("metric_ball", metric)
     check_number("norm_eps", norm_eps, 0)
 
     def climb(g, params, radius):
@@ -175,7 +175,7 @@ def linf_ball(rho: Radius, metric: Metric | None = None) -> Transformation:
         Radii are per element: smaller than those of an L2 ball by a factor of about √(number of
         parameters). Cost: elementwise work. `static_args`: `metric`.
     """
-    metric = _metric(metric)
+    metric = checked_metric("linf_ball", metric)
 
     def climb(g, params, radius):
         def corner(g, t):
@@ -223,7 +223,7 @@ def unnormalized_step(rho: Radius, metric: Metric | None = None) -> Transformati
         gradient is used as it comes, so anything that scales gradients may stand before it in a
         chain. Cost: elementwise work. `static_args`: `metric`.
     """
-    metric = _metric(metric)
+    metric = checked_metric("unnormalized_step", metric)
 
     def climb(g, params, radius):
         return jax.tree.map(lambda g, t: g * t * t * _as_real(radius, g), g, metric(params))
@@ -288,24 +288,3 @@ def _times(x: jax.Array, scale: Any) -> jax.Array:
 def _as_real(x: Any, like: jax.Array) -> jax.Array:
     """Return a number in the precision of a leaf, which may be complex."""
     return jnp.asarray(x, like.real.dtype)
-
-
-def _metric(metric: Any) -> Metric:
-    if metric is None:
-        return identity()
-    check_function("metric", metric, 1)
-
-    def checked(params):
-        scales = metric(params)
-        structure = jax.tree.structure(params)
-        try:
-            structure.flatten_up_to(scales)
-        except ValueError as error:
-            found = jax.tree.structure(scales)
-            raise ValueError(
-                f"`metric` must return the structure of `params`, {structure}, got {found}"
-            ) from error
-        tree.check_arrays("metric(params)", scales)
-        return scales
-
-    return checked

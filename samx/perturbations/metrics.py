@@ -245,6 +245,46 @@ def constants(scales: Any) -> Metric:
     return metric
 
 
+def checked_metric(name: str, metric: Metric | None) -> Metric:
+    """Return a metric whose scales are checked where it is called; `identity()` for `None`."""
+    if metric is None:
+        return identity()
+    check_function("metric", metric, 1)
+
+    def checked(params):
+        scales, (leaves, structure) = metric(params), jax.tree_util.tree_flatten_with_path(params)
+        try:
+            found = structure.flatten_up_to(scales)
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: `metric` must return the structure of `params`, {structure}, "
+                f"got {jax.tree.structure(scales)}"
+            ) from error
+        for (path, w), scale in zip(leaves, found, strict=True):
+            _check_scale(f"{name}: `metric(params)`{jax.tree_util.keystr(path)}", scale, w)
+        return scales
+
+    return checked
+
+
+def _check_scale(where: str, scale: Any, w: Any) -> None:
+    """Require a real number, or an array of them that broadcasts to the shape of a leaf."""
+    if not tree.is_array(scale) or isinstance(scale, jax.ShapeDtypeStruct):
+        raise TypeError(f"{where} must be an array, got a {type(scale).__name__}")
+    if jnp.iscomplexobj(scale):
+        raise TypeError(f"{where} must be real, got complex numbers")
+    shape = jnp.shape(w)
+    try:
+        is_right = jnp.broadcast_shapes(jnp.shape(scale), shape) == shape
+    except ValueError:
+        is_right = False
+    if not is_right:
+        raise ValueError(
+            f"{where} must be one number or have the shape of `params`, {shape}, "
+            f"got {jnp.shape(scale)}"
+        )
+
+
 def _scaled(scale: Callable[[Any], Any], is_scaled: LeafPredicate) -> Metric:
     """Return `T = scale(leaf)` on the floating leaves chosen by `is_scaled`, 1 on the others."""
 

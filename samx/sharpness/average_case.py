@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from samx.core import tree
 from samx.core.convolutions import fast_convolutions
-from samx.core.hyperparams import check_choice, check_function, check_number
-from samx.perturbations.metrics import Metric, identity
+from samx.core.hyperparams import check_choice, check_number
+from samx.perturbations.metrics import Metric, checked_metric
 from samx.sharpness.coordinates import Coordinates, Vector, normal, uniform
 from samx.sharpness.estimates import Estimate, mean_over, vectors_of
 from samx.sharpness.objective import as_objective
@@ -144,24 +144,10 @@ def smoothed(
 
 def _mover(space: Coordinates, metric: Any, rho: Any) -> Callable[[Vector], Vector]:
     """Return the function from a draw n to the point `w + ρ T n`."""
-    scales = _scales(space, identity() if metric is None else metric)
+    rho = jnp.asarray(rho)  # of NumPy it would widen the step
+    scales = checked_metric("average_case", metric)(space.point(space.start))
 
     def step(n, t):
-        return tree.scaled(rho, n * jnp.asarray(t, n.real.dtype)) if tree.is_inexact(n) else n
+        return tree.scaled(rho, n * jnp.asarray(t).astype(n.dtype)) if tree.is_inexact(n) else n
 
     return lambda n: space.moved(jax.tree.map(step, space.vector(n), scales))
-
-
-def _scales(space: Coordinates, metric: Any) -> Any:
-    """Return T, a tree like the parameters."""
-    check_function("metric", metric, 1)
-    scales, structure = metric(space.point(space.start)), jax.tree.structure(space.params)
-    try:
-        structure.flatten_up_to(scales)
-    except ValueError as error:
-        raise ValueError(
-            f"average_case: `metric` must return the structure of `params`, {structure}, "
-            f"got {jax.tree.structure(scales)}"
-        ) from error
-    tree.check_arrays("metric(params)", scales)
-    return scales

@@ -74,7 +74,7 @@ def barrier(f: Any, a: Any, b: Any, *, points: int = 11) -> Barrier:
         are not matched before. Cost: `points` forward passes, one at a time, and one copy of the
         parameters.
     """
-    space = Coordinates("barrier", a)
+    space = Coordinates("barrier", a, "a")
     loss = as_objective("barrier", f).closure("barrier").compose(space.point)
     end = space.of("b", b)
     count = as_count("points", points, 3)

@@ -19,19 +19,19 @@ class Coordinates:
     imaginary part. A leaf of integers has no coordinates.
 
     Attributes:
+        name: Name of the measure in error messages.
+        keyword: Name of the parameters in error messages.
         params: The parameters.
         start: Their coordinates.
         size: The number of coordinates, P.
         dtype: The dtype of inner products of vectors.
     """
 
-    def __init__(self, name: str, params: Any):
-        tree.check_arrays("params", params)
-        self.name, self.params = name, params
+    def __init__(self, name: str, params: Any, keyword: str = "params"):
+        check_params(name, params, keyword)
+        self.name, self.keyword, self.params = name, keyword, params
         self.start = self._split(params)
         self.size = sum(x.size for x in self.start)
-        if not self.size:
-            raise ValueError(f"{name}: `params` must hold floating numbers, got none")
         self.dtype = tree.real_dtype(*self.start)
 
     def point(self, x: Vector) -> Any:
@@ -48,16 +48,29 @@ class Coordinates:
     def of(self, keyword: str, vector: Any) -> Vector:
         """Return the coordinates of a tree like `params`, in the dtypes of `start`."""
         try:
-            tree.check_like(keyword, vector, "params", self.params)
+            tree.check_like(keyword, vector, self.keyword, self.params)
+            tree.check_arrays(keyword, vector)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.name}: {error}") from error
-        found = []
-        for x, w in zip(self._leaves(vector), jax.tree.leaves(self.params), strict=True):
-            if jnp.iscomplexobj(w):
-                found += [jnp.real(x), jnp.imag(x)]
-            elif tree.is_inexact(w):
-                found.append(jnp.asarray(x))
-        return [x.astype(y.dtype) for x, y in zip(found, self.start, strict=True)]
+        return self._coordinates(vector)
+
+    def stack(self, keyword: str, vectors: Any) -> Vector:
+        """Return the coordinates `[k, ...]` of a tree like `params` with one more axis in front."""
+        shapes = [jnp.shape(x) for x in jax.tree.leaves(vectors) if tree.is_array(x)]
+        count = max((shape[0] for shape in shapes if shape), default=1)
+        if not count:
+            raise ValueError(f"{self.name}: `{keyword}` must hold at least one vector, got none")
+        like = jax.tree.map(
+            lambda w: jax.ShapeDtypeStruct((count, *jnp.shape(w)), jnp.result_type(w)), self.params
+        )
+        try:
+            tree.check_like(keyword, vectors, self.keyword, like)
+            tree.check_arrays(keyword, vectors)
+        except (TypeError, ValueError) as error:
+            raise type(error)(
+                f"{self.name}: {error}; `{keyword}` has one more axis in front"
+            ) from error
+        return self._coordinates(vectors)
 
     def moved(self, eps: Any) -> Vector:
         """Return the coordinates of `params + eps`, which a perturbation made."""
@@ -71,8 +84,16 @@ class Coordinates:
             for k, x in zip(keys, self.start, strict=True)
         ]
 
-    def _leaves(self, vector: Any) -> list[Any]:
-        return jax.tree.structure(self.params).flatten_up_to(vector)
+    def _coordinates(self, vector: Any) -> Vector:
+        """Return the coordinates of one vector, or of several at once."""
+        found = []
+        others = jax.tree.structure(self.params).flatten_up_to(vector)
+        for x, w in zip(others, jax.tree.leaves(self.params), strict=True):
+            if jnp.iscomplexobj(w):
+                found += [jnp.real(x), jnp.imag(x)]
+            elif tree.is_inexact(w):
+                found.append(jnp.asarray(x))
+        return [x.astype(y.dtype) for x, y in zip(found, self.start, strict=True)]
 
     def _split(self, params: Any) -> Vector:
         found = []
@@ -91,6 +112,17 @@ class Coordinates:
 
         leaves, structure = jax.tree.flatten(self.params)
         return structure.unflatten([leaf(w) for w in leaves])
+
+
+def check_params(name: str, params: Any, keyword: str = "params") -> None:
+    """Require a tree of arrays with at least one floating number, and without random keys."""
+    try:
+        tree.check_arrays(keyword, params)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    tree.check_no_keys(name, params, keyword)
+    if not any(jnp.size(x) for x in jax.tree.leaves(params) if tree.is_inexact(x)):
+        raise ValueError(f"{name}: `{keyword}` must hold floating numbers, got none")
 
 
 def sharded_like(like: Any, x: jax.Array) -> jax.Array:

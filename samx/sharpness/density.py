@@ -66,8 +66,8 @@ def density(
     iterations, count = as_count("iterations", iterations), as_count("draws", draws, 2)
     space, times = product_with("density", f, params, operator)
     grid = as_array("grid", grid, "numbers [n]").astype(space.dtype)
-    if grid.ndim != 1:
-        raise ValueError(f"`grid` must be numbers [n], got shape {grid.shape}")
+    if grid.ndim != 1 or not grid.size:
+        raise ValueError(f"density: `grid` must have the shape [n], got {grid.shape}")
     start, size = random_key(key), min(iterations, space.size)
 
     def one(i):

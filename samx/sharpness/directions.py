@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from samx.core import tree
-from samx.core.closures import batch_size
 from samx.core.convolutions import fast_convolutions
 from samx.core.devices import ONE_DEVICE
 from samx.core.hyperparams import as_count, check_flag, check_function
@@ -14,7 +14,7 @@ from samx.perturbations.metrics import LeafPredicate
 from samx.sharpness.coordinates import Coordinates, sharded_like, signs
 from samx.sharpness.estimates import Estimate, mean_over, random_key
 from samx.sharpness.objective import as_objective
-from samx.sharpness.products import Operator, product_with
+from samx.sharpness.products import Operator, of_finite, product_with
 
 
 def directional(
@@ -98,19 +98,13 @@ def alignment(vectors: Any, g: Any) -> jax.Array:
         Complex gradients are those of `update`: conjugate the gradient of `jax.grad`. Cost: k inner
         products.
     """
-    tree.check_arrays("g", g)
-    batch_size("alignment", vectors, "vectors")
-    one = jax.tree.map(lambda x: x[0], vectors)
-    try:
-        tree.check_like("vectors", one, "g", g)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"alignment: of each vector, {error}") from error
-    unit = tree.with_length(g, 1.0, tree.length(g))
+    space = Coordinates("alignment", g, "g")
+    unit = tree.with_length(space.start, 1.0, tree.length(space.start))
 
     def squared_cosine(v):
         return tree.dot(tree.with_length(v, 1.0, tree.length(v)), unit) ** 2
 
-    return jax.vmap(squared_cosine)(vectors)
+    return jax.vmap(squared_cosine)(space.stack("vectors", vectors))
 
 
 def relative_flatness(
@@ -172,20 +166,21 @@ def relative_flatness(
         draw.
     """
     name = "relative_flatness"
-    found, space = as_objective(name, f), Coordinates(name, params)
+    found, space, start = as_objective(name, f), Coordinates(name, params), random_key(key)
     check_flag("normalize", normalize)
     index = _chosen(space, is_chosen)
     kernel = space.start[index]
 
     loss = found.closure(name).compose(space.point)
 
-    @jax.grad
-    def gradient(kernel):
+    @jax.value_and_grad
+    def value_and_grad(kernel):
         return loss([*space.start[:index], kernel, *space.start[index + 1 :]])
 
     def curvature(u):
         u = sharded_like(kernel, u.reshape(kernel.shape))
-        return tree.dot([u], [jax.jvp(gradient, (kernel,), (u,))[1]])
+        (value, _), (_, product) = jax.jvp(value_and_grad, (kernel,), (u,))
+        return tree.dot([u], of_finite(value, [product]))
 
     rows = _rows(kernel)
     num_inputs, rank = kernel.size // kernel.shape[-1], len(rows)
@@ -200,7 +195,7 @@ def relative_flatness(
         value = scale * jnp.sum(parts)
         return Estimate(value, jnp.zeros_like(value))
 
-    count, start = as_count("draws", draws, 2), random_key(key)
+    count = as_count("draws", draws, 2)
 
     def of_draw(i):
         z = signs(jax.random.fold_in(start, i), (num_inputs, rank), rows.dtype)
@@ -213,19 +208,24 @@ def _chosen(space: Coordinates, is_chosen: Any) -> int:
     """Return the index, among the coordinates, of the one kernel that the predicate chooses."""
     check_function("is_chosen", is_chosen, 2)
     leaves = jax.tree_util.tree_leaves_with_path(space.params)
-    found = [i for i, (path, leaf) in enumerate(leaves) if is_chosen(path, leaf)]
+    answers = [is_chosen(path, leaf) for path, leaf in leaves]
+    for answer in answers:
+        if isinstance(answer, jax.Array | np.ndarray):
+            check_flag("is_chosen(path, leaf)", answer)
+    found = [i for i, answer in enumerate(answers) if answer]
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
     if len(found) != 1:
         chosen = [names[i] for i in found] or "none"
         raise ValueError(
-            f"relative_flatness: `is_chosen` must choose one of the leaves {names}, chose {chosen}"
+            "relative_flatness: `is_chosen` must choose one of the leaves of `params`, "
+            f"{names}, got {chosen}"
         )
     leaf = leaves[found[0]][1]
     dtype, shape = jnp.result_type(leaf), jnp.shape(leaf)
     if not jnp.issubdtype(dtype, jnp.floating) or len(shape) < 2 or 0 in shape:
         raise ValueError(
             "relative_flatness: `is_chosen` must choose a kernel of real numbers, shape "
-            f"[..., in, out], but {names[found[0]]} has the dtype {dtype} and the shape {shape}"
+            f"[..., in, out], got {names[found[0]]} with the dtype {dtype} and the shape {shape}"
         )
     before = [leaf for _, leaf in leaves[: found[0]] if tree.is_inexact(leaf)]
     return sum(2 if jnp.iscomplexobj(leaf) else 1 for leaf in before)

@@ -49,34 +49,31 @@ def vectors_of(
     `draws` is their number, or the draws themselves: a tree like the parameters with one more axis
     in front.
     """
-    if not jax.tree.leaves(draws) or not all(jnp.ndim(x) for x in jax.tree.leaves(draws)):
-        count, start = as_count("draws", draws, 2), random_key(key)
+    start = random_key(key)
+    is_leaf = jax.tree.structure(draws) == jax.tree.structure(0)
+    if is_leaf and not (tree.is_array(draws) and jnp.ndim(draws)):
+        count = as_count("draws", draws, 2)
         return count, lambda i: space.random(jax.random.fold_in(start, i), sample)
-    count = jnp.shape(jax.tree.leaves(draws)[0])[0]
+    given = space.stack("draws", draws)
+    count = len(given[0])
     if count < 2:
         raise ValueError(f"{name}: `draws` must be at least 2, got {count}")
-    one = jax.tree.map(lambda x: x[0], draws)
-    space.of("draws", one)  # checks it
-
-    def given(i):
-        return space.of("draws", jax.tree.map(lambda x: x[i], draws))
-
-    return count, given
+    return count, lambda i: [x[i] for x in given]
 
 
 def mean_over(count: int, fn: Callable[[jax.Array], Any]) -> Estimate:
     """Return the mean and the standard error of `fn(0), ..., fn(count - 1)`.
 
-    One draw at a time, by Welford's update: squares of large means do not cancel.
+    One draw at a time, by Welford's update: squares of large means do not cancel. No rounding error
+    makes a sum of squares negative.
     """
 
     def add(sums, i):
         mean, squares = sums
-        x = jax.tree.map(tree.widen, fn(i))
-        from_old = jax.tree.map(jnp.subtract, x, mean)
-        mean = jax.tree.map(lambda m, d: m + d / (i + 1).astype(d.dtype), mean, from_old)
-        from_new = jax.tree.map(jnp.subtract, x, mean)
-        squares = jax.tree.map(lambda s, d, e: s + d * e, squares, from_old, from_new)
+        d = jax.tree.map(lambda x, m: tree.widen(x) - m, fn(i), mean)
+        part = jax.tree.map(lambda d: d / (i + 1).astype(d.dtype), d)
+        mean = jax.tree.map(jnp.add, mean, part)
+        squares = jax.tree.map(lambda s, d, p: s + d * (d - p), squares, d, part)
         return (mean, squares), None
 
     shape = jax.eval_shape(lambda: jax.tree.map(tree.widen, fn(jnp.zeros((), jnp.int32))))

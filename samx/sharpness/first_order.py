@@ -13,7 +13,7 @@ from samx.core.closures import unit_weights
 from samx.core.convolutions import fast_convolutions
 from samx.core.devices import ONE_DEVICE
 from samx.core.hyperparams import as_count
-from samx.sharpness.coordinates import Coordinates, Vector
+from samx.sharpness.coordinates import Coordinates, Vector, check_params
 from samx.sharpness.objective import Objective, as_objective, padded
 from samx.sharpness.products import gradient_at
 from samx.sharpness.rises import climb_with, rise_from
@@ -114,6 +114,7 @@ def m_sharpness(
     """
     found = as_objective("m_sharpness", f)
     losses_fn = found.losses("m_sharpness")
+    check_params("m_sharpness", params)
     devices = losses_fn.evaluation.devices
     space = Coordinates("m_sharpness", devices.pcast(params))
     size = len(jax.tree.leaves(found.batch)[0])

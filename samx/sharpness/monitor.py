@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from samx.core import tree
 from samx.core.aliases import Transformation
 from samx.core.convolutions import fast_convolutions
-from samx.core.hyperparams import as_count, check_function, check_text, next_step
+from samx.core.hyperparams import as_count, check_function, next_step
 from samx.core.readings import UNKNOWN, Monitored, stored_number
 from samx.core.transformation import checked_transformation, missing, no_params, unify
 from samx.sharpness.objective import Objective
@@ -94,9 +95,14 @@ def monitor(
     if not isinstance(measures, Mapping) or not measures:
         raise ValueError(f"monitor: `measures` must name at least one measure, got {measures!r}")
     for name, measure in measures.items():
-        check_text("measures", name)
+        if not isinstance(name, str):
+            raise TypeError(f"monitor: names in `measures` must be text, got {name!r}")
         check_function(f"measures[{name!r}]", measure, 2)
+    if values_like is not None and not isinstance(values_like, Mapping):
+        kind = type(values_like).__name__
+        raise TypeError(f"monitor: `values_like` must map names to arrays or shapes, got a {kind}")
     shapes = dict(values_like or {})
+    tree.check_arrays("values_like", shapes, has_shapes=True)
     unknown = sorted(map(str, shapes.keys() - measures.keys()))
     if unknown:
         raise ValueError(
@@ -104,6 +110,7 @@ def monitor(
         )
 
     def init_fn(params):
+        _check_whole(params)
         number = jax.ShapeDtypeStruct((), tree.real_dtype(*jax.tree.leaves(params)))
         values = {name: jax.tree.map(_unknown, shapes.get(name, number)) for name in measures}
         return MonitorState(
@@ -113,6 +120,7 @@ def monitor(
     def update_fn(updates, state, params=None, **extra):
         if params is None:
             raise ValueError(no_params("monitor"))
+        _check_whole(params)
         f = _objective(extra)
 
         def measure():
@@ -168,19 +176,48 @@ def _objective(extra: dict[str, Any]) -> Objective:
     return replace(f, apply_fn=closures["apply_fn"], loss_on_logits=closures["loss_on_logits"])
 
 
+def _check_whole(params: Any) -> None:
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    if any(isinstance(node, optax.MaskedNode) for node in nodes):
+        raise ValueError(
+            "monitor: `params` holds optax.MaskedNode leaves, so optax.masked or optax.partition "
+            "wraps it. The loss cannot run on a part of the parameters. Put the monitor into the "
+            "chain around: optax.chain(optax.masked(...), monitor(...))."
+        )
+
+
 def _unknown(like: Any) -> jax.Array:
-    dtype = jnp.result_type(like)
-    is_floating = jnp.issubdtype(dtype, jnp.floating)
-    return jnp.full(jnp.shape(like), stored_number(UNKNOWN) if is_floating else 0, dtype)
+    unknown = stored_number(UNKNOWN) if tree.is_inexact(like) else 0
+    return jnp.full(jnp.shape(like), unknown, jnp.result_type(like))
 
 
 def _like(name: str, value: Any, old: Any) -> Any:
     """Return a value in the dtypes that the state holds; require its shapes."""
-    tree.check_arrays(name, value)
+    tree.check_arrays(f"measures[{name!r}](f, params)", value)
     got, wanted = (jax.tree.map(jnp.shape, x) for x in (value, old))
     if got != wanted:
         raise ValueError(
             f"monitor: the measure {name!r} must return a value of shape {wanted}, got {got}; pass "
             "`values_like` for a measure that returns more than one number"
         )
-    return jax.tree.map(lambda x, o: jnp.asarray(x, o.dtype), value, old)
+    dtypes = [
+        (jnp.result_type(x), o.dtype)
+        for x, o in zip(jax.tree.leaves(value), jax.tree.leaves(old), strict=True)
+    ]
+    if not all(_fits(dtype, into) for dtype, into in dtypes):
+        raise TypeError(
+            f"monitor: the measure {name!r} must return values of the dtypes "
+            f"{[str(into) for _, into in dtypes]}, got {[str(dtype) for dtype, _ in dtypes]}; pass "
+            "`values_like` for a measure that returns others"
+        )
+    return jax.tree.map(lambda x, o: jnp.asarray(x).astype(o.dtype), value, old)
+
+
+def _fits(dtype: Any, into: Any) -> bool:
+    """Return whether numbers of a dtype may be stored in another one, perhaps rounded."""
+    kinds = [jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating]
+    rank, most = (
+        next((i for i, kind in enumerate(kinds) if jnp.issubdtype(x, kind)), None)
+        for x in (dtype, into)
+    )
+    return dtype == into or (rank is not None and most is not None and rank <= most)

@@ -21,7 +21,7 @@ from samx.core.closures import (
     scalar_closure,
     unit_weights,
 )
-from samx.core.devices import Devices, check_mapped
+from samx.core.devices import Devices, as_axes, check_mapped
 from samx.core.hyperparams import as_count, check_function
 
 
@@ -89,7 +89,7 @@ class Objective:
             losses_fn = in_two_parts(name, *self.two_parts(name))
         else:
             raise ValueError(
-                f"{name}: needs the losses of examples, but the loss is one number. Measure "
+                f"{name}: needs the losses of examples, which `f` lacks. Measure "
                 "samx.sharpness.objective(losses_fn=losses, batch=batch), where "
                 "losses(params, batch) are per example, [B]"
             )
@@ -104,9 +104,9 @@ class Objective:
         """Return the closure of the logits, and the losses on them; a `ValueError` without them."""
         if self.apply_fn is None:
             raise ValueError(
-                f"{name}: needs the logits. Measure samx.sharpness.objective(apply_fn=apply, "
-                "loss_on_logits=losses, batch=batch), where apply(params, batch) are the logits, "
-                "and losses(logits, batch) are per example, [B]"
+                f"{name}: needs the logits, which `f` lacks. Measure samx.sharpness.objective("
+                "apply_fn=apply, loss_on_logits=losses, batch=batch), where apply(params, batch) "
+                "are the logits, and losses(logits, batch) are per example, [B]"
             )
         return logits_closure(name, self.apply_fn), self._required(name, "loss_on_logits")
 
@@ -205,9 +205,15 @@ def objective(
     if value_fn is not None:
         check_function("value_fn", value_fn, 1)
     if (apply_fn is None) != (loss_on_logits is None):
-        raise ValueError("objective: `apply_fn` and `loss_on_logits` must be given together")
+        absent, present = "apply_fn", "loss_on_logits"
+        if apply_fn is not None:
+            absent, present = present, absent
+        raise ValueError(f"objective: `{absent}` is missing; `{present}` needs it")
     if losses_fn is not None and apply_fn is not None:
-        raise ValueError("objective: give `losses_fn` or its two parts, not both")
+        raise ValueError(
+            "objective: give `losses_fn` or its two parts, not both, got `losses_fn`, `apply_fn` "
+            "and `loss_on_logits`"
+        )
     has_examples = losses_fn is not None or apply_fn is not None
     if not has_examples and value_fn is None:
         raise ValueError(
@@ -215,7 +221,10 @@ def objective(
             "`loss_on_logits` and `batch`"
         )
     if has_examples and value_fn is not None:
-        raise ValueError("objective: give `value_fn` or the losses of examples, not both")
+        raise ValueError(
+            "objective: give `value_fn` or the losses of examples, not both, got `value_fn` and "
+            f"`{'apply_fn' if losses_fn is None else 'losses_fn'}`"
+        )
     if has_examples != (batch is not None):
         fix = "is missing" if has_examples else "needs `losses_fn`, or its two parts"
         raise ValueError(f"objective: `batch` {fix}")
@@ -240,7 +249,7 @@ def objective(
         apply_fn=apply_fn,
         loss_on_logits=loss_on_logits,
         num_batches=num_batches,
-        axis_names=_axes(axis_name),
+        axis_names=() if axis_name is None else as_axes("objective", "axis_name", axis_name),
     )
 
 
@@ -255,6 +264,7 @@ def as_objective(name: str, f: Any) -> Objective:
                 f"got a {type(f).__name__}"
             )
         check_function("f", f, 1)
+        f = Closure(f, name, "f")
     return Objective(value_fn=f)
 
 
@@ -268,10 +278,3 @@ def padded(batch: Any, weights: Any, multiple: int) -> tuple[Any, Any]:
         weights = unit_weights(batch, jnp.float32)
     batch = jax.tree.map(lambda x: jnp.concatenate([x, x[:missing]]), batch)
     return batch, jnp.concatenate([weights, jnp.zeros_like(weights[:missing])])
-
-
-def _axes(axis_name: Any) -> tuple[str, ...]:
-    axes = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
-    if not isinstance(axes, Sequence) or not all(isinstance(axis, str) for axis in axes):
-        raise TypeError(f"`axis_name` must be the name of an axis, or several, got {axis_name!r}")
-    return tuple(axes)

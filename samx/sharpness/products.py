@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from samx.core import tree
+from samx.core.closures import batch_size
 from samx.core.hyperparams import check_choice
 from samx.sharpness.coordinates import Coordinates, Vector
 from samx.sharpness.objective import Objective, as_objective
@@ -111,12 +112,24 @@ def product_with(name: str, f: Any, params: Any, operator: Operator) -> tuple[Co
 
 def gradient_at(name: str, f: Objective, space: Coordinates) -> Product:
     """Return the function from a point to the gradient of the loss there, in coordinates."""
-    return jax.grad(f.closure(name).compose(space.point))
+    value_and_grad = jax.value_and_grad(f.closure(name).compose(space.point))
+    return lambda x: of_finite(*value_and_grad(x))
+
+
+def of_finite(loss: jax.Array, x: Vector) -> Vector:
+    """Return `x`, or NaN if the loss is not finite: its derivatives may look right even so."""
+    factor = jnp.where(jnp.isfinite(loss), 1.0, jnp.nan)
+    return [factor.astype(y.dtype) * y for y in x]
 
 
 def _hessian(name: str, f: Objective, space: Coordinates) -> Product:
-    gradient = gradient_at(name, f, space)
-    return lambda v: jax.jvp(gradient, (space.start,), (v,))[1]
+    value_and_grad = jax.value_and_grad(f.closure(name).compose(space.point))
+
+    def times(v):
+        (loss, _), (_, product) = jax.jvp(value_and_grad, (space.start,), (v,))
+        return of_finite(loss, product)
+
+    return times
 
 
 def _ggn(name: str, f: Objective, space: Coordinates) -> Product:
@@ -126,19 +139,27 @@ def _ggn(name: str, f: Objective, space: Coordinates) -> Product:
     """
     (apply_fn, loss_on_logits), losses_fn = f.two_parts(name), f.losses(name)
     apply_at, pcast = apply_fn.compose(space.point), losses_fn.evaluation.devices.pcast
+    check = replace(losses_fn, keyword="loss_on_logits").check
 
     def times(v):
         def losses(x, batch):
             fixed = jax.lax.stop_gradient(x)
             logits, moved = jax.jvp(lambda x: apply_at(x, batch), (fixed,), (pcast(v),))
+            _check_logits(name, logits, batch)
 
             def total(logits):
-                return jnp.sum(tree.widen(loss_on_logits(logits, batch)))
+                losses = loss_on_logits(logits, batch)
+                check(losses, batch)
+                return jnp.sum(tree.widen(losses))
 
-            cotangents = jax.lax.stop_gradient(jax.jvp(jax.grad(total), (logits,), (moved,))[1])
-            return _per_example(cotangents, apply_at(x, batch))
+            gradient = jax.value_and_grad(total, allow_int=True)
+            (value, _), (_, slopes) = jax.jvp(gradient, (logits,), (moved,))
+            slopes = [jax.lax.stop_gradient(s) for s in _floating(logits, slopes)]
+            at_x = apply_at(x, batch)
+            return _per_example(of_finite(value, slopes), _floating(at_x, at_x))
 
-        return jax.grad(f.mean(replace(losses_fn, fn=losses)))(space.start)
+        mean = f.mean(replace(losses_fn, fn=losses))
+        return of_finite(*jax.value_and_grad(mean)(space.start))
 
     return times
 
@@ -154,16 +175,34 @@ def _empirical_fisher(name: str, f: Objective, space: Coordinates) -> Product:
             _, slopes = jax.jvp(lambda x: losses_at(x, batch), (fixed,), (pcast(v),))
             return jax.lax.stop_gradient(slopes) * losses_at(x, batch)
 
-        return jax.grad(f.mean(replace(losses_fn, fn=losses)))(space.start)
+        mean = f.mean(replace(losses_fn, fn=losses))
+        return of_finite(*jax.value_and_grad(mean)(space.start))
 
     return times
 
 
-def _per_example(a: Any, b: Any) -> jax.Array:
-    """Return the inner products `[B]` of two trees of logits, `[B, ...]`."""
+def _check_logits(name: str, logits: Any, batch: Any) -> None:
+    """Require floating logits with the leading axis of the batch; integers are ignored."""
+    size, shapes = batch_size(name, batch), [jnp.shape(x) for x in _floating(logits, logits)]
+    if not shapes or any(shape[:1] != (size,) for shape in shapes):
+        got = f"the shapes {shapes}" if shapes else "no floating numbers"
+        raise ValueError(
+            f"{name}: `apply_fn` must return floating logits [B, ...], one row per example, here "
+            f"[{size}, ...], got {got}"
+        )
+
+
+def _floating(logits: Any, x: Any) -> list[Any]:
+    """Return the leaves of `x` at floating logits."""
+    pairs = zip(jax.tree.leaves(logits), jax.tree.leaves(x), strict=True)
+    return [leaf for z, leaf in pairs if tree.is_inexact(z)]
+
+
+def _per_example(a: list[Any], b: list[Any]) -> jax.Array:
+    """Return the inner products `[B]` of logits `[B, ...]`, real for complex ones."""
 
     def product(x, y):
         z = tree.widen(x) * tree.widen(y)
-        return jnp.sum(z, axis=tuple(range(1, z.ndim)))
+        return jnp.sum(jnp.real(z), axis=tuple(range(1, z.ndim)))
 
-    return reduce(jnp.add, jax.tree.leaves(jax.tree.map(product, a, b)))
+    return reduce(jnp.add, map(product, a, b))

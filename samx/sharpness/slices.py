@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from samx.core import tree
-from samx.core.closures import Closure, batch_size
+from samx.core.closures import Closure
 from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import as_array, check_choice
 from samx.sharpness.coordinates import Coordinates, Vector
@@ -149,7 +149,7 @@ def slice_2d(f: Any, params: Any, directions: Any, alphas: Any, betas: Any) -> j
     """
     space = Coordinates("slice_2d", params)
     loss = as_objective("slice_2d", f).closure("slice_2d").compose(space.point)
-    d, e = (space.of("directions", x) for x in _pair(directions, params))
+    d, e = _pair(directions, space)
     a, b = _as_steps("alphas", alphas, space), _as_steps("betas", betas, space)
 
     def point(steps):
@@ -180,19 +180,19 @@ def _as_steps(keyword: str, steps: Any, space: Coordinates) -> jax.Array:
     return found.astype(space.dtype)
 
 
-def _pair(directions: Any, params: Any) -> list[Any]:
-    """Return two trees like `params`, from a pair of trees or from a stack of two vectors."""
-    if jax.tree.structure(directions) == jax.tree.structure(params):
-        size = batch_size("slice_2d", directions, "directions")
-        if size != 2:
-            raise ValueError(f"slice_2d: `directions` must be two directions, got {size}")
-        return [jax.tree.map(lambda x, i=i: x[i], directions) for i in range(2)]
+def _pair(directions: Any, space: Coordinates) -> list[Vector]:
+    """Return two vectors, from a pair of trees like `params` or from a stack of two vectors."""
+    if jax.tree.structure(directions) == jax.tree.structure(space.params):
+        stack = space.stack("directions", directions)
+        if len(stack[0]) != 2:
+            raise ValueError(f"slice_2d: `directions` must be two directions, got {len(stack[0])}")
+        return [[x[i] for x in stack] for i in range(2)]
     if not isinstance(directions, tuple | list) or len(directions) != 2:
         raise ValueError(
             "slice_2d: `directions` must be a pair of trees like `params`, or one tree with an "
             f"axis of length 2 in front, got {jax.tree.structure(directions)}"
         )
-    return list(directions)
+    return [space.of("directions", direction) for direction in directions]
 
 
 def _as_axis(axis: Any, params: Any) -> int:
@@ -212,6 +212,6 @@ def _as_axis(axis: Any, params: Any) -> int:
 def _norms(x: jax.Array, axis: int) -> jax.Array:
     """Return the norm of each filter, with axes of length 1; squares do not leave their range."""
     others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
-    largest = jnp.max(jnp.abs(x), axis=others, keepdims=True)
+    largest = jnp.max(jnp.abs(x), axis=others, keepdims=True, initial=0)
     parts = jnp.abs(tree.ratio(x, largest))
     return largest * jnp.sqrt(jnp.sum(parts * parts, axis=others, keepdims=True))

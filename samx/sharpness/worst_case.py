@@ -81,7 +81,7 @@ def worst_case(
     Returns:
         A `WorstCase`. Its value is at least 0, and at least `samx.sharpness.first_order` of the
         same ball (up to rounding). A restart that starts where the loss is not a number has the
-        value NaN, and counts for nothing.
+        value NaN, and counts for nothing; if all do, the value is NaN.
 
     Raises:
         ValueError: If `steps` or `restarts` is below 1, or `perturbation` takes gradients at a
@@ -155,6 +155,7 @@ def worst_case(
         (center.eps, center.value, center.stationarity),
         jnp.arange(restarts, dtype=jnp.int32),
     )
+    value = jnp.where(jnp.all(jnp.isnan(per_restart)), jnp.nan, value).astype(value.dtype)
     return WorstCase(value, space.vector(eps), per_restart, stationarity)
 
 

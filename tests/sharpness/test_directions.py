@@ -198,28 +198,28 @@ W = {"kernel": np.ones((2, 3)), "bias": np.ones(3)}
         ),
         (
             ValueError,
-            r"alignment: of each vector, `vectors`\['bias'\] must have the shape of `g`",
+            r"alignment: `vectors`\['bias'\] must have the shape of `g`",
             lambda s: s.alignment({"kernel": np.ones((2, 2, 3)), "bias": np.ones((2, 2))}, W),
         ),
         (
             ValueError,
-            "alignment: every leaf of `vectors` must have the same leading axis",
-            lambda s: s.alignment({"a": np.ones((2, 1)), "b": np.ones((3, 1))}, W),
+            r"alignment: `vectors`\['bias'\] must have the shape of `g`, \(3, 3\), got \(2, 3\)",
+            lambda s: s.alignment({"kernel": np.ones((3, 2, 3)), "bias": np.ones((2, 3))}, W),
         ),
         (TypeError, "must be an array", lambda s: s.alignment(W, "g")),
         (
             ValueError,
-            r"`is_chosen` must choose one of .*'bias'.* chose \[\"\['bias'\]\", \"\['kernel'\]\"\]",
+            r"must choose one of the leaves of `params`.* got \[\"\['bias'\]\", \"\['kernel'\]\"\]",
             lambda s: s.relative_flatness(loss_of, W, lambda path, leaf: True),
         ),
         (
             ValueError,
-            "`is_chosen` must choose one of the leaves .* chose none",
+            "`is_chosen` must choose one of the leaves of `params`, .* got none",
             lambda s: s.relative_flatness(loss_of, W, lambda path, leaf: False),
         ),
         (
             ValueError,
-            r"\['bias'\] has the dtype float64 and the shape \(3,\)",
+            r"got \['bias'\] with the dtype float64 and the shape \(3,\)",
             lambda s: s.relative_flatness(loss_of, W, lambda path, leaf: leaf.ndim == 1),
         ),
         (
