@@ -120,10 +120,11 @@ def worst_case(
             a_{k+1} = d_k + m (d_k − a_{k−1})
             ε_{k+1} = (1 − γ) ε_k + γ ball(a_{k+1})
 
-        A step that does not climb is not taken. Then γ is the one that the slopes at both ends of
-        the step ask for, at most half of the old one. All points are convex combinations of points
-        of the ball. Nothing divides by the metric, so weights of zero do no harm. An ascent ends
-        when its next step would gain less than 1e-7 of the rise, to first order.
+        A step that does not climb is not taken. Each γ is the one that the slopes at both ends of
+        the last step ask for, and at most half of one that failed. All points are convex
+        combinations of points of the ball. Nothing divides by the metric, so weights of zero do no
+        harm. An ascent ends when its next step would gain less than 1e-7 of the rise, to first
+        order.
 
         Cost: at most 1 + restarts · steps gradients, mostly far less: on the small network an
         ascent takes 5 to 30. It takes most steps where the maximum is inside of a face of a cube;
@@ -186,8 +187,8 @@ class _Ascent(NamedTuple):
 
     Attributes:
         point: The best point so far.
-        dual: The a of that point, ε = ball(a), in dual norm 1.
-        aim: The a of the next point.
+        dual: The a of the last step to it.
+        aim: The a of the next step.
         stride: The step size γ.
         has_momentum: Whether `aim` has momentum.
         count: The number of points measured.
@@ -216,30 +217,30 @@ def _ascend(
         return (now.count == 0) | (could_gain & (now.count < steps))
 
     def step(now: _Ascent) -> _Ascent:
-        here, end, stride = now.point, ball(now.aim), now.stride
-        there = measure(tree.on_line(here.eps, end, stride))
+        here, end = now.point, ball(now.aim)
+        there = measure(tree.on_line(here.eps, end, now.stride))
         is_up = (there.value > here.value) | (now.count == 0)
         point = tree.where(is_up, there, here)
-        # The maximum of the parabola with these slopes.
-        move = tree.subtract(end, here.eps)
-        slope, new_slope = tree.dot(here.g, move), tree.dot(there.g, move)
-        is_bent = new_slope < slope
-        top = jnp.where(is_bent, stride * tree.ratio(slope, slope - new_slope), 1)
-        shorter = jnp.where(now.has_momentum, stride, jnp.minimum(top, stride / 2))
-        new_stride = jnp.clip(jnp.where(is_up, top, shorter), stride / 10, 1)
-
-        has_momentum = is_up & (new_stride == 1) & (now.count > 0)
-        slope = _over(point.norm, point.g)
+        stride = _next_stride(now, is_up, there.g, tree.subtract(end, here.eps))
+        has_momentum = is_up & (stride == 1) & (now.count > 1)  # the first aims have other units
         momentum = jnp.where(has_momentum, MOMENTUM, 0).astype(stride.dtype)
-        aim = tree.add_scaled(slope, momentum, tree.subtract(slope, now.dual))
-        dual = tree.where(is_up, _over(tree.dot(now.aim, end), now.aim), now.dual)
-        return _Ascent(point, dual, aim, new_stride, has_momentum, now.count + 1)
+        unit = tree.scaled(tree.ratio(jnp.ones_like(point.norm), point.norm), point.g)
+        aim = tree.add_scaled(unit, momentum, tree.subtract(unit, now.dual))
+        dual = tree.where(is_up, now.aim, now.dual)
+        return _Ascent(point, dual, aim, stride, has_momentum, now.count + 1)
 
     full, no = jnp.ones_like(center.norm), jnp.zeros_like(center.norm, bool)
     start = _Ascent(center, direction, direction, full, no, jnp.zeros((), jnp.int32))
     return jax.lax.while_loop(is_going, step, start).point
 
 
-def _over(norm: jax.Array, x: Vector) -> Vector:
-    """Return `x / norm`, and zeros where the norm is 0."""
-    return tree.scaled(tree.ratio(jnp.ones_like(norm), norm), x)
+def _next_stride(now: _Ascent, is_up: jax.Array, new_g: Vector, move: Vector) -> jax.Array:
+    """Return the step to the top of the parabola with the slopes at both ends of this step.
+
+    After a step with momentum that did not climb, try the same length without.
+    """
+    slope, new_slope = tree.dot(now.point.g, move), tree.dot(new_g, move)
+    is_bent = new_slope < slope
+    top = jnp.where(is_bent, now.stride * tree.ratio(slope, slope - new_slope), 1)
+    shorter = jnp.where(now.has_momentum, now.stride, jnp.minimum(top, now.stride / 2))
+    return jnp.clip(jnp.where(is_up, top, shorter), now.stride / 10, 1)

@@ -138,16 +138,29 @@ def test_a_weight_of_zero_does_not_move():
     assert np.isfinite(found.per_restart).all()
 
 
-def test_momentum_pays():
-    """Curvatures 1, 0.98, 0.96, ...: full steps alone would need 120 gradients."""
-    curvature = jnp.concatenate([1 - 0.02 * jnp.arange(10), -0.6 * jnp.ones(20)])
-    w = jnp.zeros(30)
-    found = jax.jit(
-        lambda w: sharpness.worst_case(
-            lambda w: 0.5 * jnp.sum(curvature * w**2), w, metric_ball(1.0), steps=60
-        )
-    )(w)
-    assert (found.per_restart[1:] > 0.5 * (1 - 1e-3)).mean() > 0.7
+@pytest.mark.parametrize(
+    ("largest", "middle", "least", "slope", "most"),
+    [
+        (1.0, 0.8, -0.6, 0.0, 65),  # 148 without momentum
+        (0.1, -0.2, -1.6, 0.02, 90),  # 104 if a step that failed is only halved
+        (-0.1, -0.5, -1.6, 0.001, 70),  # inside of the ball; 88 if only small gradients end it
+        (1.0, 0.1, -0.5, 1.0, 8),  # 11 if a step with momentum that failed is halved
+    ],
+)
+def test_gradients_of_an_ascent(largest, middle, least, slope, most):
+    """Ten curvatures near the largest one, and the others: the mean over 16 ascents."""
+    curvature = jnp.concatenate(
+        [jnp.linspace(largest, largest - 0.2, 10), middle * jnp.ones(10), least * jnp.ones(10)]
+    )
+    calls = []
+
+    def f(w):
+        jax.debug.callback(lambda: calls.append(1))
+        return jnp.sum(0.5 * curvature * w**2 + slope * w)
+
+    jax.jit(lambda w: sharpness.worst_case(f, w, metric_ball(1.0), steps=200))(jnp.zeros(30))
+    jax.effects_barrier()
+    assert len(calls) < 16 * most
 
 
 @pytest.mark.parametrize("make_ball", [metric_ball, linf_ball])
@@ -320,15 +333,40 @@ def test_radii_and_seeds_at_once():
 
 
 def test_single_precision():
-    """To five digits the value in float64, although the loss is rounded to seven."""
+    """To five digits the value in float64; an ascent ends when rounding hides what it gains."""
     data = jax.tree.map(lambda x: x.astype(jnp.float32 if x.ndim == 2 else x.dtype), make()[0])
     w = jax.tree.map(lambda w: w.astype(jnp.float32), net_params())
-    found = jax.jit(
-        lambda w: sharpness.worst_case(net_loss(data), w, metric_ball(0.1), restarts=3)
-    )(w)
+    calls = []
+
+    def f(w):
+        jax.debug.callback(lambda: calls.append(1))
+        return net_loss(data)(w)
+
+    found = jax.jit(lambda w: sharpness.worst_case(f, w, metric_ball(0.1), restarts=3))(w)
     assert found.value.dtype == found.perturbation["W1"].dtype == jnp.float32
     np.testing.assert_allclose(found.per_restart, 3 * [recorded("l2")[0]], rtol=1e-5)
     assert found.stationarity < 2e-6
+    jax.effects_barrier()
+    assert len(calls) < 3 * 30
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e10])
+def test_the_scale_of_the_loss(factor):
+    """Ascents in single precision take the same steps, however long gradients are."""
+    _, w, a, b = quadratic("indefinite")
+    w, a, b = jax.tree.map(lambda x: x.astype(jnp.float32), (w, a, b))
+
+    @jax.jit
+    def found(factor):
+        def f(w):
+            v = jnp.concatenate([w["a"].ravel(), w["b"]])
+            return factor * (0.5 * v @ a @ v + b @ v)
+
+        return sharpness.worst_case(f, w, metric_ball(1.0), steps=5, restarts=3)
+
+    one, scaled = found(jnp.float32(1)), found(jnp.float32(factor))
+    np.testing.assert_allclose(scaled.per_restart / factor, one.per_restart, rtol=1e-4)
+    np.testing.assert_allclose(scaled.stationarity, one.stationarity, rtol=1e-2)
 
 
 def test_half_precision_complex_and_integer_leaves():
