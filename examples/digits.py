@@ -223,7 +223,7 @@ def draw(results: list[dict], noises: list[float], path: Path, title: str) -> No
         dots.tick_params(labelleft=False)
     panels[1, 0].set_ylabel("test accuracy, %")
     if is_monitored:
-        panels[2, 0].set_ylabel("top eigenvalue")
+        panels[2, 0].set_ylabel("top eigenvalue of the Hessian")
     figures.save(figure, path, title)
 
 
@@ -293,7 +293,7 @@ def draw_top_eigenvalues(axes: Any, results: dict[str, dict], colors: dict[str, 
         axes.plot(steps, drawn[-1], "o-", markersize=3, linewidth=1.6, **style)
     axes.set_yscale(figures.scale_of(np.concatenate(drawn)))
     axes.set_xlabel("step")
-    axes.set_title("Hessian of the loss on all training images")
+    axes.set_title("sharpness on all training images")
     axes.grid(alpha=0.3)
     figures.label_ends(axes)
 
