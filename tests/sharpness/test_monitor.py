@@ -191,7 +191,7 @@ WRONG = {
         ValueError,
         "'v' must return a value of shape (), got (3,)",
     ),
-    "text": (lambda: step_of({"v": lambda f, w: "a"}, value_fn=w_squared), TypeError, "`v`"),
+    "text": (lambda: step_of({"v": lambda f, w: "a"}, value_fn=w_squared), TypeError, "['v']"),
     "no logits": (lambda: step_of(MEASURES, value_fn=w_squared), ValueError, "needs the logits"),
 }
 
