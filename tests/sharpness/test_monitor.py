@@ -76,7 +76,11 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("where", OPTIMIZERS)
+MORE = [pytest.param(where, marks=pytest.mark.slow) for where in ("in front", "skipping")]
+FIRST = [where for where in OPTIMIZERS if where not in ("in front", "skipping")]
+
+
+@pytest.mark.parametrize("where", FIRST + MORE)
 def test_values_are_those_of_the_step(where):
     data, params = batches()
     weights = jnp.arange(1.0, 17.0)
@@ -101,7 +105,7 @@ def test_values_before_the_first_measurement_and_their_names():
     assert single.monitored.values["zero"].dtype == jnp.float32
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_devices(check_vma):
     """Inside `data_parallel`, means are over the examples of all devices."""
     tx = samx.data_parallel(optax.chain(samx.sam(0.1), BASE, MONITOR), "data", ascent="local")

@@ -61,19 +61,23 @@ def assert_same(found, wanted, atol=1e-10):
     )
 
 
-def test_seven_batches_that_do_not_divide_the_examples():
-    assert_same(jax.jit(measure)(net_loss(num_batches=7), net_params()), expected())
-
-
-def test_padding_of_weight_zero():
+def test_padding_of_weight_zero_and_batches_that_do_not_divide_the_examples():
     data, _ = problem.make()
     data = jax.tree.map(lambda x: jnp.concatenate([x[:3], x]), data)
     weights = jnp.concatenate([jnp.zeros(3), jnp.full(64, 2.5)])
-    assert_same(jax.jit(measure)(net_loss(data, weights=weights), net_params()), expected())
+    f = net_loss(data, weights=weights, num_batches=7)
+    assert_same(jax.jit(measure)(f, net_params()), expected())
+
+
+@pytest.mark.slow
+def test_seven_batches():
+    assert_same(jax.jit(measure)(net_loss(num_batches=7), net_params()), expected())
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)]
+)
 def test_sharded_examples_and_parameters(axis_type, measure):
     mesh = mesh_of(axis_type=axis_type)
     specs = {"W1": P(None, "data"), "W2": P("data"), "b1": P("data"), "b2": P()}
@@ -100,7 +104,16 @@ def replace_apply(f, apply_fn):
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize("regime", ["shard_map", "shard_map without check_vma", "pmap"])
+@pytest.mark.parametrize(
+    "regime",
+    [
+        "shard_map",
+        *(
+            pytest.param(regime, marks=pytest.mark.slow)
+            for regime in ("shard_map without check_vma", "pmap")
+        ),
+    ],
+)
 def test_inside_mapped_functions(regime, measure):
     data, _ = problem.make()
 
