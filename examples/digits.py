@@ -48,10 +48,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = f", or all; default: those of {', '.join(DEFAULT)} that accept the base"
     arguments.add_names(parser, "--variants", [*ROWS, "all"], text, nargs="+")
     arguments.add_settings(parser, seeds=20, name="digits")
-    text = (
-        "on all training images, at the end of an epoch and of the training; 0, the default: never"
-    )
-    arguments.add_monitor(parser, text)
+    where = "on all training images, at the end of an epoch of 10 steps and after the last one"
+    arguments.add_monitor(parser, where)
     args = parser.parse_args(argv)
     arguments.check_settings(parser, args)
     arguments.check_range(parser, args, "monitor", low=0)

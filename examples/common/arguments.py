@@ -84,12 +84,11 @@ def add_out(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--out", metavar="FOLDER", help=text)
 
 
-def add_monitor(parser: argparse.ArgumentParser, text: str) -> None:
-    """Add --monitor; `text` tells on which examples a script measures, and what that costs."""
-    measures = "top eigenvalue of the Hessian with its error, and rise of the loss, measured every "
-    parser.add_argument(
-        "--monitor", type=int, default=0, metavar="EVERY", help=f"{measures}so many steps {text}"
-    )
+def add_monitor(parser: argparse.ArgumentParser, where: str) -> None:
+    """Add --monitor; `where` tells on which examples and when a script measures."""
+    text = "every so many steps measure the top eigenvalue of the Hessian, with its error, and the "
+    text += f"rise of the loss: {where}; it costs about 40 gradients; default: 0, never"
+    parser.add_argument("--monitor", type=int, default=0, metavar="EVERY", help=text)
 
 
 def add_settings(parser: argparse.ArgumentParser, seeds: int, name: str) -> None:

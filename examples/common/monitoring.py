@@ -16,7 +16,7 @@ RADIUS = 0.05  # SAM's for CIFAR-10, for all variants: rises of two runs can be 
 def measure(f: Any, params: Any, radius: float = RADIUS) -> dict[str, jax.Array]:
     """Measure the sharpness of a loss.
 
-    The cost is that of about 42 gradients. The rise at the radius and in the geometry of a variant
+    The cost is that of about 40 gradients. The rise at the radius and in the geometry of a variant
     costs nothing: it is the reading `sharpness`.
 
     Args:

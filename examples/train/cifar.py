@@ -70,10 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--devices", type=int, help="default: all; if too few, simulated on the CPU")
     add("--seed", type=int, default=0)
     add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="default: one epoch")
-    text = (
-        "on its batch, with its dropout masks and BatchNorm over the batch; 0, the default: never"
-    )
-    arguments.add_monitor(parser, text)
+    where = "on the batch of the step, with its dropout masks, and BatchNorm over the batch"
+    arguments.add_monitor(parser, where)
     arguments.add_out(parser, "cifar")
     add("--resume", metavar="FOLDER", help="continue this run, with its settings")
     return parser

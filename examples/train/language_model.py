@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     add("--evaluate-every", type=int, default=100, metavar="STEPS")
     add("--checkpoint-every", type=int, default=0, metavar="STEPS", help="default: as --evaluate")
-    arguments.add_monitor(parser, "on its batch; 0, the default: never")
+    arguments.add_monitor(parser, "on the batch of the step")
     arguments.add_out(parser, "language")
     add("--resume", metavar="FOLDER", help="continue this run, with its settings")
     add("--abstract", action="store_true", help="compile steps of large models; train nothing")
