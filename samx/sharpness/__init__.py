@@ -20,6 +20,7 @@ from samx.sharpness.first_order import (
     first_order,
     m_sharpness,
 )
+from samx.sharpness.logits import normalize_logits
 from samx.sharpness.monitor import monitor
 from samx.sharpness.objective import Objective, objective
 from samx.sharpness.products import ggn_vp, hvp
@@ -31,6 +32,7 @@ __all__ = [
     # The loss that is measured
     "objective",
     "Objective",
+    "normalize_logits",
     # Curvature
     "hvp",
     "ggn_vp",

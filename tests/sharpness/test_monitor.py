@@ -162,6 +162,15 @@ def test_vmap_keeps_a_real_branch():
     assert_close(optax.tree.get(found, "monitored").values["trace"][1], wanted["trace"])
 
 
+def test_normalized_logits_of_a_step():
+    (batch, *_), params = batches()
+    measures = {"loss": lambda f, w: sharpness.normalize_logits(f)(w)}
+    tx = sharpness.monitor(measures, every=1)
+    _, state = tx.update(params, tx.init(params), params, batch=batch, **PARTS)
+    wanted = sharpness.normalize_logits(net_loss(batch))(params)
+    np.testing.assert_allclose(state.monitored.values["loss"], wanted, rtol=1e-12)
+
+
 def test_a_loss_of_one_number_is_enough():
     tx = sharpness.monitor({"trace": MEASURES["trace"]}, every=1)
     w = jnp.ones(3)

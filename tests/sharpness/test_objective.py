@@ -11,7 +11,7 @@ import problem
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from measured import net_loss, net_params
+from measured import REFERENCE, net_loss, net_params
 from regimes import mapped, mesh_of, place
 
 import samx
@@ -364,6 +364,20 @@ def test_two_parts_are_a_losses_fn():
         found, _ = update(weights=weights, **parts)
         wanted, _ = update(weights=weights, losses_fn=problem.losses_fn)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), found, wanted)
+
+
+def test_normalized_logits():
+    """The scale of the last layer does not matter; equal logits have a zero gradient."""
+    f = sharpness.normalize_logits(net_loss())
+    wanted = REFERENCE["net/logit_normalized/loss"]
+    params = net_params()
+    for scale in (1, 50):
+        scaled = params | {name: scale * params[name] for name in ("W2", "b2")}
+        np.testing.assert_allclose(f(scaled), wanted, rtol=1e-10)
+    flat = jax.grad(f)(params | {name: 0 * params[name] for name in ("W2", "b2")})
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(flat))
+    with pytest.raises(ValueError, match="normalize_logits: needs the logits"):
+        sharpness.normalize_logits(quadratic_loss)
 
 
 def test_half_of_the_parts_names_the_other():
