@@ -132,7 +132,7 @@ def train_step(
         index=batch["index"],
         ascent_fn=ascent_fn,
     )
-    measured = monitoring.measured(new.opt_state, state.opt_state)
+    measured = monitoring.measured(new.opt_state, state.step)
     return new, readings_of(new.opt_state, value) | measured
 
 

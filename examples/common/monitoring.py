@@ -1,5 +1,6 @@
 """--monitor: the measures of sharpness that scripts take during training."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -34,30 +35,40 @@ def measure(f: Any, params: Any, radius: float = RADIUS) -> dict[str, jax.Array]
 
 
 def monitored(
-    tx: optax.GradientTransformation, every: int
-) -> optax.GradientTransformationExtraArgs | optax.GradientTransformation:
-    """Return the optimizer with a monitor, which measures in every so many steps; 0: without one.
+    tx: optax.GradientTransformation, every: int, num_batches: int = 1
+) -> optax.GradientTransformation:
+    """Return the optimizer with a monitor, which measures every so many steps; 0: without one.
 
     The loss is that of the step: on its batch, with its dropout masks, and with BatchNorm over the
-    batch. Put wrappers such as `samx.accumulate` around: then a measure needs no more memory than
-    a microbatch, and float16 is scaled.
+    batch. In float16 it is not scaled: products with the Hessian overflow before gradients do.
+
+    Args:
+        tx: The whole optimizer, with its wrappers.
+        every: Steps between two measurements.
+        num_batches: Into how many microbatches the batch is split, one after the other, as by
+            `samx.accumulate`.
     """
     if not every:
         return tx
+
+    def measure_in_batches(f, params):
+        return measure(replace(f, num_batches=num_batches), params)
+
     number = jax.ShapeDtypeStruct((), jnp.float32)
     monitor = samx.sharpness.monitor(
-        {"measured": measure}, every, values_like={"measured": dict.fromkeys(NAMES, number)}
+        {"measured": measure_in_batches},
+        every,
+        values_like={"measured": dict.fromkeys(NAMES, number)},
     )
     return optax.chain(tx, monitor)
 
 
-def measured(opt_state: Any, before: Any) -> dict[str, jax.Array]:
-    """Return what a step measured: its numbers, and whether they are new; nothing without monitor.
+def measured(opt_state: Any, step: Any) -> dict[str, jax.Array]:
+    """Return what was measured last, and whether it was in this step, counted from 0.
 
-    A step that float16 skipped has measured nothing, since its state is thrown away. So the states
-    after and before the step tell, and not the number of the step.
+    Without a monitor in the state, return nothing.
     """
-    last, old = (optax.tree.get(state, "monitored") for state in (opt_state, before))
+    last = optax.tree.get(opt_state, "monitored")
     if last is None:
         return {}
-    return last.values["measured"] | {"is_measured": last.at_step != old.at_step}
+    return last.values["measured"] | {"is_measured": last.at_step == step}

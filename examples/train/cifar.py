@@ -233,7 +233,7 @@ def train_step(state, batch, *, classes: int, smoothing: float):
         ascent_fn=ascent_fn,
         batch_stats=batch_stats,
     )
-    measured = monitoring.measured(new.opt_state, state.opt_state)
+    measured = monitoring.measured(new.opt_state, state.step)
     return new, readings_of(new.opt_state, value) | measured
 
 

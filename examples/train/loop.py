@@ -152,16 +152,16 @@ def make_schedule(args: argparse.Namespace, steps: int) -> optax.Schedule:
 def make_optimizer(
     args: argparse.Namespace, base: optax.GradientTransformation, setting: Setting
 ) -> optax.GradientTransformation:
-    """Return the variant with its base and --monitor, wrapped for --accumulate and float16."""
+    """Return the variant with its base, wrapped for --accumulate, float16 and --monitor."""
     variant = VARIANTS[args.variant]
-    tx = monitoring.monitored(variant.make(args.rho, base, setting), args.monitor)
+    tx = variant.make(args.rho, base, setting)
     if args.accumulate > 1:
         tx = samx.accumulate(
             tx, args.accumulate, aux_like=None if variant.keeps_aux else setting.aux
         )
     if args.precision == "float16":
         tx = samx.scale_loss(tx)
-    return tx
+    return monitoring.monitored(tx, args.monitor, args.accumulate)
 
 
 def begin(

@@ -207,8 +207,8 @@ def test_eight_devices_under_fsdp_are_one(name):
 def test_what_eight_devices_measure_under_fsdp():
     found = []
     for devices, parallel in ((1, "data"), (8, "fsdp")):
-        tx = monitoring.monitored(optimizer("sam"), every=2)
-        tx = samx.accumulate(tx, 2) if devices == 1 else tx
+        pieces = 2 if devices == 1 else 1
+        tx = monitoring.monitored(samx.accumulate(optimizer("sam"), pieces), 2, pieces)
         task = make(tx, devices=devices, parallel=parallel, dtype=jnp.float64)
         state, rows = task.init(jax.random.key(0)), []
         for step in range(3):

@@ -19,32 +19,40 @@ def test_the_measures_of_a_network():
     np.testing.assert_allclose(rise, 0.0075113, rtol=1e-4)
 
 
-def test_a_skipped_step_has_measured_nothing(monkeypatch, cheap_measure):
-    """The third step is due and is skipped, so the fourth is due."""
+def test_the_step_that_measured(monkeypatch, cheap_measure):
+    """Also a step that float16 would skip, because it overflows."""
     monkeypatch.setattr(monitoring, "measure", cheap_measure)
-    tx = monitoring.monitored(optax.chain(samx.sam(0.05), optax.sgd(0.1)), every=2)
-    tx = samx.skip_nonfinite(tx)
+    inner = samx.skip_nonfinite(optax.chain(samx.sam(0.05), optax.sgd(0.1)))
+    tx = monitoring.monitored(inner, every=2, num_batches=2)
+
+    def losses_fn(w, x):
+        sizes.add(len(x))
+        return x * (w @ w)
+
+    def loss(w, x):
+        return losses_fn(w, x).mean()
 
     @jax.jit
-    def step(w, state, factor):
-        def value_fn(w):
-            return factor * w @ w
+    def step(w, state, number, x):
+        g = jax.grad(loss)(w, x)
+        updates, state = tx.update(g, state, w, losses_fn=losses_fn, batch=x)
+        return optax.apply_updates(w, updates), state, monitoring.measured(state, number)
 
-        updates, new = tx.update(jax.grad(value_fn)(w), state, w, value_fn=value_fn)
-        return optax.apply_updates(w, updates), new, monitoring.measured(new, state)
-
-    w, rows = jnp.ones(2), []
+    w, rows, losses, sizes = jnp.ones(2), [], [], set()
     state = tx.init(w)
-    for factor in (1.0, 2.0, np.nan, 3.0, 4.0):
-        loss = factor * w @ w
-        w, state, row = step(w, state, factor)
-        rows.append({name: float(x) for name, x in row.items()} | {"loss": float(loss)})
-    assert [row["is_measured"] for row in rows] == [1, 0, 0, 1, 0]
-    wanted = [rows[0]["loss"]] * 3 + [rows[3]["loss"]] * 2
+    for number, factor in enumerate((1.0, 2.0, np.inf, 3.0, 4.0)):
+        x = jnp.array([1.0, 2.0, 3.0, factor])
+        losses.append(float(loss(w, x)))
+        w, state, row = step(w, state, number, x)
+        rows.append({name: float(x) for name, x in row.items()})
+    assert sizes == {4, 2}  # the monitor's are microbatches
+    assert int(optax.tree.get(state, "skipped_steps")) == 1
+    assert [row["is_measured"] for row in rows] == [1, 0, 1, 0, 1]
+    wanted = [losses[0], losses[0], losses[2], losses[2], losses[4]]
     assert [row["top_eigenvalue"] for row in rows] == pytest.approx(wanted)
 
 
 def test_without_a_monitor():
     base = optax.sgd(0.1)
     assert monitoring.monitored(base, 0) is base
-    assert monitoring.measured(base.init(0.0), base.init(0.0)) == {}
+    assert monitoring.measured(base.init(0.0), 0) == {}
