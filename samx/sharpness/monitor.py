@@ -130,7 +130,9 @@ def monitor(
                 w = tree.where(_never_after(values[name]), w, params)
             return Monitored(values, state.step)
 
-        is_due = (state.step % every == 0) & ~_never_after(updates)
+        is_due = state.step % every == 0
+        if f.closure("monitor").evaluation.devices.axes:
+            is_due &= ~_never_after(updates)
         monitored = fast_convolutions(jax.lax.cond)(is_due, measure, lambda: state.monitored)
         return updates, MonitorState(next_step(state.step), monitored)
 
@@ -140,9 +142,9 @@ def monitor(
 def _never_after(x: Any) -> jax.Array:
     """Return False, in a way that the compiler knows only when it knows `x`.
 
-    So the measures start one after the other, when the step is known. The compiler may otherwise
-    compute them at the same time: that takes more memory, and where programs for the CPU come from
-    JAX's cache, devices then mix up the messages of the two.
+    So the measures start one after the other, and inside `data_parallel` after the step. The
+    compiler may otherwise compute them at the same time: that takes more memory, and where programs
+    for the CPU come from JAX's cache, devices then mix up the messages of the two.
     """
     numbers = [jnp.ravel(leaf)[:1] for leaf in jax.tree.leaves(x) if tree.is_inexact(leaf)]
     total = sum(

@@ -10,11 +10,13 @@ import optax
 import problem
 import pytest
 from costs import Counter
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from measured import net_loss
 from regimes import DEVICES, mesh_of, place
 
 import samx
+from examples.common.programs import communicated_bytes
 from samx import sharpness
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -125,6 +127,18 @@ def test_devices(check_vma):
     found = optax.tree.get(state, "monitored")
     assert_close(dict(found.values), by_hand(params, data, jnp.arange(64.0)))
     assert len(jax.devices()) >= DEVICES
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_parameters_are_not_gathered(axis_type):
+    mesh = mesh_of(axis_type=axis_type)
+    params = place({"a": jnp.ones((16, 3)), "b": jnp.ones((2, 24))}, mesh, P())
+    specs = {"a": P("data"), "b": P(None, "data")}
+    tx = optax.chain(optax.sgd(0.1), sharpness.monitor({"one": lambda f, w: 1.0}, every=2))
+    with jax.set_mesh(mesh):
+        params = place(params, mesh, specs)
+        step = jax.jit(lambda p, s: tx.update(p, s, p, value_fn=lambda p: optax.tree.sum(p)))
+        assert communicated_bytes(step.lower(params, tx.init(params)).compile()) == {}
 
 
 def test_a_step_that_does_not_measure_costs_nothing():
