@@ -42,11 +42,11 @@ def loss(params):
 
 
 def logits_of(params, batch):
-    return batch["x"] @ params["norm"] + params["b"]
+    return (batch["x"] @ params["norm"] + params["b"])[:, None]
 
 
 def loss_on_logits(logits, batch):
-    return (logits - batch["y"]) ** 2
+    return (logits[:, 0] - batch["y"]) ** 2
 
 
 OBJECTIVE = samx.sharpness.objective(apply_fn=logits_of, loss_on_logits=loss_on_logits, batch=BATCH)

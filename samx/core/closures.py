@@ -364,8 +364,9 @@ def weighted_mean(losses: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Return the mean of losses; weight 0 marks padding, and a batch of only padding has mean 0."""
     if weights is None:
         return jnp.mean(losses)
-    total = jnp.sum(weights)
-    return jnp.sum(losses * weights) / jnp.where(total == 0, 1, total)
+    dtype = tree.common_dtype(losses.dtype, weights.dtype)
+    total = jnp.sum(weights).astype(dtype)
+    return jnp.sum(losses.astype(dtype) * weights.astype(dtype)) / jnp.where(total == 0, 1, total)
 
 
 def mean_over_batch(

@@ -135,12 +135,15 @@ def dot(a: Any, b: Any) -> jax.Array:
     """
 
     def product(x, y):
-        z = conj(widen(x)) * widen(y)
+        x, y = widen(x), widen(y)
+        dtype = common_dtype(x.dtype, y.dtype)
+        z = conj(x.astype(dtype)) * y.astype(dtype)
         return jnp.sum(z.real if jnp.iscomplexobj(z) else z, dtype=real_dtype(x, y))
 
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     products = [product(x, y) for x, y in pairs if is_inexact(x)]
-    return sum(products, start=jnp.zeros((), real_dtype(*jax.tree.leaves(a))))
+    start = jnp.zeros((), real_dtype(*jax.tree.leaves(a), *products))
+    return sum((x.astype(start.dtype) for x in products), start=start)
 
 
 @jax.custom_jvp
@@ -339,10 +342,11 @@ def scaled(scale: Any, tree: Any) -> Any:
 
     The scale of a tree of two precisions may be out of the range of its narrow leaves.
     """
+    dtypes = [jnp.result_type(scale)] if hasattr(scale, "dtype") else []  # 32 bits of np.float64
 
     def of(x):
         wide = widen(x)
-        dtype = common_dtype(wide.dtype, getattr(scale, "dtype", wide.dtype))
+        dtype = common_dtype(wide.dtype, *dtypes)
         return (jnp.asarray(scale, dtype) * wide.astype(dtype)).astype(x.dtype)
 
     return jax.tree.map(lambda x: of(x) if is_inexact(x) else x, tree)
@@ -350,7 +354,14 @@ def scaled(scale: Any, tree: Any) -> Any:
 
 def add_scaled(a: Any, scale: Any, b: Any) -> Any:
     """Return `a + scale·b` in the dtypes of `a`; half precision is computed in float32."""
-    return jax.tree.map(lambda x, y: (widen(x) + scale * widen(y)).astype(x.dtype), a, b)
+    dtypes = [jnp.result_type(scale)] if hasattr(scale, "dtype") else []
+
+    def added(x, y):
+        dtype = common_dtype(wide_dtype(x.dtype), wide_dtype(y.dtype), *dtypes)
+        move = jnp.asarray(scale, dtype) * y.astype(dtype)
+        return (x.astype(dtype) + move).astype(x.dtype)
+
+    return jax.tree.map(added, a, b)
 
 
 def combine(a: Any, x: Any, b: Any, y: Any) -> Any:
@@ -365,7 +376,7 @@ def combine(a: Any, x: Any, b: Any, y: Any) -> Any:
 def along(a: Any, b: Any, length: Length) -> jax.Array:
     """Return the component of `a` along `b`, `⟨b, a⟩ / ‖b‖`, where `length` is that of `b`."""
     factor = ratio(length.scale, length.norm)
-    return dot(jax.tree.map(lambda x: widen(x) * factor if is_inexact(x) else x, b), a)
+    return dot(_times(factor, b), a)
 
 
 def reject(a: Any, b: Any, length: Length) -> Any:

@@ -144,7 +144,6 @@ def smoothed(
 
 def _mover(space: Coordinates, metric: Any, rho: Any) -> Callable[[Vector], Vector]:
     """Return the function from a draw n to the point `w + ρ T n`."""
-    rho = jnp.asarray(rho)  # of NumPy it would widen the step
     scales = checked_metric("average_case", metric)(space.point(space.start))
 
     def step(n, t):

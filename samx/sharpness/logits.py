@@ -28,7 +28,7 @@ def normalize_logits(f: Any) -> Objective:
         An `Objective` with the same losses on the normalized logits.
 
     Raises:
-        ValueError: If `f` has no logits.
+        ValueError: If `f` has no logits; where they are computed, if they have no axis of classes.
         TypeError: If `f` is not a loss.
 
     Example:
@@ -56,7 +56,7 @@ def normalize_logits(f: Any) -> Objective:
 
     def normalized(params, batch):
         logits, aux = apply_fn.with_aux(params, batch)
-        return jax.tree.map(_normalized, logits), aux
+        return jax.tree.map(lambda z: _normalized(z) if tree.is_inexact(z) else z, logits), aux
 
     if found.losses_fn is None:
         return replace(found, apply_fn=normalized)
@@ -68,6 +68,11 @@ def normalize_logits(f: Any) -> Objective:
 
 def _normalized(logits: Any) -> jax.Array:
     z = tree.widen(logits)
+    if z.ndim < 2:
+        raise ValueError(
+            "normalize_logits: `apply_fn` must return logits [B, ..., classes], got the shape "
+            f"{z.shape}"
+        )
     z = z - jnp.mean(z, axis=-1, keepdims=True)
-    norm = tree.sqrt(jnp.sum(jnp.square(z), axis=-1, keepdims=True))
+    norm = tree.sqrt(jnp.sum(jnp.real(z * jnp.conj(z)), axis=-1, keepdims=True))
     return z / jnp.maximum(norm, SMALLEST_NORM)

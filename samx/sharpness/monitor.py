@@ -147,9 +147,8 @@ def _never_after(x: Any) -> jax.Array:
     for the CPU come from JAX's cache, devices then mix up the messages of the two.
     """
     numbers = [jnp.ravel(leaf)[:1] for leaf in jax.tree.leaves(x) if tree.is_inexact(leaf)]
-    total = sum(
-        (jnp.sum(jnp.abs(n), dtype=tree.real_dtype(n)) for n in numbers), start=jnp.zeros(())
-    )
+    dtype = tree.real_dtype(*numbers)
+    total = sum((jnp.sum(jnp.abs(n), dtype=dtype) for n in numbers), start=jnp.zeros((), dtype))
     return _is_below_zero(jax.lax.stop_gradient(total))
 
 
