@@ -139,8 +139,8 @@ def _length(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the length of the next vector, the size of T, and whether only rounding is left."""
     beta = tree.plain_norm(w)
-    largest = jnp.maximum(largest, jnp.maximum(jnp.abs(alpha), beta))
-    rounding = 20 * jnp.finfo(space.dtype).eps * space.size**0.5
+    largest = jnp.maximum(largest, jnp.abs(alpha) + beta)
+    rounding = 10 * jnp.finfo(space.dtype).eps * space.size**0.5
     return beta, largest, beta <= rounding * largest
 
 

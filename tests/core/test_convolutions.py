@@ -404,6 +404,8 @@ def test_no_branch_of_samx_is_forgotten():
         "perturbations/fisher_mask.py": "a loop inside a branch that is wrapped",
         "perturbations/top_entries.py": "bits of numbers",
         "elastic/_averaging.py": "an all-reduce",
+        "sharpness/lanczos.py": "random vectors",
+        "sharpness/worst_case.py": "a loop inside a loop that is wrapped",
     }
     call = re.compile(r"jax\.lax\.(cond|switch|scan|fori_loop|while_loop|map)\(")
     package = Path(samx.__file__).parent
