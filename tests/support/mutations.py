@@ -28,7 +28,7 @@ import recorded
 import samx
 
 PACKAGE = Path(samx.__file__).parent
-FOLDERS = ("variants", "perturbations", "policies", "core", "selection", "sharpness")
+FOLDERS = ("variants", "perturbations", "policies", "core", "selection")
 FILES = [
     *(f for folder in FOLDERS for f in sorted((PACKAGE / folder).glob("*.py"))),
     PACKAGE / "combinations.py",
@@ -161,23 +161,6 @@ SUITES = {
     ),
     "selection/": ("selection/test_selection.py", "selection/test_selection_on_a_mesh.py"),
     "combinations.py": ("variants/test_reuse.py",),
-    "sharpness/": ("sharpness/test_spectrum.py", "sharpness/test_objective.py"),
-    "sharpness/average_case.py": ("sharpness/test_average_case.py",),
-    "sharpness/barrier.py": ("sharpness/test_slices.py",),
-    "sharpness/directions.py": ("sharpness/test_directions.py",),
-    "sharpness/edge.py": ("sharpness/test_edge.py",),
-    "sharpness/first_order.py": (
-        "sharpness/test_first_order.py",
-        "sharpness/test_measures_on_devices.py",
-    ),
-    "sharpness/monitor.py": ("sharpness/test_monitor.py",),
-    "sharpness/objective.py": ("sharpness/test_objective.py",),
-    "sharpness/rises.py": ("sharpness/test_average_case.py", "sharpness/test_first_order.py"),
-    "sharpness/slices.py": ("sharpness/test_slices.py",),
-    "sharpness/worst_case.py": (
-        "sharpness/test_worst_case.py",
-        "sharpness/test_worst_case_on_devices.py",
-    ),
 }
 PARTNERS = {"minimum": "maximum", "maximum": "minimum"}
 
