@@ -10,7 +10,7 @@ from fuzz import Call, judge
 
 import samx
 
-EVERY = 29
+EVERY = 59
 
 
 @pytest.fixture(autouse=True)
