@@ -278,8 +278,9 @@ def draw_top_eigenvalue(axes: Axes, rows: list[dict]) -> None:
         [[row["step"], row["top_eigenvalue"], row["top_eigenvalue_error"]] for row in rows]
     )
     axes.plot(steps, values, "o-", markersize=3)
-    title = f"top eigenvalue of the Hessian, ± error: {values[-1]:.3g} in step {steps[-1]:.0f}"
-    axes.set(xlabel="step", title=title, yscale=figures.scale_of(values))
+    title = f"top eigenvalue of the Hessian: {values[-1]:.3g} in step {steps[-1]:.0f}"
+    axes.set(xlabel="step", ylabel="top eigenvalue ± error", title=title)
+    axes.set_yscale(figures.scale_of(values))
     limits = axes.get_ylim()
     axes.fill_between(steps, values - errors, values + errors, alpha=0.2, linewidth=0)
     axes.set_ylim(limits)
