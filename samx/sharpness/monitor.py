@@ -86,9 +86,10 @@ def monitor(
         None; the values are found as `samx.Readings` are.
 
     Notes:
-        A real branch: steps that do not measure compute nothing for it, but the program has a larger
-        arena of temporaries, which made steps on a CPU up to 9% slower. Under `jax.vmap` it stays one if the
-        optimizer is initialized inside the mapped function, so that all lanes share one step.
+        A real branch: steps that do not measure compute nothing for it. The program holds more
+        temporaries, which made steps on a CPU up to 9% slower. Under `jax.vmap` the branch stays a
+        real one if the optimizer is initialized inside the mapped function, so that all lanes share
+        one step.
         Inside `data_parallel`, put the monitor into the chain that `data_parallel` wraps.
         `skip_nonfinite` does not look at the values. `static_args`: all arguments.
     """
