@@ -111,6 +111,7 @@ GOOD = {
     "path": (jax.tree_util.DictKey("kernel"),),
     "leaf": jnp.ones((2, 3)),
     "shape": (2, 3),
+    "all_readings.tx": samx.sam(),
     "ksam.num_selected": 2,
     "following.learning_rate": optax.cosine_decay_schedule(0.1, 10),
     "axis_mean.tree": PARAMS,

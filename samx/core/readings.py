@@ -115,6 +115,11 @@ def is_readings(node: Any) -> bool:
     return isinstance(node, Readings)
 
 
+def without_requests(node: Any) -> Any:
+    """Return readings without those on request, and every other node of a state as it is."""
+    return node._replace(**dict.fromkeys(ON_REQUEST)) if is_readings(node) else node
+
+
 def no_readings(params: Any) -> Readings:
     """Return the readings before the first step: losses are infinite, everything else is zero."""
     dtype = tree.real_dtype(*jax.tree.leaves(params))

@@ -23,7 +23,7 @@ from samx.core.closures import (
 )
 from samx.core.hyperparams import check_function, check_scalar, check_text
 from samx.core.inspection import inside_update, inspect_update
-from samx.core.readings import Readings
+from samx.core.readings import Readings, is_readings, without_requests
 
 # The keywords of `update` that are samx's own. optax knows `value`, `grad` and `value_fn` too.
 OWN_KEYWORDS = frozenset(
@@ -326,6 +326,7 @@ class _Trees:
         """Raise a `ValueError` if `update` failed without the right state, or without `params`."""
 
         def shapes(state):
+            state = jax.tree.map(without_requests, state, is_leaf=is_readings)
             leaves = jax.tree.leaves(state)
             return jax.tree.structure(state), [
                 f"{jnp.result_type(x)}{list(jnp.shape(x))}" if tree.is_array(x) else type(x)

@@ -3,7 +3,8 @@
 Every measure is a pure function `(f, params, ...)`. `f` is a loss, `params -> scalar`, or an
 `objective` made from the closures of the contract. A ball or a metric of `samx.perturbations` that
 trains is also the one that measures. Measures work under `jit`, `vmap`, on sharded arrays and
-inside mapped functions. They never form a matrix of parameters.
+inside mapped functions. They never form a matrix of parameters. Where the loss is not a finite
+number, neither is what they measure.
 """
 
 from samx.core.readings import Monitored

@@ -160,7 +160,8 @@ def objective(
             `(logits, aux)`, is dropped.
         loss_on_logits: `(logits, batch) -> [B]`.
         batch: All examples that are measured: a pytree of arrays with leading axis `B`.
-        weights: `float[B]`; 0 marks padding. Default: equal weights.
+        weights: `float[B]`, at least 0; 0 marks padding, and if all are 0, so is the loss. Default:
+            equal weights.
         num_batches: Into how many batches the examples are split, one after the other in a loop, so
             that the activations of one batch are in memory; default 1. It need not divide `B`.
         axis_name: Inside `jax.shard_map` and `jax.pmap`, the mapped axis, or several axes, along

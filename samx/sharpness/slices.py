@@ -109,8 +109,8 @@ def slice_1d(f: Any, params: Any, direction: Any, alphas: Any) -> jax.Array:
     """
     space = Coordinates("slice_1d", params)
     loss = as_objective("slice_1d", f).closure("slice_1d").compose(space.point)
-    d = space.of("direction", direction)
-    return losses_at(loss, lambda a: _moved(space.start, a, d), _as_steps("alphas", alphas, space))
+    steps, d = _as_steps("alphas", alphas, space), space.of("direction", direction)
+    return losses_at(loss, lambda a: _moved(space.start, a, d), steps)
 
 
 def slice_2d(f: Any, params: Any, directions: Any, alphas: Any, betas: Any) -> jax.Array:
@@ -149,8 +149,8 @@ def slice_2d(f: Any, params: Any, directions: Any, alphas: Any, betas: Any) -> j
     """
     space = Coordinates("slice_2d", params)
     loss = as_objective("slice_2d", f).closure("slice_2d").compose(space.point)
-    d, e = _pair(directions, space)
     a, b = _as_steps("alphas", alphas, space), _as_steps("betas", betas, space)
+    d, e = _pair(directions, space)
 
     def point(steps):
         return _moved(_moved(space.start, steps[0], d), steps[1], e)

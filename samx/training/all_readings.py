@@ -54,7 +54,7 @@ def all_readings(tx: optax.GradientTransformation) -> Transformation:
         if not any(map(is_readings, nodes)):
             raise ValueError(
                 "all_readings: `tx` must contain a sharpness-aware transformation, such as "
-                f"samx.sam(0.05); the state has no readings: {type(state).__name__}"
+                f"samx.sam(0.05), got one without readings in its state, a {type(state).__name__}"
             )
         return structure.unflatten(_requested(node) for node in nodes)
 

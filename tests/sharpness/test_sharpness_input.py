@@ -111,6 +111,16 @@ def test_logits_of_every_kind():
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, wanted)
 
 
+def test_normalized_logits_of_every_kind():
+    def logits_of(params, batch):
+        return {"z": apply(params, batch) * jnp.array([[1, 1j]]), "count": jnp.arange(4)}
+
+    f = sharpness.normalize_logits(of(apply_fn=logits_of, loss_on_logits=lambda z, b: z["count"]))
+    logits, _ = f.apply_fn(PARAMS, BATCH)
+    np.testing.assert_allclose(np.linalg.norm(logits["z"], axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(logits["count"], np.arange(4))
+
+
 def test_draws_are_a_tree_of_any_arrays():
     """Arrays of NumPy, with anything at the integers."""
     params = {"w": jnp.ones(3), "count": 2}
@@ -227,10 +237,10 @@ WRONG = {
     ),
     "no axes": (lambda: of(axis_name=()), ValueError, "`axis_name` must name at least one axis"),
     "keys": (lambda: sharpness.trace(of_tree, KEYS), ValueError, "at params['key']"),
-    "a key to shards": (
-        lambda: sharpness.m_sharpness(of(), KEYS, BALL, shard_size=2),
-        ValueError,
-        "m_sharpness: `params` must not hold random keys",
+    "text to shards": (
+        lambda: sharpness.m_sharpness(of(), {"w": "a"}, BALL, shard_size=2),
+        TypeError,
+        "m_sharpness: `params`['w'] must be an array, got a str",
     ),
     "ends": (
         lambda: sharpness.barrier(w_squared, "a", W),
