@@ -129,8 +129,8 @@ def relative_flatness(
         params: The parameters, any pytree.
         is_chosen: `(path, leaf) -> bool`, true for the kernel of one layer; `path` is the key path
             of `jax.tree_util.tree_map_with_path`.
-        normalize: Whether each trace is divided by the number of inputs, as in the code of FAM
-            regularization; default False, the definition of the paper.
+        normalize: Whether each trace is divided by the number of inputs, as the authors of FAM do
+            in their code (read, not run); default False, the definition of the paper.
         draws: The number of random draws, at least 2; `None`, the default, computes the value.
         key: Seed or random key of the draws; default 0.
 

@@ -126,15 +126,15 @@ def monitor(
         f = _objective(extra)
 
         def measure():
-            values, w = {}, params
+            values, w, nothing = {}, params, optax.tree.zeros_like(params)
             for name, fn in measures.items():
                 values[name] = _like(name, fn(f, w), state.monitored.values[name])
-                w = tree.where(_never_after(values[name]), w, params)
+                w = tree.where(_never_after(values[name]), nothing, w)
             return Monitored(values, state.step)
 
         is_due = state.step % every == 0
         if f.closure("monitor").evaluation.devices.axes:
-            is_due &= ~_never_after(updates)
+            is_due &= ~_never_after([jnp.ravel(x)[:1] for x in jax.tree.leaves(updates)])
         monitored = fast_convolutions(jax.lax.cond)(is_due, measure, lambda: state.monitored)
         return updates, MonitorState(next_step(state.step), monitored)
 
@@ -148,22 +148,22 @@ def _never_after(x: Any) -> jax.Array:
     compiler may otherwise compute them at the same time: that takes more memory, and where programs
     for the CPU come from JAX's cache, devices then mix up the messages of the two.
     """
-    numbers = [jnp.ravel(leaf)[:1] for leaf in jax.tree.leaves(x) if tree.is_inexact(leaf)]
-    dtype = tree.real_dtype(*numbers)
-    total = sum((jnp.sum(jnp.abs(n), dtype=dtype) for n in numbers), start=jnp.zeros((), dtype))
-    return _is_below_zero(jax.lax.stop_gradient(total))
+    leaves = [leaf for leaf in jax.tree.leaves(x) if tree.is_inexact(leaf)]
+    dtype = tree.real_dtype(*leaves)
+    total = sum((jnp.sum(jnp.abs(y), dtype=dtype) for y in leaves), start=jnp.zeros((), dtype))
+    return _is_impossible(jax.lax.stop_gradient(total))
 
 
 @jax.custom_batching.custom_vmap
-def _is_below_zero(number: jax.Array) -> jax.Array:
-    return number < 0
+def _is_impossible(number: jax.Array) -> jax.Array:
+    return number < -1  # XLA knows that no |x| is below 0, and would leave the comparison out
 
 
-@_is_below_zero.def_vmap
+@_is_impossible.def_vmap
 def _(axis_size: int, in_batched: Any, number: jax.Array) -> tuple[jax.Array, bool]:
     """Return one answer for all lanes of `jax.vmap`, so that the branch stays a real one."""
     del axis_size, in_batched
-    return _is_below_zero(jnp.sum(number)), False
+    return _is_impossible(jnp.sum(number)), False
 
 
 def _objective(extra: dict[str, Any]) -> Objective:
@@ -191,7 +191,7 @@ def _check_whole(params: Any) -> None:
 
 def _unknown(like: Any) -> jax.Array:
     unknown = stored_number(UNKNOWN) if tree.is_inexact(like) else 0
-    return jnp.full(jnp.shape(like), unknown, jnp.result_type(like))
+    return jnp.full_like(like, unknown)
 
 
 def _like(name: str, value: Any, old: Any) -> Any:

@@ -163,7 +163,8 @@ def objective(
         weights: `float[B]`, at least 0; 0 marks padding, and if all are 0, so is the loss. Default:
             equal weights.
         num_batches: Into how many batches the examples are split, one after the other in a loop, so
-            that the activations of one batch are in memory; default 1. It need not divide `B`.
+            that the activations of one batch are in memory; default 1. It need not divide `B`. The
+            batch itself is in memory; for more data let it be indices, and read inside the loss.
         axis_name: Inside `jax.shard_map` and `jax.pmap`, the mapped axis, or several axes, along
             which the examples are sharded. Leave it out under `jax.jit` with a sharded batch.
 

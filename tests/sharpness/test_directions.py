@@ -57,6 +57,14 @@ def test_the_recorded_alignment_with_eigenvectors():
     np.testing.assert_allclose(found[[0, 4]], wanted[:2], rtol=1e-8)
 
 
+def test_the_alignment_with_twenty_eigenvectors_that_lanczos_found():
+    f, w, g = net_loss(), net_params(), net_tree(REFERENCE["net/grad"])
+    vectors = jax.jit(lambda w: sharpness.eigenvalues(f, w, k=20, iterations=227).vectors)(w)
+    found = np.cumsum(sharpness.alignment(vectors, g))[np.array([0, 4, 9, 19])]
+    wanted = REFERENCE["net/gradient_alignment/cumulative_1_5_10_20"]
+    np.testing.assert_allclose(found, wanted, rtol=1e-7)
+
+
 def test_alignment_with_an_orthogonal_basis_sums_to_one():
     """Integers have no part in it."""
     g = {"a": np.array([1.0, 2.0]), "b": np.array(-3.0), "n": np.array(5)}

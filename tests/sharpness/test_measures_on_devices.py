@@ -8,33 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from regimes import mapped, mesh_of, place
+from measured import in_regime, on_a_mesh, small_loss, small_problem
+from regimes import mesh_of, place
 
 from samx import sharpness
 from samx.perturbations import magnitude, metric_ball
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def data():
-    rng = np.random.RandomState(0)
-    x, y, weights = rng.randn(32, 3), rng.randn(32), rng.rand(32) * (np.arange(32) != 5)
-    w = {"kernel": rng.randn(3, 8), "out": rng.randn(8)}
-    return jax.tree.map(jnp.asarray, (w, x, y, weights))
-
-
-def whole(w):
-    """Gather sharded parameters, as the model of a user does on a mesh with explicit axes."""
-
-    def gathered(x):
-        return jax.sharding.reshard(x, P()) if any(jax.typeof(x).sharding.spec) else x
-
-    return jax.tree.map(gathered, w)
-
-
-def losses_fn(w, batch):
-    w = whole(w)
-    return (jnp.tanh(batch["x"] @ w["kernel"]) @ w["out"] - batch["y"]) ** 2
 
 
 def is_kernel(path, leaf):
@@ -43,7 +23,7 @@ def is_kernel(path, leaf):
 
 def measures(w, x, y, weights=None, **how):
     """All of them on one small network; the shards are of two examples."""
-    f = sharpness.objective(losses_fn=losses_fn, batch={"x": x, "y": y}, weights=weights, **how)
+    f = small_loss(x, y, weights, **how)
     ball = metric_ball(0.3, magnitude(0.1))
 
     def moved(w):
@@ -89,7 +69,7 @@ def in_turn(fns, w):
 @cache
 def expected(has_weights):
     with jax.enable_x64(True):
-        return jax.jit(measures)(*data()[: 4 if has_weights else 3])
+        return jax.jit(measures)(*small_problem()[: 4 if has_weights else 3])
 
 
 def assert_expected(found, has_weights):
@@ -101,30 +81,20 @@ def assert_expected(found, has_weights):
 @pytest.mark.slow
 def test_seven_batches():
     """They divide neither the examples nor the shards."""
-    found = jax.jit(lambda *args: measures(*args, num_batches=7))(*data())
+    found = jax.jit(lambda *args: measures(*args, num_batches=7))(*small_problem())
     assert_expected(found, True)
-
-
-def on_a_mesh(transform, axis_type, is_sharded=True):
-    """Apply `transform`, such as `jax.jit`, to the measures, and call it with sharded arguments."""
-    mesh = mesh_of(axis_type=axis_type)
-    w, *examples = data()
-    specs = {"kernel": P(None, "data"), "out": P("data")} if is_sharded else P()
-    with jax.set_mesh(mesh):
-        args = place(w, mesh, specs), *place(examples, mesh, P("data"))
-        return transform(measures)(*args)
 
 
 def test_explicit_shardings_are_right():
     """JAX checks them while it traces."""
-    on_a_mesh(lambda fn: partial(jax.eval_shape, fn), AxisType.Explicit)
+    on_a_mesh(measures, AxisType.Explicit, transform=lambda fn: partial(jax.eval_shape, fn))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_sharded", [False, True])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_a_sharded_batch_and_sharded_parameters(axis_type, is_sharded):
-    assert_expected(on_a_mesh(jax.jit, axis_type, is_sharded), True)
+    assert_expected(on_a_mesh(measures, axis_type, is_sharded), True)
 
 
 def test_a_shard_is_spread_over_the_devices():
@@ -159,9 +129,4 @@ def test_a_shard_is_spread_over_the_devices():
 )
 def test_mapped_functions(regime, num_batches, has_weights):
     """Each device has its own shards, and its own sum of weights."""
-    w, *examples = data()[: 4 if has_weights else 3]
-
-    def run(*args):
-        return measures(*args, axis_name="data", num_batches=num_batches)
-
-    assert_expected(mapped(run, regime, len(examples))(w, *examples), has_weights)
+    assert_expected(in_regime(measures, regime, num_batches, has_weights), has_weights)

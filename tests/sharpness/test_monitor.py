@@ -141,6 +141,30 @@ def test_sharded_parameters_are_not_gathered(axis_type):
         assert communicated_bytes(step.lower(params, tx.init(params)).compile()) == {}
 
 
+@pytest.mark.parametrize("value", [lambda w: jnp.sum(w**2), jnp.sin])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_one_measure_waits_for_another(axis_type, value):
+    """The compiled program compares a value with a number in front of the next measure."""
+    mesh = mesh_of(axis_type=axis_type)
+    names = ("first", "second", "third")
+
+    def compiled(count):
+        measures = {name: lambda f, w: value(w) for name in names[:count]}
+        tx = sharpness.monitor(measures, 1, values_like={name: w for name in names[:count]})
+        step = jax.jit(lambda w, state: tx.update(w, state, w, value_fn=jnp.sum))
+        found = step.lower(w, tx.init(w)).compile()
+        comparisons.append(found.as_text().count("direction=LT"))
+        return found(w, tx.init(w))[1].monitored.values
+
+    comparisons = []
+    with jax.set_mesh(mesh):
+        w = place(jnp.arange(16.0), mesh, P("data")) if value(jnp.ones(2)).ndim else jnp.ones(())
+        for found in compiled(1), compiled(3):
+            for x in found.values():
+                np.testing.assert_allclose(x, value(w))
+    assert comparisons[1] >= comparisons[0] + 2
+
+
 def test_a_step_that_does_not_measure_costs_nothing():
     """Passes are counted while they run."""
     (batch, *_), params = batches()

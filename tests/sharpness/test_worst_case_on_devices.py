@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from regimes import mapped, mesh_of, place
+from measured import in_regime, on_a_mesh, small_loss, small_problem
+from regimes import mesh_of
 
 from samx import sharpness
 from samx.perturbations import magnitude, metric_ball
@@ -16,25 +17,8 @@ from samx.perturbations import magnitude, metric_ball
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def data():
-    """A small network, and 32 examples, of which one has no weight."""
-    rng = np.random.RandomState(0)
-    x, y, weights = rng.randn(32, 3), rng.randn(32), rng.rand(32) * (np.arange(32) != 5)
-    x[5], y[5] = 100, 100
-    w = {"kernel": rng.randn(3, 8), "out": rng.randn(8)}
-    return jax.tree.map(jnp.asarray, (w, x, y, weights))
-
-
-def losses_fn(w, batch):
-    def whole(x):  # as the model of a user does on a mesh with explicit axes
-        return jax.sharding.reshard(x, P()) if any(jax.typeof(x).sharding.spec) else x
-
-    w = jax.tree.map(whole, w)
-    return (jnp.tanh(batch["x"] @ w["kernel"]) @ w["out"] - batch["y"]) ** 2
-
-
-def measured(w, x, y, weights=None, **how):
-    f = sharpness.objective(losses_fn=losses_fn, batch={"x": x, "y": y}, weights=weights, **how)
+def worst(w, x, y, weights=None, **how):
+    f = small_loss(x, y, weights, **how)
     return sharpness.worst_case(f, w, metric_ball(0.3, magnitude(0.1)), restarts=3)
 
 
@@ -42,10 +26,10 @@ def measured(w, x, y, weights=None, **how):
 def expected(has_weights=True):
     """On one device; examples without weight are left out."""
     with jax.enable_x64(True):
-        w, *examples = data()
+        w, *examples = small_problem()
         kept = examples[2] > 0 if has_weights else np.full(32, True)
         examples = [x[kept] for x in examples]
-        return jax.jit(measured)(w, *examples[: 3 if has_weights else 2])
+        return jax.jit(worst)(w, *examples[: 3 if has_weights else 2])
 
 
 def assert_expected(found, has_weights=True):
@@ -55,7 +39,7 @@ def assert_expected(found, has_weights=True):
 
 def test_seven_batches_and_weights():
     """Without the weights, the value would be another one."""
-    assert_expected(jax.jit(lambda *args: measured(*args, num_batches=7))(*data()))
+    assert_expected(jax.jit(lambda *args: worst(*args, num_batches=7))(*small_problem()))
     assert abs(expected(False).value / expected().value - 1) > 0.1
 
 
@@ -68,13 +52,7 @@ def test_seven_batches_and_weights():
     ],
 )
 def test_a_sharded_batch_and_sharded_parameters(axis_type, is_sharded):
-    mesh = mesh_of(axis_type=axis_type)
-    w, *examples = data()
-    specs = {"kernel": P(None, "data"), "out": P("data")} if is_sharded else P()
-    with jax.set_mesh(mesh):
-        args = place(w, mesh, specs), *place(examples, mesh, P("data"))
-        found = jax.jit(measured)(*args)
-    assert_expected(found)
+    assert_expected(on_a_mesh(worst, axis_type, is_sharded))
 
 
 @pytest.mark.parametrize(
@@ -89,22 +67,17 @@ def test_a_sharded_batch_and_sharded_parameters(axis_type, is_sharded):
 )
 def test_mapped_functions(regime, num_batches, has_weights):
     """All devices climb the mean loss together."""
-    w, *examples = data()[: 4 if has_weights else 3]
-
-    def run(*args):
-        return measured(*args, axis_name="data", num_batches=num_batches)
-
-    assert_expected(mapped(run, regime, len(examples))(w, *examples), has_weights)
+    assert_expected(in_regime(worst, regime, num_batches, has_weights), has_weights)
 
 
 @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_other_parameters_on_each_device(check_vma):
     """Eight seeds of a study, one on each device, in loops of different lengths."""
-    w, x, y, _ = data()
+    w, x, y, _ = small_problem()
     factors = jnp.linspace(0.2, 1.0, 8)
 
     def one(factor):
-        found = measured(jax.tree.map(lambda w: factor * w, w), x, y)
+        found = worst(jax.tree.map(lambda w: factor * w, w), x, y)
         return found.value, found.stationarity
 
     def part(factors):

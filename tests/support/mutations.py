@@ -68,6 +68,7 @@ DEVICES = (
 # Tests of a file, or of all files of a folder, beyond those of the rows.
 SUITES = {
     "variants/_layer_groups.py": ("variants/test_sl_sam.py",),
+    "variants/_moments.py": ("variants/test_moments.py",),
     "variants/_reuse.py": ("variants/test_reuse.py",),
     "variants/async_sam.py": (
         "variants/test_stale_loops.py::test_async",
