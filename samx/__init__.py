@@ -23,6 +23,7 @@ from samx import (
     mup,
     perturbations,
     policies,
+    posterior,
     schedules,
     selection,
     sharpness,
@@ -45,34 +46,46 @@ from samx.training.with_base import with_base
 from samx.variants.adasam import adasam
 from samx.variants.ae_sam import ae_looksam, ae_sam
 from samx.variants.arsam import arsam
+from samx.variants.arwp import arwp, marwp
 from samx.variants.asam import asam
 from samx.variants.async_sam import async_sam
 from samx.variants.ausam import ausam
 from samx.variants.bisam import bisam
+from samx.variants.bsam import bsam
+from samx.variants.eigen_sam import eigen_sam
 from samx.variants.esam import esam
 from samx.variants.fisher_sam import fisher_sam
 from samx.variants.focal_sam import focal_sam
 from samx.variants.friendly_sam import friendly_sam
+from samx.variants.gcsam import gcsam
+from samx.variants.gnp import gnp
 from samx.variants.gsam import gsam
 from samx.variants.imbalanced_sam import imbalanced_sam
 from samx.variants.ksam import ksam
+from samx.variants.le_sam import le_sam
 from samx.variants.lets import lets
 from samx.variants.lightsam import lightsam_adagrad, lightsam_adam, lightsam_norm
 from samx.variants.looksam import look_layer_sam, looksam
+from samx.variants.lpf_sgd import lpf_sgd
 from samx.variants.lsam import lsam
 from samx.variants.momentum_sam import momentum_sam
 from samx.variants.monge_sam import monge_sam
 from samx.variants.msam import msam
 from samx.variants.mup_sam import mup_sam
+from samx.variants.rwp import rwp
+from samx.variants.sagm import sagm
 from samx.variants.sam import sam, sharpness_aware
 from samx.variants.sam_on import sam_on
 from samx.variants.sampa import sampa
 from samx.variants.sl_sam import sl_sam
 from samx.variants.sparse_sam import dynamic_sparse_sam, fisher_sparse_sam
+from samx.variants.spectral_sam import spectral_sam
 from samx.variants.stable_sam import stable_sam
+from samx.variants.unified_sam import unified_sam
 from samx.variants.usam import usam
 from samx.variants.vsam import vsam
 from samx.variants.wsam import coupled_wsam, wsam
+from samx.variants.zsharp import zsharp
 
 __version__ = "0.2.0"
 
@@ -83,40 +96,53 @@ __all__ = [
     "ae_looksam",
     "ae_sam",
     "arsam",
+    "arwp",
     "asam",
     "async_sam",
     "ausam",
     "bisam",
+    "bsam",
     "coupled_wsam",
     "dynamic_sparse_sam",
+    "eigen_sam",
+    "esam",
     "fisher_sam",
     "fisher_sparse_sam",
-    "esam",
     "focal_sam",
     "friendly_sam",
+    "gcsam",
+    "gnp",
     "gsam",
     "imbalanced_sam",
     "ksam",
+    "le_sam",
     "lets",
     "lightsam_adagrad",
     "lightsam_adam",
     "lightsam_norm",
     "look_layer_sam",
     "looksam",
+    "lpf_sgd",
     "lsam",
+    "marwp",
     "momentum_sam",
     "monge_sam",
     "msam",
     "mup_sam",
+    "rwp",
+    "sagm",
     "sam",
     "sam_on",
     "sampa",
     "sharpness_aware",
     "sl_sam",
+    "spectral_sam",
     "stable_sam",
+    "unified_sam",
     "usam",
     "vsam",
     "wsam",
+    "zsharp",
     # Asynchronous
     "asynchronous",
     "elastic",
@@ -129,6 +155,7 @@ __all__ = [
     "perturb_if",
     "perturbations",
     "policies",
+    "posterior",
     "schedules",
     "selection",
     "sharpness",

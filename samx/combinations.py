@@ -72,7 +72,7 @@ def mix(
     def combine(g, g_s, step):
         return tree.on_line(g, g_s, at_step(weight, step))
 
-    return _combination(name, inner, combine)
+    return combination(name, inner, combine)
 
 
 def surrogate_gap(
@@ -131,7 +131,7 @@ def surrogate_gap(
         length = length._replace(norm=tree.scaled_norm(length.scale, g_s))  # of g_s
         return tree.add_scaled(g_s, -1 * at_step(alpha, step), tree.reject(g, g_s, length))
 
-    return _combination(name, inner, combine)
+    return combination(name, inner, combine)
 
 
 def renormalized(
@@ -173,10 +173,10 @@ def renormalized(
         ratio = tree.ratio(length.norm, tree.scaled_norm(length.scale, g_s))
         return jax.tree.map(lambda x: tree.widen(x) * jnp.asarray(ratio, tree.real_dtype(x)), g_s)
 
-    return _combination(name, inner, combine)
+    return combination(name, inner, combine)
 
 
-def _combination(
+def combination(
     name: str, inner: Any, combine: Callable[[Any, Any, jax.Array], Any]
 ) -> Transformation:
     """Return the transformation `combine(g, inner(g), step)`, in the dtypes of the parameters."""

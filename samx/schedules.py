@@ -8,7 +8,7 @@ import optax
 
 from samx.core.hyperparams import check_scalar, check_schedule, check_static_number
 
-__all__ = ["following"]
+__all__ = ["following", "one_minus_inverse", "warmup_hold_cosine"]
 
 
 def following(
@@ -74,5 +74,87 @@ def following(
         check_scalar("learning_rate(step)", eta)
         share = (eta - end_value) / (peak_value - end_value)
         return jnp.maximum(0, rho_min + (rho_max - rho_min) * share)
+
+    return schedule
+
+
+def one_minus_inverse(step: Any) -> jax.Array:
+    """Return the share of Unified SAM's ascent that is normalized: from USAM to SAM.
+
+        λ_t = 1 − 1/t       on step t = 1, 2, ...
+
+    Args:
+        step: The optimizer's steps so far, 0 on the first.
+
+    Returns:
+        λ, 0 on the first step, and close to 1 after many.
+
+    Raises:
+        Nothing.
+
+    Example:
+        >>> import samx
+        >>> [float(samx.schedules.one_minus_inverse(step)) for step in (0, 1, 3)]
+        [0.0, 0.5, 0.75]
+
+    References:
+        Oikonomou, Loizou, ICLR 2025, https://arxiv.org/abs/2503.02225
+
+    Notes:
+        Cost: none.
+    """
+    return 1 - 1 / (jnp.asarray(step, float) + 1)
+
+
+def warmup_hold_cosine(
+    peak_value: float, warmup: float, decay_from: float, end: float
+) -> optax.Schedule:
+    """Return LE-SAM's schedule: rise in a line, stay, and fall along a cosine to 0.
+
+        σ_t = σ_max t / warmup                                            t < warmup
+        σ_t = σ_max                                                       t < decay_from
+        σ_t = σ_max (1 + cos(π (t − decay_from) / (end − decay_from))) / 2      then; 0 at the end
+
+    Args:
+        peak_value: σ_max ≥ 0.
+        warmup: Time of the rise, ≥ 0.
+        decay_from: Time at which the fall starts, at least `warmup`.
+        end: Time at which 0 is reached, above `decay_from`.
+
+    Returns:
+        A schedule. Times are in the units of its argument, the optimizer's steps if it is used as
+        it is.
+
+    Raises:
+        ValueError: If a number is out of range.
+        TypeError: If an argument is not a number.
+
+    Example:
+        The authors' 200 epochs, constant within each:
+
+        >>> import samx
+        >>> by_epoch = samx.schedules.warmup_hold_cosine(0.35, 9, 160, 200)
+        >>> sigma = lambda step, steps_per_epoch=100: by_epoch(step // steps_per_epoch)
+        >>> [round(float(sigma(100 * epoch)), 3) for epoch in (0, 9, 100, 180, 200)]
+        [0.0, 0.35, 0.35, 0.175, 0.0]
+        >>> tx = samx.le_sam(sigma)
+
+    References:
+        Wang, Liu, Xie, Gao, ICML 2026, https://arxiv.org/abs/2605.10183
+        (smithgun2005/LE-SAM-ICML2026: warm-up over 10 epochs, the first with 0)
+
+    Notes:
+        Cost: none.
+    """
+    check_static_number("peak_value", peak_value, 0)
+    check_static_number("warmup", warmup, 0)
+    check_static_number("decay_from", decay_from, warmup)
+    check_static_number("end", end, decay_from, excluded=decay_from)
+
+    def schedule(step):
+        t = jnp.asarray(step, float)
+        rise = t / warmup if warmup else 1.0
+        fall = jnp.clip((t - decay_from) / (end - decay_from), 0, 1)
+        return peak_value * jnp.minimum(rise, 1.0) * (1 + jnp.cos(jnp.pi * fall)) / 2
 
     return schedule

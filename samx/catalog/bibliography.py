@@ -4,6 +4,7 @@ from typing import Any
 
 PROCEEDINGS = {
     "AAAI": "AAAI Conference on Artificial Intelligence",
+    "AISTATS": "International Conference on Artificial Intelligence and Statistics",
     "CVPR": "IEEE/CVF Conference on Computer Vision and Pattern Recognition",
     "ECML-PKDD": "Machine Learning and Knowledge Discovery in Databases",
     "ICCV": "IEEE/CVF International Conference on Computer Vision",
@@ -15,8 +16,9 @@ PROCEEDINGS = {
 JOURNALS = {
     "JMLR": "Journal of Machine Learning Research",
     "Neural Networks": "Neural Networks",
+    "TMLR": "Transactions on Machine Learning Research",
 }
-LATEX = {"ø": r"{\o}", "ü": r"{\"u}", "µP²": r"$\mu$P$^2$"}
+LATEX = {"ø": r"{\o}", "ö": r"{\"o}", "ü": r"{\"u}", "µP²": r"$\mu$P$^2$"}
 
 
 def bibtex(entry: Any) -> str:

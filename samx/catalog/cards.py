@@ -12,15 +12,16 @@ from samx.catalog.measured import DIGITS as DIGITS_RADII
 FAMILIES = {
     "The ball and its geometry": (
         "sam", "sharpness_aware", "asam", "usam", "friendly_sam", "fisher_sam", "monge_sam",
-        "mup_sam", "msam",
+        "mup_sam", "msam", "gcsam", "zsharp", "le_sam", "unified_sam", "spectral_sam", "eigen_sam",
     ),
+    "Noise in place of the ascent": ("lpf_sgd", "rwp", "arwp", "marwp"),
     "Fewer sharp gradients": (
         "momentum_sam", "looksam", "look_layer_sam", "periodic", "rst", "g_rst", "ae_sam",
         "ae_looksam", "vsam", "arsam",
     ),
     "Fewer examples or layers": ("ausam", "ksam", "esam", "sl_sam"),
-    "What both gradients become": ("gsam", "wsam", "coupled_wsam", "stable_sam"),
-    "Optimizers of their own": ("lightsam_norm", "lightsam_adagrad", "lightsam_adam", "adasam"),
+    "What both gradients become": ("gsam", "wsam", "coupled_wsam", "stable_sam", "sagm", "gnp"),
+    "Optimizers of their own": ("lightsam_norm", "lightsam_adagrad", "lightsam_adam", "adasam", "bsam"),
     "Other losses and rare classes": ("bisam", "focal_sam", "imbalanced_sam"),
     "Masks": ("sam_on", "fisher_sparse_sam", "dynamic_sparse_sam"),
     "A learned radius": ("lets",),
@@ -87,6 +88,7 @@ WHICH = "notebooks/which_variant.ipynb"
 CHOOSING = "notebooks/choosing_rho.ipynb"
 MIGRATING = "notebooks/coming_from.ipynb"
 DEVICES = "notebooks/eight_devices.ipynb"
+BAYES = "examples/claims/bsam.py"
 WORKERS = "notebooks/workers_that_do_not_wait.ipynb"
 
 
@@ -861,5 +863,244 @@ CARDS = {
             "sixin-zh/mpiT": {"mva": "beta / number of workers", "su": "period"},
         },
         shown_in=(WORKERS, "examples/asynchronous/lsam_digits.py"),
+    ),
+    "gcsam": Card(
+        use_when="You already train with gradient centralization, or layers whose inputs have a "
+        "large common mean dominate the ascent.",
+        not_when="Your kernels are not [in, out] and you cannot name their output axis.",
+        start=(
+            Start("0.05", "the authors' class, Adam with learning rate 1e-4", "cited",
+                  "Mohamed-Hassan22/GCSAM"),
+            *digits("gcsam"),
+        ),
+        watch="The step is shorter than rho, by the share of the gradient that is a mean. Three "
+        "rules share the name: which norm, and whether the sharp gradient is centralized too.",
+        coming_from={
+            "Mohamed-Hassan22/GCSAM": {
+                "rho": "rho",
+                "adaptive=True": "sharpness_aware(perturbations.centralized_ball(rho, metric))",
+            },
+            "kozistr/pytorch_optimizer": {"use_gc=True": "gcsam instead of sam"},
+        },
+        shown_in=(DIGITS,),
+    ),
+    "zsharp": Card(
+        use_when="You want a sparse perturbation whose mask costs no state and no extra gradient.",
+        not_when="Kernels are sharded over many devices: each is gathered for its sort.",
+        start=(
+            Start("0.05, quantile 0.95", "the authors' script, Adam with learning rate 1e-3", "cited",
+                  "YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-Filtering"),
+            *digits("zsharp"),
+        ),
+        watch="Every kernel moves by rho, so the whole step is about rho times the root of the "
+        "number of kernels: SAM's rho does not carry over to deep networks.",
+        coming_from={
+            "YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-Filtering": {
+                "rho": "rho (their script leaves it at 0.05)",
+                "alpha": "quantile",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "le_sam": Card(
+        use_when="SAM's radius is too large early and too small late: the rise of the loss is what "
+        "you want to fix.",
+        not_when="The scale of your loss changes: sigma is in its units.",
+        start=(
+            Start("sigma 0.35, rho_max 0.3, with the authors' schedule", "the authors' trainer, SGD",
+                  "cited", "smithgun2005/LE-SAM-ICML2026"),
+            *digits("le_sam", setting="as sigma"),
+        ),
+        watch="As the gradient shrinks, the radius grows up to rho_max; without a limit it has no "
+        "bound. The reading `sharpness` should stay near sigma.",
+        coming_from={
+            "smithgun2005/LE-SAM-ICML2026": {
+                "sigma": "sigma, its schedule schedules.warmup_hold_cosine",
+                "rho_max <= 0": "rho_max=None",
+                "lesam_alpha": "alpha",
+                "topk": "a loss over the largest losses",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "unified_sam": Card(
+        use_when="You cannot decide between `sam` and `usam`, or want the early steps gentle.",
+        not_when="The scale of your loss changes and lam is below 1.",
+        start=(
+            Start("0.1", "a first try", "default"),
+            *digits("unified_sam"),
+        ),
+        watch="rho means a radius at lam 1 and a factor of the gradient at lam 0.",
+        coming_from={
+            "dimitris-oik/unifiedsam": {
+                "rho": "rho",
+                "lambd='1-1/t'": "the default of lam",
+                "lambd='1/t'": "lam=lambda step: 1 / (step + 1)",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "spectral_sam": Card(
+        use_when="The base is Muon, or another optimizer whose steps have a given spectral norm.",
+        not_when="Steps must be cheap on an accelerator: each matrix needs a singular value "
+        "decomposition.",
+        start=(
+            Start("0.05", "a first try", "default"),
+            *digits("spectral_sam"),
+        ),
+        watch="A matrix of rank r moves by rho times the root of r in L2: start below SAM's rho.",
+        coming_from={},
+        shown_in=(DIGITS,),
+    ),
+    "eigen_sam": Card(
+        use_when="You want the ascent to see the largest curvature, and can pay five Hessian "
+        "products now and then.",
+        not_when="Second derivatives of your loss are not available or too large for memory.",
+        start=(
+            Start("0.05, alpha 0.2, every 100", "the authors' script", "cited", "RitianLuo/EigenSAM"),
+            *digits("eigen_sam"),
+        ),
+        watch="The step is longer than rho. Before the first refresh it is SAM; the published code "
+        "takes un-normalized steps there.",
+        coming_from={
+            "RitianLuo/EigenSAM": {
+                "rho": "rho",
+                "alpha": "alpha",
+                "freq": "every, with steps_per_epoch for their count",
+                "the steps before the first refresh": 'before_refresh="usam"',
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "sagm": Card(
+        use_when="Domain generalization with small learning rates, its paper's case.",
+        not_when="Gradients are long: above rho / alpha the ascent becomes a descent.",
+        start=(
+            Start("0.05, alpha 0.001", "DomainBed, Adam with learning rate 5e-5", "cited",
+                  "Wang-pengfei/SAGM"),
+            *digits("sagm"),
+        ),
+        watch="The base gets the mean of two gradients: SAM's learning rate carries over, the "
+        "paper's sum has twice that.",
+        coming_from={
+            "Wang-pengfei/SAGM": {
+                "rho_scheduler": "rho, a schedule",
+                "alpha": "alpha",
+                "adaptive=True": "perturbation=perturbations.gradient_matching_step(rho, alpha, metric)",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "gnp": Card(
+        use_when="You want a dial from plain training to SAM: alpha is the penalty over rho.",
+        not_when="alpha is 1: that is `sam`.",
+        start=(
+            Start("0.1, alpha 0.8", "ResNets and WRN on CIFAR, SGD with momentum", "cited",
+                  "zhaoyang-0204/gnp"),
+            Start("0.1, alpha 1", "ViT", "cited", "zhaoyang-0204/gnp"),
+            *digits("gnp"),
+        ),
+        watch="The authors' published runs mix a gradient of length 1, which is another algorithm: "
+        'clean="unit". Their weight decay is inside the loss, and they clip at 5.',
+        coming_from={
+            "zhaoyang-0204/gnp": {
+                "r": "rho",
+                "alpha": "alpha",
+                "norm_perturbations=True, its default": 'clean="unit"',
+                "gr_warmup_strategy='r'": "rho=optax.linear_schedule(0, rho, steps)",
+                "gr_warmup_strategy='lambda'": "alpha=optax.linear_schedule(0, alpha, steps)",
+                "sync_perturbations=False": 'data_parallel(..., ascent="local")',
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "lpf_sgd": Card(
+        use_when="A step may cost one gradient only, and plain noise is good enough; or you need "
+        "the random baseline of SAM.",
+        not_when="You can pay two gradients: ascent moves the loss far more than noise of the same "
+        "length.",
+        start=(
+            Start("0.001 as sigma, rising", "ResNets on CIFAR, SGD with momentum", "cited",
+                  "devansh20la/LPF-SGD"),
+            *digits("lpf_sgd", setting="as sigma"),
+        ),
+        watch="sigma is relative to the norm of each filter: a filter with n inputs moves by sigma "
+        "times the root of n times its norm.",
+        coming_from={
+            "devansh20la/LPF-SGD": {
+                "std": "sigma",
+                "M": "num_microbatches",
+                "CosineInc": "sigma, a schedule",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "rwp": Card(
+        use_when="Two devices, or halves of a batch, at the cost of one gradient.",
+        not_when="Batches are small already: each gradient sees half of one.",
+        start=(
+            Start("0.01 as sigma, alpha 0.5", "the authors' script", "cited", "nblt/RWP"),
+            *digits("rwp", setting="as sigma"),
+        ),
+        watch="The clean half keeps the training stable where noise alone would slow it down.",
+        coming_from={
+            "nblt/RWP": {"gamma": "sigma", "alpha": "alpha"},
+        },
+        shown_in=(DIGITS,),
+    ),
+    "arwp": Card(
+        use_when="Noise at one gradient per step, less of it where gradients are large.",
+        not_when="You cannot hold one more copy of the parameters.",
+        start=(
+            Start("0.01 as sigma, eta 1, decay 0.9", "the authors' class", "cited", "nblt/mARWP"),
+            Start("0.001 rising to 0.011 as sigma, eta 0.1, decay 0.99", "their script", "cited",
+                  "nblt/mARWP"),
+            *digits("arwp", setting="as sigma"),
+        ),
+        watch="The squares of gradients are summed, not averaged: eta depends on the scale of the "
+        "loss and on decay.",
+        coming_from={
+            "nblt/mARWP": {"std": "sigma", "eta": "eta", "beta": "decay"},
+        },
+        shown_in=(DIGITS,),
+    ),
+    "marwp": Card(
+        use_when="As `rwp`, with less noise where gradients are large.",
+        not_when="Batches are small already, or you cannot hold one more copy of the parameters.",
+        start=(
+            Start("0.01 as sigma, lam 0.5", "the authors' class (their script: 0.015)", "cited",
+                  "nblt/mARWP"),
+            *digits("marwp", setting="as sigma"),
+        ),
+        watch="The authors take two batches for one step; here both are halves of one.",
+        coming_from={
+            "nblt/mARWP": {"sigma": "sigma", "eta": "eta", "beta": "decay", "lmbda": "lam"},
+        },
+        shown_in=(DIGITS,),
+    ),
+    "bsam": Card(
+        use_when="You want uncertainty: calibrated probabilities from draws of the posterior.",
+        not_when="You want another base optimizer: bSAM is one itself.",
+        start=(
+            Start("0.01, learning rate 0.5, prior_precision 40", "ResNet-18 on CIFAR", "cited",
+                  "team-approx-bayes/bayesian-sam"),
+            Start("5e-5, learning rate 0.25, prior_precision 25", "ResNet-18 on TinyImageNet", "cited",
+                  "team-approx-bayes/bayesian-sam"),
+            *digits("bsam"),
+        ),
+        watch="rho is a step along g / s and no radius. num_examples sets the noise: too small a "
+        "number drowns the training. Average probabilities over draws, not logits.",
+        coming_from={
+            "team-approx-bayes/bayesian-sam": {
+                "Ndata, times dafactor": "num_examples",
+                "priorprec": "prior_precision",
+                "beta1, beta2": "b1, b2",
+                "msharpness": "num_microbatches",
+                "s_init": "init_precision",
+                "damping": "damping",
+            },
+            "kozistr/pytorch_optimizer": {"BSAM": "another algorithm in five places"},
+        },
+        shown_in=(BAYES, DIGITS),
     ),
 }  # fmt: skip

@@ -15,34 +15,46 @@ from samx.policies.perturb_if import perturb_if
 from samx.variants.adasam import adasam
 from samx.variants.ae_sam import ae_looksam, ae_sam
 from samx.variants.arsam import arsam
+from samx.variants.arwp import arwp, marwp
 from samx.variants.asam import asam
 from samx.variants.async_sam import async_sam
 from samx.variants.ausam import ausam
 from samx.variants.bisam import bisam
+from samx.variants.bsam import bsam
+from samx.variants.eigen_sam import eigen_sam
 from samx.variants.esam import esam
 from samx.variants.fisher_sam import fisher_sam
 from samx.variants.focal_sam import focal_sam
 from samx.variants.friendly_sam import friendly_sam
+from samx.variants.gcsam import gcsam
+from samx.variants.gnp import gnp
 from samx.variants.gsam import gsam
 from samx.variants.imbalanced_sam import imbalanced_sam
 from samx.variants.ksam import ksam
+from samx.variants.le_sam import le_sam
 from samx.variants.lets import lets
 from samx.variants.lightsam import lightsam_adagrad, lightsam_adam, lightsam_norm
 from samx.variants.looksam import look_layer_sam, looksam
+from samx.variants.lpf_sgd import lpf_sgd
 from samx.variants.lsam import lsam
 from samx.variants.momentum_sam import momentum_sam
 from samx.variants.monge_sam import monge_sam
 from samx.variants.msam import msam
 from samx.variants.mup_sam import mup_sam
+from samx.variants.rwp import rwp
+from samx.variants.sagm import sagm
 from samx.variants.sam import sam, sharpness_aware
 from samx.variants.sam_on import sam_on
 from samx.variants.sampa import sampa
 from samx.variants.sl_sam import sl_sam
 from samx.variants.sparse_sam import dynamic_sparse_sam, fisher_sparse_sam
+from samx.variants.spectral_sam import spectral_sam
 from samx.variants.stable_sam import stable_sam
+from samx.variants.unified_sam import unified_sam
 from samx.variants.usam import usam
 from samx.variants.vsam import vsam
 from samx.variants.wsam import coupled_wsam, wsam
+from samx.variants.zsharp import zsharp
 
 LOSS = ("value_fn",)
 LOSSES = ("losses_fn", "batch")
@@ -331,6 +343,54 @@ PAPERS = {
         "Asynchronous Sharpness-Aware Minimization For Fast and Accurate Deep Learning",
         "Jo, Junhyuk and Lim, Jihyun and Lee, Sunwoo",
         "", 2025, "2503.11147"),
+    "moellenhoff2023bsam": _Paper(
+        "SAM as an Optimal Relaxation of Bayes",
+        "Möllenhoff, Thomas and Khan, Mohammad Emtiyaz",
+        "ICLR", 2023, "2210.01620"),
+    "zhao2022penalizing": _Paper(
+        "Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning",
+        "Zhao, Yang and Zhang, Hao and Hu, Xiuyuan",
+        "ICML", 2022, "2202.03599"),
+    "hassan2025gcsam": _Paper(
+        "GCSAM: Gradient Centralized Sharpness Aware Minimization",
+        "Hassan, Mohamed and Vakanski, Aleksandar and Zhang, Boyu and Xian, Min",
+        "", 2025, "2501.11584"),
+    "yun2025zsharp": _Paper(
+        "Sharpness-Aware Minimization with Z-Score Gradient Filtering",
+        "Yun, Vincent-Daniel",
+        "", 2025, "2505.02369"),
+    "wang2026lesam": _Paper(
+        "Fix the Loss, Not the Radius: Rethinking the Adversarial Perturbation of Sharpness-Aware Minimization",
+        "Wang, Jinping and Liu, Qinhan and Xie, Zhiwu and Gao, Zhiqiang",
+        "ICML", 2026, "2605.10183"),
+    "oikonomou2025unified": _Paper(
+        "Sharpness-Aware Minimization: General Analysis and Improved Rates",
+        "Oikonomou, Dimitris and Loizou, Nicolas",
+        "ICLR", 2025, "2503.02225"),
+    "wang2023sagm": _Paper(
+        "Sharpness-Aware Gradient Matching for Domain Generalization",
+        "Wang, Pengfei and Zhang, Zhaoxiang and Lei, Zhen and Zhang, Lei",
+        "CVPR", 2023, "2303.10353"),
+    "pethick2025training": _Paper(
+        "Training Deep Learning Models with Norm-Constrained LMOs",
+        "Pethick, Thomas and Xie, Wanyun and Antonakopoulos, Kimon and Zhu, Zhenyu and Silveti-Falls, Antonio and Cevher, Volkan",
+        "ICML", 2025, "2502.07529"),
+    "luo2024eigensam": _Paper(
+        "Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization",
+        "Luo, Haocheng and Truong, Tuan and Pham, Tung and Harandi, Mehrtash and Phung, Dinh and Le, Trung",
+        "NeurIPS", 2024, "2501.12666"),
+    "bisla2022lpfsgd": _Paper(
+        "Low-Pass Filtering SGD for Recovering Flat Optima in the Deep Learning Optimization Landscape",
+        "Bisla, Devansh and Wang, Jing and Choromanska, Anna",
+        "AISTATS", 2022, "2201.08025"),
+    "li2022rwp": _Paper(
+        "Efficient Generalization Improvement Guided by Random Weight Perturbation",
+        "Li, Tao and Yan, Weihao and Lei, Zehao and Wu, Yingwen and Fang, Kun and Yang, Ming and Huang, Xiaolin",
+        "", 2022, "2211.11489"),
+    "li2024marwp": _Paper(
+        "Revisiting Random Weight Perturbation for Efficiently Improving Generalization",
+        "Li, Tao and Tao, Qinghua and Yan, Weihao and Wu, Yingwen and Lei, Zehao and Fang, Kun and He, Mingzhen and Huang, Xiaolin",
+        "TMLR", 2024, "2404.00357"),
 }
 # fmt: on
 
@@ -609,4 +669,75 @@ ENTRIES = (
            " secondary summaries agree); norm, first step and the examples in b′ are inferred. "
            "Matches an independent loop to 1e-10; on two devices and in one program the same",
            "reconstructed"),
+    _entry("gcsam", gcsam, "gcsam(rho=0.05)",
+           "GCSAM", "hassan2025gcsam", "chain", LOSS,
+           "2, sequential", "0",
+           "matches Mohamed-Hassan22/GCSAM to 1e-12; the paper's norm is `norm=\"centralized\"`",
+           "authors"),
+    _entry("zsharp", zsharp, "zsharp(rho=0.05, quantile=0.95)",
+           "ZSharp", "yun2025zsharp", "chain", LOSS,
+           "2, sequential", "0",
+           "matches YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-Filtering to 1e-12; the paper's one "
+           "norm, as a third party transcribes it, is `norm=\"global\"`",
+           "authors"),
+    _entry("le_sam", le_sam, "le_sam(sigma=0.35, rho_max=0.3)",
+           "LE-SAM", "wang2026lesam", "chain", LOSS,
+           "2, sequential", "0",
+           "matches smithgun2005/LE-SAM-ICML2026 to 1e-12; its loss over the largest losses of the "
+           "batch is up to your loss",
+           "authors"),
+    _entry("unified_sam", unified_sam, "unified_sam(rho=0.1)",
+           "Unified SAM", "oikonomou2025unified", "chain", LOSS,
+           "2, sequential", "0",
+           "matches dimitris-oik/unifiedsam to 1e-12",
+           "authors"),
+    _entry("sagm", sagm, "sagm(rho=0.05, alpha=0.001)",
+           "SAGM", "wang2023sagm", "chain", LOSS,
+           "2, sequential", "0",
+           "matches Wang-pengfei/SAGM to 1e-12; the paper, as we remember it, adds both gradients "
+           "without the half",
+           "authors"),
+    _entry("gnp", gnp, "gnp(rho=0.1, alpha=0.8)",
+           "GNP, gradient-norm penalty", "zhao2022penalizing", "chain", LOSS,
+           "2, sequential", "0",
+           "matches zhaoyang-0204/gnp to 1e-12, in the paper's form and in the form of its published "
+           "runs, `clean=\"unit\"`; warm-ups too",
+           "authors"),
+    _entry("eigen_sam", eigen_sam, "eigen_sam(rho=0.05, alpha=0.2, every=100)",
+           "Eigen-SAM", "luo2024eigensam", "chain", LOSS,
+           "2, and 5 Hessian products every 100 steps", "1 P",
+           "matches RitianLuo/EigenSAM to 1e-10, eigenvectors included, its first vector given; its "
+           "un-normalized steps before the first refresh are `before_refresh=\"usam\"`",
+           "authors"),
+    _entry("spectral_sam", spectral_sam, "spectral_sam(rho=0.05)",
+           "SAM in the spectral norm", "pethick2025training", "chain", LOSS,
+           "2, sequential", "0",
+           "a definition of samx, after the paper's geometry; matches an independent loop to 1e-12",
+           "others"),
+    _entry("lpf_sgd", lpf_sgd, "lpf_sgd(sigma=0.001)",
+           "LPF-SGD", "bisla2022lpfsgd", "chain", LOSSES,
+           "1", "0",
+           "matches devansh20la/LPF-SGD to 1e-12, its draws replayed",
+           "authors"),
+    _entry("rwp", rwp, "rwp(sigma=0.01, alpha=0.5)",
+           "RWP", "li2022rwp", "chain", LOSSES,
+           "1, in two halves", "0",
+           "matches nblt/RWP, run on two processes, to 1e-12, its draws replayed",
+           "authors"),
+    _entry("arwp", arwp, "arwp(sigma=0.01, eta=1.0)",
+           "ARWP", "li2024marwp", "chain", LOSS,
+           "1", "1 P",
+           "matches nblt/mARWP to 1e-12, its draws replayed",
+           "authors"),
+    _entry("marwp", marwp, "marwp(sigma=0.01, eta=1.0)",
+           "m-ARWP", "li2024marwp", "chain", LOSSES,
+           "1, in two halves", "1 P",
+           "matches nblt/mARWP to 1e-12, its draws replayed",
+           "authors"),
+    _entry("bsam", bsam, "bsam(learning_rate, num_examples)",
+           "bSAM", "moellenhoff2023bsam", "optimizer", LOSSES,
+           "2, sequential", "2 P",
+           "matches team-approx-bayes/bayesian-sam to 1e-10, momentum and precision included, its draws "
+           "replayed; a corrected third-party translation agrees",
+           "authors"),
 )

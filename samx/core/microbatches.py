@@ -146,7 +146,7 @@ class Parts(NamedTuple):
 
 
 def sums_over(
-    fn: Callable[[Any, Any], Parts],
+    fn: Callable[[Any, Any, jax.Array], Parts],
     num_microbatches: int,
     how: Literal["scan", "vmap"],
     devices: Devices,
@@ -154,18 +154,18 @@ def sums_over(
     weights: Any,
     zeros: Any,
 ) -> Parts:
-    """Sum `fn(batch, weights)` over the microbatches, weighted by the examples in each.
+    """Sum `fn(batch, weights, j)` over the microbatches j, weighted by the examples in each.
 
     The gradients stay parts, in float32 or wider: sum them over the devices once. The numbers are
     means over the devices already. "scan" keeps one sum of the gradients, which starts at `zeros`.
     "vmap" keeps the gradients of all microbatches.
     """
-    microbatches = strided(num_microbatches, (batch, weights))
+    microbatches = (*strided(num_microbatches, (batch, weights)), jnp.arange(num_microbatches))
     shares, own_shares = _shares(num_microbatches, microbatches[1], devices)
 
     def of_one(microbatch):
-        *examples, share = microbatch
-        parts = fn(*examples)
+        *examples, j, share = microbatch
+        parts = fn(*examples, j)
         gradients = jax.tree.map(tree.widen, parts.gradients)
         return parts._replace(gradients=tree.scaled(share, gradients))
 
@@ -186,6 +186,16 @@ def sums_over(
         return devices.psum(jnp.sum(part)).astype(x.dtype)
 
     return Parts(gradients, jax.tree.map(mean, parts.numbers), joined_aux(parts.aux))
+
+
+def check_divides(name: str, num_microbatches: int, batch: Any) -> None:
+    """Raise a `ValueError` if the microbatches would not be equally large."""
+    size = jnp.shape(jax.tree.leaves(batch)[0])[0]
+    if size % num_microbatches:
+        raise ValueError(
+            f"{name}: `num_microbatches` must divide the {size} examples of the batch, got "
+            f"{num_microbatches}; pad the batch and pass `weights`"
+        )
 
 
 def _shares(count: int, weights: Any, devices: Devices) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,13 @@ further.
 
 from samx.perturbations.balls import ball, linf_ball, metric_ball, monge_ball, unnormalized_step
 from samx.perturbations.dynamic_mask import dynamic_mask
+from samx.perturbations.filters import centralize, centralized_ball, filterwise
 from samx.perturbations.fisher_mask import fisher_mask
+from samx.perturbations.gradient_steps import (
+    gradient_matching_step,
+    loss_rise_ball,
+    partly_normalized_step,
+)
 from samx.perturbations.layer_steps import layer_steps, trust_ratio
 from samx.perturbations.leaves import on_leaves, random_leaves
 from samx.perturbations.metrics import (
@@ -20,9 +26,22 @@ from samx.perturbations.metrics import (
 )
 from samx.perturbations.moving_average import subtract_ema
 from samx.perturbations.mup_ball import mup_ball
+from samx.perturbations.noise import gaussian_noise, sphere_noise
+from samx.perturbations.spectral_ball import spectral_ball
+from samx.perturbations.z_score_ball import z_score_ball
 
 __all__ = [
     "ball",
+    "centralize",
+    "centralized_ball",
+    "filterwise",
+    "gaussian_noise",
+    "gradient_matching_step",
+    "loss_rise_ball",
+    "partly_normalized_step",
+    "spectral_ball",
+    "sphere_noise",
+    "z_score_ball",
     "constants",
     "subtract_ema",
     "dynamic_mask",

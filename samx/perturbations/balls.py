@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from samx.core import tree
-from samx.core.aliases import Radius, Transformation
+from samx.core.aliases import Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import at_step, check_function, check_hyperparam, check_number, next_step
 from samx.core.transformation import checked_transformation
-from samx.perturbations.metrics import Metric, checked_metric
+from samx.perturbations.metrics import Metric, checked_metric, identity
 
 
 class BallState(NamedTuple):
@@ -65,15 +65,16 @@ def ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
         `static_args`: `climb`.
     """
     check_function("climb", climb, 3)
-    return _ball(rho, lambda g, *rest: climb(jax.tree.map(tree.widen, g), *rest))
-
-
-def _ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
-    """Make a ball whose `climb` gets half-precision gradients as they are.
-
-    `tree.length` reads them in a loop, before which XLA would store wider ones.
-    """
     check_hyperparam("rho", rho, 0)
+    return climbing(lambda g, *rest: climb(jax.tree.map(tree.widen, g), *rest), rho)
+
+
+def climbing(climb: Callable[..., Any], *hyperparams: ScalarOrSchedule) -> Transformation:
+    """Return the perturbation `climb(g, params, *numbers)`; schedules count the optimizer's steps.
+
+    `climb` gets half-precision gradients as they are. `tree.length` reads them in a loop, before
+    which XLA would store wider ones.
+    """
 
     def init_fn(params):
         del params
@@ -82,7 +83,7 @@ def _ball(rho: Radius, climb: Callable[[Any, Any, Any], Any]) -> Transformation:
     def update_fn(updates, state, params=None, **extra):
         del extra
         g = jax.tree.map(jnp.asarray, updates)
-        eps = climb(g, params, at_step(rho, state.step))
+        eps = climb(g, params, *(at_step(x, state.step) for x in hyperparams))
         tree.check_like("climb(g, params, rho)", eps, "g", g)
         eps = jax.tree.map(lambda e, g: e.astype(tree.wide_dtype(g.dtype)), eps, g)
         return eps, BallState(next_step(state.step))
@@ -132,14 +133,27 @@ def metric_ball(
     """
     metric = checked_metric("metric_ball", metric)
     check_number("norm_eps", norm_eps, 0)
+    check_hyperparam("rho", rho, 0)
 
     def climb(g, params, radius):
-        scales = metric(params)
-        scaled = jax.tree.map(_times, g, scales)
-        step = tree.with_length(scaled, radius, tree.length(scaled), norm_eps)
-        return jax.tree.map(_times, step, scales)
+        return along(g, metric(params), radius, norm_eps)
 
-    return _ball(rho, climb)
+    return climbing(climb, rho)
+
+
+def along(
+    g: Any, scales: Any, new_norm: Any, norm_eps: float = 0.0, *, measured: Any = None
+) -> Any:
+    """Return the step `ε` along `T² g` with `‖ε / T‖ = new_norm`; a zero gradient stays.
+
+    `new_norm` is a number, or a function of the norm `‖T g‖`. The norm is that of `T measured` if
+    another gradient is given.
+    """
+    scaled = jax.tree.map(times, g, scales)
+    length = tree.length(scaled if measured is None else jax.tree.map(times, measured, scales))
+    found = new_norm(length.norm / length.scale) if callable(new_norm) else new_norm
+    step = tree.with_length(scaled, found, length, norm_eps)
+    return jax.tree.map(times, step, scales)
 
 
 def linf_ball(rho: Radius, metric: Metric | None = None) -> Transformation:
@@ -269,17 +283,16 @@ def monge_ball(rho: Radius, *, norm_eps: float = 0.0) -> Transformation:
         work.
     """
     check_number("norm_eps", norm_eps, 0)
+    check_hyperparam("rho", rho, 0)
 
     def climb(g, params, radius):
         del params
-        length = tree.length(g)
-        on_surface = radius / jnp.hypot(1.0, length.norm / length.scale)
-        return tree.with_length(g, on_surface, length, norm_eps)
+        return along(g, identity()(g), lambda norm: radius / jnp.hypot(1.0, norm), norm_eps)
 
-    return _ball(rho, climb)
+    return climbing(climb, rho)
 
 
-def _times(x: jax.Array, scale: Any) -> jax.Array:
+def times(x: jax.Array, scale: Any) -> jax.Array:
     """Return `scale * x`, and `x` itself for the scale 1 of `identity`."""
     is_one = isinstance(scale, float) and scale == 1.0
     return x if is_one else tree.widen(x) * scale

@@ -8,6 +8,7 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
+from samx.core.draws import drawn_like
 from samx.core.hyperparams import (
     RandomKey,
     as_count,
@@ -157,25 +158,5 @@ def dynamic_mask(
 
 
 def _draws(key: jax.Array, step: Any, like: Any) -> Any:
-    """Draw from [0, 1), once per entry, with the shapes and shardings of the tree.
-
-    In a step each leaf is drawn in a branch, which is always taken: otherwise XLA would draw all
-    leaves at once, and hold the bits of all of them.
-    """
-    leaves, structure = jax.tree.flatten(like)
-    key = jax.random.fold_in(key, step)
-
-    def draw(i, leaf):
-        zeros = jnp.zeros_like(leaf, float)
-
-        def drawn():
-            return jax.random.uniform(jax.random.fold_in(key, i), leaf.shape) + zeros
-
-        is_initial = isinstance(step, int)
-        return drawn() if is_initial else jax.lax.cond(step >= 0, drawn, lambda: zeros)
-
-    draws = [
-        draw(i, leaf) if tree.is_inexact(leaf) else jnp.zeros_like(leaf)
-        for i, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(structure, draws)
+    """Draw from [0, 1), once per entry, with the shapes and shardings of the tree."""
+    return drawn_like(lambda key, leaf: jax.random.uniform(key, leaf.shape), key, step, like)

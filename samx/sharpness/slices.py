@@ -5,12 +5,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from samx.core import tree
 from samx.core.closures import Closure
 from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import as_array, check_choice
+from samx.perturbations.filters import as_filter_axis, axis_of, filter_norms
 from samx.sharpness.coordinates import Coordinates, Vector
 from samx.sharpness.objective import as_objective
 
@@ -64,17 +64,18 @@ def filter_normalize(
     """
     check_choice("vectors", vectors, ("zero", "keep"))
     space = Coordinates("filter_normalize", params)
-    axis = _as_axis(filter_axis, params)
+    filter_axis = as_filter_axis(filter_axis)
 
-    def of_leaf(d, w):
+    def of_leaf(path, d, w):
         if not tree.is_inexact(w) or (d.ndim < 2 and vectors == "zero"):
             return jnp.zeros_like(d)
         if d.ndim < 2:
             return d
-        return d / (_norms(d, axis) + _NORM_EPS) * _norms(tree.widen(w), axis)
+        axis = axis_of("filter_normalize", path, w, filter_axis)
+        return d / (filter_norms(d, axis) + _NORM_EPS) * filter_norms(tree.widen(w), axis)
 
     d = space.vector(space.of("direction", direction))
-    return jax.tree.map(of_leaf, d, params)
+    return jax.tree_util.tree_map_with_path(of_leaf, d, params)
 
 
 def slice_1d(f: Any, params: Any, direction: Any, alphas: Any) -> jax.Array:
@@ -193,25 +194,3 @@ def _pair(directions: Any, space: Coordinates) -> list[Vector]:
             f"axis of length 2 in front, got {jax.tree.structure(directions)}"
         )
     return [space.of("directions", direction) for direction in directions]
-
-
-def _as_axis(axis: Any, params: Any) -> int:
-    """Return the output axis of kernels; a `ValueError` if a kernel does not have it."""
-    if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
-        raise TypeError(f"`filter_axis` must be a Python int, got {axis!r}")
-    for path, w in jax.tree_util.tree_leaves_with_path(params):
-        if tree.is_inexact(w) and jnp.ndim(w) >= 2 and not -jnp.ndim(w) <= axis < jnp.ndim(w):
-            where = f"params{jax.tree_util.keystr(path)}"
-            raise ValueError(
-                f"filter_normalize: `filter_axis` must be an axis of every kernel, but {where} has "
-                f"the shape {jnp.shape(w)}, got {axis}"
-            )
-    return int(axis)
-
-
-def _norms(x: jax.Array, axis: int) -> jax.Array:
-    """Return the norm of each filter, with axes of length 1; squares do not leave their range."""
-    others = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
-    largest = jnp.max(jnp.abs(x), axis=others, keepdims=True, initial=0)
-    parts = jnp.abs(tree.ratio(x, largest))
-    return largest * jnp.sqrt(jnp.sum(parts * parts, axis=others, keepdims=True))

@@ -10,15 +10,23 @@ from samx.perturbations.balls import metric_ball
 
 
 def ball_of(
-    name: str, rho: Any, perturbation: Any, ball: Callable[[Any], Any] = metric_ball
+    name: str,
+    rho: Any,
+    perturbation: Any,
+    ball: Callable[[Any], Any] = metric_ball,
+    keyword: str = "rho",
+    replaced_by: str = "perturbation",
 ) -> Transformation:
-    """Return the given `perturbation`, or the ball of radius `rho`; raise if both are given."""
+    """Return the given `perturbation`, or the ball of radius `rho`; raise if both are given.
+
+    `keyword` and `replaced_by` are the names of the two arguments.
+    """
     if perturbation is None:
         return ball(rho)
     if not isinstance(rho, Default):
         raise ValueError(
-            f"{name}: got `rho` together with `perturbation`; leave `rho` out and give the radius "
-            "to the perturbation (optax.inject_hyperparams fills in defaults: there also pass "
-            "static_args=('rho',))"
+            f"{name}: got `{keyword}` together with `{replaced_by}`; leave `{keyword}` out and "
+            f"give the radius to the {replaced_by} (optax.inject_hyperparams fills in defaults: there "
+            f"also pass static_args=('{keyword}',))"
         )
-    return as_transformation(name, "perturbation", perturbation)
+    return as_transformation(name, replaced_by, perturbation)

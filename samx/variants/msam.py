@@ -16,12 +16,11 @@ from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import (
     LossesClosure,
     as_update_keywords,
-    batch_size,
     local_value_and_grad,
     mean_loss,
 )
 from samx.core.hyperparams import Default, as_count, check_choice
-from samx.core.microbatches import Parts, sums_over
+from samx.core.microbatches import Parts, check_divides, sums_over
 from samx.core.readings import Readings, extra_gradients, no_readings, take_readings
 from samx.core.sharp import ascend, perturbed, value_and_grad_at
 from samx.core.state import first_aux, kept_aux
@@ -129,7 +128,7 @@ def msam(
         return MSAMState(ball.init(params), first_aux(aux_like), no_readings(params))
 
     def update_fn(_, state, params, *, losses_fn, batch, weights=None, **extra):
-        _check_divides(num_microbatches, batch_size("msam", batch))
+        check_divides("msam", num_microbatches, batch)
         devices = losses_fn.evaluation.devices
         step = partial(step_on, losses_fn, state, params, extra)
         zeros = optax.tree.zeros_like(jax.tree.map(tree.widen, params))
@@ -158,6 +157,7 @@ def _step_on(
     extra: dict[str, Any],
     batch: Any,
     weights: Any,
+    draw: jax.Array,
 ) -> Parts:
     """Take both gradients of one microbatch. Only the ascent gradient is averaged over devices.
 
@@ -166,7 +166,7 @@ def _step_on(
     value_fn, devices = mean_loss(losses_fn, batch, weights), losses_fn.evaluation.devices
     (loss, aux), own_g = local_value_and_grad(value_fn, params)
     seen = as_update_keywords(value_fn, loss, own_g, params)
-    g, keywords = seen["grad"], extra | seen
+    g, keywords = seen["grad"], extra | seen | {"draw": draw}
     eps, g_a, _ = ascend(seen["value_fn"], ball, g, state.perturbation, params, **keywords)
     (sharp_loss, _), own_g_s = value_and_grad_at(
         value_fn.alone(), devices.pcast(params), eps, has_aux=True, perturb_dtype=perturb_dtype
@@ -180,11 +180,3 @@ def _step_on(
         *(state.readings, loss, sharp_loss, g_a, g_s, params, point), gradients=2, ball=None
     )
     return Parts((part, g), readings, devices.mean(aux, devices.share(weights)))
-
-
-def _check_divides(num_microbatches: int, size: int) -> None:
-    if size % num_microbatches:
-        raise ValueError(
-            f"msam: `num_microbatches` must divide the {size} examples of the batch, got "
-            f"{num_microbatches}; pad the batch and pass `weights`"
-        )
