@@ -26,6 +26,15 @@ PERTURBATIONS = {
     "layer_steps": geometry.layer_steps(0.3),
     "on_leaves": geometry.on_leaves(BALL, lambda path, leaf: leaf.ndim == 2),
     "random_leaves": geometry.random_leaves(BALL, 0.5),
+    "centralized_ball": geometry.centralized_ball(0.3),
+    "filterwise": geometry.metric_ball(0.3, geometry.filterwise()),
+    "z_score_ball": geometry.z_score_ball(0.3, 0.5),
+    "loss_rise_ball": geometry.loss_rise_ball(0.1),
+    "partly_normalized_step": geometry.partly_normalized_step(0.3, 0.5),
+    "gradient_matching_step": geometry.gradient_matching_step(0.3, 0.01),
+    "spectral_ball": geometry.spectral_ball(0.3),
+    "gaussian_noise": geometry.gaussian_noise(0.1),
+    "sphere_noise": geometry.sphere_noise(0.3),
     "dynamic_mask": geometry.dynamic_mask(BALL, period=2),
     "subtract_ema": optax.chain(geometry.subtract_ema(), BALL),
     "a chain of optax's": optax.chain(
@@ -69,6 +78,9 @@ TAKERS = {
     "ausam": in_front(samx.ausam, num_examples=64),
     "sampa": lambda ball: samx.sampa(BASE, perturbation=ball, batch_like=LIKE),
     "momentum_sam": lambda ball: samx.momentum_sam(BASE, perturbation=ball),
+    "gnp": in_front(samx.gnp),
+    "sagm": in_front(samx.sagm),
+    "le_sam": in_front(samx.le_sam),
     "sl_sam": lambda ball: samx.sl_sam(BASE, groups=2, perturbation=ball),
 }
 

@@ -33,6 +33,21 @@ EQUIVALENT = {
         "x.size * ok",
     ): "integers come last in the order, so their size is before no other leaf",
     (
+        "core/draws.py",
+        "drawn_like.draw.drawn",
+        "sample(jax.random.fold_in(key, i), leaf) + zeros",
+    ): "zeros, which only give the draw the sharding of the leaf",
+    (
+        "core/slopes.py",
+        "_forward",
+        "not any(isinstance(x, Tracer) for x in jax.tree.leaves((params, moved)))",
+    ): "the other way gives the same numbers, in two passes",
+    (
+        "variants/looksam.py",
+        "_orthogonal",
+        "rounding * jnp.abs(weight)",
+    ): "the weight is near 1 where the rest is rounding error",
+    (
         "core/inspection.py",
         "inside_update",
         "_DEPTH.get() + 1",

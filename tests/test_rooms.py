@@ -30,7 +30,7 @@ FLOORS = [
     IDEAS,
     ("policies",),
     ("variants",),
-    ("asynchronous", "flax"),
+    ("asynchronous", "flax", "posterior"),
     ("catalog",),
     ("__init__",),
 ]
@@ -117,9 +117,13 @@ def test_variant_files_are_short():
     assert statistics.median(length for _, length in file_lengths()) <= 120, file_lengths()
 
 
-# Only SAMPa's pair, AsyncSAM's roles, and the microbatches of mSAM and Sparse SAM need these.
+# Only SAMPa's pair, AsyncSAM's roles, the microbatches of mSAM, LPF-SGD, bSAM and Sparse SAM, and
+# Eigen-SAM's refresh need these.
 WHERE_IT_RUNS = r"\.devices|evaluation|num_microbatches|is_skipped_step|ascent_grad\b|local_axes"
-EXCEPTIONS = {"sampa.py", "async_sam.py", "msam.py", "sparse_sam.py"}
+EXCEPTIONS = {
+    *("sampa.py", "async_sam.py", "msam.py", "sparse_sam.py"),
+    *("lpf_sgd.py", "bsam.py", "eigen_sam.py"),
+}
 
 
 @pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.name)

@@ -139,6 +139,30 @@ def msam(rho: Any, setting: Setting) -> optax.GradientTransformation:
     return samx.msam(rho, num_microbatches, aux_like=setting.aux)
 
 
+def lpf_sgd(sigma: Any, setting: Setting) -> optax.GradientTransformation:
+    """Build LPF-SGD with one draw for the whole batch."""
+    return samx.lpf_sgd(sigma, aux_like=setting.aux)
+
+
+def arwp(sigma: Any, setting: Setting) -> optax.GradientTransformation:
+    """Build ARWP."""
+    return samx.arwp(sigma, aux_like=setting.aux)
+
+
+def bsam(rho: Any, base: Any, setting: Setting) -> optax.GradientTransformation:
+    """Build bSAM with a weight decay of `DECAY`, and 8 microbatches or fewer on a device."""
+    del base
+    examples = setting.batch_size // setting.num_groups
+    return samx.bsam(
+        setting.learning_rate,
+        setting.num_examples,
+        rho,
+        prior_precision=DECAY * setting.num_examples,
+        num_microbatches=math.gcd(examples, 8),
+        aux_like=setting.aux,
+    )
+
+
 def async_sam(rho: Any) -> optax.GradientTransformationExtraArgs:
     """Build AsyncSAM that climbs its own loss: drop the examples' `ascent_fn`, made for BiSAM."""
     tx = samx.async_sam(rho)
@@ -157,6 +181,8 @@ STEP = 2e-3  # the size of the perturbation of one element
 ADAM_RATE = 2e-3
 GSAM_ALPHA = 0.1  # between the paper's value for ResNets and its default for vision transformers
 ALPHA = 0.1  # for LookSAM and its relatives; the default 0.7 is for vision transformers
+DECAY = 5e-4  # of bSAM, the precision of its prior for one example
+NOISE = 0.02  # the deviation of one weight, relative to its filter
 PERIOD = 50  # steps between two computations of the mask
 WINDOW, WARMUP = 50, 50  # for `policies.quota`; its first window is one step shorter
 
@@ -245,6 +271,17 @@ VARIANTS = {
     "lightsam-adagrad": Variant(of("lightsam_adagrad"), STEP, 2, 1e-3, learning_rate=0.05),
     "lightsam-adam": Variant(of("lightsam_adam"), STEP, 2, 1e-3, learning_rate=ADAM_RATE),
     "adasam": Variant(of("adasam"), RADIUS, 2, 0.05, learning_rate=ADAM_RATE),
+    "bsam": Variant(bsam, 0.02, 2, 0.01, keeps_aux=True, uses_gradient=False, learning_rate=0.2),
+    "zsharp": Variant(of("zsharp"), RADIUS, 2, 0.05),
+    "le-sam": Variant(of("le_sam"), 0.05, 2, 0.35),  # σ, the rise of the loss
+    "unified-sam": Variant(of("unified_sam"), RADIUS, 2, 0.1),
+    "spectral-sam": Variant(of("spectral_sam"), SMALL, 2, 0.05),
+    "eigen-sam": Variant(of("eigen_sam"), RADIUS, 2.1, 0.05, cycle=100),
+    "gnp": Variant(of("gnp"), RADIUS, 2, 0.1),
+    "lpf-sgd": Variant(by_setting(lpf_sgd), NOISE, 1, 0.001, keeps_aux=True, uses_gradient=False),
+    "rwp": Variant(of("rwp"), NOISE, 1, 0.01, uses_gradient=False),
+    "arwp": Variant(by_setting(arwp), NOISE, 1, 0.01, keeps_aux=True, uses_gradient=False),
+    "marwp": Variant(of("marwp"), NOISE, 1, 0.01, uses_gradient=False),
     "momentum-sam": Variant(
         lambda rho, base, setting: samx.momentum_sam(base, rho, aux_like=setting.aux),
         0.5,

@@ -886,7 +886,7 @@ CARDS = {
     ),
     "zsharp": Card(
         use_when="You want a sparse perturbation whose mask costs no state and no extra gradient.",
-        not_when="Kernels are sharded over many devices: each is gathered for its sort.",
+        not_when="Kernels are sharded over many devices: the sort needs the whole kernel on each.",
         start=(
             Start("0.05, quantile 0.95", "the authors' script, Adam with learning rate 1e-3", "cited",
                   "YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-Filtering"),

@@ -205,6 +205,12 @@ def skip_readings(last: Readings, loss: Any, g: Any) -> Readings:
     return _like(last, taken)
 
 
+def of_microbatches(last: Readings, means: Readings, gradients: Any) -> Readings:
+    """Return the readings of a step, whose losses and norms are means over its microbatches."""
+    spent = last.gradients_spent + gradients
+    return means._replace(is_sharp=jnp.ones((), bool), gradients_spent=spent)
+
+
 def with_losses(readings: Readings, loss: Any, sharp_loss: Any) -> Readings:
     """Return the readings with other losses, of the same examples at w and at w + ε."""
     sharpness = _rise(loss, sharp_loss, readings.loss.dtype)

@@ -65,7 +65,7 @@ def spectral_ball(
         Spectral radii are shorter than L2 radii: a matrix of rank r moves by ρ √r in L2. No factor
         √(rows / columns) is included. Where a singular value is 0, as for a batch of one example,
         U Vᵀ is not unique; ⟨g, ε⟩ is. Cost: one thin singular value decomposition per matrix, slow
-        on accelerators. Sharded matrices are gathered. `static_args`: all but `rho`.
+        on accelerators. Each device needs whole matrices. `static_args`: all but `rho`.
     """
     check_hyperparam("rho", rho, 0)
     check_choice("norm", norm, ("leaf", "global"))

@@ -57,8 +57,8 @@ def z_score_ball(
     Notes:
         With "leaf" the whole step is about ρ √(number of kernels) long. Ties at the quantile are
         not kept. The standard deviation scales all |z| of a leaf alike, so it does not change what
-        is kept. Cost: one sort and two norms per kernel. Under `jax.jit` a sharded kernel is
-        gathered for its sort.
+        is kept. Cost: one sort and two norms per kernel. The sort needs the
+        whole kernel on each device.
     """
     check_hyperparam("rho", rho, 0)
     check_hyperparam("quantile", quantile, 0, 1)

@@ -26,7 +26,7 @@ def ball_of(
     if not isinstance(rho, Default):
         raise ValueError(
             f"{name}: got `{keyword}` together with `{replaced_by}`; leave `{keyword}` out and "
-            f"give the radius to the {replaced_by} (optax.inject_hyperparams fills in defaults: there "
-            f"also pass static_args=('{keyword}',))"
+            f"give the radius to the {replaced_by} (optax.inject_hyperparams fills in defaults: "
+            f"there also pass static_args=('{keyword}',))"
         )
     return as_transformation(name, replaced_by, perturbation)

@@ -22,7 +22,7 @@ from samx.core.hyperparams import (
     next_step,
 )
 from samx.core.microbatches import Parts, check_divides, sums_over
-from samx.core.readings import UNKNOWN, Readings, no_readings
+from samx.core.readings import UNKNOWN, Readings, no_readings, of_microbatches
 from samx.core.sharp import sharp_gradient, value_and_grad_at
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
@@ -164,6 +164,7 @@ def bsam(
 
     def update_fn(_, state, params, *, losses_fn, batch, weights=None):
         check_divides("bsam", num_microbatches, batch)
+        state = state._replace(num_examples=jnp.full_like(state.num_examples, num_examples))
         s, rho_t = state.precision, at_step(rho, state.step)
 
         def both(batch, weights, draw):
@@ -178,11 +179,7 @@ def bsam(
         m = _map(lambda m, h, w: b1 * m + (1 - b1) * (h + delta * w), state.momentum, h, params)
         updates = _map(lambda m, s: -at_step(learning_rate, state.step) * m / s, m, s)
         s = _map(lambda s, a: b2 * s + (1 - b2) * (jnp.sqrt(s) * a + damping + delta), s, a)
-        readings = readings._replace(
-            loss=readings.sharp_loss,
-            is_sharp=jnp.ones((), bool),
-            gradients_spent=state.readings.gradients_spent + 2,
-        )
+        readings = of_microbatches(state.readings, readings, 2)._replace(loss=readings.sharp_loss)
         aux = kept_aux("bsam", aux, aux_like, state.aux, "losses_fn")
         new = state._replace(
             step=next_step(state.step), momentum=m, precision=s, aux=aux, readings=readings

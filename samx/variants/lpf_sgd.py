@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from samx.core import tree
@@ -16,7 +15,7 @@ from samx.core.aliases import DType, Perturbation, ScalarOrSchedule, Transformat
 from samx.core.closures import LossesClosure, mean_loss
 from samx.core.hyperparams import Default, as_count
 from samx.core.microbatches import Parts, check_divides, sums_over
-from samx.core.readings import UNKNOWN, Readings, no_readings
+from samx.core.readings import UNKNOWN, Readings, no_readings, of_microbatches
 from samx.core.sharp import sharp_gradient
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
@@ -112,10 +111,7 @@ def lpf_sgd(
             step, num_microbatches, "scan", devices, batch, weights, zeros=zeros
         )
         g_s = devices.sum(tree.cast_like(part, params))
-        spent = state.readings.gradients_spent + 1
-        readings = readings._replace(
-            is_sharp=jnp.ones((), bool), gradients_spent=spent, grad_norm=tree.norm(g_s)
-        )
+        readings = of_microbatches(state.readings, readings, 1)._replace(grad_norm=tree.norm(g_s))
         _, noise_state = noise.update(params, state.noise, params)
         aux = kept_aux("lpf_sgd", aux, aux_like, state.aux, "losses_fn")
         return g_s, LPFSGDState(noise_state, aux, readings)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from samx.core import tree
@@ -21,7 +20,13 @@ from samx.core.closures import (
 )
 from samx.core.hyperparams import Default, as_count, check_choice
 from samx.core.microbatches import Parts, check_divides, sums_over
-from samx.core.readings import Readings, extra_gradients, no_readings, take_readings
+from samx.core.readings import (
+    Readings,
+    extra_gradients,
+    no_readings,
+    of_microbatches,
+    take_readings,
+)
 from samx.core.sharp import ascend, perturbed, value_and_grad_at
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
@@ -140,8 +145,8 @@ def msam(
         g_s, g = (tree.cast_like(gradient, params) for gradient in both)
         g_s, g = devices.sum(g_s), devices.sum(g) if devices.local_axes else g
         _, ball_state = ball.update(g, state.perturbation, params, **extra)
-        spent = state.readings.gradients_spent + 2 + extra_gradients(ball_state)
-        readings = readings._replace(is_sharp=jnp.ones((), bool), gradients_spent=spent)
+        spent = 2 + extra_gradients(ball_state)
+        readings = of_microbatches(state.readings, readings, spent)
         aux = kept_aux("msam", aux, aux_like, state.aux, "losses_fn")
         return g_s, MSAMState(ball_state, aux, readings)
 

@@ -113,6 +113,21 @@ def test_what_is_no_loss_is_refused_by_name(name, what):
             jax.eval_shape(functools.partial(tx.update, **wrong), params, state, params)
 
 
+def test_losses_on_logits_have_no_aux():
+    """The message does not offer one."""
+    _, params = problem.make("float32")
+    tx = samx.msam(num_microbatches=2)
+    for result, got in ((lambda loss: None, "nothing"), (lambda loss: [loss], "a list")):
+        closures = {
+            "apply_fn": problem.logits_of,
+            "loss_on_logits": lambda z, b, result=result: result(z.sum(1)),
+        }
+        with pytest.raises(
+            TypeError, match=rf"`loss_on_logits` must return losses \[B\], got {got}"
+        ):
+            tx.update(params, tx.init(params), params, batch=BATCH, **closures)
+
+
 @pytest.mark.parametrize("name", ["sampa", "msam", "ksam", "esam", "ausam", "fisher_sparse_sam"])
 def test_an_empty_batch_is_refused(name):
     _, params = problem.make("float32")

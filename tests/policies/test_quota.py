@@ -116,6 +116,14 @@ def test_norms_of_a_quota_are_those_of_the_measured_leaves():
     assert (float(state.norms[-1]), float(state.ratios[-1])) == (2.0, pytest.approx(0.4))
 
 
+@pytest.mark.parametrize("factor", [1e-150, 1.0, 1e150])
+def test_norms_of_a_quota_whose_squares_are_out_of_range(factor, float64):
+    del float64
+    policy, g = policies.quota(), factor * jnp.array([3.0, 4.0])
+    state = policy.observe(g, 2 * g, policy.init(g))
+    np.testing.assert_allclose(state.norms[-1], 5 * factor, rtol=1e-12)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
 def test_one_bad_sharp_gradient_does_not_turn_the_quota_off(bad):
     """What it measured there is left out; everything else is as without the bad step."""

@@ -42,7 +42,7 @@ class Case:
         oracle: What tells the right steps, at least one. A string: a recorded run of the authors'
             code, made with this row's factory. A function `(base, steps) -> trajectory`: an
             independent loop with the numbers of `hyper`. A limit, such as a radius of 0, is none.
-        limit: The same as a loop for `rho=0`; default the base on the gradient. `None`: nothing
+        limit: The same as a loop for radii of 0; default the base on the gradient. `None`: nothing
             simple, as the comment beside it says.
         passes: Forward and backward passes inside one sharp `update`. A pass over some of the
             examples counts as that share of a pass.
@@ -58,6 +58,9 @@ class Case:
         static_args: Arguments that `optax.inject_hyperparams` must leave alone.
         climbs: Whether `sharp_loss` and `loss` are of the same batch, so that `sharp_loss` is
             higher.
+        radii: Hyperparameters that are all 0 in the limit.
+        survives_any_scale: Whether steps stay finite where squares of the loss are out of range.
+        is_noisy: Whether it moves by noise, whatever the gradient is.
         is_gated: Whether a policy skips the sharp gradient on some steps. There are both kinds of
             steps among the first six.
         is_mean_of_shards: Whether the step of devices that climb separately is the mean of their
@@ -82,6 +85,9 @@ class Case:
     needs_batch_like: bool = False
     static_args: tuple[str, ...] = ()
     climbs: bool = True
+    radii: tuple[str, ...] = ("rho", "sigma")
+    survives_any_scale: bool = True
+    is_noisy: bool = False
     is_gated: bool = False
     is_mean_of_shards: bool = True
 
@@ -274,6 +280,7 @@ KEY = 7  # makes the second step sharp with a probability of 0.8, but not of 0.4
 GATED = {"is_gated": True, "counts_once": False}
 REUSING = GATED | {"copies": 1, "is_mean_of_shards": False}
 SELECTING = {"uses_gradient": False, "climbs": False}
+NOISY = SELECTING | {"is_noisy": True}
 SAMPA = {
     "passes": (2, 2),
     "limit": sampa_without_radius,
@@ -585,6 +592,75 @@ VARIANTS = {
         curvature=2 - 1 / 3,
         spent=lambda step, state: 6.0,  # two more for the derivative of the sharp gradient
         is_mean_of_shards=False,
+    ),
+    "gcsam": row("gcsam", {"rho": 0.05}, static_args=("norm", "filter_axis")),
+    "zsharp": row("zsharp", {"rho": 0.05, "quantile": 0.8}, static_args=("norm",)),
+    "le_sam": row("le_sam", {"sigma": 0.05, "rho_max": 0.06, "alpha": 0.1}, limit=None),
+    "unified_sam": row("unified_sam", {"rho": 0.1, "lam": 0.5}),
+    "sagm": row("sagm", {"rho": 0.05, "alpha": 0.001}, radii=("rho", "alpha")),
+    "gnp": row("gnp", {"rho": 0.1, "alpha": 0.8}, static_args=("clean",)),
+    "gnp, unit": row(
+        "gnp",
+        {"rho": 0.1, "alpha": 0.8},
+        fixed={"clean": "unit"},
+        oracle="gnp__nesterov_r0.1_a0.8_default",
+        limit=None,
+        is_mean_of_shards=False,
+        static_args=("clean",),
+    ),
+    "eigen_sam": row(
+        "eigen_sam",
+        {"rho": 0.05, "alpha": 0.2},
+        fixed={"every": 2},
+        spent=lambda step, state: 2.0 + 10.0 * (step > 0 and step % 2 == 0),
+        counts_once=False,
+        copies=1,
+        static_args=("every", "iterations", "before_refresh", "steps_per_epoch"),
+    ),
+    "spectral_sam": row("spectral_sam", {"rho": 0.02}, static_args=("norm", "vectors")),
+    "lpf_sgd": row(
+        "lpf_sgd",
+        {"sigma": 0.01},
+        fixed={"num_microbatches": 2},
+        counts_once=False,
+        static_args=("num_microbatches",),
+        **NOISY,
+    ),
+    "rwp": row("rwp", {"sigma": 0.01, "alpha": 0.4}, limit=None, **NOISY),
+    "arwp": row(
+        "arwp",
+        {"sigma": 0.01, "eta": 1.0, "decay": 0.9},
+        copies=1,
+        is_mean_of_shards=False,
+        **NOISY,
+    ),
+    "marwp": row(
+        "marwp",
+        {"sigma": 0.01, "eta": 1.0, "decay": 0.9, "lam": 0.4},
+        limit=None,
+        copies=1,
+        is_mean_of_shards=False,
+        **NOISY,
+    ),
+    "bsam": row(
+        "bsam",
+        {
+            "learning_rate": 0.1,
+            "num_examples": 64.0,
+            "rho": 0.05,
+            "b1": 0.9,
+            "b2": 0.99,
+            "damping": 0.1,
+        },
+        fixed={"prior_precision": 0.0, "num_microbatches": 2},
+        limit=None,
+        survives_any_scale=False,  # ρ multiplies the gradient, and no base follows
+        passes=(2, 2),
+        counts_once=False,
+        copies=1,
+        is_mean_of_shards=False,
+        static_args=("num_microbatches",),
+        **SELECTING,
     ),
 }
 SL_SHARES = (160 / 227, 67 / 227)  # of the parameters: W1, and the others

@@ -151,7 +151,8 @@ def stays_finite_at_a_zero_gradient(name):
     params, state = history[-1]
     assert_finite((params, without_sharp_loss(state)))
     assert largest_difference(params, problem.make()[1]) == 0
-    assert float(readings(history[-1]).perturbation_norm) == 0
+    if not VARIANTS[name].is_noisy:
+        assert float(readings(history[-1]).perturbation_norm) == 0
     for params, state in program(name).run(5, factor=[1.0, 1.0, 0.0, 0.0, 1.0]):
         assert_finite((params, without_sharp_loss(state)))
 
@@ -186,7 +187,8 @@ def takes_the_same_steps_at_any_scale_of_the_loss(name):
     is_free = largest_difference(trajectory(run(2.0)), usual) < 1e-13
     for factor in (2.0**-560, 2.0**560):
         found = trajectory(run(factor))
-        assert_finite(found)
+        if VARIANTS[name].survives_any_scale:
+            assert_finite(found)
         assert not is_free or largest_difference(found, usual) < 1e-9, factor
 
 
@@ -212,11 +214,12 @@ def follows_schedules(name):
 
 
 def has_its_limit_without_a_radius(name):
-    """With `rho=0` nothing is perturbed, and the steps are those of the limit."""
+    """With a radius of 0 nothing is perturbed, and the steps are those of the limit."""
     case = VARIANTS[name]
-    if "rho" not in case.hyper:
+    radii = {key: 0.0 for key in case.radii if key in case.hyper}
+    if not radii:
         return
-    history = program(name).run(8, numbers={"rho": 0.0})
+    history = program(name).run(8, numbers=radii)
     for carry in history:
         assert float(readings(carry).perturbation_norm) == 0
         assert_finite((carry[0], without_sharp_loss(carry[1])))

@@ -79,7 +79,11 @@ SUITES = {
     "variants/lets.py": ("variants/test_lets_radius.py", "perturbations/test_extra_gradients.py"),
     "variants/looksam.py": ("variants/test_reuse.py", "perturbations/test_extra_gradients.py"),
     "variants/momentum_sam.py": ("variants/test_momentum_sam.py",),
-    "variants/msam.py": ("variants/test_msam.py", "parallel/test_parallel.py::test_aux"),
+    "variants/msam.py": (
+        "variants/test_msam.py",
+        "parallel/test_parallel.py::test_aux",
+        "perturbations/test_extra_gradients.py",
+    ),
     "variants/sl_sam.py": ("variants/test_sl_sam.py", "perturbations/test_extra_gradients.py"),
     "variants/": ("perturbations/test_extra_gradients.py",),
     "variants/esam.py": (
@@ -118,6 +122,7 @@ SUITES = {
         "core/test_factory_errors.py",
     ),
     "policies/norms.py": ("policies/test_policies.py",),
+    "policies/quota.py": ("policies/test_policies.py", "policies/test_quota.py"),
     "core/convolutions.py": ("core/test_convolutions.py",),
     "core/microbatches.py": (
         "variants/test_msam.py",
@@ -147,6 +152,8 @@ SUITES = {
         *DEVICES,
     ),
     "core/captured.py": ("core/test_captured.py",),
+    "core/draws.py": ("core/test_draws.py",),
+    "core/slopes.py": ("variants/test_lets_radius.py", *DEVICES),
     "core/inspection.py": ("training/test_preflight.py",),
     "core/tree.py": (
         "core/test_norms.py",

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import pytest
 
 import samx
 from samx import losses, policies, schedules
-from samx.perturbations import metric_ball
+from samx.perturbations import metric_ball, sphere_noise
 
 SGD, MOMENTUM = optax.sgd(0.1), optax.sgd(0.1, momentum=0.9)
 ADAMW = optax.adamw(0.01, weight_decay=0.01)
@@ -36,6 +37,7 @@ class Run:
         arguments: Arguments of the entry's factory, without the base.
         make: Returns the data and the parameters.
         further: `batch -> keywords` of `update`, beyond those that every row gets.
+        tolerance: The largest difference; `None` for what the catalog admits to.
     """
 
     entry: str | None
@@ -43,10 +45,11 @@ class Run:
     arguments: dict[str, Any]
     make: Callable[[], Any] = problem.make
     further: Callable[[Any], dict[str, Any]] = lambda batch: {}
+    tolerance: float | None = None
 
 
-def run(entry, base, *, make=problem.make, further=lambda batch: {}, **arguments):
-    return Run(entry, base, arguments, make, further)
+def run(entry, base, *, make=problem.make, further=lambda batch: {}, tolerance=None, **arguments):
+    return Run(entry, base, arguments, make, further, tolerance)
 
 
 def cosine(step):
@@ -120,6 +123,27 @@ BATCH_LIKE = {
     "x": jax.ShapeDtypeStruct((problem.BATCH_SIZE, 10), np.float64),
     "y": jax.ShapeDtypeStruct((problem.BATCH_SIZE,), np.int64),
 }
+
+
+def with_decay(batch):
+    """Make GNP's losses, in which the weight decay of its authors is a part of both passes."""
+
+    def losses_fn(params, batch):
+        return problem.losses_fn(params, batch) + 0.5 * 1e-3 * optax.tree.norm(params, squared=True)
+
+    return {"losses_fn": losses_fn}
+
+
+def warm_factor(step):
+    """The factor of bSAM's recorded learning rate: a warm-up of 3 steps, then a cosine."""
+    factors = jnp.asarray(problem.load("bsam__m2_lr0.2_rho0.05_b2_0.99_schedule")[0]["lrfactor"])
+    return 0.2 * factors[step]
+
+
+CLIPPED = optax.chain(optax.clip_by_global_norm(5.0), MOMENTUM)
+NESTEROV = optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.1, momentum=0.9, nesterov=True))
+BSAM = {"num_examples": 64, "prior_precision": 0.64, "rho": 0.05}
+ARWP = {"sigma": 0.01, "eta": 1.0, "decay": 0.9}
 FOLLOWING = {"peak_value": 0.1, "end_value": 0.001}
 QUOTA = {"num_blocks": 2, "warmup_steps": 5, "is_measured": second_layer}
 RECORDED = {
@@ -222,6 +246,52 @@ RECORDED = {
     "vsam__sgdm_rho0.05_win4x2_hp0.13": run(
         "vsam", MOMENTUM, rho=0.05, policy=policies.quota(4, **QUOTA)
     ),
+    "mollenhoffsam__m1_lr0.1_wd1e-2": run(
+        "msam", decayed(MOMENTUM, 0.01), rho=0.05, num_microbatches=1
+    ),
+    "gcsam__sgd_rho0.05": run("gcsam", SGD),
+    "gcsam__sgdm_rho0.2": run("gcsam", MOMENTUM, rho=0.2),
+    "zsharp__sgd_rho0.05_alpha0.95": run("zsharp", SGD),
+    "zsharp__sgdm_rho0.05_alpha0.95": run("zsharp", MOMENTUM),
+    "lesam__sgd_sigma0.02_nocap": run("le_sam", SGD, sigma=0.02, rho_max=None),
+    "lesam__sgdm_sigma0.05_rhomax0.1": run("le_sam", MOMENTUM, sigma=0.05, rho_max=0.1),
+    "unifiedsam__sgd_rho0.1_lambda0.5": run("unified_sam", SGD, rho=0.1, lam=0.5),
+    "unifiedsam__sgdm_rho0.3_lambda0.0": run("unified_sam", MOMENTUM, rho=0.3, lam=0.0),
+    "sagm__sgd_alpha0.001_rho0.05": run("sagm", SGD),
+    "sagm__sgdm_alpha0.1_rho0.05": run("sagm", MOMENTUM, alpha=0.1),
+    "gnp__sgdm_r0.1_a0.8_raw": run("gnp", CLIPPED),
+    "gnp__sgdm_r0.1_a0.8_raw_warmlambda2": run(  # its authors' code counts in float32
+        "gnp", CLIPPED, alpha=optax.linear_schedule(0.0, 0.8, 8), tolerance=1e-8
+    ),
+    "gnp__nesterov_r0.1_a0.8_default": run("gnp", NESTEROV, further=with_decay, clean="unit"),
+    "eigensam__sgd_rho0.05_alpha0.2_freq3_ep1": run(
+        "eigen_sam", SGD, every=3, before_refresh="usam"
+    ),
+    "eigensam__sgdm_rho0.05_alpha0.2_freq3_ep1": run(
+        "eigen_sam", MOMENTUM, every=3, before_refresh="usam"
+    ),
+    "ref_spectralsam__sgdm_rho0.05_vecl2_perleaf": run("spectral_sam", MOMENTUM),
+    "lpfsgd__sgd_std0.01_M1": run("lpf_sgd", SGD, sigma=0.01),
+    "ref_randomsam__sgdm_sphere0.5": run("lpf_sgd", MOMENTUM, noise=sphere_noise(0.5)),
+    "rwp__sgd_alpha0.5_gamma0.01": run("rwp", SGD, make=partial(contiguous_as_strided, 2)),
+    "arwp__sgd_std0.01_eta1.0_beta0.9": run("arwp", SGD, **ARWP),
+    "marwp__sgd_sigma0.01_eta1.0_beta0.9_lambda0.5": run(
+        "marwp", SGD, make=partial(contiguous_as_strided, 2), **ARWP
+    ),
+    "bsam__m1_lr0.1_rho0.05": run("bsam", None, learning_rate=0.1, num_microbatches=1, **BSAM),
+    "bsam__m2_lr0.2_rho0.05_b2_0.99_schedule": run(
+        "bsam",
+        None,
+        make=partial(contiguous_as_strided, 2),
+        learning_rate=warm_factor,
+        b1=0.8,
+        b2=0.99,
+        num_microbatches=2,
+        **BSAM,
+    ),
+    "bsam_thirdparty_patched__m1_lr0.05_rho0.05_s1.0": run(
+        "bsam", None, learning_rate=0.05, num_microbatches=1, **BSAM | {"prior_precision": 0.064}
+    ),
 }
 # Fields of the recorded files, and their names in samx's states.
 FIELDS = {
@@ -232,6 +302,9 @@ FIELDS = {
     "score_count": "count",
     "score_sum": "total",
 }
+# Trees of the recorded files, such as `s_W1`, and their names in samx's states.
+TREES = {"s": "precision", "gm": "momentum", "v": "eigenvector"}
+LEAVES = ("W1", "b1", "W2", "b2")
 
 
 def index_at(t):
@@ -272,25 +345,34 @@ def stated(entry):
 def check(name, tx):
     """Check that `tx` takes the steps of a recorded run, in float64; its draws are replayed."""
     (expected, _), run, start, asked = problem.load(name), RECORDED[name], {}, {}
-    masks = {key: expected.get(f"mask_{key}") for key in ("W1", "b1", "W2", "b2")}
+    masks = {key: expected.get(f"mask_{key}") for key in LEAVES}
     if "ssamd" in name:
         start = {"mask": {key: jnp.asarray(mask[0], bool) for key, mask in masks.items()}}
     if "idx_sampled" in expected:
         expected["score_sum"] = expected["score_mean"] * expected["score_count"]
     names = {theirs: ours for theirs, ours in FIELDS.items() if theirs in expected}
+    trees = {theirs: ours for theirs, ours in TREES.items() if f"{theirs}_W1" in expected}
     with pytest.MonkeyPatch.context() as patch:
         replay_draws(expected, patch, asked)
-        trajectory, mask, *read = watch(
-            *(tx, len(expected["W1"]), "mask", *names.values()),
+        if run.entry in NOISY:
+            replay_normals(name, expected, run, patch)
+        trajectory, mask, *others = watch(
+            *(tx, len(expected["W1"]), "mask", *trees.values(), *names.values()),
             make=run.make,
             further=run.further,
             **start,
         )
         jax.effects_barrier()
+    found, read = others[: len(trees)], others[len(trees) :]
+    of_trees = {f"{t}_{k}": x for t, f in zip(trees, found, strict=True) for k, x in f.items()}
+    known = {key: ~np.isnan(expected[key]) for key in of_trees}  # no vector at first: NaN
     assert_same(
-        trajectory | dict(zip(names, read, strict=True)),
-        {key: expected[key] for key in (*trajectory, *names)},
-        stated(run.entry),
+        trajectory
+        | {key: x[known[key]] for key, x in of_trees.items()}
+        | dict(zip(names, read, strict=True)),
+        {key: expected[key] for key in (*trajectory, *names)}
+        | {key: expected[key][known[key]] for key in of_trees},
+        run.tolerance or stated(run.entry),
     )
     for key in mask or ():  # SSAM-D's state holds the next step's mask
         later = int("ssamd" in name)
@@ -320,3 +402,32 @@ def replay_draws(expected, patch, asked):
         patch.setattr(jax.random, "fold_in", lambda key, step: step)
         patch.setattr(jax.random, "gumbel", lambda step, shape: jnp.broadcast_to(step, shape))
         patch.setattr(sys.modules["samx.variants.ausam"], "sampled", sampled)
+
+
+NOISY = ("bsam", "arwp", "marwp", "rwp", "lpf_sgd", "eigen_sam")
+SCALED = ("rwp__", "lpfsgd__")  # recorded with their scale, `sigma` times the norm of the filter
+
+
+def replay_normals(name, expected, run, patch):
+    """Replay standard normal numbers: of each step, or of each microbatch of each step."""
+    prefix = next(p for p in ("noise_", "draw_v0_", "draw_") if f"{p}W1" in expected)
+    normals = {key: expected[f"{prefix}{key}"] for key in LEAVES}
+    if name.startswith(SCALED):
+        before = {key: [w, *expected[key][:-1]] for key, w in run.make()[1].items()}
+        normals = {key: over_scale(x, before[key], 0.01) for key, x in normals.items()}
+
+    def normal_like(key, step, like, draw=0):
+        return {k: pick(jnp.asarray(normals[k]), step, draw, w.ndim) for k, w in like.items()}
+
+    def pick(x, step, draw, ndim):
+        x = x if x.ndim == ndim else x[step]
+        return x if x.ndim == ndim else x[draw]
+
+    patch.setattr(samx.core.draws, "normal_like", normal_like)
+
+
+def over_scale(noise, weights, sigma):
+    """Return noise of each step, `[steps, ...]` or `[steps, microbatches, ...]`, in deviation 1."""
+    scales = np.stack([sigma * np.linalg.norm(w, axis=0 if w.ndim > 1 else None) for w in weights])
+    shape = (len(scales), *(1,) * (noise.ndim - scales.ndim), *scales.shape[1:])
+    return noise / scales.reshape(shape)

@@ -156,6 +156,13 @@ def test_equal_scores_are_taken_in_order():
     np.testing.assert_array_equal(state.mask[1], np.arange(5) == 4)
 
 
+def test_ties_over_several_leaves_of_any_rank():
+    scores = (jnp.ones(()), jnp.ones((2, 3)), jnp.ones(2))
+    for count, kept in ((1, (1, 0, 0)), (4, (1, 3, 0)), (8, (1, 6, 1))):
+        mask = jax.jit(top_entries, static_argnums=1)(scores, count)
+        assert tuple(int(leaf.sum()) for leaf in mask) == kept
+
+
 def test_weights_are_those_at_the_perturbed_point():
     """The smaller weight stays, because the step makes it the larger one."""
     ball = dynamic_mask(metric_ball(0.3), 0.5, 0.0, period=1, drop="weight", grow="gradient")
