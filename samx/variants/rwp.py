@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from samx.core import tree
@@ -95,8 +96,7 @@ def rwp(
     sharp = partial(sharp_gradient, gradients=1, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
-        step = jax.numpy.zeros((), jax.numpy.int32)
-        return RWPState(step, noise.init(params), no_readings(params))
+        return RWPState(jnp.zeros((), jnp.int32), noise.init(params), no_readings(params))
 
     def update_fn(_, state, params, *, losses_fn, batch, weights=None):
         clean, noisy = halves("rwp", losses_fn, batch, weights)

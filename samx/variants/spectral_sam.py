@@ -16,6 +16,7 @@ def spectral_sam(
     *,
     norm: Literal["leaf", "global"] = "leaf",
     vectors: Literal["l2", "sign", "zero"] = "l2",
+    polar: Literal["svd", "newton_schulz"] = "svd",
     perturb_dtype: DType = "float32",
 ) -> Transformation:
     """SAM in a ball of spectral norms: every matrix moves by an orthogonal matrix times ρ.
@@ -30,13 +31,15 @@ def spectral_sam(
             r moves by ρ √r.
         norm: "leaf", the default, or "global": ε is rescaled to the L2 length ρ.
         vectors: How leaves with one axis move: "l2", the default, "sign", or "zero".
+        polar: How U Vᵀ is computed: "svd", the default, or "newton_schulz", Muon's iterations in
+            matrix products, for accelerators.
         perturb_dtype: See `sharpness_aware`.
 
     Returns:
         A transformation that stands first in a chain. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If `rho` is a negative number, or `norm` or `vectors` is unknown.
+        ValueError: If `rho` is a negative number, or `norm`, `vectors` or `polar` is unknown.
         TypeError: If `rho` is neither a number nor a schedule.
 
     Example:
@@ -53,8 +56,8 @@ def spectral_sam(
     Notes:
         A definition of samx: no paper has this form. See `perturbations.spectral_ball`, also for
         convolutions. Cost: 2 gradients per step, one after the other, and one thin singular value
-        decomposition per matrix; no state.
-        Fidelity: matches an independent loop. `static_args`: `norm`, `vectors`.
+        decomposition per matrix, or 15 matrix products; no state.
+        Fidelity: matches an independent loop. `static_args`: `norm`, `vectors`, `polar`.
     """
-    ball = spectral_ball(rho, norm=norm, vectors=vectors)
+    ball = spectral_ball(rho, norm=norm, vectors=vectors, polar=polar)
     return sharpness_aware(ball, perturb_dtype=perturb_dtype, name="spectral_sam")

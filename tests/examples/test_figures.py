@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from examples import digits
 from examples.asynchronous import async_cost, exchange_cost, faults, lsam_digits
-from examples.claims import lets, lightsam, mup_transfer, second_order
+from examples.claims import bsam, lets, lightsam, mup_transfer, second_order
 from examples.common import figures, monitoring
 from examples.common.registry import VARIANTS
 from examples.compare import front_figure
@@ -126,6 +126,19 @@ def draw_lightsam(path, points):
         ]
         results.append({"method": method, "fell": 3, "points": rows})
     lightsam.draw(results, points, path, "3000 steps of gradient descent on 1000 images")
+
+
+def draw_bsam(path, noises):
+    results = [
+        {
+            **{"row": row, "noise": noise, "accuracy": some(10, low=90, high=97)},
+            **{"nll": some(10, low=0.1), "ece": some(10, low=1, high=40)},
+            "bins": [some(15, low=10, high=100), *(sorted(some(15, low=0.1)) for _ in range(2))],
+        }
+        for row in bsam.ROWS
+        for noise in noises
+    ]
+    bsam.draw(results, noises, path, "Digits: bSAM and its posterior beside SGD and SAM, 10 seeds")
 
 
 def draw_second_order(path, rows, epochs=5):
@@ -411,6 +424,10 @@ CASES = {
     ],
     "lightsam.draw": [
         lambda path, points=points: draw_lightsam(path, points) for points in (2, 5, 9)
+    ],
+    "bsam.draw": [
+        lambda path: draw_bsam(path, [0.3, 0.0]),
+        lambda path: draw_bsam(path, [0.0]),
     ],
     "second_order.draw": [
         lambda path: draw_second_order(path, ["base", "sam", *second_order.DEFAULT]),

@@ -617,7 +617,7 @@ VARIANTS = {
         copies=1,
         static_args=("every", "iterations", "before_refresh", "steps_per_epoch"),
     ),
-    "spectral_sam": row("spectral_sam", {"rho": 0.02}, static_args=("norm", "vectors")),
+    "spectral_sam": row("spectral_sam", {"rho": 0.02}, static_args=("norm", "vectors", "polar")),
     "lpf_sgd": row(
         "lpf_sgd",
         {"sigma": 0.01},
