@@ -73,6 +73,7 @@ from examples.common.report import MARK, Report, aligned, marked, mean_and_error
 from examples.common.training import make_functions
 from examples.common.tuning import (
     SIXTHS,
+    TOGETHER,
     TUNING_SEEDS,
     around,
     best_of,
@@ -153,14 +154,22 @@ def trainer(name: str, width: int, epochs: int, draws: int) -> Any:
 
 
 def predictions(name: str, args: Any, noise: float, runs: list[np.ndarray], part: int) -> Any:
-    """Train the runs; return the probabilities `[runs, images, 10]` of a split, and its labels."""
-    seeds = runs[0]
-    data = split(seeds, noise)
-    params = initialize(seeds, args.width)
-    numbers = runs[1:] if len(runs) == 3 else [*runs[1:], np.zeros_like(runs[1])]
+    """Train the runs; return the probabilities `[runs, images, 10]` of a split, and its labels.
+
+    The runs are padded to one size, and both splits are predicted, so that a method is compiled
+    once.
+    """
+    count, size = len(runs[0]), max(args.seeds, TOGETHER * len(TUNING_SEEDS))
+    seed, *numbers = (np.resize(column, size) for column in runs)
+    numbers = numbers if len(numbers) == 2 else [*numbers, np.zeros_like(numbers[0])]
+    train, *others = split(seed, noise)
+    images = jnp.concatenate([data["x"] for data in others], axis=1)
     run = trainer(name, args.width, args.epochs, args.draws)
-    found = run(seeds, *numbers, params, data[0], data[part]["x"])
-    return jax.tree.map(np.asarray, found), np.asarray(data[part]["y"])
+    found = run(seed, *numbers, initialize(seed, args.width), train, images)
+    first = others[0]["x"].shape[1]
+    chosen = slice(first) if part == 1 else slice(first, None)
+    labels = np.asarray(others[part - 1]["y"])[:count]
+    return jax.tree.map(lambda p: np.asarray(p)[:count, chosen], found), labels
 
 
 def nll(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -161,3 +161,14 @@ def test_float32_steps_at_any_scale_of_the_loss(name):
         steps.append(w)
         assert optax.tree.get(state, "grad_norm") < jnp.inf
     np.testing.assert_allclose(steps, np.tile(steps[0], (4, 1)), rtol=1e-6)
+
+
+def test_dtypes_that_jax_does_not_promote():
+    for dtype, wanted in (
+        (jnp.int4, "int32"),
+        (jnp.uint4, "int32"),
+        (jnp.int8, "int8"),
+        (jnp.float8_e4m3fn, "float32"),
+        (jnp.bfloat16, "bfloat16"),
+    ):
+        assert tree.common_dtype(dtype, dtype) == wanted
