@@ -88,7 +88,6 @@ WHICH = "notebooks/which_variant.ipynb"
 CHOOSING = "notebooks/choosing_rho.ipynb"
 MIGRATING = "notebooks/coming_from.ipynb"
 DEVICES = "notebooks/eight_devices.ipynb"
-BAYES = "examples/claims/bsam.py"
 WORKERS = "notebooks/workers_that_do_not_wait.ipynb"
 
 
@@ -1101,6 +1100,6 @@ CARDS = {
             },
             "kozistr/pytorch_optimizer": {"BSAM": "another algorithm in five places"},
         },
-        shown_in=(BAYES, DIGITS),
+        shown_in=(DIGITS,),
     ),
 }  # fmt: skip
