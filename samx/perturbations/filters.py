@@ -98,7 +98,8 @@ def centralize(*, filter_axis: int = -1) -> Transformation:
 
     Notes:
         `optax.centralize` averages over all axes but the first, which is right for PyTorch's
-        `[out, in]`, and wrong for Flax's `[in, out]`. Cost: elementwise work, no state.
+        `[out, in]`, and wrong for Flax's `[in, out]`. For kernels that `nnx.scan` stacks, `[layers,
+        in, out]`, the mean is over the layers too. Cost: elementwise work, no state.
     """
     axis = as_filter_axis(filter_axis)
 
