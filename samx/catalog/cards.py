@@ -914,7 +914,7 @@ CARDS = {
                   "cited", "smithgun2005/LE-SAM-ICML2026"),
             *digits("le_sam", setting="as sigma"),
         ),
-        watch="As the gradient shrinks, the radius grows up to rho_max; with `None` it has no "
+        watch="As the gradient shrinks, the radius grows up to rho_max; with `rho_max=None` it has no "
         "bound. While the radius is below rho_max, the reading `sharpness` is near sigma.",
         coming_from={
             "smithgun2005/LE-SAM-ICML2026": {

@@ -680,8 +680,7 @@ ENTRIES = (
     _entry("zsharp", zsharp, "zsharp(rho=0.05, quantile=0.95)",
            "ZSharp", "yun2025zsharp", "chain", LOSS,
            "2, sequential", "0",
-           "matches YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-Filtering to 1e-12; the paper's one "
-           "norm, as a third party transcribes it, is `norm=\"global\"`",
+           "matches YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-Filtering to 1e-12",
            "authors"),
     _entry("le_sam", le_sam, "le_sam(sigma=0.35, rho_max=0.3)",
            "LE-SAM", "wang2026lesam", "chain", LOSS,

@@ -93,8 +93,8 @@ def lpf_sgd(
         microbatches of all devices share their draws. Cost: 1 gradient per step, in M pieces, and
         one transient copy of the parameters.
         Fidelity: matches devansh20la/LPF-SGD, its draws replayed; its microbatches are contiguous,
-        and here they are strided. Their script for wide ResNets takes M whole batches per step.
-        `static_args`: `num_microbatches`, `noise` (and `sigma` if `noise` is given).
+        and here they are strided. The authors' script for wide ResNets takes M whole batches per
+        step. `static_args`: `num_microbatches`, `noise` (and `sigma` if `noise` is given).
     """
     num_microbatches = as_count("num_microbatches", num_microbatches)
     noise = noise_of("lpf_sgd", sigma, noise, key)
