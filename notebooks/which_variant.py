@@ -11,7 +11,7 @@
 # %% [markdown]
 # # Which variant?
 #
-# samx has 41 variants of sharpness-aware minimization. You need one. After this page
+# samx has 54 variants of sharpness-aware minimization. You need one. After this page
 # you can
 #
 # - choose a variant by what you can spend and by what your data look like,
@@ -59,6 +59,9 @@
 # | one network in many widths | `mup_sam`, µP learning rates | that of the narrow one | 2 |
 # | no time to tune | `lightsam_norm`: robust; on the digits no better than the base | 0.05 to 1, rate 1 | 2 |
 # | gradients that do not fit into memory | `sl_sam` | 0.05 | below 1.5 |
+# | calibrated probabilities | `bsam`, with `samx.posterior` | 0.01, rate 0.5 | 2 |
+# | Muon as the base, the same geometry for the ascent | `spectral_sam` | below SAM's | 2 |
+# | a random baseline for SAM | `lpf_sgd(noise=sphere_noise(rho))` | SAM's | 1 |
 # | perturb the normalization layers only | `sam_on` | 5 to 10 × SAM's | 2 |
 # | perturb other layers only | `perturbations.on_leaves` | 5 to 10 × SAM's | 2 |
 # | rare classes | `focal_sam`; `imbalanced_sam` | 0.1 to 0.5 | 2.67 |

@@ -130,18 +130,18 @@ def warmup_hold_cosine(
         TypeError: If an argument is not a number.
 
     Example:
-        The authors' 200 epochs, constant within each:
+        The authors' 200 epochs, constant within each. Their first and their last have σ = 0:
 
         >>> import samx
-        >>> by_epoch = samx.schedules.warmup_hold_cosine(0.35, 9, 160, 200)
+        >>> by_epoch = samx.schedules.warmup_hold_cosine(0.35, 9, 160, 199)
         >>> sigma = lambda step, steps_per_epoch=100: by_epoch(step // steps_per_epoch)
-        >>> [round(float(sigma(100 * epoch)), 3) for epoch in (0, 9, 100, 180, 200)]
-        [0.0, 0.35, 0.35, 0.175, 0.0]
+        >>> [round(float(sigma(100 * epoch)), 3) for epoch in (0, 9, 160, 180, 199)]
+        [0.0, 0.35, 0.35, 0.168, 0.0]
         >>> tx = samx.le_sam(sigma)
 
     References:
         Wang, Liu, Xie, Gao, ICML 2026, https://arxiv.org/abs/2605.10183
-        (smithgun2005/LE-SAM-ICML2026: warm-up over 10 epochs, the first with 0)
+        (smithgun2005/LE-SAM-ICML2026: a warm-up over epochs 0 to 9, a cosine over 160 to 199)
 
     Notes:
         Cost: none.

@@ -144,6 +144,16 @@ def lpf_sgd(sigma: Any, setting: Setting) -> optax.GradientTransformation:
     return samx.lpf_sgd(sigma, aux_like=setting.aux)
 
 
+def rwp(sigma: Any, setting: Setting) -> optax.GradientTransformation:
+    """Build RWP."""
+    return samx.rwp(sigma, aux_like=setting.aux)
+
+
+def marwp(sigma: Any, setting: Setting) -> optax.GradientTransformation:
+    """Build m-ARWP."""
+    return samx.marwp(sigma, aux_like=setting.aux)
+
+
 def arwp(sigma: Any, setting: Setting) -> optax.GradientTransformation:
     """Build ARWP."""
     return samx.arwp(sigma, aux_like=setting.aux)
@@ -279,9 +289,9 @@ VARIANTS = {
     "eigen-sam": Variant(of("eigen_sam"), RADIUS, 2.1, 0.05, cycle=100),
     "gnp": Variant(of("gnp"), RADIUS, 2, 0.1),
     "lpf-sgd": Variant(by_setting(lpf_sgd), NOISE, 1, 0.001, keeps_aux=True, uses_gradient=False),
-    "rwp": Variant(of("rwp"), NOISE, 1, 0.01, uses_gradient=False),
+    "rwp": Variant(by_setting(rwp), NOISE, 1, 0.01, keeps_aux=True, uses_gradient=False),
     "arwp": Variant(by_setting(arwp), NOISE, 1, 0.01, keeps_aux=True, uses_gradient=False),
-    "marwp": Variant(of("marwp"), NOISE, 1, 0.01, uses_gradient=False),
+    "marwp": Variant(by_setting(marwp), NOISE, 1, 0.01, keeps_aux=True, uses_gradient=False),
     "momentum-sam": Variant(
         lambda rho, base, setting: samx.momentum_sam(base, rho, aux_like=setting.aux),
         0.5,

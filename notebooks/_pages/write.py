@@ -52,6 +52,7 @@ MODULES = (
     "schedules",
     "losses",
     "mup",
+    "posterior",
     "asynchronous",
     "elastic",
     "flax",

@@ -865,28 +865,30 @@ CARDS = {
         shown_in=(WORKERS, "examples/asynchronous/lsam_digits.py"),
     ),
     "gcsam": Card(
-        use_when="You already train with gradient centralization, or layers whose inputs have a "
-        "large common mean dominate the ascent.",
-        not_when="Your kernels are not [in, out] and you cannot name their output axis.",
+        use_when="You already train with gradient centralization, or inputs with a large mean "
+        "dominate the ascent.",
+        not_when="The output axes of your kernels differ from leaf to leaf: one `filter_axis` holds "
+        "for all of them.",
         start=(
             Start("0.05", "the authors' class, Adam with learning rate 1e-4", "cited",
                   "Mohamed-Hassan22/GCSAM"),
             *digits("gcsam"),
         ),
-        watch="The step is shorter than rho, by the share of the gradient that is a mean. Three "
-        "rules share the name: which norm, and whether the sharp gradient is centralized too.",
+        watch="The step is shorter than rho: the mean counts in the norm, and is not climbed. Three "
+        "rules share the name; they differ in the norm, and in whether the sharp gradient is "
+        "centralized too. `optax.centralize` averages over the wrong axes of Flax's kernels.",
         coming_from={
             "Mohamed-Hassan22/GCSAM": {
                 "rho": "rho",
-                "adaptive=True": "sharpness_aware(perturbations.centralized_ball(rho, metric))",
+                "adaptive=True": "`sharpness_aware(centralized_ball(rho, metric))`, see the docstring",
             },
-            "kozistr/pytorch_optimizer": {"use_gc=True": "gcsam instead of sam"},
+            "kozistr/pytorch_optimizer": {"use_gc=True": "`gcsam` in place of `sam`"},
         },
         shown_in=(DIGITS,),
     ),
     "zsharp": Card(
         use_when="You want a sparse perturbation whose mask costs no state and no extra gradient.",
-        not_when="Kernels are sharded over many devices: the sort needs the whole kernel on each.",
+        not_when="Kernels are too large for one device: the sort needs the whole kernel on each.",
         start=(
             Start("0.05, quantile 0.95", "the authors' script, Adam with learning rate 1e-3", "cited",
                   "YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-Filtering"),
@@ -896,45 +898,50 @@ CARDS = {
         "number of kernels: SAM's rho does not carry over to deep networks.",
         coming_from={
             "YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-Filtering": {
-                "rho": "rho (their script leaves it at 0.05)",
+                "rho, which their script does not pass on: it stays 0.05": "rho",
                 "alpha": "quantile",
             },
         },
         shown_in=(DIGITS,),
     ),
     "le_sam": Card(
-        use_when="SAM's radius is too large early and too small late: the rise of the loss is what "
-        "you want to fix.",
+        use_when="You would rather set how much the loss rises than how far the weights move: the "
+        "step is then short where gradients are long, and long where they are short.",
         not_when="The scale of your loss changes: sigma is in its units.",
         start=(
-            Start("sigma 0.35, rho_max 0.3, with the authors' schedule", "the authors' trainer, SGD",
+            Start("sigma 0.35, rho_max 999, with their schedule", "ResNet-18 on CIFAR-100, SGD with "
+                  "momentum", "cited", "smithgun2005/LE-SAM-ICML2026, README"),
+            Start("sigma 0.35, rho_max 0.3, with that schedule", "the authors' script by default",
                   "cited", "smithgun2005/LE-SAM-ICML2026"),
             *digits("le_sam", setting="as sigma"),
         ),
-        watch="As the gradient shrinks, the radius grows up to rho_max; without a limit it has no "
-        "bound. The reading `sharpness` should stay near sigma.",
+        watch="As the gradient shrinks, the radius grows up to rho_max; with `rho_max=None` it has no "
+        "bound. While the radius is below rho_max, the reading `sharpness` is near sigma.",
         coming_from={
             "smithgun2005/LE-SAM-ICML2026": {
-                "sigma": "sigma, its schedule schedules.warmup_hold_cosine",
-                "rho_max <= 0": "rho_max=None",
+                "lesam_sigma": "sigma",
+                "its schedule": "sigma=schedules.warmup_hold_cosine(...)",
+                "lesam_rho_max <= 0": "rho_max=None",
                 "lesam_alpha": "alpha",
-                "topk": "a loss over the largest losses",
+                "lesam_topk": "write it into the loss",
+                "lesam_adaptive=True": "see `perturbations.loss_rise_ball`",
             },
         },
         shown_in=(DIGITS,),
     ),
     "unified_sam": Card(
-        use_when="You cannot decide between `sam` and `usam`, or want the early steps gentle.",
-        not_when="The scale of your loss changes and lam is below 1.",
+        use_when="You want to move from `usam` to `sam` during training, or to stay between them.",
+        not_when="The scale of your loss changes: below lam 1 the step changes with it.",
         start=(
             Start("0.1", "a first try", "default"),
             *digits("unified_sam"),
         ),
-        watch="rho means a radius at lam 1 and a factor of the gradient at lam 0.",
+        watch="rho is a radius at lam 1, and a factor of the gradient at lam 0: the best rho of one "
+        "is not that of the other.",
         coming_from={
             "dimitris-oik/unifiedsam": {
                 "rho": "rho",
-                "lambd='1-1/t'": "the default of lam",
+                "lambd='1-1/t'": "the default of `lam`",
                 "lambd='1/t'": "lam=lambda step: 1 / (step + 1)",
             },
         },
@@ -942,66 +949,75 @@ CARDS = {
     ),
     "spectral_sam": Card(
         use_when="The base is Muon, or another optimizer whose steps have a given spectral norm.",
-        not_when="Steps must be cheap on an accelerator: each matrix needs a singular value "
+        not_when="A step on an accelerator must be cheap: each matrix needs a singular value "
         "decomposition.",
         start=(
             Start("0.05", "a first try", "default"),
             *digits("spectral_sam"),
         ),
-        watch="A matrix of rank r moves by rho times the root of r in L2: start below SAM's rho.",
+        watch="In L2 a matrix of rank r moves by rho times the root of r, and every leaf moves: SAM's "
+        "rho is too long. With `norm=\"global\"` rho is an L2 radius, as SAM's.",
         coming_from={},
         shown_in=(DIGITS,),
     ),
     "eigen_sam": Card(
-        use_when="You want the ascent to see the largest curvature, and can pay five Hessian "
-        "products now and then.",
-        not_when="Second derivatives of your loss are not available or too large for memory.",
+        use_when="You want the ascent to turn towards the largest curvature, and can pay five "
+        "Hessian products every 100 steps.",
+        not_when="JAX cannot differentiate your loss twice, or the second derivative does not fit "
+        "into memory.",
         start=(
-            Start("0.05, alpha 0.2, every 100", "the authors' script", "cited", "RitianLuo/EigenSAM"),
+            Start("0.1, alpha 0.2, every 100", "CIFAR-100, batch 256", "cited",
+                  "RitianLuo/EigenSAM, README"),
+            Start("0.05, alpha 0.2, every 100", "the authors' script by default", "cited",
+                  "RitianLuo/EigenSAM"),
             *digits("eigen_sam"),
         ),
         watch="The step is longer than rho. Before the first refresh it is SAM; the published code "
-        "takes un-normalized steps there.",
+        "takes un-normalized steps there. The eigenvalue is the largest in magnitude, and may be "
+        "negative.",
         coming_from={
             "RitianLuo/EigenSAM": {
                 "rho": "rho",
                 "alpha": "alpha",
-                "freq": "every, with steps_per_epoch for their count",
+                "freq, counted from the start of each epoch": "every, steps_per_epoch",
                 "the steps before the first refresh": 'before_refresh="usam"',
             },
         },
         shown_in=(DIGITS,),
     ),
     "sagm": Card(
-        use_when="Domain generalization with small learning rates, its paper's case.",
-        not_when="Gradients are long: above rho / alpha the ascent becomes a descent.",
+        use_when="You train for domain generalization with a small learning rate, as in its paper.",
+        not_when="Gradients are long: above the norm rho / alpha the ascent becomes a descent.",
         start=(
             Start("0.05, alpha 0.001", "DomainBed, Adam with learning rate 5e-5", "cited",
                   "Wang-pengfei/SAGM"),
             *digits("sagm"),
         ),
-        watch="The base gets the mean of two gradients: SAM's learning rate carries over, the "
-        "paper's sum has twice that.",
+        watch="The base gets the mean of both gradients, as in the code, so that SAM's learning rate "
+        "carries over.",
         coming_from={
             "Wang-pengfei/SAGM": {
-                "rho_scheduler": "rho, a schedule",
+                "rho_scheduler": "rho",
                 "alpha": "alpha",
-                "adaptive=True": "perturbation=perturbations.gradient_matching_step(rho, alpha, metric)",
+                "adaptive=True": "perturbation=gradient_matching_step(rho, alpha, metric)",
             },
         },
         shown_in=(DIGITS,),
     ),
     "gnp": Card(
-        use_when="You want a dial from plain training to SAM: alpha is the penalty over rho.",
+        use_when="You want to go from plain training (alpha 0) to SAM (alpha 1), and beyond.",
         not_when="alpha is 1: that is `sam`.",
         start=(
-            Start("0.1, alpha 0.8", "ResNets and WRN on CIFAR, SGD with momentum", "cited",
-                  "zhaoyang-0204/gnp"),
-            Start("0.1, alpha 1", "ViT", "cited", "zhaoyang-0204/gnp"),
+            Start("0.1, alpha 0.8, clean=\"unit\"", "ResNet-50 on CIFAR-10, SGD with momentum", "cited",
+                  "zhaoyang-0204/gnp, recipes"),
+            Start("0.1, alpha 0.8, clean=\"unit\"", "ViT-S/16 on CIFAR-10, Adam", "cited",
+                  "zhaoyang-0204/gnp, recipes"),
+            Start("0.1, alpha 1, after 40 epochs without", "the same ViT, with their warm-up", "cited",
+                  "zhaoyang-0204/gnp, recipes"),
             *digits("gnp"),
         ),
-        watch="The authors' published runs mix a gradient of length 1, which is another algorithm: "
-        'clean="unit". Their weight decay is inside the loss, and they clip at 5.',
+        watch="The authors' published runs mix in a gradient of length 1, which is another "
+        'algorithm: `clean="unit"`. Their weight decay is inside the loss, and they clip at 5.',
         coming_from={
             "zhaoyang-0204/gnp": {
                 "r": "rho",
@@ -1015,52 +1031,58 @@ CARDS = {
         shown_in=(DIGITS,),
     ),
     "lpf_sgd": Card(
-        use_when="A step may cost one gradient only, and plain noise is good enough; or you need "
-        "the random baseline of SAM.",
-        not_when="You can pay two gradients: ascent moves the loss far more than noise of the same "
-        "length.",
+        use_when="A step may cost one gradient only; or you need a baseline for SAM: a random "
+        "direction of the same length.",
+        not_when="You can pay two gradients: an ascent raises the loss far more than noise of the "
+        "same length.",
         start=(
-            Start("0.001 as sigma, rising", "ResNets on CIFAR, SGD with momentum", "cited",
-                  "devansh20la/LPF-SGD"),
+            Start("0.002 as sigma", "ResNets on CIFAR without augmentation, SGD with momentum", "cited",
+                  "devansh20la/LPF-SGD, README"),
+            Start("0.001 as sigma", "ResNet-18 on TinyImageNet, SGD with momentum", "cited",
+                  "devansh20la/LPF-SGD, README"),
+            Start("0.0005 as sigma", "ResNet-18 on ImageNet, SGD with momentum", "cited",
+                  "devansh20la/LPF-SGD, README"),
             *digits("lpf_sgd", setting="as sigma"),
         ),
-        watch="sigma is relative to the norm of each filter: a filter with n inputs moves by sigma "
-        "times the root of n times its norm.",
+        watch="sigma is relative to the norm of each filter, and holds for each of its weights: a "
+        "filter of n weights moves by about sigma times the root of n times its norm.",
         coming_from={
             "devansh20la/LPF-SGD": {
                 "std": "sigma",
                 "M": "num_microbatches",
-                "CosineInc": "sigma, a schedule",
+                "CosineInc": "a schedule as `sigma`",
             },
         },
         shown_in=(DIGITS,),
     ),
     "rwp": Card(
-        use_when="Two devices, or halves of a batch, at the cost of one gradient.",
+        use_when="You want noise and a clean gradient at the cost of one gradient: each sees half of "
+        "the batch, and neither waits for the other.",
         not_when="Batches are small already: each gradient sees half of one.",
         start=(
-            Start("0.01 as sigma, alpha 0.5", "the authors' script", "cited", "nblt/RWP"),
+            Start("0.01 as sigma, alpha 0.5", "ResNet-18 on CIFAR-100", "cited", "nblt/RWP, recipes"),
             *digits("rwp", setting="as sigma"),
         ),
-        watch="The clean half keeps the training stable where noise alone would slow it down.",
+        watch="The reading `sharpness` compares the losses of two halves of the batch: average it "
+        "over many steps. sigma is relative to the norm of each filter.",
         coming_from={
             "nblt/RWP": {"gamma": "sigma", "alpha": "alpha"},
         },
         shown_in=(DIGITS,),
     ),
     "arwp": Card(
-        use_when="Noise at one gradient per step, less of it where gradients are large.",
+        use_when="You want noise at one gradient per step, and less of it where gradients are large.",
         not_when="You cannot hold one more copy of the parameters.",
         start=(
             Start("0.01 as sigma, eta 1, decay 0.9", "the authors' class", "cited", "nblt/mARWP"),
-            Start("0.001 rising to 0.011 as sigma, eta 0.1, decay 0.99", "their script", "cited",
-                  "nblt/mARWP"),
+            Start("0.001 rising to 0.011 as sigma, eta 0.1, decay 0.99", "VGG-16 on CIFAR-100",
+                  "cited", "nblt/mARWP, scripts"),
             *digits("arwp", setting="as sigma"),
         ),
         watch="The squares of gradients are summed, not averaged: eta depends on the scale of the "
         "loss and on decay.",
         coming_from={
-            "nblt/mARWP": {"std": "sigma", "eta": "eta", "beta": "decay"},
+            "nblt/mARWP": {"std": "sigma", "eta": "eta", "beta": "decay", "inc": "a schedule as `sigma`"},
         },
         shown_in=(DIGITS,),
     ),
@@ -1072,34 +1094,37 @@ CARDS = {
                   "nblt/mARWP"),
             *digits("marwp", setting="as sigma"),
         ),
-        watch="The authors take two batches for one step; here both are halves of one.",
+        watch="The authors take two batches for one step; here each half of one batch is one of "
+        "them. The reading `sharpness` compares these halves: average it over many steps.",
         coming_from={
             "nblt/mARWP": {"sigma": "sigma", "eta": "eta", "beta": "decay", "lmbda": "lam"},
         },
         shown_in=(DIGITS,),
     ),
     "bsam": Card(
-        use_when="You want uncertainty: calibrated probabilities from draws of the posterior.",
-        not_when="You want another base optimizer: bSAM is one itself.",
+        use_when="You want calibrated probabilities: predictions are averaged over draws from the "
+        "posterior that it learns.",
+        not_when="You need another base optimizer: bSAM is one itself.",
         start=(
             Start("0.01, learning rate 0.5, prior_precision 40", "ResNet-18 on CIFAR", "cited",
                   "team-approx-bayes/bayesian-sam"),
-            Start("5e-5, learning rate 0.25, prior_precision 25", "ResNet-18 on TinyImageNet", "cited",
+            Start("5e-5, learning rate 0.25, prior_precision 25", "ResNet-20 on TinyImageNet", "cited",
                   "team-approx-bayes/bayesian-sam"),
             *digits("bsam"),
         ),
-        watch="rho is a step along g / s and no radius. num_examples sets the noise: too small a "
-        "number drowns the training. Average probabilities over draws, not logits.",
+        watch="rho is a step along g / s, not a radius. num_examples sets the noise: with too small "
+        "a number the noise hides the gradient. Average probabilities over draws, not logits.",
         coming_from={
             "team-approx-bayes/bayesian-sam": {
-                "Ndata, times dafactor": "num_examples",
+                "alpha": "learning_rate",
+                "number of training images, times dafactor": "num_examples",
                 "priorprec": "prior_precision",
                 "beta1, beta2": "b1, b2",
-                "msharpness": "num_microbatches",
-                "s_init": "init_precision",
+                "batchsplit": "num_microbatches",
+                "custominit": "init_precision",
                 "damping": "damping",
             },
-            "kozistr/pytorch_optimizer": {"BSAM": "another algorithm in five places"},
+            "kozistr/pytorch_optimizer": {"BSAM": "another algorithm: it differs in five places"},
         },
         shown_in=(BAYES, DIGITS),
     ),

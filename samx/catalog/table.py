@@ -160,8 +160,8 @@ class Entry(NamedTuple):
 
         Example:
             >>> import samx
-            >>> samx.catalog("arsam")[0].doubts()[:44]
-            'The announced code could not be obtained. Be'
+            >>> samx.catalog("arsam")[0].doubts()[:41]
+            'The announced code could not be obtained.'
         """
         if CARDS[self.name].formula:  # the factory is of policies, not of this paper
             return ""
@@ -440,7 +440,8 @@ ENTRIES = (
     _entry("asam", asam, "asam(rho=0.5, eta=0.01)",
            "ASAM", "kwon2021asam", "chain", LOSS,
            "2, sequential", "0",
-           "matches SamsungLabs/ASAM to 1e-12; its filter-wise form is not offered",
+           "matches SamsungLabs/ASAM to 1e-12; of the paper's filter-wise form no code was found, "
+           "see the docstring",
            "authors"),
     _entry("sampa", sampa, "sampa(base, rho=0.1, lam=0.2, batch_like=...)",
            "SAMPa", "xie2024sampa", "wraps", LOSSES,
@@ -666,25 +667,26 @@ ENTRIES = (
            "1 + b′/b, which do not wait for each other", "1 P",
            "**partly reconstructed**: no code, text not read; that a gradient one step old is "
            "climbed and that a slower device computes it on a smaller batch are the paper's (two"
-           " secondary summaries agree); norm, first step and the examples in b′ are inferred. "
+           " secondary summaries agree); that it is normalized is in one transcription; the "
+           "first step and the examples in b′ are inferred. "
            "Matches an independent loop to 1e-10; on two devices and in one program the same",
            "reconstructed"),
     _entry("gcsam", gcsam, "gcsam(rho=0.05)",
            "GCSAM", "hassan2025gcsam", "chain", LOSS,
            "2, sequential", "0",
-           "matches Mohamed-Hassan22/GCSAM to 1e-12; the paper's norm is `norm=\"centralized\"`",
+           "matches Mohamed-Hassan22/GCSAM to 1e-12; the paper, as a third party transcribes it, has "
+           "another norm and centralizes both gradients",
            "authors"),
     _entry("zsharp", zsharp, "zsharp(rho=0.05, quantile=0.95)",
            "ZSharp", "yun2025zsharp", "chain", LOSS,
            "2, sequential", "0",
-           "matches YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-Filtering to 1e-12; the paper's one "
-           "norm, as a third party transcribes it, is `norm=\"global\"`",
+           "matches YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-Filtering to 1e-12",
            "authors"),
     _entry("le_sam", le_sam, "le_sam(sigma=0.35, rho_max=0.3)",
            "LE-SAM", "wang2026lesam", "chain", LOSS,
            "2, sequential", "0",
-           "matches smithgun2005/LE-SAM-ICML2026 to 1e-12; its loss over the largest losses of the "
-           "batch is up to your loss",
+           "matches smithgun2005/LE-SAM-ICML2026 to 1e-12; its mean of the largest losses of the batch "
+           "is up to your loss",
            "authors"),
     _entry("unified_sam", unified_sam, "unified_sam(rho=0.1)",
            "Unified SAM", "oikonomou2025unified", "chain", LOSS,
@@ -712,7 +714,7 @@ ENTRIES = (
     _entry("spectral_sam", spectral_sam, "spectral_sam(rho=0.05)",
            "SAM in the spectral norm", "pethick2025training", "chain", LOSS,
            "2, sequential", "0",
-           "a definition of samx, after the paper's geometry; matches an independent loop to 1e-12",
+           "a definition of samx in the paper's geometry; matches an independent loop to 1e-12",
            "others"),
     _entry("lpf_sgd", lpf_sgd, "lpf_sgd(sigma=0.001)",
            "LPF-SGD", "bisla2022lpfsgd", "chain", LOSSES,

@@ -27,6 +27,7 @@ from samx.perturbations.metrics import (
 from samx.perturbations.moving_average import subtract_ema
 from samx.perturbations.mup_ball import mup_ball
 from samx.perturbations.noise import gaussian_noise, sphere_noise
+from samx.perturbations.per_layer import per_layer
 from samx.perturbations.spectral_ball import spectral_ball
 from samx.perturbations.z_score_ball import z_score_ball
 
@@ -39,6 +40,7 @@ __all__ = [
     "gradient_matching_step",
     "loss_rise_ball",
     "partly_normalized_step",
+    "per_layer",
     "spectral_ball",
     "sphere_noise",
     "z_score_ball",

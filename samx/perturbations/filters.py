@@ -53,8 +53,8 @@ def filterwise(scale: Literal["norm", "rms"] = "norm", *, filter_axis: int = -1)
 
     Notes:
         A filter of zeros does not move. PyTorch's first axis is the output axis; here it is the
-        last. For kernels that `nnx.scan` stacks, `[layers, in, out]`, filters reach over the
-        layers: map the metric over the layers yourself. Cost: one norm per filter.
+        last. Filter-wise ASAM, or what comes close to it: see `samx.asam`. For kernels that
+        `nnx.scan` stacks, `[layers, in, out]`, use `per_layer`. Cost: one norm per filter.
     """
     check_choice("scale", scale, ("norm", "rms"))
     axis = as_filter_axis(filter_axis)
@@ -97,7 +97,8 @@ def centralize(*, filter_axis: int = -1) -> Transformation:
 
     Notes:
         `optax.centralize` averages over all axes but the first, which is right for PyTorch's
-        `[out, in]`, and wrong for Flax's `[in, out]`. Cost: elementwise work, no state.
+        `[out, in]`, and wrong for Flax's `[in, out]`. For kernels that `nnx.scan` stacks, `[layers,
+        in, out]`, use `per_layer`. Cost: elementwise work, no state.
     """
     axis = as_filter_axis(filter_axis)
 
@@ -119,7 +120,7 @@ def centralized_ball(
 
         T = metric(w);  GC: see `centralize`
         ε = ρ T² GC(g) / ‖T g‖              "raw", as the code: the step is shorter than ρ
-        ε = ρ T² GC(g) / ‖T GC(g)‖          "centralized", as the paper
+        ε = ρ T² GC(g) / ‖T GC(g)‖          "centralized", as a third party transcribes the paper
 
     Args:
         rho: Radius ρ ≥ 0, a number or a schedule over the optimizer's steps.

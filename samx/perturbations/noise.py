@@ -61,10 +61,10 @@ def gaussian_noise(
         Bisla, Wang, Choromanska, AISTATS 2022, https://arxiv.org/abs/2201.08025
 
     Notes:
-        A noise of step t depends on the key and t alone, so that a resumed run draws the same. Put
-        it into `lpf_sgd` rather than into `sam`: `lpf_sgd` needs one gradient per step. Complex
-        entries get noise whose real and imaginary parts have the variance σ²/2 each. Cost: one draw
-        per parameter; one key in the state. `static_args`: `metric`.
+        The noise of step t depends on the key and t alone, so that a resumed run draws the same.
+        Use it in `lpf_sgd`, which needs one gradient per step, rather than in `sharpness_aware`,
+        which needs two. Complex entries get noise whose real and imaginary parts have the variance
+        σ²/2 each. Cost: one draw per parameter; one key in the state. `static_args`: `metric`.
     """
     check_hyperparam("sigma", sigma, 0)
     metric = checked_metric("gaussian_noise", metric)
@@ -113,8 +113,9 @@ def sphere_noise(
         the gradient's.
 
     Notes:
-        The baseline for every climb of the same length. See `gaussian_noise`. `static_args`:
-        `metric`.
+        The baseline for every ascent of the same length: `lpf_sgd(noise=sphere_noise(rho))`. As in
+        `gaussian_noise`, a draw depends on the key and the step alone. Cost: one draw per
+        parameter, and one norm; one key in the state. `static_args`: `metric`.
     """
     check_hyperparam("rho", rho, 0)
     metric = checked_metric("sphere_noise", metric)

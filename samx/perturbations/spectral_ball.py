@@ -69,9 +69,10 @@ def spectral_ball(
     Notes:
         Spectral radii are shorter than L2 radii: a matrix of rank r moves by ρ √r in L2. No factor
         √(rows / columns) is included. Where a singular value is 0, as for a batch of one example,
-        U Vᵀ is not unique; ⟨g, ε⟩ is. Cost: one thin singular value decomposition per matrix, which
-        is slow on accelerators, or 15 matrix products. Each device needs whole matrices.
-        `static_args`: all but `rho`.
+        U Vᵀ is not unique; ⟨g, ε⟩ is. For kernels that `nnx.scan` stacks, `[layers, in, out]`, use
+        `per_layer`. Cost: one thin singular value decomposition per matrix, which is slow on
+        accelerators, or 15 matrix products. Each device needs whole matrices. `static_args`: all
+        but `rho`.
     """
     check_hyperparam("rho", rho, 0)
     check_choice("norm", norm, ("leaf", "global"))

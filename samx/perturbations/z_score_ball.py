@@ -25,7 +25,7 @@ def z_score_ball(
         kept_l = g_l  where  |z| > the quantile of |z| in l,  else 0
         kept_l = g_l                            for the other leaves, and where nothing is kept
         ε_l = ρ kept_l / ‖kept_l‖               "leaf", as the code; the other leaves: ρ g_l / ‖g‖
-        ε   = ρ kept / ‖kept‖                   "global", as the paper
+        ε   = ρ kept / ‖kept‖                   "global", as a third party transcribes the paper
 
     Args:
         rho: Radius ρ ≥ 0, a number or a schedule over the optimizer's steps.
@@ -57,8 +57,8 @@ def z_score_ball(
     Notes:
         With "leaf" the whole step is about ρ √(number of kernels) long. Ties at the quantile are
         not kept. The standard deviation scales all |z| of a leaf alike, so it does not change what
-        is kept. Cost: one sort and two norms per kernel. The sort needs the
-        whole kernel on each device.
+        is kept. Cost: one sort and two norms per kernel; the sort needs the whole kernel on
+        each device. `static_args`: `norm`.
     """
     check_hyperparam("rho", rho, 0)
     check_hyperparam("quantile", quantile, 0, 1)

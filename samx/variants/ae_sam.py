@@ -59,7 +59,7 @@ def ae_sam(
         them late. The norm is that of the incoming gradient, before clipping and decay.
         Fidelity: no code exists; the rule follows two secondary transcriptions that agree, and
         matches an independent implementation of them; `decay`, λ and the starting values are
-        recalled.
+        recalled. A third party's collection of the equations of 28 SAM papers has the same rule.
     """
     ball = ball_of("ae_sam", rho, perturbation)
     sam = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="ae_sam")

@@ -120,6 +120,7 @@ def marwp(
     lam: ScalarOrSchedule = 0.5,
     *,
     key: int | jax.Array = 0,
+    aux_like: Any = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
     """Mixed ARWP (m-ARWP): a clean half of the batch, and a half under adaptive noise.
@@ -135,6 +136,7 @@ def marwp(
         decay: β in [0, 1]; default 0.9.
         lam: Weight λ in [0, 1] of the half under noise; default 0.5.
         key: Seed or random key of the noise, the same on all devices; default 0.
+        aux_like: What the loss returns as aux, or its shapes; the state then keeps the aux of A.
         perturb_dtype: See `sharpness_aware`.
 
     Returns:
@@ -172,17 +174,18 @@ def marwp(
     sharp = partial(sharp_gradient, gradients=1, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
-        return noise.first_state(params, None)
+        return noise.first_state(params, first_aux(aux_like))
 
     def update_fn(_, state, params, *, losses_fn, batch, weights=None):
         clean, noisy = halves("marwp", losses_fn, batch, weights)
         eps = noise.drawn(state, params)
-        seen, _ = evaluate(clean, params)
-        g, loss = seen["grad"], seen["value"]
-        g_s, readings = sharp(noisy, params, eps, state.readings, loss=UNKNOWN, g=g, ball=None)
+        seen, aux = evaluate(clean, params)
+        g, last = seen["grad"], state.readings
+        g_s, readings = sharp(noisy, params, eps, last, loss=UNKNOWN, g=g, ball=None)
+        readings = with_loss(readings, seen["value"])
         updates = tree.cast_like(tree.on_line(g, g_s, at_step(lam, state.step)), params)
-        new = noise.next_state(state, g_s)
-        return updates, new._replace(readings=with_loss(readings, loss))
+        aux = kept_aux("marwp", aux, aux_like, state.aux, "losses_fn")
+        return updates, noise.next_state(state, g_s)._replace(aux=aux, readings=readings)
 
     return closure_transformation(init_fn, update_fn, name="marwp")
 

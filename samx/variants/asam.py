@@ -55,8 +55,11 @@ def asam(
         copy of the parameters. The most used PyTorch code means another geometry: `adaptive=True,
         rho=2.0` of davda54/sam scales biases too, and adds no η. Here it is
         `samx.asam(2.0, eta=0.0, is_scaled=lambda path, leaf: True)`. With `samx.asam(2.0)` biases
-        move much further than there. The paper's filter-wise form is not offered: no code of it
-        exists. Fidelity: matches SamsungLabs/ASAM.
+        move much further than there. No code of the paper's filter-wise form was found. As we
+        remember it, T is the norm of the filter in kernels of convolutions, |w| elsewhere, and η is
+        added. `sharpness_aware(metric_ball(rho, filterwise()))` comes close: it takes the kernels
+        of dense layers by filters too, a vector as one filter, and adds no η.
+        Fidelity: matches SamsungLabs/ASAM.
         `static_args`: `is_scaled`.
     """
     ball = metric_ball(rho, magnitude(eta, is_scaled=is_scaled))

@@ -106,10 +106,11 @@ def eigen_sam(
 
     Notes:
         `alpha=0`, and a v along g, give SAM. v and −v give the same step. Power iteration finds the
-        eigenvalue that is largest in magnitude; it may be negative. A refresh that is due on a step
-        without a sharp gradient (`perturb_if`) is left out. Cost: 2 gradients per step, one after
-        the other; on steps that refresh, `iterations` Hessian products more, of about 2 gradients
-        each. State: one copy of the parameters.
+        eigenvalue that is largest in magnitude; it may be negative. H is the Hessian of `value_fn`;
+        the authors measure theirs in evaluation mode, without dropout and with stored statistics of
+        BatchNorm. A refresh that is due on a step without a sharp gradient (`perturb_if`) is left
+        out. Cost: 2 gradients per step, one after the other; on steps that refresh, `iterations`
+        Hessian products more, of about 2 gradients each. State: one copy of the parameters.
         Fidelity: matches RitianLuo/EigenSAM, its first vector given. `static_args`: `every`,
         `iterations`, `before_refresh`, `steps_per_epoch`.
     """

@@ -27,7 +27,8 @@ def gcsam(
 
     Args:
         rho: Radius ρ ≥ 0; default 0.05. The step is shorter: ‖ε‖ = ρ ‖GC(g)‖ / ‖g‖.
-        norm: "raw", the default and the code's, or "centralized", the paper's.
+        norm: "raw", the default and the code's, or "centralized", that of the paper as a third
+            party transcribes it.
         filter_axis: The output axis of kernels; default -1, Flax's.
         perturb_dtype: See `sharpness_aware`.
 

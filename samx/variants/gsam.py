@@ -78,8 +78,10 @@ def gsam(
         `samx.combinations.surrogate_gap`. Where devices climb separately
         (`data_parallel(..., ascent="local")`), the means of g and g_s over the devices are
         decomposed; in the authors' code each device decomposes its own. Fidelity: matches
-        google-research/big_vision. Its `adaptive_perturbation` is no metric of samx: it scales the
-        step by |w|, and not the norm. `magnitude(0)` scales both, which is ASAM's geometry.
+        google-research/big_vision. Its `adaptive_perturbation`, ε = ρ |w| g / ‖g‖, is no metric of
+        samx: it scales the step by |w|, and not the norm. `magnitude(0)` scales both, which is
+        ASAM's geometry. A `perturbation` that chains `metric_ball(rho)` with an `optax.stateless`
+        which multiplies by |w| has this formula; it was not compared with a recorded run.
         `static_args`: `descend`.
     """
     ball = ball_of("gsam", rho, perturbation)

@@ -55,10 +55,12 @@ def le_sam(
         Wang, Liu, Xie, Gao, ICML 2026, https://arxiv.org/abs/2605.10183
 
     Notes:
-        Where ρ_max is reached on every step, it is SAM with that radius. The rise is in units of
-        the loss, mean or sum. The authors' class keeps its epsilon of 1e-12 in the groups of the
-        optimizer, so that their Adam runs with it: `optax.adam(eps=1e-12)`. Their `topk` takes the
-        loss over the largest losses of the batch, chosen again at w + ε: write that into the loss.
+        Where ρ_max is reached on every step, it is SAM with that radius. The README of the authors
+        has `rho_max=999`, which never is. The rise is in units of the loss, mean or sum. The
+        authors' class puts its epsilon of 1e-12 where Adam looks for its own: an Adam inside runs
+        with `optax.adam(eps=1e-12)`. Their `topk` takes the mean of the largest losses of the
+        batch, chosen again at w + ε: write that into the loss. Their `adaptive` is described in
+        `perturbations.loss_rise_ball`.
         Cost: 2 gradients per step, one after the other; no state.
         Fidelity: matches smithgun2005/LE-SAM-ICML2026. `static_args`: `rho_max` if it is `None`,
         and `sigma` if `perturbation` is given.

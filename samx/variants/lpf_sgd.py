@@ -54,7 +54,8 @@ def lpf_sgd(
 
     Args:
         sigma: Standard deviation σ ≥ 0 relative to the norm of each filter; default 0.001. A filter
-            moves by about σ √(its inputs) times its norm. The authors let σ grow along a cosine.
+            moves by about σ √(its number of weights) times its norm. For wide ResNets the authors
+            let σ grow along a cosine.
         num_microbatches: Number M ≥ 1 of draws per step, each for its own examples; default 1. It
             must divide the examples per device.
         noise: Replaces `sigma` and `key`: `perturbations.gaussian_noise` with any metric, or
@@ -92,8 +93,8 @@ def lpf_sgd(
         microbatches of all devices share their draws. Cost: 1 gradient per step, in M pieces, and
         one transient copy of the parameters.
         Fidelity: matches devansh20la/LPF-SGD, its draws replayed; its microbatches are contiguous,
-        and here they are strided. `static_args`: `num_microbatches`, `noise` (and `sigma` if
-        `noise` is given).
+        and here they are strided. The authors' script for wide ResNets takes M whole batches per
+        step. `static_args`: `num_microbatches`, `noise` (and `sigma` if `noise` is given).
     """
     num_microbatches = as_count("num_microbatches", num_microbatches)
     noise = noise_of("lpf_sgd", sigma, noise, key)

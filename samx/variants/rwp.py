@@ -18,6 +18,7 @@ from samx.core.hyperparams import Default, at_step, check_hyperparam, next_step
 from samx.core.microbatches import strided
 from samx.core.readings import UNKNOWN, Readings, no_readings, with_loss
 from samx.core.sharp import sharp_gradient
+from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
 from samx.variants._noise import noise_of
 
@@ -28,11 +29,13 @@ class RWPState(NamedTuple):
     Attributes:
         step: int32, optimizer steps so far; schedules count them.
         noise: State of the noise.
+        aux: Aux of the last step; `None` without `aux_like`.
         readings: Readings of the last step.
     """
 
     step: jax.Array
     noise: optax.OptState
+    aux: Any
     readings: Readings
 
 
@@ -42,6 +45,7 @@ def rwp(
     *,
     noise: Perturbation = None,
     key: int | jax.Array = 0,
+    aux_like: Any = None,
     perturb_dtype: DType = "float32",
 ) -> Transformation:
     """Random weight perturbation (RWP), mixed: a clean half of the batch, and a half under noise.
@@ -58,6 +62,7 @@ def rwp(
         noise: Replaces `sigma` and `key`: `perturbations.gaussian_noise` with any metric, or
             `perturbations.sphere_noise`.
         key: Seed or random key of the noise, the same on all devices; default 0.
+        aux_like: What the loss returns as aux, or its shapes; the state then keeps the aux of A.
         perturb_dtype: See `sharpness_aware`.
 
     Returns:
@@ -96,18 +101,19 @@ def rwp(
     sharp = partial(sharp_gradient, gradients=1, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
-        return RWPState(jnp.zeros((), jnp.int32), noise.init(params), no_readings(params))
+        step, aux = jnp.zeros((), jnp.int32), first_aux(aux_like)
+        return RWPState(step, noise.init(params), aux, no_readings(params))
 
     def update_fn(_, state, params, *, losses_fn, batch, weights=None):
         clean, noisy = halves("rwp", losses_fn, batch, weights)
         eps, noise_state = noise.update(params, state.noise, params)
-        seen, _ = evaluate(clean, params)
-        g, loss = seen["grad"], seen["value"]
-        g_s, readings = sharp(
-            noisy, params, eps, state.readings, loss=UNKNOWN, g=g, ball=noise_state
-        )
+        seen, aux = evaluate(clean, params)
+        g, last = seen["grad"], state.readings
+        g_s, readings = sharp(noisy, params, eps, last, loss=UNKNOWN, g=g, ball=noise_state)
+        readings = with_loss(readings, seen["value"])
         updates = tree.cast_like(tree.on_line(g, g_s, at_step(alpha, state.step)), params)
-        return updates, RWPState(next_step(state.step), noise_state, with_loss(readings, loss))
+        aux = kept_aux("rwp", aux, aux_like, state.aux, "losses_fn")
+        return updates, RWPState(next_step(state.step), noise_state, aux, readings)
 
     return closure_transformation(init_fn, update_fn, name="rwp")
 

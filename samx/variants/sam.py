@@ -80,7 +80,8 @@ def sharpness_aware(
         A perturbation of zero gives the base optimizer. Cost: `1 + ascent_steps` gradients per
         step, one after the other, and one transient copy of the parameters. The perturbation's
         state advances once per optimizer step, from the gradient at the parameters, whatever
-        `ascent_steps` is. `static_args`: `ascent_steps`.
+        `ascent_steps` is. Compare with `optax.contrib.sam` at `sync_period` 2 or more: in
+        transparent mode, `sync_period=1` undoes the step before. `static_args`: `ascent_steps`.
     """
     ascent_steps = as_count("ascent_steps", ascent_steps)
     perturbation = as_transformation(name, "perturbation", perturbation)

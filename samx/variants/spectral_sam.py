@@ -54,7 +54,8 @@ def spectral_sam(
         Pethick et al., ICML 2025, https://arxiv.org/abs/2502.07529: the linear minimization oracle.
 
     Notes:
-        A definition of samx: no paper has this form. See `perturbations.spectral_ball`, also for
+        A definition of samx: we know of no paper with this form. With `optax.contrib.muon` as the
+        base, ascent and descent have the same geometry. See `perturbations.spectral_ball`, also for
         convolutions. Cost: 2 gradients per step, one after the other, and one thin singular value
         decomposition per matrix, or 15 matrix products; no state.
         Fidelity: matches an independent loop. `static_args`: `norm`, `vectors`, `polar`.

@@ -56,8 +56,8 @@ def zsharp(
         Details of the filter: `perturbations.z_score_ball`. Cost: 2 gradients per step, one after
         the other, and one sort per kernel; no state.
         Fidelity: matches YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-Filtering.
-        "global" follows a third party's transcription of the paper, which does not say what happens
-        to biases: here they are not filtered. `static_args`: `norm`.
+        `norm="global"` follows a third party's transcription of the paper, which does not say what
+        happens to biases: here they are not filtered. `static_args`: `norm`.
     """
     ball = z_score_ball(rho, quantile, norm=norm)
     return sharpness_aware(ball, perturb_dtype=perturb_dtype, name="zsharp")
