@@ -116,7 +116,7 @@ def is_normalization(path: Any, leaf: Any) -> bool:
 
 
 def names_of(path: Any) -> list[str]:
-    """Return the names along a key path, without an index or an `nnx.Variable`'s value at its end."""
+    """Return the names along a key path, without indices and a `value` of nnx at its end."""
     if not isinstance(path, tuple | list):
         raise TypeError(f"`path` must be the key path of a leaf, a tuple, got {path!r}")
     names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
