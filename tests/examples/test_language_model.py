@@ -357,6 +357,7 @@ def test_a_run_goes_on_with_another_number_of_devices(run, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_warm_up_from_zero_under_fsdp_learns(run):
     """The text is three bytes in random order: log 3 is the least loss, and log 256 the first."""
     results = run(

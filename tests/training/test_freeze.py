@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import problem
 import pytest
-from cases import KINDS, VARIANTS
+from cases import CLOSURES, KINDS, VARIANTS
 
 import samx
 
@@ -108,7 +108,9 @@ def test_nothing_to_freeze():
         samx.freeze(samx.sam, True)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [n if n in CLOSURES else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
+)
 def test_a_gradient_that_is_none_freezes(name):
     """As `jax.grad` with a filter, and Equinox, leave it out. `optax.sgd` accepts it."""
     case, (data, params) = VARIANTS[name], problem.make()
