@@ -183,7 +183,18 @@ def smaller(notebook, changes):
     return notebook
 
 
-@every_notebook
+# What these call is also called by tests of other rooms and of examples. Building the book
+# executes them.
+SLOW = ("choosing_rho", "measuring_sharpness", "write_your_variant")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in SLOW else [])
+        for path in NOTEBOOKS
+    ],
+)
 def test_a_smaller_form_runs(path, monkeypatch):
     """In this process, where much of it is compiled already. A warning is an error."""
     notebook = smaller(jupytext.read(path.with_suffix(".py")), SMALLER[path.stem])
