@@ -48,7 +48,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     config.pluginmanager.register(Doctests())  # they are outside of this folder
-    config.pluginmanager.register(Costs())
+    if config.getoption("--costs"):  # to ask for the processor's time costs some of it
+        config.pluginmanager.register(Costs())
 
 
 class Doctests:
@@ -78,9 +79,7 @@ class Costs:
         now = processor_seconds()
         report.processor_seconds, self.seen = now - self.seen, now
 
-    def pytest_terminal_summary(self, terminalreporter, config):
-        if not config.getoption("--costs"):
-            return
+    def pytest_terminal_summary(self, terminalreporter):
         costs, tests = collections.Counter(), collections.Counter()
         for report in itertools.chain(*terminalreporter.stats.values()):
             if hasattr(report, "processor_seconds"):

@@ -1,12 +1,13 @@
 """The task of the digits scripts: images with wrong labels, a small network, and its batches."""
 
-from functools import partial
+import importlib.util
+from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from sklearn.datasets import load_digits
 
 from examples.common.choices import TRAIN
 
@@ -28,6 +29,20 @@ class Network(nnx.Module):
         return self.head(nnx.relu(self.second(nnx.relu(self.first(x)))))
 
 
+@cache
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return the images [1797, 64], of 0 to 16, and the digits, from scikit-learn's own file.
+
+    They are those of `sklearn.datasets.load_digits`, whose import takes a second.
+    """
+    package = importlib.util.find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError("scikit-learn is not installed; the images of digits are a file of it")
+    path = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    rows = np.loadtxt(path, delimiter=",")
+    return rows[:, :-1], rows[:, -1].astype(int)
+
+
 @jax.jit
 def split(seeds: jax.Array | np.ndarray, noise: jax.Array | float):
     """Return the training, validation and test split of each seed.
@@ -39,7 +54,7 @@ def split(seeds: jax.Array | np.ndarray, noise: jax.Array | float):
 
 def split_of(noise: jax.Array | float, seed: jax.Array):
     """Return the training, validation and test split of one seed."""
-    x, y = load_digits(return_X_y=True)
+    x, y = load_digits()
     x, y = jnp.asarray(x / 16, jnp.float32), jnp.asarray(y, jnp.int32)
     order, wrong = jax.random.split(jax.random.fold_in(jax.random.key(0), seed))
     order = jax.random.permutation(order, len(x))

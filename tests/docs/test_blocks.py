@@ -20,6 +20,8 @@ CARDS = NOTEBOOKS / "methods.md"  # one line for each variant, about a `base` of
 PAGES = [README, *sorted({*NOTEBOOKS.glob("*.md")} - {CARDS})]
 SHORT = (README, RECIPES)  # pages whose blocks have at most MOST_LINES
 MOST_LINES, LONGEST_LINE = 15, 100
+# A block that measures runs in a smaller form: the text on the left becomes that on the right.
+SMALLER = {"(8, 64, 16, 16)": "(1, 4, 8, 8)", "(64, 64, 3, 3)": "(4, 4, 3, 3)"}
 
 
 def python_blocks(text):
@@ -54,7 +56,15 @@ def test_a_block_runs_alone(page, line, code, tmp_path, monkeypatch):
     if reason := reason_to_skip(code):
         pytest.skip(reason)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for old, new in SMALLER.items():
+        code = code.replace(old, new)
     run(page, line, code)
+
+
+def test_every_text_that_is_made_smaller_is_there():
+    blocks = [code for page in PAGES for _, code in python_blocks(page.read_text())]
+    for old in SMALLER:
+        assert any(old in code for code in blocks), old
 
 
 @pytest.mark.parametrize("page", SHORT, ids=lambda p: p.name)

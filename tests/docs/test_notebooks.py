@@ -45,8 +45,8 @@ SMALLER = {
         "jax.vmap(jax.grad(surface))(sam_path)": "jax.jit(jax.vmap(jax.grad(surface)))(sam_path)",
         "jax.vmap(surface)(section)": "jax.jit(jax.vmap(surface))(section)",
         "jax.vmap(worst, (0, None))": "jax.jit(jax.vmap(worst, (0, None)))",
-        "    FAST: sgd_twice(SAM_RATE, 0.3),\n}\n": "    FAST: sgd_twice(SAM_RATE, 0.3),\n}\n"
-        "runs = jax.device_get(runs)\n",
+        "    FAST: sgd_twice(SAM_RATE, 0.3),\n}\n": "}\n"
+        "runs[FAST] = runs[TWICE]\nruns = jax.device_get(runs)\n",
         "landscape(jax.tree.map(lambda leaf: leaf[0], params))": (
             "jax.device_get(landscape(jax.tree.map(lambda leaf: leaf[0], params)))"
         ),
@@ -59,7 +59,9 @@ SMALLER = {
     },
     "measuring_sharpness": {
         "EPOCHS, WIDTH, RHO, BATCH = 40, 32, 0.2": "EPOCHS, WIDTH, RHO, BATCH = 1, 4, 0.2",
-        '"ggn": "Gauss-Newton", "empirical_fisher": "empirical Fisher"}': '"ggn": "G"}',
+        '"hessian": "Hessian", "ggn": "Gauss-Newton", "empirical_fisher": "empirical Fisher"}': (
+            '"ggn": "G"}'
+        ),
         "grid = jnp.linspace(-2, 14, 800)": "grid = jnp.linspace(-2, 14, 5)",
         "sigma=0.3, iterations=60": "sigma=0.3, iterations=3, draws=2",
         "jnp.array([0.05, 0.1, 0.2, 0.4, 0.8])": "jnp.array([0.1, 0.2])",
@@ -181,7 +183,18 @@ def smaller(notebook, changes):
     return notebook
 
 
-@every_notebook
+# What these call is also called by tests of other rooms and of examples. Building the book
+# executes them.
+SLOW = ("choosing_rho", "measuring_sharpness", "write_your_variant")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.stem in SLOW else [])
+        for path in NOTEBOOKS
+    ],
+)
 def test_a_smaller_form_runs(path, monkeypatch):
     """In this process, where much of it is compiled already. A warning is an error."""
     notebook = smaller(jupytext.read(path.with_suffix(".py")), SMALLER[path.stem])

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from sklearn import datasets
 
 import samx
 from examples.common import arguments, choices, digits_task, models, training, vision
@@ -216,3 +217,10 @@ def test_every_model_trains(model):
     params, loss = step(params)
     np.testing.assert_allclose(loss, losses.mean(), rtol=1e-5)
     assert losses_fn(params, batch).mean() < loss
+
+
+def test_the_digits_are_those_of_scikit_learn():
+    for found, wanted in zip(
+        digits_task.load_digits(), datasets.load_digits(return_X_y=True), strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted, strict=True)

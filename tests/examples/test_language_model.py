@@ -20,7 +20,7 @@ from examples.common.gpt import GPT, Size, losses_of
 from examples.common.language_task import batch_like, make_task
 from examples.common.programs import communicated_bytes, product_flops
 from examples.common.registry import VARIANTS, Setting
-from examples.common.shapes import held_bytes
+from examples.common.shapes import held_bytes, methods
 from examples.train import abstract, language_model, text
 
 SIZE = Size(width=16, depth=2, vocabulary=32, length=8)
@@ -171,7 +171,7 @@ def test_every_variant_takes_a_step(name):
 # Several devices.
 
 
-@pytest.mark.parametrize("name", ["base", "sam", "sampa"])
+@pytest.mark.parametrize("name", ["sam", "sampa", pytest.param("base", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("float64")
 def test_eight_devices_under_fsdp_are_one(name):
     """With a warm-up from 0 and, on the eight devices, remat and two microbatches."""
@@ -245,8 +245,11 @@ def sent_by(name, remat):
 @pytest.mark.parametrize(
     ("name", "times", "remat"),
     [
-        *[("sam", 2, True), ("sam", 2, False), ("momentum-sam", 1, True), ("gsam", 2, True)],
-        *[("looksam", 2, True), ("sampa", 2, False)],
+        *[("sam", 2, True), ("sam", 2, False), ("momentum-sam", 1, True)],
+        *[
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in [("gsam", 2, True), ("looksam", 2, True), ("sampa", 2, False)]
+        ],
     ],
 )
 def test_what_a_step_sends_under_fsdp(name, times, remat):
@@ -354,6 +357,7 @@ def test_a_run_goes_on_with_another_number_of_devices(run, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_warm_up_from_zero_under_fsdp_learns(run):
     """The text is three bytes in random order: log 3 is the least loss, and log 256 the first."""
     results = run(
@@ -369,12 +373,18 @@ def test_a_warm_up_from_zero_under_fsdp_learns(run):
 # Shapes alone.
 
 
+def some_of(makes):
+    """Leave out SAM in other forms, which compile longest."""
+    return {name: makes[name] for name in ("sgd", "adamw", "sam by hand", "sam", "looksam")}
+
+
 def test_abstract(in_empty_folder, monkeypatch, capsys, read_report):
     monkeypatch.setitem(abstract.SIZES, "1B", SIZE)
     monkeypatch.setattr(abstract, "draw", lambda rows, path: path.write_bytes(b""))
-    arguments = "--abstract --sizes 1B --devices 8 --variants sam momentum-sam looksam --examples 4"
+    monkeypatch.setattr(abstract, "methods", lambda names: some_of(methods(names)))
+    arguments = "--abstract --sizes 1B --devices 8 --variants sam looksam --examples 4"
     rows = language_model.main(arguments.split())
-    assert len(rows) == 2 * 8
+    assert len(rows) == 2 * 5
     report = read_report(Path("runs/language-001"))
     assert report["settings"]["devices"] == [8]
     by_name = {(row["method"], row["remat"]): row for row in report["rows"]}
@@ -384,7 +394,6 @@ def test_abstract(in_empty_folder, monkeypatch, capsys, read_report):
         assert copies == [1, 3, 3, 4]
         assert found["sam"]["sent_to_adamw"] == pytest.approx(2, abs=1e-2)
         assert found["sam"]["flops_to_adamw"] == pytest.approx(2, rel=1e-6)
-        assert by_name["momentum-sam", remat]["flops_to_adamw"] == pytest.approx(1, rel=1e-6)
         for name in ("sam by hand", "sam"):
             assert by_name[name, remat]["state_bytes"] == pytest.approx(
                 found["adamw"]["state_bytes"], abs=64

@@ -11,14 +11,17 @@ SMALL = "--width 16 --rows 50 --layers 2 --leaves 3 --rounds 2 --compiled 3"
 
 
 def test_a_tiny_run(tmp_path, capsys, monkeypatch):
-    """All tables, with this version as the one before too."""
+    """All tables; with this version as the one before too, where rows of both are compared."""
     monkeypatch.setattr(lean, "SECONDS", 1e-3)
+    monkeypatch.setattr(lean, "DTYPES", lean.DTYPES[:1])
     before = Path(samx.__file__).parents[1]
-    models = ["--models", "dense 16", "embedding", "--variants", "gsam"]
-    arguments = [*SMALL.split(), *models, "--before", str(before), "--out", str(tmp_path / "run")]
-    results = lean.main(arguments)
+    arguments = [*SMALL.split(), "--models", "dense 16", "embedding", "--variants", "gsam"]
+    of_both = ["--tables", "bytes", "peak", "--before", str(before)]
+    of_this = ["--tables", "sent", "time", "trace", "--out", str(tmp_path / "other")]
+    results = lean.main([*arguments, *of_both, "--out", str(tmp_path / "run")])
+    others = lean.main([*arguments[:-3], *of_this])
     out = capsys.readouterr().out
-    assert set(results) == set(lean.TABLES)
+    assert {*results, *others} == {*lean.TABLES}
     saved = json.loads((tmp_path / "run" / "results.json").read_text())
     assert saved["bytes"] == results["bytes"]
     assert (tmp_path / "run" / "lean.png").stat().st_size > 5000
@@ -26,6 +29,7 @@ def test_a_tiny_run(tmp_path, capsys, monkeypatch):
         for key in ("bytes", "peak"):
             values = {row["row"]: row[key] for row in table if key in row and name == "peak"}
             assert values.get("gsam") == values.get("gsam before")
+    results |= others
     sent = {row["row"]: row.get("sent") for row in results["sent"]}
     assert sent["msam, vmap, global"] > 2 * sent["sam, global"]
     assert sent["msam, vmap, local"] < sent["sam, global"]

@@ -37,15 +37,22 @@ def pairs(regimes):
     """Pair rows with regimes: SAM with all, one row of each kind with a mapped one.
 
     Variants that choose among the examples, or divide them, also run on an Explicit mesh; there
-    samx has more to do than `jax.jit`.
+    samx has more to do than `jax.jit`. Some of them are slow.
     """
-    regimes = list(regimes)
+    regimes, slow = list(regimes), {"ausam", "fisher_sparse_sam", "focal_sam"}
     found = [("sam", regime) for regime in regimes]
     for i, name in enumerate(name for name in KINDS if name != "sam"):
         found.append((name, ("shard_map", "pmap")[i % 2]))
         if "losses_fn" in VARIANTS[name].needs and "jit, explicit" in regimes:
             found.append((name, "jit, explicit"))
-    return [pytest.param(name, regime, id=f"{regime}-{name}") for name, regime in found]
+    return [
+        pytest.param(
+            *(name, regime),
+            id=f"{regime}-{name}",
+            marks=[pytest.mark.slow] if name in slow and regime == "jit, explicit" else [],
+        )
+        for name, regime in found
+    ]
 
 
 def climbing_alone(regimes):

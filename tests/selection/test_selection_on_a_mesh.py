@@ -116,12 +116,17 @@ def flops_of(name, regime):
     return flops(jax.jit(step, **keywords).lower(*args).compile())
 
 
+def by_turns(names, one, other):
+    """Pair every name with both. By turns, the pair with one of them is fast, the other slow."""
+    return [
+        pytest.param(name, it, marks=[] if it == (one, other)[i % 2] else pytest.mark.slow)
+        for i, name in enumerate(names)
+        for it in (one, other)
+    ]
+
+
 @pytest.mark.parametrize(
-    ("name", "regime"),
-    [
-        *((name, regime) for name in CHOOSING for regime in ("auto", "explicit")),
-        ("ksam", "in_shardings"),
-    ],
+    ("name", "regime"), [*by_turns(CHOOSING, "auto", "explicit"), ("ksam", "in_shardings")]
 )
 def test_a_device_computes_at_most_its_share_of_sam(name, regime, monkeypatch):
     """The chosen examples, and so the work on them, are spread over the devices by default."""
@@ -132,8 +137,10 @@ def test_a_device_computes_at_most_its_share_of_sam(name, regime, monkeypatch):
     assert found == pytest.approx(flops_of(name, "alone") / 8, rel=0.05)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", ["ksam", "esam", "ausam"])
+@pytest.mark.parametrize(
+    ("name", "axis_type"),
+    by_turns(["ksam", "esam", "ausam"], AxisType.Explicit, AxisType.Auto),
+)
 def test_examples_that_fill_up_the_shards_count_for_nothing(name, axis_type, float64):
     """5 of 16 examples on 8 devices, without a mesh that is set, are those of one device."""
     tx = {

@@ -189,10 +189,10 @@ def test_parameters_of_every_kind():
     assert jnp.iscomplexobj(found.vectors["complex"])
     assert not np.any(found.vectors["count"])
     assert found.vectors["count"].shape == (7, 3)
-    diagonal = sharpness.diagonal(loss, params, draws=2).mean
+    diagonal = jax.jit(lambda w: sharpness.diagonal(loss, w, draws=2).mean)(params)
     np.testing.assert_allclose(diagonal["complex"], [6 + 1j, 6 + 1j], rtol=1e-6)
     vector = {"half": jnp.ones(2), "complex": jnp.array([1, 1j]), "count": None, "real": 1.0}
-    product = sharpness.hvp(loss, params)(vector)
+    product = jax.jit(sharpness.hvp(loss, params))(vector)
     np.testing.assert_allclose(product["complex"], [6, 1j], rtol=1e-6)
 
 
@@ -360,15 +360,22 @@ def test_two_parts_are_a_losses_fn():
         "loss_on_logits": lambda z, b: problem.cross_entropy(z, b["y"]),
     }
     for tx in (samx.sam(0.1), samx.msam(0.1, 4), samx.accumulate(samx.sam(0.1), 4)):
-        update = functools.partial(tx.update, params, tx.init(params), params, batch=batch)
-        found, _ = update(weights=weights, **parts)
-        wanted, _ = update(weights=weights, losses_fn=problem.losses_fn)
+
+        @jax.jit
+        def both(params, batch, weights, tx=tx):
+            update = functools.partial(tx.update, params, tx.init(params), params, batch=batch)
+            found, _ = update(weights=weights, **parts)
+            wanted, _ = update(weights=weights, losses_fn=problem.losses_fn)
+            return found, wanted
+
+        found, wanted = both(params, batch, weights)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), found, wanted)
 
 
 def test_normalized_logits():
     """The scale of the last layer does not matter; equal logits have a zero gradient."""
-    f = sharpness.normalize_logits(net_loss())
+    normalized = sharpness.normalize_logits(net_loss())
+    f = jax.jit(lambda w: normalized(w))
     wanted = REFERENCE["net/logit_normalized/loss"]
     params = net_params()
     for scale in (1, 50):

@@ -107,7 +107,9 @@ def test_logits_of_every_kind():
 
     f = of(apply_fn=logits_of, loss_on_logits=losses, weights=np.arange(4.0, dtype=np.float32))
     v = jax.tree.map(jnp.cos, PARAMS)
-    found, wanted = (product(f, PARAMS)(v) for product in (sharpness.ggn_vp, sharpness.hvp))
+    found, wanted = (
+        jax.jit(product(f, PARAMS))(v) for product in (sharpness.ggn_vp, sharpness.hvp)
+    )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, wanted)
 
 

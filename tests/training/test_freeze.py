@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import problem
 import pytest
-from cases import KINDS, VARIANTS
+from cases import CLOSURES, KINDS, VARIANTS
 
 import samx
 
@@ -57,7 +57,8 @@ DRAWN_BY_LEAF = {"sl_sam", "fisher_sparse_sam", "dynamic_sparse_sam", "random_le
 def test_weight_decay_of_the_base_does_not_move_a_frozen_leaf():
     data, params = problem.make()
     tx = samx.freeze(optax.chain(samx.sam(0.1), optax.adamw(0.1, weight_decay=0.5)), MASK)
-    after, _ = problem.make_step(tx)(params, tx.init(params), problem.batch_at(data, 0))
+    step = jax.jit(problem.make_step(tx))
+    after, _ = step(params, tx.init(params), problem.batch_at(data, 0))
     for name, is_frozen in MASK.items():
         assert np.array_equal(after[name], params[name]) == is_frozen
 
@@ -108,7 +109,9 @@ def test_nothing_to_freeze():
         samx.freeze(samx.sam, True)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [n if n in CLOSURES else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
+)
 def test_a_gradient_that_is_none_freezes(name):
     """As `jax.grad` with a filter, and Equinox, leave it out. `optax.sgd` accepts it."""
     case, (data, params) = VARIANTS[name], problem.make()

@@ -118,7 +118,7 @@ def test_what_is_wrong_is_found(wrong):
 
 
 def test_the_cosine_and_the_ratio_are_those_of_the_gradients():
-    g = jax.flatten_util.ravel_pytree(jax.grad(mean_loss)(PARAMS, BATCH))[0]
+    g = jax.flatten_util.ravel_pytree(jax.jit(jax.grad(mean_loss))(PARAMS, BATCH))[0]
     (line,) = report(SAM, before=lambda g: jax.tree.map(jnp.sign, g))
     cosine = g @ jnp.sign(g) / (jnp.linalg.norm(g) * jnp.linalg.norm(jnp.sign(g)))
     ratio = jnp.linalg.norm(jnp.sign(g)) / jnp.linalg.norm(g)
@@ -236,7 +236,7 @@ def test_a_flax_train_state():
             return nn.Dense(3)(nn.relu(nn.Dense(4)(x)))
 
     model = Model()
-    params = model.init(jax.random.key(0), BATCH["x"])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), BATCH["x"])["params"]
     mask = {"Dense_0": True, "Dense_1": False}
     tx = optax.chain(samx.sam(0.05), optax.sgd(0.1), optax.freeze(mask))
 

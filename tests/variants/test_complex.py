@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 # Every shape, and every way to take the ascent gradient, is fast.
 FAST = {
-    *("sam", "wsam", "momentum_sam", "lightsam_norm", "lightsam_adam", "adasam", "lets", "sampa"),
-    *("sl_sam", "lsam", "fisher_sam", "monge_sam", "ae_sam", "async_sam", "bisam", "ksam"),
+    *("sam", "wsam", "momentum_sam", "lightsam_norm", "lightsam_adam", "lets", "sampa"),
+    *("sl_sam", "fisher_sam", "monge_sam", "ae_sam", "async_sam", "bisam", "ksam"),
 }
 ROWS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 
@@ -80,12 +80,17 @@ def check_twin(make_tx):
     def complex_losses(z, batch):
         return problem.losses_fn(as_real(z), batch)
 
+    batches = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *[problem.batch_at(data, t) for t in range(3)]
+    )
+
     def steps(losses_fn, start):
         tx = make_tx()
-        step, carry = problem.make_step(tx, losses_fn), (start, tx.init(start))
-        for t in range(3):
-            carry = step(*carry, problem.batch_at(data, t))
-        return carry[0], [r for _, r in optax.tree.get_all_with_path(carry[1], "readings")]
+        step = problem.make_step(tx, losses_fn)
+        (end, state), _ = jax.lax.scan(
+            lambda carry, batch: (step(*carry, batch), None), (start, tx.init(start)), batches
+        )
+        return end, [r for _, r in optax.tree.get_all_with_path(state, "readings")]
 
     @jax.jit
     def both(params):

@@ -1,5 +1,7 @@
 """Parameters may have the names of fields of states."""
 
+import itertools
+
 import jax
 import numpy as np
 import optax
@@ -28,8 +30,13 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("names", NAMES, ids=lambda names: names["W1"])
-@pytest.mark.parametrize("name", MADE)
+# By turns.
+PAIRS = zip(MADE, itertools.cycle(NAMES))
+
+
+@pytest.mark.parametrize(
+    ("name", "names"), [pytest.param(*pair, id=f"{pair[0]}-{pair[1]['W1']}") for pair in PAIRS]
+)
 def test_a_parameter_with_the_name_of_a_field(name, names):
     """Every step and its readings are those with ordinary names."""
     tx, (data, params) = MADE[name](), problem.make()

@@ -50,7 +50,9 @@ COPIES = {
 
 
 @COUNTED
-@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize(
+    "name", [n if n != "dynamic" else pytest.param(n, marks=pytest.mark.slow) for n in COPIES]
+)
 def test_peak_in_copies_of_the_parameters(name):
     """Of eight equal layers: one leaf more or less is an eighth of a copy."""
     make, copies = COPIES[name]

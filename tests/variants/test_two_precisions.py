@@ -8,7 +8,7 @@ import pytest
 from cases import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("float64")
-FAST = ("sam", "sampa", "looksam", "look_layer_sam", "sl_sam", "friendly_sam", "momentum_sam")
+FAST = ("sam", "sampa", "looksam", "sl_sam", "friendly_sam", "momentum_sam")
 
 
 def mixed():
