@@ -304,15 +304,8 @@ def draw(log: Log, losses: dict[str, float], path: Path, title: str) -> None:
     for name, label in (("loss", "training"), ("held_out_loss", "held-out")):
         points = [(row["step"], row[name]) for row in log.of("epoch")]
         right.plot(*zip(*points, strict=True), "o-", label=label, markersize=3)
-    right.axhline(losses["trigram_loss"], color=figures.GREY, linewidth=1)
-    right.annotate(
-        "trigram model",
-        (0.5, losses["trigram_loss"]),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        color=figures.GREY,
-    )
+    steps, level = [step for step, _ in points], [losses["trigram_loss"]] * len(points)
+    right.plot(steps, level, color=figures.GREY, linewidth=1, label="trigram model")
     gain = losses["trigram_loss"] - losses["held_out_loss"]
     told = "below" if gain > 0 else "above"
     right.set(xlabel="step", title=f"held-out loss ends {abs(gain):.2f} {told} a trigram model's")

@@ -33,7 +33,7 @@ from examples.measure import (
 from examples.train import abstract, cifar, language_model, long_tail
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RNG = np.random.default_rng(3)
+RNG = np.random.default_rng(0)
 START = RNG.bit_generator.state
 
 
