@@ -416,6 +416,12 @@ def replay_normals(name, expected, run, patch):
         before = {key: [w, *expected[key][:-1]] for key, w in run.make()[1].items()}
         normals = {key: over_scale(x, before[key], 0.01) for key, x in normals.items()}
 
+    patch_normals(normals, patch)
+
+
+def patch_normals(normals, patch):
+    """Let samx draw these numbers: of all steps, one step or one microbatch, by their axes."""
+
     def normal_like(key, step, like, draw=0):
         return {k: pick(jnp.asarray(normals[k]), step, draw, w.ndim) for k, w in like.items()}
 
