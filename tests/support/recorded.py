@@ -383,6 +383,15 @@ def check(name, tx):
             np.testing.assert_allclose(probabilities, expected["prob_sampling"][t], atol=1e-12)
 
 
+def largest_error(name, steps):
+    """Return the largest difference to the parameters of a recorded run of bSAM, in float64."""
+    (expected, _), run = problem.load(name), RECORDED[name]
+    with pytest.MonkeyPatch.context() as patch:
+        replay_normals(name, expected, run, patch)
+        (found,) = watch(samx.bsam(**run.arguments), steps, make=run.make)
+    return max(np.abs(found[key] - expected[key][:steps]).max() for key in LEAVES)
+
+
 def replay_draws(expected, patch, asked):
     """Replay what the recorded run drew; `asked` collects the probabilities that samx asks for."""
     if "draw" in expected:  # NaN on steps without a draw

@@ -122,9 +122,6 @@ def test_eigen_sam_is_longer_than_its_radius():
     np.testing.assert_allclose(eigen_step()(v)[1], 0.2 * np.sqrt(1 + 0.7**2 * across), rtol=1e-12)
 
 
-# ---- Schedules.
-
-
 def test_the_corners_of_the_schedule_of_le_sam():
     schedule = jax.jit(warmup_hold_cosine(0.4, 2, 5, 9))
     found = [float(schedule(t)) for t in (0, 1, 2, 4, 5, 7, 9, 20)]
@@ -141,89 +138,3 @@ def test_the_share_of_unified_sam():
     found = jax.vmap(one_minus_inverse)(jnp.arange(4))
     np.testing.assert_allclose(found, [0, 1 / 2, 2 / 3, 3 / 4], rtol=1e-15)
     assert found.dtype == jnp.float64
-
-
-# ---- bSAM.
-
-
-def bsam_steps(factor=1.0, unit_of_weights=1.0, steps=4, **arguments):
-    """Train with bSAM on `factor` times the loss, on weights in another unit."""
-    data, params = problem.make()
-    a = unit_of_weights
-
-    def losses_fn(params, batch):
-        return factor * problem.losses_fn(jax.tree.map(lambda w: a * w, params), batch)
-
-    tx = samx.bsam(num_microbatches=2, b2=0.9, **arguments)
-    params = jax.tree.map(lambda w: w / a, params)
-    step, state, found = jax.jit(problem.make_step(tx, losses_fn)), tx.init(params), []
-    for t in range(steps):
-        params, state = step(params, state, problem.batch_at(data, t))
-        found.append(jax.tree.map(lambda w: a * w, params))
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
-
-
-def assert_equal(found, expected):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-13), found, expected)
-
-
-def test_bsam_does_not_depend_on_the_unit_of_the_weights():
-    """The precision has the unit of weights to the power of -2: s, γ and the prior have it too."""
-    usual = bsam_steps(
-        learning_rate=0.1,
-        num_examples=64.0,
-        rho=0.2,
-        prior_precision=6.4,
-        damping=0.1,
-        init_precision=2.0,
-    )
-    for a in (4.0, 0.25):
-        other = bsam_steps(
-            unit_of_weights=a,
-            learning_rate=0.1,
-            num_examples=64.0,
-            rho=0.2,
-            prior_precision=6.4 * a**2,
-            damping=0.1 * a**2,
-            init_precision=2.0 * a**2,
-        )
-        assert_equal(other, usual)
-
-
-def test_bsam_without_a_prior_does_not_depend_on_the_scale_of_the_loss():
-    """The loss times c: s, γ times c², N over c², ρ and the learning rate times c."""
-    numbers = {"learning_rate": 0.1, "num_examples": 64.0, "rho": 0.2}
-    usual = bsam_steps(**numbers, prior_precision=0.0, damping=0.1, init_precision=2.0)
-    c = 8.0
-    other = bsam_steps(
-        c,
-        learning_rate=0.1 * c,
-        num_examples=64.0 / c**2,
-        rho=0.2 * c,
-        prior_precision=0.0,
-        damping=0.1 * c**2,
-        init_precision=2.0 * c**2,
-    )
-    assert_equal(other, usual)
-
-
-def test_bsam_of_a_fixed_precision_does_not_depend_on_the_scale_of_the_loss():
-    """With b2 = 1 the loss times c, s times c and N over c take the same steps; δ grows with c."""
-    numbers = {"learning_rate": 0.1, "rho": 0.2, "prior_precision": 6.4}
-    found = [
-        _fixed(c, num_examples=64.0 / c, init_precision=2.0 * c, **numbers) for c in (1.0, 16.0)
-    ]
-    assert_equal(*found)
-
-
-def _fixed(c, **arguments):
-    data, params = problem.make()
-
-    def losses_fn(params, batch):
-        return c * problem.losses_fn(params, batch)
-
-    tx = samx.bsam(num_microbatches=2, b2=1.0, **arguments)
-    step, state = jax.jit(problem.make_step(tx, losses_fn)), tx.init(params)
-    for t in range(4):
-        params, state = step(params, state, problem.batch_at(data, t))
-    return params
