@@ -293,6 +293,7 @@ RECORDED = {
         "bsam", None, learning_rate=0.05, num_microbatches=1, **BSAM | {"prior_precision": 0.064}
     ),
 }
+ON_DEVICES = {"gnp__sgdm_r0.1_a0.8_raw_dev4_nosync": run("gnp", CLIPPED)}
 # Fields of the recorded files, and their names in samx's states.
 FIELDS = {
     "mask_is_sam": "is_sharp",
