@@ -135,7 +135,7 @@ def convolution():
     return jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4, 5)))
 
 
-@pytest.mark.parametrize("axis", [-1, 0, 2])
+@pytest.mark.parametrize("axis", [-1, 1])
 def test_convolutions_are_matrices(axis):
     """Each filter is a column: of its mean, its norm, and the matrix of the spectral norm."""
     w = {"k": convolution()}
