@@ -38,6 +38,11 @@ EQUIVALENT = {
         "sample(jax.random.fold_in(key, i), leaf) + zeros",
     ): "zeros, which only give the draw the sharding of the leaf",
     (
+        "perturbations/spectral_ball.py",
+        "_polar",
+        "jnp.moveaxis(polar.reshape(moved.shape), -1, output_axis) + jnp.zeros_like(g)",
+    ): "zeros, which only give the step the sharding of the gradient",
+    (
         "core/slopes.py",
         "_forward",
         "not any(isinstance(x, Tracer) for x in jax.tree.leaves((params, moved)))",

@@ -157,6 +157,33 @@ def test_padding_does_not_count(name):
     )
 
 
+def with_aux(params, batch):
+    """Return losses, and an aux that tells where it was taken, and on which examples."""
+    aux = {"W1": params["W1"][0], "mean": batch["x"].mean(0), "size": jnp.int32(len(batch["y"]))}
+    return problem.losses_fn(params, batch), aux
+
+
+@pytest.mark.parametrize("name", ["lpf_sgd", "bsam"])
+def test_aux_is_that_of_the_moved_points(name):
+    """Its floating leaves are means over the microbatches and the devices."""
+    params, data = problem.make()[1], batches(1)
+    aux_like = jax.eval_shape(with_aux, params, data[0][0])[1]
+    tx = build(name, aux_like=aux_like)
+    expected = regimes.single(tx, params, data, losses_fn=with_aux)
+    found = regimes.shard_map(tx, params, data, True, losses_fn=with_aux)
+    found, expected = (optax.tree.get(history[0][1], "aux") for history in (found, expected))
+    for k in ("W1", "mean"):
+        np.testing.assert_allclose(found[k], expected[k], rtol=1e-12)
+    np.testing.assert_allclose(expected["mean"], data[0][0]["x"].mean(0), rtol=1e-12)
+    distance = np.abs(expected["W1"] - params["W1"][0]).max()
+    assert 1e-4 < distance < 0.5
+    draws, w = draws_of(2, 1), jax.tree.map(np.asarray, params)
+    if name == "lpf_sgd":
+        norms = reference.filter_norms(w)["W1"]
+        wanted = w["W1"][0] + 0.01 * norms * draws["W1"][0].mean(0)[0]
+        np.testing.assert_allclose(expected["W1"], wanted, rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["rwp", *map(slow, ("bsam", "lpf_sgd", "arwp", "eigen_sam"))])
 def test_accumulation(name):
     """Each gradient of a microbatch, a half or a Hessian is accumulated over two parts of it."""

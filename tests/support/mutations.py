@@ -69,7 +69,8 @@ CLIMBS = ("perturbations/test_directions_and_lengths.py",)
 NOISES = ("variants/test_noise_loops.py::test_noise", "variants/test_limits.py::test_equal")
 # Tests of a file, or of all files of a folder, beyond those of the rows.
 SUITES = {
-    **dict.fromkeys(("variants/arwp.py", "variants/lpf_sgd.py", "variants/rwp.py"), NOISES),
+    **dict.fromkeys(("variants/arwp.py", "variants/rwp.py"), NOISES),
+    "variants/lpf_sgd.py": (*NOISES, "parallel/test_rows_on_devices.py::test_aux"),
     "variants/bsam.py": ("variants/test_noise_loops.py::test_bsam", "variants/test_bsam.py"),
     "variants/eigen_sam.py": (
         "variants/test_perturbation_loops.py::test_eigen",

@@ -3,6 +3,7 @@
 No recorded run has these settings.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -147,3 +148,27 @@ def test_bsam_against_reference(name, monkeypatch):
     trajectory, precision = watch(samx.bsam(rate, 9.0, rho, **ours), STEPS, "precision")
     assert_same(trajectory, expected, 1e-12)
     assert_same(precision, precisions, 1e-12)
+
+
+def test_arwp_keeps_the_aux_at_the_moved_point(monkeypatch):
+    """A gradient that is not finite does not enter its state."""
+    params, batch = problem.make()[1], problem.batch_at(problem.make()[0], 0)
+    patch_normals(DRAWS, monkeypatch)
+    tx = samx.arwp(0.05, aux_like={"b1": params["b1"]})
+
+    @jax.jit
+    def update(factor, state):
+        def value_fn(params):
+            return factor * problem.losses_fn(params, batch).mean(), {"b1": params["b1"]}
+
+        return tx.update(params, state, params, value_fn=value_fn)
+
+    updates, state = update(1.0, tx.init(params))
+    b1 = np.asarray(params["b1"])
+    moved = b1 + 0.05 * np.linalg.norm(b1) * DRAWS["b1"][0, 0]
+    np.testing.assert_allclose(state.aux["b1"], moved, rtol=1e-13)
+    np.testing.assert_allclose(state.readings.grad_norm, reference.global_norm(updates), rtol=1e-6)
+    assert float(state.readings.loss) == float(state.readings.sharp_loss)
+    _, after = update(np.nan, state)
+    assert int(after.step) == 2
+    jax.tree.map(np.testing.assert_array_equal, after.fisher, state.fisher)
