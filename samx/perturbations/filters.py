@@ -203,7 +203,7 @@ def filter_norms(w: jax.Array, axis: int | None) -> jax.Array:
     others = _others(w, axis)
     largest = jnp.max(jnp.abs(w), axis=others, keepdims=True, initial=0)
     parts = jnp.abs(tree.ratio(w, largest))
-    return largest * jnp.sqrt(jnp.sum(parts * parts, axis=others, keepdims=True))
+    return largest * tree.sqrt(jnp.sum(parts * parts, axis=others, keepdims=True))
 
 
 def _others(w: jax.Array, axis: int | None) -> tuple[int, ...]:
