@@ -4,6 +4,7 @@ A filter of a kernel is one index of its output axis, the last one in Flax: `[in
 `[h, w, in, out]` for convolutions. A leaf with one axis, such as a bias, is one filter.
 """
 
+import operator
 from typing import Any, Literal
 
 import jax
@@ -181,9 +182,13 @@ def centralized(name: str, g: Any, filter_axis: int) -> Any:
 
 def as_filter_axis(axis: Any) -> int:
     """Return the output axis of kernels; a `TypeError` if it is not an integer."""
-    if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
+    try:
+        found = operator.index(axis)
+    except TypeError:
+        found = None
+    if found is None or isinstance(axis, bool | np.bool_ | jax.Array) or np.ndim(axis):
         raise TypeError(f"`filter_axis` must be a Python int, got {axis!r}")
-    return int(axis)
+    return found
 
 
 def axis_of(name: str, path: Any, w: Any, filter_axis: int) -> int | None:
