@@ -101,6 +101,7 @@ def average(
 
     def value(i):
         values = fn(_drawn(state, params, jax.random.fold_in(key, i)))
+        tree.check_arrays("fn(params)", values)
         return jax.tree.map(lambda x: tree.widen(jnp.asarray(x)) / draws, values)
 
     def add(total, i):
@@ -112,7 +113,8 @@ def average(
 
 
 def _drawn(state: BSAMState, params: Any, key: jax.Array) -> Any:
-    tree.check_like("opt_state.precision", state.precision, "params", params)
+    tree.check_arrays("params", params)
+    tree.check_like("params", params, "opt_state.momentum", state.momentum)
     return perturbed(params, posterior_noise(state, key, params), "float32")
 
 

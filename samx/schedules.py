@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx.core.hyperparams import check_scalar, check_schedule, check_static_number
+from samx.core.hyperparams import (
+    check_number,
+    check_scalar,
+    check_schedule,
+    check_static_number,
+)
 
 __all__ = ["following", "one_minus_inverse", "warmup_hold_cosine"]
 
@@ -78,7 +83,7 @@ def following(
     return schedule
 
 
-def one_minus_inverse(step: Any) -> jax.Array:
+def one_minus_inverse(step: float | jax.Array) -> jax.Array:
     """Return the share of Unified SAM's ascent that is normalized: from USAM to SAM.
 
         λ_t = 1 − 1/t       on step t = 1, 2, ...
@@ -90,7 +95,8 @@ def one_minus_inverse(step: Any) -> jax.Array:
         λ, 0 on the first step, and close to 1 after many.
 
     Raises:
-        Nothing.
+        ValueError: If `step` is a negative number.
+        TypeError: If `step` is not a number.
 
     Example:
         >>> import samx
@@ -103,6 +109,7 @@ def one_minus_inverse(step: Any) -> jax.Array:
     Notes:
         Cost: none.
     """
+    check_number("step", step, 0)
     return 1 - 1 / (jnp.asarray(step, float) + 1)
 
 

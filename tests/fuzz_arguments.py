@@ -145,6 +145,14 @@ GOOD = {
     "eigenvalues.k": 2,
     "objective.losses_fn": losses,
     "objective.batch": BATCH,
+    "lam": 0.5,
+    "num_examples": 64.0,
+    "one_minus_inverse.step": 3,
+    "bsam.num_microbatches": 2,
+    **dict.fromkeys(("sample.key", "average.key"), 0),
+    **{"warmup": 2.0, "decay_from": 3.0, "end": 5.0},
+    **dict.fromkeys(("sample.opt_state", "average.opt_state"), samx.bsam(0.1, 64.0).init(PARAMS)),
+    "average.fn": lambda params: params["norm"] + params["b"],
 }
 
 SEQUENCES = {  # of what: a test of the elements, of the whole
@@ -176,6 +184,7 @@ TREES |= {"a", "b", "g", "direction", "directions", "vectors"}
 COMPARED = {"eps", "move", "scales", "base_params", "opt_state"}
 COMPARED |= {"b", "direction", "directions", "vectors"}
 SHAPES_SUFFICE = ("state_specs", "layer_scales", "learning_rates", "constants", "mup_sam")
+MAY_BE_NONE = {"le_sam.rho_max", "loss_rise_ball.rho_max"}  # although it is not the default
 RECORDS = {"resume": Checkpoint, "event": Event, "rule": Rule, "engine": Threads}
 
 
@@ -232,8 +241,10 @@ def argument(owner, parameter):
 
 def kind_of(annotation, parameter, is_function, literals):
     name, text = parameter.name, str(annotation)
-    if annotation in (Radius, ScalarOrSchedule):
+    if annotation in (Radius, ScalarOrSchedule, ScalarOrSchedule | None):
         return "hyperparam"
+    if annotation is Perturbation:
+        return "transformation"
     if name in ("key", "groups", "ascent", "axis_name", "policy", "path"):
         return name
     if name == "pattern" and literals:
@@ -262,7 +273,7 @@ def kind_of(annotation, parameter, is_function, literals):
         return "dtype"
     if annotation in (str, str | None):
         return "text"
-    if annotation is Perturbation or "GradientTransformation" in text:
+    if "GradientTransformation" in text:
         return "transformation"
     if literals:
         return "choice"
@@ -679,4 +690,6 @@ def is_right(a, value):
     """Whether a value is right for an argument: True, False, or None where it may be either."""
     if value is None and a.is_optional and a.default is None:
         return None if a.is_given else True  # a right call may need it
+    if value is None and a.full_name in MAY_BE_NONE:
+        return True
     return RULES[a.kind](a, value)

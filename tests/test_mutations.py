@@ -38,6 +38,11 @@ EQUIVALENT = {
         "sample(jax.random.fold_in(key, i), leaf) + zeros",
     ): "zeros, which only give the draw the sharding of the leaf",
     (
+        "perturbations/spectral_ball.py",
+        "_polar",
+        "jnp.moveaxis(polar.reshape(moved.shape), -1, output_axis) + jnp.zeros_like(g)",
+    ): "zeros, which only give the step the sharding of the gradient",
+    (
         "core/slopes.py",
         "_forward",
         "not any(isinstance(x, Tracer) for x in jax.tree.leaves((params, moved)))",
@@ -181,19 +186,65 @@ DELIBERATE = {
         ("variants/test_contract.py", "test_skip_nonfinite_skips"),
     ),
 }
+# What the PyTorch copy of bSAM does that is used most.
+COPY_OF_BSAM = {
+    "noise of deviation 1 / (N s)": (
+        "n / jnp.sqrt(state.num_examples * s)",
+        "n / (state.num_examples * s)",
+    ),
+    "the ascent starts at the noisy point": (
+        "lambda g, s: rho * g / s, jax.tree.map(tree.widen, g), state.precision)",
+        "lambda g, s, n: n + rho * g / s, g, state.precision, noise)",
+    ),
+    "noise and ascent stay in the weights": (
+        "        s = _map(lambda s, a:",
+        """        noise = posterior_noise(state, keys.of(state.key), params, 0)
+        _, g = value_and_grad_at(mean_loss(losses_fn, batch, weights), params, noise)
+        updates = _map(lambda u, n, g, s: u + n + rho_t * g / s, updates, noise, g, s)
+        s = _map(lambda s, a:""",
+    ),
+    "the momentum averages g times δ": ("(h + delta * w)", "(h * delta)"),
+    "the precision averages a square of the sharp gradient": (
+        "(jnp.sqrt(s) * a + damping + delta), s, a)",
+        "(jnp.sqrt(s) * jnp.abs(a) + damping + delta) ** 2, s, h)",
+    ),
+}
+DELIBERATE |= {
+    f"bSAM: {name}": ("variants/bsam.py", *change, ("variants/test_bsam.py", "test_recorded_runs"))
+    for name, change in COPY_OF_BSAM.items()
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DELIBERATE)
 def test_a_deliberate_mistake_is_caught(name):
-    file, right, wrong, (suite, test) = DELIBERATE[name]
-    source = (PACKAGE / file).read_text()
-    assert source.count(right) == 1, f"{file} no longer has the line {right!r}"
-    mutation = Mutation(file, "", 1, "", "", "", source.replace(right, wrong))
+    *_, (suite, test) = DELIBERATE[name]
     suites = [f"{suite}::{test}"]
     mutations.run_suites(suites)  # green without the mistake
-    with mutations.applied(mutation), pytest.raises(Exception):  # noqa: PT011, B017
+    with mutations.applied(deliberate(name)), pytest.raises(Exception):  # noqa: PT011, B017
         mutations.run_suites(suites)
+
+
+def deliberate(name):
+    file, right, wrong, _ = DELIBERATE[name]
+    source = (PACKAGE / file).read_text()
+    assert source.count(right) == 1, f"{file} no longer has the line {right!r}"
+    return Mutation(file, "", 1, "", "", "", source.replace(right, wrong))
+
+
+@pytest.mark.parametrize("name", COPY_OF_BSAM)
+def test_a_copy_of_bsam_is_caught(name):
+    """It runs for two steps, and they are not those of the authors' code."""
+    with mutations.applied(deliberate(f"bSAM: {name}")), jax.enable_x64(True):
+        assert importlib.import_module("recorded").largest_error(BSAM_RUN, steps=2) > 1e-6
+
+
+def test_bsam_is_not_the_copy():
+    with jax.enable_x64(True):
+        assert importlib.import_module("recorded").largest_error(BSAM_RUN, steps=2) < 1e-14
+
+
+BSAM_RUN = "bsam__m1_lr0.1_rho0.05"
 
 
 # Fisher SAM broken in three ways, and what its row may say to hide it.

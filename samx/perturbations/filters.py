@@ -4,6 +4,7 @@ A filter of a kernel is one index of its output axis, the last one in Flax: `[in
 `[h, w, in, out]` for convolutions. A leaf with one axis, such as a bias, is one filter.
 """
 
+import operator
 from typing import Any, Literal
 
 import jax
@@ -182,9 +183,13 @@ def centralized(name: str, g: Any, filter_axis: int) -> Any:
 
 def as_filter_axis(axis: Any) -> int:
     """Return the output axis of kernels; a `TypeError` if it is not an integer."""
-    if isinstance(axis, bool) or not isinstance(axis, int | np.integer):
+    try:
+        found = operator.index(axis)
+    except TypeError:
+        found = None
+    if found is None or isinstance(axis, bool | np.bool_ | jax.Array) or np.ndim(axis):
         raise TypeError(f"`filter_axis` must be a Python int, got {axis!r}")
-    return int(axis)
+    return found
 
 
 def axis_of(name: str, path: Any, w: Any, filter_axis: int) -> int | None:
@@ -204,7 +209,7 @@ def filter_norms(w: jax.Array, axis: int | None) -> jax.Array:
     others = _others(w, axis)
     largest = jnp.max(jnp.abs(w), axis=others, keepdims=True, initial=0)
     parts = jnp.abs(tree.ratio(w, largest))
-    return largest * jnp.sqrt(jnp.sum(parts * parts, axis=others, keepdims=True))
+    return largest * tree.sqrt(jnp.sum(parts * parts, axis=others, keepdims=True))
 
 
 def _others(w: jax.Array, axis: int | None) -> tuple[int, ...]:

@@ -176,7 +176,8 @@ def bsam(
         (h, a), readings, aux = sums_over(
             both, num_microbatches, "scan", losses_fn.evaluation.devices, batch, weights, zeros
         )
-        m = _map(lambda m, h, w: b1 * m + (1 - b1) * (h + delta * w), state.momentum, h, params)
+        w = jax.tree.map(tree.widen, params)
+        m = _map(lambda m, h, w: b1 * m + (1 - b1) * (h + delta * w), state.momentum, h, w)
         updates = _map(lambda m, s: -at_step(learning_rate, state.step) * m / s, m, s)
         s = _map(lambda s, a: b2 * s + (1 - b2) * (jnp.sqrt(s) * a + damping + delta), s, a)
         readings = of_microbatches(state.readings, readings, 2)._replace(loss=readings.sharp_loss)

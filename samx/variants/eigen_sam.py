@@ -109,8 +109,10 @@ def eigen_sam(
         eigenvalue that is largest in magnitude; it may be negative. H is the Hessian of `value_fn`;
         the authors measure theirs in evaluation mode, without dropout and with stored statistics of
         BatchNorm. A refresh that is due on a step without a sharp gradient (`perturb_if`) is left
-        out. Cost: 2 gradients per step, one after the other; on steps that refresh, `iterations`
-        Hessian products more, of about 2 gradients each. State: one copy of the parameters.
+        out. Inside `data_parallel`, H is that of the whole batch; with `ascent="local"` each device
+        bends its own gradient towards v. Cost: 2 gradients per step, one after the other; on steps
+        that refresh, `iterations` Hessian products more, of about 2 gradients each. State: one copy
+        of the parameters.
         Fidelity: matches RitianLuo/EigenSAM, its first vector given. `static_args`: `every`,
         `iterations`, `before_refresh`, `steps_per_epoch`.
     """
@@ -140,10 +142,11 @@ def eigen_sam(
             lambda: _power_iteration(value_fn, params, state, keys, iterations),
             lambda: state.eigenvector,
         )
-        eps = _ascent(g, v, at_step(rho, state.step), at_step(alpha, state.step), before_refresh)
+        g_a = g if value_fn.ascent_grad is None else value_fn.ascent_grad
+        eps = _ascent(g_a, v, at_step(rho, state.step), at_step(alpha, state.step), before_refresh)
         spent = jnp.where(is_due, iterations * HESSIAN_PRODUCT, 0).astype(jnp.float32)
         new = state._replace(step=next_step(state.step), eigenvector=v, extra_gradients=spent)
-        g_s, readings = sharp(value_fn, params, eps, state.readings, loss=value, g=g, ball=new)
+        g_s, readings = sharp(value_fn, params, eps, state.readings, loss=value, g=g_a, ball=new)
         return g_s, new._replace(readings=readings)
 
     return closure_transformation(init_fn, update_fn, name="eigen_sam")

@@ -46,6 +46,10 @@ RIGHT = {  # of arguments that have no default, or none that is a number
     "learning_rate": 0.1,
     "rho": 0.1,
     "rho_max": 0.1,
+    "sigma": 0.1,
+    "lam": 0.5,
+    "num_examples": 64.0,
+    "steps_per_epoch": 4,
     "peak_value": 0.1,
     "weight": 0.5,
     "alpha": 0.5,
@@ -113,6 +117,9 @@ def forms(value):
     }
 
 
+LARGE = "np.int64(-1e9)"
+
+
 def bad_counts():
     return {
         "True": True,
@@ -124,7 +131,7 @@ def bad_counts():
         "an array": np.array([3]),
         "a traced number": jnp.array(3),
         "minus a lot": -(10**9),
-        "np.int64(-1e9)": np.int64(-(10**9)),
+        LARGE: np.int64(-(10**9)),
     }
 
 
@@ -143,7 +150,7 @@ def bad_keys():
 def kind_of(factory, parameter):
     """Return what an argument is, from its annotation and its default."""
     annotation, name = parameter.annotation, parameter.name
-    if annotation in (Radius, ScalarOrSchedule):
+    if annotation in (Radius, ScalarOrSchedule, ScalarOrSchedule | None):
         return "hyperparam"
     if annotation is float or annotation == (float | None):
         return "number"
@@ -188,14 +195,19 @@ def call(name, **changes):
 
 
 def wrong_values(name, keyword, kind):
-    default = inspect.signature(FACTORIES[name]).parameters[keyword].default
+    parameter = inspect.signature(FACTORIES[name]).parameters[keyword]
+    default = parameter.default
+    if parameter.annotation == ScalarOrSchedule | None:
+        default = None  # `None` is right, although it is not the default
     if kind in ("hyperparam", "number"):
         bad = bad_numbers() | ({} if keyword in FREE else out_of_range())
         bad |= {"a schedule": lambda step: 0.1} if kind == "number" else {}
         bad |= {"none": None} if default is not None else {}
         return bad
     if kind == "count":
-        return bad_counts() | ({"none": None} if default is not None else {})
+        bad = bad_counts() | ({"none": None} if default is not None else {})
+        is_axis = keyword == "filter_axis"  # negative ones count from the last
+        return {k: v for k, v in bad.items() if not (is_axis and k in ("minus a lot", LARGE))}
     if kind == "key":
         return bad_keys()
     bad = {"a number": 0.1, "a text": "wrong", "a list": [SGD]}
@@ -220,6 +232,7 @@ def test_wrong_values_are_refused_by_name(name, keyword, kind):
 def right_value(name, keyword):
     default = inspect.signature(FACTORIES[name]).parameters[keyword].default
     is_given = default is not None and default is not inspect.Parameter.empty
+    is_given &= not callable(default)  # a schedule
     return default if is_given else RIGHT[keyword]
 
 

@@ -399,6 +399,7 @@ def test_every_convolution_of_a_step_is_fast(name):
 def test_no_branch_of_samx_is_forgotten():
     """Where a branch or a loop calls a closure of the user, it is wrapped; these call none."""
     bare = {
+        "core/draws.py": "random numbers",
         "core/tree.py": "norms out of range",
         "perturbations/dynamic_mask.py": "masks from gradients at hand",
         "perturbations/fisher_mask.py": "a loop inside a branch that is wrapped",

@@ -58,6 +58,14 @@ HOLDERS = {
     "esam": lambda key: samx.esam(key=key),
     "ausam": lambda key: samx.ausam(num_examples=4, key=key),
     "sl_sam": lambda key: samx.sl_sam(optax.sgd(0.1), groups=1, key=key),
+    "gaussian_noise": lambda key: perturbations.gaussian_noise(0.1, key=key),
+    "sphere_noise": lambda key: perturbations.sphere_noise(0.1, key=key),
+    "lpf_sgd": lambda key: samx.lpf_sgd(key=key),
+    "rwp": lambda key: samx.rwp(key=key),
+    "arwp": lambda key: samx.arwp(key=key),
+    "marwp": lambda key: samx.marwp(key=key),
+    "eigen_sam": lambda key: samx.eigen_sam(key=key),
+    "bsam": lambda key: samx.bsam(0.1, num_examples=4, key=key),
 }
 
 

@@ -30,6 +30,10 @@ LAYOUTS = {
 }
 
 
+# Rows that draw, sort or take matrices apart, or keep a filter's sum.
+MORE = ("bsam", "lpf_sgd", "rwp", "arwp", "marwp", "eigen_sam", "zsharp", "spectral_sam", "gcsam")
+
+
 def losses_fn(params, batch):
     """The losses of the tiny problem; on an Explicit mesh they specify the output sharding."""
     if is_explicit("data") and not is_explicit("model"):
@@ -55,6 +59,13 @@ def is_explicit(axis):
         # The first row in all combinations; the others with Explicit types, in alternating layouts.
         if name == CLOSURES[0]
         or (axis_type == AxisType.Explicit and layout == list(LAYOUTS)[CLOSURES.index(name) % 2])
+    ]
+    + [
+        pytest.param(name, axis_type, layout, marks=pytest.mark.slow)
+        for name in MORE
+        if name not in CLOSURES
+        for axis_type in (AxisType.Auto, AxisType.Explicit)
+        for layout in LAYOUTS
     ],
 )
 def test_sharded_parameters(name, axis_type, layout, float64):
@@ -78,10 +89,13 @@ def test_sharded_parameters(name, axis_type, layout, float64):
     check_layout(history[-1][1], layouts, mesh)
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in CLOSURES])
+TRACED = [name for name in dict.fromkeys([*KINDS, *MORE]) if name not in CLOSURES]
+
+
+@pytest.mark.parametrize("name", TRACED)
 def test_explicit_types_keep_the_layout(name, float64):
     """JAX decides Explicit layouts, and raises where it cannot, as it traces."""
-    shape, names, specs = LAYOUTS[list(LAYOUTS)[KINDS.index(name) % 2]]
+    shape, names, specs = LAYOUTS[list(LAYOUTS)[TRACED.index(name) % 2]]
     mesh = regimes.mesh_of(shape, names, AxisType.Explicit)
     with jax.set_mesh(mesh):
         params, batch = regimes.place(
@@ -201,7 +215,11 @@ def test_state_specs_that_do_not_match(argument):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["sam", "sampa", "looksam", "esam", "ausam", "sl_sam", "fisher_sparse_sam"]
+    "name",
+    [
+        *("sam", "sampa", "looksam", "esam", "ausam", "sl_sam", "fisher_sparse_sam"),
+        *("bsam", "arwp", "eigen_sam", "spectral_sam"),
+    ],
 )
 def test_every_step_lowers_for_every_platform(name):
     """As users call it: `jit` on one device, and `shard_map` over two."""

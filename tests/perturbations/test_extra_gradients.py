@@ -54,7 +54,8 @@ ROWS = [
 @pytest.mark.parametrize("name", ROWS)
 def test_every_variant_counts_what_its_perturbation_says(name):
     case, (data, params) = VARIANTS[name], problem.make("float32")
-    batch, hyper = problem.batch_at(data, 0), {k: v for k, v in case.hyper.items() if k != "rho"}
+    batch = problem.batch_at(data, 0)
+    hyper = {k: v for k, v in case.hyper.items() if k not in case.radii}
     hyper |= {"batch_like": batch} if case.needs_batch_like else {}
 
     @jax.jit

@@ -615,6 +615,7 @@ VARIANTS = {
         spent=lambda step, state: 2.0 + 10.0 * (step > 0 and step % 2 == 0),
         counts_once=False,
         copies=1,
+        is_mean_of_shards=False,  # the Hessian is that of the whole batch
         static_args=("every", "iterations", "before_refresh", "steps_per_epoch"),
     ),
     "spectral_sam": row("spectral_sam", {"rho": 0.02}, static_args=("norm", "vectors", "polar")),

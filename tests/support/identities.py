@@ -4,6 +4,7 @@ import functools
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import problem
@@ -61,3 +62,46 @@ def runner(build):
 
 def sam():
     return samx.sam(0.2)
+
+
+def assert_same_updates(pairs, tolerance=1e-10, steps=STEPS):
+    """Compare the updates of each pair at every step of one training, in one program.
+
+    All take the steps of the first pair: while the pairs agree, this is everyone's own training.
+    """
+    makes = dict.fromkeys(make for pair in pairs.values() for make in pair)
+    txs = {make: optax.with_extra_args_support(make()) for make in makes}
+    leader = next(iter(pairs.values()))[1]
+    data, params = problem.make()
+
+    @jax.jit
+    def start(params):
+        return [tx.init(params) for tx in txs.values()]
+
+    @jax.jit
+    def step(params, momentum, states, batch):
+        def value_fn(params):
+            return problem.losses_fn(params, batch).mean()
+
+        value, g = jax.value_and_grad(value_fn)(params)
+        closures = {"value_fn": value_fn, "losses_fn": problem.losses_fn, "batch": batch}
+        closures |= {"value": value, **problem.further(batch)}
+        found, after = zip(
+            *(
+                tx.update(g, state, params, **closures)
+                for tx, state in zip(txs.values(), states, strict=True)
+            ),
+            strict=True,
+        )
+        found = dict(zip(txs, found, strict=True))
+        apart = {
+            name: optax.tree.norm(optax.tree.sub(*(found[make] for make in pair)), ord=jnp.inf)
+            for name, pair in pairs.items()
+        }
+        updates, momentum = MOMENTUM.update(found[leader], momentum, params)
+        return optax.apply_updates(params, updates), momentum, [*after], apart
+
+    carry = params, MOMENTUM.init(params), start(params)
+    for t in range(steps):
+        *carry, apart = step(*carry, problem.batch_at(data, t))
+        assert {name: x for name, x in apart.items() if not x <= tolerance} == {}, t

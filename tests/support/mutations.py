@@ -65,8 +65,17 @@ DEVICES = (
     "parallel/test_parallel_by_hand.py::test_accumulation",
     "parallel/test_parallel.py::test_aux",
 )
+CLIMBS = ("perturbations/test_directions_and_lengths.py",)
+NOISES = ("variants/test_noise_loops.py::test_noise", "variants/test_limits.py::test_equal")
 # Tests of a file, or of all files of a folder, beyond those of the rows.
 SUITES = {
+    **dict.fromkeys(("variants/arwp.py", "variants/rwp.py"), NOISES),
+    "variants/lpf_sgd.py": (*NOISES, "parallel/test_rows_on_devices.py::test_aux"),
+    "variants/bsam.py": ("variants/test_noise_loops.py::test_bsam", "variants/test_bsam.py"),
+    "variants/eigen_sam.py": (
+        "variants/test_perturbation_loops.py::test_eigen",
+        "variants/test_limits.py::test_eigen",
+    ),
     "variants/_layer_groups.py": ("variants/test_sl_sam.py",),
     "variants/_moments.py": ("variants/test_moments.py",),
     "variants/_reuse.py": ("variants/test_reuse.py",),
@@ -91,6 +100,11 @@ SUITES = {
         "selection/test_selection.py::test_strict",
         "variants/test_cost.py",
     ),
+    "perturbations/filters.py": CLIMBS,
+    "perturbations/gradient_steps.py": CLIMBS,
+    "perturbations/noise.py": (*CLIMBS, *NOISES),
+    "perturbations/spectral_ball.py": CLIMBS,
+    "perturbations/z_score_ball.py": CLIMBS,
     "perturbations/balls.py": (*BALLS, "training/test_skip_nonfinite.py::test_an_infinite"),
     "perturbations/dynamic_mask.py": MASKS,
     "perturbations/fisher_mask.py": MASKS,

@@ -293,6 +293,7 @@ RECORDED = {
         "bsam", None, learning_rate=0.05, num_microbatches=1, **BSAM | {"prior_precision": 0.064}
     ),
 }
+ON_DEVICES = {"gnp__sgdm_r0.1_a0.8_raw_dev4_nosync": run("gnp", CLIPPED)}
 # Fields of the recorded files, and their names in samx's states.
 FIELDS = {
     "mask_is_sam": "is_sharp",
@@ -383,6 +384,15 @@ def check(name, tx):
             np.testing.assert_allclose(probabilities, expected["prob_sampling"][t], atol=1e-12)
 
 
+def largest_error(name, steps):
+    """Return the largest difference to the parameters of a recorded run of bSAM, in float64."""
+    (expected, _), run = problem.load(name), RECORDED[name]
+    with pytest.MonkeyPatch.context() as patch:
+        replay_normals(name, expected, run, patch)
+        (found,) = watch(samx.bsam(**run.arguments), steps, make=run.make)
+    return max(np.abs(found[key] - expected[key][:steps]).max() for key in LEAVES)
+
+
 def replay_draws(expected, patch, asked):
     """Replay what the recorded run drew; `asked` collects the probabilities that samx asks for."""
     if "draw" in expected:  # NaN on steps without a draw
@@ -415,6 +425,12 @@ def replay_normals(name, expected, run, patch):
     if name.startswith(SCALED):
         before = {key: [w, *expected[key][:-1]] for key, w in run.make()[1].items()}
         normals = {key: over_scale(x, before[key], 0.01) for key, x in normals.items()}
+
+    patch_normals(normals, patch)
+
+
+def patch_normals(normals, patch):
+    """Let samx draw these numbers: of all steps, one step or one microbatch, by their axes."""
 
     def normal_like(key, step, like, draw=0):
         return {k: pick(jnp.asarray(normals[k]), step, draw, w.ndim) for k, w in like.items()}

@@ -804,3 +804,252 @@ def train_lets(base, perturb, rho, rate, steps, approximate=False, held_out=next
         rho = np.exp(np.log(rho) - rate * rho * gap * change)
         trajectory.append(params)
     return _stack(trajectory), np.array(radii)
+
+
+# ---- Ascents along another gradient than the raw one, and lengths that depend on its norm.
+
+
+def centralized_ball(rho, scaled=(), raw=True):
+    """GCSAM's; leaves in `scaled` move by w², and their norm is that of |w| g."""
+
+    def perturb(params, g):
+        t = scales_of(params, 0.0, scaled)
+        central = {k: x - x.mean(0) if x.ndim > 1 else x for k, x in g.items()}
+        measured = g if raw else central
+        length = global_norm({k: t[k] * measured[k] for k in g})
+        return {k: rho * t[k] ** 2 * central[k] / length for k in g}
+
+    return perturb
+
+
+def z_score_ball(rho, quantile, norm):
+    def perturb(params, g):
+        kept = dict(g)
+        for k, x in g.items():
+            if x.ndim > 1:
+                z = np.abs(x - x.mean()) / x.std(ddof=1)
+                outliers = x * (z > np.quantile(z, quantile))
+                kept[k] = outliers if outliers.any() else x
+        if norm == "global":
+            return {k: rho * x / global_norm(kept) for k, x in kept.items()}
+        whole = {k: kept[k] is g[k] for k in g}
+        lengths = {k: global_norm(g if whole[k] else {k: kept[k]}) for k in g}
+        return {k: rho * kept[k] / lengths[k] for k in g}
+
+    return perturb
+
+
+def loss_rise_ball(sigma, rho_max, is_adaptive=False):
+    """LE-SAM's; the adaptive one multiplies the gradient by |w| once."""
+
+    def perturb(params, g):
+        g = {k: np.abs(params[k]) * g[k] if is_adaptive else g[k] for k in g}
+        n = np.sqrt(inner(g, g) + 1e-12)
+        return {k: min(sigma / n, rho_max) * g[k] / n for k in g}
+
+    return perturb
+
+
+def partly_normalized_step(rho, lam, eta=None, scaled=()):
+    def perturb(params, g):
+        t = scales_of(params, eta, scaled)
+        n = global_norm({k: t[k] * g[k] for k in g})
+        return {k: rho * (1 - lam + lam / n) * t[k] ** 2 * g[k] for k in g}
+
+    return perturb
+
+
+def gradient_matching_step(rho, alpha, scaled=()):
+    def perturb(params, g):
+        t = scales_of(params, 0.0, scaled)
+        n = global_norm({k: t[k] * g[k] for k in g})
+        return {k: (rho / n - alpha) * t[k] ** 2 * g[k] for k in g}
+
+    return perturb
+
+
+def spectral_ball(rho, norm="leaf", vectors="l2"):
+    def corner(x):
+        if x.ndim > 1:
+            u, _, v = np.linalg.svd(x, full_matrices=False)
+            return u @ v
+        return {"l2": x / np.linalg.norm(x), "sign": np.sign(x), "zero": 0 * x}[vectors]
+
+    def perturb(params, g):
+        corners = {k: corner(x) for k, x in g.items()}
+        length = global_norm(corners) if norm == "global" else 1.0
+        return {k: rho * x / length for k, x in corners.items()}
+
+    return perturb
+
+
+def minus_gradient(alpha):
+    """LE-SAM's combination."""
+
+    def combine(t, g, look):
+        g_s = look()
+        return {k: g_s[k] - alpha * g[k] for k in g}
+
+    return combine
+
+
+def on_unit(alpha):
+    """GNP's combination in its authors' code: the clean gradient in length 1."""
+
+    def combine(t, g, look):
+        g_s = look()
+        return {k: (1 - alpha) * g[k] / global_norm(g) + alpha * g_s[k] for k in g}
+
+    return combine
+
+
+def train_eigen_sam(
+    base, rho, alpha, every, iterations, start, steps, before_refresh="sam", steps_per_epoch=None
+):
+    """Train with Eigen-SAM and the whole Hessian; also return the vector after every step."""
+    data, params = _start()
+    gradient, trajectory, vectors, v = _gradient(problem.losses_fn), [], [], None
+
+    @jax.jit
+    def hessian(params, batch):
+        return jax.hessian(lambda p: problem.losses_fn(p, batch).mean())(params)
+
+    for t in range(steps):
+        batch = problem.batch_at(data, t)
+        g = gradient(params, batch)
+        count = t % steps_per_epoch if steps_per_epoch else t
+        if count > 0 and count % every == 0:
+            v, h = start if v is None else v, hessian(params, batch)
+            for _ in range(iterations):
+                v = {k: sum(np.tensordot(h[k][j], v[j], v[j].ndim) for j in v) for k in v}
+                v = {k: x / global_norm(v) for k, x in v.items()}
+        u = {k: x / global_norm(g) for k, x in g.items()}
+        if v is not None:
+            bend, along = alpha * np.sign(inner(g, v)), inner(u, v)
+            eps = {k: rho * (u[k] + bend * (v[k] - along * u[k])) for k in g}
+        else:
+            eps = {k: rho * x for k, x in (u if before_refresh == "sam" else g).items()}
+        params = base.step(params, gradient(moved(params, eps), batch))
+        trajectory.append(params)
+        vectors.append(v or {k: np.zeros_like(x) for k, x in g.items()})
+    return _stack(trajectory), _stack(vectors)
+
+
+# ---- Noise. `draws[name][t, j]` are standard normal numbers of step t and microbatch j.
+
+
+def filter_norms(params, is_rms=False):
+    """The norm of each column of a matrix, and of each whole vector."""
+    norms = {k: np.linalg.norm(w, axis=0 if w.ndim > 1 else None) for k, w in params.items()}
+    return {k: n / np.sqrt(len(params[k])) if is_rms else n for k, n in norms.items()}
+
+
+def gaussian(sigma, scales=lambda params: dict.fromkeys(params, 1.0)):
+    """Noise of these deviations; `sigma` may be a list with one number per step."""
+
+    def noise(t, params, n):
+        size, scale = sigma[t] if isinstance(sigma, list) else sigma, scales(params)
+        return {k: size * scale[k] * n[k] for k in params}
+
+    return noise
+
+
+def sphere(rho, scales=lambda params: dict.fromkeys(params, 1.0)):
+    def noise(t, params, n):
+        length, scale = global_norm(n), scales(params)
+        return {k: rho * scale[k] * n[k] / length for k in params}
+
+    return noise
+
+
+def drawn_at(draws, t, j=0):
+    return {k: x[t, j] for k, x in draws.items()}
+
+
+def lpf_sgd(noise, draws, num_microbatches):
+    def noisy_gradient(t, params, batch, index, losses, gradient):
+        total = dict.fromkeys(params, 0.0)
+        for j in range(num_microbatches):
+            part = rows_of(batch, range(j, len(index), num_microbatches))
+            g = gradient(moved(params, noise(t, params, drawn_at(draws, t, j))), part)
+            total = {k: total[k] + g[k] / num_microbatches for k in g}
+        return total
+
+    return noisy_gradient
+
+
+def rwp(noise, draws, alpha):
+    """RWP; `alpha` may be a list with one number per step."""
+
+    def mixed_gradient(t, params, batch, index, losses, gradient):
+        even, odd = (rows_of(batch, range(i, len(index), 2)) for i in range(2))
+        g, share = gradient(params, even), alpha[t] if isinstance(alpha, list) else alpha
+        h = gradient(moved(params, noise(t, params, drawn_at(draws, t))), odd)
+        return {k: (1 - share) * g[k] + share * h[k] for k in g}
+
+    return mixed_gradient
+
+
+class ARWP:
+    """ARWP, and m-ARWP if `lam` is given; all numbers are lists with one per step."""
+
+    def __init__(self, draws, sigma, eta, beta, lam=None):
+        self.draws, self.sigma, self.eta, self.beta, self.lam = draws, sigma, eta, beta, lam
+        self.fisher, self.seen = None, []
+
+    def __call__(self, t, params, batch, index, losses, gradient):
+        fisher = self.fisher or {k: np.zeros_like(w) for k, w in params.items()}
+        sums = {k: f.sum(0) if f.ndim > 1 else f for k, f in fisher.items()}
+        scale, n = filter_norms(params), drawn_at(self.draws, t)
+        eps = {
+            k: self.sigma[t] * scale[k] * n[k] / np.sqrt(1 + self.eta[t] * sums[k]) for k in params
+        }
+        noisy = batch if self.lam is None else rows_of(batch, range(1, len(index), 2))
+        h = gradient(moved(params, eps), noisy)
+        self.fisher = {k: self.beta[t] * fisher[k] + h[k] ** 2 for k in h}
+        self.seen.append(self.fisher)
+        if self.lam is None:
+            return h
+        g = gradient(params, rows_of(batch, range(0, len(index), 2)))
+        return {k: (1 - self.lam[t]) * g[k] + self.lam[t] * h[k] for k in g}
+
+
+def train_bsam(
+    draws,
+    lr,
+    rho,
+    steps,
+    num_microbatches,
+    *,
+    num_examples=64.0,
+    prior=0.64,
+    b1=0.9,
+    b2=0.999,
+    damping=0.1,
+    start=1.0,
+    losses_fn=problem.losses_fn,
+):
+    """Train with bSAM; also return the precision. `lr` and `rho` may be functions of the step."""
+    data, w = _start()
+    gradient, trajectory, precisions = _gradient(losses_fn), [], []
+    m = {k: np.zeros_like(x) for k, x in w.items()}
+    s = {k: np.full_like(x, start) for k, x in w.items()}
+    delta = prior / num_examples
+    for t in range(steps):
+        batch = problem.batch_at(data, t)
+        a, h = dict.fromkeys(w, 0.0), dict.fromkeys(w, 0.0)
+        for j in range(num_microbatches):
+            part = rows_of(batch, range(j, len(batch["y"]), num_microbatches))
+            n = drawn_at(draws, t, j)
+            g = gradient({k: w[k] + n[k] / np.sqrt(num_examples * s[k]) for k in w}, part)
+            radius = rho(t) if callable(rho) else rho
+            g_s = gradient({k: w[k] + radius * g[k] / s[k] for k in w}, part)
+            a = {k: a[k] + np.sqrt(s[k]) * np.abs(g[k]) / num_microbatches for k in w}
+            h = {k: h[k] + g_s[k] / num_microbatches for k in w}
+        m = {k: b1 * m[k] + (1 - b1) * (h[k] + delta * w[k]) for k in w}
+        rate = lr(t) if callable(lr) else lr
+        w = {k: w[k] - rate * m[k] / s[k] for k in w}
+        s = {k: b2 * s[k] + (1 - b2) * (a[k] + damping + delta) for k in w}
+        trajectory.append(w)
+        precisions.append(s)
+    return _stack(trajectory), _stack(precisions)

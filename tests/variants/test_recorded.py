@@ -6,7 +6,7 @@ import problem
 import pytest
 import recorded
 from cases import VARIANTS
-from recorded import RECORDED
+from recorded import ON_DEVICES, RECORDED
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -23,5 +23,5 @@ def test_recorded_run_of_the_authors_code(name):
 
 
 def test_every_recorded_run_is_used():
-    used = {*RECORDED, *elastic_runs.RECORDED}
+    used = {*RECORDED, *ON_DEVICES, *elastic_runs.RECORDED}
     assert {file.stem for file in problem.TRAJECTORIES.glob("*.npz")} == used
