@@ -48,7 +48,8 @@ def sample(opt_state: optax.OptState, params: Any, key: int | jax.Array) -> Any:
         https://arxiv.org/abs/2210.01620
 
     Notes:
-        Give each draw a key of its own: the same key gives the same draw. Under `jax.vmap` over
+        Give each draw a key of its own: the same key gives the same draw, and the key of the
+        training gives the noise of its next step. Under `jax.vmap` over
         keys, it gives many at once. Cost: one draw per parameter.
     """
     return _drawn(_state_of("sample", opt_state), params, _as_key(key))

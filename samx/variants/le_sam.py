@@ -60,7 +60,8 @@ def le_sam(
         authors' class puts its epsilon of 1e-12 where Adam looks for its own: an Adam inside runs
         with `optax.adam(eps=1e-12)`. Their `topk` takes the mean of the largest losses of the
         batch, chosen again at w + ε: write that into the loss. Their `adaptive` is described in
-        `perturbations.loss_rise_ball`.
+        `perturbations.loss_rise_ball`; with it, whether their α subtracts g or |w| g is not known,
+        and here it is g.
         Cost: 2 gradients per step, one after the other; no state.
         Fidelity: matches smithgun2005/LE-SAM-ICML2026. `static_args`: `rho_max` if it is `None`,
         and `sigma` if `perturbation` is given.
