@@ -39,8 +39,8 @@ EQUIVALENT = {
     ): "zeros, which only give the draw the sharding of the leaf",
     (
         "perturbations/spectral_ball.py",
-        "_polar",
-        "jnp.moveaxis(polar.reshape(moved.shape), -1, output_axis) + jnp.zeros_like(g)",
+        "_on_matrix",
+        "jnp.moveaxis(found, -1, output_axis) + jnp.zeros_like(g)",
     ): "zeros, which only give the step the sharding of the gradient",
     (
         "core/slopes.py",
@@ -210,7 +210,7 @@ COPY_OF_BSAM = {
     ),
 }
 DELIBERATE |= {
-    f"bSAM: {name}": ("variants/bsam.py", *change, ("variants/test_bsam.py", "test_recorded_runs"))
+    f"bSAM: {name}": ("variants/bsam.py", *change, ("variants/test_bsam_rule.py", "test_recorded_runs"))
     for name, change in COPY_OF_BSAM.items()
 }
 

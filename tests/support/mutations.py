@@ -71,7 +71,7 @@ NOISES = ("variants/test_noise_loops.py::test_noise", "variants/test_limits.py::
 SUITES = {
     **dict.fromkeys(("variants/arwp.py", "variants/rwp.py"), NOISES),
     "variants/lpf_sgd.py": (*NOISES, "parallel/test_rows_on_devices.py::test_aux"),
-    "variants/bsam.py": ("variants/test_noise_loops.py::test_bsam", "variants/test_bsam.py"),
+    "variants/bsam.py": ("variants/test_noise_loops.py::test_bsam", "variants/test_bsam_rule.py"),
     "variants/eigen_sam.py": (
         "variants/test_perturbation_loops.py::test_eigen",
         "variants/test_limits.py::test_eigen",
