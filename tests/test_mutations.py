@@ -210,7 +210,11 @@ COPY_OF_BSAM = {
     ),
 }
 DELIBERATE |= {
-    f"bSAM: {name}": ("variants/bsam.py", *change, ("variants/test_bsam_rule.py", "test_recorded_runs"))
+    f"bSAM: {name}": (
+        "variants/bsam.py",
+        *change,
+        ("variants/test_bsam_rule.py", "test_recorded_runs"),
+    )
     for name, change in COPY_OF_BSAM.items()
 }
 

@@ -200,6 +200,7 @@ def test_a_finished_run_stays_finished(finished, monkeypatch, cheap_measure):
         assert_close(results[part], again[part])
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_the_last_checkpoint(
     run, monkeypatch, file_size_limit, capfd, cheap_measure
 ):

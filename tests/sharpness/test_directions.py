@@ -57,6 +57,7 @@ def test_the_recorded_alignment_with_eigenvectors():
     np.testing.assert_allclose(found[[0, 4]], wanted[:2], rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_alignment_with_twenty_eigenvectors_that_lanczos_found():
     f, w, g = net_loss(), net_params(), net_tree(REFERENCE["net/grad"])
 
