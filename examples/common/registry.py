@@ -160,15 +160,14 @@ def arwp(sigma: Any, setting: Setting) -> optax.GradientTransformation:
 
 
 def bsam(rho: Any, base: Any, setting: Setting) -> optax.GradientTransformation:
-    """Build bSAM with a weight decay of `DECAY`, and 8 microbatches or fewer on a device."""
+    """Build bSAM with a weight decay of `DECAY`, and 4 microbatches or fewer on a device."""
     del base
-    examples = setting.batch_size // setting.num_groups
     return samx.bsam(
         setting.learning_rate,
         setting.num_examples,
         rho,
         prior_precision=DECAY * setting.num_examples,
-        num_microbatches=math.gcd(examples, 8),
+        num_microbatches=math.gcd(setting.batch_size // setting.num_groups, 4),
         aux_like=setting.aux,
     )
 

@@ -12,7 +12,7 @@ import optax
 
 from samx.core import draws, tree
 from samx.core.aliases import DType, Radius, ScalarOrSchedule, Transformation
-from samx.core.closures import mean_loss
+from samx.core.closures import Closure, mean_loss
 from samx.core.hyperparams import (
     RandomKey,
     as_count,
@@ -129,9 +129,11 @@ def bsam(
         alone works too. `update` does not use the incoming gradient, which XLA drops if nothing
         else uses it. Readings: `loss` and `sharp_loss` are both the loss at w + ρ g / s, and
         `grad_norm` is the norm of the gradient at the noisy points. aux is that of the perturbed
-        points. Inside `data_parallel`, microbatch j of all devices shares its draw, and with
-        `ascent="local"` each device climbs its own g_j. Cost: 2 gradients per step, one after the
-        other, in M pieces; two copies of the parameters in the state.
+        points.
+        Inside `data_parallel`, microbatch j of all devices shares its draw, and with
+        `ascent="local"` each device climbs its own g_j. The devices send M gradients g_j and one
+        sum of h_j; with local ascent that sum and one of |g_j|. Cost: 2 gradients per step, one
+        after the other, in M pieces; two copies of the parameters in the state.
         Fidelity: matches team-approx-bayes/bayesian-sam, its draws replayed; its microbatches are
         contiguous, and here they are strided. The PyTorch copy that is used most differs in five
         places: noise of deviation 1 / (N s); the ascent starts at the noisy point; w is never
@@ -172,10 +174,7 @@ def bsam(
             value_fn = mean_loss(losses_fn, batch, weights)
             return _both_gradients(value_fn, params, state, noise, rho_t, perturb_dtype)
 
-        zeros = optax.tree.zeros_like(state.momentum), optax.tree.zeros_like(s)
-        (h, a), readings, aux = sums_over(
-            both, num_microbatches, "scan", losses_fn.evaluation.devices, batch, weights, zeros
-        )
+        (h, a), readings, aux = _summed(both, num_microbatches, losses_fn, batch, weights, state)
         w = jax.tree.map(tree.widen, params)
         m = _map(lambda m, h, w: b1 * m + (1 - b1) * (h + delta * w), state.momentum, h, w)
         updates = _map(lambda m, s: -at_step(learning_rate, state.step) * m / s, m, s)
@@ -196,22 +195,41 @@ def posterior_noise(state: BSAMState, key: jax.Array, params: Any, draw: Any = 0
     return _map(lambda n, s: n / jnp.sqrt(state.num_examples * s), n, state.precision)
 
 
-def _both_gradients(
-    value_fn: Any, params: Any, state: BSAMState, noise: Any, rho: Any, perturb_dtype: DType
+def _summed(
+    both: Any, num_microbatches: int, losses_fn: Any, batch: Any, weights: Any, state: BSAMState
 ) -> Parts:
-    """Return the sharp gradient and |g|, each the mean over the devices, on one microbatch."""
+    """Return the means of both gradients over the microbatches; the devices send them once."""
+    devices = losses_fn.evaluation.devices
+    zeros, zero = (optax.tree.zeros_like(x) for x in (state.momentum, state.precision))
+    (h, a), readings, aux = sums_over(
+        *(both, num_microbatches, "scan", devices, batch, weights),
+        zeros=(devices.pcast(zeros), devices.pcast(zero) if devices.local_axes else zero),
+    )
+    return Parts((devices.sum(h), devices.sum(a) if devices.local_axes else a), readings, aux)
+
+
+def _both_gradients(
+    value_fn: Closure, params: Any, state: BSAMState, noise: Any, rho: Any, perturb_dtype: DType
+) -> Parts:
+    """Take both gradients of one microbatch: this device's part of the sharp one, and of |g|.
+
+    Only g is averaged over the devices. If they climb separately, nothing is.
+    """
+    devices, weights = value_fn.evaluation.devices, value_fn.weights
     _, g = value_and_grad_at(value_fn.ascent, params, noise, perturb_dtype=perturb_dtype)
     eps = _map(lambda g, s: rho * g / s, jax.tree.map(tree.widen, g), state.precision)
-    h, readings, aux = sharp_gradient(
-        *(value_fn, params, eps, state.readings),
+    own_h, readings, aux = sharp_gradient(
+        *(value_fn.alone(), devices.pcast(params), eps, state.readings),
         loss=UNKNOWN,
         g=g,
         ball=None,
         perturb_dtype=perturb_dtype,
         has_aux=True,
     )
-    a = jax.tree.map(lambda g: value_fn.mean_of_ascents(jnp.abs(tree.widen(g))), g)
-    return Parts((h, a), readings, aux)
+    share = devices.share(weights) if devices.local_axes else 1.0
+    a = jax.tree.map(lambda g: share * jnp.abs(tree.widen(g)), g)
+    part = devices.part_of_mean_grad(own_h, weights)
+    return Parts((part, a), readings, devices.mean(aux, devices.share(weights)))
 
 
 def _map(fn: Any, x: Any, *others: Any) -> Any:
