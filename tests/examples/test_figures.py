@@ -531,14 +531,11 @@ CASES = {
         lambda path: draw_lsam(path, [*lsam_digits.ROWS], 2, low=0.1),
     ],
 }
-# Figures with the most text, beside others of the same function.
-SLOW = ("sharpness_figure.draw-1", "digits.draw-3", "lightsam.draw-1", "lets.draw-1")
-SLOW += ("second_order.draw-2", "edge_of_stability.draw-3", "accelerator_report.draw-3")
+MOST = 2  # figures of a function in the default run
 ALL = [
-    pytest.param(case, id=it, marks=[pytest.mark.slow] if it in SLOW else [])
+    pytest.param(case, id=f"{name}-{number}", marks=[pytest.mark.slow] if number >= MOST else [])
     for name, cases in CASES.items()
     for number, case in enumerate(cases)
-    for it in [f"{name}-{number}"]
 ]
 
 

@@ -171,7 +171,9 @@ def test_every_variant_takes_a_step(name):
 # Several devices.
 
 
-@pytest.mark.parametrize("name", ["sam", "sampa", pytest.param("base", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["sam", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sampa", "base"))]
+)
 @pytest.mark.usefixtures("float64")
 def test_eight_devices_under_fsdp_are_one(name):
     """With a warm-up from 0 and, on the eight devices, remat and two microbatches."""

@@ -83,6 +83,7 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
         assert text in printed
 
 
+@pytest.mark.slow
 def test_threads_stop_and_go_on(in_empty_folder, monkeypatch, capsys, read_report):
     monkeypatch.setattr(example, "EVALUATE_EVERY", 0.05)
     show, seen = example.Bars.show, []
