@@ -83,7 +83,7 @@ def following(
     return schedule
 
 
-def one_minus_inverse(step: float | jax.Array) -> jax.Array:
+def one_minus_inverse(step: Any) -> jax.Array:
     """Return the share of Unified SAM's ascent that is normalized: from USAM to SAM.
 
         λ_t = 1 − 1/t       on step t = 1, 2, ...

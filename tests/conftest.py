@@ -108,6 +108,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts `pyte
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish():
+    """Leave what was imported until now out of all garbage collections."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(request, tmp_path_factory):
     """Keep compiled programs in a fixed folder, from which the next run takes them.

@@ -213,7 +213,7 @@ def choose(name: str, args: Any, noise: float, bar: tqdm) -> tuple[tuple[float, 
         found, labels = predictions(name, args, noise, runs, 1)
         bar.update(len(runs[0]))
         scores = -nll(list(found.values())[-1], labels)
-        return scores_of(np.nan_to_num(scores, nan=-np.inf), candidates)
+        return scores_of(np.nan_to_num(scores, nan=-np.inf), candidates).tolist()
 
     tried = search(axes_of(name), evaluate)
     best = best_of(tried)

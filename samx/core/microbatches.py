@@ -164,8 +164,8 @@ def sums_over(
     shares, own_shares = _shares(num_microbatches, microbatches[1], devices)
 
     def of_one(microbatch):
-        *examples, j, share = microbatch
-        parts = fn(*examples, j)
+        batch, weights, j, share = microbatch
+        parts = fn(batch, weights, j)
         gradients = jax.tree.map(tree.widen, parts.gradients)
         return parts._replace(gradients=tree.scaled(share, gradients))
 

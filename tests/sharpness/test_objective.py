@@ -61,6 +61,7 @@ def assert_same(found, wanted, atol=1e-10):
     )
 
 
+@pytest.mark.slow
 def test_padding_of_weight_zero_and_batches_that_do_not_divide_the_examples():
     data, _ = problem.make()
     data = jax.tree.map(lambda x: jnp.concatenate([x[:3], x]), data)
@@ -75,9 +76,8 @@ def test_seven_batches():
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize(
-    "axis_type", [AxisType.Explicit, pytest.param(AxisType.Auto, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.slow
 def test_sharded_examples_and_parameters(axis_type, measure):
     mesh = mesh_of(axis_type=axis_type)
     specs = {"W1": P(None, "data"), "W2": P("data"), "b1": P("data"), "b2": P()}

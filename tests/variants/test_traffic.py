@@ -102,6 +102,7 @@ def test_a_program_grows_little_faster_than_the_hand_written_one(name, factor):
     assert per_leaf(name) <= factor * per_leaf("by hand")
 
 
+@pytest.mark.slow
 def test_compiled_looksam_grows_with_the_number_of_leaves_only():
     """No sum over all leaves may stand in the program of each leaf."""
 

@@ -10,7 +10,7 @@ from cases import VARIANTS
 import samx
 
 pytestmark = pytest.mark.usefixtures("float64")
-FAST = ("sam", "sampa", "looksam", "sl_sam", "friendly_sam", "momentum_sam")
+FAST = ("sam", "looksam", "friendly_sam", "momentum_sam")
 
 
 def mixed():
