@@ -172,3 +172,11 @@ def test_dtypes_that_jax_does_not_promote():
         (jnp.bfloat16, "bfloat16"),
     ):
         assert tree.common_dtype(dtype, dtype) == wanted
+
+
+def test_a_known_length_is_that_of_its_tree_only():
+    known, other = jnp.array([3.0, 4.0]), jnp.array([6.0, 8.0])
+    found = tree.Length(jnp.ones(()), jnp.full((), 7.0))
+    with tree.known_length(known, found):
+        assert (float(tree.norm(known)), float(tree.norm(other))) == (7.0, 10.0)
+    assert float(tree.norm(known)) == 5.0
