@@ -177,9 +177,15 @@ def renormalized(
 
 
 def combination(
-    name: str, inner: Any, combine: Callable[[Any, Any, jax.Array], Any]
+    name: str,
+    inner: Any,
+    combine: Callable[[Any, Any, jax.Array], Any],
+    clean: Callable[[Any], Any] | None = None,
 ) -> Transformation:
-    """Return the transformation `combine(g, inner(g), step)`, in the dtypes of the parameters."""
+    """Return the transformation `combine(g, inner(g), step)`, in the dtypes of the parameters.
+
+    With `clean`, `clean(g)` takes the place of g: where devices climb separately, each device's.
+    """
     inner = as_transformation(name, "inner", inner)
 
     def init_fn(params):
@@ -189,6 +195,7 @@ def combination(
 
     def update_fn(g, state, params, *, value_fn, **extra):
         g_s, inner_state = inner.update(g, state.inner, params, value_fn=value_fn, **extra)
+        g = g if clean is None else value_fn.of_ascents(clean, g)
         updates = tree.cast_like(combine(g, g_s, state.step), params)
         return updates, CombinationState(next_step(state.step), inner_state)
 

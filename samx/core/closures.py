@@ -104,6 +104,12 @@ class Closure:
         devices = self.evaluation.devices
         return devices.mean(x, devices.share(self.weights)) if devices.local_axes else x
 
+    def of_ascents(self, fn: Callable[[Any], Any], g: Any) -> Any:
+        """Return `fn(g)`; if devices climb separately, the mean of `fn` of their own gradients."""
+        if self.ascent_grad is None:
+            return fn(g)
+        return jax.tree.map(self.mean_of_ascents, fn(self.ascent_grad))
+
     def _checked(self, result: Any) -> tuple[jax.Array, Any]:
         loss, aux = value_and_aux(result)
         _check_array(self.name, self.keyword, "a scalar or (scalar, aux)", loss)

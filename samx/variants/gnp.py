@@ -32,8 +32,8 @@ def gnp(
 
     Args:
         rho: Step ρ ≥ 0 of the finite difference, the paper's r; default 0.1.
-        alpha: Balance α ≥ 0, the penalty λ divided by ρ; default 0.8, of the authors' runs with
-            convolutional networks. They use 1, which is SAM, for ViT.
+        alpha: Balance α ≥ 0, the penalty λ divided by ρ; default 0.8, of the authors' runs. 1,
+            which is SAM, stands in their runs with a warm-up for ViT.
         clean: "gradient", the default and the paper's formula. "unit": the gradient in length 1, as
             in the authors' code by default, and in their published runs.
         perturbation: Replaces the ball and `rho`.
@@ -64,22 +64,23 @@ def gnp(
     Notes:
         `alpha=1` is SAM. The authors' warm-ups over W steps: "r" is
         `rho=optax.linear_schedule(0, rho, W)`, "lambda" is `alpha=optax.linear_schedule(0, alpha,
-        W)`, "zero" is `samx.perturb_if(samx.policies.between(W, last), samx.gnp(...))`. Their code
+        W)`, "zero" is `samx.perturb_if(samx.policies.between(W), samx.gnp(...))`. Their code
         then clips: put `optax.clip_by_global_norm(5.0)` after GNP. Their weight decay is a part of
-        the loss in both passes. They average over devices after each has mixed its own gradients:
-        `data_parallel(..., ascent="local")`, which for "unit" is another mean: here the unit
-        gradient is that of the mean. Cost: 2 gradients per step, one after the other, and one
-        transient copy of the parameters: g is kept until the end.
+        the loss in both passes. Their devices mix their own gradients, and average then:
+        `data_parallel(..., ascent="local")`. Cost: 2 gradients per step, one after the other, and
+        one transient copy of the parameters: g is kept until the end.
         Fidelity: matches zhaoyang-0204/gnp in both forms. `static_args`: `clean`.
     """
     check_choice("clean", clean, ("gradient", "unit"))
     check_hyperparam("alpha", alpha, 0)
     ball = ball_of("gnp", rho, perturbation)
 
-    def combine(g, g_s, step):
-        start = along(g, identity()(g), 1.0) if clean == "unit" else g
-        return tree.on_line(start, g_s, at_step(alpha, step))
+    sharp = sharpness_aware(ball, perturb_dtype=perturb_dtype, name="gnp")
 
-    return combination(
-        "gnp", sharpness_aware(ball, perturb_dtype=perturb_dtype, name="gnp"), combine
-    )
+    def combine(g, g_s, step):
+        return tree.on_line(g, g_s, at_step(alpha, step))
+
+    def unit(g):
+        return along(g, identity()(g), 1.0)
+
+    return combination("gnp", sharp, combine, clean=unit if clean == "unit" else None)

@@ -57,7 +57,7 @@ def test_noise_is_the_same_with_local_ascent(name, regime):
 @pytest.mark.parametrize(
     ("name", "regime"),
     slow_but(
-        (),
+        {("gnp, unit", "shard_map")},
         [(n, r) for n in CLIMBING if VARIANTS[n].is_mean_of_shards for r in LOCAL],
     ),
 )

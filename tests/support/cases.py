@@ -605,7 +605,6 @@ VARIANTS = {
         fixed={"clean": "unit"},
         oracle="gnp__nesterov_r0.1_a0.8_default",
         limit=None,
-        is_mean_of_shards=False,
         static_args=("clean",),
     ),
     "eigen_sam": row(
