@@ -111,9 +111,11 @@ ALL = "jit pmap shard_map"
 def check_stopped(launched, pids, message):
     """Check that no worker lives, and that the launcher has said why."""
     assert not any(map(is_alive, pids))
-    said = launched.err.read_text()
-    assert said.splitlines()[-1] == message
-    assert "Traceback" not in said
+    said = launched.err.read_text().splitlines()
+    assert said[-1] == message
+    # A worker may have time to say that it has lost the other one.
+    own = [line for line in said if not line.startswith("process 1: ")]
+    assert not any("Traceback" in line for line in own)
 
 
 @pytest.mark.parametrize("strategies", ["shard_map", pytest.param(ALL, marks=pytest.mark.slow)])
