@@ -52,11 +52,13 @@ from samx.variants.async_sam import async_sam
 from samx.variants.ausam import ausam
 from samx.variants.bisam import bisam
 from samx.variants.bsam import bsam
+from samx.variants.cr_sam import cr_sam
 from samx.variants.eigen_sam import eigen_sam
 from samx.variants.esam import esam
 from samx.variants.fisher_sam import fisher_sam
 from samx.variants.focal_sam import focal_sam
 from samx.variants.friendly_sam import friendly_sam
+from samx.variants.gam import gam, gam_exact
 from samx.variants.gcsam import gcsam
 from samx.variants.gnp import gnp
 from samx.variants.gsam import gsam
@@ -65,6 +67,7 @@ from samx.variants.ksam import ksam
 from samx.variants.le_sam import le_sam
 from samx.variants.lets import lets
 from samx.variants.lightsam import lightsam_adagrad, lightsam_adam, lightsam_norm
+from samx.variants.lookbehind_sam import lookbehind_sam
 from samx.variants.looksam import look_layer_sam, looksam
 from samx.variants.lpf_sgd import lpf_sgd
 from samx.variants.lsam import lsam
@@ -76,15 +79,20 @@ from samx.variants.rwp import rwp
 from samx.variants.sagm import sagm
 from samx.variants.sam import sam, sharpness_aware
 from samx.variants.sam_on import sam_on
+from samx.variants.sam_polyak import sam_polyak
 from samx.variants.sampa import sampa
+from samx.variants.sassha import msassha, sassha
 from samx.variants.sl_sam import sl_sam
 from samx.variants.sparse_sam import dynamic_sparse_sam, fisher_sparse_sam
 from samx.variants.spectral_sam import spectral_sam
 from samx.variants.stable_sam import stable_sam
+from samx.variants.tsam import tsam
 from samx.variants.unified_sam import unified_sam
 from samx.variants.usam import usam
 from samx.variants.vsam import vsam
 from samx.variants.wsam import coupled_wsam, wsam
+from samx.variants.x_sam import x_sam
+from samx.variants.xsam import xsam
 from samx.variants.zsharp import zsharp
 
 __version__ = "0.2.0"
@@ -103,6 +111,7 @@ __all__ = [
     "bisam",
     "bsam",
     "coupled_wsam",
+    "cr_sam",
     "dynamic_sparse_sam",
     "eigen_sam",
     "esam",
@@ -110,6 +119,8 @@ __all__ = [
     "fisher_sparse_sam",
     "focal_sam",
     "friendly_sam",
+    "gam",
+    "gam_exact",
     "gcsam",
     "gnp",
     "gsam",
@@ -121,6 +132,7 @@ __all__ = [
     "lightsam_adam",
     "lightsam_norm",
     "look_layer_sam",
+    "lookbehind_sam",
     "looksam",
     "lpf_sgd",
     "lsam",
@@ -128,20 +140,26 @@ __all__ = [
     "momentum_sam",
     "monge_sam",
     "msam",
+    "msassha",
     "mup_sam",
     "rwp",
     "sagm",
     "sam",
     "sam_on",
+    "sam_polyak",
     "sampa",
+    "sassha",
     "sharpness_aware",
     "sl_sam",
     "spectral_sam",
     "stable_sam",
+    "tsam",
     "unified_sam",
     "usam",
     "vsam",
     "wsam",
+    "x_sam",
+    "xsam",
     "zsharp",
     # Asynchronous
     "asynchronous",

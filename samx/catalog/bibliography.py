@@ -18,7 +18,7 @@ JOURNALS = {
     "Neural Networks": "Neural Networks",
     "TMLR": "Transactions on Machine Learning Research",
 }
-LATEX = {"ø": r"{\o}", "ö": r"{\"o}", "ü": r"{\"u}", "µP²": r"$\mu$P$^2$"}
+LATEX = {"ø": r"{\o}", "ç": r"{\c{c}}", "ö": r"{\"o}", "ü": r"{\"u}", "µP²": r"$\mu$P$^2$"}
 
 
 def bibtex(entry: Any) -> str:

@@ -21,11 +21,13 @@ from samx.variants.async_sam import async_sam
 from samx.variants.ausam import ausam
 from samx.variants.bisam import bisam
 from samx.variants.bsam import bsam
+from samx.variants.cr_sam import cr_sam
 from samx.variants.eigen_sam import eigen_sam
 from samx.variants.esam import esam
 from samx.variants.fisher_sam import fisher_sam
 from samx.variants.focal_sam import focal_sam
 from samx.variants.friendly_sam import friendly_sam
+from samx.variants.gam import gam, gam_exact
 from samx.variants.gcsam import gcsam
 from samx.variants.gnp import gnp
 from samx.variants.gsam import gsam
@@ -34,6 +36,7 @@ from samx.variants.ksam import ksam
 from samx.variants.le_sam import le_sam
 from samx.variants.lets import lets
 from samx.variants.lightsam import lightsam_adagrad, lightsam_adam, lightsam_norm
+from samx.variants.lookbehind_sam import lookbehind_sam
 from samx.variants.looksam import look_layer_sam, looksam
 from samx.variants.lpf_sgd import lpf_sgd
 from samx.variants.lsam import lsam
@@ -45,15 +48,20 @@ from samx.variants.rwp import rwp
 from samx.variants.sagm import sagm
 from samx.variants.sam import sam, sharpness_aware
 from samx.variants.sam_on import sam_on
+from samx.variants.sam_polyak import sam_polyak
 from samx.variants.sampa import sampa
+from samx.variants.sassha import msassha, sassha
 from samx.variants.sl_sam import sl_sam
 from samx.variants.sparse_sam import dynamic_sparse_sam, fisher_sparse_sam
 from samx.variants.spectral_sam import spectral_sam
 from samx.variants.stable_sam import stable_sam
+from samx.variants.tsam import tsam
 from samx.variants.unified_sam import unified_sam
 from samx.variants.usam import usam
 from samx.variants.vsam import vsam
 from samx.variants.wsam import coupled_wsam, wsam
+from samx.variants.x_sam import x_sam
+from samx.variants.xsam import xsam
 from samx.variants.zsharp import zsharp
 
 LOSS = ("value_fn",)
@@ -343,6 +351,38 @@ PAPERS = {
         "Asynchronous Sharpness-Aware Minimization For Fast and Accurate Deep Learning",
         "Jo, Junhyuk and Lim, Jihyun and Lee, Sunwoo",
         "", 2025, "2503.11147"),
+    "wu2024crsam": _Paper(
+        "CR-SAM: Curvature Regularized Sharpness-Aware Minimization",
+        "Wu, Tao and Luo, Tie and Wunsch II, Donald C.",
+        "AAAI", 2024, "2312.13555"),
+    "chen2026xsam": _Paper(
+        "Revisiting Sharpness-Aware Minimization: A More Faithful and Effective Implementation",
+        "Chen, Jianlong and Zhou, Zhiming",
+        "ICLR", 2026, "2603.10048"),
+    "duan2026xsam": _Paper(
+        "X-SAM: Boosting Sharpness-Aware Minimization with Dominant-Eigenvector Gradient Correction",
+        "Duan, Hongru and Chen, Yongle and Guan, Lei",
+        "", 2026, "2601.10251"),
+    "mordido2024lookbehind": _Paper(
+        "Lookbehind-SAM: k steps back, 1 step forward",
+        "Mordido, Gonçalo and Malviya, Pranshu and Baratin, Aristide and Chandar, Sarath",
+        "ICML", 2024, "2307.16704"),
+    "li2025tilted": _Paper(
+        "Reweighting Local Minima with Tilted SAM",
+        "Li, Tian and Zhou, Tianyi and Bilmes, Jeffrey A.",
+        "ICML", 2025, "2410.22656"),
+    "oikonomou2026polyak": _Paper(
+        "Adaptive Sharpness-Aware Minimization with a Polyak-type Step size: A Theory-Grounded Scheduler",
+        "Oikonomou, Dimitris and Loizou, Nicolas",
+        "ICML", 2026, "2606.01827"),
+    "shin2025sassha": _Paper(
+        "Sassha: Sharpness-aware Adaptive Second-order Optimization with Stable Hessian Approximation",
+        "Shin, Dahun and Lee, Dongyeop and Chung, Jinseok and Lee, Namhoon",
+        "ICML", 2025, "2502.18153"),
+    "zhang2023gam": _Paper(
+        "Gradient Norm Aware Minimization Seeks First-Order Flatness and Improves Generalization",
+        "Zhang, Xingxuan and Xu, Renzhe and Yu, Han and Zou, Hao and Cui, Peng",
+        "CVPR", 2023, "2303.03108"),
     "moellenhoff2023bsam": _Paper(
         "SAM as an Optimal Relaxation of Bayes",
         "Möllenhoff, Thomas and Khan, Mohammad Emtiyaz",
@@ -742,4 +782,58 @@ ENTRIES = (
            "matches team-approx-bayes/bayesian-sam to 1e-10, momentum and precision included, its draws "
            "replayed; a corrected third-party translation agrees",
            "authors"),
+    _entry("cr_sam", cr_sam, "cr_sam(rho=0.1, gamma=0.1, beta=0.01)",
+           "CR-SAM", "wu2024crsam", "chain", LOSS,
+           "3, two of them independent", "0",
+           "matches TrustAIoT/CR-SAM to 1e-12, whose differences are divided by nothing",
+           "authors"),
+    _entry("xsam", xsam, "xsam(rho=0.15, every=100)",
+           "XSAM (slerp)", "chen2026xsam", "chain", LOSS,
+           "2, and 21 forward passes every 100 steps", "0",
+           "matches Cccjl219/XSAM to 1e-11, its search included",
+           "authors"),
+    _entry("x_sam", x_sam, "x_sam(rho=0.05, alpha=0.2, every=5)",
+           "X-SAM (eigenvector)", "duan2026xsam", "chain", LOSS,
+           "2, and 5 Hessian products every 5 steps", "1 P",
+           "**reconstructed** from huang5467/X-SAM, which was read and not run; matches an independent "
+           "loop to 1e-10",
+           "reconstructed"),
+    _entry("lookbehind_sam", lookbehind_sam, "lookbehind_sam(base, rho=0.05, steps=5, alpha=0.5)",
+           "Lookbehind-SAM, -ASAM", "mordido2024lookbehind", "wraps", LOSS,
+           "k + 1, sequential", "0",
+           "matches chandar-lab/Lookbehind-SAM to 1e-12, with SAM's ball and with ASAM's; its loop "
+           "takes 2 k gradients",
+           "authors"),
+    _entry("tsam", tsam, "tsam(rho=0.05, tilt=1.0, samples=3)",
+           "TSAM", "li2025tilted", "chain", LOSS,
+           "2 S, in S independent pairs", "0",
+           "matches litian96/TSAM to 1e-12, its draws replayed",
+           "authors"),
+    _entry("sam_polyak", sam_polyak, "sam_polyak(rho=0.1, max_learning_rate=1.0)",
+           "SAM-Polyak", "oikonomou2026polyak", "optimizer", LOSS,
+           "2, sequential", "0",
+           "matches sam-sps 1.0.0 to 1e-12, its casts to float32 lifted",
+           "authors"),
+    _entry("sassha", sassha, "sassha(learning_rate, rho=0.05)",
+           "SASSHA", "shin2025sassha", "optimizer", LOSS,
+           "2, and 1 Hessian product every 10 steps", "2 P",
+           "matches LOG-postech/Sassha to 1e-10, with its Hessian product taken at w + ε as in the "
+           "paper, its draws replayed",
+           "authors"),
+    _entry("msassha", msassha, "msassha(learning_rate, rho=0.05)",
+           "M-SASSHA", "shin2025sassha", "optimizer", LOSS,
+           "1, and 1 Hessian product every 10 steps", "2 P",
+           "the published code cannot run; matches an independent loop to 1e-10",
+           "reconstructed"),
+    _entry("gam", gam, "gam(rho=0.2, rho_prime=0.02)",
+           "GAM, accelerated", "zhang2023gam", "chain", LOSS,
+           "4, sequential", "0",
+           "matches xxgege/GAM to 1e-11, adaptive too",
+           "authors"),
+    _entry("gam_exact", gam_exact, "gam_exact(rho=0.2, alpha=0.5)",
+           "GAM, the equation", "zhang2023gam", "chain", LOSS,
+           "2, and 2 Hessian products", "0",
+           "**reconstructed**: the published code has the accelerated form alone; matches an "
+           "independent run of the equation to 1e-10",
+           "reconstructed"),
 )

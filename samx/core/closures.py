@@ -110,6 +110,10 @@ class Closure:
             return fn(g)
         return jax.tree.map(self.mean_of_ascents, fn(self.ascent_grad))
 
+    def pcast_ascent(self, x: Any) -> Any:
+        """Cast a tree to varying along the axes on which devices climb separately."""
+        return self.evaluation.devices.ascent.pcast_left_out(x)
+
     def _checked(self, result: Any) -> tuple[jax.Array, Any]:
         loss, aux = value_and_aux(result)
         _check_array(self.name, self.keyword, "a scalar or (scalar, aux)", loss)

@@ -122,8 +122,9 @@ class Devices(NamedTuple):
 
     def mean_loss(self, loss: jax.Array, weights: jax.Array | None, factor: Any = 1.0) -> jax.Array:
         """Return the mean of the local losses; their gradients have `factor` already."""
-        if not self.axes:
-            return loss
+        if not self.axes:  # the device's own loss: the factor is taken out again
+            own = isinstance(factor, float)
+            return loss if own else _scale_cotangent(loss, tree.ratio(1.0, factor))
         weight = self.weight(weights)
         if not isinstance(weight, float) and factor is not weight:
             weight = weight if isinstance(factor, float) else tree.ratio(weight, factor)

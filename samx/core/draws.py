@@ -18,6 +18,19 @@ def normal_like(key: jax.Array, step: Any, like: Any, draw: Any = 0) -> Any:
     return drawn_like(sample, jax.random.fold_in(key, draw), step, like)
 
 
+def signs_like(key: jax.Array, step: Any, like: Any, draw: Any = 0) -> Any:
+    """Draw random signs, float32 or wider; at complex leaves for both parts."""
+
+    def sample(key, leaf):
+        dtype = tree.wide_dtype(leaf.dtype)
+        if not jnp.issubdtype(dtype, jnp.complexfloating):
+            return jax.random.rademacher(key, leaf.shape, dtype)
+        parts = jax.random.rademacher(key, (2, *leaf.shape), leaf.real.dtype)
+        return jax.lax.complex(parts[0], parts[1])
+
+    return drawn_like(sample, jax.random.fold_in(key, draw), step, like)
+
+
 def drawn_like(
     sample: Callable[[jax.Array, jax.Array], jax.Array], key: jax.Array, step: Any, like: Any
 ) -> Any:

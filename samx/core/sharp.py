@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import DType
 from samx.core.closures import Closure, LossesClosure, scalar_closure
+from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import check_flag, check_floating
 from samx.core.inspection import inspect_point
 from samx.core.readings import Readings, take_readings
@@ -95,6 +97,14 @@ def value_and_grad_at(
     grads = tree.conj(tree.keep_floating(grads, params))  # float0 at the integers
     grads = jax.tree.map(lambda g, w: g.astype(jnp.result_type(w)), grads, params)
     return value if has_aux else value[0], grads
+
+
+def loss_at(
+    value_fn: Closure, params: optax.Params, eps: optax.Updates, perturb_dtype: Any
+) -> jax.Array:
+    """Return the loss at `w + ε`, with no gradient."""
+    with _sharp_pass():
+        return value_fn(perturbed(params, eps, perturb_dtype))
 
 
 def scores_at(
@@ -194,6 +204,53 @@ def ascend(
     if ascent_grad is not g:
         _, new_state = perturb(g, state, params)
     return eps, ascent_grad, new_state
+
+
+def climb_further(
+    value_fn: Closure,
+    perturbation: optax.GradientTransformationExtraArgs,
+    state: Any,
+    params: Any,
+    eps: Any,
+    /,
+    *,
+    steps: int,
+    perturb_dtype: Any,
+    **keywords: Any,
+) -> Any:
+    """Return the perturbation after the climbs 2, ..., `steps`; each starts where the last ended.
+
+    Every climb uses the same state of the perturbation. Each takes one gradient.
+    """
+    perturb = partial(perturbation.update, value_fn=value_fn, **keywords)
+
+    def climb(_, eps):
+        _, g_i = value_and_grad_at(value_fn.ascent, params, eps, perturb_dtype=perturb_dtype)
+        step, _ = perturb(g_i, state, perturbed(params, eps, perturb_dtype))
+        return optax.tree.add(eps, step)
+
+    return fast_convolutions(jax.lax.fori_loop)(1, steps, climb, eps) if steps > 1 else eps
+
+
+def evaluate_at(
+    value_fn: Closure, params: Any, eps: Any, *, perturb_dtype: Any
+) -> tuple[jax.Array, Any, Any]:
+    """Evaluate the loss and its gradient at `w + ε` once, to climb on from there.
+
+    Returns:
+        `(loss, g, own_g)`. If devices climb separately, `g` is the mean of their gradients `own_g`.
+        Otherwise both are the same.
+    """
+    loss, own_g = value_and_grad_at(value_fn.ascent, params, eps, perturb_dtype=perturb_dtype)
+    return value_fn.mean_of_ascents(loss), with_ascent_grad(value_fn, own_g)[0], own_g
+
+
+def with_ascent_grad(value_fn: Closure, own_g: Any) -> tuple[Any, Closure]:
+    """Return the mean gradient and the closure for `ascend`, given what this device climbs."""
+    if not value_fn.evaluation.devices.local_axes:
+        return own_g, value_fn
+    g = jax.tree.map(value_fn.mean_of_ascents, own_g)
+    return g, replace(value_fn, ascent_grad=own_g)
 
 
 def sharp_gradient(

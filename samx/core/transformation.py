@@ -280,10 +280,10 @@ def as_transformation(name: str, keyword: str, tx: Any) -> Transformation:
 
 
 def check_in_front(name: str, state: Any) -> None:
-    """Raise a `ValueError` if the state is that of a variant that wraps a base optimizer."""
-    if "base" in getattr(state, "_fields", ()):
+    """Raise a `ValueError` if the state is that of a variant that wraps a base, or is one."""
+    if "base" in getattr(state, "_fields", ()) or getattr(state, "is_optimizer", False):
         raise ValueError(
-            f"{name}: `inner` must stand in front of a base, but it wraps one "
+            f"{name}: `inner` must stand in front of a base, but it wraps one or is one "
             f"({type(state).__name__}); its updates are optimizer steps, not gradients"
         )
 

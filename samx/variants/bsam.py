@@ -48,6 +48,7 @@ class BSAMState(NamedTuple):
     num_examples: jax.Array
     aux: Any
     readings: Readings
+    is_optimizer = True
 
 
 def bsam(

@@ -5,50 +5,18 @@ Minimization", NeurIPS 2024. https://arxiv.org/abs/2501.12666
 """
 
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from samx.core import draws, tree
+from samx.core import tree
 from samx.core.aliases import DType, Radius, ScalarOrSchedule, Transformation
-from samx.core.closures import Closure
-from samx.core.convolutions import fast_convolutions
-from samx.core.hyperparams import (
-    RandomKey,
-    as_count,
-    at_step,
-    check_choice,
-    check_hyperparam,
-    next_step,
-)
-from samx.core.readings import UNKNOWN, Readings, no_readings
+from samx.core.hyperparams import at_step, check_choice, check_hyperparam
+from samx.core.readings import UNKNOWN
 from samx.core.sharp import sharp_gradient
 from samx.core.transformation import closure_transformation
-from samx.perturbations.balls import along
-from samx.perturbations.metrics import identity
-from samx.sharpness import hvp
-
-HESSIAN_PRODUCT = 2.0  # gradients
-
-
-class EigenSAMState(NamedTuple):
-    """State of `eigen_sam`.
-
-    Attributes:
-        step: int32, optimizer steps so far.
-        key: uint32, the data of the random key of the first vector (`jax.random.key_data`).
-        eigenvector: The vector v of length 1, float32 or wider; zeros before the first refresh.
-        extra_gradients: float32, the cost of the last step's refresh, in gradients over one batch.
-        readings: Readings of the last step.
-    """
-
-    step: jax.Array
-    key: jax.Array
-    eigenvector: Any
-    extra_gradients: jax.Array
-    readings: Readings
+from samx.variants._eigenvector import Refresh, unit
 
 
 def eigen_sam(
@@ -118,59 +86,22 @@ def eigen_sam(
     """
     check_hyperparam("rho", rho, 0)
     check_hyperparam("alpha", alpha, 0)
-    every, iterations = as_count("every", every), as_count("iterations", iterations)
     check_choice("before_refresh", before_refresh, ("sam", "usam"))
-    if steps_per_epoch is not None:
-        steps_per_epoch = as_count("steps_per_epoch", steps_per_epoch)
-    keys = RandomKey(key)
+    refresh = Refresh(every, iterations, steps_per_epoch, key)
     sharp = partial(sharp_gradient, perturb_dtype=perturb_dtype)
 
-    def init_fn(params):
-        return EigenSAMState(
-            step=jnp.zeros((), jnp.int32),
-            key=keys.data(),
-            eigenvector=optax.tree.zeros_like(jax.tree.map(tree.widen, params)),
-            extra_gradients=jnp.zeros((), jnp.float32),
-            readings=no_readings(params),
-        )
-
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN):
-        count = state.step % steps_per_epoch if steps_per_epoch else state.step
-        is_due = (count > 0) & (count % every == 0) & (not value_fn.evaluation.is_skipped_step)
-        v = fast_convolutions(jax.lax.cond)(
-            is_due,
-            lambda: _power_iteration(value_fn, params, state, keys, iterations),
-            lambda: state.eigenvector,
-        )
+        new, v = refresh.next_state(state, value_fn, params)
         g_a = g if value_fn.ascent_grad is None else value_fn.ascent_grad
         eps = _ascent(g_a, v, at_step(rho, state.step), at_step(alpha, state.step), before_refresh)
-        spent = jnp.where(is_due, iterations * HESSIAN_PRODUCT, 0).astype(jnp.float32)
-        new = state._replace(step=next_step(state.step), eigenvector=v, extra_gradients=spent)
         g_s, readings = sharp(value_fn, params, eps, state.readings, loss=value, g=g_a, ball=new)
         return g_s, new._replace(readings=readings)
 
-    return closure_transformation(init_fn, update_fn, name="eigen_sam")
-
-
-def _power_iteration(
-    value_fn: Closure, params: Any, state: EigenSAMState, keys: RandomKey, iterations: int
-) -> Any:
-    """Return the vector after some products with the Hessian; the first one starts at a draw."""
-    drawn = draws.normal_like(keys.of(state.key), 0, state.eigenvector)
-    is_first = tree.norm(state.eigenvector) == 0
-    start = tree.where(is_first, drawn, state.eigenvector)
-    times = hvp(value_fn, params)
-
-    def improve(_, v):
-        product = times(v)
-        return along(product, identity()(product), 1.0)
-
-    v = fast_convolutions(jax.lax.fori_loop)(0, iterations, improve, start)
-    return tree.if_finite(v, state.eigenvector)
+    return closure_transformation(refresh.first_state, update_fn, name="eigen_sam")
 
 
 def _ascent(g: Any, v: Any, rho: Any, alpha: Any, before_refresh: str) -> Any:
-    u = along(g, identity()(g), 1.0)
+    u = unit(g)
     cosine = tree.dot(u, v)
     bend = alpha * jnp.sign(cosine)
     eps = jax.tree.map(

@@ -7,14 +7,12 @@ Generalization", ICLR 2021. https://arxiv.org/abs/2010.01412
 from functools import partial
 from typing import NamedTuple
 
-import jax
 import optax
 
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
-from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import Default, as_count
 from samx.core.readings import UNKNOWN, Readings, no_readings
-from samx.core.sharp import ascend, perturbed, sharp_gradient, value_and_grad_at
+from samx.core.sharp import ascend, climb_further, sharp_gradient
 from samx.core.transformation import as_transformation, closure_transformation
 from samx.variants._ball import ball_of
 
@@ -90,20 +88,10 @@ def sharpness_aware(
     def init_fn(params):
         return SharpnessAwareState(perturbation.init(params), no_readings(params))
 
-    def climb_further(value_fn, state, params, eps, extra):
-        perturb = partial(perturbation.update, value_fn=value_fn, **extra)
-
-        def climb(_, eps):
-            _, g_i = value_and_grad_at(value_fn.ascent, params, eps, perturb_dtype=perturb_dtype)
-            step, _ = perturb(g_i, state, perturbed(params, eps, perturb_dtype))
-            return optax.tree.add(eps, step)
-
-        return fast_convolutions(jax.lax.fori_loop)(1, ascent_steps, climb, eps)
-
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
         eps, g_a, ball = ascend(value_fn, perturbation, g, state.perturbation, params, **extra)
-        if ascent_steps > 1:
-            eps = climb_further(value_fn, state.perturbation, params, eps, extra)
+        climb_on = partial(climb_further, value_fn, perturbation, state.perturbation, params)
+        eps = climb_on(eps, steps=ascent_steps, perturb_dtype=perturb_dtype, **extra)
         g_s, readings = sharp(value_fn, params, eps, state.readings, loss=value, g=g_a, ball=ball)
         return g_s, SharpnessAwareState(ball, readings)
 

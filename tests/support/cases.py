@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import problem
 import reference
+import reference_passes
 from recorded import RECORDED
 
 import samx
@@ -139,6 +141,8 @@ class Case:
         """Build the whole optimizer with a learning rate of zero."""
         if "learning_rate" in self.hyper:
             changes |= {"learning_rate": 0.0}
+        if "max_learning_rate" in self.hyper:
+            changes |= {"max_learning_rate": 0.0}
         return self.build(optax.sgd(0.0, momentum=0.9), **changes)
 
 
@@ -214,6 +218,47 @@ def sl_sam_loop(rho):
     def train(base, steps):
         groups = [["W1"], ["W2", "b1", "b2"]]
         return reference.train_sl_sam(base, reference.ball(rho), groups, draw, 0.5, 0.2, steps)[0]
+
+    return train
+
+
+def signs(like, steps, draws):
+    """The draws of `draws.signs_like` with the default key, from their definition."""
+
+    def sign(i, w, t, j):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), j), t), i)
+        return np.asarray(jax.random.rademacher(key, w.shape, np.float64))
+
+    return {
+        k: np.array([[sign(i, w, t, j) for j in range(draws)] for t in range(steps)])
+        for i, (k, w) in enumerate(sorted(like.items()))
+    }
+
+
+def msassha_loop(base, steps):
+    del base
+    drawn = signs(problem.make()[1], steps, 1)
+    rule = reference_passes.Sassha(
+        *(reference.ball(0.1), drawn, 0.01),
+        **{"every": 2, "samples": 1, "power": 0.5, "b2": 0.99, "by_momentum": True},
+    )
+    return reference_passes.train(rule, steps)
+
+
+def x_sam_loop(base, steps):
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
+    start = {
+        k: np.asarray(jax.random.normal(jax.random.fold_in(key, i), w.shape, np.float64))
+        for i, (k, w) in enumerate(sorted(problem.make()[1].items()))
+    }
+    combine = reference_passes.x_sam(reference.ball(0.05), 0.2, 2, 5, start)
+    return reference_passes.train(reference_passes.on(base, combine), steps)
+
+
+def lookbehind_loop(rho):
+    def train(base, steps):
+        rule = reference_passes.lookbehind(base, reference.ball(rho), 2, 0.5)
+        return reference_passes.train(rule, steps)
 
     return train
 
@@ -661,6 +706,120 @@ VARIANTS = {
         is_mean_of_shards=False,
         static_args=("num_microbatches",),
         **SELECTING,
+    ),
+}
+VARIANTS |= {
+    "cr_sam": row(
+        "cr_sam",
+        {"rho": 0.1, "gamma": 0.1, "beta": 0.05},
+        passes=(2, 2),
+    ),
+    "xsam": row(
+        "xsam",
+        {"rho": 0.15, "rho_max": 0.8},
+        fixed={"every": 2, "alpha_max": 30.0, "alpha_step": 1.5},
+        limit=base_alone,
+        spent=lambda step, state: 2.0 + 7.0 * (step % 2 == 0),
+        counts_once=False,
+        is_mean_of_shards=False,
+        static_args=("every", "alpha", "alpha_max", "alpha_step", "ascent_steps"),
+    ),
+    "x_sam": row(
+        "x_sam",
+        {"rho": 0.05, "alpha": 0.2},
+        fixed={"every": 2},
+        oracle=x_sam_loop,
+        limit=None,  # its steps have length 1
+        spent=lambda step, state: 2.0 + 10.0 * (step > 0 and step % 2 == 0),
+        counts_once=False,
+        copies=1,
+        is_mean_of_shards=False,
+        static_args=("every", "iterations", "steps_per_epoch"),
+    ),
+    "lookbehind_sam": row(
+        "lookbehind_sam",
+        {"rho": 0.05, "alpha": 0.5},
+        fixed={"steps": 2},
+        limit=lookbehind_loop(0.0),
+        passes=(2, 2),
+        counts_once=False,
+        is_mean_of_shards=False,
+        static_args=("steps",),
+    ),
+    "tsam": row(
+        "tsam",
+        {"rho": 0.05, "tilt": 1.0, "radius": 0.45, "sigma": 0.03},
+        fixed={"samples": 2},
+        limit=None,  # the noise stays
+        passes=(4, 4),
+        counts_once=False,
+        is_mean_of_shards=False,
+        static_args=("samples",),
+        **NOISY,
+    ),
+    "sam_polyak": row(
+        "sam_polyak",
+        {
+            "rho": 0.1,
+            "max_learning_rate": 0.84,
+            "lam": 0.9,
+            "min_loss": 0.1,
+            "weight_decay": 0.01,
+        },
+        limit=None,  # a step size that depends on the loss
+        is_mean_of_shards=False,
+    ),
+    "sassha": row(
+        "sassha",
+        {
+            "learning_rate": 0.01,
+            "rho": 0.1,
+            "b1": 0.9,
+            "b2": 0.99,
+            "power": 0.5,
+            "eps": 1e-4,
+        },
+        fixed={"every": 2},
+        limit=None,
+        survives_any_scale=False,  # m grows as the loss does, and the root as its root
+        spent=lambda step, state: 2.0 + 2.0 * (step % 2 == 0),
+        counts_once=False,
+        copies=1,
+        is_mean_of_shards=False,
+        static_args=("every", "samples"),
+    ),
+    "msassha": row(
+        "msassha",
+        {
+            "learning_rate": 0.01,
+            "rho": 0.1,
+            "b1": 0.9,
+            "b2": 0.99,
+            "power": 0.5,
+            "eps": 1e-4,
+        },
+        fixed={"every": 2},
+        oracle=msassha_loop,
+        limit=None,
+        survives_any_scale=False,
+        spent=lambda step, state: 1.0 + 2.0 * (step % 2 == 0),
+        counts_once=False,
+        copies=1,
+        is_mean_of_shards=False,
+        static_args=("every", "samples"),
+        **SELECTING,
+    ),
+    "gam": row(
+        "gam",
+        {"rho": 0.2, "rho_prime": 0.05, "beta0": 0.5, "beta1": 0.6, "gamma": 0.1},
+        radii=("rho", "rho_prime"),
+        passes=(3, 3),
+    ),
+    "gam_exact": row(
+        "gam_exact",
+        {"rho": 0.2, "alpha": 0.5},
+        passes=(5, 5),
+        counts_once=False,
     ),
 }
 SL_SHARES = (160 / 227, 67 / 227)  # of the parameters: W1, and the others

@@ -21,6 +21,7 @@ from cases import VARIANTS, Case
 import samx
 
 SLOPE = 0.1  # of a schedule, per step, relative to its first value
+RATES = ("learning_rate", "max_learning_rate")
 MOST_STEPS_BETWEEN = 7  # from one sharp step to the next, in any row
 
 
@@ -50,8 +51,8 @@ class Program:
         for t in range(steps):
             changed = numbers(t) if callable(numbers) else numbers or {}
             hyper = self.case.hyper | changed
-            if rate == 0 and "learning_rate" in hyper:
-                hyper |= {"learning_rate": 0.0}
+            if rate == 0:
+                hyper |= {key: 0.0 for key in RATES if key in hyper}
             scale = factor[t] if isinstance(factor, list) else factor
             batch = problem.batch_at(data, t)
             carry = self.step(*carry, batch, hyper, slopes, rate, scale)
@@ -159,7 +160,7 @@ def stays_finite_at_a_zero_gradient(name):
 
 def recovers_from_a_bad_batch(name):
     """One step is not a number, and the base gets zeros: no state remembers it for ever."""
-    if "learning_rate" in VARIANTS[name].hyper:
+    if any(key in VARIANTS[name].hyper for key in RATES):
         return  # it takes a step itself, which the base cannot clear
     factors = [1.0] * (2 * MOST_STEPS_BETWEEN)
     for bad in (1, 2, 3):

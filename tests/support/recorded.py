@@ -20,7 +20,7 @@ import pytest
 
 import samx
 from samx import losses, policies, schedules
-from samx.perturbations import metric_ball, sphere_noise
+from samx.perturbations import magnitude, metric_ball, sphere_noise
 
 SGD, MOMENTUM = optax.sgd(0.1), optax.sgd(0.1, momentum=0.9)
 ADAMW = optax.adamw(0.01, weight_decay=0.01)
@@ -142,6 +142,7 @@ def warm_factor(step):
 
 CLIPPED = optax.chain(optax.clip_by_global_norm(5.0), MOMENTUM)
 NESTEROV = optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(0.1, momentum=0.9, nesterov=True))
+FULL_MAGNITUDE = magnitude(0.0, is_scaled=lambda path, leaf: True)
 BSAM = {"num_examples": 64, "prior_precision": 0.64, "rho": 0.05}
 ARWP = {"sigma": 0.01, "eta": 1.0, "decay": 0.9}
 FOLLOWING = {"peak_value": 0.1, "end_value": 0.001}
@@ -293,6 +294,37 @@ RECORDED = {
         "bsam", None, learning_rate=0.05, num_microbatches=1, **BSAM | {"prior_precision": 0.064}
     ),
 }
+SEARCH = {"alpha_max": 2.0, "alpha_step": 0.1}
+RECORDED |= {
+    "crsam__sgd_rho0.1_gamma0.1_beta0.01": run("cr_sam", SGD),
+    "crsam__sgdm_rho0.1_gamma0.1_beta0.01": run("cr_sam", MOMENTUM),
+    "xsam_slerp__sgd_k1_rho0.15_dynamic_rhomax0.3_amax2.0_d0.1": run(
+        "xsam", SGD, every=4, **SEARCH
+    ),
+    "xsam_slerp__sgdm_k1_rho0.1_alpha0.4": run("xsam", MOMENTUM, rho=0.1, alpha=0.4, **SEARCH),
+    "lookbehind_sam__sgd_k2_alpha0.5_rho0.05": run("lookbehind_sam", SGD, steps=2),
+    "lookbehind_asam__sgdm_k3_alpha0.2_rho0.5_eta0.01": run(
+        "lookbehind_sam",
+        MOMENTUM,
+        steps=3,
+        alpha=0.2,
+        perturbation=metric_ball(0.5, magnitude(0.01)),
+    ),
+    "tsam__sgd_rho0.05_n3_tilt1.0_radius1.0_scaling1.0_sched0": run("tsam", SGD, samples=3),
+    "samsps__rho0.1_lambda1.0_gammab1.0_wd0.0_fstar0.0": run("sam_polyak", None, weight_decay=0.0),
+    "sassha_cleanhessian__lr0.01_rho0.1_lazy10_n1_power0.5": run(
+        "sassha", None, learning_rate=0.01, rho=0.1, every=10
+    ),
+    "gam__sgdm_cifar100resnet": run("gam", MOMENTUM),
+    "gam__sgdm_adaptive_rho1": run(
+        "gam",
+        MOMENTUM,
+        gamma=0.1,
+        outer=metric_ball(1.0, FULL_MAGNITUDE),
+        perturbation=metric_ball(0.5, FULL_MAGNITUDE),
+    ),
+    "ref_gam_exact__sgd_rho0.2_alpha0.5": run("gam_exact", SGD),
+}
 ON_DEVICES = {"gnp__sgdm_r0.1_a0.8_raw_dev4_nosync": run("gnp", CLIPPED)}
 # Fields of the recorded files, and their names in samx's states.
 FIELDS = {
@@ -302,6 +334,8 @@ FIELDS = {
     "sigma2": "variance",
     "score_count": "count",
     "score_sum": "total",
+    "angle_alpha": "alpha",
+    "gamma": "learning_rate",
 }
 # Trees of the recorded files, such as `s_W1`, and their names in samx's states.
 TREES = {"s": "precision", "gm": "momentum", "v": "eigenvector"}
@@ -414,7 +448,7 @@ def replay_draws(expected, patch, asked):
         patch.setattr(sys.modules["samx.variants.ausam"], "sampled", sampled)
 
 
-NOISY = ("bsam", "arwp", "marwp", "rwp", "lpf_sgd", "eigen_sam")
+NOISY = ("bsam", "arwp", "marwp", "rwp", "lpf_sgd", "eigen_sam", "tsam", "sassha")
 SCALED = ("rwp__", "lpfsgd__")  # recorded with their scale, `sigma` times the norm of the filter
 
 
@@ -439,7 +473,8 @@ def patch_normals(normals, patch):
         x = x if x.ndim == ndim else x[step]
         return x if x.ndim == ndim else x[draw]
 
-    patch.setattr(samx.core.draws, "normal_like", normal_like)
+    for draws in ("normal_like", "signs_like"):  # a recorded run has one kind of them
+        patch.setattr(samx.core.draws, draws, normal_like)
 
 
 def over_scale(noise, weights, sigma):
