@@ -172,6 +172,28 @@ def bsam(rho: Any, base: Any, setting: Setting) -> optax.GradientTransformation:
     )
 
 
+def tsam(rho: Any, setting: Setting) -> optax.GradientTransformation:
+    """Build TSAM, whose noise is as long as the ascent."""
+    return samx.tsam(rho, radius=rho, aux_like=setting.aux)
+
+
+def gam(rho: Any) -> optax.GradientTransformation:
+    """Build GAM with the authors' ratio of both radii for ResNets on CIFAR-100."""
+    return samx.gam(rho, rho / 10)
+
+
+def msassha(rho: Any, base: Any, setting: Setting) -> optax.GradientTransformation:
+    """Build M-SASSHA."""
+    del base
+    return samx.msassha(setting.learning_rate, rho, aux_like=setting.aux)
+
+
+def sam_polyak(rho: Any, base: Any, setting: Setting) -> optax.GradientTransformation:
+    """Build SAM-Polyak, for which the learning rate is the bound of its own."""
+    del base
+    return samx.sam_polyak(rho, setting.learning_rate)
+
+
 def async_sam(rho: Any) -> optax.GradientTransformationExtraArgs:
     """Build AsyncSAM that climbs its own loss: drop the examples' `ascent_fn`, made for BiSAM."""
     tx = samx.async_sam(rho)
@@ -291,6 +313,25 @@ VARIANTS = {
     "rwp": Variant(by_setting(rwp), NOISE, 1, 0.01, keeps_aux=True, uses_gradient=False),
     "arwp": Variant(by_setting(arwp), NOISE, 1, 0.01, keeps_aux=True, uses_gradient=False),
     "marwp": Variant(by_setting(marwp), NOISE, 1, 0.01, keeps_aux=True, uses_gradient=False),
+    "cr-sam": Variant(of("cr_sam"), RADIUS, 3, 0.1),
+    "xsam": Variant(of("xsam"), RADIUS, 2 + 7 / 100, 0.15, cycle=100),
+    "x-sam": Variant(of("x_sam"), RADIUS, 4, 0.05, cycle=5, settling=1),
+    "lookbehind-sam": Variant(of("lookbehind_sam"), SMALL, 6, 0.05),
+    "tsam": Variant(by_setting(tsam), RADIUS, 6, 0.05, keeps_aux=True, uses_gradient=False),
+    "sam-polyak": Variant(sam_polyak, RADIUS, 2, 0.1, learning_rate=1.0),
+    "sassha": Variant(of("sassha"), RADIUS, 2.2, 0.05, cycle=10, learning_rate=0.1),
+    "msassha": Variant(
+        msassha,
+        RADIUS,
+        1.2,
+        0.05,
+        keeps_aux=True,
+        cycle=10,
+        uses_gradient=False,
+        learning_rate=0.1,
+    ),
+    "gam": Variant(in_front(gam), RADIUS, 4, 0.2),
+    "gam-exact": Variant(of("gam_exact"), RADIUS, 6, 0.2),
     "momentum-sam": Variant(
         lambda rho, base, setting: samx.momentum_sam(base, rho, aux_like=setting.aux),
         0.5,

@@ -13,6 +13,7 @@ FAMILIES = {
     "The ball and its geometry": (
         "sam", "sharpness_aware", "asam", "usam", "friendly_sam", "fisher_sam", "monge_sam",
         "mup_sam", "msam", "gcsam", "zsharp", "le_sam", "unified_sam", "spectral_sam", "eigen_sam",
+        "xsam", "lookbehind_sam", "tsam",
     ),
     "Noise in place of the ascent": ("lpf_sgd", "rwp", "arwp", "marwp"),
     "Fewer sharp gradients": (
@@ -20,8 +21,14 @@ FAMILIES = {
         "ae_looksam", "vsam", "arsam",
     ),
     "Fewer examples or layers": ("ausam", "ksam", "esam", "sl_sam"),
-    "What both gradients become": ("gsam", "wsam", "coupled_wsam", "stable_sam", "sagm", "gnp"),
-    "Optimizers of their own": ("lightsam_norm", "lightsam_adagrad", "lightsam_adam", "adasam", "bsam"),
+    "What both gradients become": (
+        "gsam", "wsam", "coupled_wsam", "stable_sam", "sagm", "gnp", "cr_sam",
+        "gam", "gam_exact", "x_sam",
+    ),
+    "Optimizers of their own": (
+        "lightsam_norm", "lightsam_adagrad", "lightsam_adam", "adasam", "bsam",
+        "sam_polyak", "sassha", "msassha",
+    ),
     "Other losses and rare classes": ("bisam", "focal_sam", "imbalanced_sam"),
     "Masks": ("sam_on", "fisher_sparse_sam", "dynamic_sparse_sam"),
     "A learned radius": ("lets",),
@@ -1099,6 +1106,208 @@ CARDS = {
         coming_from={
             "nblt/mARWP": {"sigma": "sigma", "eta": "eta", "beta": "decay", "lmbda": "lam"},
         },
+        shown_in=(DIGITS,),
+    ),
+    "cr_sam": Card(
+        use_when="You want SAM and a penalty on the curvature along its ascent, and have three "
+        "gradients to spend.",
+        not_when="Two gradients are the limit: `gsam` and `gnp` use both of SAM's.",
+        start=(
+            Start("0.1, gamma 0.1, beta 0.01", "CIFAR, the authors' script", "cited",
+                  "TrustAIoT/CR-SAM; its class has beta 0.1"),
+            *digits("cr_sam"),
+        ),
+        watch="On a loss that is close to quadratic, gamma has no effect, and beta only adds a part "
+        "of the Hessian. The paper speaks of a normalized trace; the code divides by nothing.",
+        coming_from={
+            "TrustAIoT/CR-SAM": {
+                "rho": "rho",
+                "gamma": "gamma",
+                "beta": "beta",
+                "the losses that its driver stores": "nothing: nothing reads them",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "xsam": Card(
+        use_when="You suspect that SAM's gradient points past the maximum nearby, and can pay some "
+        "forward passes per epoch to look.",
+        not_when="The method that you mean is X-SAM, with the eigenvector: `x_sam`.",
+        start=(
+            Start("0.15, rho_max 0.3", "CIFAR", "cited", "Cccjl219/XSAM"),
+            *digits("xsam"),
+        ),
+        watch="Read `alpha` in the state: if it is always `alpha_max`, the search only "
+        "extrapolates. Give `every` the steps of an epoch.",
+        coming_from={
+            "Cccjl219/XSAM": {
+                "rho (of all steps together)": "rho",
+                "rho_max, alpha_max, alpha_delta": "rho_max, alpha_max, alpha_step",
+                "steps": "ascent_steps",
+                "is_dynamic=False, alpha": "alpha",
+                "the search on the first batch of each epoch": "every, the steps of an epoch",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "x_sam": Card(
+        use_when="You compare with it, or want updates with less of the top eigenvector.",
+        not_when="The method that you mean is XSAM, with the interpolation: `xsam`. Or you want an "
+        "ascent along the eigenvector: `eigen_sam`.",
+        start=(
+            Start("0.05, alpha 0.2, every 3", "CIFAR-10, batch 256", "cited",
+                  "huang5467/X-SAM, README; its script has every 5"),
+            *digits("x_sam"),
+        ),
+        watch="Its updates have about length 1: tune the learning rate anew. v and −v give "
+        "different steps, and power iteration finds one of both. At `every=5` it costs 4 gradients.",
+        coming_from={
+            "huang5467/X-SAM": {
+                "rho, alpha": "rho, alpha",
+                "freq, counted from the start of each epoch": "every, steps_per_epoch",
+                "steps of the power method": "iterations",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "lookbehind_sam": Card(
+        use_when="A large radius is unstable with SAM, and a batch is worth several gradients.",
+        not_when="Gradients are what you pay for: it takes k + 1 of them for one average.",
+        start=(
+            Start("0.5 with ASAM's metric, steps 5, alpha 0.5", "CIFAR", "cited",
+                  "chandar-lab/Lookbehind-SAM"),
+            *digits("lookbehind_sam"),
+        ),
+        watch="The base steps k times per step: a schedule of its learning rate counts these. "
+        "Compare at equal gradients.",
+        coming_from={
+            "chandar-lab/Lookbehind-SAM": {
+                "rho": "rho",
+                "k_steps": "steps",
+                "alpha": 'alpha (-1: "adaptive")',
+                "LookbehindASAM, eta": "perturbation=metric_ball(rho, magnitude(eta))",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "tsam": Card(
+        use_when="You want a mean over a neighbourhood in which bad points count more, such as for "
+        "rare or hard examples.",
+        not_when="Two gradients are the limit: S points cost 2 S.",
+        start=(
+            Start("0.05, tilt 1, samples 3, radius 1", "the authors' script by default", "cited",
+                  "litian96/TSAM"),
+            *digits("tsam", "radius rho"),
+        ),
+        watch="Noise of length 1 is far for most networks: lower `radius` or `sigma`. With many "
+        "parameters the noise lies on the sphere, whatever `sigma` is.",
+        coming_from={
+            "litian96/TSAM": {
+                "rho": "rho",
+                "tilt": "tilt",
+                "num_samples": "samples",
+                "radius, scaling": "radius, sigma",
+                "schedule_t": "tilt, a schedule",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "sam_polyak": Card(
+        use_when="There is no time to tune a learning rate, and the loss can reach a known minimum.",
+        not_when="The loss of a batch stays far above `min_loss` (label noise, smoothing, "
+        "regularizers): then the bound is the learning rate.",
+        start=(
+            Start("0.1, max_learning_rate 1", "the package by default", "cited", "sam-sps 1.0.0"),
+            *digits("sam_polyak"),
+        ),
+        watch="Read `learning_rate` in the state. If it always is the bound, Polyak's rule does "
+        "nothing.",
+        coming_from={
+            "PyPI sam-sps": {
+                "rho": "rho",
+                "lambd": "lam",
+                "gamma_b": "max_learning_rate",
+                "f_star": "min_loss",
+                "weight_decay": "weight_decay",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "sassha": Card(
+        use_when="You would use AdaHessian or Sophia, and want a flatter minimum.",
+        not_when="JAX cannot differentiate your loss twice, or two copies of the parameters in the "
+        "state are too many.",
+        start=(
+            Start("0.1 to 0.2, learning rate 0.15", "ResNets on CIFAR", "recalled",
+                  "the authors' scripts have rho 0.05"),
+            *digits("sassha"),
+        ),
+        watch="The root of the curvature is small where the loss is flat: weights with D = 0 move by "
+        "the learning rate divided by eps. The published Hessian product mixes two points; this one "
+        "does not.",
+        coming_from={
+            "LOG-postech/Sassha": {
+                "lr, betas, weight_decay, eps": "learning_rate, b1, b2, weight_decay, eps",
+                "rho": "rho",
+                "lazy_hessian": "every",
+                "n_samples": "samples",
+                "hessian_power_scheduler": "power, a number or a schedule",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "msassha": Card(
+        use_when="SASSHA is worth it to you, but a second gradient is not.",
+        not_when="You need the authors' numbers: their code cannot run as published.",
+        start=(
+            Start("0.05", "a first try, SASSHA's radius", "default"),
+            *digits("msassha"),
+        ),
+        watch="It has one pass: BatchNorm statistics are those of the perturbed point, see "
+        "`aux_like`.",
+        coming_from={
+            "LOG-postech/Sassha": {
+                "lr, betas, weight_decay, eps": "learning_rate, b1, b2, weight_decay, eps",
+                "rho": "rho",
+                "lazy_hessian": "every",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "gam": Card(
+        use_when="You compare with the published code of GAM.",
+        not_when="You want the paper's equation: `gam_exact`. Or four gradients are too many.",
+        start=(
+            Start("0.2, rho_prime 0.02, beta0 0.5, beta1 0.6, gamma 0.03", "ResNets on CIFAR-100",
+                  "cited", "xxgege/GAM, README"),
+            Start("0.2, rho_prime 0.03, beta0 0.1, beta1 0.1, gamma 0.05", "ResNets on CIFAR-10",
+                  "cited", "xxgege/GAM, README"),
+            *digits("gam", "rho_prime rho / 10"),
+        ),
+        watch="`beta0` weighs nothing but |1 − beta0|. Without `outer` and with small differences "
+        "of gradients, half precision leaves noise in g_1 − g_0.",
+        coming_from={
+            "xxgege/GAM": {
+                "grad_norm_rho": "rho",
+                "grad_rho": "rho_prime",
+                "grad_beta_0, grad_beta_1": "beta0, beta1",
+                "grad_gamma": "gamma",
+                "adaptive": "outer and perturbation: metric_ball with magnitude(0.0) on all leaves",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "gam_exact": Card(
+        use_when="You want a penalty on the largest gradient norm nearby, as the paper's equation "
+        "has it.",
+        not_when="You want the authors' numbers: their code runs `gam`.",
+        start=(
+            Start("0.2, alpha 0.5", "a first try, the radius of `gam`", "default"),
+            *digits("gam_exact"),
+        ),
+        watch="The second term is rho alpha times a unit vector times the Hessian: where the "
+        "curvature is large, it outgrows the gradient.",
+        coming_from={},
         shown_in=(DIGITS,),
     ),
     "bsam": Card(
