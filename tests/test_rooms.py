@@ -117,12 +117,12 @@ def test_variant_files_are_short():
     assert statistics.median(length for _, length in file_lengths()) <= 120, file_lengths()
 
 
-# Only SAMPa's pair, AsyncSAM's roles, the microbatches of mSAM, LPF-SGD, bSAM and Sparse SAM, and
-# Eigen-SAM's refresh need these.
+# Only SAMPa's pair, AsyncSAM's roles, the microbatches of mSAM, LPF-SGD, bSAM and Sparse SAM, the
+# refresh of an eigenvector and XSAM's search need these.
 WHERE_IT_RUNS = r"\.devices|evaluation|num_microbatches|is_skipped_step|ascent_grad\b|local_axes"
 EXCEPTIONS = {
     *("sampa.py", "async_sam.py", "msam.py", "sparse_sam.py"),
-    *("lpf_sgd.py", "bsam.py", "eigen_sam.py"),
+    *("lpf_sgd.py", "bsam.py", "_eigenvector.py", "xsam.py"),
 }
 
 

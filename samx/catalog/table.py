@@ -353,7 +353,7 @@ PAPERS = {
         "", 2025, "2503.11147"),
     "wu2024crsam": _Paper(
         "CR-SAM: Curvature Regularized Sharpness-Aware Minimization",
-        "Wu, Tao and Luo, Tie and Wunsch II, Donald C.",
+        "Wu, Tao and Luo, Tie and Wunsch, Donald C.",
         "AAAI", 2024, "2312.13555"),
     "chen2026xsam": _Paper(
         "Revisiting Sharpness-Aware Minimization: A More Faithful and Effective Implementation",
@@ -823,7 +823,7 @@ ENTRIES = (
     _entry("msassha", msassha, "msassha(learning_rate, rho=0.05)",
            "M-SASSHA", "shin2025sassha", "optimizer", LOSS,
            "1, and 1 Hessian product every 10 steps", "2 P",
-           "the published code cannot run; matches an independent loop to 1e-10",
+           "**reconstructed**: the published code cannot run; matches an independent loop to 1e-10",
            "reconstructed"),
     _entry("gam", gam, "gam(rho=0.2, rho_prime=0.02)",
            "GAM, accelerated", "zhang2023gam", "chain", LOSS,

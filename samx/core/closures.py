@@ -99,6 +99,10 @@ class Closure:
         """The closure of the loss to climb: a mean over the devices that climb together."""
         return self.on(self.evaluation.devices.ascent, self.weights)
 
+    def own_gradient(self, g: Any) -> Any:
+        """Return what this device climbs: its own gradient if devices climb separately, else g."""
+        return g if self.ascent_grad is None else self.ascent_grad
+
     def mean_of_ascents(self, x: jax.Array) -> jax.Array:
         """Average a number that differs between devices only because they climb separately."""
         devices = self.evaluation.devices

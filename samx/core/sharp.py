@@ -199,7 +199,7 @@ def ascend(
     mean gradient `g`, so that it stays equal on all devices.
     """
     perturb = partial(perturbation.update, **keywords | {"value_fn": value_fn})
-    ascent_grad = g if value_fn.ascent_grad is None else value_fn.ascent_grad
+    ascent_grad = value_fn.own_gradient(g)
     eps, new_state = perturb(ascent_grad, state, params)
     if ascent_grad is not g:
         _, new_state = perturb(g, state, params)
@@ -242,10 +242,10 @@ def evaluate_at(
         Otherwise both are the same.
     """
     loss, own_g = value_and_grad_at(value_fn.ascent, params, eps, perturb_dtype=perturb_dtype)
-    return value_fn.mean_of_ascents(loss), with_ascent_grad(value_fn, own_g)[0], own_g
+    return value_fn.mean_of_ascents(loss), climbed_from(value_fn, own_g)[0], own_g
 
 
-def with_ascent_grad(value_fn: Closure, own_g: Any) -> tuple[Any, Closure]:
+def climbed_from(value_fn: Closure, own_g: Any) -> tuple[Any, Closure]:
     """Return the mean gradient and the closure for `ascend`, given what this device climbs."""
     if not value_fn.evaluation.devices.local_axes:
         return own_g, value_fn

@@ -7,7 +7,6 @@ https://arxiv.org/abs/2312.13555
 from functools import partial
 
 import jax
-import optax
 
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
@@ -84,7 +83,7 @@ def cr_sam(
         p, readings = sharp(
             value_fn, params, eps, state.readings, loss=value, g=g_a, ball=ball_state
         )
-        back = optax.tree.scale(-1, eps)
+        back = tree.scaled(-1.0, eps)
         _, q = value_and_grad_at(value_fn, params, back, perturb_dtype=perturb_dtype)
         gamma_t, beta_t = at_step(gamma, state.step), at_step(beta, state.step)
         combined = jax.tree.map(lambda g, p, q: _combined(g, p, q, gamma_t, beta_t), g, p, q)

@@ -16,7 +16,7 @@ from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Tra
 from samx.core.closures import Closure
 from samx.core.hyperparams import Default, at_step, check_hyperparam
 from samx.core.readings import UNKNOWN, take_readings
-from samx.core.sharp import ascend, evaluate_at, perturbed, with_ascent_grad
+from samx.core.sharp import ascend, climbed_from, evaluate_at, perturbed
 from samx.core.transformation import closure_transformation
 from samx.perturbations.balls import metric_ball
 from samx.sharpness import hvp
@@ -102,7 +102,7 @@ def gam(
         at = partial(evaluate_at, value_fn, params, perturb_dtype=perturb_dtype)
         climb = partial(_climb, value_fn, params, perturb_dtype, extra)
         inner_state, outer_state = state.perturbation
-        g_0 = g if value_fn.ascent_grad is None else value_fn.ascent_grad
+        g_0 = value_fn.own_gradient(g)
 
         eps, inner_ball = climb(inner, inner_state, g_0)
         sharp_loss, _, g_1 = at(eps)
@@ -138,7 +138,7 @@ def _climb(
     start: Any = None,
 ) -> tuple[Any, Any]:
     """Climb from w + start along the gradient of the devices that climb together."""
-    g, seen = with_ascent_grad(value_fn, own_g)
+    g, seen = climbed_from(value_fn, own_g)
     point = params if start is None else perturbed(params, start, perturb_dtype)
     step, _, new = ascend(seen, ball, g, ball_state, point, **extra)
     return step if start is None else optax.tree.add(start, step), new
@@ -209,7 +209,7 @@ def gam_exact(
 
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
         start, loss_here = value_fn.pcast_ascent(params), value_fn.ascent
-        g_0 = g if value_fn.ascent_grad is None else value_fn.ascent_grad
+        g_0 = value_fn.own_gradient(g)
         slope = hvp(loss_here, start)(unit(g_0))
         eps, ball_state = _climb(
             *(value_fn, params, perturb_dtype, extra, ball, state.perturbation, slope)

@@ -4,6 +4,7 @@ Mordido, Malviya, Baratin, Chandar. "Lookbehind-SAM: k steps back, 1 step forwar
 https://arxiv.org/abs/2307.16704
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,7 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
+from samx.core.closures import Closure
 from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import (
     Default,
@@ -26,6 +28,8 @@ from samx.core.readings import UNKNOWN, Readings, no_readings, take_readings
 from samx.core.sharp import ascend, evaluate_at, perturbed
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.variants._ball import ball_of
+
+NAME = "lookbehind_sam"
 
 
 class LookbehindSAMState(NamedTuple):
@@ -45,14 +49,14 @@ class LookbehindSAMState(NamedTuple):
 
 
 class _Inner(NamedTuple):
-    """The inner steps so far: ε, the fast weights' displacement, and what comes with them."""
+    """After some inner steps: ε, the displacement f − w, and what the last gradient was."""
 
     eps: Any
     moved: Any
-    first_move: Any
+    g: Any
     own_g: Any
     base: optax.OptState
-    last: Any
+    loss: jax.Array
 
 
 def lookbehind_sam(
@@ -122,9 +126,8 @@ def lookbehind_sam(
     else:
         check_hyperparam("alpha", alpha, 0)
     steps = as_count("steps", steps)
-    ball = ball_of("lookbehind_sam", rho, perturbation)
-    base = as_transformation("lookbehind_sam", "base", base)
-    evaluate = partial(evaluate_at, perturb_dtype=perturb_dtype)
+    ball = ball_of(NAME, rho, perturbation)
+    base = as_transformation(NAME, "base", base)
 
     def init_fn(params):
         step = jnp.zeros((), jnp.int32)
@@ -132,33 +135,19 @@ def lookbehind_sam(
 
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
         _, g_a, ball_state = ascend(value_fn, ball, g, state.perturbation, params, **extra)
-        climb = partial(ball.update, value_fn=value_fn, **extra)
-        keywords = base_keywords("lookbehind_sam", {"value_fn": value_fn, **extra})
-
-        def inner_step(i, inner):
-            point = perturbed(params, inner.eps, perturb_dtype)
-            move, _ = climb(inner.own_g, state.perturbation, point)
-            eps = optax.tree.add(inner.eps, move)
-            loss, g_i, own = evaluate(value_fn, params, eps)
-            fast = tree.cast_like(perturbed(params, inner.moved, "float32"), params)
-            move, base_state = base.update(g_i, inner.base, fast, **keywords)
-            moved = tree.add_scaled(inner.moved, 1.0, move)
-            first = tree.where(i == 0, moved, inner.first_move) if is_adaptive else ()
-            last = loss.astype(state.readings.loss.dtype), g_i
-            return _Inner(eps, moved, first, own, base_state, last)
-
-        zeros = optax.tree.zeros_like(jax.tree.map(tree.widen, params))
-        own_zeros, no_loss = value_fn.pcast_ascent(zeros), jnp.zeros_like(state.readings.loss)
-        start = _Inner(
-            own_zeros, zeros, zeros if is_adaptive else (), g_a, state.base, (no_loss, g)
-        )
-        inner = fast_convolutions(jax.lax.fori_loop)(0, steps, inner_step, start)
+        climb = partial(ball.update, state=state.perturbation, value_fn=value_fn, **extra)
+        descend = partial(base.update, **base_keywords(NAME, {"value_fn": value_fn, **extra}))
+        step = partial(_step, value_fn, params, climb, descend, perturb_dtype)
+        start = _start(value_fn, params, g, g_a, state)
         if is_adaptive:
-            updates = jax.tree.map(_turned, inner.first_move, inner.moved)
+            first = step(start)
+            inner = _repeated(step, steps - 1, first)
+            updates = jax.tree.map(_turned, first.moved, inner.moved)
         else:
+            inner = _repeated(step, steps, start)
             updates = tree.scaled(at_step(alpha, state.step), inner.moved)
         readings = take_readings(
-            *(state.readings, value, inner.last[0], g_a, inner.last[1], params),
+            *(state.readings, value, inner.loss, g_a, inner.g, params),
             point=lambda: perturbed(params, inner.eps, perturb_dtype),
             gradients=1 + steps,
             ball=ball_state,
@@ -167,7 +156,35 @@ def lookbehind_sam(
         new = LookbehindSAMState(next_step(state.step), inner.base, ball_state, readings)
         return tree.cast_like(updates, params), new
 
-    return closure_transformation(init_fn, update_fn, name="lookbehind_sam")
+    return closure_transformation(init_fn, update_fn, name=NAME)
+
+
+def _start(value_fn: Closure, params: Any, g: Any, g_a: Any, state: Any) -> _Inner:
+    zeros = optax.tree.zeros_like(jax.tree.map(tree.widen, params))
+    loss = jnp.zeros_like(state.readings.loss)
+    return _Inner(value_fn.pcast_ascent(zeros), zeros, g, g_a, state.base, loss)
+
+
+def _repeated(step: Callable[[_Inner], _Inner], times: int, start: _Inner) -> _Inner:
+    return fast_convolutions(jax.lax.fori_loop)(0, times, lambda _, inner: step(inner), start)
+
+
+def _step(
+    value_fn: Closure,
+    params: Any,
+    climb: Callable[..., Any],
+    descend: Callable[..., Any],
+    perturb_dtype: DType,
+    inner: _Inner,
+) -> _Inner:
+    """Climb along the last gradient, take the gradient there, and let the base step along it."""
+    point = perturbed(params, inner.eps, perturb_dtype)
+    eps = optax.tree.add(inner.eps, climb(inner.own_g, params=point)[0])
+    loss, g, own_g = evaluate_at(value_fn, params, eps, perturb_dtype=perturb_dtype)
+    fast = tree.cast_like(perturbed(params, inner.moved, "float32"), params)
+    move, base = descend(g, inner.base, fast)
+    moved = tree.add_scaled(inner.moved, 1.0, move)
+    return _Inner(eps, moved, g, own_g, base, loss.astype(inner.loss.dtype))
 
 
 def _turned(first: jax.Array, moved: jax.Array) -> jax.Array:

@@ -119,7 +119,7 @@ def sam_polyak(
         decayed = tree.add_scaled(
             jax.tree.map(tree.widen, g_s), at_step(weight_decay, state.step), params
         )
-        updates = tree.cast_like(optax.tree.scale(-rate, decayed), params)
+        updates = tree.cast_like(tree.scaled(-rate, decayed), params)
         readings = take_readings(
             *(state.readings, value, loss, g_a, g_s, params),
             point=lambda: perturbed(params, eps, perturb_dtype),

@@ -1,6 +1,6 @@
 """SASSHA and M-SASSHA: a sharp gradient, divided by the curvature at the perturbed point.
 
-Shin, Lee, Chung, Lee. "SASSHA: Sharpness-aware Adaptive Second-order Optimization with Stable
+Shin, Lee, Chung, Lee. "Sassha: Sharpness-aware Adaptive Second-order Optimization with Stable
 Hessian Approximation", ICML 2025. https://arxiv.org/abs/2502.18153
 """
 
@@ -214,9 +214,9 @@ def msassha(
         Its point is that of `momentum_sam`. Readings: `loss` and `sharp_loss` are both the loss at
         w + ε, the only one there is, and `grad_norm` is ‖m‖. aux is that of w + ε too. Cost: 1
         gradient per step, and refreshes as in `sassha`. State: two copies of the parameters.
-        Fidelity: the published code cannot run: two names are missing. With both supplied, it is
-        this rule, as a third party ran it; we have no recorded run. `static_args`: `every`,
-        `samples`.
+        Fidelity: **reconstructed**. The published code cannot run: two names are missing. With both
+        supplied, it is this rule, as a third party ran it; we have no recorded run. `static_args`:
+        `every`, `samples`.
     """
     ball = ball_of("msassha", rho, perturbation)
     rule = _Rule(learning_rate, b1, b2, every, samples, power, eps, weight_decay, key)

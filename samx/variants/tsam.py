@@ -24,7 +24,7 @@ from samx.core.hyperparams import (
 )
 from samx.core.microbatches import joined_aux
 from samx.core.readings import Readings, extra_gradients, no_readings, of_microbatches
-from samx.core.sharp import ascend, evaluate_at, perturbed, sharp_gradient, with_ascent_grad
+from samx.core.sharp import ascend, climbed_from, evaluate_at, perturbed, sharp_gradient
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
 from samx.perturbations.balls import along
@@ -178,7 +178,7 @@ def _climb(
 ) -> tuple[Any, optax.OptState, Readings, Any]:
     """Climb from w + noise; return the gradient there, the ball's state, readings and aux."""
     loss, g, own_g = evaluate_at(value_fn, params, noise, perturb_dtype=perturb_dtype)
-    _, seen = with_ascent_grad(value_fn, own_g)
+    _, seen = climbed_from(value_fn, own_g)
     point = perturbed(params, noise, perturb_dtype)
     eps, g_a, ball_state = ascend(seen, ball, g, state.perturbation, point, **extra)
     g_s, readings, aux = sharp_gradient(

@@ -147,25 +147,24 @@ def xsam(
         eps, g_a, ball_state = ascend(value_fn, ball, g, state.perturbation, params, **extra)
         climb_on = partial(climb_further, value_fn, ball, state.perturbation, params)
         eps = climb_on(eps, steps=ascent_steps, perturb_dtype=perturb_dtype, **extra)
-        is_due = (state.step % every == 0) & (not value_fn.evaluation.is_skipped_step)
-        cost = jnp.where(is_due, len(tried) * FORWARD, 0) if alpha is None else 0.0
+        is_due = state.step % every == 0 if alpha is None else jnp.zeros((), bool)
+        is_due &= not value_fn.evaluation.is_skipped_step
+        cost = jnp.where(is_due, len(tried) * FORWARD, 0).astype(jnp.float32)
         new = state._replace(
-            step=next_step(state.step),
-            perturbation=ball_state,
-            extra_gradients=jnp.asarray(cost, jnp.float32),
+            step=next_step(state.step), perturbation=ball_state, extra_gradients=cost
         )
         g_s, readings = sharp(value_fn, params, eps, state.readings, loss=value, g=g_a, ball=new)
         direction = _slerp(jax.tree.map(value_fn.mean_of_ascents, eps), g_s)
 
         def loss_of(alpha):
-            step = optax.tree.scale(at_step(rho_max, state.step), direction(alpha))
+            step = tree.scaled(at_step(rho_max, state.step), direction(alpha))
             return loss_at(value_fn, params, step, perturb_dtype)
 
         if alpha is None:
             found = _argmax(loss_of, tried, is_due, state.alpha)
         else:
             found = jnp.asarray(at_step(alpha, state.step), state.alpha.dtype)
-        updates = optax.tree.scale(tree.norm(g_s), direction(found))
+        updates = tree.scaled(tree.norm(g_s), direction(found))
         return tree.cast_like(updates, params), new._replace(alpha=found, readings=readings)
 
     return closure_transformation(init_fn, update_fn, name="xsam")

@@ -119,7 +119,7 @@ def test_search():
     def names(pattern):
         return [entry.name for entry in samx.catalog(pattern)]
 
-    assert names("look*") == ["looksam", "look_layer_sam"]
+    assert names("look*") == ["looksam", "look_layer_sam", "lookbehind_sam"]
     assert names("LOOK*") == names("look*")
     assert names("sam") == ["sam"]
     assert names("asam") == ["asam"]
@@ -142,7 +142,11 @@ def test_what_is_no_pattern():
 
 def test_it_prints_as_a_table():
     lines = repr(samx.catalog("look*")).splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["looksam", "look_layer_sam"]
+    assert [line.split()[0] for line in lines[2:]] == [
+        "looksam",
+        "look_layer_sam",
+        "lookbehind_sam",
+    ]
     assert len(repr(ENTRIES).splitlines()) == 2 + len(ENTRIES)
     assert repr(samx.catalog("no such thing")).startswith("name")
 

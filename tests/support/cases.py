@@ -767,6 +767,8 @@ VARIANTS |= {
             "weight_decay": 0.01,
         },
         limit=None,  # a step size that depends on the loss
+        copies=-1,  # no momentum
+        survives_any_scale=False,  # below λ = 1 the step of the ascent grows with the gradient
         is_mean_of_shards=False,
     ),
     "sassha": row(
@@ -782,6 +784,7 @@ VARIANTS |= {
         fixed={"every": 2},
         limit=None,
         survives_any_scale=False,  # m grows as the loss does, and the root as its root
+        repeats=lambda step: 2 if step % 2 == 0 else 1,
         spent=lambda step, state: 2.0 + 2.0 * (step % 2 == 0),
         counts_once=False,
         copies=1,
@@ -802,6 +805,7 @@ VARIANTS |= {
         oracle=msassha_loop,
         limit=None,
         survives_any_scale=False,
+        repeats=lambda step: 2 if step % 2 == 0 else 1,
         spent=lambda step, state: 1.0 + 2.0 * (step % 2 == 0),
         counts_once=False,
         copies=1,
@@ -818,7 +822,8 @@ VARIANTS |= {
     "gam_exact": row(
         "gam_exact",
         {"rho": 0.2, "alpha": 0.5},
-        passes=(5, 5),
+        passes=(3, 3),
+        spent=lambda step, state: 6.0,  # a Hessian product costs two gradients
         counts_once=False,
     ),
 }

@@ -41,6 +41,34 @@ EQUAL = {
     "sagm, 0": (lambda: samx.sagm(0.2, 0.0), lambda: mix(samx.sam(0.2), 0.5)),
     "eigen_sam, 0": (lambda: samx.eigen_sam(0.2, 0.0, every=2), sam),
     "eigen_sam, early": (lambda: samx.eigen_sam(0.2, every=STEPS), sam),
+    "cr_sam, 0": (lambda: samx.cr_sam(0.2, 0.0, 0.0), sam),
+    "xsam, 1": (lambda: samx.xsam(0.2, alpha=1.0), sam),
+    "xsam, no ascent": (lambda: samx.xsam(0.0, every=2), base),
+    "x_sam, early": (lambda: samx.x_sam(0.2, every=STEPS), sam),
+    "tsam, one point": (lambda: samx.tsam(0.2, samples=1, radius=0.0), sam),
+    "tsam, equal points": (lambda: samx.tsam(0.2, 5.0, radius=0.0), sam),
+    "lookbehind_sam, 1": (lambda: samx.lookbehind_sam(base(), 0.2, 1, 1.0), sam),
+    "gam, 0": (
+        lambda: samx.gam(0.0, 0.2, beta0=0.3, gamma=0.1),
+        lambda: samx.gsam(0.2, 0.17),
+    ),
+    "gam, 0 and 0": (lambda: samx.gam(0.0, 0.0, gamma=0.3), base),
+    "gam_exact, rho 0": (lambda: samx.gam_exact(0.0, 0.5), base),
+    "gam_exact, alpha 0": (lambda: samx.gam_exact(0.2, 0.0), base),
+    "sam_polyak, bounded": (
+        lambda: samx.sam_polyak(0.2, 1e-3, weight_decay=0.0),
+        lambda: optax.chain(samx.sam(0.2), optax.sgd(1e-3)),
+    ),
+    "sassha, power 0": (
+        lambda: samx.sassha(0.1, 0.2, power=0.0, eps=1e-300, weight_decay=0.1),
+        lambda: optax.chain(
+            samx.sam(0.2), optax.ema(0.9), optax.add_decayed_weights(0.1), optax.scale(-0.1)
+        ),
+    ),
+    "msassha, 0": (
+        lambda: samx.msassha(0.1, 0.0, every=2),
+        lambda: samx.sassha(0.1, 0.0, every=2),
+    ),
     "lpf_sgd, 0": (lambda: samx.lpf_sgd(0.0, 4), base),
     "lpf_sgd on a sphere of no radius": (lambda: samx.lpf_sgd(noise=sphere_noise(0.0)), base),
     "rwp, 0": (lambda: samx.rwp(0.0, 0.5), base),
@@ -120,6 +148,31 @@ def test_eigen_sam_is_longer_than_its_radius():
     v, u = unit(params), unit(g)
     across = 1 - float(optax.tree.vdot(u, v)) ** 2
     np.testing.assert_allclose(eigen_step()(v)[1], 0.2 * np.sqrt(1 + 0.7**2 * across), rtol=1e-12)
+
+
+def test_x_sam_without_a_correction_is_sam_in_length_1():
+    (_, params), batch = gradient(), batch_like()
+    g = jax.grad(lambda w: problem.losses_fn(w, batch).mean())(params)
+    closures = {"losses_fn": problem.losses_fn, "batch": batch}
+    tx, theirs = samx.x_sam(0.2, 0.0), sam()
+    state = optax.tree.set(tx.init(params), eigenvector=unit(params))
+    found = jax.jit(lambda: tx.update(g, state, params, **closures)[0])()
+    g_s = jax.jit(lambda: theirs.update(g, theirs.init(params), params, **closures)[0])()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-13), found, unit(g_s))
+
+
+def test_every_update_of_xsam_is_as_long_as_the_sharp_gradient():
+    (_, params), batch = gradient(), batch_like()
+    g = jax.grad(lambda w: problem.losses_fn(w, batch).mean())(params)
+
+    @jax.jit
+    def length(alpha):
+        tx = samx.all_readings(samx.xsam(0.2, alpha=alpha))
+        closures = {"losses_fn": problem.losses_fn, "batch": batch}
+        updates, state = tx.update(g, tx.init(params), params, **closures)
+        return optax.tree.norm(updates) / optax.tree.get(state, "sharp_grad_norm")
+
+    np.testing.assert_allclose([length(a) for a in (0.0, 0.4, 1.0, 7.0)], 1.0, rtol=1e-12)
 
 
 def test_the_corners_of_the_schedule_of_le_sam():
