@@ -81,6 +81,16 @@ TAKERS = {
     "gnp": in_front(samx.gnp),
     "sagm": in_front(samx.sagm),
     "le_sam": in_front(samx.le_sam),
+    "cr_sam": in_front(samx.cr_sam),
+    "xsam": in_front(samx.xsam),
+    "x_sam": in_front(samx.x_sam),
+    "tsam": in_front(samx.tsam),
+    "gam": in_front(samx.gam),
+    "gam_exact": in_front(samx.gam_exact),
+    "lookbehind_sam": lambda ball: samx.lookbehind_sam(BASE, perturbation=ball),
+    "sam_polyak": lambda ball: samx.sam_polyak(perturbation=ball),
+    "sassha": lambda ball: samx.sassha(0.1, perturbation=ball),
+    "msassha": lambda ball: samx.msassha(0.1, perturbation=ball),
     "sl_sam": lambda ball: samx.sl_sam(BASE, groups=2, perturbation=ball),
 }
 
@@ -112,6 +122,7 @@ WHOLE = [
     *("sam", "gsam", "coupled_wsam", "wsam", "stable_sam", "usam", "friendly_sam", "adasam"),
     "looksam",
     *("ae_looksam", "vsam", "arsam", "ausam"),
+    *("cr_sam", "x_sam", "sam_polyak", "sassha", "gam"),
 ]
 
 

@@ -22,9 +22,13 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 NOISY = ("lpf_sgd", "rwp", "arwp", "marwp")  # no device climbs anything
 CLIMBING = ("gcsam", "zsharp", "le_sam", "gnp, unit", "spectral_sam", "eigen_sam")
+CLIMBING += ("cr_sam", "xsam", "x_sam", "lookbehind_sam", "tsam", "sam_polyak", "sassha", "msassha")
+CLIMBING += ("gam", "gam_exact")
 DEFAULT = {  # the others are slow
     ("bsam", "shard_map"),
     ("zsharp", "shard_map"),
+    ("tsam", "shard_map"),
+    ("sassha", "shard_map"),
 }
 
 
@@ -57,7 +61,7 @@ def test_noise_is_the_same_with_local_ascent(name, regime):
 @pytest.mark.parametrize(
     ("name", "regime"),
     slow_but(
-        {("gnp, unit", "shard_map")},
+        {("gnp, unit", "shard_map"), ("gam", "shard_map"), ("gam_exact", "pmap")},
         [(n, r) for n in CLIMBING if VARIANTS[n].is_mean_of_shards for r in LOCAL],
     ),
 )
@@ -183,7 +187,10 @@ def test_aux_is_that_of_the_moved_points(name):
         np.testing.assert_allclose(expected["W1"], wanted, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["rwp", *map(slow, ("bsam", "lpf_sgd", "arwp", "eigen_sam"))])
+ACCUMULATED = ("bsam", "lpf_sgd", "arwp", "eigen_sam", "lookbehind_sam", "tsam", "sassha", "gam")
+
+
+@pytest.mark.parametrize("name", ["rwp", *map(slow, (*ACCUMULATED, "xsam", "gam_exact"))])
 def test_accumulation(name):
     """Each gradient of a microbatch, a half or a Hessian is accumulated over two parts of it."""
     params = problem.make()[1]

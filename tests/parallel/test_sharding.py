@@ -32,6 +32,7 @@ LAYOUTS = {
 
 # Rows that draw, sort or take matrices apart, or keep a filter's sum.
 MORE = ("bsam", "lpf_sgd", "rwp", "arwp", "marwp", "eigen_sam", "zsharp", "spectral_sam", "gcsam")
+MORE += ("xsam", "x_sam", "lookbehind_sam", "tsam", "sam_polyak", "sassha", "gam", "gam_exact")
 
 
 def losses_fn(params, batch):
@@ -218,7 +219,7 @@ def test_state_specs_that_do_not_match(argument):
     "name",
     [
         *("sam", "sampa", "looksam", "esam", "ausam", "sl_sam", "fisher_sparse_sam"),
-        *("bsam", "arwp", "eigen_sam", "spectral_sam"),
+        *("bsam", "arwp", "eigen_sam", "spectral_sam", "xsam", "lookbehind_sam", "tsam", "sassha"),
     ],
 )
 def test_every_step_lowers_for_every_platform(name):

@@ -52,7 +52,7 @@ def test_the_step_is_that_of_the_trained_parameters_alone(name):
 
 # Their draws and groups depend on how many leaves there are.
 DRAWN_BY_LEAF = {"sl_sam", "fisher_sparse_sam", "dynamic_sparse_sam", "random_leaves"}
-DRAWN_BY_LEAF |= {"bsam", "lpf_sgd", "rwp", "arwp", "marwp"}
+DRAWN_BY_LEAF |= {"bsam", "lpf_sgd", "rwp", "arwp", "marwp", "tsam", "sassha", "msassha", "x_sam"}
 
 
 def test_weight_decay_of_the_base_does_not_move_a_frozen_leaf():

@@ -37,7 +37,7 @@ somewhere = pytest.mark.parametrize("where", OVERFLOW)
 def has_the_pass(name, kind, batches):
     """Return whether a row has this pass. SAMPa has no clean one; policies can skip sharp ones."""
     if kind == "clean":
-        return name not in ("sampa", "sampa, separate", "momentum_sam")
+        return name not in ("sampa", "sampa, separate", "momentum_sam", "tsam", "msassha")
     *_, (_, state) = train(name, "scale", jnp.float16, batches)
     return bool(optax.tree.get(state, "is_sharp"))
 
