@@ -185,7 +185,8 @@ def gam(rho: Any) -> optax.GradientTransformation:
 def msassha(rho: Any, base: Any, setting: Setting) -> optax.GradientTransformation:
     """Build M-SASSHA."""
     del base
-    return samx.msassha(setting.learning_rate, rho, aux_like=setting.aux)
+    plain = {"power": 0.5, "weight_decay": 0.0}  # as SASSHA
+    return samx.msassha(setting.learning_rate, rho, **plain, aux_like=setting.aux)
 
 
 def sam_polyak(rho: Any, base: Any, setting: Setting) -> optax.GradientTransformation:

@@ -1260,7 +1260,7 @@ CARDS = {
         use_when="SASSHA is worth it to you, but a second gradient is not.",
         not_when="You need the authors' numbers: their code cannot run as published.",
         start=(
-            Start("0.05", "a first try, SASSHA's radius", "default"),
+            Start("0.3, power 1", "the published class by default", "cited", "LOG-postech/Sassha"),
             *digits("msassha"),
         ),
         watch="It has one pass: BatchNorm statistics are those of the perturbed point, see "

@@ -820,7 +820,7 @@ ENTRIES = (
            "matches LOG-postech/Sassha to 1e-10, with its Hessian product taken at w + ε as in the "
            "paper, its draws replayed",
            "authors"),
-    _entry("msassha", msassha, "msassha(learning_rate, rho=0.05)",
+    _entry("msassha", msassha, "msassha(learning_rate, rho=0.3)",
            "M-SASSHA", "shin2025sassha", "optimizer", LOSS,
            "1, and 1 Hessian product every 10 steps", "2 P",
            "**reconstructed**: the published code cannot run; matches an independent loop to 1e-10",

@@ -80,9 +80,9 @@ def sassha(
         g_s = ∇L(w + ε)
         on the steps 0, every, 2 every, ...:
             z random signs;  h = |mean over the samples of z · (H(w + ε) z)|
-            D = β₂ D + (1 − β₂) h;  c = 1 − β₂ᵗ                (t counts all steps, from 1)
+            D = β₂ D + (1 − β₂) h;  c = (1 − β₂ᵗ)^q            (t counts all steps, from 1)
         m   = β₁ m + (1 − β₁) g_s
-        return −η (m / (1 − β₁ᵗ)) / ((D / c)^q + eps) − η weight_decay w
+        return −η (m / (1 − β₁ᵗ)) / (D^q / c + eps) − η weight_decay w
 
     Args:
         learning_rate: Learning rate η ≥ 0. The authors: 0.15 for ResNets on CIFAR.
@@ -124,14 +124,14 @@ def sassha(
     Notes:
         `rho=0` is close to AdaHessian without its spatial average. The bias correction counts
         optimizer steps, and D counts refreshes, as in the published code: between the first
-        refreshes D / c is too small. The published code takes its Hessian product with activations
-        of w + ε and weights of w in the later layers, because it moves the weights back in place
-        between both derivatives. Here H is the Hessian at w + ε, as in the paper. A refresh that is
-        not finite is left out. Where devices climb separately
-        (`data_parallel(..., ascent="local")`), H is the mean of the devices' Hessians, each at its
-        own point. A complex parameter has one curvature, the mean of its two. Cost: 2 gradients per
-        step, one after the other; on steps that refresh, one Hessian product for each sample, of
-        about 2 gradients. State: two copies of the parameters.
+        refreshes D^q / c is too small. If q is a schedule, c keeps that of the last refresh. The
+        published code takes its Hessian product with activations of w + ε and weights of w in the
+        later layers, because it moves the weights back in place between both derivatives. Here H is
+        the Hessian at w + ε, as in the paper. A refresh that is not finite is left out. Where
+        devices climb separately (`data_parallel(..., ascent="local")`), H is the mean of the
+        devices' Hessians, each at its own point. A complex parameter has one curvature, the mean of
+        its two. Cost: 2 gradients per step, one after the other; on steps that refresh, one Hessian
+        product for each sample, of about 2 gradients. State: two copies of the parameters.
         Fidelity: matches LOG-postech/Sassha with its Hessian product at w + ε, its draws replayed.
         `static_args`: `every`, `samples`.
     """
@@ -155,15 +155,15 @@ def sassha(
 
 def msassha(
     learning_rate: ScalarOrSchedule,
-    rho: Radius = Default(0.05),
+    rho: Radius = Default(0.3),
     *,
     b1: float = 0.9,
     b2: float = 0.999,
     every: int = 10,
     samples: int = 1,
-    power: ScalarOrSchedule = 0.5,
+    power: ScalarOrSchedule = 1.0,
     eps: float = 1e-4,
-    weight_decay: ScalarOrSchedule = 0.0,
+    weight_decay: ScalarOrSchedule = 0.01,
     key: int | jax.Array = 0,
     aux_like: Any = None,
     perturbation: Perturbation = None,
@@ -176,14 +176,14 @@ def msassha(
 
     Args:
         learning_rate: Learning rate η ≥ 0.
-        rho: Radius ρ ≥ 0; default 0.05.
+        rho: Radius ρ ≥ 0; default 0.3, of the published class.
         b1: Decay β₁ of the momentum, in [0, 1); default 0.9.
         b2: Decay β₂ of the curvature, in [0, 1); default 0.999.
         every: Steps from one refresh of D to the next; default 10.
         samples: Number ≥ 1 of random signs of a refresh; default 1.
-        power: q ≥ 0; default 0.5.
+        power: q ≥ 0; default 1, of the published class.
         eps: Added to the root, > 0; default 1e-4.
-        weight_decay: Decoupled weight decay ≥ 0; default 0.
+        weight_decay: Decoupled weight decay ≥ 0; default 0.01, of the published class.
         key: Seed or random key of the signs, the same on all devices; default 0.
         aux_like: What the loss returns as aux, or its shapes; the state then keeps the last aux.
         perturbation: Replaces the ball and `rho`; it gets −m.
@@ -201,7 +201,7 @@ def msassha(
 
     Example:
         >>> import jax, jax.numpy as jnp, samx
-        >>> tx = samx.msassha(0.5, rho=0.1, power=1.0, eps=1e-8)
+        >>> tx = samx.msassha(0.5, eps=1e-8, weight_decay=0.0)
         >>> w, loss = jnp.array([2.0, 4.0]), lambda w: 50 * w[0] ** 2 + 0.5 * w[1] ** 2
         >>> updates, state = tx.update(w, tx.init(w), w, value_fn=loss)
         >>> [round(float(u), 3) for u in updates]  # no momentum yet: no ascent
@@ -214,9 +214,9 @@ def msassha(
         Its point is that of `momentum_sam`. Readings: `loss` and `sharp_loss` are both the loss at
         w + ε, the only one there is, and `grad_norm` is ‖m‖. aux is that of w + ε too. Cost: 1
         gradient per step, and refreshes as in `sassha`. State: two copies of the parameters.
-        Fidelity: **reconstructed**. The published code cannot run: two names are missing. With both
-        supplied, it is this rule, as a third party ran it; we have no recorded run. `static_args`:
-        `every`, `samples`.
+        Fidelity: **reconstructed** from LOG-postech/Sassha. The published code cannot run, because
+        two names are missing. We read it, and have no recorded run. `static_args`: `every`,
+        `samples`.
     """
     ball = ball_of("msassha", rho, perturbation)
     rule = _Rule(learning_rate, b1, b2, every, samples, power, eps, weight_decay, key)
@@ -306,8 +306,10 @@ class _Rule:
         m = _average(self.b1, state.momentum, jax.tree.map(tree.widen, g_s))
         dtype = state.readings.loss.dtype
         t = (state.step + 1).astype(dtype)
-        refreshed_at = (state.step // self.every * self.every + 1).astype(dtype)
-        m_correction, correction = 1 - self.b1**t, (1 - self.b2**refreshed_at) ** power
+        refreshed = state.step // self.every * self.every  # the step of the last refresh
+        correction = 1 - self.b2 ** (refreshed + 1).astype(dtype)
+        correction = correction ** at_step(self.power, refreshed)
+        m_correction = 1 - self.b1**t
 
         def update(m, d, w):
             if not tree.is_inexact(w):

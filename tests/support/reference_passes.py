@@ -172,6 +172,9 @@ class Sassha:
         self.every, self.samples, self.power, self.eps = every, samples, power, eps
         self.b1, self.b2, self.by_momentum, self.m, self.d = b1, b2, by_momentum, None, None
 
+    def power_at(self, t):
+        return self.power[t] if isinstance(self.power, list) else self.power
+
     def __call__(self, t, w, batch):
         zeros = {k: np.zeros_like(x) for k, x in w.items()}
         self.m, self.d = self.m or zeros, self.d or zeros
@@ -184,7 +187,7 @@ class Sassha:
                 product = batch.product(point, z)
                 total = {k: total[k] + z[k] * product[k] / self.samples for k in w}
             self.d = {k: self.b2 * self.d[k] + (1 - self.b2) * np.abs(total[k]) for k in w}
-            self.correction = 1 - self.b2 ** (t + 1)
+            self.correction = (1 - self.b2 ** (t + 1)) ** self.power_at(t)
         g_s, rate = (
             batch.gradient(point),
             self.rate[t] if isinstance(self.rate, list) else self.rate,
@@ -192,7 +195,7 @@ class Sassha:
         self.m = {k: self.b1 * self.m[k] + (1 - self.b1) * g_s[k] for k in w}
         new = {}
         for k in w:
-            root = (self.d[k] / self.correction) ** self.power
+            root = self.d[k] ** self.power_at(t) / self.correction
             step = self.m[k] / (1 - self.b1 ** (t + 1)) / (root + self.eps)
             new[k] = (1 - rate * self.decay) * w[k] - rate * step
         return new

@@ -67,7 +67,7 @@ EQUAL = {
     ),
     "msassha, 0": (
         lambda: samx.msassha(0.1, 0.0, every=2),
-        lambda: samx.sassha(0.1, 0.0, every=2),
+        lambda: samx.sassha(0.1, 0.0, every=2, power=1.0, weight_decay=0.01),
     ),
     "lpf_sgd, 0": (lambda: samx.lpf_sgd(0.0, 4), base),
     "lpf_sgd on a sphere of no radius": (lambda: samx.lpf_sgd(noise=sphere_noise(0.0)), base),

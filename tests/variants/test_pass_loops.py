@@ -177,8 +177,13 @@ def test_sam_polyak_against_its_loop(name):
 RATE, RATES = optax.linear_schedule(0.02, 0.0, 12), [0.02 * (1 - t / 12) for t in range(STEPS)]
 SASSHA = {
     "every step, three samples": (
-        {"rho": 0.3, "every": 1, "samples": 3, "power": 0.5, "b1": 0.8, "b2": 0.9},
+        {"rho": 0.3, "every": 1, "samples": 3, "power": 0.5, "b1": 0.8, "b2": 0.9}
+        | {"weight_decay": 0.0},
         {"perturb": BALL, "every": 1, "samples": 3, "power": 0.5, "b1": 0.8, "b2": 0.9},
+    ),
+    "a rising power": (
+        {"rho": 0.3, "every": 4, "power": RISING, "weight_decay": 0.0, "eps": 1e-3},
+        {"perturb": BALL, "every": 4, "samples": 1, "power": RISE, "eps": 1e-3},
     ),
     "power 1, decay, adaptive": (
         {"every": 3, "power": 1.0, "weight_decay": 0.1, "eps": 1e-2, "perturbation": ASAM},
