@@ -12,6 +12,7 @@ import problem
 import pytest
 import recorded
 import reference
+import reference_passes
 import regimes
 from cases import VARIANTS
 from regimes import GLOBAL, LOCAL, VALID, assert_same, batches, build, on_one_device
@@ -132,6 +133,97 @@ def test_each_device_climbs_its_own_gradient_in_eigen_sam(regime):
     shards = [jax.tree.map(lambda x, i=i: x[i : i + 2], batch) for i in range(0, 16, 2)]
     mean = jax.tree.map(lambda *g: sum(g) / 8, *map(sharp, shards))
     regimes.assert_close(found, optax.tree.sub(params, mean))
+
+
+class Shards:
+    """Devices that climb on their own: their losses and gradients, and means of these."""
+
+    def __init__(self, batch):
+        parts = [jax.tree.map(lambda x, i=i: x[i : i + 2], batch) for i in range(0, 16, 2)]
+        self.parts = [reference_passes.Batch(part) for part in parts]
+
+    def gradients(self, points):
+        return [b.gradient(p) for b, p in zip(self.parts, points, strict=True)]
+
+    def loss(self, points):
+        return np.mean([b.loss(p) for b, p in zip(self.parts, points, strict=True)])
+
+
+def mean_of(trees):
+    return {k: np.mean([tree[k] for tree in trees], axis=0) for k in trees[0]}
+
+
+def climbed(shards, points):
+    """Each point after a climb of its device by 0.3."""
+    unit, plus = reference_passes.unit, reference_passes.plus
+    gradients = shards.gradients(points)
+    return [plus(p, 0.3, unit(g)) for p, g in zip(points, gradients, strict=True)]
+
+
+def lookbehind_by_hand(w, shards):
+    points, fast = [w] * 8, w
+    for _ in range(2):
+        points = climbed(shards, points)
+        fast = reference_passes.plus(fast, -0.1, mean_of(shards.gradients(points)))
+    return fast
+
+
+def sam_polyak_by_hand(w, shards):
+    points = climbed(shards, [w] * 8)
+    own = shards.gradients(points)
+    slopes = [
+        reference.inner(g, reference_passes.plus(p, -1, w))
+        for g, p in zip(own, points, strict=True)
+    ]
+    g_s = mean_of(own)
+    rate = (shards.loss(points) - np.mean(slopes)) / reference.inner(g_s, g_s)
+    return reference_passes.plus(w, -rate, g_s)
+
+
+def xsam_by_hand(w, shards):
+    points = climbed(shards, [w] * 8)
+    g_s = mean_of(shards.gradients(points))
+    v_0 = reference_passes.unit(reference_passes.plus(mean_of(points), -1, w))
+    turned = reference_passes.slerp(v_0, reference_passes.unit(g_s), 1.5)
+    return reference_passes.plus(w, -reference.global_norm(g_s), turned)
+
+
+def tsam_by_hand(w, shards):
+    key, losses, gradients = jax.random.key(0), [], []
+    for i in range(2):
+        z = reference_passes.unit(samx.core.draws.normal_like(key, 0, w, i))
+        points = climbed(shards, [reference_passes.plus(w, 0.4, z)] * 8)
+        losses.append(shards.loss(points))
+        gradients.append(mean_of(shards.gradients(points)))
+    share = 1 / (1 + np.exp(losses[1] - losses[0]))
+    mean = {k: share * g + (1 - share) * gradients[1][k] for k, g in gradients[0].items()}
+    return reference_passes.plus(w, -1, mean)
+
+
+BY_HAND = {
+    "lookbehind_sam": (
+        lambda: samx.lookbehind_sam(optax.sgd(0.1), 0.3, steps=2, alpha=1.0),
+        lookbehind_by_hand,
+    ),
+    "sam_polyak": (lambda: samx.sam_polyak(0.3, 1e9, weight_decay=0.0), sam_polyak_by_hand),
+    "xsam": (lambda: optax.chain(samx.xsam(0.3, alpha=1.5), optax.sgd(1.0)), xsam_by_hand),
+    "tsam": (
+        lambda: optax.chain(samx.tsam(0.3, samples=2, radius=0.4), optax.sgd(1.0)),
+        tsam_by_hand,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "regime"),
+    slow_but({("lookbehind_sam", "shard_map")}, [(n, r) for n in BY_HAND for r in LOCAL]),
+)
+def test_each_device_climbs_its_own_gradient(name, regime):
+    """By hand, one step: points are the device's own, steps are common to all."""
+    make, by_hand = BY_HAND[name]
+    params, batch = regimes.first_batch()
+    (found, *_) = LOCAL[regime](lambda like: make(), params, [(batch,)], ascent="local")[0]
+    regimes.assert_close(found, by_hand(jax.tree.map(np.asarray, params), Shards(batch)))
 
 
 @pytest.mark.parametrize(
