@@ -452,9 +452,10 @@ def as_float(value):
 def is_right_number(a, value):
     if not is_real(value):
         return False
-    is_free = a.name == "threshold"  # the only one that may be infinite, or negative
+    is_free = a.name == "threshold"  # the only one that may be infinite
     number = as_float(value)
-    is_large = abs(number) > LARGE and not (is_free and isinstance(value, float))
+    largest = 1e30 if a.name == "min_loss" else LARGE  # a loss may be negative
+    is_large = abs(number) > largest and not (is_free and isinstance(value, float))
     if np.isnan(number) or (is_large and not (is_free and is_array(value))):
         return False
     is_good = is_real(a.good) and number == as_float(a.good)
@@ -462,6 +463,8 @@ def is_right_number(a, value):
 
 
 def is_right_hyperparam(a, value):
+    if value is None and (a.owner, a.name) == ("samx.lookbehind_sam", "alpha"):
+        return True  # the adaptive α, which is not the default
     if isinstance(value, type):
         return False  # a class is no schedule
     if any(value is VALUES[name] for name in NO_SCHEDULES):

@@ -1184,7 +1184,7 @@ CARDS = {
             "chandar-lab/Lookbehind-SAM": {
                 "rho": "rho",
                 "k_steps": "steps",
-                "alpha": 'alpha (-1: "adaptive")',
+                "alpha": 'alpha (-1: None)',
                 "LookbehindASAM, eta": "perturbation=metric_ball(rho, magnitude(eta))",
             },
         },

@@ -52,8 +52,8 @@ def gam(
             0.2.
         rho_prime: Radius ρ′ ≥ 0 of the finite difference, which is SAM's ascent, the code's
             `grad_rho`; default 0.02, the authors' for ResNets on CIFAR-100 (CIFAR-10: 0.03).
-        beta0: β_0; default 0.5. The code uses it as |1 − β_0| only (CIFAR-10: 0.1).
-        beta1: β_1; default 0.6 (CIFAR-10: 0.1).
+        beta0: β_0 ≥ 0; default 0.5. The code uses it as |1 − β_0| only (CIFAR-10: 0.1).
+        beta1: β_1 ≥ 0; default 0.6 (CIFAR-10: 0.1).
         gamma: γ ≥ 0; default 0.03 (CIFAR-10: 0.05).
         outer: Replaces the ball of `rho`; it gets g_1 − g_0.
         perturbation: Replaces the ball of `rho_prime`, in both climbs.
@@ -89,10 +89,10 @@ def gam(
         displacement.
         Fidelity: matches xxgege/GAM.
     """
-    check_hyperparam("beta0", beta0, -float("inf"))
-    check_hyperparam("beta1", beta1, -float("inf"))
+    check_hyperparam("beta0", beta0, 0)
+    check_hyperparam("beta1", beta1, 0)
     check_hyperparam("gamma", gamma, 0)
-    inner = ball_of("gam", rho_prime, perturbation, keyword="rho_prime")
+    inner = ball_of("gam", rho_prime, perturbation, _inner_ball, keyword="rho_prime")
     outer = ball_of("gam", rho, outer, replaced_by="outer")
 
     def init_fn(params):
@@ -125,6 +125,11 @@ def gam(
         return updates, next_state(state, balls, readings)
 
     return closure_transformation(init_fn, update_fn, name="gam")
+
+
+def _inner_ball(rho_prime: Radius) -> Transformation:
+    check_hyperparam("rho_prime", rho_prime, 0)
+    return metric_ball(rho_prime)
 
 
 def _climb(

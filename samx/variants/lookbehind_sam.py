@@ -6,7 +6,7 @@ https://arxiv.org/abs/2307.16704
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from samx.core.hyperparams import (
     Default,
     as_count,
     at_step,
-    check_choice,
     check_hyperparam,
     next_step,
 )
@@ -63,7 +62,7 @@ def lookbehind_sam(
     base: optax.GradientTransformation,
     rho: Radius = Default(0.05),
     steps: int = 5,
-    alpha: ScalarOrSchedule | Literal["adaptive"] = 0.5,
+    alpha: ScalarOrSchedule | None = 0.5,
     *,
     perturbation: Perturbation = None,
     perturb_dtype: DType = "float32",
@@ -81,8 +80,8 @@ def lookbehind_sam(
             state runs on through all of them.
         rho: Radius ρ ≥ 0 of each climb; default 0.05.
         steps: Number k ≥ 1 of inner steps; default 5.
-        alpha: α ≥ 0 of the average with the start; default 0.5. "adaptive": for each tensor
-            (1 + c) / 2, where c is the cosine between its first inner step and all of them.
+        alpha: α ≥ 0 of the average with the start; default 0.5. `None` is the adaptive α: for each
+            tensor (1 + c) / 2, where c is the cosine between its first inner step and all of them.
         perturbation: Replaces the ball and `rho`. Lookbehind-ASAM is
             `perturbations.metric_ball(rho, perturbations.magnitude(0.01))`, with T at each p_i.
         perturb_dtype: See `sharpness_aware`.
@@ -91,8 +90,7 @@ def lookbehind_sam(
         A transformation that wraps `base`. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If a number is out of range, `alpha` is another string, or `rho` is given
-            together with `perturbation`.
+        ValueError: If a number is out of range, or `rho` is given together with `perturbation`.
         TypeError: If a hyperparameter is neither a number nor a schedule, `steps` is not a Python
             int, or `base` is not a transformation.
 
@@ -114,16 +112,13 @@ def lookbehind_sam(
         run ρ = 0.5 with ASAM's metric and k = 5. As we remember the paper, its adaptive α is one
         number; their code has one for each tensor, as here. Cost: k + 1 gradients per step, one
         after the other: the gradient at p_i is both climbed and descended, which the published loop
-        takes twice. Transient copies: ε, the displacement and a gradient; with "adaptive" one more.
-        A schedule of the base counts inner steps. Inner steps see the perturbation's state at the
-        beginning of the step. Readings: `sharp_loss` is that at p_k.
+        takes twice. Transient copies: ε, the displacement and a gradient; with the adaptive α one
+        more. A schedule of the base counts inner steps. Inner steps see the perturbation's state at
+        the beginning of the step. Readings: `sharp_loss` is that at p_k.
         Fidelity: matches chandar-lab/Lookbehind-SAM. `static_args`: `base`, `steps` (and `alpha` if
-        it is a string).
+        it is `None`).
     """
-    is_adaptive = isinstance(alpha, str)
-    if is_adaptive:
-        check_choice("alpha", alpha, ("adaptive",))
-    else:
+    if alpha is not None:
         check_hyperparam("alpha", alpha, 0)
     steps = as_count("steps", steps)
     ball = ball_of(NAME, rho, perturbation)
@@ -139,7 +134,7 @@ def lookbehind_sam(
         descend = partial(base.update, **base_keywords(NAME, {"value_fn": value_fn, **extra}))
         step = partial(_step, value_fn, params, climb, descend, perturb_dtype)
         start = _start(value_fn, params, g, g_a, state)
-        if is_adaptive:
+        if alpha is None:
             first = step(start)
             inner = _repeated(step, steps - 1, first)
             updates = jax.tree.map(_turned, first.moved, inner.moved)
@@ -161,6 +156,7 @@ def lookbehind_sam(
 
 def _start(value_fn: Closure, params: Any, g: Any, g_a: Any, state: Any) -> _Inner:
     zeros = optax.tree.zeros_like(jax.tree.map(tree.widen, params))
+    g, g_a = (tree.cast_like(x, params) for x in (g, g_a))
     loss = jnp.zeros_like(state.readings.loss)
     return _Inner(value_fn.pcast_ascent(zeros), zeros, g, g_a, state.base, loss)
 

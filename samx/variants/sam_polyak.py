@@ -19,6 +19,8 @@ from samx.core.transformation import closure_transformation
 from samx.perturbations import partly_normalized_step
 from samx.variants._ball import ball_of
 
+LOWEST = -float(jnp.finfo(jnp.float32).max)
+
 
 class SAMPolyakState(NamedTuple):
     """State of `sam_polyak`.
@@ -98,7 +100,7 @@ def sam_polyak(
     """
     check_hyperparam("max_learning_rate", max_learning_rate, 0)
     check_hyperparam("lam", lam, 0, 1)
-    check_hyperparam("min_loss", min_loss, -jnp.inf)
+    check_hyperparam("min_loss", min_loss, LOWEST)
     check_hyperparam("weight_decay", weight_decay, 0)
     ball = ball_of("sam_polyak", rho, perturbation, lambda r: partly_normalized_step(r, lam))
 

@@ -130,12 +130,7 @@ def xsam(
     check_static_number("alpha_max", alpha_max, 0)
     check_static_number("alpha_step", alpha_step, 0, excluded=0)
     tried = jnp.arange(int((alpha_max + 1e-5) / alpha_step) + 1) * alpha_step
-    ball = ball_of(
-        "xsam",
-        rho,
-        perturbation,
-        lambda r: metric_ball(map_schedule(r, lambda r: r / ascent_steps)),
-    )
+    ball = ball_of("xsam", rho, perturbation, partial(_part_of_the_climb, ascent_steps))
     sharp = partial(sharp_gradient, gradients=1 + ascent_steps, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
@@ -168,6 +163,12 @@ def xsam(
         return tree.cast_like(updates, params), new._replace(alpha=found, readings=readings)
 
     return closure_transformation(init_fn, update_fn, name="xsam")
+
+
+def _part_of_the_climb(ascent_steps: int, rho: Radius) -> Transformation:
+    """Return the ball of one climb."""
+    check_hyperparam("rho", rho, 0)
+    return metric_ball(map_schedule(rho, lambda rho: rho / ascent_steps))
 
 
 def _slerp(eps: Any, g_s: Any) -> Callable[[Any], Any]:

@@ -137,7 +137,7 @@ LOOKBEHIND = {
     "k 4": ({"rho": 0.3, "steps": 4, "alpha": 0.7}, BALL, 4, 0.7, "nesterov"),
     "asam, adam": ({"steps": 3, "perturbation": ASAM}, ADAPTIVE, 3, 0.5, "adam"),
     "adaptive": (
-        {"rho": 0.3, "steps": 3, "alpha": "adaptive"}, BALL, 3, "adaptive", "momentum and decay"
+        {"rho": 0.3, "steps": 3, "alpha": None}, BALL, 3, "adaptive", "momentum and decay"
     ),
     "k 1": ({"rho": 0.3, "steps": 1, "alpha": 1.5}, BALL, 1, 1.5, "sgd, decay and cosine"),
 }  # fmt: skip
