@@ -68,6 +68,7 @@ DEVICES = (
 CLIMBS = ("perturbations/test_directions_and_lengths.py",)
 NOISES = ("variants/test_noise_loops.py::test_noise", "variants/test_limits.py::test_equal")
 # Tests of a file, or of all files of a folder, beyond those of the rows.
+PASSES = ("variants/test_pass_loops.py", "parallel/test_rows_on_devices.py::test_each_device")
 SUITES = {
     **dict.fromkeys(("variants/arwp.py", "variants/rwp.py"), NOISES),
     "variants/lpf_sgd.py": (*NOISES, "parallel/test_rows_on_devices.py::test_aux"),
@@ -76,6 +77,15 @@ SUITES = {
         "variants/test_perturbation_loops.py::test_eigen",
         "variants/test_limits.py::test_eigen",
     ),
+    "variants/_eigenvector.py": ("variants/test_perturbation_loops.py::test_eigen", *PASSES),
+    **dict.fromkeys(
+        [
+            f"variants/{name}.py"
+            for name in ("cr_sam", "gam", "lookbehind_sam", "sam_polyak", "sassha", "tsam")
+        ],
+        PASSES,
+    ),
+    **dict.fromkeys(("variants/x_sam.py", "variants/xsam.py", "variants/_states.py"), PASSES),
     "variants/_layer_groups.py": ("variants/test_sl_sam.py",),
     "variants/_moments.py": ("variants/test_moments.py",),
     "variants/_reuse.py": ("variants/test_reuse.py",),
