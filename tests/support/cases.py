@@ -172,7 +172,8 @@ def row(
     oracles = (oracle,) if oracle else tuple(n for n, run in RECORDED.items() if run.entry == entry)
     if not oracles:
         raise ValueError(f"{entry}: no recorded run; its row needs an `oracle`")
-    scheduled = [p.name for p in parameters if p.annotation in (Radius, ScalarOrSchedule)]
+    kinds = (Radius, ScalarOrSchedule, ScalarOrSchedule | None)
+    scheduled = [p.name for p in parameters if p.annotation in kinds]
     return Case(
         entry=entry,
         factory=partial(factory or found.factory, **fixed or {}),
