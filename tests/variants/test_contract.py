@@ -375,7 +375,8 @@ def test_line_search_as_base(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS]
+    "name",
+    [n if n in {*CLOSURES, *SHAPES} else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS],
 )
 def test_debug_infs(name):
     """`jax_debug_infs` finds no infinity, though a reading that is not known is infinite."""
