@@ -295,12 +295,13 @@ def test_memory_of_a_device_beside_the_cpu(monkeypatch):
     peaks = iter([10, 20, 20, 20])
     monkeypatch.setattr(accelerator_parts, "allocated_bytes", lambda device: next(peaks))
     with jax.default_device(device), jax.numpy_rank_promotion("allow"):
-        plain, sam = accelerator_parts.memory(accelerator.SMOKE)
-    assert plain["predicted_bytes"] / plain["compiled_bytes"] == pytest.approx(1, rel=0.2)
-    assert plain["predicted_bytes"] < sam["predicted_bytes"]
+        scale = accelerator.SMOKE._replace(held=("sgd", "adamw"))
+        sgd, adamw = accelerator_parts.memory(scale)
+    assert sgd["predicted_bytes"] / sgd["compiled_bytes"] == pytest.approx(1, rel=0.2)
+    assert sgd["predicted_bytes"] < adamw["predicted_bytes"]
     assert places == [device, cpu] * 2
-    assert plain["allocated_bytes"] == 20
-    assert sam["allocated_bytes"] is None  # not above what was in use before
+    assert sgd["allocated_bytes"] == 20
+    assert adamw["allocated_bytes"] is None  # not above what was in use before
 
 
 def test_bfloat16_is_the_dtype_of_the_computation():

@@ -134,7 +134,7 @@ def test_devices_of_unequal_weights():
             f, params, operator="ggn", draws=3
         )
 
-    wanted = run_on_one_device(data, weights)
+    wanted = jax.jit(run_on_one_device)(data, weights)
     found = mapped(run, "shard_map", 3)(net_params(), data["x"], data["y"], weights)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), found, wanted)
 
@@ -165,7 +165,8 @@ def test_vmap_over_seeds():
 
     found = jax.jit(jax.vmap(top))(params, keys)
     single = jax.jit(top)
-    wanted = [single(jax.tree.map(lambda w, i=i: w[i], params), keys[i]) for i in range(2)]
+    lanes = jax.tree.map(np.asarray, params)
+    wanted = [single(jax.tree.map(lambda w, i=i: w[i], lanes), keys[i]) for i in range(2)]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
