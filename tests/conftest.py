@@ -117,9 +117,8 @@ class Contexts(threading.local):
     a primitive takes otherwise.
     """
 
-    make = staticmethod(
-        getattr(mlir, "make_ir_context", None)
-    )  # private: another JAX may not have it
+    # Private: another JAX may not have it.
+    make = staticmethod(getattr(mlir, "make_ir_context", None))
     context = None
 
     def get(self):

@@ -103,8 +103,8 @@ def replace_apply(f, apply_fn):
     return sharpness.objective(apply_fn=apply_fn, loss_on_logits=f.loss_on_logits, batch=f.batch)
 
 
-# In the default run, `test_devices_of_unequal_weights` and the monitor's `test_devices` see products
-# inside `shard_map`, and `test_measures_on_devices.py` batches.
+# In the default run, `test_devices_of_unequal_weights` and the monitor's `test_devices` see
+# products inside `shard_map`, and `test_measures_on_devices.py` batches.
 @pytest.mark.slow
 @pytest.mark.parametrize("measure", MEASURES)
 @pytest.mark.parametrize("regime", ["shard_map", "shard_map without check_vma", "pmap"])
