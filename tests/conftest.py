@@ -11,12 +11,14 @@ import mmap
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import jax
 import jaxlib
 import psutil
 import pytest
+from jax._src.interpreters import mlir
 from processor import can_run
 
 # Most of the time of these tests went into compiling. These flags take most of that away: no
@@ -108,6 +110,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts `pyte
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class Contexts(threading.local):
+    """The MLIR context in which all programs of a thread are lowered, until it is dropped.
+
+    JAX makes a new one for each program. That takes 4 ms, as long as most of what an eager call of
+    a primitive takes otherwise.
+    """
+
+    # Private: another JAX may not have it.
+    make = staticmethod(getattr(mlir, "make_ir_context", None))
+    context = None
+
+    def get(self):
+        if self.context is None:
+            self.context = self.make()
+        return self.context
+
+
+contexts = Contexts()
+if contexts.make is not None:
+    mlir.make_ir_context = lambda: contexts.get()
+
+
 def pytest_collection_finish():
     """Leave what was imported until now out of all garbage collections."""
     gc.collect()
@@ -161,9 +185,10 @@ def float64():
 def free_memory():
     """Drop compiled programs if many came; they would hold gigabytes until the end."""
     yield
-    global held
+    global held, contexts
     if psutil.Process().memory_info().rss > held + MOST_MEMORY:
         jax.clear_caches()
+        contexts = Contexts()
         held = psutil.Process().memory_info().rss
 
 

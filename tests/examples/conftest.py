@@ -8,6 +8,17 @@ import sys
 
 import pytest
 
+from examples.common import figures
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures_without_layout(request):
+    """Leave out the layout, most of what a figure costs; `test_figures.py` has it checked."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.module.__name__.endswith("test_figures"):
+            patch.setitem(figures.STYLE, "figure.constrained_layout.use", False)
+        yield
+
 
 @pytest.fixture
 def in_empty_folder(tmp_path, monkeypatch):

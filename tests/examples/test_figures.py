@@ -531,7 +531,7 @@ CASES = {
         lambda path: draw_lsam(path, [*lsam_digits.ROWS], 2, low=0.1),
     ],
 }
-MOST = 2  # figures of a function in the default run
+MOST = 1  # figures of a function in the default run: one with all that is usual in it
 ALL = [
     pytest.param(case, id=f"{name}-{number}", marks=[pytest.mark.slow] if number >= MOST else [])
     for name, cases in CASES.items()

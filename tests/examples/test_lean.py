@@ -7,7 +7,7 @@ import pytest
 import samx
 from examples.cost import lean
 
-SMALL = "--width 16 --rows 50 --layers 2 --leaves 3 --rounds 2 --compiled 3"
+SMALL = "--width 16 --rows 50 --layers 2 --leaves 1 --rounds 2 --compiled 1"
 
 
 def test_a_tiny_run(tmp_path, capsys, monkeypatch):
@@ -15,11 +15,11 @@ def test_a_tiny_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(lean, "SECONDS", 1e-3)
     monkeypatch.setattr(lean, "DTYPES", lean.DTYPES[:1])
     before = Path(samx.__file__).parents[1]
-    arguments = [*SMALL.split(), "--models", "dense 16", "embedding", "--variants", "gsam"]
-    of_both = ["--tables", "bytes", "peak", "--before", str(before)]
-    of_this = ["--tables", "sent", "time", "trace", "--out", str(tmp_path / "other")]
-    results = lean.main([*arguments, *of_both, "--out", str(tmp_path / "run")])
-    others = lean.main([*arguments[:-3], *of_this])
+    of_both = ["--models", "embedding", "--variants", "gsam", "--tables", "bytes", "peak"]
+    of_both += ["--before", str(before), "--out", str(tmp_path / "run")]
+    of_this = ["--models", "dense 16", "--tables", "sent", "time", "trace"]
+    results = lean.main([*SMALL.split(), *of_both])
+    others = lean.main([*SMALL.split(), *of_this, "--out", str(tmp_path / "other")])
     out = capsys.readouterr().out
     assert {*results, *others} == {*lean.TABLES}
     saved = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -39,7 +39,7 @@ def pairs(regimes):
     Variants that choose among the examples, or divide them, also run on an Explicit mesh; there
     samx has more to do than `jax.jit`. Some of them are slow.
     """
-    regimes, slow = list(regimes), {"ausam", "fisher_sparse_sam", "focal_sam"}
+    regimes, slow = list(regimes), {"ausam", "bsam", "fisher_sparse_sam", "focal_sam"}
     found = [("sam", regime) for regime in regimes]
     for i, name in enumerate(name for name in KINDS if name != "sam"):
         found.append((name, ("shard_map", "pmap")[i % 2]))

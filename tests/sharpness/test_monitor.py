@@ -52,6 +52,7 @@ def train(tx, params, batches, weights=None):
     return seen
 
 
+@jax.jit
 def by_hand(params, batch, weights=None):
     f = net_loss(batch, weights=weights)
     return {name: measure(f, params) for name, measure in MEASURES.items()}

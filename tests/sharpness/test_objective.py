@@ -103,17 +103,11 @@ def replace_apply(f, apply_fn):
     return sharpness.objective(apply_fn=apply_fn, loss_on_logits=f.loss_on_logits, batch=f.batch)
 
 
+# In the default run, `test_devices_of_unequal_weights` and the monitor's `test_devices` see
+# products inside `shard_map`, and `test_measures_on_devices.py` batches.
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", MEASURES)
-@pytest.mark.parametrize(
-    "regime",
-    [
-        "shard_map",
-        *(
-            pytest.param(regime, marks=pytest.mark.slow)
-            for regime in ("shard_map without check_vma", "pmap")
-        ),
-    ],
-)
+@pytest.mark.parametrize("regime", ["shard_map", "shard_map without check_vma", "pmap"])
 def test_inside_mapped_functions(regime, measure):
     data, _ = problem.make()
 
@@ -134,7 +128,7 @@ def test_devices_of_unequal_weights():
             f, params, operator="ggn", draws=3
         )
 
-    wanted = run_on_one_device(data, weights)
+    wanted = jax.jit(run_on_one_device)(data, weights)
     found = mapped(run, "shard_map", 3)(net_params(), data["x"], data["y"], weights)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), found, wanted)
 
@@ -165,7 +159,8 @@ def test_vmap_over_seeds():
 
     found = jax.jit(jax.vmap(top))(params, keys)
     single = jax.jit(top)
-    wanted = [single(jax.tree.map(lambda w, i=i: w[i], params), keys[i]) for i in range(2)]
+    lanes = jax.tree.map(np.asarray, params)
+    wanted = [single(jax.tree.map(lambda w, i=i: w[i], lanes), keys[i]) for i in range(2)]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 

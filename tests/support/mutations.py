@@ -225,14 +225,12 @@ class Mutation:
 
 def mutations_of(path: Path) -> list[Mutation]:
     """Generate every mutation of a file."""
-    text = path.read_text()
-    found, lines = [], text.encode().splitlines(keepends=True)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
+    found, whole = [], path.read_text().encode()
+    starts = [0, *itertools.accumulate(map(len, whole.splitlines(keepends=True)))]
 
-    def segment(node):
-        return " ".join(ast.get_source_segment(text, node).split())
+    def span(node):
+        end = starts[node.end_lineno - 1] + node.end_col_offset
+        return starts[node.lineno - 1] + node.col_offset, end
 
     def visit(node, function):
         if isinstance(node, ast.FunctionDef):
@@ -246,21 +244,17 @@ def mutations_of(path: Path) -> list[Mutation]:
             children = ast.iter_child_nodes(node)
         if function:
             for kind, after in changes(node):
-                start = starts[node.lineno - 1] + node.col_offset
-                end = starts[node.end_lineno - 1] + node.end_col_offset
-                changed = b"".join(lines)
-                changed = changed[:start] + f"({after})".encode() + changed[end:]
+                start, end = span(node)
+                changed = whole[:start] + f"({after})".encode() + whole[end:]
+                before = " ".join(whole[start:end].decode().split())
                 where = str(path.relative_to(PACKAGE))
                 found.append(
-                    Mutation(
-                        *(where, function, node.lineno, kind, segment(node), after),
-                        changed.decode(),
-                    )
+                    Mutation(*(where, function, node.lineno, kind, before, after), changed.decode())
                 )
         for child in children:
             visit(child, function)
 
-    visit(ast.parse(text), "")
+    visit(ast.parse(whole), "")
     return found
 
 

@@ -23,7 +23,14 @@ def on_head(losses_fn, params):
     return lambda head, batch: losses_fn(held | head, batch), head
 
 
-@pytest.mark.parametrize("name", KINDS)
+# A row of each set of closures, of each shape, and a gated one; the other kinds are slow.
+FAST = {*CLOSURES, "lightsam_norm", "periodic"}
+every_kind = pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
+)
+
+
+@every_kind
 def test_the_step_is_that_of_the_trained_parameters_alone(name):
     case, (data, params) = VARIANTS[name], problem.make()
     batch = problem.batch_at(data, 0)

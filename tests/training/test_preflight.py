@@ -180,7 +180,7 @@ def mapped(tx, how, with_means):
     return jax.jit(step), (PARAMS, state, batch["x"], batch["y"])
 
 
-@pytest.mark.parametrize("how", ["pmap", "shard_map"])
+@pytest.mark.parametrize("how", [pytest.param("pmap", marks=pytest.mark.slow), "shard_map"])
 def test_devices_without_means(how):
     step, args = mapped(SAM, how, with_means=False)
     (line,) = samx.preflight(step, *args)

@@ -81,7 +81,9 @@ def vanishing_gradient(name, wrapper, dtype):
 
 
 @needs_float16
-@pytest.mark.parametrize("name", ["sam", "sampa", "looksam", "esam"])
+@pytest.mark.parametrize(
+    "name", ["sam", "sampa", pytest.param("looksam", marks=pytest.mark.slow), "esam"]
+)
 def test_gradients_that_vanish_in_float16_are_kept_by_a_scale(name):
     vanished, _ = vanishing_gradient(name, "skip", jnp.float16)
     assert not any(map(np.any, vanished.values()))
