@@ -68,11 +68,13 @@ from samx.variants.lightsam import lightsam_adagrad, lightsam_adam, lightsam_nor
 from samx.variants.looksam import look_layer_sam, looksam
 from samx.variants.lpf_sgd import lpf_sgd
 from samx.variants.lsam import lsam
+from samx.variants.mesa import mesa
 from samx.variants.momentum_sam import momentum_sam
 from samx.variants.monge_sam import monge_sam
 from samx.variants.msam import msam
 from samx.variants.mup_sam import mup_sam
 from samx.variants.rwp import rwp
+from samx.variants.saf import saf
 from samx.variants.sagm import sagm
 from samx.variants.sam import sam, sharpness_aware
 from samx.variants.sam_on import sam_on
@@ -125,11 +127,13 @@ __all__ = [
     "lpf_sgd",
     "lsam",
     "marwp",
+    "mesa",
     "momentum_sam",
     "monge_sam",
     "msam",
     "mup_sam",
     "rwp",
+    "saf",
     "sagm",
     "sam",
     "sam_on",

@@ -24,6 +24,7 @@ class Setting(NamedTuple):
         batch_size: Number of examples in a whole batch.
         num_examples: Number of examples in the data set.
         aux: Shapes of the aux of the loss, for variants that hold an aux in their state.
+        logits: Shape and dtype of the logits of one example, for variants that hold a table of them.
         num_groups: Number of groups into which example selection splits a batch, one per device.
         learning_rate: Learning rate of the base, a number or a schedule, for variants that take
             their own step.
@@ -33,6 +34,7 @@ class Setting(NamedTuple):
     batch_size: int
     num_examples: int
     aux: Any = None
+    logits: Any = None
     num_groups: int = 1
     learning_rate: Any = 0.1
 
@@ -183,6 +185,24 @@ def async_sam(rho: Any) -> optax.GradientTransformationExtraArgs:
     return samx.closure_transformation(tx.init, update_fn, name="async_sam")
 
 
+def saf(lam: Any, setting: Setting) -> optax.GradientTransformation:
+    """Build SAF, which compares each example with its pass in the epoch before."""
+    return samx.saf(
+        lam,
+        num_examples=setting.num_examples,
+        logits_like=setting.logits,
+        **{"lag": 1, "start": 0, "aux_like": setting.aux},
+    )
+
+
+def mesa(lam: Any, setting: Setting) -> optax.GradientTransformation:
+    """Build MESA, whose teacher averages about one epoch."""
+    steps = max(1, setting.num_examples // setting.batch_size)
+    return samx.mesa(
+        lam, decay=1 - 1 / (steps + 1), steps_per_epoch=steps, start=0, aux_like=setting.aux
+    )
+
+
 RADIUS = 0.2
 SMALL = 0.05  # for a variant in which sharpness has nine times the weight
 FACTOR = 0.5  # for ε = rho g, or an ε that shrinks as g grows
@@ -291,6 +311,8 @@ VARIANTS = {
     "rwp": Variant(by_setting(rwp), NOISE, 1, 0.01, keeps_aux=True, uses_gradient=False),
     "arwp": Variant(by_setting(arwp), NOISE, 1, 0.01, keeps_aux=True, uses_gradient=False),
     "marwp": Variant(by_setting(marwp), NOISE, 1, 0.01, keeps_aux=True, uses_gradient=False),
+    "saf": Variant(by_setting(saf), 1.0, 1, 0.3, keeps_aux=True, uses_gradient=False),  # rho is λ
+    "mesa": Variant(by_setting(mesa), 1.0, 4 / 3, 0.8, keeps_aux=True, uses_gradient=False),
     "momentum-sam": Variant(
         lambda rho, base, setting: samx.momentum_sam(base, rho, aux_like=setting.aux),
         0.5,

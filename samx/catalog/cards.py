@@ -22,6 +22,7 @@ FAMILIES = {
     "Fewer examples or layers": ("ausam", "ksam", "esam", "sl_sam"),
     "What both gradients become": ("gsam", "wsam", "coupled_wsam", "stable_sam", "sagm", "gnp"),
     "Optimizers of their own": ("lightsam_norm", "lightsam_adagrad", "lightsam_adam", "adasam", "bsam"),
+    "A teacher in place of the ascent": ("saf", "mesa"),
     "Other losses and rare classes": ("bisam", "focal_sam", "imbalanced_sam"),
     "Masks": ("sam_on", "fisher_sparse_sam", "dynamic_sparse_sam"),
     "A learned radius": ("lets",),
@@ -1098,6 +1099,58 @@ CARDS = {
         "them. The reading `sharpness` compares these halves: average it over many steps.",
         coming_from={
             "nblt/mARWP": {"sigma": "sigma", "eta": "eta", "beta": "decay", "lmbda": "lam"},
+        },
+        shown_in=(DIGITS,),
+    ),
+    "saf": Card(
+        use_when="You want no second gradient, examples come back in every epoch, and a table with the "
+        "logits of all of them fits into memory.",
+        not_when="You train for few epochs, examples have no fixed number, or logits are large, as "
+        "those of a language model: take `mesa`.",
+        start=(
+            Start("lam 0.3, temperature 5, lag 3, start 5", "ResNet-50 on ImageNet", "cited",
+                  "AngusDujw/SAF, README"),
+            Start("lam 0.16, end 300", "the defaults of the authors' script", "cited", "AngusDujw/SAF"),
+            *digits("saf", setting="as lam"),
+        ),
+        watch="Pass each example's own `index`: with a wrong one it gets the teacher of another "
+        "example, and no error shows it. The reading `sharpness` is λ R. With augmentation the two "
+        "passes of an example see different images, as in the authors' runs.",
+        coming_from={
+            "AngusDujw/SAF": {
+                "reinforce": "lam",
+                "temperature": "temperature",
+                "kl_start_epoch": "start",
+                "kl_end_epoch": "end",
+                "minus_epoch": "lag",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "mesa": Card(
+        use_when="You want no second gradient, and a table of logits is too large or examples do not "
+        "come back.",
+        not_when="You cannot hold one more copy of the parameters, or want SAM's published gains: "
+        "the teacher is an average of the same training, and how much it helps beyond averaging "
+        "the weights is not known to us.",
+        start=(
+            Start("lam 0.8, temperature 5, decay 0.9998, start 5", "ResNet-50 on ImageNet", "cited",
+                  "AngusDujw/SAF, README"),
+            Start("lam 0.3, end 360", "the defaults of the authors' script", "cited",
+                  "AngusDujw/SAF"),
+            *digits("mesa", setting="as lam"),
+        ),
+        watch="decay belongs to the number of steps: 0.9998 averages over about 5000 steps, so a "
+        "short run keeps its first weights as the teacher. With dropout or BatchNorm pass "
+        "`teacher_fn`, the model in evaluation mode.",
+        coming_from={
+            "AngusDujw/SAF": {
+                "reinforce": "lam",
+                "temperature": "temperature",
+                "kl_start_epoch": "start",
+                "kl_end_epoch": "end",
+                "ema_decay": "decay",
+            },
         },
         shown_in=(DIGITS,),
     ),

@@ -1,0 +1,63 @@
+"""SAF's table: the logits of every example in the last epochs, a ring of them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from samx.core import tree
+from samx.core.closures import LossesClosure
+
+
+def as_logits_like(logits_like: Any) -> jax.ShapeDtypeStruct:
+    """Return the shape and dtype of the logits of one example."""
+    try:
+        like = jax.eval_shape(lambda x: x, logits_like)
+        dtype, shape = like.dtype, like.shape
+    except (AttributeError, TypeError) as error:
+        raise TypeError(
+            "`logits_like` must be an array or a jax.ShapeDtypeStruct, got a "
+            f"{type(logits_like).__name__}"
+        ) from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`logits_like` must be real floating numbers, got {dtype}")
+    if not shape or 0 in shape:
+        raise ValueError(
+            "`logits_like` must be shaped like the logits of one example, [..., classes], got "
+            f"shape {shape}"
+        )
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def first_table(num_epochs: int, num_examples: int, logits_like: Any) -> jax.Array:
+    """Return the table `[num_epochs, num_examples, ...]` before the first step: zeros."""
+    return jnp.zeros((num_epochs, num_examples, *logits_like.shape), logits_like.dtype)
+
+
+def logits_at(losses_fn: LossesClosure, table: jax.Array, epoch: Any, place: jax.Array) -> Any:
+    """Return the logits that the device's examples had in an epoch; zeros if nothing was written.
+
+    `place` has the rows of the examples on all devices, as from `places_of`.
+    """
+    logits = table.at[epoch % len(table), place].get(mode="clip")
+    return losses_fn.evaluation.devices.local_slice(logits)
+
+
+def with_logits(
+    losses_fn: LossesClosure, table: jax.Array, epoch: Any, place: jax.Array, logits: jax.Array
+) -> jax.Array:
+    """Return the table with the logits of the device's examples, and of those of other devices.
+
+    Rows with a NaN or +∞ are not written: they would be a teacher for as many epochs as the table
+    has. The others are brought into the range of the table's dtype. Nothing is written for padding,
+    nor on a step that a policy skips.
+    """
+    if losses_fn.evaluation.is_skipped_step:
+        return table
+    limits, axes = jnp.finfo(table.dtype), tuple(range(1, logits.ndim))
+    logits, is_known = tree.widen(logits), jnp.all(logits < jnp.inf, axis=axes)
+    logits = jnp.clip(logits, limits.min, limits.max).astype(table.dtype)
+    devices = losses_fn.evaluation.devices
+    logits, is_known = devices.all_gather(logits), devices.all_gather(is_known)
+    place = jnp.where(is_known, place, table.shape[1])
+    return table.at[epoch % len(table), place].set(logits, mode="drop")
