@@ -54,10 +54,10 @@ def with_logits(
     """
     if losses_fn.evaluation.is_skipped_step:
         return table
-    limits, axes = jnp.finfo(table.dtype), tuple(range(1, logits.ndim))
-    logits, is_known = tree.widen(logits), jnp.all(logits < jnp.inf, axis=axes)
-    logits = jnp.clip(logits, limits.min, limits.max).astype(table.dtype)
-    devices = losses_fn.evaluation.devices
-    logits, is_known = devices.all_gather(logits), devices.all_gather(is_known)
-    place = jnp.where(is_known, place, table.shape[1])
+    devices, limits = losses_fn.evaluation.devices, jnp.finfo(table.dtype)
+    logits, axes = tree.widen(logits), tuple(range(1, logits.ndim))
+    is_known = jnp.all(logits < jnp.inf, axis=axes, keepdims=True)
+    logits = jnp.clip(logits, float(limits.min), float(limits.max))
+    logits = devices.all_gather(jnp.where(is_known, logits, jnp.nan).astype(table.dtype))
+    place = jnp.where(jnp.any(jnp.isnan(logits), axis=axes), table.shape[1], place)
     return table.at[epoch % len(table), place].set(logits, mode="drop")

@@ -10,12 +10,12 @@ from samx.core import tree
 from samx.core.closures import (
     LogitsClosure,
     LossesClosure,
+    PerExample,
     evaluate,
     in_two_parts,
     mean_loss,
     mean_over_batch,
 )
-from samx.core.devices import PerExample
 from samx.core.hyperparams import as_count, at_step, check_hyperparam
 from samx.core.readings import Readings, skip_readings, take_readings
 from samx.losses import trajectory_loss

@@ -4,6 +4,7 @@ Du, Zhou, Feng, Tan, Zhou. "Sharpness-Aware Training for Free", NeurIPS 2022.
 https://arxiv.org/abs/2205.14083
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -144,14 +145,9 @@ def mesa(
         beta = jnp.where(state.step == 0, 1, at_step(decay, state.step))
         v = _averaged(beta, state.teacher, params)
         acts = term.acts(state.step // steps_per_epoch)
-        forward = partial(_teach, teacher_fn or apply_fn, tree.cast_like(v, params))
-
-        def teach(batch, _, logits):
-            if term.is_permanent:
-                return forward(batch, logits)
-            branch = fast_convolutions(jax.lax.cond)
-            return branch(acts, lambda: forward(batch, logits), lambda: stop_gradient(logits))
-
+        teach = partial(_teach, teacher_fn or apply_fn, tree.cast_like(v, params))
+        if not term.is_permanent:
+            teach = partial(_if_it_acts, acts, teach)
         model = Model(apply_fn, loss_on_logits, losses_fn, batch, weights)
         step = term.descend(state, params, model, acts, (), teach, 1 + FORWARD)
         aux = kept_aux("mesa", step.aux, aux_like, state.aux, "apply_fn")
@@ -172,7 +168,7 @@ def _averaged(beta: jax.Array, teacher: Any, params: Any) -> Any:
     return jax.tree.map(averaged, teacher, params)
 
 
-def _teach(teacher_fn: LogitsClosure, v: Any, batch: Any, logits: jax.Array) -> jax.Array:
+def _teach(teacher_fn: LogitsClosure, v: Any, batch: Any, _: Any, logits: jax.Array) -> jax.Array:
     """Return the teacher's logits; as a type, they vary over the devices as the model's do."""
     taught = teacher_fn(v, batch)
     if jnp.shape(taught) != logits.shape:
@@ -181,3 +177,11 @@ def _teach(teacher_fn: LogitsClosure, v: Any, batch: Any, logits: jax.Array) -> 
             f"{logits.shape}, got {jnp.shape(taught)}"
         )
     return jnp.where(jnp.ones((), bool), taught.astype(logits.dtype), stop_gradient(logits))
+
+
+def _if_it_acts(
+    acts: jax.Array, teach: Callable[..., jax.Array], batch: Any, _: Any, logits: jax.Array
+) -> jax.Array:
+    """Return the teacher's logits; the model's own on a step without the term."""
+    branch = fast_convolutions(jax.lax.cond)
+    return branch(acts, lambda: teach(batch, _, logits), lambda: stop_gradient(logits))

@@ -50,6 +50,9 @@ def logits_of(params, batch):
     return jnp.tanh(hidden) @ params["W2"] + params["b2"][None]
 
 
+losses_fn.logits_of = logits_of
+
+
 def loss_on_logits(logits, batch):
     return cross_entropy(logits, batch["y"])
 
@@ -72,10 +75,13 @@ def further(batch, losses_fn=losses_fn, weights=None):
     }
 
 
-def in_two_parts(losses_fn=losses_fn):
-    """The losses as `apply_fn` and `loss_on_logits`; of other losses, the "logits" hold them."""
-    if losses_fn is globals()["losses_fn"]:
-        return {"apply_fn": logits_of, "loss_on_logits": loss_on_logits}
+def in_two_parts(losses_fn):
+    """The losses as `apply_fn` and `loss_on_logits`.
+
+    Losses without the attribute `logits_of` become "logits" themselves.
+    """
+    if hasattr(losses_fn, "logits_of"):
+        return {"apply_fn": losses_fn.logits_of, "loss_on_logits": loss_on_logits}
 
     def apply_fn(params, batch):
         result = losses_fn(params, batch)
