@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from samx.core import tree
 from samx.core.closures import LossesClosure
@@ -39,7 +40,11 @@ def logits_at(losses_fn: LossesClosure, table: jax.Array, epoch: Any, place: jax
 
     `place` has the rows of the examples on all devices, as from `places_of`.
     """
-    logits = table.at[epoch % len(table), place].get(mode="clip")
+
+    def read(table, row, place):
+        return table.at[row, place].get(mode="clip")
+
+    logits = _on_auto_axes(read, PartitionSpec(), table, epoch % len(table), place)
     return losses_fn.evaluation.devices.local_slice(logits)
 
 
@@ -60,4 +65,18 @@ def with_logits(
     logits = jnp.clip(logits, float(limits.min), float(limits.max))
     logits = devices.all_gather(jnp.where(is_known, logits, jnp.nan).astype(table.dtype))
     place = jnp.where(jnp.any(jnp.isnan(logits), axis=axes), table.shape[1], place)
-    return table.at[epoch % len(table), place].set(logits, mode="drop")
+
+    def write(table, row, place, logits):
+        return table.at[row, place].set(logits, mode="drop")
+
+    spec = jax.typeof(table).sharding.spec
+    return _on_auto_axes(write, spec, table, epoch % len(table), place, logits)
+
+
+def _on_auto_axes(fn: Any, spec: PartitionSpec, table: jax.Array, *args: Any) -> Any:
+    """Call `fn(table, *args)`; for a table that an Explicit mesh shards, the compiler shards it."""
+    sharding = jax.typeof(table).sharding
+    if not any(sharding.spec):
+        return fn(table, *args)
+    out_sharding = NamedSharding(sharding.mesh, spec)
+    return jax.sharding.auto_axes(fn, out_sharding=out_sharding)(table, *args)

@@ -89,7 +89,7 @@ class TeacherTerm:
         def penalized(params, data):
             batch, examples = data
             logits, aux = model.apply_fn.with_aux(params, batch)
-            _check_logits(self.name, logits)
+            check_logits(self.name, "apply_fn", logits)
             losses = model.loss_on_logits(logits, batch)
             whole.check(losses, batch)
             term = trajectory_loss(logits, teacher_of(batch, examples, logits), temperature)
@@ -109,12 +109,13 @@ class TeacherTerm:
         return Descent(g, logits, aux, tree.where(acts, taken, skip_readings(last, loss, g)))
 
 
-def _check_logits(name: str, logits: Any) -> None:
-    shape = getattr(logits, "shape", None)
-    if shape is None:
+def check_logits(name: str, keyword: str, logits: Any) -> None:
+    """Require one array with an axis of examples and one of classes."""
+    if not tree.is_array(logits):
         kind = type(logits).__name__
-        raise TypeError(f"{name}: `apply_fn` must return one array of logits, got a {kind}")
+        raise TypeError(f"{name}: `{keyword}` must return one array of logits, got a {kind}")
+    shape = jnp.shape(logits)
     if len(shape) < 2:
         raise ValueError(
-            f"{name}: `apply_fn` must return logits [B, ..., classes], got shape {shape}"
+            f"{name}: `{keyword}` must return logits [B, ..., classes], got shape {shape}"
         )

@@ -20,7 +20,7 @@ from samx.core.hyperparams import as_count, at_step, check_hyperparam, next_step
 from samx.core.readings import FORWARD, Readings, no_readings
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
-from samx.variants._teacher import Model, TeacherTerm
+from samx.variants._teacher import Model, TeacherTerm, check_logits
 
 
 class MESAState(NamedTuple):
@@ -125,7 +125,7 @@ def mesa(
     steps_per_epoch = as_count("steps_per_epoch", steps_per_epoch)
 
     def init_fn(params):
-        teacher = jax.tree.map(lambda w: jnp.array(tree.widen(w), copy=True), params)
+        teacher = jax.tree.map(_copied, params)
         return MESAState(
             jnp.zeros((), jnp.int32), teacher, first_aux(aux_like), no_readings(params)
         )
@@ -156,6 +156,10 @@ def mesa(
     return closure_transformation(init_fn, update_fn, name="mesa")
 
 
+def _copied(w: Any) -> jax.Array:
+    return jnp.array(tree.widen(w) if tree.is_inexact(w) else w, copy=True)
+
+
 def _averaged(beta: jax.Array, teacher: Any, params: Any) -> Any:
     """Return the moving average after these parameters; integers are those of the parameters."""
 
@@ -171,10 +175,11 @@ def _averaged(beta: jax.Array, teacher: Any, params: Any) -> Any:
 def _teach(teacher_fn: LogitsClosure, v: Any, batch: Any, _: Any, logits: jax.Array) -> jax.Array:
     """Return the teacher's logits; as a type, they vary over the devices as the model's do."""
     taught = teacher_fn(v, batch)
-    if jnp.shape(taught) != logits.shape:
+    check_logits("mesa", teacher_fn.keyword, taught)
+    if taught.shape != logits.shape:
         raise ValueError(
             f"mesa: `{teacher_fn.keyword}` must return logits in the shape of the model's, "
-            f"{logits.shape}, got {jnp.shape(taught)}"
+            f"{logits.shape}, got {taught.shape}"
         )
     return jnp.where(jnp.ones((), bool), taught.astype(logits.dtype), stop_gradient(logits))
 

@@ -115,12 +115,13 @@ def saf(
 
     Notes:
         `lam=0` is the base optimizer. Before epoch `lag` there is no earlier pass: with
-        `start < lag − 1`, ẑ is zeros there, a uniform teacher, as in the authors' code. With logits
-        `[B, ..., classes]` R is a mean over the axes between. Half-precision logits are compared in
-        float32. Logits with a NaN or +∞ are not written: the row of lag + 1 epochs before stays.
-        The table has one row more than `lag`, so an example that occurs twice in an epoch has the
-        same teacher twice. Under `jax.jit` an index outside the table makes the updates NaN. A step
-        that `perturb_if` skips writes nothing.
+        `start < lag − 1`, ẑ is zeros there, a uniform teacher, as in the authors' code. The table
+        is a ring of lag + 1 epochs: an example that occurs twice in an epoch has the same teacher
+        twice, and one that was left out in epoch e − lag has its logits of the round before, or
+        zeros. Logits with a NaN or +∞ are not written either, nor those of a step that `perturb_if`
+        skips. With logits `[B, ..., classes]` R is a mean over the axes between. Half-precision
+        logits are compared in float32. Under `jax.jit` an index outside the table makes the updates
+        NaN.
         Readings: `loss` is L, `sharp_loss` L + λ R, `sharpness` λ R and `grad_norm` ‖∇(L + λ R)‖;
         `is_sharp` says whether the step had R. Nothing is perturbed. Cost: 1 gradient per step. The
         state holds (lag + 1) N logits: 80 MB for CIFAR-100, 20 GB for ImageNet. In mapped functions
