@@ -15,7 +15,7 @@ def as_logits_like(logits_like: Any) -> jax.ShapeDtypeStruct:
     try:
         like = jax.eval_shape(lambda x: x, logits_like)
         dtype, shape = like.dtype, like.shape
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, OverflowError, TypeError) as error:
         raise TypeError(
             "`logits_like` must be an array or a jax.ShapeDtypeStruct, got a "
             f"{type(logits_like).__name__}"
