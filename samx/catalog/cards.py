@@ -1108,14 +1108,17 @@ CARDS = {
         not_when="You train for few epochs, examples have no fixed number, or logits are large, as "
         "those of a language model: take `mesa`.",
         start=(
-            Start("lam 0.3, temperature 5, lag 3, start 5", "ResNet-50 on ImageNet", "cited",
+            Start("lam 0.3, lag 2, start 5", "ResNet-50 on ImageNet, 90 epochs, label smoothing 0.1",
+                  "cited", "AngusDujw/SAF, run.sh"),
+            Start("start at 5, or at 30% of the epochs", "other trainings", "cited",
                   "AngusDujw/SAF, README"),
-            Start("lam 0.16, end 300", "the defaults of the authors' script", "cited", "AngusDujw/SAF"),
+            Start("lam 0.16, lag 3, end 300", "the defaults of the authors' script", "cited",
+                  "AngusDujw/SAF"),
             *digits("saf", setting="as lam"),
         ),
         watch="Pass each example's own `index`: with a wrong one it gets the teacher of another "
         "example, and no error shows it. The reading `sharpness` is λ R. With augmentation the two "
-        "passes of an example see different images, as in the authors' runs.",
+        "passes of an example see different images.",
         coming_from={
             "AngusDujw/SAF": {
                 "reinforce": "lam",
@@ -1130,12 +1133,12 @@ CARDS = {
     "mesa": Card(
         use_when="You want no second gradient, and a table of logits is too large or examples do not "
         "come back.",
-        not_when="You cannot hold one more copy of the parameters, or want SAM's published gains: "
-        "the teacher is an average of the same training, and how much it helps beyond averaging "
-        "the weights is not known to us.",
+        not_when="You cannot hold one more copy of the parameters. How much it helps beyond the average of "
+        "the weights itself is not known to us.",
         start=(
-            Start("lam 0.8, temperature 5, decay 0.9998, start 5", "ResNet-50 on ImageNet", "cited",
-                  "AngusDujw/SAF, README"),
+            Start("lam 0.8, decay 0.9998, start 5",
+                  "ResNet-50 on ImageNet, 90 epochs, label smoothing 0.1", "cited",
+                  "AngusDujw/SAF, run.sh"),
             Start("lam 0.3, end 360", "the defaults of the authors' script", "cited",
                   "AngusDujw/SAF"),
             *digits("mesa", setting="as lam"),

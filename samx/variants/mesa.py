@@ -60,7 +60,8 @@ def mesa(
     No gradient flows to ẑ. v is updated on every step, with and without R.
 
     Args:
-        lam: Weight λ ≥ 0 of R; default 0.8, of the authors' published command (their code: 0.3).
+        lam: Weight λ ≥ 0 of R; default 0.8, of the authors' command for ResNet-50 on ImageNet (the
+            default of their code: 0.3).
         temperature: Temperature T > 0 of both softmaxes; default 5.
         decay: β in [0, 1], default 0.9998. 1 keeps the first weights; with 0, R is 0.
         steps_per_epoch: Optimizer steps per epoch, in which `start` and `end` are counted.

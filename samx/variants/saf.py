@@ -61,14 +61,17 @@ def saf(
     No gradient flows to ẑ. The logits of every step are written, with and without R.
 
     Args:
-        lam: Weight λ ≥ 0 of R; default 0.3, of the authors' published command (their code: 0.16).
+        lam: Weight λ ≥ 0 of R; default 0.3, of the authors' command for ResNet-50 on ImageNet (the
+            default of their code: 0.16).
         temperature: Temperature T > 0 of both softmaxes; default 5.
         num_examples: Number N of examples in the data set.
         logits_like: An array or a `jax.ShapeDtypeStruct` shaped like the logits of one example,
             `[..., classes]`. The table of logits has its dtype: bfloat16 takes half of the memory
             of float32.
-        lag: Epochs ≥ 1 between the two passes of an example; default 3.
-        start: Last epoch without R, counted from 0; default 5. −1: the first epoch has R too.
+        lag: Epochs ≥ 1 between the two passes of an example; default 3, of the authors' code (their
+            command: 2).
+        start: Last epoch without R, counted from 0; default 5. Their README also recommends 30% of
+            all epochs. −1: the first epoch has R too.
         end: First epoch that is without R again; default `None`: never. The authors' code: 300.
         steps_per_epoch: Default ⌈N / B⌉. Pass ⌊N / B⌋ if your loader drops the last examples.
         aux_like: Arrays or `jax.ShapeDtypeStruct`s shaped like the aux of `apply_fn`. The state
