@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from samx.core import tree
@@ -12,14 +13,12 @@ from samx.core.closures import LossesClosure
 
 def as_logits_like(logits_like: Any) -> jax.ShapeDtypeStruct:
     """Return the shape and dtype of the logits of one example."""
-    try:
-        like = jax.eval_shape(lambda x: x, logits_like)
-        dtype, shape = like.dtype, like.shape
-    except (AttributeError, OverflowError, TypeError) as error:
+    if not isinstance(logits_like, jax.Array | jax.ShapeDtypeStruct | np.ndarray):
         raise TypeError(
             "`logits_like` must be an array or a jax.ShapeDtypeStruct, got a "
             f"{type(logits_like).__name__}"
-        ) from error
+        )
+    shape, dtype = logits_like.shape, logits_like.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`logits_like` must be real floating numbers, got {dtype}")
     if not shape or 0 in shape:
@@ -27,7 +26,8 @@ def as_logits_like(logits_like: Any) -> jax.ShapeDtypeStruct:
             "`logits_like` must be shaped like the logits of one example, [..., classes], got "
             f"shape {shape}"
         )
-    return jax.ShapeDtypeStruct(shape, dtype)
+    stored = jax.eval_shape(lambda: jnp.asarray(np.zeros((), dtype)))  # 32 bits of np.float64
+    return jax.ShapeDtypeStruct(shape, stored.dtype)
 
 
 def first_table(num_epochs: int, num_examples: int, logits_like: Any) -> jax.Array:

@@ -130,6 +130,12 @@ def test_a_table_in_half_precision():
     assert np.abs(state.logits).max() == 65504
 
 
+def test_the_table_has_the_dtype_that_jax_would_store():
+    """NumPy's numbers have 64 bits; nothing warns of it."""
+    state = jax.eval_shape(saf(logits_like=np.zeros(3)).init, first_batch()[0])
+    assert state.logits.dtype == jnp.float32
+
+
 def test_logits_of_tokens():
     """Each token has its own teacher; the term is their mean."""
 
@@ -287,7 +293,7 @@ def test_what_both_refuse(make, changes, error, message):
         ({"lag": 0}, ValueError, "`lag` must be at least 1, got 0"),
         ({"num_examples": 0}, ValueError, "`num_examples` must be at least 1"),
         ({"logits_like": "3"}, TypeError, r"`logits_like` must be an array or a jax.*got a str"),
-        ({"logits_like": 3}, TypeError, "real floating numbers, got int32"),
+        ({"logits_like": [0.0, 1.0]}, TypeError, "must be an array or .*got a list"),
         ({"logits_like": None}, TypeError, r"`logits_like` must be .*got a NoneType"),
         ({"logits_like": jnp.zeros(())}, ValueError, r"one example, \[..., classes\], got shape"),
         ({"logits_like": jnp.zeros((2, 0))}, ValueError, "one example.*got shape"),
