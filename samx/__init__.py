@@ -71,11 +71,13 @@ from samx.variants.lookbehind_sam import lookbehind_sam
 from samx.variants.looksam import look_layer_sam, looksam
 from samx.variants.lpf_sgd import lpf_sgd
 from samx.variants.lsam import lsam
+from samx.variants.mesa import mesa
 from samx.variants.momentum_sam import momentum_sam
 from samx.variants.monge_sam import monge_sam
 from samx.variants.msam import msam
 from samx.variants.mup_sam import mup_sam
 from samx.variants.rwp import rwp
+from samx.variants.saf import saf
 from samx.variants.sagm import sagm
 from samx.variants.sam import sam, sharpness_aware
 from samx.variants.sam_on import sam_on
@@ -137,12 +139,14 @@ __all__ = [
     "lpf_sgd",
     "lsam",
     "marwp",
+    "mesa",
     "momentum_sam",
     "monge_sam",
     "msam",
     "msassha",
     "mup_sam",
     "rwp",
+    "saf",
     "sagm",
     "sam",
     "sam_on",

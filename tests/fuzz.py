@@ -230,6 +230,9 @@ def keywords():
         "index": jnp.arange(SIZE),
         "ascent_fn": lambda params: losses(params, BATCH).max(),
         "validation_fn": lambda params: losses(params, BATCH).min(),
+        "apply_fn": arguments.logits_of,
+        "loss_on_logits": arguments.loss_on_logits,
+        "teacher_fn": arguments.logits_of,
     }
 
 
@@ -432,7 +435,8 @@ def calls_of_transformation(owner: str, make: Callable[[], Any]) -> Iterator[Cal
         yield call("update: gradients", what, "grads", may_pass, ("grads", "updates"), g=g)
     for what, state, may_pass in states(tx):
         yield call("update: state", what, "state", may_pass, state=state)
-    for keyword in ("value_fn", "losses_fn", "ascent_fn", "validation_fn"):
+    functions = ("value_fn", "losses_fn", "ascent_fn", "validation_fn")
+    for keyword in (*functions, "apply_fn", "loss_on_logits", "teacher_fn"):
         yield from closure_calls(call, tx, keyword)
     for keyword in keywords():
         names = (keyword, "value_fn", "losses_fn", "batch")
@@ -460,7 +464,7 @@ def accepts(run):
 
 def accepts_keyword(tx):
     """Whether `update` reads the keywords of the contract."""
-    return is_read(tx, "value_fn") or is_read(tx, "losses_fn") or is_read(tx, "ascent_fn")
+    return any(is_read(tx, k) for k in ("value_fn", "losses_fn", "ascent_fn", "apply_fn"))
 
 
 def closure_calls(call, tx, keyword):
@@ -470,7 +474,10 @@ def closure_calls(call, tx, keyword):
         yield call(fault, what, keyword, False if is_checked else None, **{keyword: value})
     if not is_used:
         return
-    results = losses_results() if keyword == "losses_fn" else scalar_results()
+    is_scalar = keyword in ("value_fn", "ascent_fn", "validation_fn")
+    results = scalar_results() if is_scalar else losses_results()
+    if keyword in ("apply_fn", "teacher_fn"):
+        del results["a matrix"]  # as logits are
     for what, result in results.items():
         fn = partial(lambda result, *args: result, result)
         yield call(fault, f"returns {what}", keyword, False, **{keyword: fn})

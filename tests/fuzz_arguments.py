@@ -149,6 +149,8 @@ GOOD = {
     "num_examples": 64.0,
     "one_minus_inverse.step": 3,
     "bsam.num_microbatches": 2,
+    **{"saf.num_examples": 64, "logits_like": jax.ShapeDtypeStruct((1,), np.float32)},
+    **{"steps_per_epoch": 4, "teacher": jnp.ones((2, 3))},
     **dict.fromkeys(("sample.key", "average.key"), 0),
     **{"warmup": 2.0, "decay_from": 3.0, "end": 5.0},
     **dict.fromkeys(("sample.opt_state", "average.opt_state"), samx.bsam(0.1, 64.0).init(PARAMS)),
@@ -169,7 +171,7 @@ SEQUENCES = {  # of what: a test of the elements, of the whole
 }
 ARRAYS = {  # shape or None, whether of integers
     "weights": ((SIZE,), False),
-    "logits": ((2, 3), False),
+    **dict.fromkeys(("logits", "teacher"), ((2, 3), False)),
     "labels": ((2,), True),
     "scores": ((4,), False),
     "probabilities": ((4,), False),
@@ -473,7 +475,8 @@ def is_right_hyperparam(a, value):
 
 
 def is_right_count(a, value):
-    if not is_whole(value) or not 0 <= operator.index(value) < 2**31:
+    least = -1 if a.name == "start" else 0
+    if not is_whole(value) or not least <= operator.index(value) < 2**31:
         return False
     is_good = is_whole(a.good) and operator.index(a.good) == operator.index(value)
     return True if is_good else None

@@ -116,8 +116,11 @@ def train_step(
     def logits_of(params, batch):
         return state.apply_fn(params, batch["tokens"][:, :-1])
 
+    def loss_on_logits(logits, batch):
+        return losses_of(logits, batch["tokens"][:, 1:])
+
     def losses_fn(params, batch):
-        return losses_of(logits_of(params, batch), batch["tokens"][:, 1:])
+        return loss_on_logits(logits_of(params, batch), batch)
 
     def ascent_fn(params):
         targets = batch["tokens"][:, 1:]
@@ -128,6 +131,8 @@ def train_step(
         grads=grads,
         value=value,
         losses_fn=losses_fn,
+        apply_fn=logits_of,
+        loss_on_logits=loss_on_logits,
         batch=batch,
         index=batch["index"],
         ascent_fn=ascent_fn,
@@ -142,6 +147,11 @@ def batch_like(size: Size, examples: int) -> dict[str, jax.ShapeDtypeStruct]:
         "tokens": jax.ShapeDtypeStruct((examples, size.length + 1), jnp.int32),
         "index": jax.ShapeDtypeStruct((examples,), jnp.int32),
     }
+
+
+def logits_like(size: Size) -> jax.ShapeDtypeStruct:
+    """Return the shape of the logits of one example."""
+    return jax.ShapeDtypeStruct((size.length, size.vocabulary), jnp.float32)
 
 
 def spec_of(shape: tuple[int, ...], parts: int) -> P:

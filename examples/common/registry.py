@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import samx
 from examples.common.choices import ELSEWHERE
 from samx import policies
+
+TEN = jax.ShapeDtypeStruct((10,), np.float32)
 
 
 class Setting(NamedTuple):
@@ -24,6 +27,7 @@ class Setting(NamedTuple):
         batch_size: Number of examples in a whole batch.
         num_examples: Number of examples in the data set.
         aux: Shapes of the aux of the loss, for variants that hold an aux in their state.
+        logits: Shape and dtype of one example's logits; default ten classes.
         num_groups: Number of groups into which example selection splits a batch, one per device.
         learning_rate: Learning rate of the base, a number or a schedule, for variants that take
             their own step.
@@ -33,6 +37,7 @@ class Setting(NamedTuple):
     batch_size: int
     num_examples: int
     aux: Any = None
+    logits: Any = TEN
     num_groups: int = 1
     learning_rate: Any = 0.1
 
@@ -206,6 +211,31 @@ def async_sam(rho: Any) -> optax.GradientTransformationExtraArgs:
     return samx.closure_transformation(tx.init, update_fn, name="async_sam")
 
 
+def saf(lam: Any, setting: Setting) -> optax.GradientTransformation:
+    """Build SAF with the paper's epochs; a table too large for a machine is refused."""
+    numbers = SAF_EPOCHS * setting.num_examples * math.prod(setting.logits.shape)
+    if numbers > LARGEST_TABLE:
+        raise ValueError(
+            f"saf: the logits of {setting.num_examples:,} examples in {SAF_EPOCHS} epochs take "
+            f"{4e-9 * numbers:,.0f} GB; take mesa, whose teacher needs no table"
+        )
+    return samx.saf(
+        lam,
+        num_examples=setting.num_examples,
+        logits_like=setting.logits,
+        aux_like=setting.aux,
+    )
+
+
+def mesa(lam: Any, setting: Setting) -> optax.GradientTransformation:
+    """Build MESA, whose teacher averages about one epoch."""
+    steps = max(1, setting.num_examples // setting.batch_size)
+    decay = 1 - 1 / (steps + 1)
+    return samx.mesa(lam, decay=decay, steps_per_epoch=steps, aux_like=setting.aux)
+
+
+SAF_EPOCHS, LARGEST_TABLE = 4, 2**31  # of its table of logits, and numbers in it
+
 RADIUS = 0.2
 SMALL = 0.05  # for a variant in which sharpness has nine times the weight
 FACTOR = 0.5  # for ε = rho g, or an ε that shrinks as g grows
@@ -333,6 +363,10 @@ VARIANTS = {
     ),
     "gam": Variant(in_front(gam), RADIUS, 4, 0.2),
     "gam-exact": Variant(of("gam_exact"), RADIUS, 6, 0.2),
+    "saf": Variant(by_setting(saf), 1.0, 1, 0.3, keeps_aux=True, uses_gradient=False),  # rho is λ
+    "mesa": Variant(
+        by_setting(mesa), 1.0, 4 / 3, 0.8, keeps_aux=True, settling=6, uses_gradient=False
+    ),
     "momentum-sam": Variant(
         lambda rho, base, setting: samx.momentum_sam(base, rho, aux_like=setting.aux),
         0.5,

@@ -17,7 +17,7 @@ import optax
 
 import samx
 from examples.common.gpt import Size
-from examples.common.language_task import Task, batch_like, make_task
+from examples.common.language_task import Task, batch_like, logits_like, make_task
 from examples.common.programs import communicated_bytes, peak_bytes, product_flops
 from examples.common.registry import VARIANTS, Setting
 from samx import policies
@@ -80,7 +80,9 @@ def task_of(
     """Return the task under FSDP, bfloat16 computation and float32 parameters; and a batch."""
     batch = batch_like(size, examples * len(devices))
     count = examples * len(devices)
-    setting = Setting(batch, batch_size=count, num_examples=count, learning_rate=LEARNING_RATE)
+    setting = Setting(
+        batch, count, num_examples=count, logits=logits_like(size), learning_rate=LEARNING_RATE
+    )
     task = make_task(
         size, make(setting), devices=devices, parallel="fsdp", remat=remat, dtype=jnp.bfloat16
     )

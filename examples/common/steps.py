@@ -99,7 +99,8 @@ def samx_row(
         wrap: Wraps the optimizer.
     """
     known, size = VARIANTS[name], len(jax.tree.leaves(batch)[0])
-    setting = Setting(batch, size, num_examples=size, learning_rate=LEARNING_RATE)
+    logits = jax.ShapeDtypeStruct((1,), jnp.float32)
+    setting = Setting(batch, size, size, logits=logits, learning_rate=LEARNING_RATE)
     tx = wrap(known.make(RHO, BASES["momentum"](LEARNING_RATE), setting))
 
     def step(params, state, data):
@@ -108,6 +109,11 @@ def samx_row(
         value, g = jax.value_and_grad(lambda p: losses_fn(p, data).mean())(params)
         watched = watch(losses_fn)
         closures = dict(losses_fn=watched, batch=data, index=index)
+        # What is taken for the logits does not change the number of passes.
+        closures |= dict(
+            apply_fn=lambda params, data: watched(params, data)[:, None],
+            loss_on_logits=lambda logits, data: logits[:, 0],
+        )
         # Climbing another loss costs as much as climbing the same one.
         closures |= dict(ascent_fn=lambda params: watched(params, data).mean())
         updates, new = tx.update(g, state, params, value=value, **closures)

@@ -64,6 +64,10 @@ class Functions(NamedTuple):
     measures: Callable[..., Any]  # a vector of parameters, index, images -> `monitoring.measure`
 
 
+def loss_on_logits(logits: jax.Array, batch: Any) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+
 @functools.cache
 def make_functions(width: int) -> Functions:
     """Build the functions of a network; they compile once for all methods."""
@@ -73,9 +77,7 @@ def make_functions(width: int) -> Functions:
         return nnx.merge(graph, params)(x)
 
     def losses_fn(params, batch):
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits(params, batch["x"]), batch["y"]
-        )
+        return loss_on_logits(logits(params, batch["x"]), batch)
 
     def accuracy(params, data):
         return jnp.mean(logits(params, data["x"]).argmax(-1) == data["y"])
@@ -172,6 +174,8 @@ def make_steps(variant: Variant, base: str, width: int) -> list[Callable[..., An
             grad=grads,
             value_fn=value_fn,
             losses_fn=losses_fn,
+            apply_fn=lambda params, batch: logits(params, batch["x"]),
+            loss_on_logits=loss_on_logits,
             batch=batch,
             index=batch["index"],
             ascent_fn=ascent_fn,

@@ -142,8 +142,16 @@ def logits(params: Any, x: Any) -> jax.Array:
     return nnx.merge(GRAPH, params)(x)
 
 
+def apply_fn(params: Any, batch: Any) -> jax.Array:
+    return logits(params, batch["x"])
+
+
+def loss_on_logits(logits: jax.Array, batch: Any) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+
 def losses_fn(params: Any, batch: Any) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits(params, batch["x"]), batch["y"])
+    return loss_on_logits(apply_fn(params, batch), batch)
 
 
 @jax.jit
@@ -170,6 +178,8 @@ def make_step(tx: optax.GradientTransformationExtraArgs, value_and_grad: Callabl
             grad=grads,
             value_fn=value_fn,
             losses_fn=losses_fn,
+            apply_fn=apply_fn,
+            loss_on_logits=loss_on_logits,
             batch=batch,
             index=batch["index"],
             ascent_fn=ascent_fn,

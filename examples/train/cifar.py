@@ -177,7 +177,14 @@ def make_state(
     variables = init(init_key, jnp.zeros((1, *batch["image"].shape[1:])))
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     sizes = {"batch_size": args.batch, "num_examples": len(data.train.label)}
-    setting = Setting(batch, **sizes, aux=batch_stats, num_groups=mesh.size, learning_rate=schedule)
+    setting = Setting(
+        batch,
+        **sizes,
+        aux=batch_stats,
+        logits=jax.ShapeDtypeStruct((len(data.classes),), jnp.float32),
+        num_groups=mesh.size,
+        learning_rate=schedule,
+    )
     tx = loop.make_optimizer(args, make_base(args, schedule), setting)
     state = samx.flax.TrainState.create(
         apply_fn=model.apply, params=params, tx=tx, batch_stats=batch_stats, key=key
@@ -200,23 +207,31 @@ def compile_step(args: argparse.Namespace, state, shardings, batch, classes: int
 def train_step(state, batch, *, classes: int, smoothing: float):
     """Take one step of any variant; return `(state, readings)`."""
 
-    def logits_of(params, batch):
-        return state.apply_fn(
+    def apply_fn(params, batch):
+        logits, moved = state.apply_fn(
             {"params": params, "batch_stats": state.batch_stats},
             normalize(batch["image"]),
             train=True,
             rngs=state.rngs("dropout"),
             mutable=["batch_stats"],
         )
+        return logits, moved.get("batch_stats", {})
+
+    def teacher_fn(params, batch):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        return state.apply_fn(variables, normalize(batch["image"]), train=False)
+
+    def loss_on_logits(logits, batch):
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], classes), smoothing)
+        return optax.softmax_cross_entropy(logits, targets)
 
     def ascent_fn(params):
-        logits, _ = logits_of(params, batch)
+        logits, _ = apply_fn(params, batch)
         return samx.losses.log_lower_bound(logits, batch["label"]).mean()
 
     def losses_fn(params, batch):
-        logits, moved = logits_of(params, batch)
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], classes), smoothing)
-        return optax.softmax_cross_entropy(logits, targets), moved.get("batch_stats", {})
+        logits, batch_stats = apply_fn(params, batch)
+        return loss_on_logits(logits, batch), batch_stats
 
     def value_fn(params):
         losses, batch_stats = losses_fn(params, batch)
@@ -227,6 +242,9 @@ def train_step(state, batch, *, classes: int, smoothing: float):
         grads=grads,
         value=value,
         losses_fn=losses_fn,
+        apply_fn=apply_fn,
+        loss_on_logits=loss_on_logits,
+        teacher_fn=teacher_fn,
         batch=batch,
         labels=batch["label"],
         index=batch["index"],

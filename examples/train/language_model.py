@@ -149,7 +149,7 @@ import samx
 from examples.common import figures, files
 from examples.common.checkpoints import fingerprint
 from examples.common.gpt import Size, losses_of
-from examples.common.language_task import Task, batch_like, make_task
+from examples.common.language_task import Task, batch_like, logits_like, make_task
 from examples.common.programs import peak_bytes
 from examples.common.registry import VARIANTS, Setting
 from examples.train import abstract, loop, text
@@ -179,6 +179,7 @@ def task_of(
         batch_like(size, args.batch),
         batch_size=args.batch,
         num_examples=examples,
+        logits=logits_like(size),
         learning_rate=schedule,
     )
     return make_task(

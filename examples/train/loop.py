@@ -154,7 +154,10 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Return the variant with its base, wrapped for --accumulate, float16 and --monitor."""
     variant = VARIANTS[args.variant]
-    tx = variant.make(args.rho, base, setting)
+    try:
+        tx = variant.make(args.rho, base, setting)
+    except ValueError as error:  # a base without momentum, a table that is too large
+        arguments.refuse(str(error))
     if args.accumulate > 1:
         tx = samx.accumulate(
             tx, args.accumulate, aux_like=None if variant.keeps_aux else setting.aux

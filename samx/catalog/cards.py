@@ -29,6 +29,7 @@ FAMILIES = {
         "lightsam_norm", "lightsam_adagrad", "lightsam_adam", "adasam", "bsam",
         "sam_polyak", "sassha", "msassha",
     ),
+    "A teacher in place of the ascent": ("saf", "mesa"),
     "Other losses and rare classes": ("bisam", "focal_sam", "imbalanced_sam"),
     "Masks": ("sam_on", "fisher_sparse_sam", "dynamic_sparse_sam"),
     "A learned radius": ("lets",),
@@ -1308,6 +1309,61 @@ CARDS = {
         watch="The second term is rho alpha times a unit vector times the Hessian: where the "
         "curvature is large, it outgrows the gradient.",
         coming_from={},
+        shown_in=(DIGITS,),
+    ),
+    "saf": Card(
+        use_when="You want no second gradient, examples come back in every epoch, and a table with the "
+        "logits of all of them fits into memory.",
+        not_when="You train for few epochs, examples have no fixed number, or logits are large, as "
+        "those of a language model: take `mesa`.",
+        start=(
+            Start("lam 0.3, lag 2, start 5", "ResNet-50 on ImageNet, 90 epochs, label smoothing 0.1",
+                  "cited", "AngusDujw/SAF, run.sh"),
+            Start("start at 5, or at 30% of the epochs", "other trainings", "cited",
+                  "AngusDujw/SAF, README"),
+            Start("lam 0.16, lag 3, end 300", "the defaults of the authors' script", "cited",
+                  "AngusDujw/SAF"),
+            *digits("saf", setting="as lam"),
+        ),
+        watch="Pass each example's own `index`: with a wrong one it gets the teacher of another "
+        "example, and no error shows it. The reading `sharpness` is λ R. With augmentation the two "
+        "passes of an example see different images.",
+        coming_from={
+            "AngusDujw/SAF": {
+                "reinforce": "lam",
+                "temperature": "temperature",
+                "kl_start_epoch": "start",
+                "kl_end_epoch": "end",
+                "minus_epoch": "lag",
+            },
+        },
+        shown_in=(DIGITS,),
+    ),
+    "mesa": Card(
+        use_when="You want no second gradient, and a table of logits is too large or examples do not "
+        "come back.",
+        not_when="You cannot hold one more copy of the parameters. How much it helps beyond the average of "
+        "the weights itself is not known to us.",
+        start=(
+            Start("lam 0.8, decay 0.9998, start 5",
+                  "ResNet-50 on ImageNet, 90 epochs, label smoothing 0.1", "cited",
+                  "AngusDujw/SAF, run.sh"),
+            Start("lam 0.3, end 360", "the defaults of the authors' script", "cited",
+                  "AngusDujw/SAF"),
+            *digits("mesa", setting="as lam"),
+        ),
+        watch="decay belongs to the number of steps: 0.9998 averages over about 5000 steps, so a "
+        "short run keeps its first weights as the teacher. With dropout or BatchNorm pass "
+        "`teacher_fn`, the model in evaluation mode.",
+        coming_from={
+            "AngusDujw/SAF": {
+                "reinforce": "lam",
+                "temperature": "temperature",
+                "kl_start_epoch": "start",
+                "kl_end_epoch": "end",
+                "ema_decay": "decay",
+            },
+        },
         shown_in=(DIGITS,),
     ),
     "bsam": Card(

@@ -40,11 +40,13 @@ from samx.variants.lookbehind_sam import lookbehind_sam
 from samx.variants.looksam import look_layer_sam, looksam
 from samx.variants.lpf_sgd import lpf_sgd
 from samx.variants.lsam import lsam
+from samx.variants.mesa import mesa
 from samx.variants.momentum_sam import momentum_sam
 from samx.variants.monge_sam import monge_sam
 from samx.variants.msam import msam
 from samx.variants.mup_sam import mup_sam
 from samx.variants.rwp import rwp
+from samx.variants.saf import saf
 from samx.variants.sagm import sagm
 from samx.variants.sam import sam, sharpness_aware
 from samx.variants.sam_on import sam_on
@@ -66,6 +68,7 @@ from samx.variants.zsharp import zsharp
 
 LOSS = ("value_fn",)
 LOSSES = ("losses_fn", "batch")
+LOGITS = ("apply_fn", "loss_on_logits", "batch")
 SHAPES = {
     "chain": "first in a chain",
     "wraps": "wraps the base",
@@ -391,6 +394,10 @@ PAPERS = {
         "Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning",
         "Zhao, Yang and Zhang, Hao and Hu, Xiuyuan",
         "ICML", 2022, "2202.03599"),
+    "du2022saf": _Paper(
+        "Sharpness-Aware Training for Free",
+        "Du, Jiawei and Zhou, Daquan and Feng, Jiashi and Tan, Vincent Y. F. and Zhou, Joey Tianyi",
+        "NeurIPS", 2022, "2205.14083"),
     "hassan2025gcsam": _Paper(
         "GCSAM: Gradient Centralized Sharpness Aware Minimization",
         "Hassan, Mohamed and Vakanski, Aleksandar and Zhang, Boyu and Xian, Min",
@@ -775,6 +782,16 @@ ENTRIES = (
            "m-ARWP", "li2024marwp", "chain", LOSSES,
            "1, in two halves", "1 P",
            "matches nblt/mARWP to 1e-12, its draws replayed",
+           "authors"),
+    _entry("saf", saf, "saf(lam=0.3, temperature=5.0, num_examples=..., logits_like=...)",
+           "SAF", "du2022saf", "chain", (*LOGITS, "index"),
+           "1", "0, and `lag + 1` logits of every example of the data set",
+           "matches AngusDujw/SAF to 1e-14, cross-entropy without smoothing",
+           "authors"),
+    _entry("mesa", mesa, "mesa(lam=0.8, temperature=5.0, decay=0.9998, steps_per_epoch=...)",
+           "MESA", "du2022saf", "chain", LOGITS,
+           "1, and one more forward pass", "1 P",
+           "matches AngusDujw/SAF (MESA) to 1e-14, cross-entropy without smoothing",
            "authors"),
     _entry("bsam", bsam, "bsam(learning_rate, num_examples)",
            "bSAM", "moellenhoff2023bsam", "optimizer", LOSSES,

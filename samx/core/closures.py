@@ -142,12 +142,14 @@ class LossesClosure:
         name: Name of the transformation in error messages.
         keyword: Name of the function that returns the losses in error messages.
         evaluation: Settings for the evaluation of the losses.
+        around: What wrappers did to `fn`. It is done to every function that replaces `fn` too.
     """
 
     fn: Callable[[Any, Any], Any]
     name: str = "update"
     keyword: str = "losses_fn"
     evaluation: Evaluation = _PLAIN
+    around: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda fn: fn
 
     def __call__(self, params: Any, batch: Any) -> jax.Array:
         """Return the losses `[B]` without their aux."""
@@ -187,6 +189,14 @@ class LossesClosure:
         """Whether gradients are accumulated over microbatches, in several passes."""
         return self.evaluation.num_microbatches > 1
 
+    def wrapped(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> "LossesClosure":
+        """Return the closure of `wrap(fn)`, where `fn` returns `(losses, aux)`."""
+        return replace(self, fn=wrap(self.with_aux), around=lambda fn: wrap(self.around(fn)))
+
+    def with_fn(self, fn: Callable[[Any, Any], tuple[Any, Any]]) -> "LossesClosure":
+        """Return the closure of other losses, evaluated as these are; `fn` returns an aux too."""
+        return replace(self, fn=self.around(fn))
+
     def evaluated(self, **changes: Any) -> "LossesClosure":
         """Return the closure with these fields of `evaluation` changed."""
         return replace(self, evaluation=self.evaluation._replace(**changes))
@@ -199,10 +209,12 @@ class LogitsClosure:
     Attributes:
         fn: `(params, batch) -> logits` or `(params, batch) -> (logits, aux)`.
         name: Name of the transformation in error messages.
+        keyword: Name of the closure in error messages.
     """
 
     fn: Callable[[Any, Any], Any]
     name: str = "update"
+    keyword: str = "apply_fn"
 
     def __call__(self, params: Any, batch: Any) -> Any:
         """Return the logits without their aux."""
@@ -213,7 +225,7 @@ class LogitsClosure:
         with _flat_parameters_named(params):
             logits, aux = value_and_aux(self.fn(params, batch))
         try:
-            tree.check_arrays("apply_fn(params, batch)", logits)
+            tree.check_arrays(f"{self.keyword}(params, batch)", logits)
         except TypeError as error:
             raise TypeError(f"{self.name}: {error}") from error
         return logits, aux
@@ -260,12 +272,12 @@ def losses_closure(name: str, fn: Callable[..., Any]) -> LossesClosure:
     return LossesClosure(fn, name)
 
 
-def logits_closure(name: str, fn: Callable[..., Any]) -> LogitsClosure:
+def logits_closure(name: str, fn: Callable[..., Any], keyword: str = "apply_fn") -> LogitsClosure:
     """Return a caller's function as a `LogitsClosure`; one from an outer wrapper is kept."""
     if isinstance(fn, LogitsClosure):
         return fn
-    check_function("apply_fn", fn, 2)
-    return LogitsClosure(fn, name)
+    check_function(keyword, fn, 2)
+    return LogitsClosure(fn, name, keyword)
 
 
 def in_two_parts(

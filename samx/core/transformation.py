@@ -36,6 +36,7 @@ OWN_KEYWORDS = frozenset(
         "labels",
         "loss_on_logits",
         "losses_fn",
+        "teacher_fn",
         "validation_fn",
         "weights",
     }
@@ -43,7 +44,8 @@ OWN_KEYWORDS = frozenset(
 # Nodes in the parameters by which optax's wrappers are known.
 _WRAPPED = ("MaskedNode", "SplitRealAndImaginaryArrays")
 SCALAR_CLOSURES = ("value_fn", "ascent_fn", "validation_fn")
-CLOSURES_OF_PARAMS = (*SCALAR_CLOSURES, "losses_fn", "apply_fn")
+LOGITS_CLOSURES = ("apply_fn", "teacher_fn")
+CLOSURES_OF_PARAMS = (*SCALAR_CLOSURES, "losses_fn", *LOGITS_CLOSURES)
 _OWN_MESSAGE = re.compile(r"\w+: .*(`state`|state's)")  # of the check of a state
 _FIXES = {
     "value_fn": "value_fn=lambda p: loss(p, batch)) or, with per-example losses [B], "
@@ -79,7 +81,8 @@ def closure_transformation(
     - Closures arrive checked and in one form, whether or not the caller's closures return an aux:
       `value_fn(params)` is the scalar loss, `value_fn.with_aux(params)` is `(loss, aux)`;
       `losses_fn(params, batch)` and `losses_fn.with_aux(params, batch)` give the losses `[B]`.
-      `apply_fn(params, batch)` and `apply_fn.with_aux(params, batch)` give the logits.
+      `apply_fn(params, batch)` and `apply_fn.with_aux(params, batch)` give the logits;
+      `teacher_fn` too.
     - `losses_fn` may be left out if `apply_fn` and `loss_on_logits` are given. It is then
       `loss_on_logits(apply_fn(params, batch), batch)`.
     - `value_fn` may be left out if `losses_fn` (or its two parts) and `batch` are given. It is then
@@ -228,8 +231,9 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
             extra[keyword] = scalar_closure(name, keyword, extra[keyword])
     if "losses_fn" in extra:
         extra["losses_fn"] = losses_closure(name, extra["losses_fn"])
-    if "apply_fn" in extra:
-        extra["apply_fn"] = logits_closure(name, extra["apply_fn"])
+    for keyword in LOGITS_CLOSURES:
+        if keyword in extra:
+            extra[keyword] = logits_closure(name, extra[keyword], keyword)
     if {"apply_fn", "loss_on_logits"} <= extra.keys() and "losses_fn" not in extra:
         extra["losses_fn"] = in_two_parts(name, extra["apply_fn"], extra["loss_on_logits"])
     if "value" in extra:

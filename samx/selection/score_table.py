@@ -38,7 +38,7 @@ def probabilities(
 
 
 def places_of(
-    losses_fn: LossesClosure, index: Any, size: int, num_examples: int, weights: Any
+    name: str, losses_fn: LossesClosure, index: Any, size: int, num_examples: int, weights: Any
 ) -> jax.Array:
     """Return the table rows of the examples on all devices.
 
@@ -46,16 +46,17 @@ def places_of(
     """
     index = as_array("index", index, "integers")
     if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(f"ausam: `index` must be of integers, got {index.dtype}")
+        raise TypeError(f"{name}: `index` must be of integers, got {index.dtype}")
     if index.shape != (size,):
         raise ValueError(
-            f"ausam: `index` must have one position per example, shape ({size},), got {index.shape}"
+            f"{name}: `index` must have one position per example, shape ({size},), "
+            f"got {index.shape}"
         )
     is_padding = jnp.zeros(size, bool) if weights is None else weights == 0
     is_outside = ~is_padding & ((index < 0) | (index >= num_examples))
     if not isinstance(is_outside, Tracer) and jnp.any(is_outside):
         raise ValueError(
-            f"ausam: `index` must be in [0, {num_examples}), the positions of `num_examples` "
+            f"{name}: `index` must be in [0, {num_examples}), the positions of `num_examples` "
             f"examples, got {index[is_outside][0]}"
         )
     place = jnp.where(is_padding, num_examples, index)

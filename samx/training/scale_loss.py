@@ -117,7 +117,7 @@ def scale_loss(
                     "scale_loss: stands inside accumulate; put it around: "
                     "samx.scale_loss(samx.accumulate(tx, num_microbatches))"
                 )
-            extra["losses_fn"] = replace(losses_fn, fn=scaled(losses_fn.with_aux))
+            extra["losses_fn"] = losses_fn.wrapped(scaled)
         extra["value_fn"] = value_fn
         for keyword in SCALAR_CLOSURES:
             if keyword in extra:

@@ -197,7 +197,7 @@ def ausam(
         is_warmup = state.step < (epoch if warmup_steps is None else warmup_steps)
         ramp = RAMP_EPOCHS * epoch if ramp_steps is None else ramp_steps
         span = weight_range(low, high, state.step, ramp)
-        place = places_of(losses_fn, index, size, num_examples, weights)
+        place = places_of("ausam", losses_fn, index, size, num_examples, weights)
         train = partial(train_on, state, params, losses_fn, extra, size)
 
         def on_everything():

@@ -49,6 +49,8 @@ RIGHT = {  # of arguments that have no default, or none that is a number
     "sigma": 0.1,
     "lam": 0.5,
     "num_examples": 64.0,
+    "logits_like": jax.ShapeDtypeStruct((3,), np.float32),
+    "end": 9,
     "steps_per_epoch": 4,
     "peak_value": 0.1,
     "weight": 0.5,
@@ -72,6 +74,7 @@ RIGHT = {  # of arguments that have no default, or none that is a number
 }
 SPECIAL = {  # where the name alone does not tell
     ("following", "learning_rate"): optax.cosine_decay_schedule(0.1, 10),
+    ("saf", "num_examples"): 64,
     ("mup_ball", "width"): None,
     ("mup_sam", "width"): None,
 }
@@ -233,7 +236,7 @@ def right_value(name, keyword):
     default = inspect.signature(FACTORIES[name]).parameters[keyword].default
     is_given = default is not None and default is not inspect.Parameter.empty
     is_given &= not callable(default)  # a schedule
-    return default if is_given else RIGHT[keyword]
+    return default if is_given else SPECIAL.get((name, keyword)) or RIGHT[keyword]
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def saved_sam(tmp_path_factory):
 
 SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("sam", "looksam", "sl_sam", "async_sam", "vsam")
+    for name in ("sam", "looksam", "sl_sam", "async_sam", "vsam", "saf", "mesa")
 ]
 
 

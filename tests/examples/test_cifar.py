@@ -55,6 +55,9 @@ def tiny(model):
             "--precision bfloat16 --accumulate 2 --schedule step --label-smoothing 0.1"
             " --base momentum",
         ),
+        # Their epochs with a teacher begin with the seventh.
+        ("resnet18", "--variant saf --epochs 8"),
+        ("resnet18", "--variant mesa --epochs 8 --accumulate 2"),
         (  # a variant without a base
             "vit",
             "--variant lightsam-norm --precision float16 --schedule constant --augment none",

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import samx
 from examples.common import choices, monitoring
 from examples.common.gpt import GPT, Size, losses_of
-from examples.common.language_task import batch_like, make_task
+from examples.common.language_task import batch_like, logits_like, make_task
 from examples.common.programs import communicated_bytes, product_flops
 from examples.common.registry import VARIANTS, Setting
 from examples.common.shapes import held_bytes, methods
@@ -68,7 +68,11 @@ def batch_at(step, examples=8):
 
 def optimizer(name, learning_rate=1e-2, examples=8):
     setting = Setting(
-        batch_like(SIZE, examples), examples, num_examples=examples, learning_rate=learning_rate
+        batch_like(SIZE, examples),
+        examples,
+        num_examples=examples,
+        logits=logits_like(SIZE),
+        learning_rate=learning_rate,
     )
     return VARIANTS[name].make(0.05, language_model.make_base(learning_rate, 0.1), setting)
 

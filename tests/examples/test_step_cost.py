@@ -98,10 +98,13 @@ def test_passes_of_whole_steps(tiny_models, monkeypatch):
 def test_registry_says_who_reads_the_gradient(name):
     """A variant that does not read the gradient ignores its NaN; AsyncSAM only stores the NaN."""
     params, batch = make_problem()
-    setting = Setting(batch, batch_size=8, num_examples=8)
+    logits = jax.ShapeDtypeStruct((1,), jnp.float32)
+    setting = Setting(batch, batch_size=8, num_examples=8, logits=logits)
     tx = optax.with_extra_args_support(VARIANTS[name].make(0.1, BASES["momentum"](0.1), setting))
     closures = {"losses_fn": losses_fn, "batch": batch, "index": jnp.arange(8, dtype=jnp.int32)}
     closures["ascent_fn"] = lambda params: losses_fn(params, batch).mean()
+    closures["apply_fn"] = lambda params, batch: losses_fn(params, batch)[:, None]
+    closures["loss_on_logits"] = lambda logits, batch: logits[:, 0]
 
     @jax.jit
     def step(state):

@@ -19,6 +19,7 @@ from samx.perturbations import metric_ball, subtract_ema
 
 # One row for each set of closures, and one that needs the mean gradient too.
 PROGRAMS = [n for n in STRAIGHT if n in CLOSURES or n == "gsam"]
+EXCHANGED = {"saf": 4 * 4}  # bytes for each example: its position, and three logits
 SCALARS = 64  # bytes of losses, norms and shares in a step
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 BALLS = {
@@ -128,10 +129,10 @@ def share_of(name):
     return alone + gradients * one_pass(8)
 
 
-def assert_bytes(program, copies):
+def assert_bytes(program, copies, of_examples=0):
     (operation, size), *others = communicated_bytes(program).items()
     assert (operation, others) == ("all-reduce", [])
-    assert 0 <= size - copies * parameter_bytes() <= SCALARS
+    assert 0 <= size - copies * parameter_bytes() - of_examples <= SCALARS
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,8 @@ def assert_bytes(program, copies):
 )
 def test_one_all_reduce_and_the_flops_of_its_share_per_gradient(name, regime, check_vma):
     program = compiled(name, regime, check_vma=check_vma)
-    assert_bytes(program, 1 if name == "plain" else gradients_of(name))
+    copies = 1 if name == "plain" else gradients_of(name)
+    assert_bytes(program, copies, EXCHANGED.get(name, 0) * len(large_problem()[1]["y"]))
     if name != "plain":
         assert flops(program) == pytest.approx(share_of(name), rel=0.05)
 

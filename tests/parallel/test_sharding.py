@@ -35,14 +35,20 @@ MORE = ("bsam", "lpf_sgd", "rwp", "arwp", "marwp", "eigen_sam", "zsharp", "spect
 MORE += ("xsam", "x_sam", "lookbehind_sam", "tsam", "sam_polyak", "sassha", "gam", "gam_exact")
 
 
-def losses_fn(params, batch):
-    """The losses of the tiny problem; on an Explicit mesh they specify the output sharding."""
+def logits_of(params, batch):
+    """The logits of the tiny problem; on an Explicit mesh they specify the output sharding."""
     if is_explicit("data") and not is_explicit("model"):
         params = jax.tree.map(lambda w: jax.sharding.reshard(w, P()), params)
     hidden = jax.nn.tanh(batch["x"] @ params["W1"] + params["b1"][None])
     out = P("data", None) if is_explicit("data") else None
-    logits = jax.numpy.dot(hidden, params["W2"], out_sharding=out) + params["b2"][None]
-    return problem.cross_entropy(logits, batch["y"])
+    return jax.numpy.dot(hidden, params["W2"], out_sharding=out) + params["b2"][None]
+
+
+def losses_fn(params, batch):
+    return problem.cross_entropy(logits_of(params, batch), batch["y"])
+
+
+losses_fn.logits_of = logits_of
 
 
 def is_explicit(axis):

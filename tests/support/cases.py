@@ -62,7 +62,8 @@ class Case:
             higher.
         radii: Hyperparameters that are all 0 in the limit.
         survives_any_scale: Whether steps stay finite where squares of the loss are out of range.
-        is_noisy: Whether it moves by noise, whatever the gradient is.
+        perturbs: Whether it takes a gradient at another point than the parameters.
+        is_noisy: Whether it moves whatever the gradient of the loss is, for example by noise.
         is_gated: Whether a policy skips the sharp gradient on some steps. There are both kinds of
             steps among the first six.
         is_mean_of_shards: Whether the step of devices that climb separately is the mean of their
@@ -89,6 +90,7 @@ class Case:
     climbs: bool = True
     radii: tuple[str, ...] = ("rho", "sigma")
     survives_any_scale: bool = True
+    perturbs: bool = True
     is_noisy: bool = False
     is_gated: bool = False
     is_mean_of_shards: bool = True
@@ -327,6 +329,8 @@ GATED = {"is_gated": True, "counts_once": False}
 REUSING = GATED | {"copies": 1, "is_mean_of_shards": False}
 SELECTING = {"uses_gradient": False, "climbs": False}
 NOISY = SELECTING | {"is_noisy": True}
+TEACHING = SELECTING | {"perturbs": False, "is_gated": True, "radii": ("lam",)}
+TEACHING |= {"survives_any_scale": False}  # the teacher's term does not scale with the loss
 SAMPA = {
     "passes": (2, 2),
     "limit": sampa_without_radius,
@@ -687,6 +691,31 @@ VARIANTS = {
         copies=1,
         is_mean_of_shards=False,
         **NOISY,
+    ),
+    # The first epoch is without a teacher, all others have one. All batches here share their rows
+    # of the table, so SAF's first two steps are one epoch: at first nothing may move.
+    "saf": row(
+        "saf",
+        {"lam": 0.3, "temperature": 2.0},
+        fixed={
+            "num_examples": 64,
+            "logits_like": jax.ShapeDtypeStruct((3,), np.float64),
+            **{"lag": 1, "start": 0, "steps_per_epoch": 2},
+        },
+        copies=None,
+        is_mean_of_shards=False,  # each shard would have a table
+        static_args=("num_examples", "logits_like", "lag", "start", "end", "steps_per_epoch"),
+        **TEACHING,
+    ),
+    "mesa": row(
+        "mesa",
+        {"lam": 0.3, "temperature": 2.0, "decay": 0.9},
+        fixed={"steps_per_epoch": 1, "start": 0},
+        passes=(2, 1),
+        counts_once=False,
+        copies=1,
+        static_args=("steps_per_epoch", "start", "end"),
+        **TEACHING,
     ),
     "bsam": row(
         "bsam",

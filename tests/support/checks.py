@@ -90,7 +90,12 @@ def program(name) -> Program:
         def ascent_fn(params):
             return factor * (problem.losses_fn(params, batch) ** 2).mean()
 
-        return problem.make_step(tx, losses_fn, ascent_fn=ascent_fn)(params, state, batch)
+        def loss_on_logits(logits, batch):
+            return factor * problem.loss_on_logits(logits, batch)
+
+        others = {"ascent_fn": ascent_fn, "apply_fn": problem.logits_of}
+        others["loss_on_logits"] = loss_on_logits
+        return problem.make_step(tx, losses_fn, **others)(params, state, batch)
 
     flat = dict.fromkeys(case.hyper, 0.0)
     base = optax.chain(optax.zero_nans(), optax.sgd(0.1, momentum=0.9))
@@ -257,6 +262,11 @@ def reads_what_it_did(name):
         if not found.is_sharp:
             assert float(found.sharp_loss) == float(found.sharpness) == float("inf")
             assert float(found.perturbation_norm) == float(found.cosine) == 0
+        elif not case.perturbs:
+            assert float(found.perturbation_norm) == float(found.cosine) == 0
+            assert float(found.sharpness) > 0
+            rise = found.sharp_loss - found.loss
+            np.testing.assert_allclose(found.sharpness, rise, rtol=1e-9, atol=1e-12)
         elif case.climbs or t > 0:
             assert float(found.perturbation_norm) > 0
             assert 0 < abs(float(found.cosine)) <= 1 + 1e-6

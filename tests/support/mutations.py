@@ -32,6 +32,7 @@ FOLDERS = ("variants", "perturbations", "policies", "core", "selection")
 FILES = [
     *(f for folder in FOLDERS for f in sorted((PACKAGE / folder).glob("*.py"))),
     PACKAGE / "combinations.py",
+    PACKAGE / "losses.py",
 ]
 SUPPORT = Path(__file__).parent
 WITHOUT_SAMX = ("mutations", "problem", "reference")  # the other helpers are imported anew with it
@@ -86,6 +87,19 @@ SUITES = {
         PASSES,
     ),
     **dict.fromkeys(("variants/x_sam.py", "variants/xsam.py", "variants/_states.py"), PASSES),
+    **dict.fromkeys(
+        (
+            "variants/saf.py",
+            "variants/mesa.py",
+            "variants/_teacher.py",
+            "selection/logits_table.py",
+        ),
+        (
+            "variants/test_teachers.py",
+            "variants/test_teacher_loops.py",
+            "variants/test_limits.py::test_equal",
+        ),
+    ),
     "variants/_layer_groups.py": ("variants/test_sl_sam.py",),
     "variants/_moments.py": ("variants/test_moments.py",),
     "variants/_reuse.py": ("variants/test_reuse.py",),
@@ -192,6 +206,7 @@ SUITES = {
         "selection/test_selection.py::test_weights_on_devices",
     ),
     "selection/": ("selection/test_selection.py", "selection/test_selection_on_a_mesh.py"),
+    "losses.py": ("variants/test_bisam.py", "variants/test_teachers.py::test_the_loss"),
     "combinations.py": ("variants/test_reuse.py",),
 }
 PARTNERS = {"minimum": "maximum", "maximum": "minimum"}

@@ -279,6 +279,15 @@ RECORDED = {
     "marwp__sgd_sigma0.01_eta1.0_beta0.9_lambda0.5": run(
         "marwp", SGD, make=partial(contiguous_as_strided, 2), **ARWP
     ),
+    "saf__sgd_lam0.3_T5.0_start0_minus1": run(
+        "saf",
+        SGD,
+        **{"num_examples": 64, "logits_like": np.zeros(3), "steps_per_epoch": None},
+        **{"lag": 1, "start": 0, "end": 300, "temperature": 5.0},
+    ),
+    "mesa__sgd_lam0.3_T5.0_start0_end360_decay0.9": run(
+        "mesa", SGD, lam=0.3, decay=0.9, steps_per_epoch=4, start=0, end=360
+    ),
     "bsam__m1_lr0.1_rho0.05": run("bsam", None, learning_rate=0.1, num_microbatches=1, **BSAM),
     "bsam__m2_lr0.2_rho0.05_b2_0.99_schedule": run(
         "bsam",

@@ -1053,3 +1053,81 @@ def train_bsam(
         trajectory.append(w)
         precisions.append(s)
     return _stack(trajectory), _stack(precisions)
+
+
+def softmax(z):
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+class EarlierLogits:
+    """SAF's teacher: what was said of an example `lag` epochs ago, by a ring of `lag + 1` epochs.
+
+    If nothing was, what was said `lag + 1` epochs before that; in the end zeros.
+    """
+
+    gradients = 1
+
+    def __init__(self, lag):
+        self.lag, self.said = lag, {}
+
+    def teach(self, t, epoch, rows, z, params, x):
+        size = self.lag + 1
+        found = [self.said.get(((epoch - self.lag) % size, i), np.zeros(3)) for i in rows]
+        self.said |= {(epoch % size, i): z[j] for j, i in enumerate(rows)}
+        return np.stack(found)
+
+
+class AveragedWeights:
+    """MESA's teacher: the moving average of the weights, moved after each step."""
+
+    gradients = 4 / 3
+
+    def __init__(self, decay, temper=1.0):
+        self.decay, self.temper, self.average = decay, temper, None
+
+    def teach(self, t, epoch, rows, z, params, x):
+        if t > 0:
+            self.average = {
+                k: self.decay * self.average[k] + (1 - self.decay) * params[k] for k in params
+            }
+        else:
+            self.average = params
+        return self.temper * forward(self.average, x)[1]
+
+
+def forward(params, x):
+    h = np.tanh(x @ params["W1"] + params["b1"])
+    return h, h @ params["W2"] + params["b2"]
+
+
+def train_with_teacher(base, teacher, rows_of, steps, window, lam, temperature, weights=None):
+    """Train on examples `rows_of(t)` with the backward pass by hand; 4 steps are an epoch.
+
+    `window(epoch)` says whether the teacher counts. Also returns, of every step, the loss, the
+    teacher's term and the gradients spent.
+    """
+    data, params = _start()
+    trajectory, readings, spent = [], [], 0
+    for t in range(steps):
+        rows, epoch = np.asarray(rows_of(t)), t // 4
+        x, y = np.asarray(data["x"])[rows], np.asarray(data["y"])[rows]
+        share = np.ones(len(rows)) if weights is None else np.asarray(weights, float)
+        share = share / share.sum()
+        h, z = forward(params, x)
+        real = share > 0
+        said = np.zeros_like(z)
+        said[real] = teacher.teach(t, epoch, rows[real], z[real], params, x[real])
+        p, q = softmax(said / temperature), softmax(z / temperature)
+        factor = (lam(t) if callable(lam) else lam) * window(epoch)
+        wrong = softmax(z) - np.eye(3)[y] + factor * temperature * (q - p)
+        d_z = share[:, None] * wrong
+        d_h = d_z @ params["W2"].T * (1 - h**2)
+        grads = {"W1": x.T @ d_h, "b1": d_h.sum(0), "W2": h.T @ d_z, "b2": d_z.sum(0)}
+        loss = -(share * np.log(softmax(z)[np.arange(len(y)), y])).sum()
+        term = factor * temperature**2 * (share * (p * np.log(p / q)).sum(1)).sum()
+        spent += teacher.gradients if window(epoch) else 1
+        readings.append((loss, term, global_norm(grads), spent))
+        params = base.step(params, grads)
+        trajectory.append(params)
+    return _stack(trajectory), np.array(readings)

@@ -20,7 +20,12 @@ def on_head(losses_fn, params):
     """The losses as functions of the trained parameters alone, and these parameters."""
     held = {name: params[name] for name in MASK if MASK[name]}
     head = {name: params[name] for name in MASK if not MASK[name]}
-    return lambda head, batch: losses_fn(held | head, batch), head
+
+    def head_losses(head, batch):
+        return losses_fn(held | head, batch)
+
+    head_losses.logits_of = lambda head, batch: losses_fn.logits_of(held | head, batch)
+    return head_losses, head
 
 
 # A row of each set of closures, of each shape, and a gated one; the other kinds are slow.

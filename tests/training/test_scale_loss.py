@@ -309,3 +309,36 @@ def test_there_is_no_nan_without_an_overflow():
     with jax.debug_nans(True):
         for name in ("sam", "l-infinity"):
             train(name, "scale", jnp.float32, [batch_at(0)])
+
+
+def saf(**keywords):
+    return samx.saf(num_examples=2, logits_like=jnp.zeros(2), lag=1, **keywords)
+
+
+def mesa(**keywords):
+    return samx.mesa(steps_per_epoch=1, **keywords)
+
+
+@needs_float16
+@pytest.mark.parametrize("make", [saf, mesa])
+def test_the_gradient_of_a_teacher_is_kept(make):
+    """It stands in a loss that a variant makes itself."""
+    x = jnp.full((2, 1), 2.0**-12, jnp.float16)
+
+    def apply_fn(w, batch):
+        z = (batch["x"] @ w.astype(jnp.float16)).astype(jnp.float32)
+        return jnp.stack([z, 3.0 + 0 * z], 1)
+
+    closures = {
+        "apply_fn": apply_fn,
+        "loss_on_logits": lambda z, batch: 0 * z[:, 0],
+        "teacher_fn": lambda w, batch: 2.0**11 * apply_fn(w, batch),
+        "batch": {"x": x},
+        "index": jnp.arange(2),
+    }
+    w, found = jnp.ones(1), {}
+    for name, wrap in (("plain", lambda tx: tx), ("scaled", samx.scale_loss)):
+        tx = wrap(make(lam=2.0**-14, start=-1))
+        found[name], _ = jax.jit(functools.partial(tx.update, **closures))(w, tx.init(w), w)
+    assert float(found["plain"][0]) == 0
+    assert float(found["scaled"][0]) != 0

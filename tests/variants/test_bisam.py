@@ -43,7 +43,7 @@ def test_bisam_against_reference():
 @pytest.mark.parametrize("mu", [1.0, 10.0])
 def test_lower_bounds_by_hand(mu):
     """Compared with the paper's formula; φ, a lower bound of the 0-1 loss, is 0 at 0."""
-    logits, label = np.array([2.0, -1.0, 0.5]), 2
+    logits, label = np.array([2.0, -0.5, 0.5]), 2  # margins that are not symmetric
     gamma = np.log(np.e - 1)
     for bound, phi in (
         (losses.tanh_lower_bound, lambda x: np.tanh(0.1 * x)),

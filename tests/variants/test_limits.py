@@ -32,6 +32,11 @@ def noisy():
     return samx.lpf_sgd(0.05, key=3)
 
 
+def saf(**changes):
+    fixed = {"num_examples": 16, "logits_like": np.zeros(3), "steps_per_epoch": 1}
+    return samx.saf(**fixed | {"lag": 1, "start": 0} | changes)
+
+
 EQUAL = {
     "unified_sam, 1": (lambda: samx.unified_sam(0.2, 1.0), sam),
     "unified_sam, 0": (lambda: samx.unified_sam(0.2, 0.0), usam),
@@ -78,6 +83,10 @@ EQUAL = {
         lambda: samx.lpf_sgd(noise=gaussian_noise(0.05, filterwise(), key=3)),
         noisy,
     ),
+    "saf, 0": (lambda: saf(lam=0.0), base),
+    "saf, no epoch with a teacher": (lambda: saf(start=STEPS), base),
+    "mesa, 0": (lambda: samx.mesa(0.0, steps_per_epoch=1, start=0), base),
+    "mesa, decay 0": (lambda: samx.mesa(decay=0.0, steps_per_epoch=1, start=0), base),
     "marwp, eta 0": (
         lambda: samx.marwp(0.05, 0.0, lam=0.3, key=4),
         lambda: samx.rwp(0.05, 0.3, key=4),
