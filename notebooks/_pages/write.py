@@ -53,6 +53,7 @@ MODULES = (
     "losses",
     "mup",
     "posterior",
+    "averages",
     "asynchronous",
     "elastic",
     "flax",
