@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from samx.averages._iterates import at, wide
 from samx.averages._running import EMAState, LatestState, SWAState
 from samx.averages._swad import SWADState, of_kind
 from samx.core import tree
@@ -56,16 +57,22 @@ def params(opt_state: optax.OptState, params: Any) -> Any:
     """
     state = of_kind("params", opt_state, KINDS, "samx.averages")
     tree.check_arrays("params", params)
-    mean, exists = state.average()
-    tree.check_like("params", params, "opt_state", jax.eval_shape(lambda: mean))
+    tree.check_like("params", params, "opt_state", jax.eval_shape(_one_copy, state))
 
     def of(w, m):
         w = jnp.asarray(w)
         if not tree.is_inexact(w):
             return jnp.array(w, copy=True)
-        return jnp.where(exists & jnp.isfinite(m), m.astype(w.dtype), w)
+        return jnp.where(jnp.isfinite(m), m.astype(w.dtype), w)
 
-    return jax.tree.map(of, params, mean)
+    return jax.tree.map(of, params, state.average(jax.tree.map(wide, params)))
+
+
+def _one_copy(state: Any) -> Any:
+    """Return a tree like the average."""
+    if isinstance(state, LatestState):
+        return at(state.iterates, 0)
+    return state.final if isinstance(state, SWADState) else state.mean
 
 
 def batch_stats(

@@ -14,6 +14,7 @@ from samx.averages._iterates import (
     mean_of,
     moved,
     put,
+    size_of,
 )
 from samx.core import tree
 from samx.core.aliases import ScalarOrSchedule, Transformation
@@ -36,9 +37,9 @@ class EMAState(NamedTuple):
     mean: Any
     base: optax.OptState
 
-    def average(self) -> tuple[Any, jax.Array]:
-        """Return the average, and whether there is one."""
-        return self.mean, self.weight > 0
+    def average(self, params: Any) -> Any:
+        """Return the average; `params` before there is one."""
+        return tree.where(self.weight > 0, self.mean, params)
 
 
 class SWAState(NamedTuple):
@@ -56,9 +57,9 @@ class SWAState(NamedTuple):
     mean: Any
     base: optax.OptState
 
-    def average(self) -> tuple[Any, jax.Array]:
-        """Return the average, and whether there is one."""
-        return self.mean, self.count > 0
+    def average(self, params: Any) -> Any:
+        """Return the average; `params` before there is one."""
+        return tree.where(self.count > 0, self.mean, params)
 
 
 class LatestState(NamedTuple):
@@ -76,10 +77,10 @@ class LatestState(NamedTuple):
     iterates: Any
     base: optax.OptState
 
-    def average(self) -> tuple[Any, jax.Array]:
-        """Return the average, and whether there is one."""
-        size = max(s.shape[0] for s in jax.tree.leaves(self.iterates) if tree.is_inexact(s))
-        return mean_of(self.iterates, jnp.arange(size) < self.count), self.count > 0
+    def average(self, params: Any) -> Any:
+        """Return the average; `params` before there is one."""
+        is_stored = jnp.arange(size_of(self.iterates)) < self.count
+        return mean_of(self.iterates, is_stored, params)
 
 
 def ema(

@@ -15,6 +15,7 @@ from samx.averages._iterates import (
     iterate_after,
     mean_of,
     moved,
+    size_of,
 )
 from samx.core import tree
 from samx.core.aliases import Transformation
@@ -57,15 +58,15 @@ class SWADState(NamedTuple):
     final: Any
     base: optax.OptState
 
-    def average(self) -> tuple[Any, jax.Array]:
-        """Return the average, and whether there is one."""
+    def average(self, params: Any) -> Any:
+        """Return the average; `params` before there is one."""
         place = _places(self.segments, self.smooth_losses)
         losses = jnp.where(place < 0, _largest(self.smooth_losses), self.smooth_losses)
         is_good = jax.lax.cummin(losses, reverse=True) <= self.threshold
         is_in = is_good & (place >= 1) & ~self.is_over
         mean, _ = _added(self.final, self.num_averaged, self.queue, is_in)
         mean = tree.where(self.has_converged, mean, at(self.queue, -1))
-        return mean, self.segments > 0
+        return tree.where(self.segments > 0, mean, params)
 
 
 def swad(
@@ -240,11 +241,14 @@ def _closed(state: SWADState, loss: Any) -> SWADState:
     queue, segments = append(state.queue, state.segment), state.segments + 1
     recent = jnp.append(state.converge_losses[1:], loss)
     smooth = jnp.append(state.smooth_losses[1:], loss)
-    place, size = _places(segments, smooth), max(len(recent), len(smooth))
+    place, size = _places(segments, smooth), size_of(queue)
 
     begins = ~state.has_converged & (segments >= len(recent)) & jnp.all(recent < largest)
     begins &= jnp.all(recent[0] <= recent)
-    threshold = jnp.where(begins, jnp.mean(recent) * (1 + state.ratio), state.threshold)
+    # XLA turns a division by a constant into a product, which may round to another number.
+    length = jnp.minimum(segments, len(recent)).astype(recent.dtype)
+    level = jnp.sum(jnp.minimum(recent, largest / len(recent))) / length * (1 + state.ratio)
+    threshold = jnp.where(begins, level, state.threshold)
     is_first = jnp.arange(size) < len(recent) - len(smooth) + 1  # of those after the minimum
     if len(smooth) > len(recent):
         looked_at = (place >= 0) & (place <= len(smooth) - len(recent))
@@ -283,11 +287,10 @@ def _places(segments: jax.Array, losses: jax.Array) -> jax.Array:
 
 def _added(mean: Any, count: jax.Array, queue: Any, is_in: jax.Array) -> tuple[Any, jax.Array]:
     """Return the mean of `count` segments and those of the queue, and how many these are."""
-    size = max(s.shape[0] for s in jax.tree.leaves(queue) if tree.is_inexact(s))
-    is_in = jnp.pad(is_in, (size - len(is_in), 0))
+    is_in = jnp.pad(is_in, (size_of(queue) - len(is_in), 0))
     added = jnp.sum(is_in, dtype=jnp.int32)
     share = tree.ratio(added.astype(float), (count + added).astype(float))
-    return moved(mean, mean_of(queue, is_in), share), count + added
+    return moved(mean, mean_of(queue, is_in, mean), share), count + added
 
 
 def _largest(like: jax.Array) -> Any:
