@@ -136,6 +136,7 @@ def batch_stats(
     zeros, large = (_filled(given, value) for value in (0, LARGE))
     total, count, share = zeros, 0, None
     for batch in batches:
+        tree.check_arrays("batches", batch)
         found = _pass(fn, params, zeros, batch)
         if share is None:
             share = jax.tree.map(_share, found, _pass(fn, params, large, batch))
