@@ -173,7 +173,7 @@ class Trainings:
             **dict(zip(NUMBERS, (*best, 0.0), strict=False)),
             "edges": edges(best, tried, NUMBERS[: len(best)]),
             "gradients": 2 * self.args.epochs * STEPS_PER_EPOCH,
-            "accuracy": (100 * found).tolist(),
+            "accuracy": np.round(100 * found.astype(float), 4).tolist(),
         }
 
 
@@ -192,17 +192,19 @@ def shown(mean: float, error: float, sign: str = "") -> str:
     return f"{mean:{sign}.2f} ± {error:.2f}"
 
 
+def leads_of(result: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
+    """Return the leads over SGD and over the same optimizer, both plain with a falling rate."""
+    plain = {r["optimizer"]: r for r in results if (r["average"], r["rate"]) == ("none", "falling")}
+    others = plain["sgd"], plain[result["optimizer"]]
+    return ["" if result is r else shown(*lead_of(result, r), sign="+") for r in others]
+
+
 def print_table(results: list[dict[str, Any]], noise: float, seeds: int) -> None:
     """Print one line per row, with its leads over plain SGD and over its own optimizer."""
     print(f"\n{describe(noise)}, {seeds} seeds (mean ± standard error)")
-    plain = {r["optimizer"]: r for r in results if (r["average"], r["rate"]) == ("none", "falling")}
     grid = [["method, rate", "accuracy, %", "over sgd", "over its optimizer", "lr", "rho"]]
     for result in results:
-        own = plain[result["optimizer"]]
-        leads = [
-            "" if result is other else shown(*lead_of(result, other), sign="+")
-            for other in (plain["sgd"], own)
-        ]
+        leads = leads_of(result, results)
         ends = [marked(result, number) for number in NUMBERS]
         grid.append([name_of(result), shown(*mean_and_error(result["accuracy"])), *leads, *ends])
     print("\n".join(aligned(grid)))

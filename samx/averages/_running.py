@@ -215,7 +215,7 @@ def swa(tx: optax.GradientTransformation, start: int, every: int = 1) -> Transfo
     def update_fn(updates, state, params=None, **extra):
         updates, base = inner.update(updates, state.base, params, **extra)
         is_due = is_due_at(state.step, start, every)
-        count = state.count + is_due
+        count = state.count + is_due.astype(jnp.int32)
         share = jnp.where(is_due, 1 / jnp.maximum(count, 1).astype(float), 0)
         mean = moved(state.mean, iterate_after("swa", params, updates), share)
         return updates, SWAState(next_step(state.step), count, mean, base)
@@ -277,7 +277,8 @@ def latest(tx: optax.GradientTransformation, num_iterates: int, every: int = 1) 
         is_due = is_due_at(state.step, every - 1, every)
         iterate = iterate_after("latest", params, updates)
         iterates = put(state.iterates, iterate, state.count % size, is_due)
-        return updates, LatestState(next_step(state.step), state.count + is_due, iterates, base)
+        count = state.count + is_due.astype(jnp.int32)
+        return updates, LatestState(next_step(state.step), count, iterates, base)
 
     return checked_transformation("latest", init_fn, update_fn)
 

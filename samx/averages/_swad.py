@@ -243,11 +243,12 @@ def _closed(state: SWADState, loss: Any) -> SWADState:
     smooth = jnp.append(state.smooth_losses[1:], loss)
     place, size = _places(segments, smooth), size_of(queue)
 
-    begins = ~state.has_converged & (segments >= len(recent)) & jnp.all(recent < largest)
+    is_known = recent < largest
+    begins = ~state.has_converged & (segments >= len(recent)) & jnp.all(is_known)
     begins &= jnp.all(recent[0] <= recent)
     # XLA turns a division by a constant into a product, which may round to another number.
     length = jnp.minimum(segments, len(recent)).astype(recent.dtype)
-    level = jnp.sum(jnp.minimum(recent, largest / len(recent))) / length * (1 + state.ratio)
+    level = jnp.sum(jnp.where(is_known, recent, 0)) / length * (1 + state.ratio)
     threshold = jnp.where(begins, level, state.threshold)
     is_first = jnp.arange(size) < len(recent) - len(smooth) + 1  # of those after the minimum
     if len(smooth) > len(recent):

@@ -225,6 +225,33 @@ def test_states_keep_their_form(name):
     assert len({*buffers}) == len(buffers)
 
 
+@every_factory
+def test_strict_promotion(name):
+    """Leaves of many dtypes, one of 8 bits."""
+    dtypes = (jnp.float32, jnp.bfloat16, jnp.complex64, jnp.float8_e4m3fn, jnp.int32, bool)
+    params = {str(dtype): jnp.ones(2, dtype) for dtype in dtypes}
+    tx = FACTORIES[name](optax.identity())
+
+    def step(params, state):
+        _, state = tx.update(optax.tree.zeros_like(params), state, params)
+        state = averages.end_segment(state, 1.0) if name == "swad" else state
+        return averages.params(state, params)
+
+    with jax.numpy_dtype_promotion("strict"):
+        found = jax.eval_shape(step, params, jax.eval_shape(tx.init, params))
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
+
+
+def test_no_value_is_ever_without_a_number():
+    """Where nothing is stored or averaged yet; JAX checks every result."""
+    with jax.debug_nans(True), jax.debug_infs(True):
+        for build in FACTORIES.values():
+            tx, w = build(optax.sgd(0.1)), jnp.ones(2)
+            state = tx.init(w)
+            assert averages.params(state, w).tolist() == [1.0, 1.0]
+            _, state = tx.update(w, state, w)
+
+
 def test_a_decay_is_injected_and_vectorized(float64):
     iterates = jnp.asarray(ITERATES[:4])
     decays = jnp.array([0.2, 0.8])
