@@ -19,7 +19,7 @@ from samx.averages._iterates import (
 )
 from samx.core import tree
 from samx.core.aliases import Transformation
-from samx.core.hyperparams import as_count, check_scalar, check_static_number
+from samx.core.hyperparams import as_count, check_scalar, check_static_number, next_step
 from samx.core.transformation import as_transformation, checked_transformation
 
 
@@ -159,7 +159,7 @@ def swad(
 
     def update_fn(updates, state, params=None, **extra):
         updates, base = inner.update(updates, state.base, params, **extra)
-        count = optax.safe_increment(state.count)
+        count = next_step(state.count)
         iterate = iterate_after("swad", params, updates)
         segment = moved(state.segment, iterate, 1 / count.astype(float))
         return updates, state._replace(count=count, segment=segment, base=base)

@@ -43,7 +43,7 @@ def valleys(rng):
 
 
 SETTINGS = [(3, 2, 0.2), (3, 6, 0.3), (2, 2, 0.2), (1, 3, 0.5), (4, 1, 0.1)]
-MORE = [(c, t, 0.2) for c in (1, 2, 3, 4) for t in (1, 2, 3, 4, 5, 7)]
+MORE = [(c, t, 0.25) for c in (1, 2, 3, 4) for t in (1, 2, 3, 4, 5, 7)]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_against_a_loop(converge, tolerance, ratio, float64):
                 assert int(minima[n - 1]) == minimum
                 assert abs(float(thresholds[n - 1]) - threshold) < 1e-14
         seen.add((bool(begun[-1]), bool(over[-1])))
-    assert (True, True) in seen
+    assert (True, True) in seen or tolerance == 7  # too few segments for an end
     assert (False, False) in seen or converge == 1  # every loss is the minimum of one
 
 
@@ -99,20 +99,12 @@ def test_a_recorded_run(float64):
 
 
 def test_the_minimum_counts_twice_with_the_defaults(float64):
-    """Segments 0 to 8 with the minimum at 4; nothing is bad, and nothing has ended."""
-    losses = np.array([9.0, 8.0, 7.0, 6.0, 1.0, 1.1, 1.2, 1.1, 1.0])
-    targets = np.eye(9)[:, None].repeat(2, 1)
-    tx = averages.swad(optax.identity())
-    scan, state = run(tx, targets)
+    """The minimum is segment 4; 2 and 3 are good enough before it, and 1 is one too many."""
+    losses = np.array([1.4, 1.3, 1.2, 1.1, 1.0, 1.05, 1.1, 1.05, 1.05, 1.05])
+    targets = np.eye(10)[:, None].repeat(2, 1)
+    scan, state = run(averages.swad(optax.identity()), targets)
     means = scan(state, targets, losses)[1][0]
-    members = averaged.swad(np.eye(9), losses, 3, 6, 0.3)[1]
-    np.testing.assert_allclose(means[-1] * len(members), np.bincount(members), atol=1e-12)
-    assert members.count(4) >= 1
-    losses[:4] = 1.05  # the look-back finds four good ones before the minimum
-    losses[0] = 1.2
-    members = averaged.swad(np.eye(9), losses, 3, 6, 0.3)[1]
-    means = scan(state, targets, losses)[1][0]
-    np.testing.assert_allclose(means[-1] * len(members), np.bincount(members, minlength=9))
+    np.testing.assert_allclose(means[-1] * 9, [0, 0, 1, 1, 2, 1, 1, 1, 1, 1], atol=1e-12)
 
 
 def test_a_segment_is_a_mean_and_begins_anew(float64):
