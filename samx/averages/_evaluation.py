@@ -60,10 +60,7 @@ def params(opt_state: optax.OptState, params: Any) -> Any:
     tree.check_like("params", params, "opt_state", jax.eval_shape(_one_copy, state))
 
     def of(w, m):
-        w = jnp.asarray(w)
-        if not tree.is_inexact(w):
-            return jnp.array(w, copy=True)
-        return jnp.where(jnp.isfinite(m), m.astype(w.dtype), w)
+        return jnp.array(m if tree.is_inexact(w) else w, jnp.result_type(w), copy=True)
 
     return jax.tree.map(of, params, state.average(jax.tree.map(wide, params)))
 

@@ -47,19 +47,19 @@ class SWAState(NamedTuple):
 
     Attributes:
         step: int32, the optimizer's steps so far.
-        count: int32, averaged iterates.
+        num_averaged: int32, averaged iterates.
         mean: Their mean, in float32 or wider.
         base: State of the wrapped optimizer.
     """
 
     step: jax.Array
-    count: jax.Array
+    num_averaged: jax.Array
     mean: Any
     base: optax.OptState
 
     def average(self, params: Any) -> Any:
         """Return the average; `params` before there is one."""
-        return tree.where(self.count > 0, self.mean, params)
+        return tree.where(self.num_averaged > 0, self.mean, params)
 
 
 class LatestState(NamedTuple):
@@ -67,19 +67,19 @@ class LatestState(NamedTuple):
 
     Attributes:
         step: int32, the optimizer's steps so far.
-        count: int32, iterates that were stored, those that were replaced too.
+        num_stored: int32, iterates that were stored, those that were replaced too.
         iterates: The latest ones, on a leading axis, in float32 or wider.
         base: State of the wrapped optimizer.
     """
 
     step: jax.Array
-    count: jax.Array
+    num_stored: jax.Array
     iterates: Any
     base: optax.OptState
 
     def average(self, params: Any) -> Any:
         """Return the average; `params` before there is one."""
-        is_stored = jnp.arange(size_of(self.iterates)) < self.count
+        is_stored = jnp.arange(size_of(self.iterates)) < self.num_stored
         return mean_of(self.iterates, is_stored, params)
 
 
@@ -215,7 +215,7 @@ def swa(tx: optax.GradientTransformation, start: int, every: int = 1) -> Transfo
     def update_fn(updates, state, params=None, **extra):
         updates, base = inner.update(updates, state.base, params, **extra)
         is_due = is_due_at(state.step, start, every)
-        count = state.count + is_due.astype(jnp.int32)
+        count = state.num_averaged + is_due.astype(jnp.int32)
         share = jnp.where(is_due, 1 / jnp.maximum(count, 1).astype(float), 0)
         mean = moved(state.mean, iterate_after("swa", params, updates), share)
         return updates, SWAState(next_step(state.step), count, mean, base)
@@ -276,8 +276,8 @@ def latest(tx: optax.GradientTransformation, num_iterates: int, every: int = 1) 
         updates, base = inner.update(updates, state.base, params, **extra)
         is_due = is_due_at(state.step, every - 1, every)
         iterate = iterate_after("latest", params, updates)
-        iterates = put(state.iterates, iterate, state.count % size, is_due)
-        count = state.count + is_due.astype(jnp.int32)
+        iterates = put(state.iterates, iterate, state.num_stored % size, is_due)
+        count = state.num_stored + is_due.astype(jnp.int32)
         return updates, LatestState(next_step(state.step), count, iterates, base)
 
     return checked_transformation("latest", init_fn, update_fn)

@@ -27,7 +27,7 @@ class SWADState(NamedTuple):
     """State of `swad`. The lengths of the two vectors of losses are the two counts of the factory.
 
     Attributes:
-        count: int32, iterates in the open segment.
+        num_iterates: int32, iterates in the open segment.
         segment: Their mean, in float32 or wider.
         segments: int32, closed segments.
         queue: The means of the latest closed segments on a leading axis, the newest last.
@@ -43,7 +43,7 @@ class SWADState(NamedTuple):
         base: State of the wrapped optimizer.
     """
 
-    count: jax.Array
+    num_iterates: jax.Array
     segment: Any
     segments: jax.Array
     queue: Any
@@ -141,7 +141,7 @@ def swad(
         check_params("swad", params)
         dtype = tree.real_dtype(*jax.tree.leaves(params))
         return SWADState(
-            count=jnp.zeros((), jnp.int32),
+            num_iterates=jnp.zeros((), jnp.int32),
             segment=first_mean(params),
             segments=jnp.zeros((), jnp.int32),
             queue=empty_stack(params, max(num_converge, num_tolerance)),
@@ -159,10 +159,10 @@ def swad(
 
     def update_fn(updates, state, params=None, **extra):
         updates, base = inner.update(updates, state.base, params, **extra)
-        count = next_step(state.count)
+        count = next_step(state.num_iterates)
         iterate = iterate_after("swad", params, updates)
         segment = moved(state.segment, iterate, 1 / count.astype(float))
-        return updates, state._replace(count=count, segment=segment, base=base)
+        return updates, state._replace(num_iterates=count, segment=segment, base=base)
 
     return checked_transformation("swad", init_fn, update_fn)
 
@@ -208,7 +208,7 @@ def end_segment(opt_state: optax.OptState, validation_loss: Any) -> optax.OptSta
     def closed(node):
         if not isinstance(node, SWADState):
             return node
-        is_open = (node.count > 0) & ~node.is_over
+        is_open = (node.num_iterates > 0) & ~node.is_over
         new = _closed(node._replace(base=()), validation_loss)
         return tree.where(is_open, new, node._replace(base=()))._replace(base=node.base)
 
@@ -267,7 +267,7 @@ def _closed(state: SWADState, loss: Any) -> SWADState:
         final, jnp.where(begins, 0, state.num_averaged), queue, jnp.where(begins, is_first, is_head)
     )
     return state._replace(
-        count=jnp.zeros_like(state.count),
+        num_iterates=jnp.zeros_like(state.num_iterates),
         segments=segments,
         queue=queue,
         converge_losses=recent,

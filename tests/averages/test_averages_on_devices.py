@@ -145,10 +145,7 @@ def test_nothing_is_sent_for_an_average(axis_type):
 
 @pytest.mark.parametrize("regime", ["shard_map", "shard_map, check_vma=False", "pmap"])
 def test_inside_mapped_functions(regime, float64):
-    """`data_parallel` around the averages: every device holds the same ones, those of one device.
-
-    A second average around `data_parallel` is the same.
-    """
+    """`data_parallel` around the averages: every device holds those of one device."""
     history = regimes.GLOBAL[regime](
         lambda _: averages.ema(averages.swa(BASE, 1), 0.5), problem.make()[1], regimes.batches(3)
     )
@@ -161,6 +158,23 @@ def test_inside_mapped_functions(regime, float64):
         chex.assert_trees_all_close(
             *jax.tree.map(np.asarray, (a[1].base.mean, b[1].base.mean)), rtol=1e-11, atol=1e-11
         )
+
+
+def test_around_data_parallel(float64):
+    mesh, params = regimes.mesh_of(), problem.make()[1]
+    tx = averages.swa(samx.data_parallel(BASE, "data"), 0)
+    specs = samx.state_specs(tx, params, batch_specs=P("data"))
+    step = jax.shard_map(
+        regimes.make_step(tx, axes=("data",)),
+        mesh=mesh,
+        in_specs=(P(), specs, P("data")),
+        out_specs=(P(), specs, P()),
+    )
+    (batch,) = regimes.batches(1)[0]
+    new, state, _ = jax.jit(step)(params, tx.init(params), batch)
+    expected = regimes.single(lambda _: averages.swa(BASE, 0), params, regimes.batches(1))[0]
+    chex.assert_trees_all_close(averages.params(state, params), expected[0], rtol=1e-12)
+    chex.assert_trees_all_equal(averages.params(state, params), new)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -194,7 +208,7 @@ def test_specs_of_stacked_leaves():
     latest = averages.latest(optax.sgd(0.1), 4)
     found = samx.state_specs(latest, params, param_specs=specs)
     assert found.iterates == {"w": P(None, "data"), "b": P()}
-    assert found.step == found.count == P()
+    assert found.step == found.num_stored == P()
 
 
 def test_donated_states():

@@ -67,7 +67,7 @@ def test_a_recorded_run_of_swa(float64):
     iterates = {k: jnp.asarray(arrays[k]) for k in problem.make()[1]}
     tx = averages.swa(optax.identity(), meta["hyper"]["start"], meta["hyper"]["freq"])
     found, state = averaged.run(tx, iterates, averages.params)
-    assert int(state.count) == 8
+    assert int(state.num_averaged) == 8
     for k, x in found.items():
         wanted = np.where(np.isnan(arrays[f"avg_{k}"]), arrays[k], arrays[f"avg_{k}"])
         np.testing.assert_allclose(x, wanted, rtol=0, atol=1e-14)
@@ -191,11 +191,11 @@ def test_skipped_steps():
             updates, state = tx.update(g, state, w)
             w = optax.apply_updates(w, updates)
         np.testing.assert_allclose(averages.params(state, w), wanted, rtol=1e-6)
-        assert int(optax.tree.get(state, "count")) == count
+        assert int(optax.tree.get(state, "num_averaged")) == count
 
 
 def test_multi_steps():
-    """Inside, every step of the optimizer counts; outside, every call."""
+    """Around it every call counts; inside of it, every step of the optimizer."""
     around = averages.swa(optax.MultiSteps(optax.sgd(1.0), 2), 0)
     inside = optax.MultiSteps(averages.swa(optax.sgd(1.0), 0), 2)
     for tx, wanted in ((around, (0 - 1 - 1 - 2) / 4), (inside, (-1 - 2) / 2)):

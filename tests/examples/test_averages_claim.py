@@ -52,7 +52,7 @@ def test_the_last_quarter_is_averaged():
     assert float(found["swa"]) == pytest.approx(np.mean(window), rel=1e-4)
     assert float(found["latest"]) == pytest.approx(np.mean(ends), rel=1e-4)
     assert float(found["ema"]) == pytest.approx(np.average(velocities, weights=weights), rel=1e-4)
-    assert int(state.base.base.count) == 8
+    assert int(state.base.base.num_stored) == 8
 
 
 def test_leads_are_paired():
