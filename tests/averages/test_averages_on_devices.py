@@ -89,7 +89,9 @@ def check_layout(tree, specs, mesh):
     jax.tree.map(check, tree, specs)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit]
+)
 def test_sharded_parameters(axis_type, float64, tmp_path):
     """The values of one device, the layout of the parameters, and a resume with the same bits."""
     training = Sharded(axis_type)
@@ -123,7 +125,9 @@ def test_sharded_parameters(axis_type, float64, tmp_path):
     chex.assert_trees_all_equal(*(jax.device_get((t.params, t.state)) for t in (again, training)))
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 def test_nothing_is_sent_for_an_average(axis_type):
     """Neither in a step, nor when it is read, nor when a segment is closed."""
     sent = []
