@@ -17,6 +17,7 @@ them.
 
 from samx import (
     asynchronous,
+    averages,
     combinations,
     elastic,
     losses,
@@ -169,6 +170,7 @@ __all__ = [
     "asynchronous",
     "elastic",
     # Building blocks
+    "averages",
     "closure_transformation",
     "combinations",
     "is_sharp_pass",

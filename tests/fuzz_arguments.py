@@ -155,6 +155,16 @@ GOOD = {
     **{"warmup": 2.0, "decay_from": 3.0, "end": 5.0},
     **dict.fromkeys(("sample.opt_state", "average.opt_state"), samx.bsam(0.1, 64.0).init(PARAMS)),
     "average.fn": lambda params: params["norm"] + params["b"],
+    "swa.start": 2,
+    "num_iterates": 2,
+    "validation_loss": 0.5,
+    "params.opt_state": samx.averages.ema(SGD).init(PARAMS),
+    "end_segment.opt_state": samx.averages.swad(SGD).init(PARAMS),
+    "batch_stats.fn": lambda params, stats, batch: {
+        "mean": 0.9 * stats["mean"] + batch["x"].mean()
+    },
+    "batch_stats.batch_stats": {"mean": jnp.ones(2)},
+    "batch_stats.batches": [BATCH, BATCH],
 }
 
 SEQUENCES = {  # of what: a test of the elements, of the whole

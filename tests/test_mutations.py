@@ -189,6 +189,18 @@ DELIBERATE = {
         "return w",
         ("training/test_half_precision.py", "test_half_precision_parameters_see_the_ascent"),
     ),
+    "the iterate before the step is averaged": (
+        "averages/_iterates.py",
+        "jax.tree.map(wide, optax.apply_updates(params, updates))",
+        "jax.tree.map(wide, params)",
+        ("averages/test_running.py", "test_against_a_loop"),
+    ),
+    "SWAD's minimum counts once": (
+        "averages/_swad.py",
+        "is_first = looked_at & (place > last_bad + 1)",
+        "is_first = looked_at & (place > last_bad + 1) & (place < len(smooth) - len(recent))",
+        ("averages/test_swad.py", "test_the_minimum_counts_twice_with_the_defaults"),
+    ),
     "a skipped step leaves its state": (
         "training/skip_nonfinite.py",
         "inner=tree.where(is_finite, inner_state, state.inner)",

@@ -23,7 +23,7 @@ VARIANTS = sorted((PACKAGE / "variants").glob("*.py"))
 
 IDEAS = (
     *("perturbations", "selection", "parallel", "training"),
-    *("combinations", "losses", "schedules", "mup", "elastic", "sharpness"),
+    *("combinations", "losses", "schedules", "mup", "elastic", "sharpness", "averages"),
 )
 FLOORS = [
     ("core",),

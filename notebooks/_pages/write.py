@@ -20,12 +20,14 @@ from typing import Any
 
 import samx
 from examples import digits
+from examples.claims import averages
 from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
 
 FOLDER = Path(__file__).parents[1]
 RESULTS = FOLDER.parent / "examples" / "compare" / "results"
 DIGITS = RESULTS / "digits.json"
+AVERAGES = FOLDER.parent / "examples" / "claims" / "results" / "averages.json"
 SHOWN = ("base", "base2x", "sam", "asam", "looksam", "momentum-sam")  # in the README
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 
@@ -53,6 +55,7 @@ MODULES = (
     "losses",
     "mup",
     "posterior",
+    "averages",
     "asynchronous",
     "elastic",
     "flax",
@@ -65,7 +68,7 @@ def pages() -> dict[str, dict[str, str]]:
         "methods.md": {"table": method_table(), "cards": method_cards()},
         "fidelity.md": fidelity_tables(),
         "api.md": {"names": name_lists(), "reference": reference()},
-        "results.md": {"digits": digits_table()},
+        "results.md": {"digits": digits_table(), "averages": averages_table()},
         "memory.md": memory_tables(),
         "../README.md": {"digits": digits_table(*SHOWN)},
     }
@@ -119,6 +122,25 @@ def digits_table(*names: str) -> str:
             spent.append(f"{row['gradients']:.0f}")
         lines.append([*cells, ", ".join(dict.fromkeys(spent))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# Results of examples/claims/averages.py
+
+
+def averages_table() -> str:
+    """Return accuracies, and paired leads over SGD and over the same optimizer, in percent."""
+    rows = json.loads(AVERAGES.read_text())["results"]
+    found: dict[str, list[str]] = {}
+    head = ["method, learning rate"]
+    for noise in dict.fromkeys(row["noise"] for row in rows):
+        labels = f"{noise:.0%} wrong labels" if noise else "clean labels"
+        head += [f"test accuracy, %, {labels}", "minus sgd", "minus its optimizer"]
+        mine = [row for row in rows if row["noise"] == noise]
+        for row in mine:
+            accuracy = averages.shown(*averages.mean_and_error(row["accuracy"]))
+            leads = averages.leads_of(row, mine)
+            found.setdefault(averages.name_of(row), []).extend([accuracy, *leads])
+    return table_of(head, [[name, *cells] for name, cells in found.items()])
 
 
 # Results of examples/train/language_model.py --abstract

@@ -229,6 +229,7 @@ def state_specs(
     """Return how to shard the state of an optimizer: the `PartitionSpec` of each leaf.
 
         leaves shaped like a parameter   as that parameter
+        several of these, stacked        as that parameter, the leading axes replicated
         examples held for a later step   as the batch
         everything else                  replicated
 
@@ -269,7 +270,10 @@ def state_specs(
     param_specs = _like("param_specs", param_specs, params)
 
     def spec_of(leaf, param, spec):
-        return spec if leaf.shape == jnp.shape(param) else REPLICATED
+        stacked = leaf.ndim - jnp.ndim(param)
+        if stacked < 0 or leaf.shape[stacked:] != jnp.shape(param):
+            return REPLICATED
+        return PartitionSpec(*[None] * stacked, *spec) if stacked and any(spec) else spec
 
     specs = optax.tree.map_params(
         tx, spec_of, state, params, param_specs, transform_non_params=lambda _: REPLICATED

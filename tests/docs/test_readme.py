@@ -12,6 +12,7 @@ import pytest
 import samx
 import samx.flax
 from samx import (
+    averages,
     combinations,
     elastic,
     losses,
@@ -41,6 +42,7 @@ MODULES = {
     "schedules": schedules,
     "mup": mup,
     "posterior": posterior,
+    "averages": averages,
     "losses": losses,
     "asynchronous": samx.asynchronous,
     "elastic": elastic,

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from examples import digits
 from examples.asynchronous import async_cost, exchange_cost, faults, lsam_digits
-from examples.claims import bsam, lets, lightsam, mup_transfer, second_order
+from examples.claims import averages, bsam, lets, lightsam, mup_transfer, second_order
 from examples.common import figures, monitoring
 from examples.common.registry import VARIANTS
 from examples.compare import front_figure
@@ -140,6 +140,18 @@ def draw_bsam(path, noises):
         for noise in noises
     ]
     bsam.draw(results, noises, path, "Digits: bSAM and its posterior beside SGD and SAM, 10 seeds")
+
+
+def draw_averages(path, noises):
+    results = [
+        {"optimizer": name, "rate": rate, "average": average, "noise": noise}
+        | {"accuracy": some(20, low=90, high=97)}
+        for noise in noises
+        for name in averages.OPTIMIZERS
+        for rate in averages.RATES
+        for average in averages.AVERAGES
+    ]
+    averages.draw(results, noises, path, "Digits: averaged parameters of SGD and SAM, 20 seeds")
 
 
 def draw_second_order(path, rows, epochs=5):
@@ -429,6 +441,10 @@ CASES = {
     "bsam.draw": [
         lambda path: draw_bsam(path, [0.3, 0.0]),
         lambda path: draw_bsam(path, [0.0]),
+    ],
+    "averages.draw": [
+        lambda path: draw_averages(path, [0.3, 0.0]),
+        lambda path: draw_averages(path, [0.0]),
     ],
     "second_order.draw": [
         lambda path: draw_second_order(path, ["base", "sam", *second_order.DEFAULT]),

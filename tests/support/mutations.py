@@ -28,7 +28,7 @@ import recorded
 import samx
 
 PACKAGE = Path(samx.__file__).parent
-FOLDERS = ("variants", "perturbations", "policies", "core", "selection")
+FOLDERS = ("variants", "perturbations", "policies", "core", "selection", "averages")
 FILES = [
     *(f for folder in FOLDERS for f in sorted((PACKAGE / folder).glob("*.py"))),
     PACKAGE / "combinations.py",
@@ -208,6 +208,10 @@ SUITES = {
     "selection/": ("selection/test_selection.py", "selection/test_selection_on_a_mesh.py"),
     "losses.py": ("variants/test_bisam.py", "variants/test_teachers.py::test_the_loss"),
     "combinations.py": ("variants/test_reuse.py",),
+    "averages/_running.py": ("averages/test_running.py",),
+    "averages/_swad.py": ("averages/test_swad.py", "averages/test_running.py"),
+    "averages/_evaluation.py": ("averages/test_evaluation.py",),
+    "averages/": ("averages/test_running.py", "averages/test_swad.py"),
 }
 PARTNERS = {"minimum": "maximum", "maximum": "minimum"}
 

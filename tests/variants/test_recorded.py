@@ -1,5 +1,6 @@
 """Recorded runs of the authors' own code that no row takes as its oracle."""
 
+import averaged
 import elastic_runs
 import optax
 import problem
@@ -23,5 +24,5 @@ def test_recorded_run_of_the_authors_code(name):
 
 
 def test_every_recorded_run_is_used():
-    used = {*RECORDED, *ON_DEVICES, *elastic_runs.RECORDED}
+    used = {*RECORDED, *ON_DEVICES, *elastic_runs.RECORDED, *averaged.RECORDED}
     assert {file.stem for file in problem.TRAJECTORIES.glob("*.npz")} == used
