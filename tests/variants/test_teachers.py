@@ -9,6 +9,8 @@ import numpy as np
 import optax
 import problem
 import pytest
+import regimes
+from jax.sharding import PartitionSpec as P
 
 import samx
 from samx.losses import trajectory_loss
@@ -217,6 +219,23 @@ def test_the_teacher_sees_the_dtypes_of_the_parameters():
     later = params | {"table": jnp.arange(1, 4)}
     _, state = update(params, tx.init(params), later)
     np.testing.assert_array_equal(state.teacher["table"], [1, 2, 3])
+
+
+def test_a_batch_that_one_axis_replicates():
+    """The teacher's logits, from averages that do not vary, must vary over devices as the model's.
+
+    Types tell, so it is only traced.
+    """
+    params, batch = first_batch()
+    mesh = regimes.mesh_of((2, 4), ("outer", "inner"))
+    tx = samx.data_parallel(optax.chain(mesa(), optax.sgd(0.1)), ("outer", "inner"))
+
+    def step(params, state, batch):
+        return tx.update(params, state, params, **PARTS, batch=batch)
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("outer")), out_specs=P())
+    updates, _ = jax.eval_shape(jax.jit(mapped), params, tx.init(params), batch)
+    chex.assert_trees_all_equal_shapes(updates, params)
 
 
 def test_no_branch_where_all_epochs_have_the_term():
