@@ -13,6 +13,11 @@ MUTATIONS = [m for file in mutations.FILES for m in mutations_of(file)]
 # Mutations that change nothing on which anybody may rely, and why.
 EQUIVALENT = {
     (
+        "variants/sassha.py",
+        "_add_diagonal",
+        "total + ((jnp.conj(z) * product).real / parts).astype(total.dtype)",
+    ): "the absolute value of the sum is taken",
+    (
         "core/closures.py",
         "unit_weights",
         "1 + jnp.zeros_like(leaf, dtype).sum(axis=tuple(range(1, leaf.ndim)))",

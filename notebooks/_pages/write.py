@@ -186,18 +186,25 @@ def memory_tables() -> dict[str, str]:
         "every": table_of(
             ["method", "state", "temporary, GB", "peak / AdamW's", "flops", "sent"],
             [
-                [
-                    method_name(row["method"]),
-                    f"{row['copies']:.2f} P",
-                    f"{row['temporary_bytes'] / 1e9:.2f}",
-                    f"{row['peak_to_adamw']:.2f}",
-                    f"{row['flops_to_adamw']:.2f}",
-                    f"{row['sent_to_adamw']:.2f}",
-                ]
-                for row in sorted(at[ONE_SIZE].values(), key=lambda row: row["peak_bytes"])
+                every_cells(row)
+                for row in sorted(
+                    at[ONE_SIZE].values(), key=lambda row: row.get("peak_bytes", float("inf"))
+                )
             ],
         ),
     }
+
+
+def every_cells(row: dict[str, Any]) -> list[str]:
+    """Return a row of the table of every method."""
+    if "refused" in row:
+        return [method_name(row["method"]), *["refused"] * 5]
+    return [
+        method_name(row["method"]),
+        f"{row['copies']:.2f} P",
+        f"{row['temporary_bytes'] / 1e9:.2f}",
+        *(f"{row[f'{kind}_to_adamw']:.2f}" for kind in ("peak", "flops", "sent")),
+    ]
 
 
 def place_name(place: Place) -> str:

@@ -69,7 +69,11 @@ DEVICES = (
 CLIMBS = ("perturbations/test_directions_and_lengths.py",)
 NOISES = ("variants/test_noise_loops.py::test_noise", "variants/test_limits.py::test_equal")
 # Tests of a file, or of all files of a folder, beyond those of the rows.
-PASSES = ("variants/test_pass_loops.py", "parallel/test_rows_on_devices.py::test_each_device")
+PASSES = (
+    "variants/test_pass_loops.py",
+    "parallel/test_rows_on_devices.py::test_each_device",
+    "perturbations/test_extra_gradients.py",
+)
 SUITES = {
     **dict.fromkeys(("variants/arwp.py", "variants/rwp.py"), NOISES),
     "variants/lpf_sgd.py": (*NOISES, "parallel/test_rows_on_devices.py::test_aux"),

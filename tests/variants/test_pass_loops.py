@@ -68,9 +68,9 @@ CHAINS = {  # samx, the loop, base
         lambda: loops.xsam(reference.ball(0.2), 3, 3, TRIED, 1.0),
         "momentum and decay",
     ),
-    "xsam, fixed": (
-        lambda: samx.xsam(alpha=2.5, ascent_steps=2, perturbation=ASAM),
-        lambda: loops.xsam(ADAPTIVE, 2, 1, TRIED, 1.0, alpha=2.5),
+    "xsam, a schedule in place of the search": (
+        lambda: samx.xsam(alpha=RISING, ascent_steps=2, perturbation=ASAM),
+        lambda: changing(lambda x: loops.xsam(ADAPTIVE, 2, 1, TRIED, 1.0, alpha=x), RISE),
         "adam",
     ),
     "x_sam": (
@@ -221,6 +221,25 @@ def test_states():
         np.testing.assert_array_equal(moves, [False, True, False, True, False])
     _, rate = watch(samx.sam_polyak(0.1, 0.9), STEPS, "learning_rate")
     assert 0 < rate.min() < rate.max() <= 0.9
+
+
+def test_a_search_that_meets_losses_that_are_not_finite():
+    """It takes the best of the others; if there is none, the last position stays."""
+
+    def loss(limit, w):
+        return jnp.where(w[1] < limit, 0.5 * (w[0] ** 2 + 4 * w[1] ** 2), jnp.nan)
+
+    w, g = jnp.array([1.0, 1.0]), jnp.array([1.0, 4.0])
+    tx = samx.xsam(0.1, rho_max=1.0, alpha_max=8.0, alpha_step=1.0)
+
+    @jax.jit
+    def alpha(limit):
+        _, state = tx.update(g, tx.init(w), w, value_fn=partial(loss, limit))
+        return optax.tree.get(state, "alpha")
+
+    found = [float(alpha(limit)) for limit in (9.0, 1.95, 0.0)]
+    assert found[0] > found[2] == 1.0
+    assert found[1] != found[0]
 
 
 def test_the_diagonal_of_a_complex_parameter():
