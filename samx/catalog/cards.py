@@ -1179,8 +1179,8 @@ CARDS = {
                   "chandar-lab/Lookbehind-SAM"),
             *digits("lookbehind_sam"),
         ),
-        watch="The base steps k times per step: a schedule of its learning rate counts these. "
-        "Compare at equal gradients.",
+        watch="The base steps k times per step, but its schedules count steps. Compare at equal "
+        "gradients.",
         coming_from={
             "chandar-lab/Lookbehind-SAM": {
                 "rho": "rho",

@@ -36,7 +36,8 @@ class LookbehindSAMState(NamedTuple):
 
     Attributes:
         step: int32, optimizer steps so far; schedules of α run on it.
-        base: State of the base, which has taken `steps` times as many steps.
+        base: State of the base, which has taken `steps` times as many steps; its schedules have
+            not.
         perturbation: State of the perturbation.
         readings: Readings of the last step.
     """
@@ -113,8 +114,10 @@ def lookbehind_sam(
         number; their code has one for each tensor, as here. Cost: k + 1 gradients per step, one
         after the other: the gradient at p_i is both climbed and descended, which the published loop
         takes twice. Transient copies: ε, the displacement and a gradient; with the adaptive α one
-        more. A schedule of the base counts inner steps. Inner steps see the perturbation's state at
-        the beginning of the step. Readings: `sharp_loss` is that at p_k.
+        more. Schedules count steps, not inner steps, those inside the base too: of optax's
+        `scale_by_schedule`, and so of every learning rate, and of `inject_hyperparams`. Everything
+        else in the base counts inner steps, such as Adam's bias correction. Inner steps see the
+        perturbation's state at the beginning of the step. Readings: `sharp_loss` is that at p_k.
         Fidelity: matches chandar-lab/Lookbehind-SAM. `static_args`: `base`, `steps` (and `alpha` if
         it is `None`).
     """
@@ -141,6 +144,7 @@ def lookbehind_sam(
         else:
             inner = _repeated(step, steps, start)
             updates = tree.scaled(at_step(alpha, state.step), inner.moved)
+        _, after_one = descend(g, state.base, params)
         readings = take_readings(
             *(state.readings, value, inner.loss, g_a, inner.g, params),
             point=lambda: perturbed(params, inner.eps, perturb_dtype),
@@ -148,7 +152,9 @@ def lookbehind_sam(
             ball=ball_state,
             mean_of_ascents=value_fn.mean_of_ascents,
         )
-        new = LookbehindSAMState(next_step(state.step), inner.base, ball_state, readings)
+        new = LookbehindSAMState(
+            next_step(state.step), _held(inner.base, after_one), ball_state, readings
+        )
         return tree.cast_like(updates, params), new
 
     return closure_transformation(init_fn, update_fn, name=NAME)
@@ -180,7 +186,21 @@ def _step(
     fast = tree.cast_like(perturbed(params, inner.moved, "float32"), params)
     move, base = descend(g, inner.base, fast)
     moved = tree.add_scaled(inner.moved, 1.0, move)
+    base = _held(base, inner.base)
     return _Inner(eps, moved, g, own_g, base, loss.astype(inner.loss.dtype))
+
+
+def _held(state: optax.OptState, other: optax.OptState) -> optax.OptState:
+    """Return the base's state with the step counts of another one in its schedules."""
+    clocks = optax.ScaleByScheduleState, optax.InjectStatefulHyperparamsState
+
+    def held(node, other):
+        if not isinstance(node, optax.InjectStatefulHyperparamsState):
+            return other if isinstance(node, clocks) else node
+        inner = _held(node.inner_state, other.inner_state)
+        return other._replace(inner_state=inner, hyperparams=node.hyperparams)
+
+    return jax.tree.map(held, state, other, is_leaf=lambda node: isinstance(node, clocks))
 
 
 def _turned(first: jax.Array, moved: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ SIGNS = {k: np.sign(x) for k, x in NORMALS.items()}
 START = {k: x[0, 0] for k, x in NORMALS.items()}
 BALL, ADAPTIVE = reference.ball(0.3), reference.adaptive_ball(0.5, 0.1, WEIGHTS)
 ASAM = metric_ball(0.5, magnitude(0.1))
+RATE, RATES = optax.linear_schedule(0.02, 0.0, 12), [0.02 * (1 - t / 12) for t in range(STEPS)]
 RISING, RISE = optax.linear_schedule(0.0, 1.0, 4), [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 TRIED = [0.5 * i for i in range(17)]
 
@@ -151,6 +152,27 @@ def test_lookbehind_against_its_loop(name):
     assert_same(problem.train(samx.lookbehind_sam(tx, **arguments), STEPS), expected)
 
 
+SCHEDULED = {
+    "sgd": lambda: optax.sgd(RATE, momentum=0.9),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.sgd)(RATE, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_a_schedule_in_the_base_of_lookbehind_counts_steps(name):
+    """All inner steps of a step have one learning rate, as in the authors' loop."""
+    base = reference.SGD(None, 0.9)
+    rule = loops.lookbehind(base, BALL, 3, 0.5)
+
+    def at(t, w, batch):
+        base.lr = RATES[t]
+        return rule(t, w, batch)
+
+    expected = loops.train(at, STEPS)
+    tx = samx.lookbehind_sam(SCHEDULED[name](), 0.3, steps=3)
+    assert_same(problem.train(tx, STEPS), expected)
+
+
 POLYAK = {
     "bounded": (
         {"rho": 0.3, "max_learning_rate": 0.6, "min_loss": 0.2, "weight_decay": 0.1},
@@ -174,7 +196,6 @@ def test_sam_polyak_against_its_loop(name):
     assert_same(problem.train(samx.sam_polyak(**arguments), STEPS), expected)
 
 
-RATE, RATES = optax.linear_schedule(0.02, 0.0, 12), [0.02 * (1 - t / 12) for t in range(STEPS)]
 SASSHA = {
     "every step, three samples": (
         {"rho": 0.3, "every": 1, "samples": 3, "power": 0.5, "b1": 0.8, "b2": 0.9}
