@@ -213,6 +213,17 @@ def print_table(results: list[dict[str, Any]], noise: float, seeds: int) -> None
         print(MARK)
 
 
+def claim(results: list[dict[str, Any]]) -> str:
+    """State the largest lead of an average over the same optimizer with a falling rate."""
+    told = []
+    for name in OPTIMIZERS:
+        mine = [result for result in results if result["optimizer"] == name]
+        plain = next(r for r in mine if (r["average"], r["rate"]) == ("none", "falling"))
+        leads = [lead_of(result, plain) for result in mine if result["average"] != "none"]
+        told.append(f"{shown(*max(leads), sign='+')} over {name}")
+    return f"averages lead by up to {', '.join(told)}"
+
+
 def draw(results: list[dict[str, Any]], noises: list[float], path: Path, title: str) -> None:
     """Draw the accuracy of each row, with errors."""
     rows = len(OPTIMIZERS) * len(RATES) * len(AVERAGES)
@@ -227,7 +238,7 @@ def draw(results: list[dict[str, Any]], noises: list[float], path: Path, title: 
         axes.set_yticks(range(len(mine)), [name_of(result) for result in mine])
         axes.set_ylim(-0.7, len(mine) - 0.3)
         axes.set_xlabel("test accuracy, %")
-        axes.set_title(describe(noise))
+        axes.set_title(f"{describe(noise)}: {claim(mine)}")
         axes.grid(axis="x", alpha=0.3)
     for axes in panels[1:]:
         axes.tick_params(labelleft=False)

@@ -50,7 +50,7 @@ PIT, FLAT = (-0.5, 0.8), (1.0, 0.0)  # near the sharp minimum, and the flat mini
 ARROWS = 20  # as many steps show their perturbation
 NAMED = 10  # methods with a name, the baselines included
 ALWAYS = ("base", "base2x", "sam", "asam", "looksam", "ausam", "momentum-sam")
-ALIKE, STEP = 0.03, 0.022  # costs that differ by less share a place, where dots stand side by side
+ALIKE, STEP = 0.03, 0.06  # costs that differ by less share a place, where dots stand side by side
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # around text on lines
 
 
@@ -162,12 +162,11 @@ def named(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def side_by_side(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return where each dot stands on the axis of gradients.
+    """Return where each dot stands on the axis of gradients, which is logarithmic.
 
     Many dots of (almost) equal cost stand in three columns, so that neighbours are apart.
     """
     places: dict[str, float] = {}
-    span = max(row["gradients"] for row in rows)
     left = sorted(rows, key=lambda row: row["gradients"])
     while left:
         first = left[0]["gradients"]
@@ -177,23 +176,33 @@ def side_by_side(rows: list[dict[str, Any]]) -> dict[str, float]:
         middle = np.mean([row["gradients"] for row in group])
         for rank, row in enumerate(group):
             column = rank % 3 - 1 if len(group) > 3 else 0
-            places[row["row"]] = float(middle + column * STEP * span)
+            places[row["row"]] = float(middle * (1 + column * STEP))
     return places
 
 
 def draw_results(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Draw accuracy against gradients, with the names of some methods."""
     names, places, points = named(rows), side_by_side(rows), []
+    better = next(row for row in rows if row["row"] == row["better"])
+    low = better["mean"] - 2 * max(max(row["mean"] for row in rows) - better["mean"], 1)
     for row in sorted(rows, key=lambda row: row["row"] in names):
         is_named, x = row["row"] in names, places[row["row"]]
         color = figures.RED if row["row"] in digits.BASELINES else figures.BLUE
         pale = {"alpha": 1.0 if is_named else 0.35, "zorder": 2 + is_named}
-        axes.errorbar(x, row["mean"], row["error"], fmt="o", ms=4.5, lw=1, color=color, **pale)
+        label, y = row["row"], row["mean"]
+        if y < low:  # what is far below stays at the edge
+            label, y = f"{label}: {y:.1f}", low
+            axes.plot(x, y, "v", ms=5, color=color, **pale)
+        else:
+            axes.errorbar(x, y, row["error"], fmt="o", ms=4.5, lw=1, color=color, **pale)
         if is_named:
-            points.append((x, row["mean"], row["row"], color))
-    better = next(row for row in rows if row["row"] == row["better"])
+            points.append((x, y, label, color))
     axes.axhline(better["mean"], color=figures.RED, linewidth=0.8, linestyle=":")
     axes.margins(x=0.2, y=0.1)
+    axes.set_xscale("log")
+    ticks = [400 * 2**i for i in range(4) if 400 * 2**i <= 2 * max(places.values())]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_xticks([], minor=True)
     axes.set(xlabel="gradients spent", ylabel="test accuracy, %")
     axes.grid(alpha=0.25)
     axes.set_title(claim(rows))

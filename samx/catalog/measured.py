@@ -35,7 +35,7 @@ DIGITS: dict[str, dict[str, tuple[float, float]]] = {
     "lightsam_adam": {"momentum": (0.002, 0.002)},
     "lightsam_norm": {"momentum": (0.2, 0.1)},
     "look_layer_sam": {"momentum": (0.02, 0.005)},
-    "lookbehind_sam": {"momentum": (0.02, 0.02)},
+    "lookbehind_sam": {"momentum": (0.05, 0.02)},
     "looksam": {"momentum": (0.5, 0.1)},
     "lpf_sgd": {"momentum": (0.05, 0.05)},
     "marwp": {"momentum": (0.1, 0.05)},
