@@ -188,10 +188,11 @@ def gam(rho: Any) -> optax.GradientTransformation:
 
 
 def msassha(rho: Any, base: Any, setting: Setting) -> optax.GradientTransformation:
-    """Build M-SASSHA."""
+    """Build M-SASSHA with SASSHA's settings."""
     del base
-    plain = {"power": 0.5, "weight_decay": 0.0}  # as SASSHA
-    return samx.msassha(setting.learning_rate, rho, **plain, aux_like=setting.aux)
+    return samx.msassha(
+        setting.learning_rate, rho, power=0.5, weight_decay=0.0, aux_like=setting.aux
+    )
 
 
 def sam_polyak(rho: Any, base: Any, setting: Setting) -> optax.GradientTransformation:
