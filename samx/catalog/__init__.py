@@ -79,10 +79,11 @@ def catalog(pattern: str = "*") -> Catalog:
     Example:
         >>> import samx
         >>> samx.catalog("look*")
-        name            published  shape             closures  gradients     state
-        --------------  ---------  ----------------  --------  ------------  -----
-        looksam         CVPR 2022  first in a chain  value_fn  1 + 1/period  1 P
-        look_layer_sam  CVPR 2022  first in a chain  value_fn  1 + 1/period  1 P
+        name            published  shape             closures  gradients          state
+        --------------  ---------  ----------------  --------  -----------------  -----
+        looksam         CVPR 2022  first in a chain  value_fn  1 + 1/period       1 P
+        look_layer_sam  CVPR 2022  first in a chain  value_fn  1 + 1/period       1 P
+        lookbehind_sam  ICML 2024  wraps the base    value_fn  k + 1, sequential  0
         >>> [entry.name for entry in samx.catalog("long-tailed")]
         ['focal_sam']
 

@@ -144,7 +144,7 @@ def lookbehind_sam(
         else:
             inner = _repeated(step, steps, start)
             updates = tree.scaled(at_step(alpha, state.step), inner.moved)
-        _, after_one = descend(g, state.base, params)
+        _, after_one = descend(g, state.base, params, value=inner.loss, grad=g)
         readings = take_readings(
             *(state.readings, value, inner.loss, g_a, inner.g, params),
             point=lambda: perturbed(params, inner.eps, perturb_dtype),
@@ -184,7 +184,8 @@ def _step(
     eps = optax.tree.add(inner.eps, climb(inner.own_g, params=point)[0])
     loss, g, own_g = evaluate_at(value_fn, params, eps, perturb_dtype=perturb_dtype)
     fast = tree.cast_like(perturbed(params, inner.moved, "float32"), params)
-    move, base = descend(g, inner.base, fast)
+    move, base = descend(g, inner.base, fast, value=loss, grad=g)
+    base = jax.tree.map(lambda new, old: new.astype(old.dtype), base, inner.base)
     moved = tree.add_scaled(inner.moved, 1.0, move)
     base = _held(base, inner.base)
     return _Inner(eps, moved, g, own_g, base, loss.astype(inner.loss.dtype))

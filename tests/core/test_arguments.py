@@ -174,9 +174,9 @@ def kind_of(factory, parameter):
 
 STATIC = {  # numbers that fix the program; no array of JAX
     *{("ausam", "fraction"), ("esam", "selected_fraction"), ("quota", "max_fraction")},
-    *{("mup_ball", "width"), ("mup_sam", "width")},
+    *{("mup_ball", "width"), ("mup_sam", "width"), ("xsam", "alpha_max"), ("xsam", "alpha_step")},
 }
-FREE = {"threshold"}  # may be infinite or negative
+FREE = {"threshold", "min_loss"}  # may be negative, the first infinite too
 ARGUMENTS = [
     (name, parameter.name, kind)
     for name, factory in FACTORIES.items()

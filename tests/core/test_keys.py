@@ -64,6 +64,10 @@ HOLDERS = {
     "rwp": lambda key: samx.rwp(key=key),
     "arwp": lambda key: samx.arwp(key=key),
     "marwp": lambda key: samx.marwp(key=key),
+    "tsam": lambda key: samx.tsam(key=key),
+    "x_sam": lambda key: samx.x_sam(key=key),
+    "sassha": lambda key: samx.sassha(0.1, key=key),
+    "msassha": lambda key: samx.msassha(0.1, key=key),
     "eigen_sam": lambda key: samx.eigen_sam(key=key),
     "bsam": lambda key: samx.bsam(0.1, num_examples=4, key=key),
 }
