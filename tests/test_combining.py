@@ -155,7 +155,7 @@ def test_a_fisher_mask_where_losses_are_handed_on(taker):
     tx = TAKERS[taker](geometry.fisher_mask(BALL, period=2))
     step, state = problem.make_step(tx), jax.eval_shape(tx.init, params)
     if taker in WITHOUT_LOSSES:
-        with pytest.raises(ValueError, match="fisher_mask: `(losses_fn|batch)` is missing"):
+        with pytest.raises(ValueError, match=r"fisher_mask: `(losses_fn|batch)` is missing"):
             jax.eval_shape(step, params, state, batch)
         return
     after = jax.eval_shape(step, params, state, batch)
