@@ -12,6 +12,7 @@ from samx.core import tree
 from samx.core.aliases import Transformation
 from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import as_count, check_function, next_step
+from samx.core.order import never_after
 from samx.core.readings import UNKNOWN, Monitored, stored_number
 from samx.core.transformation import checked_transformation, missing, no_params, unify
 from samx.sharpness.objective import Objective
@@ -129,41 +130,16 @@ def monitor(
             values, w, nothing = {}, params, optax.tree.zeros_like(params)
             for name, fn in measures.items():
                 values[name] = _like(name, fn(f, w), state.monitored.values[name])
-                w = tree.where(_never_after(values[name]), nothing, w)
+                w = tree.where(never_after(values[name]), nothing, w)  # one by one
             return Monitored(values, state.step)
 
         is_due = state.step % every == 0
         if f.closure("monitor").evaluation.devices.axes:
-            is_due &= ~_never_after([jnp.ravel(x)[:1] for x in jax.tree.leaves(updates)])
+            is_due &= ~never_after([jnp.ravel(x)[:1] for x in jax.tree.leaves(updates)])
         monitored = fast_convolutions(jax.lax.cond)(is_due, measure, lambda: state.monitored)
         return updates, MonitorState(next_step(state.step), monitored)
 
     return checked_transformation("monitor", init_fn, update_fn)
-
-
-def _never_after(x: Any) -> jax.Array:
-    """Return False, in a way that the compiler knows only when it knows `x`.
-
-    So the measures start one after the other, and inside `data_parallel` after the step. The
-    compiler may otherwise compute them at the same time: that takes more memory, and where programs
-    for the CPU come from JAX's cache, devices then mix up the messages of the two.
-    """
-    leaves = [leaf for leaf in jax.tree.leaves(x) if tree.is_inexact(leaf)]
-    dtype = tree.real_dtype(*leaves)
-    total = sum((jnp.sum(jnp.abs(y), dtype=dtype) for y in leaves), start=jnp.zeros((), dtype))
-    return _is_impossible(jax.lax.stop_gradient(total))
-
-
-@jax.custom_batching.custom_vmap
-def _is_impossible(number: jax.Array) -> jax.Array:
-    return number < -1  # XLA knows that no |x| is below 0, and would leave the comparison out
-
-
-@_is_impossible.def_vmap
-def _(axis_size: int, in_batched: Any, number: jax.Array) -> tuple[jax.Array, bool]:
-    """Return one answer for all lanes of `jax.vmap`, so that the branch stays a real one."""
-    del axis_size, in_batched
-    return _is_impossible(jnp.sum(number)), False
 
 
 def _objective(extra: dict[str, Any]) -> Objective:

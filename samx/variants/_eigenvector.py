@@ -10,6 +10,7 @@ from samx.core import draws, tree
 from samx.core.closures import Closure
 from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import RandomKey, as_count, next_step
+from samx.core.order import never_after
 from samx.core.readings import Readings, no_readings
 from samx.perturbations.balls import along
 from samx.perturbations.metrics import identity
@@ -60,12 +61,12 @@ class Refresh:
         )
 
     def next_state(
-        self, state: EigenvectorState, value_fn: Closure, params: Any
-    ) -> tuple[Any, Any]:
-        """Return the state of the next step, and the vector of this one."""
+        self, state: EigenvectorState, value_fn: Closure, params: Any, g: Any
+    ) -> tuple[EigenvectorState, Any]:
+        """Return the state of the next step, and the vector of this one; g is known before."""
         count = state.step % self.steps_per_epoch if self.steps_per_epoch else state.step
         is_due = (count > 0) & (count % self.every == 0)
-        is_due &= not value_fn.evaluation.is_skipped_step
+        is_due &= ~never_after(tree.norm(g)) & (not value_fn.evaluation.is_skipped_step)
         v = fast_convolutions(jax.lax.cond)(
             is_due,
             lambda: self._power_iteration(value_fn, params, state),

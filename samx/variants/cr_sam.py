@@ -11,6 +11,7 @@ import jax
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default, at_step, check_hyperparam
+from samx.core.order import after
 from samx.core.readings import UNKNOWN
 from samx.core.sharp import ascend, sharp_gradient, value_and_grad_at
 from samx.core.transformation import closure_transformation
@@ -66,8 +67,8 @@ def cr_sam(
     Notes:
         `gamma=0` and `beta=0` is SAM. The paper regularizes a normalized trace of the Hessian. As
         we remember it, the differences are divided by differences of the losses; the published code
-        divides by nothing, and this is the code. Cost: 3 gradients per step; the last two do not
-        wait for each other, and run one after the other. Transient copies: g, ε and p.
+        divides by nothing, and this is the code. Cost: 3 gradients per step. The last two
+        need not wait for each other; here they run one after the other. Transient copies: g, ε, p.
         Fidelity: matches TrustAIoT/CR-SAM.
     """
     check_hyperparam("gamma", gamma, 0)
@@ -83,7 +84,7 @@ def cr_sam(
         p, readings = sharp(
             value_fn, params, eps, state.readings, loss=value, g=g_a, ball=ball_state
         )
-        back = tree.scaled(-1.0, eps)
+        back = after(tree.scaled(-1.0, eps), tree.plain_norm(p))
         _, q = value_and_grad_at(value_fn, params, back, perturb_dtype=perturb_dtype)
         gamma_t, beta_t = at_step(gamma, state.step), at_step(beta, state.step)
         combined = jax.tree.map(lambda g, p, q: _combined(g, p, q, gamma_t, beta_t), g, p, q)

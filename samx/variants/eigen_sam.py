@@ -91,7 +91,7 @@ def eigen_sam(
     sharp = partial(sharp_gradient, perturb_dtype=perturb_dtype)
 
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN):
-        new, v = refresh.next_state(state, value_fn, params)
+        new, v = refresh.next_state(state, value_fn, params, g)
         g_a = value_fn.own_gradient(g)
         eps = _ascent(g_a, v, at_step(rho, state.step), at_step(alpha, state.step), before_refresh)
         g_s, readings = sharp(value_fn, params, eps, state.readings, loss=value, g=g_a, ball=new)

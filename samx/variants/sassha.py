@@ -24,6 +24,7 @@ from samx.core.hyperparams import (
     check_number,
     next_step,
 )
+from samx.core.order import after
 from samx.core.readings import UNKNOWN, Readings, no_readings
 from samx.core.sharp import ascend, perturbed, sharp_gradient
 from samx.core.state import first_aux, kept_aux
@@ -144,7 +145,7 @@ def sassha(
 
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
         move, g_a, ball_state = ascend(value_fn, ball, g, state.perturbation, params, **extra)
-        new = rule.refreshed(state, value_fn, params, move, perturb_dtype)
+        new, move = rule.refreshed(state, value_fn, params, move, perturb_dtype)
         new = new._replace(perturbation=ball_state)
         g_s, readings = sharp(value_fn, params, move, state.readings, loss=value, g=g_a, ball=new)
         updates, new = rule.step(new, g_s, params)
@@ -228,7 +229,7 @@ def msassha(
     def update_fn(_, state, params, *, value_fn, **extra):
         climbed = optax.tree.scale(-1, state.momentum)
         move, ball_state = ball.update(climbed, state.perturbation, params, **extra)
-        new = rule.refreshed(state, value_fn, params, move, perturb_dtype)
+        new, move = rule.refreshed(state, value_fn, params, move, perturb_dtype)
         new = new._replace(perturbation=ball_state)
         last = state.readings
         g_s, readings, aux = sharp(value_fn, params, move, last, loss=UNKNOWN, g=climbed, ball=new)
@@ -273,17 +274,20 @@ class _Rule:
 
     def refreshed(
         self, state: SASSHAState, value_fn: Closure, params: Any, move: Any, dtype: DType
-    ) -> SASSHAState:
-        """Return the state with this step's D: refreshed at w + ε if that is due."""
-        is_due = state.step % self.every == 0
+    ) -> tuple[SASSHAState, Any]:
+        """Return the state with this step's D, refreshed at w + ε if that is due, and then ε."""
+        is_due, nothing = state.step % self.every == 0, jnp.zeros_like(state.readings.loss)
 
         def refresh():
             h = self._curvature(state, value_fn, params, move, dtype)
-            return tree.if_finite(_average(self.b2, state.hessian, h), state.hessian)
+            new = tree.if_finite(_average(self.b2, state.hessian, h), state.hessian)
+            return new, tree.plain_norm(new).astype(nothing.dtype)
 
-        hessian = fast_convolutions(jax.lax.cond)(is_due, refresh, lambda: state.hessian)
+        hessian, known = fast_convolutions(jax.lax.cond)(
+            is_due, refresh, lambda: (state.hessian, nothing)
+        )
         spent = jnp.where(is_due, self.samples * HESSIAN_PRODUCT, 0).astype(jnp.float32)
-        return state._replace(hessian=hessian, extra_gradients=spent)
+        return state._replace(hessian=hessian, extra_gradients=spent), after(move, known)
 
     def _curvature(
         self, state: SASSHAState, value_fn: Closure, params: Any, move: Any, dtype: DType

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
 from samx.core.hyperparams import Default, at_step, check_hyperparam
+from samx.core.order import after
 from samx.core.readings import UNKNOWN
 from samx.core.sharp import ascend, sharp_gradient
 from samx.core.transformation import closure_transformation
@@ -99,12 +100,13 @@ def x_sam(
         return refresh.first_state(params, ball.init(params))
 
     def update_fn(g, state, params, *, value_fn, value=UNKNOWN, **extra):
-        new, v = refresh.next_state(state, value_fn, params)
+        new, v = refresh.next_state(state, value_fn, params, g)
+        length = tree.norm(v)
         eps, g_a, ball_state = ascend(value_fn, ball, g, state.perturbation, params, **extra)
-        new = new._replace(perturbation=ball_state)
+        eps, new = after(eps, length), new._replace(perturbation=ball_state)
         g_s, readings = sharp(value_fn, params, eps, state.readings, loss=value, g=g_a, ball=new)
         corrected = _corrected(unit(g_s), v, at_step(alpha, state.step))
-        updates = tree.where(tree.norm(v) > 0, tree.cast_like(corrected, params), g_s)
+        updates = tree.where(length > 0, tree.cast_like(corrected, params), g_s)
         return updates, new._replace(readings=readings)
 
     return closure_transformation(init_fn, update_fn, name="x_sam")

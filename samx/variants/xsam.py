@@ -24,6 +24,7 @@ from samx.core.hyperparams import (
     map_schedule,
     next_step,
 )
+from samx.core.order import after
 from samx.core.readings import FORWARD, UNKNOWN, Readings, no_readings
 from samx.core.sharp import ascend, climb_further, loss_at, sharp_gradient
 from samx.core.transformation import closure_transformation
@@ -173,7 +174,9 @@ def _part_of_the_climb(ascent_steps: int, rho: Radius) -> Transformation:
 
 def _slerp(eps: Any, g_s: Any) -> Callable[[Any], Any]:
     """Return α -> v(α), of length 1, between the directions of both trees."""
-    start, end = tree.length(eps), tree.length(g_s)
+    end = tree.length(g_s)
+    eps = after(eps, end.norm)
+    start = tree.length(eps)
     v_0, v_1 = tree.with_length(eps, 1.0, start), tree.with_length(g_s, 1.0, end)
     cosine = tree.dot(v_0, v_1)
     sine = tree.plain_norm(tree.combine(1.0, v_1, -cosine, v_0))
