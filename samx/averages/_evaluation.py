@@ -88,17 +88,19 @@ def batch_stats(
             mode. In Flax linen `lambda p, stats, x: model.apply({"params": p, "batch_stats":
             stats}, x, mutable=["batch_stats"])[1]["batch_stats"]`.
         params: The parameters, usually those of `samx.averages.params`.
-        batch_stats: The statistics of the training, a tree of arrays; only their shapes, dtypes and
-            integers are used.
+        batch_stats: The statistics of the training, a tree of arrays.
         batches: An iterable of batches, one or more.
 
     Returns:
-        A tree like `batch_stats`. Integer leaves, and leaves that `fn` does not change, stay.
+        A tree like `batch_stats`. Integer leaves, and leaves that `fn` does not change, stay, in
+        the passes too: a frozen layer evaluates with them.
 
     Raises:
-        ValueError: If there is no batch, `fn` returns another structure, or it changes nothing: it
-            ran in evaluation mode.
-        TypeError: If `fn` is not a function of three arguments, or `batches` is not an iterable.
+        ValueError: If there is no batch, `fn` returns another structure, it changes nothing (it ran
+            in evaluation mode), or it changes something that is no moving average, such as what
+            spectral normalization keeps.
+        TypeError: If `fn` is not a function of three arguments, or `batches` is not an iterable, or
+            one array.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, samx
@@ -122,22 +124,30 @@ def batch_stats(
         batches. Rounding of m costs about 1e-7 / (1 − m) of the statistics in float32.
         With a sharded batch under `jax.jit`, the statistics are those of the whole batch. Inside
         `jax.shard_map`, let `fn` average over the devices: `samx.axis_mean`.
-        Cost: one forward pass per batch, and two on the first. The pass is compiled once for each
+        Cost: one forward pass per batch, and three on the first. The pass is compiled once for each
         `fn`, so keep the function.
     """
     check_function("fn", fn, 3)
     tree.check_arrays("params", params)
     tree.check_arrays("batch_stats", batch_stats)
+    if tree.is_array(batches):
+        raise TypeError(
+            "batch_stats: `batches` must be an iterable of batches, got one array; put it in a list"
+        )
     batches = as_iterator("batches", batches, "batches")
     given = jax.tree.map(jnp.asarray, batch_stats)
-    zeros, large = (_filled(given, value) for value in (0, LARGE))
-    total, count, share = zeros, 0, None
+    total, count, share, start = None, 0, None, None
     for batch in batches:
         tree.check_arrays("batches", batch)
-        found = _pass(fn, params, zeros, batch)
+        if start is None:
+            usual = _pass(fn, params, _widened(given), batch)
+            is_kept = jax.tree.map(lambda x, y: jnp.all(x == y), _widened(given), usual)
+            start, large = (_filled(given, is_kept, value) for value in (0, LARGE))
+        found = _pass(fn, params, start, batch)
         if share is None:
-            share = jax.tree.map(_share, found, _pass(fn, params, large, batch))
-        total, count = jax.tree.map(jnp.add, total, found), count + 1
+            share = jax.tree.map(_share, is_kept, found, _pass(fn, params, large, batch))
+            _check_moving(given, share, found, usual)
+        total, count = found if total is None else jax.tree.map(jnp.add, total, found), count + 1
     if share is None:
         raise ValueError("batch_stats: `batches` must hold one batch or more, got none")
     _check_training_mode(given, share)
@@ -150,11 +160,17 @@ def batch_stats(
     return jax.tree.map(of, given, total, share)
 
 
-def _filled(stats: Any, value: float) -> Any:
-    """Return the statistics with this value in floating leaves, in float32 or wider."""
-    return jax.tree.map(
-        lambda s: jnp.full_like(tree.widen(s), value) if tree.is_inexact(s) else s, stats
-    )
+def _widened(stats: Any) -> Any:
+    return jax.tree.map(lambda s: tree.widen(s) if tree.is_inexact(s) else s, stats)
+
+
+def _filled(stats: Any, is_kept: Any, value: float) -> Any:
+    """Return the statistics, in float32 or wider, with this value where they are not kept."""
+
+    def of(s, keeps):
+        return jnp.where(keeps, tree.widen(s), value) if tree.is_inexact(s) else s
+
+    return jax.tree.map(of, stats, is_kept)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -168,18 +184,38 @@ def _pass(fn: Callable[..., Any], params: Any, stats: Any, batch: Any) -> Any:
     return jax.tree.unflatten(structure, kept)
 
 
-def _share(from_zero: jax.Array, from_large: jax.Array) -> jax.Array:
-    """Return the share 1 − m of a batch in the statistics after it."""
-    return 1 - (from_large - from_zero) / LARGE
+def _share(is_kept: jax.Array, from_zero: jax.Array, from_large: jax.Array) -> jax.Array:
+    """Return the share 1 − m of a batch in the statistics after it; 0 where they are kept."""
+    return jnp.where(is_kept, 0, 1 - (from_large - from_zero) / LARGE)
+
+
+def _check_moving(stats: Any, share: Any, from_zero: Any, usual: Any) -> None:
+    """Require that a pass moves the statistics on a line, where this is known."""
+    leaves = jax.tree_util.tree_leaves_with_path(_widened(stats))
+    for (path, s), *rest in zip(
+        leaves, *map(jax.tree.leaves, (share, from_zero, usual)), strict=True
+    ):
+        if not tree.is_inexact(s) or not _is_known(s, *rest):
+            continue
+        part, start, found = rest
+        expected = jnp.where(part == 0, start, (1 - part) * s + start)
+        error = jnp.abs(expected - found)
+        if not jnp.all(error <= 1e-3 * (jnp.abs(s) + jnp.abs(found)) + 1e-6):
+            raise ValueError(
+                f"batch_stats: `batch_stats`{jax.tree_util.keystr(path)} must be a moving average, "
+                "as in BatchNorm; let `fn` keep statistics of another kind as they are"
+            )
+
+
+def _is_known(*arrays: Any) -> bool:
+    return not any(isinstance(x, Tracer) or not x.is_fully_addressable for x in arrays)
 
 
 def _check_training_mode(stats: Any, share: Any) -> None:
     """Require that a batch has a share in some statistics, where this is known."""
     pairs = zip(jax.tree.leaves(stats), jax.tree.leaves(share), strict=True)
     shares = [x for s, x in pairs if tree.is_inexact(s)]
-    if any(isinstance(x, Tracer) or not x.is_fully_addressable for x in shares):
-        return
-    if not any(jnp.any(x != 0) for x in shares):
+    if _is_known(*shares) and not any(jnp.any(x != 0) for x in shares):
         raise ValueError(
             "batch_stats: `fn` must return the statistics after a pass in training mode, "
             "got those that it was given"

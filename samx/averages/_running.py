@@ -79,7 +79,7 @@ class LatestState(NamedTuple):
 
     def average(self, params: Any) -> Any:
         """Return the average; `params` before there is one."""
-        is_stored = jnp.arange(size_of(self.iterates)) < self.num_stored
+        is_stored = jnp.arange(size_of(self.iterates), dtype=jnp.int32) < self.num_stored
         return mean_of(self.iterates, is_stored, params)
 
 

@@ -241,7 +241,7 @@ def _closed(state: SWADState, loss: Any) -> SWADState:
     queue, segments = append(state.queue, state.segment), state.segments + 1
     recent = jnp.append(state.converge_losses[1:], loss)
     smooth = jnp.append(state.smooth_losses[1:], loss)
-    place, size = _places(segments, smooth), size_of(queue)
+    place, size = _places(segments, smooth), max(len(recent), len(smooth))
 
     is_known = recent < largest
     begins = ~state.has_converged & (segments >= len(recent)) & jnp.all(is_known)
@@ -250,13 +250,15 @@ def _closed(state: SWADState, loss: Any) -> SWADState:
     length = jnp.minimum(segments, len(recent)).astype(recent.dtype)
     level = jnp.sum(jnp.where(is_known, recent, 0)) / length * (1 + state.ratio)
     threshold = jnp.where(begins, level, state.threshold)
-    is_first = jnp.arange(size) < len(recent) - len(smooth) + 1  # of those after the minimum
+    is_first = (
+        jnp.arange(size, dtype=jnp.int32) < len(recent) - len(smooth) + 1
+    )  # of those after the minimum
     if len(smooth) > len(recent):
         looked_at = (place >= 0) & (place <= len(smooth) - len(recent))
         last_bad = jnp.max(jnp.where(looked_at & (smooth > threshold), place, -1))
         is_first = looked_at & (place > last_bad + 1)
     else:
-        is_first &= jnp.arange(size) > 0
+        is_first &= jnp.arange(size, dtype=jnp.int32) > 0
 
     head = segments - jnp.minimum(segments, len(smooth))  # the oldest segment in the queue
     goes_on = state.has_converged & (head >= state.minimum)
@@ -283,12 +285,13 @@ def _closed(state: SWADState, loss: Any) -> SWADState:
 
 def _places(segments: jax.Array, losses: jax.Array) -> jax.Array:
     """Return the places of these losses in the queue; they are negative where it is empty."""
-    return jnp.arange(len(losses)) - (len(losses) - jnp.minimum(segments, len(losses)))
+    places = jnp.arange(len(losses), dtype=jnp.int32)
+    return places - (len(losses) - jnp.minimum(segments, len(losses)))
 
 
 def _added(mean: Any, count: jax.Array, queue: Any, is_in: jax.Array) -> tuple[Any, jax.Array]:
     """Return the mean of `count` segments and those of the queue, and how many these are."""
-    is_in = jnp.pad(is_in, (size_of(queue) - len(is_in), 0))
+    is_in = jnp.pad(is_in, (max(size_of(queue) - len(is_in), 0), 0))
     added = jnp.sum(is_in, dtype=jnp.int32)
     share = tree.ratio(added.astype(float), (count + added).astype(float))
     return moved(mean, mean_of(queue, is_in, mean), share), count + added

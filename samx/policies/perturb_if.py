@@ -128,9 +128,9 @@ def _linear(g: Any, params: Any, value: Any, extra: dict[str, Any]) -> dict[str,
 
     given = {"value_fn", *extra}
     closures: dict[str, Any] = {"value": value}
-    closures |= {keyword: Closure(loss_at) for keyword in SCALAR_CLOSURES if keyword in given}
+    skipped = Evaluation(is_skipped_step=True)
+    for keyword in given.intersection(SCALAR_CLOSURES):
+        closures[keyword] = Closure(loss_at, evaluation=skipped)
     if "losses_fn" in given:
-        closures["losses_fn"] = LossesClosure(
-            losses_at, evaluation=Evaluation(is_skipped_step=True)
-        )
+        closures["losses_fn"] = LossesClosure(losses_at, evaluation=skipped)
     return closures

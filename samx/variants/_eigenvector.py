@@ -54,7 +54,7 @@ class Refresh:
         return EigenvectorState(
             step=jnp.zeros((), jnp.int32),
             key=self.keys.data(),
-            eigenvector=optax.tree.zeros_like(jax.tree.map(tree.widen, params)),
+            eigenvector=jax.tree.map(_zeros, params),
             extra_gradients=jnp.zeros((), jnp.float32),
             perturbation=perturbation,
             readings=no_readings(params),
@@ -88,6 +88,10 @@ class Refresh:
 
         v = fast_convolutions(jax.lax.fori_loop)(0, self.iterations, improve, start)
         return tree.if_finite(v, state.eigenvector)
+
+
+def _zeros(w: Any) -> jax.Array:
+    return jnp.zeros_like(tree.widen(w) if tree.is_inexact(w) else w)
 
 
 def unit(g: Any) -> Any:

@@ -114,9 +114,10 @@ def lookbehind_sam(
         number; their code has one for each tensor, as here. Cost: k + 1 gradients per step, one
         after the other: the gradient at p_i is both climbed and descended, which the published loop
         takes twice. Transient copies: ε, the displacement and a gradient; with the adaptive α one
-        more. Schedules count steps, not inner steps, those inside the base too: of optax's
-        `scale_by_schedule`, and so of every learning rate, and of `inject_hyperparams`. Everything
-        else in the base counts inner steps, such as Adam's bias correction. Inner steps see the
+        more. Schedules count steps, not inner steps, those inside the base too: of every part of
+        optax whose state holds a count alone, such as learning rates and weight decays, and of
+        `inject_hyperparams`. Everything else counts inner steps, such as Adam's bias correction and
+        Prodigy. Put `optax.MultiSteps` around it, not into the base. Inner steps see the
         perturbation's state at the beginning of the step. Readings: `sharp_loss` is that at p_k.
         Fidelity: matches chandar-lab/Lookbehind-SAM. `static_args`: `base`, `steps` (and `alpha` if
         it is `None`).
@@ -193,15 +194,21 @@ def _step(
 
 def _held(state: optax.OptState, other: optax.OptState) -> optax.OptState:
     """Return the base's state with the step counts of another one in its schedules."""
-    clocks = optax.ScaleByScheduleState, optax.InjectStatefulHyperparamsState
+    injected = optax.InjectStatefulHyperparamsState
+
+    def is_clock(node):  # of a schedule: a state that counts, and holds nothing else
+        if "count" not in getattr(node, "_fields", ()):
+            return False
+        integers = (jnp.issubdtype(x.dtype, jnp.integer) for x in jax.tree.leaves(node))
+        return isinstance(node, injected) or all(integers)
 
     def held(node, other):
-        if not isinstance(node, optax.InjectStatefulHyperparamsState):
-            return other if isinstance(node, clocks) else node
+        if not isinstance(node, injected):
+            return other if is_clock(node) else node
         inner = _held(node.inner_state, other.inner_state)
         return other._replace(inner_state=inner, hyperparams=node.hyperparams)
 
-    return jax.tree.map(held, state, other, is_leaf=lambda node: isinstance(node, clocks))
+    return jax.tree.map(held, state, other, is_leaf=is_clock)
 
 
 def _turned(first: jax.Array, moved: jax.Array) -> jax.Array:

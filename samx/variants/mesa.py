@@ -143,7 +143,7 @@ def mesa(
         teacher_fn=None,
         weights=None,
     ):
-        beta = jnp.where(state.step == 0, 1, at_step(decay, state.step))
+        beta = jnp.where(state.step == 0, 0, at_step(decay, state.step))
         v = _averaged(beta, state.teacher, params)
         acts = term.acts(state.step // steps_per_epoch)
         teach = partial(_teach, teacher_fn or apply_fn, tree.cast_like(v, params))

@@ -43,7 +43,7 @@ def sam_polyak(
     rho: Radius = Default(0.1),
     max_learning_rate: ScalarOrSchedule = 1.0,
     *,
-    lam: ScalarOrSchedule = 1.0,
+    lam: ScalarOrSchedule = Default(1.0),
     min_loss: ScalarOrSchedule = 0.0,
     weight_decay: ScalarOrSchedule = 5e-4,
     perturbation: Perturbation = None,
@@ -63,14 +63,15 @@ def sam_polyak(
         lam: λ in [0, 1], as in `unified_sam`; default 1, which is SAM's ball. 0 is USAM's step.
         min_loss: A lower bound L* of the loss of each batch; default 0.
         weight_decay: Weight decay ≥ 0, which moves by γ too; default 5e-4.
-        perturbation: Replaces ε, with `rho`; leave `lam` as it is.
+        perturbation: Replaces ε, with `rho` and `lam`.
         perturb_dtype: See `sharpness_aware`.
 
     Returns:
         An optimizer, without momentum and without a learning rate. `update` needs `value_fn`.
 
     Raises:
-        ValueError: If a number is out of range, or `rho` is given together with `perturbation`.
+        ValueError: If a number is out of range, or `rho` or `lam` is given together with
+            `perturbation`.
         TypeError: If a hyperparameter is neither a number nor a schedule.
 
     Example:
@@ -102,6 +103,7 @@ def sam_polyak(
     check_hyperparam("lam", lam, 0, 1)
     check_hyperparam("min_loss", min_loss, LOWEST)
     check_hyperparam("weight_decay", weight_decay, 0)
+    ball_of("sam_polyak", lam, perturbation, lambda lam: partly_normalized_step(0.0, lam), "lam")
     ball = ball_of("sam_polyak", rho, perturbation, lambda r: partly_normalized_step(r, lam))
 
     def init_fn(params):

@@ -82,8 +82,9 @@ def x_sam(
         its own. The correction always points to −v, so v and −v give different steps; which of both
         power iteration finds depends on its start. The paper speaks of the angle between gradient
         and eigenvector, and names no sign for v. `alpha=0` is SAM's direction. H is that of
-        `value_fn`; the authors measure theirs in evaluation mode. Inside `data_parallel`, H is that
-        of the whole batch. Cost: 2 gradients per step, one after the other; on steps that refresh,
+        `value_fn`; the authors measure theirs in evaluation mode. A refresh that is due on a step
+        without a sharp gradient (`perturb_if`) is left out. Inside `data_parallel`, H is that of
+        the whole batch. Cost: 2 gradients per step, one after the other; on steps that refresh,
         `iterations` Hessian products more, of about 2 gradients each. State: one copy of the
         parameters.
         Fidelity: **reconstructed**. The rule is that of huang5467/X-SAM, the authors' repository,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from samx.core import tree
@@ -113,14 +114,15 @@ def xsam(
     Notes:
         Every update has the length of the sharp gradient. `alpha=1` is SAM, with `ascent_steps=k`
         the k-step one. On the authors' small example the search always ends at `alpha_max`: two
-        directions that are close give an extrapolation. The smallest α wins among equal losses; if
-        no loss is finite, α stays. Without an ascent (ρ or g is zero) the sharp gradient is
-        returned. If both directions are opposite, no plane is defined, and the result lies along
-        v_0. The angle is measured as arctan2, which loses nothing in float32; the authors take an
-        arccos. A search that is due on a step without a sharp gradient (`perturb_if`) is left out.
-        Where devices climb separately (`data_parallel(..., ascent="local")`), v_0 is the direction
-        of the mean of their ascents. Cost: k + 1 gradients per step, one after the other, and on
-        steps that search one forward pass for each α, 21 by default; one number in the state.
+        directions that are close give an extrapolation. The smallest α wins among equal losses. If
+        all are equal, as for ρ = 0 or ρ_max = 0, or if none is finite, α stays. Without an ascent
+        the sharp gradient is returned. If both directions are opposite, no plane is defined, and
+        the result lies along v_0. The angle is measured as arctan2, which loses nothing in float32;
+        the authors take an arccos. A search that is due on a step without a sharp gradient
+        (`perturb_if`) is left out. Where devices climb separately (`data_parallel(...,
+        ascent="local")`), v_0 is the direction of the mean of their ascents. Cost: k + 1 gradients
+        per step, one after the other, and on steps that search one forward pass for each α, 21 by
+        default; one number in the state.
         Fidelity: matches Cccjl219/XSAM, its search included. `static_args`: `every`, `alpha_max`,
         `alpha_step`, `ascent_steps`.
     """
@@ -130,7 +132,7 @@ def xsam(
     check_hyperparam("rho_max", rho_max, 0)
     check_static_number("alpha_max", alpha_max, 0)
     check_static_number("alpha_step", alpha_step, 0, excluded=0)
-    tried = jnp.arange(int((alpha_max + 1e-5) / alpha_step) + 1) * alpha_step
+    tried = np.arange(int((alpha_max + 1e-5) / alpha_step) + 1) * alpha_step
     ball = ball_of("xsam", rho, perturbation, partial(_part_of_the_climb, ascent_steps))
     sharp = partial(sharp_gradient, gradients=1 + ascent_steps, perturb_dtype=perturb_dtype)
 
@@ -193,15 +195,17 @@ def _slerp(eps: Any, g_s: Any) -> Callable[[Any], Any]:
 
 
 def _argmax(
-    loss_of: Callable[[jax.Array], jax.Array], tried: jax.Array, is_due: Any, held: jax.Array
+    loss_of: Callable[[jax.Array], jax.Array], tried: np.ndarray, is_due: Any, held: jax.Array
 ) -> jax.Array:
     """Return the first α of the highest loss if a search is due, else the one that is held."""
 
     def search():
-        alphas = tried.astype(held.dtype)
+        alphas = jnp.asarray(tried, held.dtype)
         losses = fast_convolutions(jax.lax.map)(loss_of, alphas)
         is_known = jnp.isfinite(losses)
+        highest = jnp.max(losses, where=is_known, initial=-jnp.inf)
+        lowest = jnp.min(losses, where=is_known, initial=jnp.inf)
         best = alphas[jnp.argmax(jnp.where(is_known, losses, -jnp.inf))]
-        return jnp.where(jnp.any(is_known), best, held)
+        return jnp.where(highest > lowest, best, held)
 
     return fast_convolutions(jax.lax.cond)(is_due, search, lambda: held)

@@ -264,3 +264,60 @@ def test_wrong_functions_and_batches(what):
     fn, stats, batches, kind, match = BAD[what]
     with pytest.raises(kind, match=match):
         averages.batch_stats(fn, W, stats, batches)
+
+
+class FrozenFirst(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, name="frozen")(x)
+        return nn.BatchNorm(use_running_average=False, momentum=0.9, name="trained")(x)
+
+
+def statistics_of(model):
+    def fn(params, stats, x):
+        variables = {"params": params, "batch_stats": stats}
+        return model.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]
+
+    return fn
+
+
+def test_a_frozen_layer_evaluates_with_its_own_statistics():
+    x = 1000 + 10 * jax.random.normal(jax.random.key(0), (16, 3))
+    model = FrozenFirst()
+    variables = model.init(jax.random.key(0), x)
+    frozen = {"mean": jnp.full(3, 1000.0), "var": jnp.full(3, 100.0)}
+    stats = {"frozen": frozen, "trained": variables["batch_stats"]["trained"]}
+    found = averages.batch_stats(statistics_of(model), variables["params"], stats, [x])
+    chex.assert_trees_all_equal(found["frozen"], frozen)
+    seen = (x - 1000) / np.sqrt(100 + 1e-5)
+    np.testing.assert_allclose(found["trained"]["mean"], seen.mean(0), atol=1e-4)
+    np.testing.assert_allclose(found["trained"]["var"], seen.var(0), rtol=1e-3)
+
+
+def test_statistics_that_are_no_moving_average_are_refused():
+    model = nn.SpectralNorm(nn.Dense(4))
+    x = jnp.ones((2, 3))
+    variables = model.init(jax.random.key(0), x, update_stats=False)
+
+    def fn(params, stats, x):
+        variables = {"params": params, "batch_stats": stats}
+        return model.apply(variables, x, update_stats=True, mutable=["batch_stats"])[1][
+            "batch_stats"
+        ]
+
+    with pytest.raises(ValueError, match=r"`batch_stats`.* must be a moving average"):
+        averages.batch_stats(fn, variables["params"], variables["batch_stats"], [x])
+
+
+def test_one_array_is_no_list_of_batches():
+    with pytest.raises(TypeError, match="`batches` must be an iterable of batches, got one array"):
+        averages.batch_stats(lambda p, s, x: s, W, W, X)
+
+
+def test_an_average_of_integers_only():
+    w = {"i": jnp.arange(3)}
+    for tx in (averages.swad(optax.sgd(0.1)), averages.latest(optax.sgd(0.1), 2)):
+        _, state = tx.update(w, tx.init(w), w)
+        if isinstance(tx, optax.GradientTransformation) and hasattr(state, "segments"):
+            state = averages.end_segment(state, 1.0)
+        chex.assert_trees_all_equal(averages.params(state, w), w)

@@ -225,8 +225,9 @@ def test_states_keep_their_form(name):
     assert len({*buffers}) == len(buffers)
 
 
+@pytest.mark.parametrize("is_wide", [False, True])
 @every_factory
-def test_strict_promotion(name):
+def test_strict_promotion(name, is_wide):
     """Leaves of many dtypes, one of 8 bits."""
     dtypes = (jnp.float32, jnp.bfloat16, jnp.complex64, jnp.float8_e4m3fn, jnp.int32, bool)
     params = {str(dtype): jnp.ones(2, dtype) for dtype in dtypes}
@@ -237,7 +238,7 @@ def test_strict_promotion(name):
         state = averages.end_segment(state, 1.0) if name == "swad" else state
         return averages.params(state, params)
 
-    with jax.numpy_dtype_promotion("strict"):
+    with jax.numpy_dtype_promotion("strict"), jax.enable_x64(is_wide):
         found = jax.eval_shape(step, params, jax.eval_shape(tx.init, params))
     chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
 

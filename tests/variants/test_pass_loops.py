@@ -159,6 +159,9 @@ def rate_of(count):
 
 SCHEDULED = {
     "sgd": lambda: optax.sgd(rate_of, momentum=0.9),
+    "with a weight decay": lambda: optax.chain(
+        optax.add_decayed_weights(lambda count: 0.0 * count), optax.sgd(rate_of, momentum=0.9)
+    ),
     "inject_hyperparams": lambda: optax.inject_hyperparams(optax.sgd)(rate_of, momentum=0.9),
 }
 
@@ -175,7 +178,12 @@ def test_a_schedule_in_the_base_of_lookbehind_counts_steps(name):
 
     expected = loops.train(at, STEPS)
     tx = samx.lookbehind_sam(SCHEDULED[name](), 0.3, steps=3)
-    assert_same(problem.train(tx, STEPS), expected)
+    trajectory, state = watch(tx, STEPS, "base")
+    assert_same(trajectory, expected)
+    counts = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.integer)]
+    assert counts
+    for count in counts:
+        np.testing.assert_array_equal(count, np.arange(1, STEPS + 1))
 
 
 POLYAK = {
@@ -266,6 +274,76 @@ def test_a_search_that_meets_losses_that_are_not_finite():
     found = [float(alpha(limit)) for limit in (9.0, 1.95, 0.0)]
     assert found[0] > found[2] == 1.0
     assert found[1] != found[0]
+
+
+SEARCHING = {
+    "xsam": (lambda: samx.xsam(0.3, every=2), "alpha"),
+    "x_sam": (lambda: samx.x_sam(0.3, every=2), "eigenvector"),
+    "eigen_sam": (lambda: samx.eigen_sam(0.3, every=2), "eigenvector"),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_what_is_due_on_a_skipped_step_is_left_out(name):
+    """The steps 0, 2 and 3 are skipped."""
+    make, field = SEARCHING[name]
+
+    policy = samx.policies.between(1, 2)
+    tx = optax.chain(samx.perturb_if(policy, make()), optax.sgd(0.1))
+    _, found, spent = watch(tx, 4, field, "extra_gradients")
+    np.testing.assert_array_equal(spent, 0)
+    for leaf in jax.tree.leaves(found):
+        np.testing.assert_array_equal(leaf[1:], leaf[:-1])
+
+
+def test_a_search_without_an_ascent_changes_nothing():
+    """A radius that begins at 0 would otherwise leave α at 0 until the next search."""
+    for further in ({"rho": 0.0}, {"rho_max": 0.0}):
+        tx = optax.chain(samx.xsam(**further, every=3), optax.sgd(0.1))
+        _, alpha = watch(tx, 2, "alpha")
+        np.testing.assert_array_equal(alpha, 1.0)
+
+
+@pytest.mark.parametrize("name", ["x_sam", "eigen_sam", "sassha", "lookbehind_sam", "xsam", "gam"])
+def test_integer_leaves(name):
+    w = {"w": jnp.arange(1.0, 4.0), "i": jnp.arange(3)}
+
+    def loss(w):
+        return jnp.sum((w["w"] - w["i"]) ** 4)
+
+    makers = {
+        "sassha": lambda: samx.sassha(0.01),
+        "lookbehind_sam": lambda: samx.lookbehind_sam(optax.adam(0.01), steps=2),
+    }
+    make = makers.get(name, lambda: getattr(samx, name)(**{} if name == "gam" else {"every": 1}))
+    tx, state = make(), make().init(w)
+
+    @jax.jit
+    def step(w, state):
+        updates, state = tx.update(jax.grad(loss, allow_int=True)(w), state, w, value_fn=loss)
+        return updates, state
+
+    for _ in range(2):
+        updates, state = step(w, state)
+    assert updates["i"].dtype == w["i"].dtype
+    np.testing.assert_array_equal(updates["i"], 0)
+    assert np.isfinite(updates["w"]).all()
+    assert updates["w"].any()
+
+
+def test_strict_promotion_of_a_search():
+    w = jnp.ones(2, jnp.float32)
+    with jax.numpy_dtype_promotion("strict"):
+        tx = samx.xsam(0.1, every=1)
+        updates, _ = jax.jit(lambda: tx.update(w, tx.init(w), w, value_fn=lambda w: w @ w))()
+    assert np.isfinite(updates).all()
+
+
+def test_sam_polyak_refuses_what_a_perturbation_replaces():
+    for further in ({"rho": 0.1}, {"lam": 0.5}):
+        (name,) = further
+        with pytest.raises(ValueError, match=f"got `{name}` together with `perturbation`"):
+            samx.sam_polyak(**further, perturbation=ASAM)
 
 
 def test_the_diagonal_of_a_complex_parameter():

@@ -24,6 +24,16 @@ def first_batch():
     return params, problem.batch_at(data, 0)
 
 
+def test_the_first_teacher_of_mesa_is_the_model():
+    """Whatever parameters `init` has seen: here zeros, before others are loaded."""
+    params, batch = first_batch()
+    tx = samx.mesa(decay=0.9, steps_per_epoch=1, start=-1)
+    state = tx.init(jax.tree.map(jnp.zeros_like, params))
+    _, state = jax.jit(lambda: tx.update(params, state, params, batch=batch, **PARTS))()
+    assert abs(float(optax.tree.get(state, "sharpness"))) < 1e-6
+    chex.assert_trees_all_equal(state.teacher, params)
+
+
 def saf(**changes):
     fixed = {"num_examples": 64, "logits_like": jnp.zeros(3), "steps_per_epoch": 1}
     return samx.saf(**fixed | {"lag": 1, "start": 0} | changes)
