@@ -95,6 +95,7 @@ GOOD = {
     "scales": dict.fromkeys(PARAMS, 1.0),
     "climb": lambda g, params, rho: g,
     "is_perturbed": lambda path, leaf: True,
+    "is_stacked": lambda path, leaf: jnp.ndim(leaf) == 2,
     "axis_name": "data",
     "init_fn": lambda params: (),
     "update_fn": update_fn,

@@ -182,8 +182,8 @@ def _slerp(eps: Any, g_s: Any) -> Callable[[Any], Any]:
     v_0, v_1 = tree.with_length(eps, 1.0, start), tree.with_length(g_s, 1.0, end)
     cosine = tree.dot(v_0, v_1)
     sine = tree.plain_norm(tree.combine(1.0, v_1, -cosine, v_0))
-    angle = jnp.arctan2(sine, cosine)
     has_ascent = start.norm > 0
+    angle = jnp.arctan2(jnp.where(has_ascent, sine, 1.0), jnp.where(has_ascent, cosine, 0.0))
 
     def direction(alpha):
         along_end = tree.ratio(jnp.sin(alpha * angle), sine)

@@ -18,8 +18,8 @@ FAST = {"sam", "layerwise", "fisher_sam", "look_layer_sam", "looksam", "gsam"}
 ROWS = [
     name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
     for name in VARIANTS
-    # A table of integers has no derivative. bSAM has a gradient at its noisy points.
-    if VARIANTS[name].copies is not None and name != "bsam"
+    # A table of integers has no derivative. bSAM and TSAM have gradients at their noisy points.
+    if VARIANTS[name].copies is not None and name not in ("bsam", "tsam")
 ]
 
 
