@@ -10,6 +10,7 @@ import pytest
 from cases import VARIANTS, first_of_each
 
 import samx
+from samx.core.hyperparams import Default
 from samx.perturbations import fisher_mask, metric_ball
 
 
@@ -55,7 +56,9 @@ ROWS = [
 def test_every_variant_counts_what_its_perturbation_says(name):
     case, (data, params) = VARIANTS[name], problem.make("float32")
     batch = problem.batch_at(data, 0)
-    hyper = {k: v for k, v in case.hyper.items() if k not in case.radii}
+    parameters = inspect.signature(case.factory).parameters
+    replaced = {k for k, p in parameters.items() if isinstance(p.default, Default)}
+    hyper = {k: v for k, v in case.hyper.items() if k not in {*case.radii, *replaced}}
     hyper |= {"batch_like": batch} if case.needs_batch_like else {}
 
     @jax.jit
