@@ -60,6 +60,9 @@
 # | one network in many widths | `mup_sam`, µP learning rates | that of the narrow one | 2 |
 # | no time to tune | `lightsam_norm`: robust; on the digits no better than the base | 0.05 to 1, rate 1 | 2 |
 # | gradients that do not fit into memory | `sl_sam` | 0.05 | below 1.5 |
+# | no second gradient; the logits of all examples fit into memory | `saf` | its λ: 0.3 | 1 |
+# | no learning rate to tune, a loss that can reach 0 | `sam_polyak` | 0.1 | 2 |
+# | a better network to evaluate, after any training | `averages.ema` around it | | none |
 # | calibrated probabilities | `bsam`, with `samx.posterior` | 0.01, rate 0.5 | 2 |
 # | Muon as the base, the same geometry for the ascent | `spectral_sam` | below SAM's | 2 |
 # | a random baseline for SAM | `lpf_sgd(noise=sphere_noise(rho))` | SAM's | 1 |
