@@ -13,6 +13,11 @@ MUTATIONS = [m for file in mutations.FILES for m in mutations_of(file)]
 # Mutations that change nothing on which anybody may rely, and why.
 EQUIVALENT = {
     (
+        "perturbations/spectral_ball.py",
+        "_newton_schulz",
+        "matrix.shape[0] > matrix.shape[1]",
+    ): "the transposed matrix gives the same, at more cost",
+    (
         "variants/sassha.py",
         "_add_diagonal",
         "total + ((jnp.conj(z) * product).real / parts).astype(total.dtype)",

@@ -258,7 +258,7 @@ def with_aux(params, batch):
     return problem.losses_fn(params, batch), aux
 
 
-@pytest.mark.parametrize("name", ["lpf_sgd", slow("bsam")])
+@pytest.mark.parametrize("name", ["lpf_sgd", "bsam"])
 def test_aux_is_that_of_the_moved_points(name):
     """Its floating leaves are means over the microbatches and the devices."""
     params, data = problem.make()[1], batches(1)

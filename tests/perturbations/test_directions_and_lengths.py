@@ -216,6 +216,22 @@ def test_a_gradient_of_low_rank():
         np.testing.assert_allclose(np.linalg.norm(eps[k], 2), 0.2, rtol=1e-12)
 
 
+@pytest.mark.parametrize("is_complex", [False, True])
+def test_newton_schulz_moves_each_singular_value_by_its_polynomial(is_complex):
+    """Muon's five steps, for tall and for wide matrices; vectors and directions stay exact."""
+    g = {k: x * (1 + 0.5j * (k == "W1")) if is_complex else x for k, x in real().items()}
+    ball = geometry.spectral_ball(0.2, polar="newton_schulz")
+    eps = jax.jit(lambda g: ball.update(g, ball.init(g), g)[0])(g)
+    for k in ("W1", "W2"):
+        u, s, vh = np.linalg.svd(np.asarray(g[k]), full_matrices=False)
+        s = s / np.linalg.norm(s)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        np.testing.assert_allclose(eps[k], 0.2 * (u * s) @ vh, rtol=0, atol=1e-12)
+    for k in ("b1", "b2"):
+        np.testing.assert_allclose(eps[k], steps_of(real())["spectral_ball"][k], atol=1e-15)
+
+
 # ---- z-scores.
 
 

@@ -77,7 +77,11 @@ PASSES = (
 SUITES = {
     **dict.fromkeys(("variants/arwp.py", "variants/rwp.py"), NOISES),
     "variants/lpf_sgd.py": (*NOISES, "parallel/test_rows_on_devices.py::test_aux"),
-    "variants/bsam.py": ("variants/test_noise_loops.py::test_bsam", "variants/test_bsam_rule.py"),
+    "variants/bsam.py": (
+        "variants/test_noise_loops.py::test_bsam",
+        "variants/test_bsam_rule.py",
+        "parallel/test_rows_on_devices.py::test_aux",
+    ),
     "variants/eigen_sam.py": (
         "variants/test_perturbation_loops.py::test_eigen",
         "variants/test_limits.py::test_eigen",
