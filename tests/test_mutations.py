@@ -13,6 +13,11 @@ MUTATIONS = [m for file in mutations.FILES for m in mutations_of(file)]
 # Mutations that change nothing on which anybody may rely, and why.
 EQUIVALENT = {
     (
+        "core/tree.py",
+        "_stored_wide",
+        "jax.device_count() == 1",
+    ): "a layout, which changes what is copied and sent, and no number",
+    (
         "perturbations/spectral_ball.py",
         "_newton_schulz",
         "matrix.shape[0] > matrix.shape[1]",
