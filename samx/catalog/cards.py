@@ -1160,7 +1160,7 @@ CARDS = {
                   "huang5467/X-SAM, README; its script has every 5"),
             *digits("x_sam"),
         ),
-        watch="Its updates have about length 1: tune the learning rate anew. v and −v give "
+        watch="Its updates have about length 1: tune the learning rate again. v and −v give "
         "different steps, and power iteration finds one of both. At `every=5` it costs 4 gradients.",
         coming_from={
             "huang5467/X-SAM": {
@@ -1239,8 +1239,8 @@ CARDS = {
         not_when="JAX cannot differentiate your loss twice, or two copies of the parameters in the "
         "state are too many.",
         start=(
-            Start("0.1 to 0.2, learning rate 0.15", "ResNets on CIFAR", "recalled",
-                  "the authors' scripts have rho 0.05"),
+            Start("0.05, learning rate 0.15", "the authors' scripts, and the rate of their class",
+                  "cited", "LOG-postech/Sassha"),
             *digits("sassha"),
         ),
         watch="The root of the curvature is small where the loss is flat: weights with D = 0 move by "
