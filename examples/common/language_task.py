@@ -78,8 +78,8 @@ def make_task(
 
     graph = nnx.graphdef(nnx.eval_shape(make_model, jax.random.key(0)))
 
-    def apply_fn(params, tokens):
-        return nnx.merge(graph, params)(tokens)
+    def apply_fn(params, x, method="__call__"):
+        return getattr(nnx.merge(graph, params), method)(x)
 
     def create(key):
         params = nnx.to_pure_dict(nnx.state(make_model(key)))
@@ -116,6 +116,12 @@ def train_step(
     def logits_of(params, batch):
         return state.apply_fn(params, batch["tokens"][:, :-1])
 
+    def features_of(params, batch):
+        return state.apply_fn(params, batch["tokens"][:, :-1], method="features")
+
+    def head_of(params, features):
+        return state.apply_fn(params, features, method="head")
+
     def loss_on_logits(logits, batch):
         return losses_of(logits, batch["tokens"][:, 1:])
 
@@ -132,6 +138,8 @@ def train_step(
         value=value,
         losses_fn=losses_fn,
         apply_fn=logits_of,
+        features_fn=features_of,
+        head_fn=head_of,
         loss_on_logits=loss_on_logits,
         batch=batch,
         index=batch["index"],

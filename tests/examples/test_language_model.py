@@ -147,6 +147,7 @@ def test_the_model_sees_the_past_only_and_where_a_token_is():
     model = GPT(SIZE, rngs=nnx.Rngs(0))
     tokens = jnp.array([[1, 2, 3, 4, 5, 6, 7, 8]])
     logits = model(tokens)
+    np.testing.assert_array_equal(model.head(model.features(tokens)), logits)
     later = model(tokens.at[0, 5].set(9))
     np.testing.assert_allclose(later[:, :5], logits[:, :5], atol=1e-6)
     assert (abs(later - logits)[:, 5:].max(axis=-1) > 1e-4).all()
