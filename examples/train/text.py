@@ -28,7 +28,7 @@ class Text(NamedTuple):
 
 
 def load(folder: str | Path | None = None) -> Text:
-    """Read all Python files in a folder, in the order of their names.
+    """Read all Python files in a folder, in the order of their names, as one text for each part.
 
     Args:
         folder: By default the standard library of this Python.
@@ -36,6 +36,11 @@ def load(folder: str | Path | None = None) -> Text:
     Raises:
         ValueError: If the folder has too few files for both parts.
     """
+    return Text(*(np.concatenate(part) for part in load_files(folder)))
+
+
+def load_files(folder: str | Path | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Read all Python files in a folder: those to train on, and those that are held out."""
     root = Path(folder or sysconfig.get_path("stdlib"))
     names = (path.relative_to(root) for path in root.rglob("*.py"))
     parts: tuple[list[bytes], list[bytes]] = [], []
@@ -45,7 +50,8 @@ def load(folder: str | Path | None = None) -> Text:
             parts[is_held_out].append((root / name).read_bytes())
     if not all(map(any, parts)):
         raise ValueError(f"{root} has too few Python sources to train on")
-    return Text(*(np.frombuffer(b"".join(part), np.uint8) for part in parts))
+    train, held_out = ([np.frombuffer(text, np.uint8) for text in part] for part in parts)
+    return train, held_out
 
 
 def train_batches(
