@@ -23,8 +23,8 @@ The head is the embedding: logits-SAM perturbs it in its use as head only. A pai
 its margin is positive. Training pairs come from the files that the model was pre-trained on,
 validation and test pairs from two halves of the held-out files. Learning rate and rho are chosen by
 the loss on the validation pairs, with seeds that are not reported, until the best candidate is in
-the interior of what was tried. All seeds begin with one pre-trained model; a seed draws the training
-pairs and their order.
+the interior of what was tried. All seeds begin with one pre-trained model; a seed draws the pairs to
+train on, and their order.
 
 The script prints a table, and writes results.json and preference.png to --out. If it was
 interrupted, --resume FOLDER continues it: every training that has ended is kept in trainings.jsonl.
@@ -156,7 +156,9 @@ def draw_pairs(
     long_enough = [file for file in sources if len(file) > 2 * length]
     sizes = np.array([len(file) for file in long_enough])
     pairs = np.zeros((count, 2, length), np.int32)
-    for pair, number in zip(pairs, rng.choice(len(sizes), count, p=sizes / sizes.sum()), strict=True):
+    for pair, number in zip(
+        pairs, rng.choice(len(sizes), count, p=sizes / sizes.sum()), strict=True
+    ):
         file = long_enough[number]
         place = rng.integers(len(file) - length + 1)
         pair[:] = file[place : place + length]
@@ -331,7 +333,9 @@ class Trainings:
 
         def evaluate(candidates):
             return [
-                -np.mean([self.measure(name, *numbers_of(c), seed)["loss"] for seed in SEARCH_SEEDS])
+                -np.mean(
+                    [self.measure(name, *numbers_of(c), seed)["loss"] for seed in SEARCH_SEEDS]
+                )
                 for c in candidates
             ]
 
@@ -425,7 +429,9 @@ def draw(results: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.errorbar(x, mean, yerr=error, fmt="o", color=color, capsize=2)
         points.append((x, mean, result["method"], color))
     axes.margins(0.2)
-    axes.set(xlabel="time of all steps, relative to AdamW", ylabel="held-out preference accuracy, %")
+    axes.set(
+        xlabel="time of all steps, relative to AdamW", ylabel="held-out preference accuracy, %"
+    )
     axes.set_title(claim(results))
     axes.grid(alpha=0.3)
     figures.label_points(axes, points)
