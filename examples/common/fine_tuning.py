@@ -8,6 +8,15 @@ from typing import Any, NamedTuple
 
 BITS = (8, 4, 3)  # to which the weights are rounded
 BASELINES = ("adamw", "adamw2x")
+ADAPTATIONS = ("whole", "lora", "head")
+
+# Defaults of the command line: reported seeds, steps of the fine-tuning and of the pre-training,
+# and width of the model, by `--task`.
+DEFAULTS = {
+    "images": {"seeds": 10, "steps": 200, "pretraining": 500, "width": 64},
+    "mnist": {"seeds": 10, "steps": 200, "pretraining": 500, "width": 64},
+    "language": {"seeds": 3, "steps": 200, "pretraining": 600, "width": 64},
+}
 
 
 class Row(NamedTuple):
@@ -54,8 +63,11 @@ ROWS = _rows()
 class Problem(NamedTuple):
     """A pre-trained model, two tasks, and the ways to fine-tune it.
 
+    `make_problem(args)` of `fine_tune_images.py` and `fine_tune_language.py` returns one. It uses
+    `args.task`, and what `DEFAULTS` has: `args.seeds`, `steps`, `pretraining` and `width`.
+
     Attributes:
-        name: Of the task, as in `--task`.
+        title: What is learned first and then, for the table and the figure.
         rows: The rows by their names; those of `ROWS` that make sense here.
         measure: "accuracy", of which more is better, or "loss", of which less is better.
         rates: Where the search of the learning rate begins, by `Row.adapt`.
@@ -74,7 +86,7 @@ class Problem(NamedTuple):
             - "gradients" and "seconds" of the fine-tuning.
     """
 
-    name: str
+    title: str
     rows: Mapping[str, Row]
     measure: str
     rates: Mapping[str, float]
