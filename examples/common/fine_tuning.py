@@ -13,8 +13,8 @@ ADAPTATIONS = ("whole", "lora", "head")
 # Defaults of the command line: reported seeds, steps of the fine-tuning and of the pre-training,
 # and width of the model, by `--task`.
 DEFAULTS = {
-    "images": {"seeds": 10, "steps": 200, "pretraining": 500, "width": 64},
-    "mnist": {"seeds": 10, "steps": 200, "pretraining": 500, "width": 64},
+    "images": {"seeds": 10, "steps": 400, "pretraining": 500, "width": 64},
+    "mnist": {"seeds": 10, "steps": 400, "pretraining": 500, "width": 64},
     "language": {"seeds": 3, "steps": 200, "pretraining": 600, "width": 64},
 }
 
