@@ -69,14 +69,15 @@ class Problem(NamedTuple):
     Attributes:
         title: What is learned first and then, for the table and the figure.
         rows: The rows by their names; those of `ROWS` that make sense here.
-        measure: "accuracy", of which more is better, or "loss", of which less is better.
+        measure: What is reported of both tasks, "accuracy" or "loss".
         rates: Where the search of the learning rate begins, by `Row.adapt`.
         radii: Where the search of the radius begins, by the name of the row.
         tuning_seeds: Seeds with which candidates are compared; none of them is reported.
         before: `seeds -> measures`, one dict per seed, before the fine-tuning: those of `run` on
             the test split, except "new_...", "gradients" and "seconds".
         run: `(row, rate, rho, seeds, split) -> measures`, one dict per seed. On the split
-            "validation" it has at least "new_" + measure. On the split "test" it has
+            "validation" it has at least "new_loss", by which candidates are compared. On the split
+            "test" it has
 
             - "new_loss", "old_loss", and "new_accuracy", "old_accuracy" if it measures those, on
               held-out examples of the new and of the old task,

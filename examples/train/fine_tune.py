@@ -24,15 +24,18 @@ new head alone. The methods:
     flat-lora       LoRA: random noise on the merged weights
     bi-lora         LoRA: a second pair of adapters that climbs
 
-Learning rate and rho are chosen on validation examples of the new task, with seeds that are not
-reported. The search moves until the best values are inside of what was tried; a star marks values
-that are not. The rho axis begins with 0, where a method is AdamW. The test examples are used once.
+Learning rate and rho are those with the lowest loss on validation examples of the new task, with
+seeds that are not reported. The loss has one best rate; accuracy is the same for many, and they
+differ in what is forgotten. The search moves until the best values are inside of what was tried; a
+star marks values that are not. The rho axis begins with 0, where a method is AdamW. The test
+examples are used once.
 
 Differences are paired by seed. Each is to the better of the two rows of AdamW with the same
 parameters trained; better by the measure in question, on the test examples. Forgetting is what the
 old task loses by the fine-tuning. Rounded weights are deployed weights (adapters merged), with one
 scale for each output unit. Sharpness is that of the training loss of the new task in these weights:
-the top eigenvalue of the Hessian, and the largest rise in a ball.
+the top eigenvalue of the Hessian, and the largest rise in a ball. What is forgotten depends on the
+learning rate more than on the method. So it is also compared with AdamW at the rate of the method.
 
 The script prints tables, and writes results.json and fine_tune.png to --out. After each setting it
 keeps what is measured in cells.json, and --resume continues there. images takes about five minutes
@@ -91,6 +94,7 @@ import json
 import sys
 
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator
 from tqdm import tqdm
 
 from examples.common import figures, files
@@ -101,8 +105,8 @@ from examples.common.tuning import SIXTHS, around, best_of, edges, from_zero, se
 
 NUMBERS = ("learning_rate", "rho")
 PLANNED = {False: 9, True: 20}  # candidates of a search, for the progress bar
-COLORS = dict(zip(ADAPTATIONS, (figures.BLUE, figures.GREEN, figures.RED), strict=True))
-LEVELS = dict(zip((None, *BITS), "o^sv", strict=True))
+COLORS: dict[str, str] = {"whole": figures.BLUE, "lora": figures.GREEN, "head": figures.RED}
+DRAWN = {"": "o", "_4_bits": "s", "_3_bits": "v"}  # 8 bits change nothing that could be seen
 
 
 class Cells:
@@ -131,49 +135,55 @@ def measure(name: str, problem: Problem, cells: Cells, seeds: range, bar: tqdm) 
     """Choose the rate and the radius of a row, and measure it with the reported seeds."""
     row = problem.rows[name]
 
-    def run(candidate, seeds, split):
+    def run(name, candidate, seeds, split):
         rate, rho = (*candidate, 0.0)[:2]
         key = f"{name}, {rate:g}, {rho:g}, {split}"
-        found = cells.get(key, lambda: problem.run(row, rate, rho, seeds, split))
-        bar.update(1)
-        return found
+        row = problem.rows[name]
+        return cells.get(key, lambda: problem.run(row, rate, rho, seeds, split))
 
     def score(candidate):
-        found = run(candidate, problem.tuning_seeds, "validation")
-        mean = float(np.mean([one["new_" + problem.measure] for one in found]))
-        return (mean if problem.measure == "accuracy" else -mean) if np.isfinite(mean) else -np.inf
+        found = run(name, candidate, problem.tuning_seeds, "validation")
+        bar.update(1)
+        mean = float(np.mean([one["new_loss"] for one in found]))
+        return -mean if np.isfinite(mean) else -np.inf
 
-    if row.is_radius_tuned:
-        axes = [around(problem.rates[row.adapt]), from_zero(around(problem.radii[name]))]
-    else:
-        axes = [around(problem.rates[row.adapt], SIXTHS)]
+    axes = [around(problem.rates[row.adapt], SIXTHS)]
+    if row.is_radius_tuned:  # the same rates as AdamW's, but only the next one on each side
+        axes = [axes[0]._replace(reach=1), from_zero(around(problem.radii[name]))]
     bar.set_description(name)
     tried = search(axes, lambda candidates: [score(candidate) for candidate in candidates])
     best = best_of(tried)
-    found = run(best, seeds, "test")
+    found = run(name, best, seeds, "test")
+    control = f"{row.adapt} adamw"
+    is_compared = row.is_radius_tuned and control in problem.rows
+    same_rate = run(control, best[:1], seeds, "test") if is_compared else []
     return {
         **{"row": name, "adapt": row.adapt, "method": row.method},
         **dict(zip(NUMBERS, (*best, 0.0), strict=False)),
         "edges": edges(best, tried, NUMBERS[: len(best)]),
         "candidates": [
-            {**dict(zip(NUMBERS, (*candidate, 0.0), strict=False)), "score": score}
+            {**dict(zip(NUMBERS, (*candidate, 0.0), strict=False)), "validation_loss": -score}
             for candidate, score in tried.items()
         ],
         **columns(found),
+        "same_rate": columns(same_rate),  # AdamW with the rate of this row
     }
 
 
 def columns(found: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Return one list for each measure, with one value for each seed."""
-    return {name: [one[name] for one in found] for name in found[0]}
+    return {name: [one[name] for one in found] for name in (found[0] if found else ())}
 
 
 def with_forgetting(
     result: dict[str, Any], before: dict[str, list[float]], measure: str
 ) -> dict[str, Any]:
     """Add what the old task has lost: accuracy, or a lower loss."""
-    lost = np.subtract(before[f"old_{measure}"], result[f"old_{measure}"])
-    return result | {f"forgotten_{measure}": (lost if measure == "accuracy" else -lost).tolist()}
+    old, sign = f"old_{measure}", 1 if measure == "accuracy" else -1
+    now = [result, result["same_rate"]] if result["same_rate"] else [result]
+    lost = [(sign * np.subtract(before[old], one[old])).tolist() for one in now]
+    one, *other = [{f"forgotten_{measure}": values} for values in lost]
+    return result | one | ({"same_rate": result["same_rate"] | other[0]} if other else {})
 
 
 def better_baseline(results: list[dict], adapt: str, name: str) -> dict[str, Any] | None:
@@ -184,23 +194,27 @@ def better_baseline(results: list[dict], adapt: str, name: str) -> dict[str, Any
 
 
 def with_differences(results: list[dict], measure: str) -> list[dict]:
-    """Add the differences to the better baselines, paired by seed."""
+    """Add to methods the differences to the better baselines, and to AdamW at the same rate."""
     plain = [f"{task}_{kind}" for task in ("new", "old") for kind in {measure: 0, "loss": 0}]
     rounded = [f"{name}_{bits}_bits" for name in plain for bits in BITS]
     names = [*plain, f"forgotten_{measure}", *rounded, "top_eigenvalue", "rise"]
-    return [
-        result | {"differences": {n: d for n in names if (d := difference_of(result, results, n))}}
-        for result in results
-    ]
+
+    def differences_of(result):
+        found = {}
+        for name in names if result["method"] not in BASELINES else ():
+            if other := better_baseline(results, result["adapt"], name):
+                found[name] = {"to": other["row"], **paired(result[name], other[name])}
+            if other := result["same_rate"]:
+                found[f"{name}, same rate"] = paired(result[name], other[name])
+        return found
+
+    return [result | {"differences": differences_of(result)} for result in results]
 
 
-def difference_of(result: dict[str, Any], results: list[dict], name: str) -> dict[str, Any]:
-    """Return the mean difference to the better baseline, with its error; {} for baselines."""
-    other = better_baseline(results, result["adapt"], name)
-    if other is None or result["method"] in BASELINES:
-        return {}
-    mean, error = mean_and_error(np.subtract(result[name], other[name]).tolist())
-    return {"to": other["row"], "mean": mean, "error": error}
+def paired(values: list[float], others: list[float]) -> dict[str, float]:
+    """Return the mean difference and its error."""
+    mean, error = mean_and_error(np.subtract(values, others).tolist())
+    return {"mean": mean, "error": error}
 
 
 def shown(name: str, mean: float, error: float, sign: str = "") -> str:
@@ -232,8 +246,10 @@ def print_tables(
     print(f"\n{problem.title}; {seeds} seeds (mean ± standard error)")
     print(f"old task before the fine-tuning: {kind}{unit} {old}")
     names = {f"new {kind}{unit}": f"new_{kind}", "difference": f"-new_{kind}"}
+    names |= {"same rate": f"-new_{kind}, same rate"}
     names |= {f"old {kind}{unit}": f"old_{kind}", "forgotten": f"forgotten_{kind}"}
     names |= {"difference ": f"-forgotten_{kind}"}
+    names |= {"same rate ": f"-forgotten_{kind}, same rate"}
     grid = [["method", *names, "gradients", "seconds", "lr", "rho"]]
     for result in results:
         costs = f"{np.mean(result['gradients']):.0f}", f"{np.median(result['seconds']):.3g}"
@@ -259,6 +275,7 @@ def print_tables(
     grid = [["method", *names], *([r["row"], *cells_of(r, names)] for r in (start, *results))]
     print("\n".join(aligned(grid)))
     print("\ndifferences: to the better row of AdamW with the same parameters trained, by seed")
+    print("same rate: the difference to AdamW with the learning rate of the row")
 
 
 def count_ahead(results: list[dict], name: str, sign: int) -> str:
@@ -276,7 +293,7 @@ def draw(results: list[dict], measure: str, path: Path, title: str) -> None:
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     for axes, adapt in zip(above.subplots(1, len(adapts), squeeze=False)[0], adapts, strict=True):
         draw_trade(axes, [r for r in results if r["adapt"] == adapt], adapt, measure)
-    panels = below.subplots(1, 2, sharey=True)
+    panels: Any = below.subplots(1, 2, sharey=True)
     for axes, task in zip(panels, ("new", "old"), strict=True):
         draw_rounded(axes, results[::-1], task)
     figures.save(figure, path, title)
@@ -295,6 +312,8 @@ def draw_trade(axes: Any, results: list[dict], adapt: str, measure: str) -> None
         )
         points.append((x, y, result["method"], color))
     axes.margins(0.2)
+    if len({x for x, *_ in points}) == 1:  # the head alone forgets nothing
+        axes.set_xlim(points[0][0] - 0.01 * factor, points[0][0] + 0.01 * factor)
     unit = ", %" if measure == "accuracy" else ""
     axes.set(xlabel=f"forgotten {measure}{unit}", ylabel=f"new {measure}{unit}")
     axes.set_title(claim(results, adapt, measure))
@@ -317,21 +336,23 @@ def draw_rounded(axes: Any, results: list[dict], task: str) -> None:
     losses = []
     for position, result in enumerate(results):
         color = figures.GREY if result["method"] in BASELINES else COLORS[result["adapt"]]
-        for bits, marker in LEVELS.items():
-            name = f"{task}_loss" + ("" if bits is None else f"_{bits}_bits")
-            mean, error = mean_and_error(result[name])
-            label = {None: "as trained"}.get(bits, f"{bits} bits") if position == 0 else None
-            style = {"color": color, "mfc": color if bits is None else "white"}
+        for end, marker in DRAWN.items():
+            mean, error = mean_and_error(result[f"{task}_loss{end}"])
+            inside = "white" if end else color
             axes.errorbar(
-                mean, position, xerr=error, fmt=marker, ms=5, lw=1, capsize=0, label=label, **style
+                mean, position, xerr=error, fmt=marker, ms=5, mfc=inside, lw=1, color=color
             )
             losses.append(mean)
     axes.set_yticks(range(len(results)), [result["row"] for result in results])
     axes.set_ylim(-0.7, len(results) - 0.3)
-    axes.set_xscale(figures.scale_of(losses))
-    axes.set_xlabel(f"loss of the {task} task")
-    ahead = count_ahead(results, f"{task}_loss_{BITS[-1]}_bits", -1)
-    axes.set_title(f"{task} task: {ahead} have a lower loss in {BITS[-1]} bits")
+    if min(losses) > 0 and max(losses) > 3 * min(losses):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(f"{task} loss (dot: as trained, square: 4 bits, triangle: 3 bits)")
+    ahead = count_ahead(results, f"{task}_loss_3_bits", -1)
+    axes.set_title(f"{task} task: {ahead} have a lower loss in 3 bits")
     axes.grid(axis="x", alpha=0.3)
 
 
@@ -357,8 +378,9 @@ def run(args: argparse.Namespace, problem: Problem, names: list[str]) -> list[di
     results = with_differences(results, problem.measure)
     print_tables(results, before, problem, args.seeds)
     report.save(title=problem.title, measure=problem.measure, before=before, results=results)
-    title = f"Fine-tuning, {problem.title}; {args.seeds} seeds; ahead of AdamW: by two standard "
-    draw(results, problem.measure, args.folder / "fine_tune.png", title + "errors or more")
+    title = f"Fine-tuning, {problem.title}; {args.seeds} seeds; more, less, lower: than AdamW, by "
+    title += "two standard errors"
+    draw(results, problem.measure, args.folder / "fine_tune.png", title)
     report.end("fine_tune.png")
     return results
 

@@ -152,8 +152,8 @@ def pretrained(steps: int, width: int, seed: jax.Array, train: Batch) -> Any:
         return (optax.apply_updates(weights, updates), state), None
 
     carry = weights, tx.init(weights)
-    (trained, _), _ = jax.lax.scan(step, carry, jax.random.split(batches, steps))
-    return {**trained, "new": weights["new"]}
+    found: Any = jax.lax.scan(step, carry, jax.random.split(batches, steps))
+    return found[0][0] | {"new": weights["new"]}
 
 
 def drawn(key: jax.Array, data: Batch) -> Batch:
@@ -297,8 +297,8 @@ def measure(weights: Any, data: Data) -> dict[str, jax.Array]:
 
 
 @jax.jit
-def accuracy(weights: Any, data: Batch) -> jax.Array:
-    return of_split(weights, "new", data)["new_accuracy"]
+def loss(weights: Any, data: Batch) -> jax.Array:
+    return of_split(weights, "new", data)["new_loss"]
 
 
 def as_floats(found: Any) -> dict[str, float]:
@@ -326,11 +326,11 @@ def run(
         return {**new, "old": start["old"]}, spent
 
     def validated(seed):
-        return accuracy(trained(seed)[0], data_of(setting.task, int(seed)).validation)
+        return loss(trained(seed)[0], data_of(setting.task, int(seed)).validation)
 
     if split == "validation":
         found = map_runs(validated, np.asarray(seeds), advance=lambda count: None)
-        return [{"new_accuracy": float(x)} for x in found]
+        return [{"new_loss": float(x)} for x in found]
     trained(seeds[0])  # compiles
     results = []
     for seed in seeds:
