@@ -8,6 +8,15 @@ from typing import Any, NamedTuple
 
 BITS = (8, 4, 3)  # to which the weights are rounded
 BASELINES = ("adamw", "adamw2x")
+ADAPTATIONS = ("whole", "lora", "head")
+
+# Defaults of the command line: reported seeds, steps of the fine-tuning and of the pre-training,
+# and width of the model, by `--task`.
+DEFAULTS = {
+    "images": {"seeds": 10, "steps": 400, "pretraining": 500, "width": 64},
+    "mnist": {"seeds": 10, "steps": 400, "pretraining": 500, "width": 64},
+    "language": {"seeds": 3, "steps": 200, "pretraining": 600, "width": 64},
+}
 
 
 class Row(NamedTuple):
@@ -54,17 +63,21 @@ ROWS = _rows()
 class Problem(NamedTuple):
     """A pre-trained model, two tasks, and the ways to fine-tune it.
 
+    `make_problem(args)` of `fine_tune_images.py` and `fine_tune_language.py` returns one. It uses
+    `args.task`, and what `DEFAULTS` has: `args.seeds`, `steps`, `pretraining` and `width`.
+
     Attributes:
-        name: Of the task, as in `--task`.
+        title: What is learned first and then, for the table and the figure.
         rows: The rows by their names; those of `ROWS` that make sense here.
-        measure: "accuracy", of which more is better, or "loss", of which less is better.
+        measure: What is reported of both tasks, "accuracy" or "loss".
         rates: Where the search of the learning rate begins, by `Row.adapt`.
         radii: Where the search of the radius begins, by the name of the row.
         tuning_seeds: Seeds with which candidates are compared; none of them is reported.
         before: `seeds -> measures`, one dict per seed, before the fine-tuning: those of `run` on
             the test split, except "new_...", "gradients" and "seconds".
         run: `(row, rate, rho, seeds, split) -> measures`, one dict per seed. On the split
-            "validation" it has at least "new_" + measure. On the split "test" it has
+            "validation" it has at least "new_loss", by which candidates are compared. On the split
+            "test" it has
 
             - "new_loss", "old_loss", and "new_accuracy", "old_accuracy" if it measures those, on
               held-out examples of the new and of the old task,
@@ -74,7 +87,7 @@ class Problem(NamedTuple):
             - "gradients" and "seconds" of the fine-tuning.
     """
 
-    name: str
+    title: str
     rows: Mapping[str, Row]
     measure: str
     rates: Mapping[str, float]

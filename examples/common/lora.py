@@ -47,17 +47,20 @@ def init_adapters(
     return found
 
 
-def merge(weights: Any, adapters: Adapters, scale: float = 1.0) -> Any:
-    """Return the weights with the products of the adapters added; the others as they are."""
-
-    def of_leaf(path, w):
-        pair = adapters.get(path_of(path))
-        return w if pair is None else w + scale * (pair["lora_a"] @ pair["lora_b"]).astype(w.dtype)
-
-    return jax.tree_util.tree_map_with_path(of_leaf, weights)
-
-
-def merged_only(weights: Any, adapters: Adapters, scale: float = 1.0) -> dict[str, jax.Array]:
-    """Return the merged matrices alone, by path: what `merge` changes."""
+def merged(weights: Any, adapters: Adapters, scale: float = 1.0) -> dict[str, jax.Array]:
+    """Return the adapted matrices with their products added, by path."""
     by_path = {path_of(path): w for path, w in jax.tree_util.tree_leaves_with_path(weights)}
-    return merge({name: by_path[name] for name in adapters}, adapters, scale)
+    return {
+        name: by_path[name] + scale * (pair["lora_a"] @ pair["lora_b"]).astype(by_path[name].dtype)
+        for name, pair in adapters.items()
+    }
+
+
+def filled(weights: Any, matrices: dict[str, jax.Array]) -> Any:
+    """Return the weights with the matrices at their paths; the others as they are."""
+    return jax.tree_util.tree_map_with_path(lambda p, w: matrices.get(path_of(p), w), weights)
+
+
+def merge(weights: Any, adapters: Adapters, scale: float = 1.0) -> Any:
+    """Return all weights, with the products of the adapters added."""
+    return filled(weights, merged(weights, adapters, scale))

@@ -1,4 +1,4 @@
-"""Round weights as they are when a model is deployed in few bits: to the nearest, per output unit."""
+"""Round weights to few bits, as for a model that is deployed: to the nearest, per output unit."""
 
 from typing import Any
 
