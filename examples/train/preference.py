@@ -23,8 +23,8 @@ The head is the embedding: logits-SAM perturbs it in its use as head only. A pai
 its margin is positive. Training pairs come from the files that the model was pre-trained on,
 validation and test pairs from two halves of the held-out files. Learning rate and rho are chosen by
 the loss on the validation pairs, with seeds that are not reported, until the best candidate is in
-the interior of what was tried. All seeds begin with one pre-trained model; a seed draws the pairs to
-train on, and their order.
+the interior of what was tried. All seeds begin with one pre-trained model; a seed draws the pairs
+to train on, and their order.
 
 The script prints a table, and writes results.json and preference.png to --out. If it was
 interrupted, --resume FOLDER continues it: every training that has ended is kept in trainings.jsonl.

@@ -7,7 +7,6 @@ instead.
 """
 
 import ast
-import importlib.util
 import io
 import sysconfig
 import tokenize
