@@ -31,7 +31,6 @@ RADIUS = 0.2  # of the ball in which the rise of the loss is measured
 RATES = {"whole": 2e-3, "lora": 5e-3, "head": 1e-2}
 RADII = {"sl-sam": 0.1, "flat-lora": 0.1, "bi-lora": 0.1}
 START = 0.1  # of the search of other radii
-SEEDS = range(TUNING_SEEDS.start, TUNING_SEEDS.start + 16)  # a run takes milliseconds
 
 Batch = dict[str, jax.Array]
 
@@ -51,6 +50,7 @@ class Images(NamedTuple):
     load: Callable[[], tuple[np.ndarray, np.ndarray]]  # images [n, pixels] from 0 to 1, and digits
     old: int  # training images of the old task; the others are its test split
     new: tuple[int, int]  # training and validation images of the new task
+    tuning_seeds: int
 
 
 @cache
@@ -69,8 +69,8 @@ def load_mnist() -> tuple[np.ndarray, np.ndarray]:
 
 
 IMAGES = {
-    "images": Images(load_small, 500, (100, 300)),
-    "mnist": Images(load_mnist, 1500, (200, 800)),
+    "images": Images(load_small, 500, (100, 300), 16),
+    "mnist": Images(load_mnist, 1500, (200, 800), 8),
 }
 
 
@@ -348,7 +348,8 @@ def make_problem(args: Any) -> Problem:
     Raises:
         ImportError: If the package that has the images is not installed.
     """
-    IMAGES[args.task].load()
+    images = IMAGES[args.task]
+    images.load()
     setting = Setting(args.task, args.steps, args.pretraining, args.width)
     what = {"images": "scikit-learn's digits", "mnist": "5,000 digits of MNIST"}[args.task]
     return Problem(
@@ -357,7 +358,7 @@ def make_problem(args: Any) -> Problem:
         measure="accuracy",
         rates={adapt: RATES[adapt] for adapt in ADAPTATIONS},
         radii={name: RADII.get(row.method, START) for name, row in ROWS.items()},
-        tuning_seeds=SEEDS,
+        tuning_seeds=range(TUNING_SEEDS.start, TUNING_SEEDS.start + images.tuning_seeds),
         before=partial(before, setting),
         run=partial(run, setting),
     )
