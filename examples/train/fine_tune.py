@@ -392,7 +392,10 @@ def make_problem(args: argparse.Namespace) -> Problem:
 def run(args: argparse.Namespace, problem: Problem, names: list[str]) -> list[dict[str, Any]]:
     """Measure all rows; print, save and draw the results."""
     report = Report(args, left_out=["resume"])
-    cells, seeds = Cells(args.folder / "cells.json"), range(args.seeds)
+    try:
+        cells, seeds = Cells(args.folder / "cells.json"), range(args.seeds)
+    except (OSError, ValueError) as error:
+        arguments.refuse(f"--resume {args.folder}: {error}")
     write_config(args.folder, "fine_tune.py", report.settings)
     before = columns(cells.get("before", lambda: problem.before(seeds)))
     planned = sum(PLANNED[problem.rows[name].is_radius_tuned] for name in names)

