@@ -100,7 +100,7 @@ from tqdm import tqdm
 from examples.common import figures, files
 from examples.common.fine_tuning import Problem
 from examples.common.output import choose_folder
-from examples.common.report import MARK, Report, aligned, marked, mean_and_error
+from examples.common.report import MARK, Report, aligned, as_summary, marked, mean_and_error
 from examples.common.tuning import SIXTHS, around, best_of, edges, from_zero, search
 
 NUMBERS = ("learning_rate", "rho")
@@ -278,6 +278,29 @@ def print_tables(
     print("same rate: the difference to AdamW with the learning rate of the row")
 
 
+def summary_of_row(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the summary: mean and error of each measure and of each difference."""
+
+    def rounded(mean, error):
+        return [float(f"{mean:.5g}"), float(f"{error:.3g}")]
+
+    left_out = ("edges", "candidates", "seconds")
+    return {
+        **{name: result[name] for name in ("row", *NUMBERS, "edges")},
+        "trials": len(result["candidates"]),
+        "seconds": float(f"{np.median(result['seconds']):.3g}"),
+        **{
+            name: rounded(*mean_and_error(values))
+            for name, values in result.items()
+            if isinstance(values, list) and name not in left_out
+        },
+        "differences": {
+            name: rounded(found["mean"], found["error"])
+            for name, found in result["differences"].items()
+        },
+    }
+
+
 def count_ahead(results: list[dict], name: str, sign: int) -> str:
     """Return how many methods differ from the better baseline by two standard errors."""
     found = [d for r in results if (d := r["differences"].get(name))]
@@ -290,7 +313,8 @@ def draw(results: list[dict], measure: str, path: Path, title: str) -> None:
     adapts = [adapt for adapt in ADAPTATIONS if any(r["adapt"] == adapt for r in results)]
     heights = [figures.height_of(), figures.height_of(len(results))]
     figure = figures.make_figure(max(2.2, 1.1 * len(adapts)), heights)
-    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
+    above, below = parts
     for axes, adapt in zip(above.subplots(1, len(adapts), squeeze=False)[0], adapts, strict=True):
         draw_trade(axes, [r for r in results if r["adapt"] == adapt], adapt, measure)
     panels: Any = below.subplots(1, 2, sharey=True)
@@ -368,7 +392,10 @@ def make_problem(args: argparse.Namespace) -> Problem:
 def run(args: argparse.Namespace, problem: Problem, names: list[str]) -> list[dict[str, Any]]:
     """Measure all rows; print, save and draw the results."""
     report = Report(args, left_out=["resume"])
-    cells, seeds = Cells(args.folder / "cells.json"), range(args.seeds)
+    try:
+        cells, seeds = Cells(args.folder / "cells.json"), range(args.seeds)
+    except (OSError, ValueError) as error:
+        arguments.refuse(f"--resume {args.folder}: {error}")
     write_config(args.folder, "fine_tune.py", report.settings)
     before = columns(cells.get("before", lambda: problem.before(seeds)))
     planned = sum(PLANNED[problem.rows[name].is_radius_tuned] for name in names)
@@ -377,6 +404,9 @@ def run(args: argparse.Namespace, problem: Problem, names: list[str]) -> list[di
     results = [with_forgetting(result, before, problem.measure) for result in results]
     results = with_differences(results, problem.measure)
     print_tables(results, before, problem, args.seeds)
+    rows = map(summary_of_row, results)
+    summary = as_summary("examples/train/fine_tune.py", report.settings, rows)
+    files.write(args.folder / "summary.json", summary)
     report.save(title=problem.title, measure=problem.measure, before=before, results=results)
     title = f"Fine-tuning, {problem.title}; {args.seeds} seeds; more, less, lower: than AdamW, by "
     title += "two standard errors"

