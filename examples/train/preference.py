@@ -27,12 +27,11 @@ the interior of what was tried. All seeds begin with one pre-trained model; a se
 to train on, and their order.
 
 The script prints a table, and writes results.json and preference.png to --out. If it was
-interrupted, --resume FOLDER continues it: every training that has ended is kept in trainings.jsonl.
+interrupted, --resume FOLDER continues it: every training that has ended is kept in cells.json.
 It takes about fifteen minutes on one CPU core.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,7 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -94,11 +93,12 @@ from examples.common.output import choose_folder
 from examples.common.report import MARK, Report, aligned, marked, mean_and_error
 from examples.common.tuning import THIRDS, around, best_of, edges, search
 from examples.train import text
+from examples.train.fine_tune import Cells
 from examples.train.language_model import make_base
 from examples.train.pretraining import pretrain
 
 DEPTH, PRETRAIN_BATCH, PRETRAIN_RATE = 2, 32, 4e-3
-HELD_OUT_PAIRS = 2048  # for validation, and as many for the test
+HELD_OUT_PAIRS, PART = 2048, 128  # for validation, and for the test; pairs at a time
 SEARCH_SEEDS = (1000, 1001)  # none of them is reported
 NUMBERS = ("learning_rate", "rho")
 RATE = 1e-3  # where the search begins
@@ -124,24 +124,48 @@ METHODS = {
 }
 
 
-class Task(NamedTuple):
-    """What every training of a run shares.
+class Model(NamedTuple):
+    """A pre-trained model.
 
     Attributes:
-        apply_fn: `(params, x, method) -> result` of the model.
+        apply_fn: `(params, x, method) -> result`.
         params: The pre-trained parameters.
-        train: Pairs to train on, of one seed after the other: `seed -> pairs`.
-        validation: Pairs from one half of the held-out files.
-        test: Pairs from the other half.
         continuation: Bytes of a continuation.
     """
 
     apply_fn: Callable[..., jax.Array]
     params: Any
+    continuation: int
+
+    def features(self, params: Any, batch: Pairs) -> jax.Array:
+        """Return what both continuations are predicted from, [B, 2, continuation, features]."""
+        tokens = batch["tokens"][..., :-1]
+        features = self.apply_fn(params, tokens.reshape(-1, tokens.shape[-1]), method="features")
+        return features.reshape(*tokens.shape, -1)[:, :, -self.continuation :]
+
+    def head(self, params: Any, features: jax.Array) -> jax.Array:
+        """Return the logits of features."""
+        return self.apply_fn(params, features, method="head")
+
+    def logits(self, params: Any, batch: Pairs) -> jax.Array:
+        """Return the logits of both continuations, [B, 2, continuation, vocabulary]."""
+        return self.head(params, self.features(params, batch))
+
+
+class Task(NamedTuple):
+    """What every training of a run shares.
+
+    Attributes:
+        model: The model with which every training begins.
+        train: The pairs that a seed trains on, `seed -> pairs`.
+        validation: Pairs from one half of the held-out files.
+        test: Pairs from the other half.
+    """
+
+    model: Model
     train: Callable[[int], Pairs]
     validation: Pairs
     test: Pairs
-    continuation: int
 
 
 def draw_pairs(
@@ -168,13 +192,6 @@ def draw_pairs(
     return pairs
 
 
-def features_of(task: Task, params: Any, batch: Pairs) -> jax.Array:
-    """Return the features from which both continuations are predicted, [B, 2, continuation, W]."""
-    tokens = batch["tokens"][..., :-1]
-    features = task.apply_fn(params, tokens.reshape(-1, tokens.shape[-1]), method="features")
-    return features.reshape(*tokens.shape, -1)[:, :, -task.continuation :]
-
-
 def log_probabilities(logits: jax.Array, batch: Pairs) -> jax.Array:
     """Return the log-probability of both continuations of each pair, [B, 2]."""
     targets = batch["tokens"][..., -logits.shape[-2] :]
@@ -192,17 +209,15 @@ def loss_on_logits(logits: jax.Array, batch: Pairs) -> jax.Array:
     return -jax.nn.log_sigmoid(margins(logits, batch))
 
 
-def with_reference(apply_fn: Any, params: Any, tokens: np.ndarray, continuation: int) -> Pairs:
+def with_reference(model: Model, tokens: np.ndarray) -> Pairs:
     """Return pairs with the log-probabilities of the pre-trained model."""
-    task = Task(apply_fn, params, lambda seed: {}, {}, {}, continuation)
 
     @jax.jit
     def reference(part):
         batch = {"tokens": part}
-        logits = apply_fn(params, features_of(task, params, batch), method="head")
-        return log_probabilities(logits, batch)
+        return log_probabilities(model.logits(model.params, batch), batch)
 
-    parts = [np.asarray(reference(tokens[i : i + 256])) for i in range(0, len(tokens), 256)]
+    parts = [np.asarray(reference(tokens[i : i + PART])) for i in range(0, len(tokens), PART)]
     return {"tokens": jnp.asarray(tokens), "reference": jnp.asarray(np.concatenate(parts))}
 
 
@@ -218,18 +233,17 @@ def make_task(args: argparse.Namespace) -> Task:
         learning_rate=PRETRAIN_RATE,
         seed=0,
     )
+    model = Model(apply_fn, params, args.continuation)
 
     def pairs(sources, count, seed):
         tokens = draw_pairs(sources, count, args.prompt, args.continuation, seed)
-        return with_reference(apply_fn, params, tokens, args.continuation)
+        return with_reference(model, tokens)
 
     return Task(
-        apply_fn,
-        params,
+        model,
         lambda seed: pairs(train, args.pairs, seed),
         pairs(held_out[::2], HELD_OUT_PAIRS, seed=1),
         pairs(held_out[1::2], HELD_OUT_PAIRS, seed=2),
-        args.continuation,
     )
 
 
@@ -239,33 +253,27 @@ def optimizer(name: str, learning_rate: Any, rho: Any, steps: int) -> optax.Grad
     return optax.chain(METHODS[name].make(rho), make_base(schedule, 0.0))
 
 
-def take_step(task: Task, tx: Any, params: Any, state: Any, batch: Pairs) -> tuple[Any, Any]:
+def take_step(model: Model, tx: Any, params: Any, state: Any, batch: Pairs) -> tuple[Any, Any]:
     """Take one step of any method."""
 
-    def head_of(params, features):
-        return task.apply_fn(params, features, method="head")
-
-    def apply_fn(params, batch):
-        return head_of(params, features_of(task, params, batch))
-
     def loss(params):
-        return loss_on_logits(apply_fn(params, batch), batch).mean()
+        return loss_on_logits(model.logits(params, batch), batch).mean()
 
     updates, state = tx.update(
         jax.grad(loss)(params),
         state,
         params,
         value_fn=loss,
-        apply_fn=apply_fn,
-        features_fn=partial(features_of, task),
-        head_fn=head_of,
+        apply_fn=model.logits,
+        features_fn=model.features,
+        head_fn=model.head,
         loss_on_logits=loss_on_logits,
         batch=batch,
     )
     return optax.apply_updates(params, updates), state
 
 
-def make_trainer(task: Task, name: str, steps: int, batch: int) -> Callable[..., Any]:
+def make_trainer(model: Model, name: str, steps: int, batch: int) -> Callable[..., Any]:
     """Return the compiled function that trains a run and measures it on a split."""
     steps *= METHODS[name].times
 
@@ -279,77 +287,64 @@ def make_trainer(task: Task, name: str, steps: int, batch: int) -> Callable[...,
             key = jax.random.fold_in(jax.random.key(seed), number // per_epoch)
             order = jax.random.permutation(key, count)
             rows = jax.lax.dynamic_slice(order, [number % per_epoch * batch], [batch])
-            return take_step(task, tx, *carry, jax.tree.map(lambda x: x[rows], pairs)), None
+            found = jax.tree.map(lambda x: x[rows], pairs)
+            params, state = carry
+            return take_step(model, tx, params, state, found), None
 
-        start = task.params, tx.init(task.params)
+        start = model.params, tx.init(model.params)
         (params, state), _ = jax.lax.scan(step, start, jnp.arange(steps))
         spent = optax.tree.get(state, "gradients_spent", steps)
 
-        def margins_of(part):
-            logits = task.apply_fn(params, features_of(task, params, part), method="head")
-            return margins(logits, part)
-
-        parts = jax.tree.map(lambda x: x.reshape(-1, 128, *x.shape[1:]), split)
-        found = jax.lax.map(margins_of, parts)
+        parts = jax.tree.map(lambda x: x.reshape(-1, PART, *x.shape[1:]), split)
+        found = jax.lax.map(lambda part: margins(model.logits(params, part), part), parts)
         return (found > 0).mean(), -jax.nn.log_sigmoid(found).mean(), spent
 
     return train
 
 
 class Trainings:
-    """All trainings of a run; each that has ended is a line of trainings.jsonl."""
+    """All trainings of a run; a setting whose trainings have ended is kept in cells.json."""
 
-    def __init__(self, args: argparse.Namespace, task: Task, bar: tqdm):
-        self.args, self.task, self.bar = args, task, bar
-        self.path = args.folder / "trainings.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.known = {tuple(key): values for key, values in map(json.loads, lines)}
-        self.trainers: dict[str, Any] = {}
-        self.pairs: dict[int, Pairs] = {}
+    def __init__(self, args: argparse.Namespace, bar: tqdm):
+        self.args, self.bar = args, bar
+        self.cells = Cells(args.folder / "cells.json")
+        self.task = make_task(args)
+        self.trainer = cache(partial(make_trainer, self.task.model))
+        self.pairs = cache(self.task.train)
 
-    def measure(self, name: str, learning_rate: float, rho: float, seed: int) -> dict[str, float]:
-        """Train once; validation for the seeds of the search, test for the others."""
-        key = (name, learning_rate, rho, seed)
-        if key not in self.known:
-            if name not in self.trainers:
-                self.trainers[name] = make_trainer(
-                    self.task, name, self.args.steps, self.args.batch
-                )
-            if seed not in self.pairs:
-                self.pairs[seed] = self.task.train(seed)
-            split = self.task.validation if seed in SEARCH_SEEDS else self.task.test
-            found = self.trainers[name](seed, learning_rate, rho, self.pairs[seed], split)
+    def measure(self, name: str, rate: float, rho: float, split: str) -> list[dict[str, float]]:
+        """Train with all seeds of a split, and measure on it: one dict for each seed."""
+
+        def of(seed):
+            train = self.trainer(name, self.args.steps, self.args.batch)
+            held_out = self.task.validation if split == "validation" else self.task.test
+            found = train(seed, rate, rho, self.pairs(seed), held_out)
             accuracy, loss, spent = map(float, found)
-            self.known[key] = {"accuracy": 100 * accuracy, "loss": loss, "gradients": spent}
-            lines = "".join(json.dumps([*item]) + "\n" for item in self.known.items())
-            files.write(self.path, lines)
-        self.bar.update()
-        return self.known[key]
+            return {"accuracy": 100 * accuracy, "loss": loss, "gradients": spent}
+
+        seeds = SEARCH_SEEDS if split == "validation" else range(self.args.seeds)
+        found = self.cells.get(f"{name}, {rate:g}, {rho:g}, {split}", lambda: [*map(of, seeds)])
+        self.bar.update(len(seeds))
+        return found
 
     def row(self, name: str) -> dict[str, Any]:
         """Choose the numbers of a row, repeat it with the reported seeds, and measure it."""
         radius = METHODS[name].radius
-        axes = [around(RATE, THIRDS)] + ([around(radius, THIRDS)] if radius else [])
+        axes = [around(RATE, THIRDS), *([around(radius, THIRDS)] if radius else [])]
 
-        def evaluate(candidates):
-            return [
-                -np.mean(
-                    [self.measure(name, *numbers_of(c), seed)["loss"] for seed in SEARCH_SEEDS]
-                )
-                for c in candidates
-            ]
+        def score(candidate):
+            found = self.measure(name, *numbers_of(candidate), "validation")
+            return -float(np.mean([seed["loss"] for seed in found]))
 
-        tried = search(axes, evaluate)
+        tried = search(axes, lambda candidates: [score(candidate) for candidate in candidates])
         best = best_of(tried)
-        seeds = [self.measure(name, *numbers_of(best), seed) for seed in range(self.args.seeds)]
+        found = self.measure(name, *numbers_of(best), "test")
         return {
             "method": name,
             **dict(zip(NUMBERS, numbers_of(best), strict=True)),
             "edges": edges(best, tried, NUMBERS[: len(best)]),
-            "tried": [[*numbers_of(c), -score] for c, score in tried.items()],
-            "gradients": seeds[0]["gradients"],
-            "accuracy": [seed["accuracy"] for seed in seeds],
-            "loss": [seed["loss"] for seed in seeds],
+            "candidates": [[*numbers_of(c), -score] for c, score in tried.items()],
+            **{measure: [seed[measure] for seed in found] for measure in found[0]},
         }
 
 
@@ -364,8 +359,8 @@ def time_steps(task: Task, results: list[dict[str, Any]], batch: int, rounds: in
 
     def runner(result):
         tx = optimizer(result["method"], result["learning_rate"], result["rho"], 1000)
-        step = jax.jit(partial(take_step, task, tx))
-        held = [task.params, tx.init(task.params)]
+        step = jax.jit(partial(take_step, task.model, tx))
+        held = [task.model.params, tx.init(task.model.params)]
 
         def advance():
             held[:] = step(*held, part)
@@ -404,7 +399,11 @@ def table(results: list[dict[str, Any]]) -> str:
     head = ["method", "gradients", "time/adamw", "accuracy, %", "over base", "loss", "over base"]
     grid = [[*head, "lr", "rho"]]
     for result in results:
-        line = [result["method"], f"{result['gradients']:.1f}", f"{result['time_ratio'][1]:.2f}"]
+        line = [
+            result["method"],
+            f"{np.mean(result['gradients']):.1f}",
+            f"{result['time_ratio'][1]:.2f}",
+        ]
         for measure, digits in DIGITS.items():
             mean, error = mean_and_error(result[measure])
             line += [f"{mean:.{digits}f} ± {error:.{digits}f}", lead_of(result, results, measure)]
@@ -447,14 +446,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         settings = {name: value for name, value in vars(args).items() if name not in left_out}
         write_config(args.folder, SCRIPT, settings)
     report = Report(args, left_out=("resume",))
-    task = make_task(args)
     planned = len(METHODS) * args.seeds + len(SEARCH_SEEDS) * (2 * 5 + 3 * 14)
     with tqdm(total=planned, unit=" runs", smoothing=0.1, disable=None) as bar:
-        trainings, results = Trainings(args, task, bar), []
+        try:
+            trainings, results = Trainings(args, bar), []
+        except (OSError, ValueError) as error:
+            arguments.refuse(f"--resume {args.resume}: {error}")
         for name in METHODS:
             bar.set_description(name)
             results.append(trainings.row(name))
-    time_steps(task, results, args.batch, args.rounds)
+    time_steps(trainings.task, results, args.batch, args.rounds)
     print(
         f"\n{args.steps} steps of {args.batch} pairs, {args.seeds} seeds (mean ± standard error); "
         f"base: the better of adamw and adamw2x\n{table(results)}"
