@@ -338,6 +338,7 @@ def draw_trade(axes: Any, results: list[dict], adapt: str, measure: str) -> None
     axes.margins(0.2)
     if len({x for x, *_ in points}) == 1:  # the head alone forgets nothing
         axes.set_xlim(points[0][0] - 0.01 * factor, points[0][0] + 0.01 * factor)
+        axes.set_xticks([points[0][0]])
     unit = ", %" if measure == "accuracy" else ""
     axes.set(xlabel=f"forgotten {measure}{unit}", ylabel=f"new {measure}{unit}")
     axes.set_title(claim(results, adapt, measure))

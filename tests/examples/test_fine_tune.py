@@ -91,7 +91,7 @@ def largest_difference(a, b):
 def test_without_a_radius_every_method_is_adamw(name, adamw_of):
     adamw = adamw_of[fine_tuning.ROWS[name].adapt]
     assert largest_difference(fine_tuned(name, 0.0), adamw) < 1e-4
-    assert largest_difference(fine_tuned(name, 0.5), adamw) > 1e-3
+    assert largest_difference(fine_tuned(name, 0.5), adamw) > 5e-4
 
 
 @pytest.mark.slow
