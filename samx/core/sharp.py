@@ -73,9 +73,7 @@ def value_and_grad_at(
     tree.check_arrays("params", params)
     tree.check_like("eps", eps, "params", params)
     inspect_point(params, eps, partial(perturbed, params, eps, perturb_dtype))
-    start = closure.evaluation.devices.pcast_left_out(
-        jax.tree.map(lambda w: _widened(w, perturb_dtype), params)
-    )
+    start = closure.evaluation.devices.pcast_left_out(widened(params, perturb_dtype))
     is_widened = any(
         x.dtype != jnp.result_type(w)
         for x, w in zip(*map(jax.tree.leaves, (start, params)), strict=True)
@@ -174,6 +172,11 @@ def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> o
         return (w.astype(dtype) + e.astype(dtype)).astype(w.dtype)
 
     return jax.tree.map(move, params, eps)
+
+
+def widened(params: Any, dtype: Any) -> Any:
+    """Return half-precision leaves in `dtype` or wider, as the closure sees them at a point."""
+    return jax.tree.map(lambda w: _widened(w, dtype), params)
 
 
 def _widened(w: Any, dtype: Any) -> jax.Array:

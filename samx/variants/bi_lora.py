@@ -88,8 +88,8 @@ def bi_lora(
         computation.
 
     Raises:
-        ValueError: If a number is out of range; in `init`, if no leaf is a matrix; in `update`, if
-            aux differs from `aux_like` in shape.
+        ValueError: If a number is out of range; in `update`, if no leaf is a matrix, or aux differs
+            from `aux_like` in shape.
         TypeError: If `rho` is neither a number nor a schedule, `rank` is not a Python int, or
             `ascent` is not a transformation.
 
@@ -175,10 +175,7 @@ def _first_pairs(key: jax.Array, rank: int, weights: Any) -> Any:
 
     pairs = jax.tree.map(zeros, weights)
     if not jax.tree.leaves(pairs):
-        raise ValueError(
-            "bi_lora: the weights must hold a matrix, a leaf with two axes or more, got shapes "
-            f"{[jnp.shape(w) for w in jax.tree.leaves(weights)]}"
-        )
+        return jnp.zeros(())  # optax.tree.map_params calls `init` without parameters
     return jax.tree.map(first, pairs, draws.normal_like(key, 0, pairs), is_leaf=_is_pair)
 
 
@@ -188,6 +185,9 @@ def _in_ball(pairs: Any, rho: Any, weights: Any) -> tuple[Any, Any]:
     def product(pair, w):
         return jnp.zeros_like(w) if pair is None else pair.a @ pair.b
 
+    if tree.is_array(pairs):
+        shapes = [jnp.shape(w) for w in jax.tree.leaves(weights)]
+        raise ValueError(f"bi_lora: the weights must hold a matrix [..., in, out], got {shapes}")
     eps = jax.tree.map(product, pairs, weights, is_leaf=_is_pair)
     length = tree.norm(eps)
     factor = jnp.where(length > rho, tree.ratio(rho, length), 1)

@@ -38,8 +38,7 @@ def functional_sam(
     part of its effect dominates, and does not help.
 
     Args:
-        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05, SAM's. The paper's
-            values for language models are not known to us.
+        rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05, SAM's.
         perturbation: Replaces the ball and `rho`.
         perturb_dtype: See `sharpness_aware`.
 
@@ -77,7 +76,6 @@ def functional_sam(
         of ours by that equation. The paper's preconditioned form is not here.
     """
     ball = ball_of("functional_sam", rho, perturbation)
-    sharp = partial(sharp_gradient, perturb_dtype=perturb_dtype)
 
     def init_fn(params):
         return SharpnessAwareState(ball.init(params), no_readings(params))
@@ -92,8 +90,9 @@ def functional_sam(
         eps, g_a, ball_state = ascend(value_fn, ball, g, state.perturbation, params, **climbed)
         functional = losses_fn.with_fn(partial(_functional, apply_fn, loss_on_logits))
         value_fn = mean_loss(functional, (batch, kept.examples), weights)
-        g_s, readings = sharp(
-            *(value_fn, params, eps, state.readings), loss=seen["value"], g=g_a, ball=ball_state
+        at_point = {"loss": seen["value"], "g": g_a, "ball": ball_state}
+        g_s, readings = sharp_gradient(
+            value_fn, params, eps, state.readings, **at_point, perturb_dtype=perturb_dtype
         )
         return g_s, SharpnessAwareState(ball_state, readings)
 
@@ -112,12 +111,10 @@ def _functional(apply_fn: LogitsClosure, loss_on_logits: Any, params: Any, data:
     """Return the losses, with the gradient Jᵀ c."""
     batch, c = data
     logits = apply_fn(params, batch)
-    products = jax.tree.map(lambda c, z: _sum(tree.widen(c) * tree.widen(z)), c, logits)
-    linear = jnp.stack(jax.tree.leaves(products)).sum(axis=0)
+
+    def product(c, z):  # over all axes but that of the examples
+        return (tree.widen(c) * tree.widen(z)).real.sum(axis=tuple(range(1, z.ndim)))
+
+    linear = jnp.stack(jax.tree.leaves(jax.tree.map(product, c, logits))).sum(axis=0)
     losses = tree.widen(loss_on_logits(stop_gradient(logits), batch))
     return losses + (linear - stop_gradient(linear)).astype(losses.dtype), None
-
-
-def _sum(x: jax.Array) -> jax.Array:
-    """Sum over all axes but that of the examples."""
-    return x.real.sum(axis=tuple(range(1, x.ndim)))

@@ -12,13 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
 from samx.core.closures import Closure, LogitsClosure, LossesClosure, evaluate, mean_loss
+from samx.core.features import computed_once, matrices_read
 from samx.core.hyperparams import Default, check_function
 from samx.core.readings import FORWARD, no_readings, take_readings
-from samx.core.sharp import ascend, perturbed, sharp_pass
+from samx.core.sharp import ascend, perturbed, sharp_pass, widened
 from samx.core.transformation import closure_transformation
+from samx.core.tree import is_inexact
 from samx.perturbations.metrics import LeafPredicate
 from samx.variants._ball import ball_of
 from samx.variants._layer_groups import filled, only, seen_by_part, share_of
@@ -96,30 +97,26 @@ def logits_sam(
     def update_fn(
         _, state, params, *, features_fn, head_fn, loss_on_logits, batch, losses_fn, **extra
     ):
-        value_fn, weights = extra["value_fn"], extra.get("weights")
-        features_of = _computed_once(features_fn, losses_fn, params, batch)
+        value_fn = extra["value_fn"]
+        model = _Model(head_fn, loss_on_logits, losses_fn, batch, extra.get("weights"))
         chosen = _chosen(is_perturbed, features_fn, head_fn, params, batch)
-        model = _Model(head_fn, loss_on_logits, losses_fn, batch, weights)
         matrices, climb = only(params, chosen), seen_by_part(ball, chosen, params, value_fn)
+        features_of = computed_once(features_fn, losses_fn, params, batch)
         clean = model.mean_loss(lambda part: filled(part, params), _constant(features_of, params))
         seen, _ = evaluate(clean, matrices)
         extra |= {"batch": batch, "losses_fn": losses_fn, "value_fn": seen["value_fn"]}
         eps, g_a, ball_state = ascend(
             seen["value_fn"], climb, seen["grad"], state.perturbation, matrices, **extra
         )
-
-        def point(w):
-            return filled(perturbed(only(w, chosen), eps, perturb_dtype), w)
-
+        head_at = partial(_moved_on, eps, chosen, perturb_dtype)
         with sharp_pass():
-            sharp, _ = evaluate(model.mean_loss(point, features_of), params)
-        g_s = sharp["grad"]
+            sharp, _ = evaluate(model.mean_loss(head_at, features_of), params)
         readings = take_readings(
-            *(state.readings, seen["value"], sharp["value"], g_a, g_s, params),
-            *(partial(point, params), _cost(losses_fn, share_of(matrices, params)), ball_state),
+            *(state.readings, seen["value"], sharp["value"], g_a, sharp["grad"], params),
+            *(partial(head_at, params), _cost(losses_fn, share_of(matrices, params)), ball_state),
             value_fn.mean_of_ascents,
         )
-        return g_s, SharpnessAwareState(ball_state, readings)
+        return sharp["grad"], SharpnessAwareState(ball_state, readings)
 
     return closure_transformation(init_fn, update_fn, name="logits_sam")
 
@@ -139,8 +136,10 @@ class _Model(NamedTuple):
         """Return the mean loss of the head at `head_at(w)`, on `features_of(w, batch)`."""
 
         def losses_at(w, batch):
-            logits = self.head_fn(head_at(w), features_of(w, batch))
-            return self.loss_on_logits(logits, batch), None
+            head, features = head_at(w), features_of(w, batch)
+            if jax.tree.map(jnp.result_type, head) != jax.tree.map(jnp.result_type, w):
+                features = widened(features, jnp.float32)  # as the perturbed weights
+            return self.loss_on_logits(self.head_fn(head, features), batch), None
 
         return mean_loss(self.losses_fn.with_fn(losses_at), self.batch, self.weights)
 
@@ -150,25 +149,10 @@ def _constant(features_of: Callable[[Any, Any], Any], params: Any) -> Callable[[
     return lambda _, batch: stop_gradient(features_of(params, batch))
 
 
-def _computed_once(
-    features_fn: LogitsClosure, losses_fn: LossesClosure, params: Any, batch: Any
-) -> Callable[[Any, Any], Any]:
-    """Return `features_fn` at these parameters and this batch, its forward pass done once.
-
-    Microbatches take their own passes: the features of a whole batch are not kept there.
-    """
-    if losses_fn.is_accumulated:
-        return features_fn
-    pcast = losses_fn.evaluation.devices.pcast
-    features, pull = jax.vjp(lambda w: features_fn(w, batch), pcast(params))
-
-    @jax.custom_vjp
-    def stored(w):
-        del w
-        return features
-
-    stored.defvjp(lambda _: (features, None), lambda _, cotangent: pull(cotangent))
-    return lambda w, _: stored(w)
+def _moved_on(eps: Any, chosen: Any, perturb_dtype: Any, w: Any) -> Any:
+    """Return the parameters, of which the chosen ones have moved by `eps`."""
+    moved = perturbed(only(w, chosen), eps, perturb_dtype)
+    return filled(moved, widened(w, perturb_dtype))
 
 
 def _chosen(
@@ -180,30 +164,17 @@ def _chosen(
 ) -> Any:
     """Return a tree of booleans: which leaves are perturbed."""
     if is_perturbed is None:
-        features = jax.eval_shape(features_fn, params, batch)
-        read = iter(_reads(head_fn, params, features))
-        chosen = jax.tree.map(lambda w: next(read) and jnp.ndim(w) >= 2, params)
+        chosen = matrices_read(features_fn, head_fn, params, batch)
     else:
-        chosen = jax.tree_util.tree_map_with_path(
-            lambda path, w: bool(is_perturbed(path, w)), params
-        )
-    chosen = jax.tree.map(lambda w, is_chosen: is_chosen and tree.is_inexact(w), params, chosen)
+        chosen = jax.tree_util.tree_map_with_path(is_perturbed, params)
+    chosen = jax.tree.map(lambda w, is_chosen: bool(is_chosen) and is_inexact(w), params, chosen)
     if not any(jax.tree.leaves(chosen)):
-        wanted = "a matrix that `head_fn` reads" if is_perturbed is None else "`is_perturbed`"
-        raise ValueError(
-            f"logits_sam: no leaf of `params` is chosen by {wanted}; pass is_perturbed"
-        )
+        by = "`head_fn` reads no matrix" if is_perturbed is None else "`is_perturbed` chooses none"
+        raise ValueError(f"logits_sam: no leaf of `params` would be perturbed: {by}")
     return chosen
 
 
-def _reads(fn: Callable[[Any, Any], Any], params: Any, features: Any) -> list[bool]:
-    """Return for each leaf of the parameters whether `fn(params, features)` uses it."""
-    jaxpr = jax.make_jaxpr(fn)(params, features).jaxpr
-    used = {id(x) for equation in jaxpr.eqns for x in equation.invars} | {*map(id, jaxpr.outvars)}
-    return [id(x) in used for x in jaxpr.invars[: len(jax.tree.leaves(params))]]
-
-
 def _cost(losses_fn: LossesClosure, share: float) -> float:
-    """Return the gradients of a step; the output layer takes two more thirds of its own."""
+    """Return the gradients of a step; the output layer takes two thirds of its own more."""
     again = FORWARD if losses_fn.is_accumulated else 0  # the forward pass of the rest
     return 1 + 2 * FORWARD * share + again * (1 - share)
