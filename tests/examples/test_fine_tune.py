@@ -63,7 +63,8 @@ def test_every_row(in_empty_folder, read_report, few_settings):
     assert [r["row"] for r in results] == list(fine_tuning.ROWS)
     for result in results:
         row = fine_tuning.ROWS[result["row"]]
-        assert np.mean(result["gradients"]) == pytest.approx(2 * row.times * row.gradients, rel=0.4)
+        wanted, near = 2 * row.times * row.gradients, 0.4 if row.method == "sl-sam" else 0.1
+        assert np.mean(result["gradients"]) == pytest.approx(wanted, rel=near)
         assert np.isfinite([result["rise"], result["top_eigenvalue"]]).all()
         assert len(result["differences"]) == (38 if row.is_radius_tuned else 0)
     before = read_report(in_empty_folder / "results")["before"]
