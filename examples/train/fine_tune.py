@@ -352,7 +352,7 @@ def claim(results: list[dict], adapt: str, measure: str) -> str:
         return f"{adapt}: AdamW alone"
     new = count_ahead(results, f"new_{measure}", 1 if measure == "accuracy" else -1)
     old = count_ahead(results, f"forgotten_{measure}", -1)
-    word = "more accurate" if measure == "accuracy" else "a lower loss"
+    word = "are more accurate" if measure == "accuracy" else "have a lower loss"
     return f"{adapt}: {new} {word}, {old} forget less"
 
 
