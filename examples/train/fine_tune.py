@@ -149,7 +149,10 @@ def measure(name: str, problem: Problem, cells: Cells, seeds: range, bar: tqdm) 
 
     axes = [around(problem.rates[row.adapt], SIXTHS)]
     if row.is_radius_tuned:  # the same rates as AdamW's, but only the next one on each side
-        axes = [axes[0]._replace(reach=1), from_zero(around(problem.radii[name]))]
+        axes = [
+            axes[0]._replace(reach=1),
+            from_zero(around(problem.radii[name], decades=problem.decades)),
+        ]
     bar.set_description(name)
     tried = search(axes, lambda candidates: [score(candidate) for candidate in candidates])
     best = best_of(tried)

@@ -23,8 +23,8 @@ The head is the embedding: logits-SAM perturbs it in its use as head only. A pai
 its margin is positive. Training pairs come from the files that the model was pre-trained on,
 validation and test pairs from two halves of the held-out files. Learning rate and rho are chosen by
 the loss on the validation pairs, with seeds that are not reported, until the best candidate is in
-the interior of what was tried. All seeds begin with one pre-trained model; a seed draws the pairs
-to train on, and their order.
+the interior of what was tried. The axis of rho begins with 0, where a method is AdamW. All seeds
+begin with one pre-trained model; a seed draws the pairs to train on, and their order.
 
 The script prints a table, and writes results.json and preference.png to --out. If it was
 interrupted, --resume FOLDER continues it: every training that has ended is kept in cells.json.
@@ -91,7 +91,7 @@ from examples.common import figures, files, measuring
 from examples.common.gpt import Size
 from examples.common.output import choose_folder
 from examples.common.report import MARK, Report, aligned, marked, mean_and_error
-from examples.common.tuning import THIRDS, around, best_of, edges, search
+from examples.common.tuning import around, best_of, edges, from_zero, search
 from examples.train import text
 from examples.train.fine_tune import Cells
 from examples.train.language_model import make_base
@@ -330,7 +330,7 @@ class Trainings:
     def row(self, name: str) -> dict[str, Any]:
         """Choose the numbers of a row, repeat it with the reported seeds, and measure it."""
         radius = METHODS[name].radius
-        axes = [around(RATE, THIRDS), *([around(radius, THIRDS)] if radius else [])]
+        axes = [around(RATE), *([from_zero(around(radius, decades=1))] if radius else [])]
 
         def score(candidate):
             found = self.measure(name, *numbers_of(candidate), "validation")
