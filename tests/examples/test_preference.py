@@ -16,7 +16,9 @@ def tiny(in_empty_folder, monkeypatch):
     rng, around = np.random.default_rng(0), preference.around
     files = [rng.integers(97, 100, 400).astype(np.uint8) for _ in range(4)]
     monkeypatch.setattr(text, "load_files", lambda: (files[:2], files[2:]))
-    monkeypatch.setattr(preference, "around", lambda *of: around(*of)._replace(reach=0))
+    monkeypatch.setattr(
+        preference, "around", lambda *of, **more: around(*of, **more)._replace(reach=0)
+    )
     for name, value in (("HELD_OUT_PAIRS", 4), ("PART", 4), ("LEAST", 1e-3)):
         monkeypatch.setattr(preference, name, value)
     return lambda arguments: preference.main(arguments.split())
