@@ -91,7 +91,7 @@ from examples.common import figures, files, measuring
 from examples.common.gpt import Size
 from examples.common.output import choose_folder
 from examples.common.report import MARK, Report, aligned, marked, mean_and_error
-from examples.common.tuning import around, best_of, edges, from_zero, search
+from examples.common.tuning import SIXTHS, around, best_of, edges, from_zero, search
 from examples.train import text
 from examples.train.fine_tune import Cells
 from examples.train.language_model import make_base
@@ -330,7 +330,9 @@ class Trainings:
     def row(self, name: str) -> dict[str, Any]:
         """Choose the numbers of a row, repeat it with the reported seeds, and measure it."""
         radius = METHODS[name].radius
-        axes = [around(RATE), *([from_zero(around(radius, decades=1))] if radius else [])]
+        axes = [around(RATE, SIXTHS)]
+        if radius:
+            axes = [around(RATE), from_zero(around(radius, decades=1))]
 
         def score(candidate):
             found = self.measure(name, *numbers_of(candidate), "validation")
