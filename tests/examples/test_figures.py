@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from examples import digits
 from examples.asynchronous import async_cost, exchange_cost, faults, lsam_digits
 from examples.claims import averages, bsam, lets, lightsam, mup_transfer, second_order
-from examples.common import figures, monitoring
+from examples.common import figures, fine_tuning, monitoring
 from examples.common.registry import VARIANTS
 from examples.compare import front_figure
 from examples.cost import lean, step_cost
@@ -30,7 +30,7 @@ from examples.measure import (
     sharpness_figure,
     sharpness_measures,
 )
-from examples.train import abstract, cifar, language_model, long_tail
+from examples.train import abstract, cifar, fine_tune, language_model, long_tail
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RNG = np.random.default_rng(0)
@@ -152,6 +152,22 @@ def draw_averages(path, noises):
         for average in averages.AVERAGES
     ]
     averages.draw(results, noises, path, "Digits: averaged parameters of SGD and SAM, 20 seeds")
+
+
+def draw_fine_tune(path, names, measure="accuracy", seeds=10):
+    losses = [f"{t}_loss{end}" for t in ("new", "old") for end in fine_tune.DRAWN]
+    results = []
+    for name in names:
+        row = fine_tuning.ROWS[name]
+        forgets_nothing = {"low": 0, "high": 0} if row.adapt == "head" else {"low": 0, "high": 0.3}
+        values = {loss: some(seeds, low=0.1, high=1.5) for loss in losses}
+        values[f"new_{measure}"] = some(seeds)
+        values[f"forgotten_{measure}"] = some(seeds, **forgets_nothing)
+        differences = {n: {"mean": -0.1, "error": 0.01} for n in values if row.is_radius_tuned}
+        named = {"row": name, "adapt": row.adapt, "method": row.method}
+        results.append(named | values | {"differences": differences})
+    title = "Fine-tuning, scikit-learn's digits: 0 to 4, then 5 to 9; 10 seeds; more, less, lower: "
+    fine_tune.draw(results, measure, path, title + "than AdamW, by two standard errors")
 
 
 def draw_second_order(path, rows, epochs=5):
@@ -445,6 +461,12 @@ CASES = {
     "averages.draw": [
         lambda path: draw_averages(path, [0.3, 0.0]),
         lambda path: draw_averages(path, [0.0]),
+    ],
+    "fine_tune.draw": [
+        lambda path: draw_fine_tune(path, [*fine_tuning.ROWS]),
+        lambda path: draw_fine_tune(path, ["lora adamw", "lora sam", "lora bi-lora"], "loss", 3),
+        lambda path: draw_fine_tune(path, ["head adamw"], seeds=1),
+        lambda path: draw_fine_tune(path, ["whole adamw", "whole sam", "head adamw"], "loss", 1),
     ],
     "second_order.draw": [
         lambda path: draw_second_order(path, ["base", "sam", *second_order.DEFAULT]),
