@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 
 from examples import digits
 from examples.asynchronous import async_cost, exchange_cost, faults, lsam_digits
-from examples.claims import averages, bsam, lets, lightsam, mup_transfer, second_order
+from examples.claims import (
+    averages,
+    bsam,
+    late_sam,
+    lets,
+    lightsam,
+    mup_transfer,
+    second_order,
+)
 from examples.common import figures, monitoring
 from examples.common.registry import VARIANTS
 from examples.compare import front_figure
@@ -152,6 +160,15 @@ def draw_averages(path, noises):
         for average in averages.AVERAGES
     ]
     averages.draw(results, noises, path, "Digits: averaged parameters of SGD and SAM, 20 seeds")
+
+
+def draw_late_sam(path, noises):
+    results = [
+        {"row": row, "noise": noise, "accuracy": some(20, low=90, high=97)}
+        for noise in noises
+        for row in late_sam.USES
+    ]
+    late_sam.draw(results, noises, path, "Digits: SAM on some steps at equal gradients, 20 seeds")
 
 
 def draw_second_order(path, rows, epochs=5):
@@ -445,6 +462,10 @@ CASES = {
     "averages.draw": [
         lambda path: draw_averages(path, [0.3, 0.0]),
         lambda path: draw_averages(path, [0.0]),
+    ],
+    "late_sam.draw": [
+        lambda path: draw_late_sam(path, [0.3, 0.0]),
+        lambda path: draw_late_sam(path, [0.0]),
     ],
     "second_order.draw": [
         lambda path: draw_second_order(path, ["base", "sam", *second_order.DEFAULT]),
