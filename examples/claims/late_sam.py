@@ -21,8 +21,8 @@ reported, until the best candidate is in the interior of what was tried. Two kin
 good: a low learning rate, which does not yet fit the wrong labels, with a small rho, and a higher
 one with a large rho. So a search starts at a large rho, and tries two values of rho on each side.
 
-The script prints a table, and writes results.json and late_sam.png to --out. It takes about five
-minutes on one CPU core.
+The script prints a table, and writes results.json and late_sam.png to --out. It takes about two
+minutes on two CPU cores.
 """
 
 import argparse
