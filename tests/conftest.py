@@ -166,6 +166,8 @@ def shared_programs(compiled_programs):
     link_new(kept, own)
     yield
     link_new(own, kept)
+    gc.collect(1)
+    gc.freeze()  # a full collection, which some scripts ask for, would look at all that is alive
 
 
 def link_new(source, target):

@@ -32,7 +32,7 @@ NOT_NEEDED = "filelock grain tensorboardX tqdm psutil pytest ray equinox numpyro
 TRAJECTORIES = ("sampa__sgdm_lam0.2_rho0.1", "msam__sgdm_k4")
 KINDS = (accelerator.REFERENCES[0], "sam")
 # What compiles fast: some rows, one layer of the language model, and a residual network without its
-# blocks. One part has the plain step; the count of memory has a test of its own, and so have figures.
+# blocks. One part has the plain step. The count of memory and figures have tests of their own.
 SMALLER = f"""
 from examples.common import figures, vision
 from examples.devices import accelerator_parts as parts
@@ -106,8 +106,6 @@ def run(in_empty_folder, monkeypatch, capsys):
     """Return a function that runs some parts and returns the rows and what was printed."""
     before = jax.config.read("jax_disable_most_optimizations")
     clock = [0.0]
-    no_collection = types.SimpleNamespace(collect=lambda: None)  # slow after many other tests
-    monkeypatch.setattr(accelerator, "gc", no_collection)
     monkeypatch.setattr(accelerator.time, "perf_counter", lambda: clock[0])
 
     def run(*parts, arguments="", draw=None):
