@@ -40,6 +40,7 @@ from samx.policies.perturb_if import perturb_if
 from samx.training.accumulate import accumulate
 from samx.training.all_readings import all_readings
 from samx.training.freeze import freeze
+from samx.training.on_merged import on_merged
 from samx.training.preflight import preflight
 from samx.training.scale_loss import scale_loss
 from samx.training.skip_nonfinite import skip_nonfinite
@@ -51,14 +52,17 @@ from samx.variants.arwp import arwp, marwp
 from samx.variants.asam import asam
 from samx.variants.async_sam import async_sam
 from samx.variants.ausam import ausam
+from samx.variants.bi_lora import bi_lora
 from samx.variants.bisam import bisam
 from samx.variants.bsam import bsam
 from samx.variants.cr_sam import cr_sam
 from samx.variants.eigen_sam import eigen_sam
 from samx.variants.esam import esam
 from samx.variants.fisher_sam import fisher_sam
+from samx.variants.flat_lora import flat_lora
 from samx.variants.focal_sam import focal_sam
 from samx.variants.friendly_sam import friendly_sam
+from samx.variants.functional_sam import functional_sam
 from samx.variants.gam import gam, gam_exact
 from samx.variants.gcsam import gcsam
 from samx.variants.gnp import gnp
@@ -68,6 +72,7 @@ from samx.variants.ksam import ksam
 from samx.variants.le_sam import le_sam
 from samx.variants.lets import lets
 from samx.variants.lightsam import lightsam_adagrad, lightsam_adam, lightsam_norm
+from samx.variants.logits_sam import logits_sam
 from samx.variants.lookbehind_sam import lookbehind_sam
 from samx.variants.looksam import look_layer_sam, looksam
 from samx.variants.lpf_sgd import lpf_sgd
@@ -111,6 +116,7 @@ __all__ = [
     "asam",
     "async_sam",
     "ausam",
+    "bi_lora",
     "bisam",
     "bsam",
     "coupled_wsam",
@@ -120,8 +126,10 @@ __all__ = [
     "esam",
     "fisher_sam",
     "fisher_sparse_sam",
+    "flat_lora",
     "focal_sam",
     "friendly_sam",
+    "functional_sam",
     "gam",
     "gam_exact",
     "gcsam",
@@ -134,6 +142,7 @@ __all__ = [
     "lightsam_adagrad",
     "lightsam_adam",
     "lightsam_norm",
+    "logits_sam",
     "look_layer_sam",
     "lookbehind_sam",
     "looksam",
@@ -191,6 +200,7 @@ __all__ = [
     "data_parallel",
     "fast_convolutions",
     "freeze",
+    "on_merged",
     "preflight",
     "state_specs",
     "value_and_grad",

@@ -233,10 +233,14 @@ def keywords():
         "apply_fn": arguments.logits_of,
         "loss_on_logits": arguments.loss_on_logits,
         "teacher_fn": arguments.logits_of,
+        "features_fn": arguments.features_of,
+        "head_fn": arguments.head_on,
+        "merge_fn": lambda params: params,
     }
 
 
 NOT_GIVEN = object()
+PARTS = ("apply_fn", "teacher_fn", "features_fn", "head_fn")
 
 
 def trace_update(tx, g=PARAMS, state=NOT_GIVEN, params=PARAMS, **changes):
@@ -436,7 +440,7 @@ def calls_of_transformation(owner: str, make: Callable[[], Any]) -> Iterator[Cal
     for what, state, may_pass in states(tx):
         yield call("update: state", what, "state", may_pass, state=state)
     functions = ("value_fn", "losses_fn", "ascent_fn", "validation_fn")
-    for keyword in (*functions, "apply_fn", "loss_on_logits", "teacher_fn"):
+    for keyword in (*functions, *PARTS, "loss_on_logits", "merge_fn"):
         yield from closure_calls(call, tx, keyword)
     for keyword in keywords():
         names = (keyword, "value_fn", "losses_fn", "batch")
@@ -476,7 +480,7 @@ def closure_calls(call, tx, keyword):
         return
     is_scalar = keyword in ("value_fn", "ascent_fn", "validation_fn")
     results = scalar_results() if is_scalar else losses_results()
-    if keyword in ("apply_fn", "teacher_fn"):
+    if keyword in PARTS:
         del results["a matrix"]  # as logits are
     for what, result in results.items():
         fn = partial(lambda result, *args: result, result)

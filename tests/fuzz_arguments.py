@@ -25,7 +25,7 @@ from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule
 from samx.elastic import Checkpoint, Event, Rule, Threads, Worker
 
 SIZE = 4  # examples in a batch
-PARAMS = {"norm": jnp.array([0.5, -1.0]), "b": jnp.array(0.25)}
+PARAMS = {"norm": jnp.array([0.5, -1.0]), "head": jnp.eye(2), "b": jnp.array(0.25)}
 BATCH = {"x": jnp.arange(8.0).reshape(SIZE, 2) / 8, "y": jnp.arange(SIZE) % 3}
 SGD = optax.sgd(0.1, momentum=0.9)
 CPU = jax.devices()[0]
@@ -42,7 +42,15 @@ def loss(params):
 
 
 def logits_of(params, batch):
-    return (batch["x"] @ params["norm"] + params["b"])[:, None]
+    return head_on(params, features_of(params, batch))
+
+
+def features_of(params, batch):
+    return batch["x"] * params["norm"]
+
+
+def head_on(params, features):
+    return (features @ params["head"]).sum(axis=1, keepdims=True) + params["b"]
 
 
 def loss_on_logits(logits, batch):
@@ -160,6 +168,8 @@ GOOD = {
     **dict.fromkeys(("sample.opt_state", "average.opt_state"), samx.bsam(0.1, 64.0).init(PARAMS)),
     "average.fn": lambda params: params["norm"] + params["b"],
     "swa.start": 2,
+    "num_steps": 4,
+    "merge_fn": lambda params: params,
     "num_iterates": 2,
     "validation_loss": 0.5,
     "params.opt_state": samx.averages.ema(SGD).init(PARAMS),

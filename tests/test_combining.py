@@ -91,6 +91,8 @@ TAKERS = {
     "sam_polyak": lambda ball: samx.sam_polyak(perturbation=ball),
     "sassha": lambda ball: samx.sassha(0.1, perturbation=ball),
     "msassha": lambda ball: samx.msassha(0.1, perturbation=ball),
+    "functional_sam": in_front(samx.functional_sam),
+    "logits_sam": in_front(samx.logits_sam),
     "sl_sam": lambda ball: samx.sl_sam(BASE, groups=2, perturbation=ball),
 }
 
@@ -122,7 +124,7 @@ WHOLE = [
     *("sam", "gsam", "coupled_wsam", "wsam", "stable_sam", "usam", "friendly_sam", "adasam"),
     "looksam",
     *("ae_looksam", "vsam", "arsam", "ausam"),
-    *("cr_sam", "x_sam", "sam_polyak", "sassha", "gam"),
+    *("cr_sam", "x_sam", "sam_polyak", "sassha", "gam", "functional_sam"),
 ]
 
 

@@ -109,7 +109,7 @@ def averaged(state: Any, params: Any) -> dict[str, Any]:
 @functools.cache
 def trainer(name: str, rate: str, width: int, epochs: int) -> Any:
     """Return the compiled function that trains runs; it gives accuracies on two splits."""
-    _, losses_fn, accuracy, *_ = make_functions(width)
+    _, losses_fn, _, accuracy, *_ = make_functions(width)
     epochs *= 1 + (name == "sgd")
 
     def of_run(seed, learning_rate, rho, params, train, *others):

@@ -18,6 +18,8 @@ ELSEWHERE = {  # why a row of the catalog is missing in `VARIANTS`
     "lets": "needs held-out examples: lets.py",
     "focal_sam": "needs classes of different sizes: long_tail.py",
     "imbalanced_sam": "needs classes of different sizes: long_tail.py",
+    "flat_lora": "for merged adapters: train/fine_tune.py",
+    "bi_lora": "for merged adapters: train/fine_tune.py",
     "lsam": "with one worker it is SAM: lsam_digits.py",
 }
 

@@ -25,8 +25,12 @@ class Network(nnx.Module):
         self.second = nnx.Linear(width, width, rngs=rngs)
         self.head = nnx.Linear(width, 10, rngs=rngs)
 
+    def features(self, x: jax.Array) -> jax.Array:
+        """Return what the output layer gets."""
+        return nnx.relu(self.second(nnx.relu(self.first(x))))
+
     def __call__(self, x):  # noqa: D102
-        return self.head(nnx.relu(self.second(nnx.relu(self.first(x)))))
+        return self.head(self.features(x))
 
 
 @cache

@@ -364,6 +364,8 @@ VARIANTS = {
     ),
     "gam": Variant(in_front(gam), RADIUS, 4, 0.2),
     "gam-exact": Variant(of("gam_exact"), RADIUS, 6, 0.2),
+    "functional-sam": Variant(of("functional_sam"), RADIUS, 2, 0.05, uses_gradient=False),
+    "logits-sam": Variant(of("logits_sam"), RADIUS, 1, 0.05, uses_gradient=False),  # and its head
     "saf": Variant(by_setting(saf), 1.0, 1, 0.3, keeps_aux=True, uses_gradient=False),  # rho is λ
     "mesa": Variant(
         by_setting(mesa), 1.0, 4 / 3, 0.8, keeps_aux=True, settling=6, uses_gradient=False

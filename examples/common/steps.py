@@ -38,6 +38,10 @@ def unchanged(x: Any) -> Any:
     return x
 
 
+def first_matrix(params: Any) -> jax.Array:
+    return next(leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
+
+
 def reference_rows(losses_fn: Callable) -> dict[str, Row]:
     """Return the rows for the gradient, the plain step, and SAM without samx."""
     base = BASES["momentum"](LEARNING_RATE)
@@ -113,6 +117,8 @@ def samx_row(
         closures |= dict(
             apply_fn=lambda params, data: watched(params, data)[:, None],
             loss_on_logits=lambda logits, data: logits[:, 0],
+            features_fn=lambda params, data: watched(params, data)[:, None],
+            head_fn=lambda params, features: features + 0 * first_matrix(params).mean(),
         )
         # Climbing another loss costs as much as climbing the same one.
         closures |= dict(ascent_fn=lambda params: watched(params, data).mean())

@@ -58,6 +58,7 @@ class Functions(NamedTuple):
 
     logits: Callable[..., Any]  # params, images -> [images, 10]
     losses_fn: Callable[..., Any]  # params, batch -> [images]
+    parts: dict[str, Callable[..., Any]]  # features_fn, head_fn and loss_on_logits
     accuracy: Callable[..., Any]  # params, one split -> share of correct predictions
     accuracies: Callable[..., Any]  # the same for a vector of parameters and one split
     loss_increase: Callable[..., Any]  # params, training images -> mean over their batches
@@ -75,6 +76,12 @@ def make_functions(width: int) -> Functions:
 
     def logits(params, x):
         return nnx.merge(graph, params)(x)
+
+    def features_fn(params, batch):
+        return nnx.merge(graph, params).features(batch["x"])
+
+    def head_fn(params, features):
+        return nnx.merge(graph, params).head(features)
 
     def losses_fn(params, batch):
         return loss_on_logits(logits(params, batch["x"]), batch)
@@ -98,7 +105,8 @@ def make_functions(width: int) -> Functions:
         return monitoring.measure(f, row_of(params, index), SHARPNESS_RADIUS)
 
     compiled = accuracy, jax.vmap(accuracy, in_axes=(0, None)), loss_increase, measures
-    return Functions(logits, losses_fn, *map(jax.jit, compiled))
+    parts = {"features_fn": features_fn, "head_fn": head_fn, "loss_on_logits": loss_on_logits}
+    return Functions(logits, losses_fn, parts, *map(jax.jit, compiled))
 
 
 class Trainer(NamedTuple):
@@ -132,7 +140,7 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
     """Build the functions that train a run; trainings of different length share their programs."""
     init, train, step = make_steps(variant, base, width)
     total = epochs * STEPS_PER_EPOCH
-    _, _, *compiled = make_functions(width)
+    _, _, _, *compiled = make_functions(width)
     return Trainer(
         *(functools.partial(function, total) for function in (init, train, step)), *compiled
     )
@@ -141,7 +149,7 @@ def make_trainer(variant: Variant, base: str, width: int, epochs: int) -> Traine
 @functools.lru_cache(maxsize=2)  # `base2x` follows `base`
 def make_steps(variant: Variant, base: str, width: int) -> list[Callable[..., Any]]:
     """Compile the first three functions of a `Trainer`, with the number of all steps in front."""
-    logits, losses_fn, *_ = make_functions(width)
+    logits, losses_fn, parts, *_ = make_functions(width)
     batch_like = {
         "x": jax.ShapeDtypeStruct((BATCH, 64), jnp.float32),
         "y": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
@@ -174,8 +182,7 @@ def make_steps(variant: Variant, base: str, width: int) -> list[Callable[..., An
             grad=grads,
             value_fn=value_fn,
             losses_fn=losses_fn,
-            apply_fn=lambda params, batch: logits(params, batch["x"]),
-            loss_on_logits=loss_on_logits,
+            **parts,
             batch=batch,
             index=batch["index"],
             ascent_fn=ascent_fn,

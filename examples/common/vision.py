@@ -44,8 +44,19 @@ class ResNet18(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self):  # noqa: D102
+        self.head = nn.Dense(self.classes, dtype=self.dtype)
+
     def __call__(self, x, *, train: bool):  # noqa: D102
+        return self.logits(self.features(x, train=train))
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """Apply the output layer."""
+        return self.head(features).astype(jnp.float32)
+
+    @nn.compact
+    def features(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Return what the output layer gets."""
         conv = partial(
             nn.Conv,
             use_bias=False,
@@ -59,8 +70,7 @@ class ResNet18(nn.Module):
             for block in range(2):
                 strides = 2 if stage > 0 and block == 0 else 1
                 x = ResidualBlock(self.width * 2**stage, strides, conv, norm)(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=(1, 2)))
-        return nn.Dense(self.classes, dtype=self.dtype)(x).astype(jnp.float32)
+        return nn.Dropout(self.dropout, deterministic=not train)(x.mean(axis=(1, 2)))
 
 
 class ViT(nn.Module):
@@ -80,8 +90,19 @@ class ViT(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self):  # noqa: D102
+        self.head = nn.Dense(self.classes, dtype=self.dtype)
+
     def __call__(self, x, *, train: bool):  # noqa: D102
+        return self.logits(self.features(x, train=train))
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """Apply the output layer."""
+        return self.head(features).astype(jnp.float32)
+
+    @nn.compact
+    def features(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Return what the output layer gets."""
         dense = partial(nn.Dense, dtype=self.dtype)
         norm = partial(nn.LayerNorm, dtype=self.dtype)
         dropout = partial(nn.Dropout, self.dropout, deterministic=not train)
@@ -93,7 +114,7 @@ class ViT(nn.Module):
             x += dropout()(attention(norm()(x)))
             y = nn.gelu(dense(4 * self.width)(norm()(x)))
             x += dropout()(dense(self.width)(y))
-        return dense(self.classes)(norm()(x).mean(axis=1)).astype(jnp.float32)
+        return norm()(x).mean(axis=1)
 
 
 MODELS = {"resnet18": ResNet18, "vit": ViT}

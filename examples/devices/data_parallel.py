@@ -142,8 +142,12 @@ def logits(params: Any, x: Any) -> jax.Array:
     return nnx.merge(GRAPH, params)(x)
 
 
-def apply_fn(params: Any, batch: Any) -> jax.Array:
-    return logits(params, batch["x"])
+def features_fn(params: Any, batch: Any) -> jax.Array:
+    return nnx.merge(GRAPH, params).features(batch["x"])
+
+
+def head_fn(params: Any, features: jax.Array) -> jax.Array:
+    return nnx.merge(GRAPH, params).head(features)
 
 
 def loss_on_logits(logits: jax.Array, batch: Any) -> jax.Array:
@@ -151,7 +155,7 @@ def loss_on_logits(logits: jax.Array, batch: Any) -> jax.Array:
 
 
 def losses_fn(params: Any, batch: Any) -> jax.Array:
-    return loss_on_logits(apply_fn(params, batch), batch)
+    return loss_on_logits(logits(params, batch["x"]), batch)
 
 
 @jax.jit
@@ -178,7 +182,8 @@ def make_step(tx: optax.GradientTransformationExtraArgs, value_and_grad: Callabl
             grad=grads,
             value_fn=value_fn,
             losses_fn=losses_fn,
-            apply_fn=apply_fn,
+            features_fn=features_fn,
+            head_fn=head_fn,
             loss_on_logits=loss_on_logits,
             batch=batch,
             index=batch["index"],

@@ -207,15 +207,23 @@ def compile_step(args: argparse.Namespace, state, shardings, batch, classes: int
 def train_step(state, batch, *, classes: int, smoothing: float):
     """Take one step of any variant; return `(state, readings)`."""
 
-    def apply_fn(params, batch):
-        logits, moved = state.apply_fn(
+    def features_fn(params, batch):
+        features, moved = state.apply_fn(
             {"params": params, "batch_stats": state.batch_stats},
             normalize(batch["image"]),
             train=True,
             rngs=state.rngs("dropout"),
             mutable=["batch_stats"],
+            method="features",
         )
-        return logits, moved.get("batch_stats", {})
+        return features, moved.get("batch_stats", {})
+
+    def head_fn(params, features):
+        return state.apply_fn({"params": params}, features, method="logits")
+
+    def apply_fn(params, batch):
+        features, batch_stats = features_fn(params, batch)
+        return head_fn(params, features), batch_stats
 
     def teacher_fn(params, batch):
         variables = {"params": params, "batch_stats": state.batch_stats}
@@ -242,7 +250,8 @@ def train_step(state, batch, *, classes: int, smoothing: float):
         grads=grads,
         value=value,
         losses_fn=losses_fn,
-        apply_fn=apply_fn,
+        features_fn=features_fn,
+        head_fn=head_fn,
         loss_on_logits=loss_on_logits,
         teacher_fn=teacher_fn,
         batch=batch,

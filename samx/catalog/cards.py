@@ -30,6 +30,7 @@ FAMILIES = {
         "sam_polyak", "sassha", "msassha",
     ),
     "A teacher in place of the ascent": ("saf", "mesa"),
+    "Logits, output layers and adapters": ("functional_sam", "logits_sam", "flat_lora", "bi_lora"),
     "Other losses and rare classes": ("bisam", "focal_sam", "imbalanced_sam"),
     "Masks": ("sam_on", "fisher_sparse_sam", "dynamic_sparse_sam"),
     "A learned radius": ("lets",),
@@ -95,6 +96,7 @@ DIGITS = "examples/digits.py"
 WHICH = "notebooks/which_variant.ipynb"
 CHOOSING = "notebooks/choosing_rho.ipynb"
 MIGRATING = "notebooks/coming_from.ipynb"
+FINE_TUNE = "examples/train/fine_tune.py"
 DEVICES = "notebooks/eight_devices.ipynb"
 BAYES = "examples/claims/bsam.py"
 WORKERS = "notebooks/workers_that_do_not_wait.ipynb"
@@ -1365,6 +1367,68 @@ CARDS = {
             },
         },
         shown_in=(DIGITS,),
+    ),
+    "functional_sam": Card(
+        use_when="You train a language model, where SAM does not help: its change of the loss's derivative "
+        "is left out.",
+        not_when="The model is linear in its parameters: then it is the plain gradient. Or a step may "
+        "cost one gradient only: `logits_sam`.",
+        start=(
+            Start("0.05", "a first try, SAM's radius", "default"),
+            *digits("functional_sam"),
+        ),
+        watch="The reading `sharpness` is the rise of the loss at w + ε, which this variant does not "
+        "descend. `loss_on_logits` must give each example the loss of its own logits.",
+        coming_from={},
+        shown_in=(DIGITS, FINE_TUNE),
+    ),
+    "logits_sam": Card(
+        use_when="You tune a large model, by preferences for example, and a second gradient of all of it "
+        "costs too much.",
+        not_when="The sharpness that you mean is that of the whole model: the features are not "
+        "perturbed.",
+        start=(
+            Start("0.001", "preference tuning (DPO) of models with 2 to 7 billion parameters",
+                  "cited", "RitianLuo/logits-sam-dpo, README"),
+            Start("0.05", "the default of the authors' code", "cited", "RitianLuo/logits-sam-dpo"),
+            *digits("logits_sam"),
+        ),
+        watch="`features_fn` must end where `head_fn` begins, and only matrices that `head_fn` reads are "
+        "perturbed. The norm is that of the output layer's gradient alone, so SAM's radii do not "
+        "carry over.",
+        coming_from={
+            "RitianLuo/logits-sam-dpo": {
+                "sam_rho": "rho",
+                "sam_adaptive": "perturbation: metric_ball with a metric of |w| once, as `le_sam`",
+            },
+        },
+        shown_in=(DIGITS, FINE_TUNE),
+    ),
+    "flat_lora": Card(
+        use_when="You train adapters, deploy the merged weights, and a step may cost one gradient.",
+        not_when="You train all weights: `lpf_sgd` and `rwp` are made for that.",
+        start=(
+            Start("0.05", "LoRA of language models, `num_steps` the whole training", "cited",
+                  "nblt/Flat-LoRA, README"),
+        ),
+        watch="Pass `merge_fn`, and closures that take the merged weights. Let it return the adapted "
+        "weights alone: all others that it returns are moved by noise too, and copied.",
+        coming_from={"nblt/Flat-LoRA": {"rho": "rho", "T": "none: new noise in every step"}},
+        shown_in=(FINE_TUNE,),
+    ),
+    "bi_lora": Card(
+        use_when="You train adapters, deploy the merged weights, and want an ascent without a second "
+        "gradient.",
+        not_when="You compare with the authors' numbers: their code could not be had.",
+        start=(
+            Start("0.05, rank 8", "a first try, SAM's radius and a usual rank", "default"),
+            Start("ascent at the learning rate of the main pair, 3e-4", "LoRA of Llama 3.1-8B",
+                  "recalled", "a note on the paper"),
+        ),
+        watch="The second pair starts at zero and climbs slowly. In the first steps this is plain LoRA: "
+        "look at `perturbation_norm` with `all_readings`. It should reach rho.",
+        coming_from={},
+        shown_in=(FINE_TUNE,),
     ),
     "bsam": Card(
         use_when="You want calibrated probabilities: predictions are averaged over draws from the "

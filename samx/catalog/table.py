@@ -19,14 +19,17 @@ from samx.variants.arwp import arwp, marwp
 from samx.variants.asam import asam
 from samx.variants.async_sam import async_sam
 from samx.variants.ausam import ausam
+from samx.variants.bi_lora import bi_lora
 from samx.variants.bisam import bisam
 from samx.variants.bsam import bsam
 from samx.variants.cr_sam import cr_sam
 from samx.variants.eigen_sam import eigen_sam
 from samx.variants.esam import esam
 from samx.variants.fisher_sam import fisher_sam
+from samx.variants.flat_lora import flat_lora
 from samx.variants.focal_sam import focal_sam
 from samx.variants.friendly_sam import friendly_sam
+from samx.variants.functional_sam import functional_sam
 from samx.variants.gam import gam, gam_exact
 from samx.variants.gcsam import gcsam
 from samx.variants.gnp import gnp
@@ -36,6 +39,7 @@ from samx.variants.ksam import ksam
 from samx.variants.le_sam import le_sam
 from samx.variants.lets import lets
 from samx.variants.lightsam import lightsam_adagrad, lightsam_adam, lightsam_norm
+from samx.variants.logits_sam import logits_sam
 from samx.variants.lookbehind_sam import lookbehind_sam
 from samx.variants.looksam import look_layer_sam, looksam
 from samx.variants.lpf_sgd import lpf_sgd
@@ -398,6 +402,25 @@ PAPERS = {
         "Sharpness-Aware Training for Free",
         "Du, Jiawei and Zhou, Daquan and Feng, Jiashi and Tan, Vincent Y. F. and Zhou, Joey Tianyi",
         "NeurIPS", 2022, "2205.14083"),
+    "singh2025functional": _Paper(
+        "Avoiding Spurious Sharpness Minimization Broadens Applicability of SAM",
+        "Singh, Sidak Pal and Mobahi, Hossein and Agarwala, Atish and Dauphin, Yann",
+        "ICML", 2025, "2502.02407"),
+    "luo2026logits": _Paper(
+        "Sharpness-Aware Minimization in Logit Space Efficiently Enhances Direct Preference "
+        "Optimization",
+        "Luo, Haocheng and Deng, Zehang and Do, Thanh-Toan and Harandi, Mehrtash and Phung, Dinh "
+        "and Le, Trung",
+        "ICLR", 2026, "2603.18258"),
+    "li2025flatlora": _Paper(
+        "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape",
+        "Li, Tao and He, Zhengbao and Li, Yujun and Wang, Yasheng and Shang, Lifeng and "
+        "Huang, Xiaolin",
+        "ICML", 2025, "2409.14396"),
+    "liu2026bilora": _Paper(
+        "Bi-LoRA: Efficient Sharpness-Aware Minimization for Fine-Tuning Large-Scale Models",
+        "Liu, Yuhang and Li, Tao and Huang, Zhehao and Yang, Zuopeng and Huang, Xiaolin",
+        "ICLR", 2026, "2508.19564"),
     "hassan2025gcsam": _Paper(
         "GCSAM: Gradient Centralized Sharpness Aware Minimization",
         "Hassan, Mohamed and Vakanski, Aleksandar and Zhang, Boyu and Xian, Min",
@@ -793,6 +816,29 @@ ENTRIES = (
            "1, and one more forward pass", "1 P",
            "matches AngusDujw/SAF (MESA) to 1e-14, cross-entropy without smoothing",
            "authors"),
+    _entry("functional_sam", functional_sam, "functional_sam(rho=0.05)",
+           "Functional-SAM", "singh2025functional", "chain", LOGITS,
+           "2, sequential", "0",
+           "**reconstructed** from the equation; matches an own run by it to 1e-10, and an independent "
+           "loop",
+           "reconstructed"),
+    _entry("logits_sam", logits_sam, "logits_sam(rho=0.05)",
+           "logits-SAM", "luo2026logits", "chain",
+           ("features_fn", "head_fn", "loss_on_logits", "batch"),
+           "1, and two thirds of the output layer's share", "0",
+           "matches RitianLuo/logits-sam-dpo to 1e-14, norms in float64",
+           "authors"),
+    _entry("flat_lora", flat_lora, "flat_lora(rho=0.05, num_steps=...)",
+           "Flat-LoRA", "li2025flatlora", "chain", LOSS,
+           "1", "0",
+           "**reconstructed** from nblt/Flat-LoRA, which was read and not run; matches an independent "
+           "loop to 1e-10",
+           "reconstructed"),
+    _entry("bi_lora", bi_lora, "bi_lora(rho=0.05, rank=8)",
+           "Bi-LoRA", "liu2026bilora", "chain", LOSS,
+           "1", "the pairs of low rank, and their optimizer's state",
+           "**reconstructed** from a note on the paper; matches an independent loop to 1e-10",
+           "reconstructed"),
     _entry("bsam", bsam, "bsam(learning_rate, num_examples)",
            "bSAM", "moellenhoff2023bsam", "optimizer", LOSSES,
            "2, sequential", "2 P",

@@ -206,6 +206,8 @@ class LossesClosure:
 class LogitsClosure:
     """A closure of a model's outputs: calling it gives the logits, `with_aux` `(logits, aux)`.
 
+    It also holds a part of a model: its outputs are features then, or its batch is.
+
     Attributes:
         fn: `(params, batch) -> logits` or `(params, batch) -> (logits, aux)`.
         name: Name of the transformation in error messages.
@@ -233,6 +235,9 @@ class LogitsClosure:
     def compose(self, fn: Callable[[Any], Any]) -> "LogitsClosure":
         """Return the closure that evaluates the model at `fn(params)`."""
         return replace(self, fn=lambda params, batch: self.fn(fn(params), batch))
+
+
+CLOSURES = (Closure, LossesClosure, LogitsClosure)
 
 
 @contextmanager
@@ -291,6 +296,16 @@ def in_two_parts(
         return loss_on_logits(logits, batch), aux
 
     return LossesClosure(losses_and_aux, name, "loss_on_logits")
+
+
+def on_features(name: str, features_fn: LogitsClosure, head_fn: LogitsClosure) -> LogitsClosure:
+    """Return the closure of the logits `head_fn(params, features_fn(params, batch))`."""
+
+    def logits_and_aux(params, batch):
+        features, aux = features_fn.with_aux(params, batch)
+        return head_fn(params, features), aux
+
+    return LogitsClosure(logits_and_aux, name, "head_fn")
 
 
 def _check_array(name: str, keyword: str, wanted: str, loss: Any) -> None:

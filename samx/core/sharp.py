@@ -1,6 +1,6 @@
 """The two parts of a sharpness-aware step: the ascent and the gradient at the perturbed point."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -73,9 +73,7 @@ def value_and_grad_at(
     tree.check_arrays("params", params)
     tree.check_like("eps", eps, "params", params)
     inspect_point(params, eps, partial(perturbed, params, eps, perturb_dtype))
-    start = closure.evaluation.devices.pcast_left_out(
-        jax.tree.map(lambda w: _widened(w, perturb_dtype), params)
-    )
+    start = closure.evaluation.devices.pcast_left_out(widened(params, perturb_dtype))
     is_widened = any(
         x.dtype != jnp.result_type(w)
         for x, w in zip(*map(jax.tree.leaves, (start, params)), strict=True)
@@ -83,7 +81,7 @@ def value_and_grad_at(
 
     at_point = partial(closure.with_aux, move=lambda w: perturbed(w, eps, None))
     try:
-        with _sharp_pass():
+        with sharp_pass():
             value, grads = jax.value_and_grad(at_point, has_aux=True, allow_int=True)(start)
     except TypeError as error:
         if not is_widened:
@@ -103,7 +101,7 @@ def loss_at(
     value_fn: Closure, params: optax.Params, eps: optax.Updates, perturb_dtype: Any
 ) -> jax.Array:
     """Return the loss at `w + ε`, with no gradient."""
-    with _sharp_pass():
+    with sharp_pass():
         return value_fn(perturbed(params, eps, perturb_dtype))
 
 
@@ -111,7 +109,7 @@ def scores_at(
     losses_fn: LossesClosure, params: optax.Params, eps: optax.Updates, batch: Any, dtype: Any
 ) -> jax.Array:
     """Return per-example losses `[B]` at `w + ε`, with no gradient; `dtype` is `perturb_dtype`."""
-    with _sharp_pass():
+    with sharp_pass():
         return losses_fn.scores(perturbed(params, eps, dtype), batch)
 
 
@@ -154,7 +152,8 @@ def is_sharp_pass() -> bool:
 
 
 @contextmanager
-def _sharp_pass():
+def sharp_pass() -> Iterator[None]:
+    """Mark what is computed inside as a pass at the perturbed point."""
     token = _IS_SHARP_PASS.set(True)
     try:
         yield
@@ -173,6 +172,11 @@ def perturbed(params: optax.Params, eps: optax.Updates, perturb_dtype: Any) -> o
         return (w.astype(dtype) + e.astype(dtype)).astype(w.dtype)
 
     return jax.tree.map(move, params, eps)
+
+
+def widened(params: Any, dtype: Any) -> Any:
+    """Return half-precision leaves in `dtype` or wider, as the closure sees them at a point."""
+    return jax.tree.map(lambda w: _widened(w, dtype), params)
 
 
 def _widened(w: Any, dtype: Any) -> jax.Array:

@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from samx.core import tree
+from samx.core import merging, tree
 from samx.core.aliases import Transformation
 from samx.core.closures import (
+    CLOSURES,
     as_weights,
     batch_size,
     in_two_parts,
     logits_closure,
     losses_closure,
     mean_loss,
+    on_features,
     scalar_closure,
 )
 from samx.core.hyperparams import check_function, check_scalar, check_text
@@ -31,11 +33,14 @@ OWN_KEYWORDS = frozenset(
         "apply_fn",
         "ascent_fn",
         "batch",
+        "features_fn",
         "fisher_batch",
+        "head_fn",
         "index",
         "labels",
         "loss_on_logits",
         "losses_fn",
+        "merge_fn",
         "teacher_fn",
         "validation_fn",
         "weights",
@@ -44,9 +49,14 @@ OWN_KEYWORDS = frozenset(
 # Nodes in the parameters by which optax's wrappers are known.
 _WRAPPED = ("MaskedNode", "SplitRealAndImaginaryArrays")
 SCALAR_CLOSURES = ("value_fn", "ascent_fn", "validation_fn")
-LOGITS_CLOSURES = ("apply_fn", "teacher_fn")
-CLOSURES_OF_PARAMS = (*SCALAR_CLOSURES, "losses_fn", *LOGITS_CLOSURES)
+# Functions of the parameters and a batch, or of the parameters and features.
+MODEL_CLOSURES = ("apply_fn", "features_fn", "head_fn", "teacher_fn")
+CLOSURES_OF_PARAMS = (*SCALAR_CLOSURES, "losses_fn", *MODEL_CLOSURES)
 _OWN_MESSAGE = re.compile(r"\w+: .*(`state`|state's)")  # of the check of a state
+_IN_THREE_PARTS = (
+    "features_fn=features, head_fn=head, loss_on_logits=losses, batch=batch), where "
+    "features(params, batch) are what the output layer gets, and head(params, features) the logits"
+)
 _FIXES = {
     "value_fn": "value_fn=lambda p: loss(p, batch)) or, with per-example losses [B], "
     "tx.update(grads, state, params, losses_fn=losses, batch=batch)",
@@ -57,6 +67,8 @@ _FIXES = {
     "are the logits, and losses(logits, batch) are per example, [B]",
     "loss_on_logits": "apply_fn=apply, loss_on_logits=losses, batch=batch), where "
     "losses(logits, batch) are per example, [B]",
+    "features_fn": _IN_THREE_PARTS,
+    "head_fn": _IN_THREE_PARTS,
     "ascent_fn": "value_fn=..., ascent_fn=lambda p: other_loss(p, batch)), the loss to climb",
     "validation_fn": "value_fn=..., validation_fn=lambda p: loss(p, held_out)), the loss on "
     "examples that are not trained on",
@@ -82,11 +94,15 @@ def closure_transformation(
       `value_fn(params)` is the scalar loss, `value_fn.with_aux(params)` is `(loss, aux)`;
       `losses_fn(params, batch)` and `losses_fn.with_aux(params, batch)` give the losses `[B]`.
       `apply_fn(params, batch)` and `apply_fn.with_aux(params, batch)` give the logits;
-      `teacher_fn` too.
+      `teacher_fn` too. `features_fn(params, batch)` and `head_fn(params, features)` are the two
+      parts of a model.
+    - `apply_fn` may be left out if `features_fn` and `head_fn` are given.
     - `losses_fn` may be left out if `apply_fn` and `loss_on_logits` are given. It is then
       `loss_on_logits(apply_fn(params, batch), batch)`.
     - `value_fn` may be left out if `losses_fn` (or its two parts) and `batch` are given. It is then
       the mean of the losses, weighted by `weights` if given.
+    - With `merge_fn`, `params -> weights`, all closures take weights: the caller trains adapters,
+      and writes the loss of the merged model. Here each closure still takes the parameters.
     - `value` is the loss at `params`, for the readings. If the caller does not pass it, the reading
       `loss` is infinite.
     - `g` is the gradient at `params`. At complex leaves it is the conjugate of `jax.grad`'s: as
@@ -222,18 +238,24 @@ def checked_transformation(
 def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
     """Check the keywords of `update`, and turn every loss function into a closure object."""
     extra = {k: v for k, v in extra.items() if v is not None}
-    for keyword in (*CLOSURES_OF_PARAMS, "loss_on_logits"):
+    for keyword in (*CLOSURES_OF_PARAMS, "loss_on_logits", "merge_fn"):
         if keyword in extra and not callable(extra[keyword]):
             kind = type(extra[keyword]).__name__
             raise TypeError(f"{name}: `{keyword}` must be a function, got {kind}")
+    is_callers = {k: not isinstance(extra[k], CLOSURES) for k in CLOSURES_OF_PARAMS if k in extra}
     for keyword in SCALAR_CLOSURES:
         if keyword in extra:
             extra[keyword] = scalar_closure(name, keyword, extra[keyword])
     if "losses_fn" in extra:
         extra["losses_fn"] = losses_closure(name, extra["losses_fn"])
-    for keyword in LOGITS_CLOSURES:
+    for keyword in MODEL_CLOSURES:
         if keyword in extra:
             extra[keyword] = logits_closure(name, extra[keyword], keyword)
+    if "merge_fn" in extra:  # closures from an outer wrapper see the parameters through it already
+        weights_of = merging.view(extra["merge_fn"])
+        extra |= {k: extra[k].compose(weights_of) for k in is_callers if is_callers[k]}
+    if {"features_fn", "head_fn"} <= extra.keys() and "apply_fn" not in extra:
+        extra["apply_fn"] = on_features(name, extra["features_fn"], extra["head_fn"])
     if {"apply_fn", "loss_on_logits"} <= extra.keys() and "losses_fn" not in extra:
         extra["losses_fn"] = in_two_parts(name, extra["apply_fn"], extra["loss_on_logits"])
     if "value" in extra:
@@ -256,6 +278,8 @@ def freeze_leaves(extra: dict[str, Any], is_frozen: Any) -> dict[str, Any]:
     """Return the keywords with closures whose gradient is zero at the frozen leaves."""
 
     def frozen(params):
+        if isinstance(params, merging.Merged):  # weights: nothing of them is a parameter
+            return params
         return jax.tree.map(
             lambda w, held: jax.lax.stop_gradient(w) if held else w, params, is_frozen
         )

@@ -5,8 +5,11 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from samx.core import tree
+from samx.core.aliases import Transformation
+from samx.core.closures import Closure
 from samx.core.hyperparams import as_count, check_function
 
 LayerGroups: TypeAlias = int | Callable[[Any, Any], Hashable]
@@ -72,3 +75,24 @@ def filled(part: Any, whole: Any) -> Any:
     return jax.tree.map(
         lambda x, other: other if x is None else x, part, whole, is_leaf=lambda x: x is None
     )
+
+
+def seen_by_part(
+    ball: optax.GradientTransformationExtraArgs, active: Any, whole: Any, value_fn: Closure
+) -> Transformation:
+    """Give the active leaves a perturbation of all parameters; other gradients are zero."""
+    zeros = optax.tree.zeros_like(whole)
+
+    def update_fn(updates, state, params=None, **keywords):
+        del params
+        keywords |= {"value_fn": value_fn}
+        eps, state = ball.update(filled(updates, zeros), state, whole, **keywords)
+        return only(eps, active), state
+
+    return optax.GradientTransformationExtraArgs(ball.init, update_fn)
+
+
+def share_of(part: Any, params: Any) -> float:
+    """Return the share of the parameters that is in `part`."""
+    active, whole = (sum(jnp.size(x) for x in jax.tree.leaves(tree)) for tree in (part, params))
+    return active / whole

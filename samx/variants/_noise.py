@@ -5,6 +5,8 @@ from typing import Any
 import jax
 
 from samx.core.aliases import Transformation
+from samx.core.closures import Closure, LossesClosure, batch_size, mean_loss
+from samx.core.microbatches import strided
 from samx.core.transformation import as_transformation, checked_transformation
 from samx.perturbations import filterwise, gaussian_noise
 from samx.perturbations.noise import NoiseState
@@ -41,3 +43,15 @@ def _checked(name: str, noise: Transformation) -> Transformation:
         return state
 
     return checked_transformation(name, init_fn, noise.update)
+
+
+def halves(
+    name: str, losses_fn: LossesClosure, batch: Any, weights: Any
+) -> tuple[Closure, Closure]:
+    """Return the mean losses of the even and of the odd examples."""
+    size = batch_size(name, batch)
+    if size % 2:
+        raise ValueError(f"{name}: `batch` must hold an even number of examples, got {size}")
+    parts = strided(2, (batch, weights))
+    even, odd = (jax.tree.map(lambda x, i=i: x[i], parts) for i in range(2))
+    return mean_loss(losses_fn, *even), mean_loss(losses_fn, *odd)

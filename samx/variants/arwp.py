@@ -20,7 +20,7 @@ from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
 from samx.perturbations import filterwise
 from samx.perturbations.filters import filter_sums
-from samx.variants.rwp import halves
+from samx.variants._noise import halves
 
 
 class ARWPState(NamedTuple):

@@ -13,14 +13,13 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, ScalarOrSchedule, Transformation
-from samx.core.closures import Closure, LossesClosure, batch_size, evaluate, mean_loss
+from samx.core.closures import evaluate
 from samx.core.hyperparams import Default, at_step, check_hyperparam, next_step
-from samx.core.microbatches import strided
 from samx.core.readings import UNKNOWN, Readings, no_readings, with_loss
 from samx.core.sharp import sharp_gradient
 from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import closure_transformation
-from samx.variants._noise import noise_of
+from samx.variants._noise import halves, noise_of
 
 
 class RWPState(NamedTuple):
@@ -116,15 +115,3 @@ def rwp(
         return updates, RWPState(next_step(state.step), noise_state, aux, readings)
 
     return closure_transformation(init_fn, update_fn, name="rwp")
-
-
-def halves(
-    name: str, losses_fn: LossesClosure, batch: Any, weights: Any
-) -> tuple[Closure, Closure]:
-    """Return the mean losses of the even and of the odd examples."""
-    size = batch_size(name, batch)
-    if size % 2:
-        raise ValueError(f"{name}: `batch` must hold an even number of examples, got {size}")
-    parts = strided(2, (batch, weights))
-    even, odd = (jax.tree.map(lambda x, i=i: x[i], parts) for i in range(2))
-    return mean_loss(losses_fn, *even), mean_loss(losses_fn, *odd)

@@ -13,7 +13,7 @@ import optax
 
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, ScalarOrSchedule, Transformation
-from samx.core.closures import Closure, evaluate
+from samx.core.closures import evaluate
 from samx.core.convolutions import fast_convolutions
 from samx.core.hyperparams import Default, RandomKey, at_step, check_hyperparam, next_step
 from samx.core.readings import FORWARD, Readings, no_readings
@@ -22,7 +22,15 @@ from samx.core.state import first_aux, kept_aux
 from samx.core.transformation import as_transformation, base_keywords, closure_transformation
 from samx.policies.norms import LARGEST_RISE
 from samx.variants._ball import ball_of
-from samx.variants._layer_groups import LayerGroups, as_groups, filled, groups_of, only
+from samx.variants._layer_groups import (
+    LayerGroups,
+    as_groups,
+    filled,
+    groups_of,
+    only,
+    seen_by_part,
+    share_of,
+)
 
 SETTLED = 100  # steps after which no norm rises by LARGEST_RISE in ordinary training
 
@@ -164,9 +172,9 @@ def sl_sam(
         part, zeros = only(params, active), optax.tree.zeros_like(params)
         seen, aux = evaluate(value_fn.compose(lambda part: filled(part, params)), part)
         part_fn, g = seen["value_fn"], seen["grad"]
-        on_part = _seen_by_part(ball, active, params, value_fn)
+        on_part = seen_by_part(ball, active, params, value_fn)
         eps, g_a, ball_state = ascend(part_fn, on_part, g, state.perturbation, part, **extra)
-        cost = 2 * (2 * FORWARD + FORWARD * _share(part, params))
+        cost = 2 * (2 * FORWARD + FORWARD * share_of(part, params))
         g_s, readings = sharp_gradient(
             *(part_fn, part, eps, state.readings),
             loss=seen["value"],
@@ -212,27 +220,6 @@ def _reward(
     log_weights = state.log_weights.at[group].add(gain.astype(jnp.float32))
     learned = log_weights - jnp.max(log_weights), largest
     return tree.if_finite(learned, (state.log_weights, state.largest_norm))
-
-
-def _seen_by_part(
-    ball: optax.GradientTransformationExtraArgs, active: Any, whole: Any, value_fn: Closure
-) -> Transformation:
-    """Give the active leaves a perturbation of all parameters; other gradients are zero."""
-    zeros = optax.tree.zeros_like(whole)
-
-    def update_fn(updates, state, params=None, **keywords):
-        del params
-        keywords |= {"value_fn": value_fn}
-        eps, state = ball.update(filled(updates, zeros), state, whole, **keywords)
-        return only(eps, active), state
-
-    return optax.GradientTransformationExtraArgs(ball.init, update_fn)
-
-
-def _share(part: Any, params: Any) -> float:
-    """Return the share of the parameters that is in `part`."""
-    active, whole = (sum(jnp.size(x) for x in jax.tree.leaves(tree)) for tree in (part, params))
-    return active / whole
 
 
 def _restored(new: Any, old: Any, active: Any) -> Any:

@@ -97,6 +97,8 @@ KEYWORDS = {
     "validation_fn": lambda data: lambda params: problem.losses_fn(params, data).mean(),
     "apply_fn": lambda data: problem.logits_of,
     "loss_on_logits": lambda data: problem.loss_on_logits,
+    "features_fn": lambda data: problem.features_of,
+    "head_fn": lambda data: problem.head_on,
 }
 
 
@@ -113,7 +115,8 @@ def test_its_state_is_as_large_as_it_says(entry):
     in_batch = problem.BATCH_SIZE * 11 if "a batch" in entry.state else 0
     in_table = 2 * 64 if "per example" in entry.state else 0
     in_table = 2 * 64 * 3 if "logits of every example" in entry.state else in_table
-    assert abs(sum(floating) - copies * size - in_batch - in_table) < 0.2 * size
+    in_pairs = 2 * (10 + 16 + 16 + 3) if "low rank" in entry.state else 0
+    assert abs(sum(floating) - copies * size - in_batch - in_table - in_pairs) < 0.2 * size
     has_mask = any(x.dtype == bool and x.size > 1 for x in jax.tree.leaves(state))
     assert has_mask == ("a byte per parameter" in entry.state)
 

@@ -52,6 +52,7 @@ RIGHT = {  # of arguments that have no default, or none that is a number
     "logits_like": jax.ShapeDtypeStruct((3,), np.float32),
     "end": 9,
     "steps_per_epoch": 4,
+    "num_steps": 4,
     "peak_value": 0.1,
     "weight": 0.5,
     "alpha": 0.5,

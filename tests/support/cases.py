@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import problem
 import reference
+import reference_fine_tuning
 import reference_passes
 from recorded import RECORDED
 
@@ -266,6 +267,41 @@ def lookbehind_loop(rho):
     return train
 
 
+def flat_lora_loop(base, steps):
+    draws = {k: x[:, 0] for k, x in normals(problem.make()[1], steps).items()}
+    rule = reference_fine_tuning.flat_lora(0.2, 4, draws)
+    return reference_fine_tuning.train_whole(rule, base, steps)
+
+
+def bi_lora_loop(base, steps):
+    shapes = {"W1": (10, 2), "W2": (16, 2)}
+    first = {
+        k: np.asarray(jax.random.normal(jax.random.fold_in(first_key(), i), shape, np.float64))
+        for i, (k, shape) in zip((0, 2), shapes.items(), strict=True)
+    }
+    first = {k: a / a.shape[0] ** 0.5 for k, a in first.items()}
+    rule = reference_fine_tuning.BiLoRA(0.2, first, reference.SGD(0.5), {"W1": 16, "W2": 3})
+    return reference_fine_tuning.train_whole(rule, base, steps)
+
+
+def first_key():
+    """The key of the first draw with the default key, from its definition."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 0)
+
+
+def normals(like, steps):
+    """The draws of `draws.normal_like` with the default key, from their definition."""
+
+    def normal(i, w, t):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), t), i)
+        return np.asarray(jax.random.normal(key, w.shape, np.float64))
+
+    return {
+        k: np.array([[normal(i, w, t)] for t in range(steps)])
+        for i, (k, w) in enumerate(sorted(like.items()))
+    }
+
+
 def lsam_loop(rho):
     return lambda base, steps: reference.train_lsam(base, reference.ball(rho), 0.9, 2, steps)
 
@@ -331,6 +367,9 @@ SELECTING = {"uses_gradient": False, "climbs": False}
 NOISY = SELECTING | {"is_noisy": True}
 TEACHING = SELECTING | {"perturbs": False, "is_gated": True, "radii": ("lam",)}
 TEACHING |= {"survives_any_scale": False}  # the teacher's term does not scale with the loss
+# Two thirds more of the output layer's matrix, which has 48 of the problem's 227 parameters.
+HEAD = {"uses_gradient": False, "climbs": False, "spent": lambda step, state: 1 + 2 / 3 * 48 / 227}
+HEAD |= {"static_args": ("is_perturbed",)}
 SAMPA = {
     "passes": (2, 2),
     "limit": sampa_without_radius,
@@ -716,6 +755,25 @@ VARIANTS = {
         copies=1,
         static_args=("steps_per_epoch", "start", "end"),
         **TEACHING,
+    ),
+    "functional_sam": row("functional_sam", {"rho": 0.1}, passes=(2, 2), uses_gradient=False),
+    "logits_sam": row("logits_sam", {"rho": 0.3}, **HEAD),
+    "flat_lora": row(
+        "flat_lora",
+        {"rho": 0.2},
+        fixed={"num_steps": 4},
+        oracle=flat_lora_loop,
+        static_args=("num_steps", "weights_like"),
+        **NOISY,
+    ),
+    "bi_lora": row(
+        "bi_lora",
+        {"rho": 0.2},
+        fixed={"rank": 2, "ascent": optax.sgd(0.5)},
+        oracle=bi_lora_loop,
+        copies=None,
+        static_args=("rank", "ascent", "weights_like"),
+        **NOISY | {"is_noisy": False},
     ),
     "bsam": row(
         "bsam",

@@ -95,6 +95,7 @@ def program(name) -> Program:
 
         others = {"ascent_fn": ascent_fn, "apply_fn": problem.logits_of}
         others["loss_on_logits"] = loss_on_logits
+        others |= {"features_fn": problem.features_of, "head_fn": problem.head_on}
         return problem.make_step(tx, losses_fn, **others)(params, state, batch)
 
     flat = dict.fromkeys(case.hyper, 0.0)

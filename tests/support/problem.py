@@ -44,13 +44,21 @@ def losses_fn(params, batch):
 
 
 def logits_of(params, batch):
+    return head_on(params, features_of(params, batch))
+
+
+def features_of(params, batch):
     hidden = batch["x"] @ params["W1"] + params["b1"][None]
     if "g" in params:
         hidden = jax.nn.standardize(hidden, epsilon=1e-5) * params["g"][None] + params["c"][None]
-    return jnp.tanh(hidden) @ params["W2"] + params["b2"][None]
+    return jnp.tanh(hidden)
 
 
-losses_fn.logits_of = logits_of
+def head_on(params, features):
+    return features @ params["W2"] + params["b2"][None]
+
+
+losses_fn.logits_of, losses_fn.features_of, losses_fn.head_on = logits_of, features_of, head_on
 
 
 def loss_on_logits(logits, batch):
@@ -76,12 +84,14 @@ def further(batch, losses_fn=losses_fn, weights=None):
 
 
 def in_two_parts(losses_fn):
-    """The losses as `apply_fn` and `loss_on_logits`.
+    """The losses as `apply_fn` and `loss_on_logits`, and as features and a head.
 
-    Losses without the attribute `logits_of` become "logits" themselves.
+    Losses without the attribute `logits_of` become "logits" themselves, and features of a head that
+    only reads its parameters.
     """
     if hasattr(losses_fn, "logits_of"):
-        return {"apply_fn": losses_fn.logits_of, "loss_on_logits": loss_on_logits}
+        parts = {"features_fn": losses_fn.features_of, "head_fn": losses_fn.head_on}
+        return parts | {"apply_fn": losses_fn.logits_of, "loss_on_logits": loss_on_logits}
 
     def apply_fn(params, batch):
         result = losses_fn(params, batch)
@@ -89,7 +99,12 @@ def in_two_parts(losses_fn):
         logits = jnp.stack([losses, -losses, 0 * losses], axis=1)
         return (logits, result[1]) if isinstance(result, tuple) else logits
 
-    return {"apply_fn": apply_fn, "loss_on_logits": lambda logits, batch: logits[:, 0]}
+    def head_fn(params, logits):
+        read = (w.real.sum().astype(logits.dtype) for w in jax.tree.leaves(params) if w.ndim > 1)
+        return logits + 0 * sum(read)
+
+    parts = {"features_fn": apply_fn, "head_fn": head_fn}
+    return parts | {"apply_fn": apply_fn, "loss_on_logits": lambda logits, batch: logits[:, 0]}
 
 
 def losses_of(losses_fn, params, batch):

@@ -303,6 +303,11 @@ RECORDED = {
         "bsam", None, learning_rate=0.05, num_microbatches=1, **BSAM | {"prior_precision": 0.064}
     ),
 }
+RECORDED |= {
+    "ref_functionalsam__sgdm_rho0.1": run("functional_sam", MOMENTUM, rho=0.1),
+    "logitssam__sgd_rho0.05": run("logits_sam", SGD, rho=0.05),
+    "logitssam__sgdm_rho0.5": run("logits_sam", MOMENTUM, rho=0.5),
+}
 SEARCH = {"alpha_max": 2.0, "alpha_step": 0.1}
 RECORDED |= {
     "crsam__sgd_rho0.1_gamma0.1_beta0.01": run("cr_sam", SGD),

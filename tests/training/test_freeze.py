@@ -24,7 +24,9 @@ def on_head(losses_fn, params):
     def head_losses(head, batch):
         return losses_fn(held | head, batch)
 
-    head_losses.logits_of = lambda head, batch: losses_fn.logits_of(held | head, batch)
+    for name in ("logits_of", "features_of", "head_on"):
+        part = getattr(losses_fn, name)
+        setattr(head_losses, name, lambda head, x, part=part: part(held | head, x))
     return head_losses, head
 
 

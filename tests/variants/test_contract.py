@@ -196,9 +196,13 @@ def test_missing_closures_are_named(name):
     given = {"value_fn": lambda p: 0.0, "losses_fn": problem.losses_fn, "batch": batch}
     given |= problem.further(batch)
     state = jax.eval_shape(tx.init, params)
-    parts = {"apply_fn", "loss_on_logits"}
+    parts = {"apply_fn", "features_fn", "head_fn", "loss_on_logits"}
     for keyword in case.needs:
-        derives = {"value_fn": {"losses_fn", "batch"}, "losses_fn": parts}.get(keyword, set())
+        derives = {
+            "value_fn": {"losses_fn", "batch"},
+            "losses_fn": parts,
+            "apply_fn": {"features_fn", "head_fn"},
+        }.get(keyword, set())
         keywords = {k: v for k, v in given.items() if k not in {keyword, *derives}}
         with pytest.raises(ValueError, match=rf"`{keyword}` is missing.*MultiSteps"):
             jax.eval_shape(functools.partial(tx.update, **keywords), params, state, params)

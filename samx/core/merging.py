@@ -1,0 +1,28 @@
+"""Parameters seen through a map: where losses take merged weights, and parameters are adapters."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from samx.core.hyperparams import check_function
+
+
+class Merged(NamedTuple):
+    """Weights that stand where the parameters are expected, to be used as they are.
+
+    A closure that sees its parameters through a map does not apply the map to `Merged` weights.
+
+    Attributes:
+        weights: What the map returned, or a point near it.
+    """
+
+    weights: Any
+
+
+def view(merge_fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return the function `params -> weights` that leaves `Merged` weights as they are."""
+    check_function("merge_fn", merge_fn, 1)
+
+    def weights_of(params):
+        return params.weights if isinstance(params, Merged) else merge_fn(params)
+
+    return weights_of
