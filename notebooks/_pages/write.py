@@ -20,14 +20,15 @@ from typing import Any
 
 import samx
 from examples import digits
-from examples.claims import averages
+from examples.claims import averages, late_sam
 from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
 
 FOLDER = Path(__file__).parents[1]
 RESULTS = FOLDER.parent / "examples" / "compare" / "results"
 DIGITS = RESULTS / "digits.json"
-AVERAGES = FOLDER.parent / "examples" / "claims" / "results" / "averages.json"
+CLAIMS = FOLDER.parent / "examples" / "claims" / "results"
+AVERAGES, LATE_SAM = CLAIMS / "averages.json", CLAIMS / "late_sam.json"
 SHOWN = ("base", "base2x", "sam", "asam", "looksam", "momentum-sam")  # in the README
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 
@@ -68,7 +69,11 @@ def pages() -> dict[str, dict[str, str]]:
         "methods.md": {"table": method_table(), "cards": method_cards()},
         "fidelity.md": fidelity_tables(),
         "api.md": {"names": name_lists(), "reference": reference()},
-        "results.md": {"digits": digits_table(), "averages": averages_table()},
+        "results.md": {
+            "digits": digits_table(),
+            "averages": averages_table(),
+            "late_sam": late_sam_table(),
+        },
         "memory.md": memory_tables(),
         "../README.md": {"digits": digits_table(*SHOWN)},
     }
@@ -124,22 +129,46 @@ def digits_table(*names: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-# Results of examples/claims/averages.py
+# Results of examples/claims/averages.py and late_sam.py
 
 
 def averages_table() -> str:
     """Return accuracies, and paired leads over SGD and over the same optimizer, in percent."""
-    rows = json.loads(AVERAGES.read_text())["results"]
+    return accuracies_table(
+        AVERAGES,
+        ("method, learning rate", "minus sgd", "minus its optimizer"),
+        averages.name_of,
+        averages.leads_of,
+    )
+
+
+def late_sam_table() -> str:
+    """Return accuracies, and paired leads over SGD and over SAM, in percent."""
+    return accuracies_table(
+        LATE_SAM,
+        ("SAM", "minus sgd", "minus sam"),
+        lambda row: f"{row['row']}, {row['steps']} steps",
+        late_sam.leads_of,
+    )
+
+
+def accuracies_table(
+    path: Path,
+    heads: tuple[str, str, str],
+    name_of: Callable[[dict[str, Any]], str],
+    leads_of: Callable[[dict[str, Any], list[dict[str, Any]]], list[str]],
+) -> str:
+    """Return the accuracies of committed results, each with two paired leads, in percent."""
+    rows = json.loads(path.read_text())["results"]
     found: dict[str, list[str]] = {}
-    head = ["method, learning rate"]
+    head = [heads[0]]
     for noise in dict.fromkeys(row["noise"] for row in rows):
         labels = f"{noise:.0%} wrong labels" if noise else "clean labels"
-        head += [f"test accuracy, %, {labels}", "minus sgd", "minus its optimizer"]
+        head += [f"test accuracy, %, {labels}", *heads[1:]]
         mine = [row for row in rows if row["noise"] == noise]
         for row in mine:
             accuracy = averages.shown(*averages.mean_and_error(row["accuracy"]))
-            leads = averages.leads_of(row, mine)
-            found.setdefault(averages.name_of(row), []).extend([accuracy, *leads])
+            found.setdefault(name_of(row), []).extend([accuracy, *leads_of(row, mine)])
     return table_of(head, [[name, *cells] for name, cells in found.items()])
 
 
