@@ -221,7 +221,48 @@ def memory_tables() -> dict[str, str]:
                 )
             ],
         ),
+        "adapters": adapters_table(),
     }
+
+
+ADAPTED = {  # the rows of the table of adapters: what is trained, and how
+    ("whole", "adamw"): "the whole model, FSDP: adamw",
+    ("whole", "sam"): "sam",
+    ("whole", "logits-sam"): "logits_sam",
+    ("lora", "adamw"): "adapters, FSDP: adamw",
+    ("lora", "sam"): "sam on the adapters",
+    ("lora", "sam in a branch"): "the same in a branch",
+    ("lora-data", "adamw"): "adapters, all weights on every device: adamw",
+    ("lora-data", "sam"): "sam on the adapters",
+    ("lora-data", "sam in a branch"): "the same in a branch",
+}
+
+
+def adapters_table() -> str:
+    """Return the table of adapters and logits-SAM, with remat: 1B on 1 and on 8 devices."""
+    rows = json.loads((RESULTS / "memory_of_adapters.json").read_text())["rows"]
+    at = {(r["adapt"], r["method"], r["devices"]): r for r in rows if r["remat"]}
+    lines = []
+    for (adapt, method), name in ADAPTED.items():
+        one, eight = at[adapt, method, 1], at[adapt, method, 8]
+        plain = at[adapt, "adamw", 8]
+        gathered, reduced = (
+            f"{eight['sent'].get(kind, 0) / 1e9:.2f}" for kind in ("all-gather", "all-reduce")
+        )
+        lines.append([
+            name,
+            *(held_and_more(row) for row in (one, eight)),
+            f"{eight['flops'] / plain['flops']:.2f}",
+            gathered,
+            reduced,
+        ])
+    head = ["trained, method", "1 device, GB", "8 devices, GB", "flops", "gathered", "summed"]
+    return table_of(head, lines)
+
+
+def held_and_more(row: dict[str, Any]) -> str:
+    """Return what a device holds and what a step needs beside it, in GB."""
+    return f"{row['state_bytes'] / 1e9:.2f} + {row['temporary_bytes'] / 1e9:.2f}"
 
 
 def every_cells(row: dict[str, Any]) -> list[str]:
