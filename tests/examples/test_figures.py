@@ -496,6 +496,7 @@ CASES = {
         lambda path: draw_fine_tune(path, ["lora adamw", "lora sam", "lora bi-lora"], "loss", 3),
         lambda path: draw_fine_tune(path, ["head adamw"], seeds=1),
         lambda path: draw_fine_tune(path, ["whole adamw", "whole sam", "head adamw"], "loss", 1),
+    ],
     "late_sam.draw": [
         lambda path: draw_late_sam(path, [0.3, 0.0]),
         lambda path: draw_late_sam(path, [0.0]),
