@@ -21,6 +21,7 @@ from typing import Any
 import samx
 from examples import digits
 from examples.claims import averages, late_sam
+from examples.train import fine_tune
 from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
 
@@ -28,6 +29,7 @@ FOLDER = Path(__file__).parents[1]
 RESULTS = FOLDER.parent / "examples" / "compare" / "results"
 DIGITS = RESULTS / "digits.json"
 CLAIMS = FOLDER.parent / "examples" / "claims" / "results"
+FINE_TUNED = ("images", "mnist", "language")
 AVERAGES, LATE_SAM = CLAIMS / "averages.json", CLAIMS / "late_sam.json"
 SHOWN = ("base", "base2x", "sam", "asam", "looksam", "momentum-sam")  # in the README
 BY_NAME = {entry.name: entry for entry in ENTRIES}
@@ -75,6 +77,7 @@ def pages() -> dict[str, dict[str, str]]:
             "late_sam": late_sam_table(),
         },
         "memory.md": memory_tables(),
+        "fine_tuning.md": {name: fine_tune_table(name) for name in FINE_TUNED},
         "../README.md": {"digits": digits_table(*SHOWN)},
     }
 
@@ -150,6 +153,28 @@ def late_sam_table() -> str:
         lambda row: f"{row['row']}, {row['steps']} steps",
         late_sam.leads_of,
     )
+
+
+# Results of examples/train/fine_tune.py
+
+
+def fine_tune_table(task: str) -> str:
+    """Return what is learned and forgotten, the loss in 3 bits, and sharpness."""
+    rows = json.loads((CLAIMS / f"fine_tune_{task}.json").read_text())["rows"]
+    kind = "accuracy" if "new_accuracy" in rows[0] else "loss"
+    unit, names = ", %" * (kind == "accuracy"), (f"new_{kind}", f"forgotten_{kind}")
+    head = [f"new {kind}{unit}", "minus AdamW", f"forgotten{unit}", "minus AdamW"]
+    head += ["new loss in 3 bits", "minus AdamW", "top eigenvalue", "gradients"]
+    lines = [["method", *head], ["---"] * (len(head) + 1)]
+    for row in rows:
+        cells = [row["row"]]
+        for name in (*names, "new_loss_3_bits"):
+            lead = row["differences"].get(name)
+            cells.append(fine_tune.shown(name, *row[name]))
+            cells.append(fine_tune.shown(name, *lead, "+") if lead else "")
+        cells += [f"{row['top_eigenvalue'][0]:.3g}", f"{row['gradients'][0]:.0f}"]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def accuracies_table(
@@ -249,13 +274,15 @@ def adapters_table() -> str:
         gathered, reduced = (
             f"{eight['sent'].get(kind, 0) / 1e9:.2f}" for kind in ("all-gather", "all-reduce")
         )
-        lines.append([
-            name,
-            *(held_and_more(row) for row in (one, eight)),
-            f"{eight['flops'] / plain['flops']:.2f}",
-            gathered,
-            reduced,
-        ])
+        lines.append(
+            [
+                name,
+                *(held_and_more(row) for row in (one, eight)),
+                f"{eight['flops'] / plain['flops']:.2f}",
+                gathered,
+                reduced,
+            ]
+        )
     head = ["trained, method", "1 device, GB", "8 devices, GB", "flops", "gathered", "summed"]
     return table_of(head, lines)
 
