@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 
 from examples import digits
 from examples.asynchronous import async_cost, exchange_cost, faults, lsam_digits
-from examples.claims import averages, bsam, lets, lightsam, mup_transfer, second_order
+from examples.claims import (
+    averages,
+    bsam,
+    late_sam,
+    lets,
+    lightsam,
+    mup_transfer,
+    second_order,
+)
 from examples.common import figures, fine_tuning, monitoring
 from examples.common.registry import VARIANTS
 from examples.compare import front_figure
@@ -168,6 +176,15 @@ def draw_fine_tune(path, names, measure="accuracy", seeds=10):
         results.append(named | values | {"differences": differences})
     title = "Fine-tuning, scikit-learn's digits: 0 to 4, then 5 to 9; 10 seeds; more, less, lower: "
     fine_tune.draw(results, measure, path, title + "than AdamW, by two standard errors")
+
+
+def draw_late_sam(path, noises):
+    results = [
+        {"row": row, "noise": noise, "accuracy": some(20, low=90, high=97)}
+        for noise in noises
+        for row in late_sam.USES
+    ]
+    late_sam.draw(results, noises, path, "Digits: SAM on some steps at equal gradients, 20 seeds")
 
 
 def draw_second_order(path, rows, epochs=5):
@@ -479,6 +496,10 @@ CASES = {
         lambda path: draw_fine_tune(path, ["lora adamw", "lora sam", "lora bi-lora"], "loss", 3),
         lambda path: draw_fine_tune(path, ["head adamw"], seeds=1),
         lambda path: draw_fine_tune(path, ["whole adamw", "whole sam", "head adamw"], "loss", 1),
+    ],
+    "late_sam.draw": [
+        lambda path: draw_late_sam(path, [0.3, 0.0]),
+        lambda path: draw_late_sam(path, [0.0]),
     ],
     "second_order.draw": [
         lambda path: draw_second_order(path, ["base", "sam", *second_order.DEFAULT]),

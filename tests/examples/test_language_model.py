@@ -469,6 +469,7 @@ def test_abstract(names, in_empty_folder, monkeypatch, capsys, read_report):
     """Without SAM in other forms, which compile longest."""
     monkeypatch.setitem(abstract.SIZES, "1B", SIZE)
     monkeypatch.setattr(abstract, "draw", lambda rows, path: path.write_bytes(b""))
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # other tests need what they hold
     monkeypatch.setattr(
         abstract, "methods", lambda variants: {name: methods(variants)[name] for name in names}
     )
