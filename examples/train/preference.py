@@ -118,8 +118,8 @@ class Method(NamedTuple):
 METHODS = {
     "adamw": Method(lambda rho: optax.identity()),
     "adamw2x": Method(lambda rho: optax.identity(), times=2),
-    "sam": Method(lambda rho: samx.sam(rho), 0.05),
-    "functional-sam": Method(lambda rho: samx.functional_sam(rho), 0.05),
+    "sam": Method(lambda rho: samx.sam(rho), 0.02),
+    "functional-sam": Method(lambda rho: samx.functional_sam(rho), 0.02),
     "logits-sam": Method(lambda rho: samx.logits_sam(rho), 0.05),
 }
 
@@ -332,7 +332,7 @@ class Trainings:
         radius = METHODS[name].radius
         axes = [around(RATE, SIXTHS)]
         if radius:
-            axes = [around(RATE), from_zero(around(radius, decades=1))]
+            axes = [axes[0]._replace(reach=1), from_zero(around(radius, decades=1))]
 
         def score(candidate):
             found = self.measure(name, *numbers_of(candidate), "validation")
