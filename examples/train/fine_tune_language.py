@@ -267,5 +267,5 @@ def make_problem(args: Any) -> Problem:
         tuning_seeds=SEEDS,
         before=partial(before, setting),
         run=partial(run, setting),
-        decades=1,
+        decades=0,
     )

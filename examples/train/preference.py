@@ -332,7 +332,7 @@ class Trainings:
         radius = METHODS[name].radius
         axes = [around(RATE, SIXTHS)]
         if radius:
-            axes = [axes[0]._replace(reach=1), from_zero(around(radius, decades=1))]
+            axes = [axes[0]._replace(reach=1), from_zero(around(radius, decades=0))]
 
         def score(candidate):
             found = self.measure(name, *numbers_of(candidate), "validation")
