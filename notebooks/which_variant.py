@@ -53,6 +53,7 @@
 # | a little more time, not twice | `looksam`, `alpha=0.1` | as SAM | 1.2 |
 # | the same, the simplest form | `perturb_if(policies.every(5), ...)` | as SAM | 1.2 |
 # | SAM only late in training | `perturb_if(policies.between(start), ...)` | as SAM | 1, then 2 |
+# | rarely early, always late | `perturb_if(policies.join_policies(...), ...)` | as SAM | 1.2, then 2 |
 # | losses per example, half of each batch | `ausam` | 0.1 | 1 |
 # | losses per example, labels can be trusted | `ksam` | 0.1 | 1.33 |
 # | several devices | `data_parallel(..., ascent="local")` | as SAM | 2 |

@@ -4,16 +4,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from samx.core.hyperparams import (
+    as_count,
     check_number,
     check_scalar,
     check_schedule,
     check_static_number,
 )
 
-__all__ = ["following", "one_minus_inverse", "warmup_hold_cosine"]
+__all__ = ["following", "one_minus_inverse", "start_of_decay", "warmup_hold_cosine"]
+
+ROUNDING = 1e-6  # relative difference of learning rates that count as equal
 
 
 def following(
@@ -111,6 +116,74 @@ def one_minus_inverse(step: Any) -> jax.Array:
     """
     check_number("step", step, 0)
     return 1 - 1 / (jnp.asarray(step, float) + 1)
+
+
+def start_of_decay(schedule: optax.Schedule, num_steps: int) -> int:
+    """Return the step at which a learning rate begins to fall, after its warm-up and its hold.
+
+        start = 1 + the last step t with η_t = max(η_0, ..., η_{num_steps − 1})
+
+    There SAM can begin, if it is used only while the learning rate falls.
+
+    Args:
+        schedule: The schedule η of the base optimizer. Its peak does not matter: a schedule with
+            the peak 1 has the same start.
+        num_steps: Steps ≥ 1 of the training run.
+
+    Returns:
+        A Python int from 1 to `num_steps`. `num_steps` means that the learning rate does not fall,
+        as a constant one: then there is no late part, and `policies.between(num_steps)` makes no
+        step sharp.
+
+    Raises:
+        ValueError: If a value of the schedule is NaN, or is not known while tracing, as with a
+            traced peak; if `num_steps` is below 1.
+        TypeError: If `schedule` is not a schedule, or `num_steps` is not a Python int.
+
+    Example:
+        SAM in the last part only, with a radius that rises in a line over its first 50 steps:
+
+        >>> import optax, samx
+        >>> learning_rate = optax.join_schedules(
+        ...     [optax.linear_schedule(0.0, 0.1, 100), optax.constant_schedule(0.1),
+        ...      optax.linear_schedule(0.1, 0.0, 200)], [100, 800])
+        >>> start = samx.schedules.start_of_decay(learning_rate, num_steps=1000)
+        >>> start
+        801
+        >>> rho = optax.linear_schedule(0.0, 0.05, 50, transition_begin=start)
+        >>> tail = samx.perturb_if(samx.policies.between(start), samx.sam(rho))
+        >>> tx = optax.chain(tail, optax.sgd(learning_rate, momentum=0.9))
+
+    References:
+        For SAM late in training: `samx.policies.between`.
+
+    Notes:
+        Values that differ from the peak by less than one in a million count as the peak, because
+        float32 rounds. A cosine falls at once: the start is 1, or the step after the warm-up. The
+        schedule is evaluated for all steps at once when this function is called, also inside a
+        traced function. Cost: none in the training.
+    """
+    check_schedule("schedule", schedule)
+    num_steps = as_count("num_steps", num_steps)
+
+    def value_at(step):
+        value = schedule(step)
+        check_scalar("schedule(step)", value)
+        return value
+
+    with jax.ensure_compile_time_eval():
+        values = jax.vmap(value_at)(jnp.arange(num_steps))
+    if isinstance(values, Tracer):
+        raise ValueError(
+            "start_of_decay: the values of `schedule` must be known, got traced ones; its peak "
+            "does not matter: pass the same schedule with a peak of 1.0"
+        )
+    values = np.asarray(values)
+    if np.isnan(values).any():
+        at = int(np.isnan(values).argmax())
+        raise ValueError(f"start_of_decay: `schedule` must be a number, got NaN at step {at}")
+    peak = values.max()
+    return 1 + int(np.flatnonzero(values >= peak - ROUNDING * abs(peak))[-1])
 
 
 def warmup_hold_cosine(

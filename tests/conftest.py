@@ -30,7 +30,8 @@ FAST_COMPILATION = {
     "xla_cpu_use_fusion_emitters": "false",
     "xla_cpu_parallel_codegen_split_count": "1",
 }
-MOST_MEMORY = 2e9  # bytes by which a process may grow before it drops its compiled programs
+# Bytes by which a process may grow before it drops its compiled programs.
+MOST_MEMORY = max(2e9, psutil.virtual_memory().total / 8)
 LARGEST_CACHE = 1e9  # bytes of all compiled programs on the disk
 
 
@@ -166,6 +167,8 @@ def shared_programs(compiled_programs):
     link_new(kept, own)
     yield
     link_new(own, kept)
+    gc.collect(1)
+    gc.freeze()  # a full collection, which some scripts ask for, would look at all that is alive
 
 
 def link_new(source, target):

@@ -157,6 +157,9 @@ GOOD = {
     "lam": 0.5,
     "num_examples": 64.0,
     "one_minus_inverse.step": 3,
+    "schedule": optax.cosine_decay_schedule(0.1, 10),
+    "start_of_decay.num_steps": 10,
+    **{"policies": [samx.policies.every(2), samx.policies.every(1)], "boundaries": [4]},
     "bsam.num_microbatches": 2,
     **{"saf.num_examples": 64, "logits_like": jax.ShapeDtypeStruct((1,), np.float32)},
     **{"steps_per_epoch": 4, "teacher": jnp.ones((2, 3))},
@@ -188,6 +191,8 @@ SEQUENCES = {  # of what: a test of the elements, of the whole
     "workers": (lambda x: isinstance(x, Worker), lambda xs: len(xs) > 0),
     "devices": (lambda x: isinstance(x, jax.Device), lambda xs: True),
     "shape": (lambda x: is_whole(x) and x >= 0, lambda xs: True),
+    "policies": (lambda x: isinstance(x, samx.policies.Policy), lambda xs: len(xs) == 2),
+    "boundaries": (lambda x: is_whole(x) and 0 <= x < 2**31, lambda xs: len(xs) == 1),
     "bounds": (lambda x: is_real(x) and 0 < x < np.inf, lambda xs: len(xs) == 2),
 }
 ARRAYS = {  # shape or None, whether of integers

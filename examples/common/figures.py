@@ -256,8 +256,10 @@ def save(figure: Figure, path: Path, title: str = "") -> None:
     over_all = figure.suptitle(title, x=0.01, ha="left") if title else None
     _lay_out(figure)
     _wrap_titles(figure, over_all)
-    _lay_out(figure)
-    for axis in figure.axes:
+    axes = [axis for axis in figure.axes if any(text.get_gid() == END for text in axis.texts)]
+    if axes:
+        _lay_out(figure)  # otherwise `savefig` is the next to do it
+    for axis in axes:
         _place_ends(axis)
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix[1:])

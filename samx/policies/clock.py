@@ -1,12 +1,20 @@
 """Policies that depend on the step count, or are random. Public as `samx.policies.<name>`."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from samx.core.aliases import ScalarOrSchedule
-from samx.core.hyperparams import RandomKey, as_count, at_step, check_hyperparam, next_step
+from samx.core.hyperparams import (
+    RandomKey,
+    as_count,
+    as_list,
+    at_step,
+    check_hyperparam,
+    next_step,
+)
 from samx.policies import draws
 from samx.policies.policy import Policy, check_policy
 
@@ -31,6 +39,18 @@ class BetweenState(NamedTuple):
 
     step: jax.Array
     policy: Any
+
+
+class JoinedState(NamedTuple):
+    """State of `join_policies`.
+
+    Attributes:
+        step: int32, optimizer steps so far.
+        policies: States of the joined policies.
+    """
+
+    step: jax.Array
+    policies: tuple[Any, ...]
 
 
 class RandomState(NamedTuple):
@@ -120,11 +140,15 @@ def between(start: int = 0, stop: int | None = None, policy: Policy | None = Non
 
     References:
         Andriushchenko, Flammarion, "Towards Understanding Sharpness-Aware Minimization",
-        ICML 2022, https://arxiv.org/abs/2206.06232 (a few late epochs of SAM give most of its
-        effect).
+        ICML 2022, https://arxiv.org/abs/2206.06232 (figure 9: a few late epochs of SAM give most
+        of its effect); Zhou et al., "Sharpness-Aware Minimization Efficiently Selects Flatter
+        Minima Late in Training", ICLR 2025, https://arxiv.org/abs/2410.10373 (the same, with a
+        theory).
 
     Notes:
-        Cost: none beyond `policy`. `static_args`: all.
+        Where the learning rate begins to fall: `samx.schedules.start_of_decay`. Cost: none beyond
+        `policy`; 1 + the share of steps from `start` to `stop` gradients per step with
+        `perturb_if(between(start, stop), sam())`. `static_args`: all.
     """
     start = as_count("start", start, 0)
     if stop is not None:
@@ -144,6 +168,82 @@ def between(start: int = 0, stop: int | None = None, policy: Policy | None = Non
 
     def observe(g, g_s, state):
         return state._replace(policy=policy.observe(g, g_s, state.policy))
+
+    return Policy(init, decide, observe)
+
+
+def join_policies(policies: Sequence[Policy], boundaries: Sequence[int]) -> Policy:
+    """Use one policy after another: for example every fifth step early, and every step late.
+
+        i = number of boundaries ≤ step
+        is_sharp = policies[i](g)
+
+    Args:
+        policies: The policies, in order, at least one. Each of them runs on every step and observes
+            every sharp gradient. So its step count and its averages cover the whole training run.
+        boundaries: The steps, counted from 0, from which on the second policy decides, the third,
+            and so on; one fewer than policies, none smaller than the one before.
+
+    Returns:
+        A `Policy`.
+
+    Raises:
+        ValueError: If there is no policy, if the number of boundaries does not fit, or if one of
+            them is below 0 or below the one before.
+        TypeError: If an element of `policies` is not a `Policy`, or one of `boundaries` is not a
+            Python int.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from samx.policies import every, join_policies
+        >>> policy = join_policies([every(3), every(1)], boundaries=[5])
+        >>> state, decisions = policy.init(jnp.ones(2)), []
+        >>> for _ in range(8):
+        ...     is_sharp, state = policy.decide(jnp.ones(2), state)
+        ...     decisions.append(int(is_sharp))
+        >>> decisions
+        [1, 0, 0, 1, 0, 1, 1, 1]
+
+    References:
+        Late sharp steps matter most: see `between`. The joint schedule is ours, after SAM-k.
+
+    Notes:
+        Named after `optax.join_schedules`, but the steps of a policy are those of the whole run;
+        there each schedule counts from its own boundary. `every(5, first=3)` counts from where you
+        want. Cost: that of all policies, which for clocks is nothing. `join_policies([every(k),
+        every(1)], [start])` in `perturb_if` costs 1 + 1/k gradients per step early, and 2 late: 1.4
+        on average with k = 5 and the last quarter. `static_args`: all.
+    """
+    is_one = isinstance(policies, Policy)  # a tuple of functions
+    parts = [policies] if is_one else as_list("policies", policies, "policies")
+    if is_one or not parts:
+        got = "one that is not in a list" if is_one else "none"
+        raise ValueError(f"join_policies: `policies` must be a list of policies, got {got}")
+    for index, part in enumerate(parts):
+        check_policy("join_policies", part, f"policies[{index}]")
+    starts = [0]
+    for boundary in as_list("boundaries", boundaries, "Python ints"):
+        starts.append(as_count("boundaries", boundary, starts[-1]))
+    if len(starts) != len(parts):
+        raise ValueError(
+            "join_policies: `boundaries` must have one step fewer than `policies`, got "
+            f"{len(starts) - 1} for {len(parts)} policies"
+        )
+
+    def init(params):
+        return JoinedState(jnp.zeros((), jnp.int32), tuple(part.init(params) for part in parts))
+
+    def decide(g, state):
+        decided = [part.decide(g, old) for part, old in zip(parts, state.policies, strict=True)]
+        decisions, states = zip(*decided, strict=True)
+        is_sharp = decisions[0]
+        for start, decision in zip(starts[1:], decisions[1:], strict=True):
+            is_sharp = jnp.where(state.step >= start, decision, is_sharp)
+        return is_sharp, JoinedState(next_step(state.step), states)
+
+    def observe(g, g_s, state):
+        pairs = zip(parts, state.policies, strict=True)
+        return state._replace(policies=tuple(part.observe(g, g_s, old) for part, old in pairs))
 
     return Policy(init, decide, observe)
 

@@ -44,17 +44,17 @@ class Policy(NamedTuple):
     observe: Callable[[Any, Any, Any], Any] = _unchanged
 
 
-def check_policy(name: str, policy: Any) -> None:
-    """Require a `Policy`."""
+def check_policy(name: str, policy: Any, argument: str = "policy") -> None:
+    """Require a `Policy`; `argument` names it in messages."""
     if not isinstance(policy, Policy):
         kind = type(policy).__name__
         raise TypeError(
-            f"{name}: `policy` must be a samx.policies.Policy, for example policies.every(2), "
+            f"{name}: `{argument}` must be a samx.policies.Policy, for example policies.every(2), "
             f"got {kind}"
         )
 
     for field, count in (("init", 1), ("decide", 2), ("observe", 3)):
-        check_function(f"policy.{field}", getattr(policy, field), count)
+        check_function(f"{argument}.{field}", getattr(policy, field), count)
 
 
 def branch(

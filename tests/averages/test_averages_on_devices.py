@@ -70,7 +70,7 @@ class Sharded:
         self.mesh, self.tx = regimes.mesh_of(axis_type=axis_type), all_averages()
         with jax.set_mesh(self.mesh):
             self.params = regimes.place(problem.make()[1], self.mesh, SPECS)
-            self.state = self.tx.init(self.params)
+            self.state = jax.jit(self.tx.init)(self.params)
             self.specs = samx.state_specs(self.tx, self.params, param_specs=SPECS)
             self.state = regimes.place(self.state, self.mesh, self.specs)  # as orbax will
             self.batches = regimes.place(regimes.batches(STEPS), self.mesh, P("data"))
@@ -136,9 +136,8 @@ def test_nothing_is_sent_for_an_average(axis_type):
         params = regimes.place(problem.make("float32")[1], mesh, SPECS)
         batch = regimes.place(problem.batch_at(problem.make("float32")[0], 0), mesh, P("data"))
         for tx in (optax.with_extra_args_support(BASE), all_averages()):
-            state = regimes.place(
-                tx.init(params), mesh, samx.state_specs(tx, params, param_specs=SPECS)
-            )
+            specs = samx.state_specs(tx, params, param_specs=SPECS)
+            state = regimes.place(jax.jit(tx.init)(params), mesh, specs)
             step = jax.jit(regimes.make_step(tx, losses_fn))
             sent.append(communicated_bytes(step.lower(params, state, batch).compile()))
         assert sent[0]

@@ -252,6 +252,16 @@ FACTORIES = {
         ValueError,
         r"`end_value` must be in \[0, 0.1\], got 1.0",
     ),
+    "a decay of a traced peak": (
+        lambda: jax.jit(lambda peak: schedules.start_of_decay(lambda step: peak * step, 3))(0.1),
+        ValueError,
+        "start_of_decay: the values of `schedule` must be known, got traced ones; its peak does",
+    ),
+    "a decay of no number": (
+        lambda: schedules.start_of_decay(lambda step: jnp.where(step == 2, jnp.nan, step), 3),
+        ValueError,
+        "`schedule` must be a number, got NaN at step 2",
+    ),
     "first step of async_sam": (
         lambda: samx.async_sam(first="base"),
         ValueError,

@@ -12,7 +12,15 @@ from matplotlib.figure import Figure
 
 from examples import digits
 from examples.asynchronous import async_cost, exchange_cost, faults, lsam_digits
-from examples.claims import averages, bsam, lets, lightsam, mup_transfer, second_order
+from examples.claims import (
+    averages,
+    bsam,
+    late_sam,
+    lets,
+    lightsam,
+    mup_transfer,
+    second_order,
+)
 from examples.common import figures, fine_tuning, monitoring
 from examples.common.registry import VARIANTS
 from examples.compare import front_figure
@@ -30,7 +38,7 @@ from examples.measure import (
     sharpness_figure,
     sharpness_measures,
 )
-from examples.train import abstract, cifar, fine_tune, language_model, long_tail
+from examples.train import abstract, cifar, fine_tune, language_model, long_tail, preference
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RNG = np.random.default_rng(0)
@@ -170,6 +178,15 @@ def draw_fine_tune(path, names, measure="accuracy", seeds=10):
     fine_tune.draw(results, measure, path, title + "than AdamW, by two standard errors")
 
 
+def draw_late_sam(path, noises):
+    results = [
+        {"row": row, "noise": noise, "accuracy": some(20, low=90, high=97)}
+        for noise in noises
+        for row in late_sam.USES
+    ]
+    late_sam.draw(results, noises, path, "Digits: SAM on some steps at equal gradients, 20 seeds")
+
+
 def draw_second_order(path, rows, epochs=5):
     results = [
         {
@@ -215,19 +232,31 @@ def draw_language(path, points, losses, names=()):
     language_model.draw(log, losses, path, "sam, width 128, depth 4, seed 0")
 
 
-def draw_abstract(path, names, sizes, devices):
+def draw_abstract(path, names, sizes, devices, adapts=("whole",)):
     rows = [
         {
-            **{"size": size, "remat": True, "devices": n, "method": name},
+            **{"size": size, "remat": True, "devices": n, "method": name, "adapt": adapt},
             **{"state_bytes": (3 + i % 2) * 4e9 / n, "temporary_bytes": 1e9 * (2 + i)},
             "peak_to_adamw": 1 + i / 9,
         }
         for size in sizes
+        for adapt in adapts
         for i, name in enumerate(["adamw", *names])
         for n in devices
     ]
     rows.append(rows[-1] | {"method": "too large", "refused": "at most 2147483647 entries"})
     abstract.draw(rows, path)
+
+
+def draw_preference(path, names, seeds):
+    results = [
+        {
+            **{"method": name, "time_ratio": sorted(some(3, low=0.95, high=2.2))},
+            "accuracy": [100 * x for x in some(seeds, low=0.7, high=0.75)],
+        }
+        for name in names
+    ]
+    preference.draw(results, path, f"DPO of a language model with width 64, {seeds} seeds")
 
 
 class Log:
@@ -468,6 +497,10 @@ CASES = {
         lambda path: draw_fine_tune(path, ["head adamw"], seeds=1),
         lambda path: draw_fine_tune(path, ["whole adamw", "whole sam", "head adamw"], "loss", 1),
     ],
+    "late_sam.draw": [
+        lambda path: draw_late_sam(path, [0.3, 0.0]),
+        lambda path: draw_late_sam(path, [0.0]),
+    ],
     "second_order.draw": [
         lambda path: draw_second_order(path, ["base", "sam", *second_order.DEFAULT]),
         lambda path: draw_second_order(path, ["base", "sam"], epochs=1),
@@ -493,6 +526,11 @@ CASES = {
     "abstract.draw": [
         lambda path: draw_abstract(path, EVERY, ("100M", "1B", "7B"), [1, 8, 64]),
         lambda path: draw_abstract(path, ["sam"], ("7B",), [1]),
+        lambda path: draw_abstract(path, ["sam"], ("1B",), [1, 8], language_model.ADAPT),
+    ],
+    "preference.draw": [
+        lambda path: draw_preference(path, [*preference.METHODS], 5),
+        lambda path: draw_preference(path, ["adamw", "logits-sam"], 1),
     ],
     "exchange_cost.plot": [
         lambda path: draw_exchange(path, [("ray", w, s) for w in (1, 4, 8) for s in (1, 2, 4)]),

@@ -29,28 +29,53 @@ CLOCKS = {
         policies.between(2, 30, policies.between(20, policy=policies.every(2, first=1))),
         (STEPS >= 20) & (STEPS < 30) & (STEPS % 2 == 1),
     ),
+    "joined: every fifth step, nowhere, every third step on the clock of the whole training": (
+        policies.join_policies(
+            [policies.every(5), policies.between(0, 0), policies.every(3)], [17, 26]
+        ),
+        np.where(STEPS < 17, STEPS % 5 == 0, (STEPS >= 26) & (STEPS % 3 == 0)),
+    ),
 }
 
 
+@pytest.fixture(scope="module")
+def clocks():
+    """The decisions of all clocks, from one program."""
+
+    def step(states, _):
+        pairs = {name: policy.decide(1.0, states[name]) for name, (policy, _) in CLOCKS.items()}
+        return {k: state for k, (_, state) in pairs.items()}, {k: x for k, (x, _) in pairs.items()}
+
+    start = {name: policy.init(1.0) for name, (policy, _) in CLOCKS.items()}
+    return jax.jit(lambda start: jax.lax.scan(step, start, STEPS)[1])(start)
+
+
 @pytest.mark.parametrize("name", CLOCKS)
-def test_clocks(name):
-    policy, expected = CLOCKS[name]
-    np.testing.assert_array_equal(decide(policy, np.ones(len(STEPS)))[0], expected)
+def test_clocks(name, clocks):
+    np.testing.assert_array_equal(clocks[name], CLOCKS[name][1])
 
 
-def test_averages_inside_between_are_those_of_the_whole_training():
-    gradients = np.random.default_rng(0).normal(size=60)
-    whole, _ = decide(policies.squared_norm(), gradients)
-    late, _ = decide(policies.between(20, policy=policies.squared_norm()), gradients)
-    np.testing.assert_array_equal(late, whole & (np.arange(60) >= 20))
+def test_averages_inside_another_policy_are_those_of_the_whole_training():
+    gradients, late = np.random.default_rng(0).normal(size=60), np.arange(60) >= 20
+    norm = policies.squared_norm()
+    whole, _ = decide(norm, gradients)
+    inside, _ = decide(policies.between(20, policy=norm), gradients)
+    np.testing.assert_array_equal(inside, whole & late)
+    joined, _ = decide(policies.join_policies([policies.every(1), norm], [20]), gradients)
+    np.testing.assert_array_equal(joined, whole | ~late)
 
 
-def test_between_lets_its_policy_observe():
+@pytest.mark.parametrize("others", [[], [policies.every(1)]])
+def test_a_policy_inside_another_one_observes(others):
     gradients = np.random.default_rng(0).normal(size=(2, 30))
     quota = policies.quota(6, num_blocks=2, warmup_steps=6)
     _, plain = decide(quota, *gradients)
-    _, inside = decide(policies.between(policy=quota), *gradients)
-    np.testing.assert_allclose(inside.policy.norms, plain.norms, rtol=1e-6)
+    around = (
+        policies.join_policies([quota, *others], [30]) if others else policies.between(policy=quota)
+    )
+    _, inside = decide(around, *gradients)
+    found = inside.policies[0] if others else inside.policy
+    np.testing.assert_allclose(found.norms, plain.norms, rtol=1e-6)
     assert np.any(plain.norms)
 
 

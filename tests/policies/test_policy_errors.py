@@ -34,6 +34,26 @@ ERRORS = {
         TypeError,
         "between: `policy` must be a samx.policies.Policy.*got int",
     ),
+    "one policy in no list": (
+        lambda: policies.join_policies(policies.every(2), []),
+        ValueError,
+        "join_policies: `policies` must be a list of policies, got one that is not in a list",
+    ),
+    "a number among policies": (
+        lambda: policies.join_policies([policies.every(2), 3], [4]),
+        TypeError,
+        r"join_policies: `policies\[1\]` must be a samx.policies.Policy.*got int",
+    ),
+    "too many boundaries": (
+        lambda: policies.join_policies([policies.every(2), policies.every(1)], [4, 8]),
+        ValueError,
+        "`boundaries` must have one step fewer than `policies`, got 2 for 2 policies",
+    ),
+    "boundaries that do not ascend": (
+        lambda: policies.join_policies([policies.every(2)] * 3, [8, 4]),
+        ValueError,
+        "`boundaries` must be at least 8, got 4",
+    ),
     "probability 1.5": (
         lambda: policies.random(1.5),
         ValueError,

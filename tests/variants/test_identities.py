@@ -228,6 +228,26 @@ def test_a_radius_that_follows_the_learning_rate():
     assert float(constant(3)) == pytest.approx(0.8)
 
 
+def test_a_decay_starts_after_the_last_step_at_the_peak():
+    hold = optax.join_schedules(
+        [optax.linear_schedule(0.0, 0.3, 5), lambda step: 0.3, optax.cosine_decay_schedule(0.3, 9)],
+        [5, 20],
+    )
+    starts = {
+        21: hold,  # the fall begins with the peak
+        11: optax.warmup_cosine_decay_schedule(0.0, 0.1, 10, 30),
+        1: optax.exponential_decay(0.1, 10, 0.5),
+        30: lambda step: 0.1,
+    }
+    for start, schedule in starts.items():
+        assert samx.schedules.start_of_decay(schedule, 30) == start
+    found = []
+    jax.eval_shape(lambda: found.append(samx.schedules.start_of_decay(hold, 30)))
+    assert found == [21]
+    rounded = [0.1, np.float32(0.3) * (1 + 2**-23), 0.3, 0.3, 0.2]
+    assert samx.schedules.start_of_decay(lambda step: jnp.array(rounded)[step], 5) == 4
+
+
 CONTROLLER = {"window": 4, "num_blocks": 2, "warmup_steps": 4, "variance_gain": 5.0, "key": 1}
 
 EQUAL_PAIRS = {
