@@ -19,7 +19,7 @@ new head alone. The methods:
     late-sam        SAM only while the learning rate falls, with a radius that grows from 0
     functional-sam  the gradient of the clean logits at SAM's perturbed point
     logits-sam      SAM on the head only, from stored features
-    sl-sam          SAM on one group of layers per step, which alone is trained in it
+    sl-sam          SAM on one group of layers per step; the other layers do not move
     merged-sam      LoRA: SAM on the merged weights
     flat-lora       LoRA: random noise on the merged weights
     bi-lora         LoRA: a second pair of adapters that climbs
@@ -34,12 +34,35 @@ Differences are paired by seed. Each is to the better of the two rows of AdamW w
 parameters trained; better by the measure in question, on the test examples. Forgetting is what the
 old task loses by the fine-tuning. Rounded weights are deployed weights (adapters merged), with one
 scale for each output unit. Sharpness is that of the training loss of the new task in these weights:
-the top eigenvalue of the Hessian, and the largest rise in a ball. What is forgotten depends on the
-learning rate more than on the method. So it is also compared with AdamW at the rate of the method.
+the top eigenvalue of the Hessian, and the largest rise in a ball. What is forgotten depends much on
+the learning rate. So it is also compared with AdamW at the rate of the method.
 
-The script prints tables, and writes results.json and fine_tune.png to --out. After each setting it
-keeps what is measured in cells.json, and --resume continues there. images takes about five minutes
-on two CPU cores.
+The results for images and mnist, of 10 seeds, are in claims/results. They say:
+
+- Whole model: no method is more accurate than AdamW, or forgets less, by two standard errors. SAM's
+  weights are flatter: the top eigenvalue is 0.6 in place of 1.5, and on MNIST 2.3 in place of 10.
+  Some methods forget more, because their best learning rate is higher. At the same rate, none does
+  by two standard errors.
+- LoRA on the small digits: SAM on the adapters is more accurate by 0.95 ± 0.25 points, and
+  Functional-SAM by 1.05 ± 0.33; it forgets 4.6 ± 1.5 points less. On MNIST no accuracy differs by
+  two standard errors.
+- In 3 bits the loss of the new task is lower for SAM and Functional-SAM: with LoRA on the small
+  digits by 0.05 of 0.26, and for the whole model on MNIST by 0.02 of 0.35. A part of that, mostly
+  the larger one, is there before rounding. For SAM on the merged weights it is not: on the small
+  digits 3 bits cost it 0.01, and AdamW 0.04. On MNIST its chosen radius is small, and nothing is
+  gained.
+- Flat-LoRA and Bi-LoRA are like AdamW at the same rate. For the head alone, the chosen radius is 0;
+  there 3 bits do most harm.
+
+With 12 methods and many measures, a few differences of two standard errors are luck.
+
+Published for OLMo-2-1B (https://arxiv.org/abs/2605.02105, abstract): a phase of SAM before the
+fine-tuning makes forgetting 31% less, and the loss by rounding to 4 bits 40% less. That is SAM in
+another place, and is not repeated here.
+
+The script prints tables, and writes results.json, summary.json and fine_tune.png to --out. After
+each setting it keeps what is measured in cells.json, and --resume continues there. On two CPU cores
+images takes about four minutes, and mnist eight.
 """
 
 import argparse
