@@ -113,9 +113,9 @@ def test_the_better_base_is_by_measure():
     ]
     assert preference.better_base(rows, "accuracy")["method"] == "adamw"
     assert preference.better_base(rows, "loss")["method"] == "adamw2x"
-    assert preference.lead_of(rows[2], rows, "accuracy") == "+1.50 ± 0.50"
-    assert preference.lead_of(rows[2], rows, "loss") == "+0.1000 ± 0.0500"
-    assert preference.lead_of(rows[0], rows, "accuracy") == ""
+    assert preference.lead_of(rows[2], rows[0], "accuracy") == "+1.50 ± 0.50"
+    assert preference.lead_of(rows[2], rows[1], "loss") == "+0.1000 ± 0.0500"
+    assert preference.lead_of(rows[0], rows[0], "accuracy") == ""
 
 
 @pytest.mark.parametrize(
