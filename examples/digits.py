@@ -26,11 +26,8 @@ Standard errors are over the reported seeds; they do not contain the luck of a s
 """
 
 import argparse
-import json
-import os
 from functools import partial
 from pathlib import Path
-from platform import machine, python_version
 from typing import Any
 
 from examples.common import arguments, choices
@@ -59,7 +56,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -67,9 +63,15 @@ from examples.common import figures, files
 from examples.common.digits_task import BATCH, STEPS_PER_EPOCH, describe
 from examples.common.output import choose_folder
 from examples.common.registry import VARIANTS, check_base
-from examples.common.report import MARK, Report, marked, mean_and_error, without_nans
+from examples.common.report import (
+    MARK,
+    Report,
+    as_summary,
+    marked,
+    mean_and_error,
+    without_nans,
+)
 from examples.common.training import PLANNED, SHARPNESS_RADIUS, axes_of, measure, runs_to_try
-from examples.common.versions import versions
 
 
 def work_of(row: str, runs: int) -> float:
@@ -165,15 +167,8 @@ def compare(results: list[dict], noise: float) -> None:
 
 def summary_of(results: list[dict], settings: dict[str, Any]) -> str:
     """Return what tables and figures need of the results, as JSON with one row on each line."""
-    about = {
-        "command": "examples/digits.py",
-        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, {machine()}",
-        "versions": {"python": python_version(), **versions()},
-        "settings": {name: value for name, value in settings.items() if name != "variants"},
-    }
-    lines = [json.dumps(row) for row in map(summary_of_row, results)]
-    head = json.dumps(about, indent=1).removesuffix("\n}")
-    return f'{head},\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+    settings = {name: value for name, value in settings.items() if name != "variants"}
+    return as_summary("examples/digits.py", settings, map(summary_of_row, results))
 
 
 def summary_of_row(result: dict) -> dict[str, Any]:

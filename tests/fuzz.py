@@ -351,27 +351,27 @@ def batches():
 
 def trees(is_gradient):
     """Wrong and right trees in the place of the gradients or the parameters."""
-    w, b = PARAMS.values()
+    w, head, b = PARAMS.values()
     masked = optax.MaskedNode()
     wrong = {
         "None": None,
         "nothing": {},
-        "a leaf less": {"norm": w},
+        "a leaf less": {"norm": w, "head": head},
         "a leaf more": PARAMS | {"c": b},
-        "a list": [w, b],
+        "a list": [w, head, b],
         "an array": w,
         "a text": "wrong",
-        "a text leaf": {"norm": w, "b": "x"},
-        "an object leaf": {"norm": w, "b": object()},
-        "a masked leaf": {"norm": masked, "b": b},
-        "a longer leaf": {"norm": jnp.ones(3), "b": b},
-        "a column": {"norm": w[:, None], "b": b},
-        "a number for a vector": {"norm": b, "b": b},
+        "a text leaf": {"head": head, "norm": w, "b": "x"},
+        "an object leaf": {"head": head, "norm": w, "b": object()},
+        "a masked leaf": {"head": head, "norm": masked, "b": b},
+        "a longer leaf": {"head": head, "norm": jnp.ones(3), "b": b},
+        "a column": {"head": head, "norm": w[:, None], "b": b},
+        "a number for a vector": {"head": head, "norm": b, "b": b},
     }
     if is_gradient:
         wrong["complex"] = jax.tree.map(lambda x: x.astype(jnp.complex64), PARAMS)
     found = {what: (v, False) for what, v in wrong.items()}
-    found |= {"a None leaf": ({"norm": w, "b": None}, None)}
+    found |= {"a None leaf": ({"head": head, "norm": w, "b": None}, None)}
     for dtype in (jnp.float16, jnp.int32):
         cast = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), PARAMS)
         found[jnp.dtype(dtype).name] = (cast, None)

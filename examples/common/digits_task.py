@@ -1,14 +1,13 @@
 """The task of the digits scripts: images with wrong labels, a small network, and its batches."""
 
-import importlib.util
 from functools import cache, partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from examples.common import files
 from examples.common.choices import TRAIN
 
 VALIDATION, BATCH = 297, 100  # of 1797 images; the other 500 are the test split
@@ -39,10 +38,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
     They are those of `sklearn.datasets.load_digits`, whose import takes a second.
     """
-    package = importlib.util.find_spec("sklearn")
-    if package is None or not package.submodule_search_locations:
-        raise ImportError("scikit-learn is not installed; the images of digits are a file of it")
-    path = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    path = files.in_package("sklearn", "datasets/data/digits.csv.gz")
     rows = np.loadtxt(path, delimiter=",")
     return rows[:, :-1], rows[:, -1].astype(int)
 

@@ -1,6 +1,7 @@
 """Files that scripts read and write: reading is bounded, and a written file is whole or absent."""
 
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -56,6 +57,20 @@ def read(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
     if len(content) > most_bytes:
         raise ValueError(f"{path} has more than {most_bytes:,} bytes")
     return content
+
+
+def in_package(package: str, name: str) -> Path:
+    """Return the path of a data file of an installed package, which is not imported.
+
+    Raises:
+        ImportError: If the package, or the file in it, is missing.
+    """
+    found = importlib.util.find_spec(package)
+    folders = (found and found.submodule_search_locations) or []
+    for path in (Path(folder) / name for folder in folders):
+        if path.is_file():
+            return path
+    raise ImportError(f"{package} is not installed, or lacks {name}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -45,8 +45,12 @@ SIZES = {
 class Block(nnx.Module):
     """One layer: attention, then a gated MLP, each in a residual branch."""
 
-    def __init__(self, size: Size, *, rngs: nnx.Rngs, **dtypes: Any):
-        linear = partial(nnx.Linear, use_bias=False, rngs=rngs, **dtypes)
+    def __init__(self, size: Size, *, lora_rank: int = 0, rngs: nnx.Rngs, **dtypes: Any):
+        layer = nnx.Linear
+        if lora_rank:
+            lora_dtypes = {f"lora_{name}": value for name, value in dtypes.items()}
+            layer = partial(nnx.LoRALinear, lora_rank=lora_rank, **lora_dtypes)
+        linear = partial(layer, use_bias=False, rngs=rngs, **dtypes)
         norm = partial(nnx.RMSNorm, size.width, rngs=rngs, **dtypes)
         into_stream = nnx.initializers.variance_scaling(0.5 / size.depth, "fan_in", "normal")
         self.heads = size.heads
@@ -76,6 +80,8 @@ class GPT(nnx.Module):
             little is computed again.
         gather: `params -> params`, called with the parameters of a layer before it is used. Under
             FSDP it gathers their parts. A backward pass gathers them again.
+        lora_rank: Rank of an adapter beside each matrix of the layers; 0 for none. An adapter adds
+            `x @ lora_a @ lora_b`. Its parameters have the type `nnx.LoRAParam`.
         rngs: The random key of the initial parameters.
         dtype: Dtype of the computation. Logits are at least float32.
         param_dtype: Dtype of the parameters.
@@ -87,6 +93,7 @@ class GPT(nnx.Module):
         *,
         remat: bool = False,
         gather: Callable[[Any], Any] | None = None,
+        lora_rank: int = 0,
         rngs: nnx.Rngs,
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
@@ -96,7 +103,7 @@ class GPT(nnx.Module):
         @nnx.split_rngs(splits=size.depth)
         @nnx.vmap
         def stack(rngs):
-            return Block(size, rngs=rngs, **dtypes)
+            return Block(size, lora_rank=lora_rank, rngs=rngs, **dtypes)
 
         self.gather = gather
         self.remat = remat
@@ -111,15 +118,24 @@ class GPT(nnx.Module):
         self.norm = nnx.RMSNorm(size.width, rngs=rngs, **dtypes)
 
     def __call__(self, tokens):  # noqa: D102
+        embedding = self.whole(self.embedding)  # once, for both of its uses
+        return self.head(self.features(tokens, embedding), embedding)
+
+    def features(self, tokens: jax.Array, embedding: Any = None) -> jax.Array:
+        """Return what the head gets: float[B, T, width], after the last norm."""
+
         def layer(x, block):
             return self.whole(block)(x)
 
         policy = None if self.remat else jax.checkpoint_policies.dots_saveable
         layer = nnx.remat(layer, prevent_cse=False, policy=policy)
         layers = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
-        embedding = self.whole(self.embedding)
-        x = layers(embedding(tokens), self.blocks)
-        logits = embedding.attend(self.norm(x))
+        embedding = embedding or self.whole(self.embedding)
+        return self.norm(layers(embedding(tokens), self.blocks))
+
+    def head(self, features: jax.Array, embedding: Any = None) -> jax.Array:
+        """Return the logits of the features, by the embedding."""
+        logits = (embedding or self.whole(self.embedding)).attend(features)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
     def whole(self, module: nnx.Module) -> Any:

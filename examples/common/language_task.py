@@ -5,6 +5,9 @@ Under data parallelism every device holds the parameters; each has its own examp
 only: of parameters, gradients, and everything in the optimizer's state that is shaped like them. A
 layer's parameters are gathered when the layer is computed, and its gradient is scattered after it.
 Both are the same program of `jax.jit`; only the shardings differ.
+
+With adapters (LoRA) they alone are the parameters. The frozen weights are a field of the state: no
+optimizer holds something of their shape, and no variant climbs or copies them.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,18 +29,28 @@ from examples.common.readings import readings_of
 Parallel = Literal["data", "fsdp"]
 
 
+class State(samx.flax.TrainState):
+    """A training state.
+
+    Attributes:
+        frozen: Weights that are not trained, beside `params`; `None` if all are.
+    """
+
+    frozen: Any = None
+
+
 class Task(NamedTuple):
     """A training task, before anything is computed.
 
     Attributes:
         init: `key -> state`; compiled, so that each device makes its own part.
-        state: Shapes, dtypes and shardings of the state, a `samx.flax.TrainState`.
+        state: Shapes, dtypes and shardings of the state.
         step: `(state, batch) -> (state, readings)`, to be called or lowered; it donates the state.
         batch_sharding: The sharding of every leaf of a batch.
     """
 
-    init: Callable[[jax.Array], samx.flax.TrainState]
-    state: samx.flax.TrainState
+    init: Callable[[jax.Array], State]
+    state: State
     step: Any
     batch_sharding: NamedSharding
 
@@ -49,6 +62,7 @@ def make_task(
     devices: Sequence[Any],
     parallel: Parallel = "data",
     remat: bool = False,
+    lora_rank: int = 0,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
 ) -> Task:
@@ -60,6 +74,7 @@ def make_task(
         devices: The devices that share each batch.
         parallel: What the devices hold of the parameters: "data" all of them, "fsdp" a part.
         remat: Whether the backward pass computes each layer again.
+        lora_rank: Rank of the adapters that alone are trained; 0 trains the whole model.
         dtype: Dtype of the computation.
         param_dtype: Dtype of the parameters.
     """
@@ -71,24 +86,28 @@ def make_task(
             size,
             remat=remat,
             gather=None if parts == 1 else lambda params: gather(params, mesh),
+            lora_rank=lora_rank,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=nnx.Rngs(key),
         )
 
     graph = nnx.graphdef(nnx.eval_shape(make_model, jax.random.key(0)))
+    trained = nnx.LoRAParam if lora_rank else nnx.Param
 
-    def apply_fn(params, tokens):
-        return nnx.merge(graph, params)(tokens)
+    def apply_fn(weights, x, method="__call__"):
+        return getattr(nnx.merge(graph, weights), method)(x)
 
     def create(key):
-        params = nnx.to_pure_dict(nnx.state(make_model(key)))
-        return samx.flax.TrainState.create(apply_fn=apply_fn, params=params, tx=tx)
+        _, *parts = nnx.split(make_model(key), trained, ...)
+        params, frozen = map(nnx.to_pure_dict, parts)
+        return State.create(apply_fn=apply_fn, params=params, tx=tx, frozen=frozen or None)
 
     state = jax.eval_shape(create, jax.random.key(0))
     param_specs = specs_of(state.params, parts)
     specs = jax.tree.map(lambda _: P(), state).replace(
         params=param_specs,
+        frozen=state.frozen and specs_of(state.frozen, parts),
         opt_state=samx.state_specs(
             tx, state.params, param_specs=param_specs, batch_specs=P("data")
         ),
@@ -103,9 +122,7 @@ def make_task(
     )
 
 
-def train_step(
-    state: samx.flax.TrainState, batch: dict[str, jax.Array]
-) -> tuple[samx.flax.TrainState, dict[str, jax.Array]]:
+def train_step(state: State, batch: dict[str, jax.Array]) -> tuple[State, dict[str, jax.Array]]:
     """Take one step of any variant.
 
     Args:
@@ -113,8 +130,17 @@ def train_step(
         batch: "tokens", int[B, T + 1], and "index", int[B], the examples' numbers in the data.
     """
 
+    def apply(params, x, **method):
+        return state.apply_fn(union(params, state.frozen or {}), x, **method)
+
     def logits_of(params, batch):
-        return state.apply_fn(params, batch["tokens"][:, :-1])
+        return apply(params, batch["tokens"][:, :-1])
+
+    def features_of(params, batch):
+        return apply(params, batch["tokens"][:, :-1], method="features")
+
+    def head_of(params, features):
+        return apply(params, features, method="head")
 
     def loss_on_logits(logits, batch):
         return losses_of(logits, batch["tokens"][:, 1:])
@@ -132,6 +158,8 @@ def train_step(
         value=value,
         losses_fn=losses_fn,
         apply_fn=logits_of,
+        features_fn=features_of,
+        head_fn=head_of,
         loss_on_logits=loss_on_logits,
         batch=batch,
         index=batch["index"],
@@ -139,6 +167,12 @@ def train_step(
     )
     measured = monitoring.measured(new.opt_state, state.step)
     return new, readings_of(new.opt_state, value) | measured
+
+
+def union(params: Any, others: Any) -> Any:
+    """Return a tree with the leaves of two nested dicts."""
+    flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(others)
+    return traverse_util.unflatten_dict(flat)
 
 
 def batch_like(size: Size, examples: int) -> dict[str, jax.ShapeDtypeStruct]:

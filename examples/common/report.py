@@ -5,7 +5,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from platform import machine, python_version
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 
 import samx
 from examples.common import files
+from examples.common.versions import versions
 
 NOT_SETTINGS = ("folder", "out")
 MARK = "*: at an edge of the values that were tried; a better value may lie beyond"
@@ -57,6 +59,19 @@ class Report:
         print(f"\n{seconds:.0f} s in all. Results: {self.folder / 'results.json'}")
         for plot in plots:
             print(f"Plot: {self.folder / plot}")
+
+
+def as_summary(command: str, settings: dict[str, Any], rows: Iterable[dict[str, Any]]) -> str:
+    """Return what tables and figures need of results, as JSON with one row on each line."""
+    about = {
+        "command": command,
+        "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, {machine()}",
+        "versions": {"python": python_version(), **versions()},
+        "settings": settings,
+    }
+    lines = [json.dumps(without_nans(row)) for row in rows]
+    head = json.dumps(about, indent=1).removesuffix("\n}")
+    return f'{head},\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
 
 
 def describe_device() -> str:

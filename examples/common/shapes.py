@@ -8,7 +8,7 @@ another way.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,31 @@ import optax
 
 import samx
 from examples.common.gpt import Size
-from examples.common.language_task import Task, batch_like, logits_like, make_task
+from examples.common.language_task import Parallel, Task, batch_like, logits_like, make_task
 from examples.common.programs import communicated_bytes, peak_bytes, product_flops
 from examples.common.registry import VARIANTS, Setting
 from samx import policies
 
-LEARNING_RATE, RHO = 1e-3, 0.05
+
+class Adaptation(NamedTuple):
+    """What is trained, and what each device holds of it.
+
+    Attributes:
+        lora_rank: Rank of the adapters that alone are trained; 0 trains the whole model.
+        parallel: As in `make_task`.
+    """
+
+    lora_rank: int = 0
+    parallel: Parallel = "fsdp"
+
+
+LEARNING_RATE, RHO, RANK = 1e-3, 0.05, 8
+WHOLE = "whole"
+ADAPTATIONS = {
+    WHOLE: Adaptation(),
+    "lora": Adaptation(RANK),
+    "lora-data": Adaptation(RANK, "data"),
+}
 MICROBATCHES = 4
 BY_HAND, IN_A_BRANCH, ACCUMULATED = "sam by hand", "sam in a branch", "sam accumulated"
 ALWAYS = policies.between(0, 2**31 - 1)  # the compiler keeps the branch
@@ -76,15 +95,21 @@ def task_of(
     devices: list[Any],
     examples: int,
     remat: bool,
+    adaptation: Adaptation = ADAPTATIONS[WHOLE],
 ) -> tuple[Task, Any]:
-    """Return the task under FSDP, bfloat16 computation and float32 parameters; and a batch."""
+    """Return the task with bfloat16 computation and float32 parameters; and a batch."""
     batch = batch_like(size, examples * len(devices))
     count = examples * len(devices)
     setting = Setting(
         batch, count, num_examples=count, logits=logits_like(size), learning_rate=LEARNING_RATE
     )
     task = make_task(
-        size, make(setting), devices=devices, parallel="fsdp", remat=remat, dtype=jnp.bfloat16
+        size,
+        make(setting),
+        devices=devices,
+        remat=remat,
+        dtype=jnp.bfloat16,
+        **adaptation._asdict(),
     )
     return task, jax.tree.map(lambda leaf: leaf.update(sharding=task.batch_sharding), batch)
 
@@ -93,9 +118,11 @@ def count(task: Task, batch: Any) -> dict[str, Any]:
     """Compile a step and return its counts for one device."""
     program = task.step.lower(task.state, batch).compile(OPTIONS)
     sent = communicated_bytes(program)
+    weights = task.state.params, task.state.frozen
     return {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(task.state.params)),
-        "parameter_bytes": held_bytes(task.state.params),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights)),
+        "trained": sum(leaf.size for leaf in jax.tree.leaves(task.state.params)),
+        "parameter_bytes": held_bytes(weights),
         "state_bytes": held_bytes(task.state),
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
         "peak_bytes": peak_bytes(program),

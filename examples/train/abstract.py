@@ -17,13 +17,18 @@ from examples.common.gpt import SIZES
 from examples.common.output import choose_folder
 from examples.common.registry import VARIANTS
 from examples.common.report import Report, aligned
-from examples.common.shapes import count, methods, task_of
+from examples.common.shapes import ADAPTATIONS, WHOLE, count, methods, task_of
 
 SENT = ("gather", "reduce", "other", ""), ("GB", "GB", "GB", "/adamw")  # titles of columns
 NOTE = """
-On each of n devices, under FSDP, as the CPU's compiler says. An accelerator's may differ, above all
-in bfloat16 and remat. Held: parameters and optimizer, in copies P of the float32 parameters.
-Temporary: activations, gradients, workspace. Flops and bytes sent:"""
+On each of n devices, under FSDP if nothing else is said, as the CPU's compiler says. An
+accelerator's may differ, above all in bfloat16 and remat. Held: weights and optimizer, in copies P
+of the float32 weights. Temporary: activations, gradients, workspace. Flops and bytes sent:"""
+ABOUT = {  # in a heading
+    WHOLE: "",
+    "lora": "; adapters of rank {rank} alone are trained, {trained:,.0f} million",
+    "lora-data": "; the same adapters alone are trained, and every device holds all weights",
+}
 
 
 def relate(rows: list[dict]) -> None:
@@ -37,13 +42,17 @@ def relate(rows: list[dict]) -> None:
         row["sent_to_adamw"] = row["sent_bytes"] / max(adamw["sent_bytes"], 1)
 
 
+def table_of(row: dict) -> tuple:
+    return row["size"], row["adapt"], row["remat"]
+
+
 def compiled(rows: list[dict]) -> list[dict]:
     """Return the rows that a variant did not refuse."""
     return [row for row in rows if "refused" not in row]
 
 
 def setting_of(row: dict) -> tuple:
-    return row["size"], row["remat"], row["devices"]
+    return row["size"], row["remat"], row["devices"], row["adapt"]
 
 
 def table(rows: list[dict]) -> str:
@@ -85,22 +94,26 @@ def heading(rows: list[dict], examples: int) -> str:
     first, size = rows[0], SIZES[rows[0]["size"]]
     tokens = f"{examples} examples of {size.length} tokens on each device"
     remat = "with remat" if first["remat"] else "without remat"
-    return (
-        f"{first['size']}: {first['parameters'] / 1e6:,.0f} million parameters, {tokens}, {remat}"
-    )
+    rank, trained = ADAPTATIONS[first["adapt"]].lora_rank, first["trained"] / 1e6
+    about = ABOUT[first["adapt"]].format(rank=rank, trained=trained)
+    millions = first["parameters"] / 1e6
+    return f"{first['size']}: {millions:,.0f} million parameters, {tokens}, {remat}{about}"
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Plot the memory of each method with remat: one panel per size, on one number of devices."""
+    """Plot the memory of each method with remat, on one number of devices.
+
+    A panel for each size and for what is trained.
+    """
     rows = compiled(rows)
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    kinds = list(dict.fromkeys((row["size"], row["adapt"]) for row in rows))
     numbers = sorted({row["devices"] for row in rows})
     n = numbers[len(numbers) // 2]
     names = list(dict.fromkeys(row["method"] for row in rows))
-    figure = figures.make_figure(len(sizes) + 0.3, [figures.height_of(len(names))])
-    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
-    for axes, size in zip(panels, sizes, strict=True):
-        mine = {row["method"]: row for row in rows if setting_of(row) == (size, True, n)}
+    figure = figures.make_figure(len(kinds) + 0.3, [figures.height_of(len(names))])
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, (size, adapt) in zip(panels, kinds, strict=True):
+        mine = {row["method"]: row for row in rows if setting_of(row) == (size, True, n, adapt)}
         places = [names.index(name) for name in mine]
         state, temporary = (
             np.array([row[f"{kind}_bytes"] / 1e9 for row in mine.values()])
@@ -116,7 +129,8 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.set_xlabel("GB on each device; numbers: relative to AdamW")
         sharp = [name for name in mine if name not in ("sgd", "adamw")]
         ratio, least = min((mine[name]["peak_to_adamw"], name) for name in sharp)
-        axes.set_title(f"{size}: least with {least}, {ratio:.2f} times AdamW's")
+        what = size if adapt == WHOLE else f"{size}, {adapt}"
+        axes.set_title(f"{what}: least with {least}, {ratio:.2f} times AdamW's")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.4, -0.6)
     title = f"Memory of a step on each of {n} devices, with remat: blue state, orange temporary"
@@ -141,13 +155,14 @@ def main(args: argparse.Namespace) -> list[dict]:
             devices=args.devices,
             variants=list(names),
             examples=args.examples,
+            adapt=list(args.adapt),
         ),
         device="simulated devices of the CPU",
     )
-    tables = list(itertools.product(args.sizes, (True, False)))
+    tables = list(itertools.product(args.sizes, args.adapt, (True, False)))
     jobs = [
-        {"size": size, "remat": remat, "devices": n, "method": method}
-        for size, remat in tables
+        {"size": size, "adapt": adapt, "remat": remat, "devices": n, "method": method}
+        for size, adapt, remat in tables
         for method in makes
         for n in args.devices
     ]
@@ -160,6 +175,7 @@ def main(args: argparse.Namespace) -> list[dict]:
                 devices=devices[: job["devices"]],
                 examples=args.examples,
                 remat=job["remat"],
+                adaptation=ADAPTATIONS[job["adapt"]],
             )
             return job | count(task, batch)
         except ValueError as error:  # some variants have a largest size
@@ -172,7 +188,7 @@ def main(args: argparse.Namespace) -> list[dict]:
     ):
         for at in tables:
             mine = []
-            for row in pool.map(run, [job for job in jobs if (job["size"], job["remat"]) == at]):
+            for row in pool.map(run, [job for job in jobs if table_of(job) == at]):
                 mine.append(row)
                 bar.update()
             relate(mine)

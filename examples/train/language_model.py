@@ -18,7 +18,8 @@ same number of devices it ends with the same numbers as an uninterrupted run, to
 another number they differ by rounding.
 
 --abstract trains nothing. It compiles a step of configurations with up to 7 billion parameters from
-their shapes alone, and prints what each device computes, sends and holds.
+their shapes alone, and prints what each device computes, sends and holds. With --adapt lora,
+low-rank adapters alone are trained; the frozen weights are held once.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from typing import Any
 from examples.common import arguments, choices
 from examples.common.resume import resumed
 
-ABSTRACT = ("abstract", "sizes", "variants", "examples")  # arguments of --abstract
+ABSTRACT = ("abstract", "sizes", "adapt", "variants", "examples")  # arguments of --abstract
 NOT_SETTINGS = ("out", "resume", "devices", *ABSTRACT)  # what --resume does not keep
 CHANGEABLE = ("parallel", "remat")  # where and when the same numbers are computed
 # What --abstract compiles by default: one variant of each kind.
@@ -41,6 +42,7 @@ KINDS = (
     *("friendly-sam", "esam", "msam", "fisher-sparse-sam", "adasam"),
 )
 SIZES = ("100M", "1B", "7B")
+ADAPT = ("whole", "lora", "lora-data")  # the adaptations of shapes.py
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -88,6 +90,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--abstract", action="store_true", help="compile steps of large models; train nothing")
     arguments.add_names(parser, "--sizes", SIZES, " for --abstract; default: all", nargs="+")
     add(
+        "--adapt",
+        nargs="+",
+        choices=ADAPT,
+        metavar="WHAT",
+        help="for --abstract, what is trained: whole, the model; lora, adapters of rank 8 alone, "
+        "under FSDP; lora-data, the same with all weights on every device; default: whole",
+    )
+    add(
         "--variants",
         nargs="+",
         choices=[*names, "all"],
@@ -117,6 +127,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error("--abstract and --resume exclude each other: nothing is trained")
         args.devices = sorted(set(args.devices or (1, 8, 64)))
         args.sizes = args.sizes or SIZES
+        args.adapt = args.adapt or ADAPT[:1]
         args.variants = args.variants or KINDS
         args.examples = 4 if args.examples is None else args.examples
         arguments.check_range(parser, args, "examples")

@@ -28,7 +28,7 @@ class Text(NamedTuple):
 
 
 def load(folder: str | Path | None = None) -> Text:
-    """Read all Python files in a folder, in the order of their names.
+    """Read all Python files in a folder, in the order of their names, as one text for each part.
 
     Args:
         folder: By default the standard library of this Python.
@@ -36,16 +36,30 @@ def load(folder: str | Path | None = None) -> Text:
     Raises:
         ValueError: If the folder has too few files for both parts.
     """
+    return Text(*(np.concatenate(part) for part in load_files(folder)))
+
+
+def load_files(folder: str | Path | None = None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Read all Python files in a folder: those to train on, and those that are held out."""
     root = Path(folder or sysconfig.get_path("stdlib"))
-    names = (path.relative_to(root) for path in root.rglob("*.py"))
     parts: tuple[list[bytes], list[bytes]] = [], []
-    for name in sorted(names, key=lambda name: name.as_posix()):
-        if not LEFT_OUT & set(name.parts):
-            is_held_out = zlib.crc32(name.as_posix().encode()) % HELD_OUT == 0
-            parts[is_held_out].append((root / name).read_bytes())
+    for name in names_of(root):
+        parts[is_held_out(name)].append((root / name).read_bytes())
     if not all(map(any, parts)):
         raise ValueError(f"{root} has too few Python sources to train on")
-    return Text(*(np.frombuffer(b"".join(part), np.uint8) for part in parts))
+    train, held_out = ([np.frombuffer(text, np.uint8) for text in part] for part in parts)
+    return train, held_out
+
+
+def names_of(root: Path) -> list[str]:
+    """Return the names of the Python files in a folder, in order."""
+    paths = (path.relative_to(root) for path in root.rglob("*.py"))
+    return sorted(path.as_posix() for path in paths if not LEFT_OUT & set(path.parts))
+
+
+def is_held_out(name: str) -> bool:
+    """Tell whether a file is held out."""
+    return zlib.crc32(name.encode()) % HELD_OUT == 0
 
 
 def train_batches(

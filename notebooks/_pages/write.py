@@ -21,6 +21,7 @@ from typing import Any
 import samx
 from examples import digits
 from examples.claims import averages, late_sam
+from examples.train import fine_tune
 from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
 
@@ -28,6 +29,7 @@ FOLDER = Path(__file__).parents[1]
 RESULTS = FOLDER.parent / "examples" / "compare" / "results"
 DIGITS = RESULTS / "digits.json"
 CLAIMS = FOLDER.parent / "examples" / "claims" / "results"
+FINE_TUNED = ("images",)
 AVERAGES, LATE_SAM = CLAIMS / "averages.json", CLAIMS / "late_sam.json"
 SHOWN = ("base", "base2x", "sam", "asam", "looksam", "momentum-sam")  # in the README
 BY_NAME = {entry.name: entry for entry in ENTRIES}
@@ -75,6 +77,7 @@ def pages() -> dict[str, dict[str, str]]:
             "late_sam": late_sam_table(),
         },
         "memory.md": memory_tables(),
+        "fine_tuning.md": {name: fine_tune_table(name) for name in FINE_TUNED},
         "../README.md": {"digits": digits_table(*SHOWN)},
     }
 
@@ -152,6 +155,28 @@ def late_sam_table() -> str:
     )
 
 
+# Results of examples/train/fine_tune.py
+
+
+def fine_tune_table(task: str) -> str:
+    """Return what is learned and forgotten, the loss in 3 bits, and sharpness."""
+    rows = json.loads((CLAIMS / f"fine_tune_{task}.json").read_text())["rows"]
+    kind = "accuracy" if "new_accuracy" in rows[0] else "loss"
+    unit, names = ", %" * (kind == "accuracy"), (f"new_{kind}", f"forgotten_{kind}")
+    head = [f"new {kind}{unit}", "minus AdamW", f"forgotten{unit}", "minus AdamW"]
+    head += ["new loss in 3 bits", "minus AdamW", "top eigenvalue", "gradients"]
+    lines = [["method", *head], ["---"] * (len(head) + 1)]
+    for row in rows:
+        cells = [row["row"]]
+        for name in (*names, "new_loss_3_bits"):
+            lead = row["differences"].get(name)
+            cells.append(fine_tune.shown(name, *row[name]))
+            cells.append(fine_tune.shown(name, *lead, "+") if lead else "")
+        cells += [f"{row['top_eigenvalue'][0]:.3g}", f"{row['gradients'][0]:.0f}"]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def accuracies_table(
     path: Path,
     heads: tuple[str, str, str],
@@ -221,7 +246,50 @@ def memory_tables() -> dict[str, str]:
                 )
             ],
         ),
+        "adapters": adapters_table(),
     }
+
+
+ADAPTED = {  # the rows of the table of adapters: what is trained, and how
+    ("whole", "adamw"): "the whole model, FSDP: adamw",
+    ("whole", "sam"): "sam",
+    ("whole", "logits-sam"): "logits_sam",
+    ("lora", "adamw"): "adapters, FSDP: adamw",
+    ("lora", "sam"): "sam on the adapters",
+    ("lora", "sam in a branch"): "the same in a branch",
+    ("lora-data", "adamw"): "adapters, all weights on every device: adamw",
+    ("lora-data", "sam"): "sam on the adapters",
+    ("lora-data", "sam in a branch"): "the same in a branch",
+}
+
+
+def adapters_table() -> str:
+    """Return the table of adapters and logits-SAM, with remat: 1B on 1 and on 8 devices."""
+    rows = json.loads((RESULTS / "memory_of_adapters.json").read_text())["rows"]
+    at = {(r["adapt"], r["method"], r["devices"]): r for r in rows if r["remat"]}
+    lines = []
+    for (adapt, method), name in ADAPTED.items():
+        one, eight = at[adapt, method, 1], at[adapt, method, 8]
+        plain = at[adapt, "adamw", 8]
+        gathered, reduced = (
+            f"{eight['sent'].get(kind, 0) / 1e9:.2f}" for kind in ("all-gather", "all-reduce")
+        )
+        lines.append(
+            [
+                name,
+                *(held_and_more(row) for row in (one, eight)),
+                f"{eight['flops'] / plain['flops']:.2f}",
+                gathered,
+                reduced,
+            ]
+        )
+    head = ["trained, method", "1 device, GB", "8 devices, GB", "flops", "gathered", "summed"]
+    return table_of(head, lines)
+
+
+def held_and_more(row: dict[str, Any]) -> str:
+    """Return what a device holds and what a step needs beside it, in GB."""
+    return f"{row['state_bytes'] / 1e9:.2f} + {row['temporary_bytes'] / 1e9:.2f}"
 
 
 def every_cells(row: dict[str, Any]) -> list[str]:

@@ -298,6 +298,21 @@ def in_two_parts(
     return LossesClosure(losses_and_aux, name, "loss_on_logits")
 
 
+def checked_loss(
+    name: str, loss_on_logits: Callable[[Any, Any], Any]
+) -> Callable[[Any, Any], jax.Array]:
+    """Return `loss_on_logits`, which must return real losses `[B]`."""
+    check_function("loss_on_logits", loss_on_logits, 2)
+    closure = LossesClosure(loss_on_logits, name, "loss_on_logits")
+
+    def losses_of(logits, batch):
+        losses = loss_on_logits(logits, batch)
+        closure.check(losses, batch)
+        return losses
+
+    return losses_of
+
+
 def on_features(name: str, features_fn: LogitsClosure, head_fn: LogitsClosure) -> LogitsClosure:
     """Return the closure of the logits `head_fn(params, features_fn(params, batch))`."""
 

@@ -6,29 +6,58 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from samx.core.closures import LogitsClosure, LossesClosure
+from samx.core import tree
+from samx.core.closures import (
+    Closure,
+    LogitsClosure,
+    LossesClosure,
+    as_update_keywords,
+    evaluate,
+    local_value_and_grad,
+)
+
+MeanLoss = Callable[[Callable[[Any], Any], Callable[[Any, Any], Any]], Closure]
 
 
-def computed_once(
-    features_fn: LogitsClosure, losses_fn: LossesClosure, params: Any, batch: Any
-) -> Callable[[Any, Any], Any]:
-    """Return `features_fn` at these parameters and this batch, its forward pass done once.
+class Features:
+    """The features of a batch at w: computed once, used in several passes of the output layer.
 
-    A gradient goes back through that pass. Where gradients are accumulated over microbatches, each
-    takes its own pass: the features of a whole batch are not kept.
+    Where gradients are accumulated over microbatches, each pass computes them anew: the features of
+    a whole batch are not kept there.
     """
-    if losses_fn.is_accumulated:
-        return features_fn
-    pcast = losses_fn.evaluation.devices.pcast
-    features, pull = jax.vjp(lambda w: features_fn(w, batch), pcast(params))
 
-    @jax.custom_vjp
-    def stored(w):
+    def __init__(
+        self, features_fn: LogitsClosure, losses_fn: LossesClosure, params: Any, batch: Any
+    ):
+        self.fn, self.params, self.is_kept = features_fn, params, not losses_fn.is_accumulated
+        if self.is_kept:
+            at = losses_fn.evaluation.devices.pcast(params)
+            self.kept, self.pull = jax.vjp(lambda w: features_fn(w, batch), at)
+
+    def constant(self, w: Any, batch: Any) -> Any:
+        """Return the features at w, whatever the argument is, without a gradient."""
         del w
-        return features
+        return jax.lax.stop_gradient(self.kept if self.is_kept else self.fn(self.params, batch))
 
-    stored.defvjp(lambda _: (features, None), lambda _, cotangent: pull(cotangent))
-    return lambda w, _: stored(w)
+    def evaluate(self, mean_loss: MeanLoss, head_at: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return `value`, `grad` and `value_fn` of a loss, as `evaluate` does.
+
+        Args:
+            mean_loss: `(head_at, features_of) -> closure`. It evaluates the output layer at
+                `head_at(w)`, on `features_of(w, batch)`.
+            head_at: The parameters of the output layer, a function of w.
+        """
+        if not self.is_kept:
+            return evaluate(mean_loss(head_at, self.fn), self.params)[0]
+        closure = mean_loss(lambda pair: head_at(pair[0]), lambda pair, _: pair[1])
+        pair: Any = (self.params, self.kept)
+        (value, _), pair = local_value_and_grad(closure, pair)
+        g, at_features = pair
+        (through,) = self.pull(at_features)
+        whole = jax.tree.map(
+            lambda x, y, w: x + y if tree.is_inexact(w) else x, g, through, self.params
+        )
+        return as_update_keywords(closure, value, whole, self.params)
 
 
 def matrices_read(
@@ -37,8 +66,11 @@ def matrices_read(
     """Return a tree of booleans: which leaves have two axes or more, and `head_fn` reads them."""
     features = jax.eval_shape(features_fn, params, batch)
     jaxpr = jax.make_jaxpr(head_fn)(params, features).jaxpr
-    used = {id(x) for equation in jaxpr.eqns for x in equation.invars} | {*map(id, jaxpr.outvars)}
+    needed = {*map(id, jaxpr.outvars)}
+    for equation in reversed(jaxpr.eqns):  # what no output depends on is not read
+        if needed & {*map(id, equation.outvars)}:
+            needed |= {*map(id, equation.invars)}
     leaves, structure = jax.tree.flatten(params)
-    read = [id(x) in used for x in jaxpr.invars[: len(leaves)]]
+    read = [id(x) in needed for x in jaxpr.invars[: len(leaves)]]
     chosen = [is_read and jnp.ndim(w) >= 2 for is_read, w in zip(read, leaves, strict=True)]
     return jax.tree.unflatten(structure, chosen)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from samx.core import tree
 from samx.core.hyperparams import check_function
 
 
@@ -23,6 +24,10 @@ def view(merge_fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     check_function("merge_fn", merge_fn, 1)
 
     def weights_of(params):
-        return params.weights if isinstance(params, Merged) else merge_fn(params)
+        if isinstance(params, Merged):
+            return params.weights
+        weights = merge_fn(params)
+        tree.check_arrays("merge_fn(params)", weights)
+        return weights
 
     return weights_of

@@ -11,7 +11,7 @@ import optax
 from samx.core import tree
 from samx.core.aliases import Transformation
 from samx.core.closures import Closure, evaluate
-from samx.core.merging import Merged
+from samx.core.merging import Merged, view
 from samx.core.transformation import (
     CLOSURES_OF_PARAMS,
     as_transformation,
@@ -85,7 +85,7 @@ def on_merged(inner: optax.GradientTransformation, weights_like: Any = None) -> 
         if merge_fn is None:
             return inner.update(g, state, params, value_fn=value_fn, **extra)
         _check_not_skipped(value_fn)
-        weights, pull = jax.vjp(merge_fn, params)
+        weights, pull = jax.vjp(view(merge_fn), params)
         extra |= {k: extra[k].compose(Merged) for k in CLOSURES_OF_PARAMS if k in extra}
         seen, _ = evaluate(value_fn.compose(Merged), weights)
         u, state = inner.update(seen["grad"], state, weights, **extra | seen)
@@ -96,16 +96,10 @@ def on_merged(inner: optax.GradientTransformation, weights_like: Any = None) -> 
 
 def _init(inner: Transformation, weights_like: Any) -> Any:
     """Return the state of `inner` for weights of these shapes; none of them is stored."""
-    try:
-        shapes = jax.eval_shape(lambda weights: weights, weights_like)
-    except TypeError as error:
-        kinds = sorted({type(x).__name__ for x in jax.tree.leaves(weights_like)})
-        raise TypeError(
-            f"on_merged: `weights_like` must hold arrays or shapes, got leaves of {kinds}"
-        ) from error
+    tree.check_arrays("weights_like", weights_like, has_shapes=True)
 
     def init():
-        return inner.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+        return inner.init(jax.tree.map(jnp.zeros_like, weights_like))
 
     return jax.jit(init)()
 

@@ -50,7 +50,7 @@ def bi_lora(
     rho: Radius = 0.05,
     rank: int = 8,
     *,
-    ascent: optax.GradientTransformation | None = None,
+    ascent_optimizer: optax.GradientTransformation | None = None,
     key: int | jax.Array = 0,
     weights_like: Any = None,
     aux_like: Any = None,
@@ -71,9 +71,9 @@ def bi_lora(
         rho: Radius ρ ≥ 0 of the ball for all products A B together, in the Frobenius norm; default
             0.05, SAM's. With ρ = 0 in a step, the pairs do not perturb, and are not scaled.
         rank: Rank of the climbing pairs, at most that of the matrix; default 8.
-        ascent: Optimizer of the climbing pairs. It gets the negative gradient, so that it climbs.
-            Default `None`: `optax.adam(3e-4)`. The paper's equation is `optax.sgd`; its learning
-            rate, 3e-4, is that of the main pair.
+        ascent_optimizer: Optimizer of the climbing pairs. It gets the negative gradient, so that
+            they climb. Default `None`: `optax.adam(3e-4)`. The paper's equation is `optax.sgd`; its
+            learning rate, 3e-4, is that of the main pair.
         key: Seed or random key of the first A, the same on all devices; default 0. The first B is
             zero.
         weights_like: As in `on_merged`; default `None`: without `merge_fn`.
@@ -91,7 +91,7 @@ def bi_lora(
         ValueError: If a number is out of range; in `update`, if no leaf is a matrix, or aux differs
             from `aux_like` in shape.
         TypeError: If `rho` is neither a number nor a schedule, `rank` is not a Python int, or
-            `ascent` is not a transformation.
+            `ascent_optimizer` is not a transformation.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, samx
@@ -99,8 +99,8 @@ def bi_lora(
         >>> adapter = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.zeros((1, 2))}
         >>> merge_fn = lambda adapter: frozen + adapter["lora_a"] @ adapter["lora_b"]
         >>> value_fn = lambda weights: 0.5 * (weights**2).sum()
-        >>> weights_like = jax.eval_shape(merge_fn, adapter)
-        >>> tx = samx.bi_lora(0.1, rank=1, ascent=optax.sgd(1.0), weights_like=weights_like)
+        >>> like, climber = jax.eval_shape(merge_fn, adapter), optax.sgd(1.0)
+        >>> tx = samx.bi_lora(0.1, rank=1, ascent_optimizer=climber, weights_like=like)
         >>> state = tx.init(adapter)
         >>> for _ in range(2):
         ...     g, state = tx.update(adapter, state, adapter, value_fn=value_fn, merge_fn=merge_fn)
@@ -117,16 +117,16 @@ def bi_lora(
         axes are not perturbed. Leaves with more than two are stacks of matrices: layers under a
         scan. Let `merge_fn` return the adapted weights only. Without `merge_fn`, a whole model is
         trained against low-rank perturbations. All devices climb together. Cost: 1 gradient, that
-        of the merged weights. State: the pairs, and what `ascent` holds for them. Memory: one
-        transient copy of the merged weights.
+        of the merged weights. State: the pairs, and what `ascent_optimizer` holds for them.
+        Memory: one transient copy of the merged weights.
         Fidelity: reconstructed from a note on the paper, which has the equations and the clipping;
         the authors' code could not be had. The note does not say which optimizer climbs.
-        `static_args`: `rank`, `ascent`, `weights_like`.
+        `static_args`: `rank`, `ascent_optimizer`, `weights_like`.
     """
     check_hyperparam("rho", rho, 0)
     rank = as_count("rank", rank)
-    ascent = optax.adam(3e-4) if ascent is None else ascent
-    climber = as_transformation("bi_lora", "ascent", ascent)
+    chosen = optax.adam(3e-4) if ascent_optimizer is None else ascent_optimizer
+    climber = as_transformation("bi_lora", "ascent_optimizer", chosen)
     keys = RandomKey(key)
     sharp = partial(sharp_gradient, gradients=1, perturb_dtype=perturb_dtype, has_aux=True)
 

@@ -136,8 +136,7 @@ def _lengths_of_outputs(weights: Any) -> Any:
         if jnp.ndim(w) < 2 or not tree.is_inexact(w):
             return 0.0
         w = tree.widen(w)
-        return jnp.linalg.norm(w, axis=-2, keepdims=True) / jnp.sqrt(w.shape[-2]).astype(
-            w.real.dtype
-        )
+        squares = jnp.sum(jnp.abs(w) ** 2, axis=-2, keepdims=True)
+        return tree.sqrt(squares / w.shape[-2])
 
     return jax.tree.map(of, weights)

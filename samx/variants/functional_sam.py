@@ -13,7 +13,7 @@ from jax.lax import stop_gradient
 
 from samx.core import tree
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
-from samx.core.closures import LogitsClosure, PerExample, evaluate, mean_loss
+from samx.core.closures import LogitsClosure, PerExample, checked_loss, evaluate, mean_loss
 from samx.core.hyperparams import Default
 from samx.core.readings import no_readings
 from samx.core.sharp import ascend, sharp_gradient
@@ -83,6 +83,7 @@ def functional_sam(
     def update_fn(
         _, state, params, *, apply_fn, loss_on_logits, batch, losses_fn, weights=None, **extra
     ):
+        loss_on_logits = checked_loss("functional_sam", loss_on_logits)
         clean = losses_fn.with_fn(partial(_clean, apply_fn, loss_on_logits))
         seen, (_, kept) = evaluate(mean_loss(clean, batch, weights), params)
         climbed = extra | {"batch": batch, "losses_fn": losses_fn, "weights": weights}
@@ -90,10 +91,8 @@ def functional_sam(
         eps, g_a, ball_state = ascend(value_fn, ball, g, state.perturbation, params, **climbed)
         functional = losses_fn.with_fn(partial(_functional, apply_fn, loss_on_logits))
         value_fn = mean_loss(functional, (batch, kept.examples), weights)
-        at_point = {"loss": seen["value"], "g": g_a, "ball": ball_state}
-        g_s, readings = sharp_gradient(
-            value_fn, params, eps, state.readings, **at_point, perturb_dtype=perturb_dtype
-        )
+        at = {"loss": seen["value"], "g": g_a, "ball": ball_state, "perturb_dtype": perturb_dtype}
+        g_s, readings = sharp_gradient(value_fn, params, eps, state.readings, **at)
         return g_s, SharpnessAwareState(ball_state, readings)
 
     return closure_transformation(init_fn, update_fn, name="functional_sam")

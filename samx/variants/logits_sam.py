@@ -10,11 +10,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.lax import stop_gradient
 
 from samx.core.aliases import DType, Perturbation, Radius, Transformation
-from samx.core.closures import Closure, LogitsClosure, LossesClosure, evaluate, mean_loss
-from samx.core.features import computed_once, matrices_read
+from samx.core.closures import (
+    Closure,
+    LogitsClosure,
+    LossesClosure,
+    checked_loss,
+    evaluate,
+    mean_loss,
+)
+from samx.core.features import Features, matrices_read
 from samx.core.hyperparams import Default, check_function
 from samx.core.readings import FORWARD, no_readings, take_readings
 from samx.core.sharp import ascend, perturbed, sharp_pass, widened
@@ -98,11 +104,12 @@ def logits_sam(
         _, state, params, *, features_fn, head_fn, loss_on_logits, batch, losses_fn, **extra
     ):
         value_fn = extra["value_fn"]
-        model = _Model(head_fn, loss_on_logits, losses_fn, batch, extra.get("weights"))
+        loss = checked_loss("logits_sam", loss_on_logits)
+        model = _Model(head_fn, loss, losses_fn, batch, extra.get("weights"))
+        features = Features(features_fn, losses_fn, params, batch)
         chosen = _chosen(is_perturbed, features_fn, head_fn, params, batch)
         matrices, climb = only(params, chosen), seen_by_part(ball, chosen, params, value_fn)
-        features_of = computed_once(features_fn, losses_fn, params, batch)
-        clean = model.mean_loss(lambda part: filled(part, params), _constant(features_of, params))
+        clean = model.mean_loss(None, lambda part: filled(part, params), features.constant)
         seen, _ = evaluate(clean, matrices)
         extra |= {"batch": batch, "losses_fn": losses_fn, "value_fn": seen["value_fn"]}
         eps, g_a, ball_state = ascend(
@@ -110,7 +117,7 @@ def logits_sam(
         )
         head_at = partial(_moved_on, eps, chosen, perturb_dtype)
         with sharp_pass():
-            sharp, _ = evaluate(model.mean_loss(head_at, features_of), params)
+            sharp = features.evaluate(partial(model.mean_loss, perturb_dtype), head_at)
         readings = take_readings(
             *(state.readings, seen["value"], sharp["value"], g_a, sharp["grad"], params),
             *(partial(head_at, params), _cost(losses_fn, share_of(matrices, params)), ball_state),
@@ -131,22 +138,21 @@ class _Model(NamedTuple):
     weights: Any
 
     def mean_loss(
-        self, head_at: Callable[[Any], Any], features_of: Callable[[Any, Any], Any]
+        self,
+        dtype: DType,
+        head_at: Callable[[Any], Any],
+        features_of: Callable[[Any, Any], Any],
     ) -> Closure:
-        """Return the mean loss of the head at `head_at(w)`, on `features_of(w, batch)`."""
+        """Return the mean loss of the head at `head_at(w)`, on `features_of(w, batch)`.
+
+        Features of half precision become `dtype`, as the perturbed matrices do.
+        """
 
         def losses_at(w, batch):
-            head, features = head_at(w), features_of(w, batch)
-            if jax.tree.map(jnp.result_type, head) != jax.tree.map(jnp.result_type, w):
-                features = widened(features, jnp.float32)  # as the perturbed weights
-            return self.loss_on_logits(self.head_fn(head, features), batch), None
+            logits = self.head_fn(head_at(w), widened(features_of(w, batch), dtype))
+            return self.loss_on_logits(logits, batch), None
 
         return mean_loss(self.losses_fn.with_fn(losses_at), self.batch, self.weights)
-
-
-def _constant(features_of: Callable[[Any, Any], Any], params: Any) -> Callable[[Any, Any], Any]:
-    """Return the features at `params`, without a gradient."""
-    return lambda _, batch: stop_gradient(features_of(params, batch))
 
 
 def _moved_on(eps: Any, chosen: Any, perturb_dtype: Any, w: Any) -> Any:
@@ -169,8 +175,11 @@ def _chosen(
         chosen = jax.tree_util.tree_map_with_path(is_perturbed, params)
     chosen = jax.tree.map(lambda w, is_chosen: bool(is_chosen) and is_inexact(w), params, chosen)
     if not any(jax.tree.leaves(chosen)):
-        by = "`head_fn` reads no matrix" if is_perturbed is None else "`is_perturbed` chooses none"
-        raise ValueError(f"logits_sam: no leaf of `params` would be perturbed: {by}")
+        by = "`is_perturbed` must choose a floating leaf"
+        if is_perturbed is None:
+            by = "`head_fn` must read a floating leaf with two axes or more, a matrix"
+        shapes = [jnp.shape(w) for w in jax.tree.leaves(params)]
+        raise ValueError(f"logits_sam: {by}, got `params` of shapes {shapes}")
     return chosen
 
 

@@ -21,7 +21,7 @@ from examples.claims import (
     mup_transfer,
     second_order,
 )
-from examples.common import figures, monitoring
+from examples.common import figures, fine_tuning, monitoring
 from examples.common.registry import VARIANTS
 from examples.compare import front_figure
 from examples.cost import lean, step_cost
@@ -38,7 +38,7 @@ from examples.measure import (
     sharpness_figure,
     sharpness_measures,
 )
-from examples.train import abstract, cifar, language_model, long_tail
+from examples.train import abstract, cifar, fine_tune, language_model, long_tail, preference
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RNG = np.random.default_rng(0)
@@ -162,6 +162,22 @@ def draw_averages(path, noises):
     averages.draw(results, noises, path, "Digits: averaged parameters of SGD and SAM, 20 seeds")
 
 
+def draw_fine_tune(path, names, measure="accuracy", seeds=10):
+    losses = [f"{t}_loss{end}" for t in ("new", "old") for end in fine_tune.DRAWN]
+    results = []
+    for name in names:
+        row = fine_tuning.ROWS[name]
+        forgets_nothing = {"low": 0, "high": 0} if row.adapt == "head" else {"low": 0, "high": 0.3}
+        values = {loss: some(seeds, low=0.1, high=1.5) for loss in losses}
+        values[f"new_{measure}"] = some(seeds)
+        values[f"forgotten_{measure}"] = some(seeds, **forgets_nothing)
+        differences = {n: {"mean": -0.1, "error": 0.01} for n in values if row.is_radius_tuned}
+        named = {"row": name, "adapt": row.adapt, "method": row.method}
+        results.append(named | values | {"differences": differences})
+    title = "Fine-tuning, scikit-learn's digits: 0 to 4, then 5 to 9; 10 seeds; more, less, lower: "
+    fine_tune.draw(results, measure, path, title + "than AdamW, by two standard errors")
+
+
 def draw_late_sam(path, noises):
     results = [
         {"row": row, "noise": noise, "accuracy": some(20, low=90, high=97)}
@@ -216,19 +232,31 @@ def draw_language(path, points, losses, names=()):
     language_model.draw(log, losses, path, "sam, width 128, depth 4, seed 0")
 
 
-def draw_abstract(path, names, sizes, devices):
+def draw_abstract(path, names, sizes, devices, adapts=("whole",)):
     rows = [
         {
-            **{"size": size, "remat": True, "devices": n, "method": name},
+            **{"size": size, "remat": True, "devices": n, "method": name, "adapt": adapt},
             **{"state_bytes": (3 + i % 2) * 4e9 / n, "temporary_bytes": 1e9 * (2 + i)},
             "peak_to_adamw": 1 + i / 9,
         }
         for size in sizes
+        for adapt in adapts
         for i, name in enumerate(["adamw", *names])
         for n in devices
     ]
     rows.append(rows[-1] | {"method": "too large", "refused": "at most 2147483647 entries"})
     abstract.draw(rows, path)
+
+
+def draw_preference(path, names, seeds):
+    results = [
+        {
+            **{"method": name, "time_ratio": sorted(some(3, low=0.95, high=2.2))},
+            "accuracy": [100 * x for x in some(seeds, low=0.7, high=0.75)],
+        }
+        for name in names
+    ]
+    preference.draw(results, path, f"DPO of a language model with width 64, {seeds} seeds")
 
 
 class Log:
@@ -463,6 +491,12 @@ CASES = {
         lambda path: draw_averages(path, [0.3, 0.0]),
         lambda path: draw_averages(path, [0.0]),
     ],
+    "fine_tune.draw": [
+        lambda path: draw_fine_tune(path, [*fine_tuning.ROWS]),
+        lambda path: draw_fine_tune(path, ["lora adamw", "lora sam", "lora bi-lora"], "loss", 3),
+        lambda path: draw_fine_tune(path, ["head adamw"], seeds=1),
+        lambda path: draw_fine_tune(path, ["whole adamw", "whole sam", "head adamw"], "loss", 1),
+    ],
     "late_sam.draw": [
         lambda path: draw_late_sam(path, [0.3, 0.0]),
         lambda path: draw_late_sam(path, [0.0]),
@@ -492,6 +526,11 @@ CASES = {
     "abstract.draw": [
         lambda path: draw_abstract(path, EVERY, ("100M", "1B", "7B"), [1, 8, 64]),
         lambda path: draw_abstract(path, ["sam"], ("7B",), [1]),
+        lambda path: draw_abstract(path, ["sam"], ("1B",), [1, 8], language_model.ADAPT),
+    ],
+    "preference.draw": [
+        lambda path: draw_preference(path, [*preference.METHODS], 5),
+        lambda path: draw_preference(path, ["adamw", "logits-sam"], 1),
     ],
     "exchange_cost.plot": [
         lambda path: draw_exchange(path, [("ray", w, s) for w in (1, 4, 8) for s in (1, 2, 4)]),

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import PartitionSpec as P
 
 import samx
 from examples.common import choices, monitoring
 from examples.common.gpt import GPT, Size, losses_of
-from examples.common.language_task import batch_like, logits_like, make_task
-from examples.common.programs import communicated_bytes, product_flops
+from examples.common.language_task import batch_like, logits_like, make_task, union
+from examples.common.programs import communicated_bytes, peak_bytes, product_flops
 from examples.common.registry import VARIANTS, Setting
-from examples.common.shapes import held_bytes, methods
+from examples.common.shapes import ADAPTATIONS, OPTIONS, held_bytes, methods
 from examples.train import abstract, language_model, text
 
 SIZE = Size(width=16, depth=2, vocabulary=32, length=8)
@@ -56,8 +56,8 @@ def make(tx, *, devices=8, parallel="fsdp", **keywords):
     return make_task(SIZE, tx, devices=jax.devices()[:devices], parallel=parallel, **keywords)
 
 
-def shapes(task, examples=8):
-    batch = batch_like(SIZE, examples)
+def shapes(task, examples=8, size=SIZE):
+    batch = batch_like(size, examples)
     return jax.tree.map(lambda leaf: leaf.update(sharding=task.batch_sharding), batch)
 
 
@@ -147,6 +147,7 @@ def test_the_model_sees_the_past_only_and_where_a_token_is():
     model = GPT(SIZE, rngs=nnx.Rngs(0))
     tokens = jnp.array([[1, 2, 3, 4, 5, 6, 7, 8]])
     logits = model(tokens)
+    np.testing.assert_array_equal(model.head(model.features(tokens)), logits)
     later = model(tokens.at[0, 5].set(9))
     np.testing.assert_allclose(later[:, :5], logits[:, :5], atol=1e-6)
     assert (abs(later - logits)[:, 5:].max(axis=-1) > 1e-4).all()
@@ -242,9 +243,14 @@ def test_what_fsdp_shards():
 
 
 @functools.cache
-def sent_by(name, remat):
-    task = make(optimizer(name), remat=remat)
-    return task, communicated_bytes(task.step.lower(task.state, shapes(task)).compile())
+def compiled(name, remat, **keywords):
+    task = make(optimizer(name), remat=remat, **keywords)
+    return task, task.step.lower(task.state, shapes(task)).compile()
+
+
+def sent_by(name, remat, **keywords):
+    task, program = compiled(name, remat, **keywords)
+    return task, communicated_bytes(program)
 
 
 @pytest.mark.parametrize(
@@ -276,6 +282,74 @@ def test_what_a_step_sends_under_fsdp(name, times, remat):
     layers = params - embedding
     # Forward and backward each gather the layers; the embedding, used twice, is gathered once.
     assert sent["base"]["all-gather"] == pytest.approx(2 * layers + embedding, rel=0.1)
+
+
+def test_what_logits_sam_computes_and_sends():
+    """Two thirds of the head's share more than AdamW; the perturbed head, and its gradient."""
+    (task, base), (_, ours) = compiled("base", True), compiled("logits-sam", True)
+    head = 6 * SIZE.length * SIZE.width * SIZE.vocabulary  # flops of one example's pass
+    share = (product_flops(ours) - product_flops(base)) / head
+    print(f"logits-SAM computes {share:.4f} of the head's share more")
+    assert share == pytest.approx(2 / 3, rel=1e-9)
+    embedding = 4 * task.state.params["embedding"]["embedding"].size
+    (_, base), (_, ours) = sent_by("base", True), sent_by("logits-sam", True)
+    assert ours["all-gather"] - base["all-gather"] == 2 * embedding
+    assert 0 <= ours["all-reduce"] - base["all-reduce"] - embedding <= 128
+
+
+@pytest.mark.slow
+def test_what_adapters_send_under_fsdp():
+    """AdamW gathers the frozen layers as in a training of the whole model; SAM in each pass."""
+    (task, base), (_, ours) = (sent_by(name, True, lora_rank=2) for name in ("base", "sam"))
+    assert ours["all-gather"] == 2 * base["all-gather"]
+    adapters = 4 * sum(leaf.size for leaf in jax.tree.leaves(task.state.params))
+    assert base["all-gather"] <= sent_by("base", True)[1]["all-gather"] + 2 * adapters
+    assert base["all-reduce"] <= adapters + 128  # no gradient of a frozen weight
+
+
+def test_what_adapters_hold():
+    """The frozen weights once: SAM needs the perturbed adapters more than AdamW, nothing else."""
+    size, held = Size(width=64, depth=8, vocabulary=64, length=4), []
+    for tx in (optax.adamw(1e-3), optax.chain(samx.sam(0.05), optax.adamw(1e-3))):
+        task = make_task(size, tx, devices=jax.devices()[:1], remat=True, lora_rank=2)
+        lowered = task.step.lower(task.state, shapes(task, 1, size))
+        held.append(peak_bytes(lowered.compile(OPTIONS)))
+    frozen, adapters = held_bytes(task.state.frozen), held_bytes(task.state.params)
+    layer = frozen / size.depth  # the loop copies one
+    assert held[1] - held[0] <= 1.01 * adapters
+    assert held[1] <= frozen + layer + 7 * adapters
+    assert held_bytes(task.state) == pytest.approx(frozen + 3 * adapters, abs=64)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+def test_adapters_alone_are_trained():
+    """A new adapter changes nothing. A step of SAM with them is that of the whole model's loss."""
+    tx = optax.chain(samx.sam(0.05), optax.sgd(0.1))
+    task = make(tx, devices=1, parallel="data", lora_rank=2, param_dtype=jnp.float64)
+    state, batch = task.init(jax.random.key(0)), batch_at(0)
+    frozen, adapters = jax.device_get((state.frozen, state.params))
+    assert set(adapters) == {"blocks"}
+    assert {name[-1] for name in traverse_util.flatten_dict(adapters)} == {"lora_a", "lora_b"}
+    plain = GPT(SIZE, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    nnx.update(plain, frozen)
+    tokens = batch["tokens"][:, :-1]
+    logits = state.apply_fn(union(adapters, frozen), tokens)
+    np.testing.assert_allclose(logits, plain(tokens), rtol=0, atol=1e-12)
+
+    def loss(adapters):
+        logits = state.apply_fn(union(adapters, frozen), tokens)
+        return losses_of(logits, batch["tokens"][:, 1:]).mean()
+
+    g = jax.grad(loss)(adapters)
+    scale = 0.05 / optax.tree.norm(g)
+    g_s = jax.grad(loss)(jax.tree.map(lambda w, x: w + scale * x, adapters, g))
+    new, _ = task.step(state, jax.device_put(batch, task.batch_sharding))
+    jax.tree.map(
+        lambda w, x, y: np.testing.assert_allclose(w - 0.1 * x, y, rtol=0, atol=1e-12),
+        *(adapters, g_s, jax.device_get(new.params)),
+    )
+    jax.tree.map(np.testing.assert_array_equal, frozen, jax.device_get(new.frozen))
 
 
 def test_counts_multiply_the_rounds_of_loops():
@@ -403,6 +477,7 @@ def test_abstract(names, in_empty_folder, monkeypatch, capsys, read_report):
     arguments = "--abstract --sizes 1B --devices 8 --variants sam looksam --examples 4"
     rows = language_model.main(arguments.split())
     assert len(rows) == 2 * len(names)
+    assert tuple(ADAPTATIONS) == language_model.ADAPT
     report = read_report(Path("runs/language-001"))
     assert report["settings"]["devices"] == [8]
     by_name = {(row["method"], row["remat"]): row for row in report["rows"]}

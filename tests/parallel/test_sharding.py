@@ -37,18 +37,30 @@ MORE += ("xsam", "x_sam", "lookbehind_sam", "tsam", "sam_polyak", "sassha", "gam
 
 def logits_of(params, batch):
     """The logits of the tiny problem; on an Explicit mesh they specify the output sharding."""
+    return head_on(params, features_of(params, batch))
+
+
+def features_of(params, batch):
+    params = whole(params)
+    return jax.nn.tanh(batch["x"] @ params["W1"] + params["b1"][None])
+
+
+def head_on(params, features):
+    params, out = whole(params), P("data", None) if is_explicit("data") else None
+    return jax.numpy.dot(features, params["W2"], out_sharding=out) + params["b2"][None]
+
+
+def whole(params):
     if is_explicit("data") and not is_explicit("model"):
-        params = jax.tree.map(lambda w: jax.sharding.reshard(w, P()), params)
-    hidden = jax.nn.tanh(batch["x"] @ params["W1"] + params["b1"][None])
-    out = P("data", None) if is_explicit("data") else None
-    return jax.numpy.dot(hidden, params["W2"], out_sharding=out) + params["b2"][None]
+        return jax.tree.map(lambda w: jax.sharding.reshard(w, P()), params)
+    return params
 
 
 def losses_fn(params, batch):
     return problem.cross_entropy(logits_of(params, batch), batch["y"])
 
 
-losses_fn.logits_of = logits_of
+losses_fn.logits_of, losses_fn.features_of, losses_fn.head_on = logits_of, features_of, head_on
 
 
 def is_explicit(axis):

@@ -769,10 +769,10 @@ VARIANTS = {
     "bi_lora": row(
         "bi_lora",
         {"rho": 0.2},
-        fixed={"rank": 2, "ascent": optax.sgd(0.5)},
+        fixed={"rank": 2, "ascent_optimizer": optax.sgd(0.5)},
         oracle=bi_lora_loop,
         copies=None,
-        static_args=("rank", "ascent", "weights_like"),
+        static_args=("rank", "ascent_optimizer", "weights_like"),
         **NOISY | {"is_noisy": False},
     ),
     "bsam": row(

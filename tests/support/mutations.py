@@ -68,6 +68,7 @@ DEVICES = (
 )
 CLIMBS = ("perturbations/test_directions_and_lengths.py",)
 NOISES = ("variants/test_noise_loops.py::test_noise", "variants/test_limits.py::test_equal")
+FINE_TUNING = ("variants/test_fine_tuning.py", "training/test_on_merged.py")
 # Tests of a file, or of all files of a folder, beyond those of the rows.
 PASSES = (
     "variants/test_pass_loops.py",
@@ -108,7 +109,15 @@ SUITES = {
             "variants/test_limits.py::test_equal",
         ),
     ),
-    "variants/_layer_groups.py": ("variants/test_sl_sam.py",),
+    **dict.fromkeys(
+        (
+            *("variants/functional_sam.py", "variants/logits_sam.py", "core/features.py"),
+            *("variants/flat_lora.py", "variants/bi_lora.py", "core/merging.py"),
+            "training/on_merged.py",
+        ),
+        FINE_TUNING,
+    ),
+    "variants/_layer_groups.py": ("variants/test_sl_sam.py", "variants/test_fine_tuning.py"),
     "variants/_moments.py": ("variants/test_moments.py",),
     "variants/_reuse.py": ("variants/test_reuse.py",),
     "variants/async_sam.py": (

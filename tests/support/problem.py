@@ -89,11 +89,14 @@ def in_two_parts(losses_fn):
     Losses without the attribute `logits_of` become "logits" themselves, and features of a head that
     only reads its parameters.
     """
-    if hasattr(losses_fn, "logits_of"):
+    logits_of = getattr(losses_fn, "logits_of", None)
+    if hasattr(losses_fn, "features_of"):
         parts = {"features_fn": losses_fn.features_of, "head_fn": losses_fn.head_on}
-        return parts | {"apply_fn": losses_fn.logits_of, "loss_on_logits": loss_on_logits}
+        return parts | {"apply_fn": logits_of, "loss_on_logits": loss_on_logits}
 
     def apply_fn(params, batch):
+        if logits_of:
+            return logits_of(params, batch)
         result = losses_fn(params, batch)
         losses = result[0] if isinstance(result, tuple) else result
         logits = jnp.stack([losses, -losses, 0 * losses], axis=1)
@@ -104,7 +107,8 @@ def in_two_parts(losses_fn):
         return logits + 0 * sum(read)
 
     parts = {"features_fn": apply_fn, "head_fn": head_fn}
-    return parts | {"apply_fn": apply_fn, "loss_on_logits": lambda logits, batch: logits[:, 0]}
+    of_losses = loss_on_logits if logits_of else lambda logits, batch: logits[:, 0]
+    return parts | {"apply_fn": apply_fn, "loss_on_logits": of_losses}
 
 
 def losses_of(losses_fn, params, batch):

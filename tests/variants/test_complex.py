@@ -23,8 +23,9 @@ FAST = {
     *("sam", "wsam", "momentum_sam", "lightsam_norm", "lets", "sampa", "sl_sam", "fisher_sam"),
     *("ae_sam", "async_sam", "bisam", "ksam"),
 }
-# SASSHA has one curvature for both parts. SAF and MESA take the model, which has no twin here.
-OTHERWISE = {"sassha", "msassha", "saf", "mesa"}
+# SASSHA has one curvature for both parts, Bi-LoRA a pair. The others take the model, which has no
+# twin here.
+OTHERWISE = {"sassha", "msassha", "bi_lora", "saf", "mesa", "functional_sam", "logits_sam"}
 ROWS = [
     name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
     for name in VARIANTS

@@ -120,9 +120,14 @@ def test_a_tied_matrix_is_perturbed_in_its_use_as_output_layer_only():
     expected = jax.tree.map(jnp.add, *parts)
     closures = {"features_fn": features_fn, "head_fn": head_fn, "batch": batch}
     closures["loss_on_logits"] = lambda logits, batch: problem.cross_entropy(logits, batch["y"])
-    for wrap in (lambda tx: tx, lambda tx: samx.accumulate(tx, 4)):
+    share = 28 / 44  # of the embedding
+    for wrap, spent in (
+        (lambda tx: tx, 1 + 2 / 3 * share),
+        (lambda tx: samx.accumulate(tx, 4), 4 / 3 + 1 / 3 * share),  # features anew for each pass
+    ):
         tx = wrap(samx.logits_sam(0.3))
-        found, _ = tx.update(params, tx.init(params), params, **closures)
+        found, state = tx.update(params, tx.init(params), params, **closures)
+        assert optax.tree.get(state, "gradients_spent") == pytest.approx(spent)
         chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-13)
 
 
@@ -159,14 +164,18 @@ def test_logits_sam_takes_two_thirds_of_the_output_layers_gradient_more():
 @pytest.mark.parametrize(
     ("keyword", "predicate", "fn"),
     [
-        ("reads no matrix", None, lambda params, features: features[:, :3] + params["b2"][None]),
-        ("chooses none", lambda path, leaf: False, problem.head_on),
+        (
+            "`head_fn` must read",
+            None,
+            lambda params, features: features[:, :3] + params["b2"][None],
+        ),
+        ("`is_perturbed` must choose", lambda path, leaf: False, problem.head_on),
     ],
 )
 def test_logits_sam_needs_something_to_perturb(keyword, predicate, fn):
     tx, params = samx.logits_sam(is_perturbed=predicate), problem.make()[1]
     batch = problem.batch_at(problem.make()[0], 0)
-    with pytest.raises(ValueError, match=f"logits_sam: no leaf.*{keyword}"):
+    with pytest.raises(ValueError, match=f"logits_sam: {keyword}.*shapes"):
         tx.update(params, tx.init(params), params, batch=batch, **PARTS | {"head_fn": fn})
 
 
@@ -227,11 +236,11 @@ MERGED = {
         lambda: by_hand.flat_lora(RISING, 1, flat_noise(0, STEPS)),
     ),
     "bi_lora": (
-        lambda: samx.bi_lora(0.3, 2, ascent=optax.sgd(2.0), key=3, weights_like=LIKE),
+        lambda: samx.bi_lora(0.3, 2, ascent_optimizer=optax.sgd(2.0), key=3, weights_like=LIKE),
         lambda: by_hand.BiLoRA(0.3, first_pairs(3, 2), reference.SGD(2.0), COLUMNS),
     ),
     "bi_lora, adam, a radius that begins at 0": (
-        lambda: samx.bi_lora(rising, ascent=optax.adam(0.1), weights_like=LIKE),
+        lambda: samx.bi_lora(rising, ascent_optimizer=optax.adam(0.1), weights_like=LIKE),
         lambda: by_hand.BiLoRA(RISING, first_pairs(0, 8), reference.Adam(0.1), COLUMNS),
     ),
 }
@@ -267,12 +276,12 @@ def test_noise_of_flat_lora_has_the_stated_deviation():
 def test_the_climbing_pair_is_in_the_state_alone():
     """Deployed weights are those of the adapters: without a radius they are plain LoRA's."""
     closures = {"losses_fn": losses_of_matrices}
-    tx = samx.bi_lora(0.3, 2, ascent=optax.sgd(2.0), weights_like=LIKE)
+    tx = samx.bi_lora(0.3, 2, ascent_optimizer=optax.sgd(2.0), weights_like=LIKE)
     found, (state, _) = train(optax.chain(tx, SGD), start(), merge_fn, **closures)
     assert jax.tree.map(np.shape, found) == {k: (STEPS, *x.shape) for k, x in start().items()}
     product = [pair.a @ pair.b for pair in state.pairs.values()]
     assert optax.tree.norm(product) > 0.1
-    without = samx.bi_lora(0.0, 2, ascent=optax.sgd(2.0), weights_like=LIKE)
+    without = samx.bi_lora(0.0, 2, ascent_optimizer=optax.sgd(2.0), weights_like=LIKE)
     plain, (state, _) = train(optax.chain(without, SGD), start(), merge_fn, **closures)
     assert optax.tree.norm([pair.b for pair in state.pairs.values()]) > 0.1  # ready to climb
     lora = by_hand.train_adapters(lambda t, W, gradient: gradient(W), reference.SGD(0.1), STEPS)
@@ -282,7 +291,7 @@ def test_the_climbing_pair_is_in_the_state_alone():
 
 @pytest.mark.parametrize("rho", [0.05, 0.3])
 def test_the_pairs_stay_in_their_ball(rho):
-    tx = samx.all_readings(samx.bi_lora(rho, ascent=optax.sgd(5.0), weights_like=LIKE))
+    tx = samx.all_readings(samx.bi_lora(rho, ascent_optimizer=optax.sgd(5.0), weights_like=LIKE))
     _, (state, _) = train(optax.chain(tx, SGD), start(), merge_fn, losses_fn=losses_of_matrices)
     assert optax.tree.get(state, "perturbation_norm") == pytest.approx(rho, rel=1e-12)
 
