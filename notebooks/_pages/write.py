@@ -40,7 +40,8 @@ KINDS = {
     "The step": ("is_sharp_pass", "value_and_grad_at", "preflight"),
     "Sharp gradients on some steps": ("perturb_if",),
     "Around an optimizer": (
-        *("accumulate", "all_readings", "freeze", "scale_loss", "skip_nonfinite", "with_base"),
+        *("accumulate", "all_readings", "freeze", "on_merged", "scale_loss", "skip_nonfinite"),
+        "with_base",
     ),
     "Branches and loops": ("fast_convolutions",),
     "Several devices": ("data_parallel", "value_and_grad", "axis_mean", "state_specs"),
