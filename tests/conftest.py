@@ -5,6 +5,7 @@ float64 only where a test asks for it.
 
 import collections
 import contextlib
+import functools
 import gc
 import itertools
 import mmap
@@ -12,12 +13,14 @@ import os
 import shutil
 import signal
 import threading
+import zlib
 from pathlib import Path
 
 import jax
 import jaxlib
 import psutil
 import pytest
+from jax._src import compilation_cache
 from jax._src.interpreters import mlir
 from processor import can_run
 
@@ -131,6 +134,16 @@ class Contexts(threading.local):
 contexts = Contexts()
 if contexts.make is not None:
     mlir.make_ir_context = lambda: contexts.get()
+
+
+class FastCompression:
+    """Stands in for zlib where JAX writes its cache: three times as fast, files a fifth larger."""
+
+    compress, decompress = functools.partial(zlib.compress, level=1), zlib.decompress
+
+
+if hasattr(compilation_cache, "zlib"):  # private too
+    compilation_cache.zlib = FastCompression
 
 
 def pytest_collection_finish():

@@ -225,25 +225,20 @@ class Argument(NamedTuple):
     default: Any
     arity: int
     choices: tuple[Any, ...]
+    good: Any
+    is_given: bool  # in a right call
 
     @property
     def is_optional(self):
         return self.default is not inspect.Parameter.empty
 
     @property
-    def good(self):
-        if self.full_name in GOOD or not self.is_optional:
-            return GOOD.get(self.full_name, GOOD.get(self.name))
-        return self.default
-
-    @property
-    def is_given(self):
-        """Whether a right call has to give it."""
-        return self.full_name in GOOD or not self.is_optional
-
-    @property
     def full_name(self):
-        return f"{self.owner.rsplit('.', 1)[-1]}.{self.name}"
+        return full_name(self.owner, self.name)
+
+
+def full_name(owner, name):
+    return f"{owner.rsplit('.', 1)[-1]}.{name}"
 
 
 def arguments_of(owner, signature):
@@ -264,7 +259,14 @@ def argument(owner, parameter):
     kind = kind_of(annotation, parameter, bool(function), literals)
     if owner.endswith(".edge"):
         kind = "numbers"
-    return Argument(owner, name, kind, parameter.default, arity, literals[0] if literals else ())
+    choices, default, full = (
+        literals[0] if literals else (),
+        parameter.default,
+        full_name(owner, name),
+    )
+    is_given = full in GOOD or default is parameter.empty
+    good = GOOD.get(full, GOOD.get(name)) if is_given else default
+    return Argument(owner, name, kind, default, arity, choices, good, is_given)
 
 
 def kind_of(annotation, parameter, is_function, literals):

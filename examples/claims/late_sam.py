@@ -153,7 +153,7 @@ def optimizer(use: Use, steps: int, learning_rate: Any, rho: Any) -> Any:
 @functools.lru_cache(maxsize=2)
 def trainer(use: Use, steps: int, width: int) -> Any:
     """Return the compiled function that trains a run; it gives accuracies, and gradients spent."""
-    _, losses_fn, accuracy, *_ = make_functions(width)
+    functions = make_functions(width)
 
     def of_run(run, params, train, *others):
         tx = optimizer(use, steps, run.learning_rate, run.rho)
@@ -163,7 +163,7 @@ def trainer(use: Use, steps: int, width: int) -> Any:
             batch = rows_of(train, rows)
 
             def value_fn(params):
-                return losses_fn(params, batch).mean()
+                return functions.losses_fn(params, batch).mean()
 
             value, g = jax.value_and_grad(value_fn)(params)
             updates, state = tx.update(g, state, params, value=value, value_fn=value_fn)
@@ -174,7 +174,7 @@ def trainer(use: Use, steps: int, width: int) -> Any:
         batches = batches.reshape(-1, BATCH)[:steps]
         (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), batches)
         spent = optax.tree.get(state, "gradients_spent", steps)
-        return jnp.stack([accuracy(params, data) for data in others]), spent
+        return jnp.stack([functions.accuracy(params, data) for data in others]), spent
 
     return jax.jit(of_run)
 

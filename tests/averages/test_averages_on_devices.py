@@ -59,8 +59,9 @@ def make_step(tx):
 @functools.cache
 def on_one_device():
     tx, params = all_averages(), problem.make()[1]
-    history = regimes.run(jax.jit(make_step(tx)), params, tx.init(params), regimes.batches(STEPS))
-    return history, read(*history[-1][1::-1])
+    step, state = jax.jit(make_step(tx)), jax.jit(tx.init)(params)
+    history = regimes.run(step, params, state, regimes.batches(STEPS))
+    return history, jax.jit(read)(*history[-1][1::-1])
 
 
 class Sharded:
@@ -108,8 +109,8 @@ def test_sharded_parameters(axis_type, float64, tmp_path):
     chex.assert_trees_all_close(found, averaged, rtol=1e-11, atol=1e-11)
     chex.assert_trees_all_close(history[-1][:2], expected[-1][:2], rtol=1e-11, atol=1e-11)
     for place, (params, *_) in zip((0, 1), history[:-3:-1], strict=True):
-        stored = jax.tree.map(lambda x, place=place: x[place], training.state.base.iterates)
-        chex.assert_trees_all_equal(jax.device_get(stored), jax.device_get(params))
+        stored = jax.tree.map(lambda x, i=place: x[i], jax.device_get(training.state.base.iterates))
+        chex.assert_trees_all_equal(stored, jax.device_get(params))
 
     resumed = Sharded(axis_type)
     resumed.run(step, slice(SAVED))
@@ -216,7 +217,7 @@ def test_specs_of_stacked_leaves():
 
 def test_donated_states():
     tx, params = all_averages(optax.sgd(0.1)), {"w": jnp.ones(3), "i": jnp.arange(2)}
-    state = tx.init(params)
+    state = jax.jit(tx.init)(params)
     evaluated = averages.params(state._replace(base=()), params)
     step = jax.jit(lambda p, s: tx.update(p, s, p), donate_argnums=1)
     _, state = step(params, state)

@@ -256,10 +256,11 @@ def sent_by(name, remat, **keywords):
 @pytest.mark.parametrize(
     ("name", "times", "remat"),
     [
-        *[("sam", 2, True), ("momentum-sam", 1, True)],
+        ("sam", 2, True),
         *[
             pytest.param(*values, marks=pytest.mark.slow)
             for values in [
+                ("momentum-sam", 1, True),
                 ("sam", 2, False),
                 ("gsam", 2, True),
                 ("looksam", 2, True),

@@ -177,7 +177,12 @@ def test_statistics_and_masks_of_each_device(regime, api, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "check_vma"), [("sam", True), ("sampa", False), ("momentum_sam", True)]
+    ("name", "check_vma"),
+    [
+        ("sam", True),
+        ("sampa", False),
+        pytest.param("momentum_sam", True, marks=pytest.mark.slow),  # as in the test above
+    ],
 )
 def test_nnx_shard_map_as_in_the_readme(name, check_vma):
     """The statistics of the caller's own pass are averaged; those of a variant are means."""
