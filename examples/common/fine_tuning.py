@@ -72,6 +72,7 @@ class Problem(NamedTuple):
         measure: What is reported of both tasks, "accuracy" or "loss".
         rates: Where the search of the learning rate begins, by `Row.adapt`.
         radii: Where the search of the radius begins, by the name of the row.
+        decades: How far the search of the radius goes in each direction; below is only 0.
         tuning_seeds: Seeds with which candidates are compared; none of them is reported.
         before: `seeds -> measures`, one dict per seed, before the fine-tuning: those of `run` on
             the test split, except "new_...", "gradients" and "seconds".
@@ -95,3 +96,4 @@ class Problem(NamedTuple):
     tuning_seeds: Sequence[int]
     before: Callable[[Sequence[int]], list[dict[str, Any]]]
     run: Callable[[Row, float, float, Sequence[int], str], list[dict[str, Any]]]
+    decades: int = 3

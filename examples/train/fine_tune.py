@@ -179,7 +179,10 @@ def measure(
 
     axes = [around(problem.rates[row.adapt], SIXTHS)]
     if row.is_radius_tuned:  # the same rates as AdamW's, but only the next one on each side
-        axes = [axes[0]._replace(reach=1), from_zero(around(problem.radii[name]))]
+        axes = [
+            axes[0]._replace(reach=1),
+            from_zero(around(problem.radii[name], decades=problem.decades)),
+        ]
     bar.set_description(name)
     tried = search(axes, lambda candidates: [score(candidate) for candidate in candidates])
     control = f"{row.adapt} adamw"

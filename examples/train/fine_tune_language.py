@@ -31,9 +31,9 @@ TRAIN, HELD_OUT = 512, 256  # examples to fine-tune on; for validation, and for 
 MEASURED = 64  # training examples of the new task on which sharpness is measured
 RADIUS = 0.2  # of the ball in which the rise of the loss is measured
 RANK, SCALE = 8, 1.0  # of the adapters: W + SCALE A B
-RATES = {"whole": 1e-3, "lora": 5e-3, "head": 1e-2}
-RADII = {"sl-sam": 0.05, "flat-lora": 0.1, "bi-lora": 0.1}
-START = 0.1  # of the search of other radii
+RATES = {"whole": 2e-3, "lora": 5e-3, "head": 1e-2}
+RADII = {"flat-lora": 0.05, "bi-lora": 0.05}
+START = 0.02  # of the search of other radii
 SEEDS = range(1000, 1001)  # for the search: it is not reported; a training takes seconds
 
 Model = Callable[..., jax.Array]  # (weights, x, method) -> result, as `apply_fn` of a training
@@ -267,4 +267,5 @@ def make_problem(args: Any) -> Problem:
         tuning_seeds=SEEDS,
         before=partial(before, setting),
         run=partial(run, setting),
+        decades=0,
     )

@@ -21,7 +21,7 @@ from typing import Any
 import samx
 from examples import digits
 from examples.claims import averages, late_sam
-from examples.train import fine_tune
+from examples.train import fine_tune, preference
 from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
 
@@ -78,7 +78,10 @@ def pages() -> dict[str, dict[str, str]]:
             "late_sam": late_sam_table(),
         },
         "memory.md": memory_tables(),
-        "fine_tuning.md": {name: fine_tune_table(name) for name in FINE_TUNED},
+        "fine_tuning.md": {
+            **{name: fine_tune_table(name) for name in FINE_TUNED},
+            "preference": preference_table(),
+        },
         "../README.md": {"digits": digits_table(*SHOWN)},
     }
 
@@ -180,6 +183,13 @@ def fine_tune_table(task: str) -> str:
         ]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def preference_table() -> str:
+    """Return what preference tuning gives, and what a step costs."""
+    results = json.loads((CLAIMS / "preference.json").read_text())["results"]
+    head, *rows = preference.table(results)
+    return table_of(head, rows)
 
 
 def accuracies_table(

@@ -22,7 +22,9 @@ SETTING = fine_tune_images.Setting("images", 4, 2, 8)
 def few_settings(monkeypatch):
     """Try one candidate of each row, with one seed."""
     around, images = fine_tune.around, fine_tune_images.IMAGES["images"]
-    monkeypatch.setattr(fine_tune, "around", lambda *of: around(*of)._replace(reach=0))
+    monkeypatch.setattr(
+        fine_tune, "around", lambda *of, **more: around(*of, **more)._replace(reach=0)
+    )
     monkeypatch.setitem(fine_tune_images.IMAGES, "images", images._replace(tuning_seeds=1))
 
 

@@ -116,7 +116,9 @@ def test_a_new_adaptation_changes_no_weight():
 @pytest.mark.slow
 def test_every_row(in_empty_folder, read_report, sources, monkeypatch):
     around = fine_tune.around
-    monkeypatch.setattr(fine_tune, "around", lambda *of: around(*of)._replace(reach=0))
+    monkeypatch.setattr(
+        fine_tune, "around", lambda *of, **more: around(*of, **more)._replace(reach=0)
+    )
     monkeypatch.setattr(fine_tune_language, "texts", lambda: prose.load(sources))
     settings = {"LENGTH": 8, "TRAIN": 16, "HELD_OUT": 8, "MEASURED": 4, "SEEDS": range(9, 10)}
     for name, value in settings.items():

@@ -16,8 +16,10 @@ def tiny(in_empty_folder, monkeypatch):
     rng, around = np.random.default_rng(0), preference.around
     files = [rng.integers(97, 100, 400).astype(np.uint8) for _ in range(4)]
     monkeypatch.setattr(text, "load_files", lambda: (files[:2], files[2:]))
-    monkeypatch.setattr(preference, "around", lambda *of: around(*of)._replace(reach=0))
-    for name, value in (("HELD_OUT_PAIRS", 4), ("PART", 4), ("LEAST", 1e-3)):
+    monkeypatch.setattr(
+        preference, "around", lambda *of, **more: around(*of, **more)._replace(reach=0)
+    )
+    for name, value in (("HELD_OUT_PAIRS", 4), ("PART", 4), ("LEAST", 1e-3), ("RATE", 0.1)):
         monkeypatch.setattr(preference, name, value)
     return lambda arguments: preference.main(arguments.split())
 
@@ -111,9 +113,9 @@ def test_the_better_base_is_by_measure():
     ]
     assert preference.better_base(rows, "accuracy")["method"] == "adamw"
     assert preference.better_base(rows, "loss")["method"] == "adamw2x"
-    assert preference.lead_of(rows[2], rows, "accuracy") == "+1.50 ± 0.50"
-    assert preference.lead_of(rows[2], rows, "loss") == "+0.1000 ± 0.0500"
-    assert preference.lead_of(rows[0], rows, "accuracy") == ""
+    assert preference.lead_of(rows[2], rows[0], "accuracy") == "+1.50 ± 0.50"
+    assert preference.lead_of(rows[2], rows[1], "loss") == "+0.1000 ± 0.0500"
+    assert preference.lead_of(rows[0], rows[0], "accuracy") == ""
 
 
 @pytest.mark.parametrize(
