@@ -136,8 +136,8 @@ def start_of_decay(schedule: optax.Schedule, num_steps: int) -> int:
         step sharp.
 
     Raises:
-        ValueError: If a value of the schedule is NaN, or is not known while tracing, as with a
-            traced peak; if `num_steps` is below 1.
+        ValueError: If a value of the schedule is not finite, or is not known while tracing, as with
+            a traced peak; if `num_steps` is below 1.
         TypeError: If `schedule` is not a schedule, or `num_steps` is not a Python int.
 
     Example:
@@ -172,16 +172,22 @@ def start_of_decay(schedule: optax.Schedule, num_steps: int) -> int:
         return value
 
     with jax.ensure_compile_time_eval():
-        values = jax.vmap(value_at)(jnp.arange(num_steps))
+        try:
+            values = jax.vmap(value_at)(jnp.arange(num_steps))
+        except jax.errors.JAXTypeError:  # a schedule in Python, or in NumPy
+            values = np.array([value_at(step) for step in range(num_steps)])
     if isinstance(values, Tracer):
         raise ValueError(
             "start_of_decay: the values of `schedule` must be known, got traced ones; its peak "
             "does not matter: pass the same schedule with a peak of 1.0"
         )
     values = np.asarray(values)
-    if np.isnan(values).any():
-        at = int(np.isnan(values).argmax())
-        raise ValueError(f"start_of_decay: `schedule` must be a number, got NaN at step {at}")
+    is_wrong = ~np.isfinite(values)
+    if is_wrong.any():
+        at = int(is_wrong.argmax())
+        raise ValueError(
+            f"start_of_decay: `schedule` must give finite numbers, got {values[at]} at step {at}"
+        )
     peak = values.max()
     return 1 + int(np.flatnonzero(values >= peak - ROUNDING * abs(peak))[-1])
 

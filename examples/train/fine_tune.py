@@ -126,6 +126,7 @@ from examples.common.output import choose_folder
 from examples.common.report import MARK, Report, aligned, as_summary, marked, mean_and_error
 from examples.common.tuning import SIXTHS, around, best_of, edges, from_zero, search
 
+OTHERWISE_AT_0 = ("sl-sam",)  # it trains one group of layers in a step
 NUMBERS = ("learning_rate", "rho")
 PLANNED = {False: 9, True: 20}  # candidates of a search, for the progress bar
 COLORS: dict[str, str] = {"whole": figures.BLUE, "lora": figures.GREEN, "head": figures.RED}
@@ -154,8 +155,14 @@ class Cells:
         return self._known[key]
 
 
-def measure(name: str, problem: Problem, cells: Cells, seeds: range, bar: tqdm) -> dict[str, Any]:
-    """Choose the rate and the radius of a row, and measure it with the reported seeds."""
+def measure(
+    name: str, problem: Problem, cells: Cells, seeds: range, bar: tqdm, before: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Choose the rate and the radius of a row, and measure it with the reported seeds.
+
+    `before` are the rows that have been measured. The candidates of AdamW are candidates with the
+    radius 0 too: a method is never chosen where AdamW has a lower loss.
+    """
     row = problem.rows[name]
 
     def run(name, candidate, seeds, split):
@@ -178,9 +185,14 @@ def measure(name: str, problem: Problem, cells: Cells, seeds: range, bar: tqdm) 
         ]
     bar.set_description(name)
     tried = search(axes, lambda candidates: [score(candidate) for candidate in candidates])
+    control = f"{row.adapt} adamw"
+    if row.is_radius_tuned and row.method not in OTHERWISE_AT_0:
+        plain = [r["candidates"] for r in before if r["row"] == control]
+        tried |= {
+            (one["learning_rate"], 0.0): -one["validation_loss"] for part in plain for one in part
+        }
     best = best_of(tried)
     found = run(name, best, seeds, "test")
-    control = f"{row.adapt} adamw"
     is_compared = row.is_radius_tuned and control in problem.rows
     same_rate = run(control, best[:1], seeds, "test") if is_compared else []
     return {
@@ -427,7 +439,9 @@ def run(args: argparse.Namespace, problem: Problem, names: list[str]) -> list[di
     before = columns(cells.get("before", lambda: problem.before(seeds)))
     planned = sum(PLANNED[problem.rows[name].is_radius_tuned] for name in names)
     with tqdm(total=planned, unit=" settings", smoothing=0.1, disable=None) as bar:
-        results = [measure(name, problem, cells, seeds, bar) for name in names]
+        results = []
+        for name in names:
+            results.append(measure(name, problem, cells, seeds, bar, results))
     results = [with_forgetting(result, before, problem.measure) for result in results]
     results = with_differences(results, problem.measure)
     print_tables(results, before, problem, args.seeds)
@@ -451,6 +465,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     ]
     if not names:
         arguments.refuse(f"--methods: none of them trains {' or '.join(args.adapt)}")
+    shown = {problem.rows[name].method for name in names}
+    if left_out := [method for method in args.methods if method not in shown]:
+        print(f"left out, no row of {' or '.join(args.adapt)}: {', '.join(left_out)}")
     choose_folder(args, "fine_tune")
     try:
         return run(args, problem, names)

@@ -168,7 +168,7 @@ def fine_tune_table(task: str) -> str:
     kind = "accuracy" if "new_accuracy" in rows[0] else "loss"
     unit, names = ", %" * (kind == "accuracy"), (f"new_{kind}", f"forgotten_{kind}")
     head = [f"new {kind}{unit}", "minus AdamW", f"forgotten{unit}", "minus AdamW"]
-    head += ["new loss in 3 bits", "minus AdamW", "top eigenvalue", "gradients"]
+    head += ["new loss in 3 bits", "minus AdamW", "top eigenvalue", "gradients", "rho"]
     lines = [["method", *head], ["---"] * (len(head) + 1)]
     for row in rows:
         cells = [row["row"]]
@@ -176,7 +176,11 @@ def fine_tune_table(task: str) -> str:
             lead = row["differences"].get(name)
             cells.append(fine_tune.shown(name, *row[name]))
             cells.append(fine_tune.shown(name, *lead, "+") if lead else "")
-        cells += [f"{row['top_eigenvalue'][0]:.3g}", f"{row['gradients'][0]:.0f}"]
+        cells += [
+            f"{row['top_eigenvalue'][0]:.3g}",
+            f"{row['gradients'][0]:.0f}",
+            f"{row['rho']:g}",
+        ]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

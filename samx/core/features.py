@@ -66,11 +66,22 @@ def matrices_read(
     """Return a tree of booleans: which leaves have two axes or more, and `head_fn` reads them."""
     features = jax.eval_shape(features_fn, params, batch)
     jaxpr = jax.make_jaxpr(head_fn)(params, features).jaxpr
-    needed = {*map(id, jaxpr.outvars)}
-    for equation in reversed(jaxpr.eqns):  # what no output depends on is not read
-        if needed & {*map(id, equation.outvars)}:
-            needed |= {*map(id, equation.invars)}
     leaves, structure = jax.tree.flatten(params)
-    read = [id(x) in needed for x in jaxpr.invars[: len(leaves)]]
+    read = _inputs_read(jaxpr, [True] * len(jaxpr.outvars))[: len(leaves)]
     chosen = [is_read and jnp.ndim(w) >= 2 for is_read, w in zip(read, leaves, strict=True)]
     return jax.tree.unflatten(structure, chosen)
+
+
+def _inputs_read(jaxpr: Any, outputs: list[bool]) -> list[bool]:
+    """Return which inputs of a program these outputs depend on; inside jit and remat too."""
+    needed = {id(x) for x, is_needed in zip(jaxpr.outvars, outputs, strict=True) if is_needed}
+    for equation in reversed(jaxpr.eqns):
+        used = [id(x) in needed for x in equation.outvars]
+        if not any(used):
+            continue
+        read = [True] * len(equation.invars)
+        if equation.primitive.name in ("jit", "pjit", "checkpoint", "remat2"):
+            inner = equation.params["jaxpr"]
+            read = _inputs_read(getattr(inner, "jaxpr", inner), used)
+        needed |= {id(x) for x, is_read in zip(equation.invars, read, strict=True) if is_read}
+    return [id(x) in needed for x in jaxpr.invars]

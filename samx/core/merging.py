@@ -1,6 +1,7 @@
 """Parameters seen through a map: where losses take merged weights, and parameters are adapters."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 from samx.core import tree
@@ -31,3 +32,20 @@ def view(merge_fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return weights
 
     return weights_of
+
+
+def taking_weights(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a caller's closure; its errors say that it gets what `merge_fn` returns."""
+
+    @wraps(fn)
+    def of_weights(weights, *rest):
+        try:
+            return fn(weights, *rest)
+        except Exception as error:
+            error.add_note(
+                "samx: with `merge_fn`, closures take what `merge_fn(params)` returns, and not "
+                "`params`."
+            )
+            raise
+
+    return of_weights

@@ -242,7 +242,12 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
         if keyword in extra and not callable(extra[keyword]):
             kind = type(extra[keyword]).__name__
             raise TypeError(f"{name}: `{keyword}` must be a function, got {kind}")
-    is_callers = {k: not isinstance(extra[k], CLOSURES) for k in CLOSURES_OF_PARAMS if k in extra}
+    # Closures from an outer wrapper see the parameters through `merge_fn` already.
+    callers = [
+        k for k in CLOSURES_OF_PARAMS if not isinstance(extra.get(k), (*CLOSURES, type(None)))
+    ]
+    if "merge_fn" in extra:
+        extra |= {k: merging.taking_weights(extra[k]) for k in callers}
     for keyword in SCALAR_CLOSURES:
         if keyword in extra:
             extra[keyword] = scalar_closure(name, keyword, extra[keyword])
@@ -251,9 +256,9 @@ def unify(name: str, extra: dict[str, Any]) -> dict[str, Any]:
     for keyword in MODEL_CLOSURES:
         if keyword in extra:
             extra[keyword] = logits_closure(name, extra[keyword], keyword)
-    if "merge_fn" in extra:  # closures from an outer wrapper see the parameters through it already
+    if "merge_fn" in extra:
         weights_of = merging.view(extra["merge_fn"])
-        extra |= {k: extra[k].compose(weights_of) for k in is_callers if is_callers[k]}
+        extra |= {k: extra[k].compose(weights_of) for k in callers}
     if {"features_fn", "head_fn"} <= extra.keys() and "apply_fn" not in extra:
         extra["apply_fn"] = on_features(name, extra["features_fn"], extra["head_fn"])
     if {"apply_fn", "loss_on_logits"} <= extra.keys() and "losses_fn" not in extra:
@@ -309,11 +314,16 @@ def as_transformation(name: str, keyword: str, tx: Any) -> Transformation:
 
 def check_in_front(name: str, state: Any) -> None:
     """Raise a `ValueError` if the state is that of a variant that wraps a base, or is one."""
-    if "base" in getattr(state, "_fields", ()) or getattr(state, "is_optimizer", False):
-        raise ValueError(
-            f"{name}: `inner` must stand in front of a base, but it wraps one or is one "
-            f"({type(state).__name__}); its updates are optimizer steps, not gradients"
-        )
+
+    def is_step(node):
+        return "base" in getattr(node, "_fields", ()) or getattr(node, "is_optimizer", False)
+
+    for node in jax.tree.leaves(state, is_leaf=is_step):
+        if is_step(node):
+            raise ValueError(
+                f"{name}: `inner` must stand in front of a base, but it wraps one or is one "
+                f"({type(node).__name__}); its updates are optimizer steps, not gradients"
+            )
 
 
 def base_keywords(name: str, keywords: dict[str, Any]) -> dict[str, Any]:

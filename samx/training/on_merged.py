@@ -38,13 +38,15 @@ def on_merged(inner: optax.GradientTransformation, weights_like: Any = None) -> 
 
     Returns:
         A transformation that stands first in a chain. Its state is that of `inner`. `update` needs
-        what `inner` needs, and `merge_fn`, `params -> weights`. Without it, this is `inner`.
+        what `inner` needs, and `merge_fn`, `params -> weights`. Without that and `weights_like`,
+        this is `inner`.
 
     Raises:
         TypeError: If `inner` is not a transformation; in `init`, if `weights_like` holds something
-            else than shapes.
-        ValueError: In `init`, if `inner` wraps a base or is an optimizer; in `update`, if
-            `merge_fn` is given inside `perturb_if`, which belongs inside `on_merged`.
+            else than arrays, numbers or shapes.
+        ValueError: In `init`, if `inner` wraps a base or is an optimizer; in `update`, if the
+            weights are not shaped like `weights_like`, or `merge_fn` is given inside `perturb_if`,
+            which belongs inside `on_merged`.
 
     Example:
         A frozen weight W₀ and an adapter of rank 1. SAM moves all of W:
@@ -82,10 +84,11 @@ def on_merged(inner: optax.GradientTransformation, weights_like: Any = None) -> 
         return state
 
     def update_fn(g, state, params, *, value_fn, merge_fn=None, **extra):
-        if merge_fn is None:
+        if merge_fn is None and weights_like is None:
             return inner.update(g, state, params, value_fn=value_fn, **extra)
         _check_not_skipped(value_fn)
-        weights, pull = jax.vjp(view(merge_fn), params)
+        weights, pull = jax.vjp(_view(merge_fn), params)
+        _check_weights(weights, params if weights_like is None else weights_like)
         extra |= {k: extra[k].compose(Merged) for k in CLOSURES_OF_PARAMS if k in extra}
         seen, _ = evaluate(value_fn.compose(Merged), weights)
         u, state = inner.update(seen["grad"], state, weights, **extra | seen)
@@ -102,6 +105,26 @@ def _init(inner: Transformation, weights_like: Any) -> Any:
         return inner.init(jax.tree.map(jnp.zeros_like, weights_like))
 
     return jax.jit(init)()
+
+
+def _view(merge_fn: Any) -> Callable[[Any], Any]:
+    if merge_fn is None:
+        raise ValueError(
+            "on_merged: `merge_fn` is missing, and `weights_like` was given. Call "
+            "tx.update(..., merge_fn=merge), where merge(params) are the weights"
+        )
+    return view(merge_fn)
+
+
+def _check_weights(weights: Any, like: Any) -> None:
+    """Require the weights for which the state was made."""
+    try:
+        tree.check_like("merge_fn(params)", weights, "weights_like", like)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"on_merged: {error}. Pass weights_like=jax.eval_shape(merge_fn, params); without it, "
+            "weights must be shaped like the parameters"
+        ) from error
 
 
 def _check_not_skipped(value_fn: Closure) -> None:

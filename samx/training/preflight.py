@@ -160,7 +160,8 @@ def _of_gradient(numbers: dict[str, Any], rtol: float) -> Iterator[str]:
         yield (
             f"the incoming gradient is not that of the closure (cosine {cosine:.4g}, "
             f"{got / wanted:.4g} times as long). Put samx first in the chain, before clipping and "
-            "weight decay, and use the same batch, masks and loss in both"
+            "weight decay, and use the same batch, masks and loss in both. With `merge_fn`, the "
+            "closure takes the merged weights"
         )
 
 

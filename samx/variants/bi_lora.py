@@ -116,7 +116,8 @@ def bi_lora(
         belongs to the merged weights: the same products and gradients. Leaves with fewer than two
         axes are not perturbed. Leaves with more than two are stacks of matrices: layers under a
         scan. Let `merge_fn` return the adapted weights only. Without `merge_fn`, a whole model is
-        trained against low-rank perturbations. All devices climb together. Cost: 1 gradient, that
+        trained against low-rank perturbations. All devices climb together. Readings: `loss` and
+        `sharp_loss` are both of the moved weights; `sharpness` is not known. Cost: 1 gradient, that
         of the merged weights. State: the pairs, and what `ascent_optimizer` holds for them.
         Memory: one transient copy of the merged weights.
         Fidelity: reconstructed from a note on the paper, which has the equations and the clipping;

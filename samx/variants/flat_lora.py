@@ -97,7 +97,8 @@ def flat_lora(
         `rho=0` is the base optimizer. Leaves with fewer than two axes are not perturbed. Leaves
         with more than two are stacks of matrices: layers under a scan. Let `merge_fn` return the
         adapted weights only. The noise is the same on all devices and in all microbatches of a
-        step. Cost: 1 gradient; one draw and one transient copy of the merged weights.
+        step. Readings: `loss` and `sharp_loss` are both of the moved weights; `sharpness` is not
+        known. Cost: 1 gradient; one draw and one transient copy of the merged weights.
         Fidelity: reconstructed from nblt/Flat-LoRA, logTrainer.py, which was read and not run.
         Its noise is never drawn for less than a step of gradient accumulation.
         `static_args`: `num_steps`, `weights_like`.

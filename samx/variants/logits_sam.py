@@ -84,7 +84,8 @@ def logits_sam(
     Notes:
         It is SAM with `on_leaves` on the same matrices, at a lower cost. A matrix that embeds the
         input too is perturbed in its use as output layer only: the features are those at w. The
-        gradient of the body flows through W + ε. The adaptive form climbs |W| G: `le_sam`'s ball.
+        gradient of the body flows through W + ε. If the output layer is frozen, nothing is climbed,
+        and `grad_norm` of the readings is 0. The adaptive form climbs |W| G: `le_sam`'s ball.
         `loss_on_logits` may need several rows of features for one example, as preference losses do:
         give features and logits an axis for them after the axis [B]. Cost: 1 gradient, and two
         thirds of the output layer's share of one: it takes a second forward pass, and a gradient of

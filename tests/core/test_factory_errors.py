@@ -260,7 +260,7 @@ FACTORIES = {
     "a decay of no number": (
         lambda: schedules.start_of_decay(lambda step: jnp.where(step == 2, jnp.nan, step), 3),
         ValueError,
-        "`schedule` must be a number, got NaN at step 2",
+        "`schedule` must give finite numbers, got nan at step 2",
     ),
     "first step of async_sam": (
         lambda: samx.async_sam(first="base"),

@@ -190,6 +190,30 @@ def test_what_is_refused():
         update(samx.on_merged(samx.sam(), LIKE), merge_fn={})
 
 
+def test_bases_and_optimizers_are_found_in_chains_too():
+    wrapped = samx.momentum_sam(optax.sgd(0.1, momentum=0.9))
+    for inner in (optax.chain(wrapped), optax.chain(optax.identity(), samx.lightsam_adam(0.1))):
+        with pytest.raises(ValueError, match="on_merged: `inner` must stand in front of a base"):
+            samx.on_merged(inner).init(ADAPTERS)
+        with pytest.raises(ValueError, match="perturb_if: `inner` must stand in front of a base"):
+            samx.perturb_if(samx.policies.every(2), inner).init(ADAPTERS)
+
+
+def test_errors_name_the_map():
+    of_parameters = {"losses_fn": None, "value_fn": lambda a: losses_fn(merge_fn(a), BATCH).mean()}
+    for tx in (samx.sam(0.1), samx.on_merged(samx.sam(0.1), LIKE)):
+        with pytest.raises(KeyError) as caught:
+            update(tx, **of_parameters)
+        assert "closures take what `merge_fn(params)` returns" in "".join(caught.value.__notes__)
+    for tx in (samx.on_merged(samx.sam(0.1)), samx.bi_lora(0.1)):
+        with pytest.raises(ValueError, match=r"Pass weights_like=jax\.eval_shape"):
+            update(tx)
+    with pytest.raises(ValueError, match=r"W1.*must have the shape of `weights_like`, \(3,\)"):
+        update(samx.flat_lora(num_steps=2, weights_like=LIKE | {"W1": jnp.ones(3)}))
+    with pytest.raises(ValueError, match="`merge_fn` is missing, and `weights_like` was given"):
+        update(samx.on_merged(samx.sam(0.1), LIKE), merge_fn=None)
+
+
 def test_nothing_of_the_weights_is_in_the_state():
     state = samx.on_merged(samx.sam(0.1), LIKE).init(ADAPTERS)
     assert all(x.size == 1 for x in jax.tree.leaves(state))

@@ -161,6 +161,16 @@ def test_logits_sam_takes_two_thirds_of_the_output_layers_gradient_more():
     assert both == pytest.approx(2 * plain, rel=1e-12)
 
 
+@pytest.mark.parametrize("wrap", [jax.jit, lambda fn: jax.jit(jax.checkpoint(fn))])
+def test_what_a_compiled_output_layer_reads(wrap):
+    """A program inside the program may have inputs that no logit depends on."""
+    tx, params = samx.logits_sam(0.3), problem.make()[1]
+    closures = PARTS | {"head_fn": wrap(problem.head_on)}
+    batch = problem.batch_at(problem.make()[0], 0)
+    _, state = tx.update(params, tx.init(params), params, batch=batch, **closures)
+    assert state.readings.gradients_spent == pytest.approx(1 + 2 / 3 * 48 / 227)
+
+
 @pytest.mark.parametrize(
     ("keyword", "predicate", "fn"),
     [

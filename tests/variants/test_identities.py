@@ -246,6 +246,10 @@ def test_a_decay_starts_after_the_last_step_at_the_peak():
     assert found == [21]
     rounded = [0.1, np.float32(0.3) * (1 + 2**-23), 0.3, 0.3, 0.2]
     assert samx.schedules.start_of_decay(lambda step: jnp.array(rounded)[step], 5) == 4
+    assert samx.schedules.start_of_decay(lambda step: 0.1 if step < 3 else 0.05, 5) == 3
+    assert samx.schedules.start_of_decay(lambda step: np.interp(step, [0, 2, 4], [1, 1, 0]), 5) == 3
+    with pytest.raises(ValueError, match="must give finite numbers, got inf at step 0"):
+        samx.schedules.start_of_decay(lambda step: jnp.where(step == 0, jnp.inf, 1.0), 5)
 
 
 CONTROLLER = {"window": 4, "num_blocks": 2, "warmup_steps": 4, "variance_gain": 5.0, "key": 1}
