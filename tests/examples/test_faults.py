@@ -20,8 +20,6 @@ SAMPLE = {
     "in make_worker",
     "two results",
     "a loss that is None",
-    "during the first exchange",
-    "once, then a restart",
     "until the end",
     "no space left, at first",
     "SIGTERM to driver",

@@ -413,6 +413,7 @@ def test_a_tiny_run(run, monkeypatch, capsys, cheap_measure):
         run("--resume killed --devices 1")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_devices(run, monkeypatch):
     """A warm-up from 0 and a cosine, a checkpoint on 8 devices under FSDP, the end on 2 devices."""
     ends = []

@@ -85,11 +85,6 @@ EQUAL = {
     ),
     "saf, 0": (lambda: saf(lam=0.0), base),
     "saf, no epoch with a teacher": (lambda: saf(start=STEPS), base),
-    "functional_sam, 0": (lambda: samx.functional_sam(0.0), base),
-    "logits_sam, 0": (lambda: samx.logits_sam(0.0), base),
-    "flat_lora, 0": (lambda: samx.flat_lora(0.0, num_steps=2), base),
-    "bi_lora, 0": (lambda: samx.bi_lora(0.0), base),
-    "on_merged, no map": (lambda: samx.on_merged(samx.gsam(0.2, 0.3)), lambda: samx.gsam(0.2, 0.3)),
     "mesa, 0": (lambda: samx.mesa(0.0, steps_per_epoch=1, start=0), base),
     "mesa, decay 0": (lambda: samx.mesa(decay=0.0, steps_per_epoch=1, start=0), base),
     "marwp, eta 0": (

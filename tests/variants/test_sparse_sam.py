@@ -110,7 +110,15 @@ DYNAMICS = {  # sparsity, period, drop, grow, the same by hand, base
 }
 
 
-@pytest.mark.parametrize("name", DYNAMICS)
+# The rows have an oracle each, with other settings.
+SLOW = {"gradient, random", "sparse, rarely"}
+
+
+def some(cases):
+    return [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in cases]
+
+
+@pytest.mark.parametrize("name", some(DYNAMICS))
 def test_dynamic_sparse_sam_against_reference(name):
     sparsity, period, drop, grow, scores, base = DYNAMICS[name]
     rate = optax.cosine_decay_schedule(0.5, STEPS)
