@@ -292,14 +292,16 @@ def first_key():
 def normals(like, steps):
     """The draws of `draws.normal_like` with the default key, from their definition."""
 
-    def normal(i, w, t):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), t), i)
-        return np.asarray(jax.random.normal(key, w.shape, np.float64))
+    @jax.jit
+    def normal(t):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), t)
+        return {
+            k: jax.random.normal(jax.random.fold_in(key, i), (1, *w.shape), np.float64)
+            for i, (k, w) in enumerate(sorted(like.items()))
+        }
 
-    return {
-        k: np.array([[normal(i, w, t)] for t in range(steps)])
-        for i, (k, w) in enumerate(sorted(like.items()))
-    }
+    drawn = [normal(t) for t in range(steps)]
+    return {k: np.array([each[k] for each in drawn]) for k in like}
 
 
 def lsam_loop(rho):

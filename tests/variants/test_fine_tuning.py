@@ -89,7 +89,7 @@ def test_functional_sam_of_a_linear_model_is_the_plain_gradient():
 
     tx = samx.functional_sam(0.7)
     closures = {"apply_fn": apply_fn, "loss_on_logits": loss_on_logits, "batch": batch}
-    g, state = tx.update(params, tx.init(params), params, **closures)
+    g, state = jax.jit(lambda p: tx.update(p, tx.init(p), p, **closures))(params)
     chex.assert_trees_all_close(g, jax.grad(loss)(params), rtol=0, atol=1e-14)
     assert state.readings.sharp_loss > state.readings.loss + 0.1
 
@@ -126,7 +126,7 @@ def test_a_tied_matrix_is_perturbed_in_its_use_as_output_layer_only():
         (lambda tx: samx.accumulate(tx, 4), 4 / 3 + 1 / 3 * share),  # features anew for each pass
     ):
         tx = wrap(samx.logits_sam(0.3))
-        found, state = tx.update(params, tx.init(params), params, **closures)
+        found, state = jax.jit(lambda p, tx=tx: tx.update(p, tx.init(p), p, **closures))(params)
         assert optax.tree.get(state, "gradients_spent") == pytest.approx(spent)
         chex.assert_trees_all_close(found, expected, rtol=0, atol=1e-13)
 
@@ -273,9 +273,11 @@ def test_noise_of_flat_lora_has_the_stated_deviation():
     }
     tx = samx.flat_lora(0.2, num_steps=4, aux_like=weights)
     state = tx.init(weights)
+    step = jax.jit(
+        lambda s: tx.update(weights, s, weights, value_fn=lambda w: (w["bias"].sum(), w))
+    )
     for factor in (0.0, 0.5 * (1 - np.sqrt(0.5)), 0.5, 0.5 * (1 + np.sqrt(0.5)), 1.0, 1.0):
-        seen = {"value_fn": lambda w: (w["bias"].sum(), w)}
-        _, state = tx.update(weights, state, weights, **seen)
+        _, state = step(state)
         moved = jax.tree.map(lambda x, w: np.asarray(x - w), state.aux, weights)
         lengths = np.linalg.norm(weights["stack"], axis=1)
         expected = factor * 0.2 * lengths / np.sqrt(3000)

@@ -102,7 +102,9 @@ def test_equal(monkeypatch):
         return jnp.cos(number * jnp.arange(1.0, 1 + np.prod(shape)).reshape(shape)).astype(dtype)
 
     monkeypatch.setattr(jax.random, "normal", waves)
-    assert_same_updates(EQUAL, 1e-14, STEPS)
+    pairs = [*EQUAL.items()]
+    for start in range(4):  # four small programs compile faster than a large one
+        assert_same_updates(dict(pairs[start::4]), 1e-14, STEPS)
 
 
 def test_le_sam_whose_radius_is_reached_everywhere():
