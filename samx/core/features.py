@@ -22,17 +22,22 @@ MeanLoss = Callable[[Callable[[Any], Any], Callable[[Any, Any], Any]], Closure]
 class Features:
     """The features of a batch at w: computed once, used in several passes of the output layer.
 
-    Where gradients are accumulated over microbatches, each pass computes them anew: the features of
-    a whole batch are not kept there.
+    Where gradients are accumulated over microbatches, each pass computes them again: the features
+    of a whole batch are not kept there.
     """
 
     def __init__(
         self, features_fn: LogitsClosure, losses_fn: LossesClosure, params: Any, batch: Any
     ):
-        self.fn, self.params, self.is_kept = features_fn, params, not losses_fn.is_accumulated
+        self.fn, self.params, self.batch = features_fn, params, batch
+        self.is_kept = not losses_fn.is_accumulated
         if self.is_kept:
             at = losses_fn.evaluation.devices.pcast(params)
             self.kept, self.pull = jax.vjp(lambda w: features_fn(w, batch), at)
+
+    def shapes(self) -> Any:
+        """Return the features, or their shapes where they are not kept."""
+        return self.kept if self.is_kept else jax.eval_shape(self.fn, self.params, self.batch)
 
     def constant(self, w: Any, batch: Any) -> Any:
         """Return the features at w, whatever the argument is, without a gradient."""
@@ -60,11 +65,8 @@ class Features:
         return as_update_keywords(closure, value, whole, self.params)
 
 
-def matrices_read(
-    features_fn: LogitsClosure, head_fn: LogitsClosure, params: Any, batch: Any
-) -> Any:
+def matrices_read(head_fn: LogitsClosure, params: Any, features: Any) -> Any:
     """Return a tree of booleans: which leaves have two axes or more, and `head_fn` reads them."""
-    features = jax.eval_shape(features_fn, params, batch)
     jaxpr = jax.make_jaxpr(head_fn)(params, features).jaxpr
     leaves, structure = jax.tree.flatten(params)
     read = _inputs_read(jaxpr, [True] * len(jaxpr.outvars))[: len(leaves)]

@@ -74,7 +74,7 @@ def on_merged(inner: optax.GradientTransformation, weights_like: Any = None) -> 
         the adapted weights alone, and let the closures fill in the frozen ones: those are then
         neither perturbed nor copied. `samx.freeze` outside works as elsewhere. Cost: that of
         `inner`, whose gradients are those of the weights; a clean gradient that `inner` reads is
-        taken anew, in place of the caller's. `static_args`: all.
+        taken again, in place of the caller's. `static_args`: all.
     """
     inner = as_transformation("on_merged", "inner", inner)
 

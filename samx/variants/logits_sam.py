@@ -108,7 +108,7 @@ def logits_sam(
         loss = checked_loss("logits_sam", loss_on_logits)
         model = _Model(head_fn, loss, losses_fn, batch, extra.get("weights"))
         features = Features(features_fn, losses_fn, params, batch)
-        chosen = _chosen(is_perturbed, features_fn, head_fn, params, batch)
+        chosen = _chosen(is_perturbed, head_fn, params, features)
         matrices, climb = only(params, chosen), seen_by_part(ball, chosen, params, value_fn)
         clean = model.mean_loss(None, lambda part: filled(part, params), features.constant)
         seen, _ = evaluate(clean, matrices)
@@ -163,15 +163,11 @@ def _moved_on(eps: Any, chosen: Any, perturb_dtype: Any, w: Any) -> Any:
 
 
 def _chosen(
-    is_perturbed: LeafPredicate | None,
-    features_fn: LogitsClosure,
-    head_fn: LogitsClosure,
-    params: Any,
-    batch: Any,
+    is_perturbed: LeafPredicate | None, head_fn: LogitsClosure, params: Any, features: Features
 ) -> Any:
     """Return a tree of booleans: which leaves are perturbed."""
     if is_perturbed is None:
-        chosen = matrices_read(features_fn, head_fn, params, batch)
+        chosen = matrices_read(head_fn, params, features.shapes())
     else:
         chosen = jax.tree_util.tree_map_with_path(is_perturbed, params)
     chosen = jax.tree.map(lambda w, is_chosen: bool(is_chosen) and is_inexact(w), params, chosen)
