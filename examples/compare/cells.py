@@ -45,7 +45,7 @@ class Cell(NamedTuple):
         gradients: Spent in the training.
         milliseconds_per_step: Measured.
         time_of_base_step: Time of a step, relative to one of the base optimizer.
-        bytes: Of the optimizer's state and of what a step needs for a while.
+        bytes: Of the optimizer's state.
         seconds: That this cell took.
         measures: For each measure its numbers, one for each seed; NaN where one was not finite.
         equal_time: Main measures when the training takes as long as that of `base2x`; empty for the
@@ -223,9 +223,11 @@ def difference(cell: Cell, other: Cell, at_equal_time: bool = False) -> np.ndarr
 
 
 def relative_time(cell: Cell, cells: Cells) -> float:
-    """Return the time of a training relative to that of `base2x`."""
-    twice = cells.get("base2x")
-    return math.nan if twice is None else cell.steps * cell.time_of_base_step / twice.steps
+    """Return the time of a training relative to that of `base2x`; a step of a baseline takes 1."""
+    if "base2x" not in cells:
+        return math.nan
+    step = 1.0 if cell.row in BASELINES else cell.time_of_base_step
+    return cell.steps * step / cells["base2x"].steps
 
 
 # The ranking, and the rows of the next tiers
