@@ -24,7 +24,13 @@ from examples.claims import (
 )
 from examples.common import figures, fine_tuning, monitoring
 from examples.common.registry import VARIANTS
-from examples.compare import cells, comparison_figures, front_figure, tables
+from examples.compare import (
+    cells,
+    comparison_figures,
+    front_figure,
+    sharpness_and_accuracy,
+    tables,
+)
 from examples.cost import lean, step_cost
 from examples.devices import (
     accelerator,
@@ -108,6 +114,14 @@ def draw_comparison(path, *groups):
 
 def draw_ranking(path, *groups):
     comparison_figures.draw_ranking(tables.rankings_of(of_cells(*groups)), path)
+
+
+def draw_sharpness_and_accuracy(path, *groups):
+    found = {
+        task: sharpness_and_accuracy.correlations_of(cells, levels=["methods"], draws=20)
+        for task, cells in of_cells(*groups).items()
+    }
+    sharpness_and_accuracy.draw(found, path)
 
 
 def draw_long_tail(path, rows, imbalance, seeds):
@@ -505,6 +519,13 @@ CASES = {
         lambda path: draw_ranking(path, fake_tasks(), fake_tasks(["three"], ROWS[:4], tier=2)),
         lambda path: draw_ranking(path, fake_tasks(rows=[*digits.ROWS])),
         lambda path: draw_ranking(path, fake_tasks(["one"], ["base"], 1)),
+    ],
+    "sharpness_and_accuracy.draw": [
+        lambda path: draw_sharpness_and_accuracy(path, fake_tasks(["digits-noisy", "mnist1d"])),
+        lambda path: draw_sharpness_and_accuracy(path, fake_tasks(["one"], ROWS, 1)),
+        lambda path: draw_sharpness_and_accuracy(
+            path, fake_tasks([f"a task with number {number}" for number in range(14)])
+        ),
     ],
     "long_tail.draw": [
         lambda path: draw_long_tail(path, [*long_tail.METHODS], 100.0, 3),
