@@ -85,18 +85,6 @@ def draw_digits(path, rows, noises=(0.3, 0.0), seeds=3, monitored=0):
     digits.draw([*of_digits(rows, noises, seeds, monitored)], [*noises], path, title)
 
 
-def draw_front(path, rows):
-    results = [
-        {
-            **{"row": r["row"], "noise": 0.3, "gradients": r["gradients"]},
-            **{"mean": 100 * np.mean(r["test_accuracy"]), "error": 0.3},
-            "test_accuracy": r["test_accuracy"],
-        }
-        for r in of_digits(rows, (0.3,))
-    ]
-    front_figure.draw({"settings": {"noise": 0.3, "seeds": 20}, "rows": results}, path)
-
-
 def of_cells(*groups):
     """Return the cells of some tasks, by task and row."""
     tasks = {}
@@ -110,6 +98,10 @@ def draw_comparison(path, *groups):
     tasks = of_cells(*groups)
     summaries = {task: tables.summarize(found) for task, found in tasks.items()}
     comparison_figures.draw_comparison(tasks, summaries, path)
+
+
+def draw_front(path, rows, seeds):
+    front_figure.draw(of_cells(fake_tasks(["digits-noisy"], rows, seeds))["digits-noisy"], path)
 
 
 def draw_ranking(path, *groups):
@@ -502,8 +494,8 @@ CASES = {
         lambda path: draw_digits(path, ["base", "sam"], noises=(0.0,), seeds=1, monitored=1),
     ],
     "front_figure.draw": [
-        lambda path: draw_front(path, [*digits.ROWS]),
-        lambda path: draw_front(path, ["base", "base2x", "sam"]),
+        lambda path: draw_front(path, [*digits.ROWS], 3),
+        lambda path: draw_front(path, ["base", "base2x", "sam"], 1),
     ],
     "comparison_figures.draw_comparison": [
         lambda path: draw_comparison(path, fake_tasks(["digits-noisy"], [*digits.ROWS], 3)),
