@@ -6,8 +6,8 @@ the published seed. Every seed of the comparison has its own split of them. 1,00
 are few: the network learns them all, and still makes mistakes on new ones. So the task shows what a
 flat minimum is worth when all labels are right.
 
-SGD with momentum at a learning rate of 0.2 has a training accuracy of 1 and a test accuracy of 0.79
-after 600 steps, 0.80 after 1,200. A gradient takes 1.1 ms on one core.
+SGD with momentum at a learning rate of 0.2 has a training accuracy of 1 and a test accuracy of 0.77
+after 1,000 steps. A gradient takes about half a millisecond on one core.
 """
 
 from functools import cache, lru_cache
@@ -21,7 +21,7 @@ from examples.compare.task import Splits, Task, equal_weights
 
 POOL, CLASSES, PUBLISHED_SEED = 5000, 10, 42
 TRAIN, VALIDATION, TEST = 1000, 500, 1500
-WIDTH = 24  # channels
+WIDTH = 16  # channels
 
 # The templates, one row for each class. They are standardized, and moved to begin at 0.
 TEMPLATES = np.array(
@@ -162,12 +162,13 @@ TASKS = {
         data=data,
         network=network,
         num_train=TRAIN,
-        batch=100,
-        budget=1200,
+        has_normalization=True,
+        batch=50,
+        budget=1000,
         learning_rate=0.2,
         input_noise=0.2,
         seeds=20,
-        tuning_seeds=4,
-        measured=TRAIN,
+        tuning_seeds=3,
+        measured=500,
     ),
 }
