@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.compare import mnist1d
+from examples.compare import mnist, mnist1d
 from examples.compare.tasks import TASKS
 
 
@@ -68,6 +68,18 @@ def test_no_example_is_in_two_splits(name):
     assert len(set().union(*rows)) == sum(map(len, rows))
 
 
+@pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name].input_noise])
+def test_labels_belong_to_their_examples(name):
+    """The nearest mean of a class tells the class better than chance does."""
+    train, *others = splits_of(name, 0)
+    x, y = train["x"].reshape(len(train["x"]), -1), train["y"]
+    means = np.stack([x[y == k].mean(axis=0) for k in range(y.max() + 1)])
+    for split in others:
+        distances = [np.square(split["x"].reshape(-1, len(m)) - m).sum(axis=1) for m in means]
+        is_right = np.argmin(distances, axis=0) == split["y"]
+        assert np.mean(is_right * split["weight"]) > 1.5 / len(means)
+
+
 @pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name].counts])
 def test_imbalanced_classes_are_balanced_by_the_weights(name):
     train, *others = splits_of(name, 0)
@@ -78,13 +90,24 @@ def test_imbalanced_classes_are_balanced_by_the_weights(name):
         np.testing.assert_allclose(shares, 1 / len(counts), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("noisy", "clean", "wrong"), [("digits-noisy", "digits-clean", 0.3)])
+@pytest.mark.parametrize(
+    ("noisy", "clean", "wrong"),
+    [("digits-noisy", "digits-clean", 0.3), ("mnist-noisy", "mnist-clean", 0.4)],
+)
 def test_a_stated_share_of_the_training_labels_is_wrong(noisy, clean, wrong):
     noisy, clean = splits_of(noisy, 3), splits_of(clean, 3)
     np.testing.assert_array_equal(noisy.train["x"], clean.train["x"])
     assert np.mean(noisy.train["y"] != clean.train["y"]) == pytest.approx(wrong)
     for a, b in zip(noisy[1:], clean[1:], strict=True):
         np.testing.assert_array_equal(a["y"], b["y"])
+
+
+def test_patches_are_those_of_a_convolution_with_strides():
+    x = np.arange(2 * 7 * 7 * 3.0, dtype=np.float32).reshape(2, 7, 7, 3)
+    found = np.asarray(mnist.patches(x)).reshape(2, 3, 3, 3, 3, 3)
+    for row, column in np.ndindex(3, 3):
+        there = slice(2 * row, 2 * row + 3), slice(2 * column, 2 * column + 3)
+        np.testing.assert_array_equal(found[:, row, column], x[:, *there])
 
 
 # The first numbers of signals of the published data set, mnist1d_data.pkl.
