@@ -8,6 +8,7 @@ from pathlib import Path
 import drawn
 import numpy as np
 import pytest
+from fake_cells import ROWS, fake_tasks
 from matplotlib.figure import Figure
 
 from examples import digits
@@ -23,7 +24,7 @@ from examples.claims import (
 )
 from examples.common import figures, fine_tuning, monitoring
 from examples.common.registry import VARIANTS
-from examples.compare import front_figure
+from examples.compare import cells, comparison_figures, front_figure, tables
 from examples.cost import lean, step_cost
 from examples.devices import (
     accelerator,
@@ -88,6 +89,25 @@ def draw_front(path, rows):
         for r in of_digits(rows, (0.3,))
     ]
     front_figure.draw({"settings": {"noise": 0.3, "seeds": 20}, "rows": results}, path)
+
+
+def of_cells(*groups):
+    """Return the cells of some tasks, by task and row."""
+    tasks = {}
+    for found in itertools.chain(*groups):
+        cell = cells.as_cell(found, found["task"], found["row"])
+        tasks.setdefault(cell.task, {})[cell.row] = cell
+    return tasks
+
+
+def draw_comparison(path, *groups):
+    tasks = of_cells(*groups)
+    summaries = {task: tables.summarize(found) for task, found in tasks.items()}
+    comparison_figures.draw_comparison(tasks, summaries, path)
+
+
+def draw_ranking(path, *groups):
+    comparison_figures.draw_ranking(tables.rankings_of(of_cells(*groups)), path)
 
 
 def draw_long_tail(path, rows, imbalance, seeds):
@@ -470,6 +490,21 @@ CASES = {
     "front_figure.draw": [
         lambda path: draw_front(path, [*digits.ROWS]),
         lambda path: draw_front(path, ["base", "base2x", "sam"]),
+    ],
+    "comparison_figures.draw_comparison": [
+        lambda path: draw_comparison(path, fake_tasks(["digits-noisy"], [*digits.ROWS], 3)),
+        lambda path: draw_comparison(
+            path,
+            fake_tasks(["digits-noisy", "digits-clean"], [*digits.ROWS], 3),
+            fake_tasks("abcdef", [*digits.ROWS][:14], main="loss", tier=2),
+        ),
+        lambda path: draw_comparison(path, fake_tasks(["one"], ROWS, 1)),
+        lambda path: draw_comparison(path, fake_tasks(["one"], ["base", "base2x"])),
+    ],
+    "comparison_figures.draw_ranking": [
+        lambda path: draw_ranking(path, fake_tasks(), fake_tasks(["three"], ROWS[:4], tier=2)),
+        lambda path: draw_ranking(path, fake_tasks(rows=[*digits.ROWS])),
+        lambda path: draw_ranking(path, fake_tasks(["one"], ["base"], 1)),
     ],
     "long_tail.draw": [
         lambda path: draw_long_tail(path, [*long_tail.METHODS], 100.0, 3),
