@@ -13,7 +13,7 @@ import numpy as np
 
 from examples.common import files
 from examples.compare.intervals import Interval, average_ranks, places_of
-from examples.digits import BASELINES
+from examples.compare.rows import BASELINES
 from samx.catalog.cards import FAMILIES
 
 RESULTS = Path(__file__).parent / "results"

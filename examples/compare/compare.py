@@ -89,9 +89,12 @@ from tqdm import tqdm
 from examples.common import files
 from examples.common.versions import versions
 from examples.compare import runs
+from examples.compare.cells import read_cells, second_tier, third_tier
 from examples.compare.rows import variants_of
 from examples.compare.task import Task
 from examples.compare.tasks import TASKS
+
+CHOOSE = {2: second_tier, 3: third_tier}
 
 
 def settings_of(name: str, row: str, trials: int) -> dict[str, Any]:
@@ -121,9 +124,23 @@ def is_made(path: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def rows_of(name: str, results: Path) -> list[str]:
-    """Return the rows of a task: all that fit it, or those that the rule of its tier chooses."""
-    return list(variants_of(TASKS[name]))
+def rows_of(name: str, args: argparse.Namespace) -> list[str]:
+    """Return the rows of a task: all that fit it, or those that the rule of its tier chooses.
+
+    Raises:
+        ValueError: If the tiers before are not complete.
+    """
+    task = TASKS[name]
+    fitting = list(variants_of(task))
+    if task.tier == 1 or args.rows:
+        return fitting
+    before = [other for other in TASKS if TASKS[other].tier < task.tier]
+    if left := sum(1 for _ in missing(before, args)):
+        raise ValueError(
+            f"{name}: its rows are chosen from the tiers before, of which {left} cells are missing"
+        )
+    chosen = CHOOSE[task.tier](read_cells(args.results))
+    return [row for row in fitting if row in chosen]
 
 
 def runs_of_cell(task: Task, trials: int) -> int:
@@ -163,7 +180,7 @@ def line_of(cell: dict[str, Any]) -> str:
 def missing(names: list[str], args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Yield the task and row of every cell that is not there."""
     for name in names:
-        for row in rows_of(name, args.results):
+        for row in rows_of(name, args):
             is_wanted = not args.rows or row in args.rows
             path = args.results / name / f"{row}.json"
             if is_wanted and not is_made(path, settings_of(name, row, args.trials)):
@@ -174,11 +191,13 @@ def check_names(args: argparse.Namespace) -> list[str]:
     """Return the names of the tasks; refuse unknown names."""
     tiers = args.tier or [1]
     names = args.tasks or [name for name, task in TASKS.items() if task.tier in tiers]
-    known = {row for name in names if name in TASKS for row in variants_of(TASKS[name])}
+    known = [row for name in names if name in TASKS for row in variants_of(TASKS[name])]
     for option, given, wanted in (("--tasks", names, TASKS), ("--rows", args.rows or [], known)):
         for name in given:
             if name not in wanted:
-                arguments.refuse(f"{option}: unknown {name!r}; there are {', '.join(wanted)}")
+                arguments.refuse(
+                    f"{option}: unknown {name!r}; there are {', '.join(dict.fromkeys(wanted))}"
+                )
     return names
 
 
