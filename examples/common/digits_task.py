@@ -17,12 +17,12 @@ LEARNING_RATE = {"sgd": 0.5, "momentum": 0.1, "adamw": 2e-3}
 
 
 class Network(nnx.Module):
-    """A network with two hidden layers, from 64 pixels to 10 logits."""
+    """A network with two hidden layers, by default from 64 pixels to 10 logits."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.first = nnx.Linear(64, width, rngs=rngs)
+    def __init__(self, width: int, *, inputs: int = 64, classes: int = 10, rngs: nnx.Rngs):
+        self.first = nnx.Linear(inputs, width, rngs=rngs)
         self.second = nnx.Linear(width, width, rngs=rngs)
-        self.head = nnx.Linear(width, 10, rngs=rngs)
+        self.head = nnx.Linear(width, classes, rngs=rngs)
 
     def features(self, x: jax.Array) -> jax.Array:
         """Return what the output layer gets."""

@@ -167,27 +167,7 @@ def make_steps(variant: Variant, base: str, width: int) -> list[Callable[..., An
         return optimizer(total, run).init(params)
 
     def step(total, params, state, run, batch):
-        def value_fn(params):
-            return losses_fn(params, batch).mean()
-
-        def ascent_fn(params):
-            return samx.losses.log_lower_bound(logits(params, batch["x"]), batch["y"]).mean()
-
-        value, grads = jax.value_and_grad(value_fn)(params)
-        updates, state = optimizer(total, run).update(
-            grads,
-            state,
-            params,
-            value=value,
-            grad=grads,
-            value_fn=value_fn,
-            losses_fn=losses_fn,
-            **parts,
-            batch=batch,
-            index=batch["index"],
-            ascent_fn=ascent_fn,
-        )
-        return optax.apply_updates(params, updates), state
+        return take_step(optimizer(total, run), logits, losses_fn, parts, params, state, batch)
 
     def train(total, params, state, run, images, batches, count):
         def body(carry, rows):
@@ -208,6 +188,41 @@ def make_steps(variant: Variant, base: str, width: int) -> list[Callable[..., An
         return Seen(params, optax.tree.get(state, "gradients_spent"))
 
     return [jax.jit(init), jax.jit(train, donate_argnums=2), jax.jit(step)]
+
+
+def take_step(
+    tx: optax.GradientTransformationExtraArgs,
+    logits: Callable[..., Any],
+    losses_fn: Callable[..., Any],
+    parts: dict[str, Callable[..., Any]],
+    params: Any,
+    state: Any,
+    batch: dict[str, jax.Array],
+) -> tuple[Any, Any]:
+    """Take one step of any variant; the functions are those of `Functions`."""
+
+    def value_fn(params):
+        return losses_fn(params, batch).mean()
+
+    def ascent_fn(params):
+        return samx.losses.log_lower_bound(logits(params, batch["x"]), batch["y"]).mean()
+
+    value, grads = jax.value_and_grad(value_fn)(params)
+    updates, state = tx.update(
+        grads,
+        state,
+        params,
+        value=value,
+        grad=grads,
+        value_fn=value_fn,
+        losses_fn=losses_fn,
+        **parts,
+        batch=batch,
+        index=batch["index"],
+        labels=batch["y"],
+        ascent_fn=ascent_fn,
+    )
+    return optax.apply_updates(params, updates), state
 
 
 def cosine_decay(peak: Any, steps: Any) -> Callable[[Any], Any]:

@@ -84,17 +84,22 @@ def from_zero(axis: Axis) -> Axis:
 
 
 def search(
-    axes: Sequence[Axis], evaluate: Callable[[list[tuple[float, ...]]], Sequence[float]]
+    axes: Sequence[Axis],
+    evaluate: Callable[[list[tuple[float, ...]]], Sequence[float]],
+    least: int = 0,
 ) -> dict[tuple[float, ...], float]:
     """Try candidates, always those nearest to the best one so far, until its neighbours are worse.
 
     At most `TOGETHER` candidates are tried at a time, all within the reach of the best one on all
-    axes. The search ends when none of them is left. Of equal candidates the one that was tried
-    first stays the best.
+    axes. The search ends when none of them is left, and `least` candidates have been tried: until
+    then it goes on with those that are nearest. Of equal candidates the one that was tried first
+    stays the best.
 
     Args:
         axes: One axis for each number of a candidate.
         evaluate: `candidates -> scores`, for at most `TOGETHER` candidates.
+        least: How many candidates are tried at least, so that methods with one number get as many
+            trials as those with two; default 0.
 
     Returns:
         The score of every candidate that was tried, in the order in which they were tried.
@@ -110,9 +115,11 @@ def search(
             if candidate not in tried
         }
         near = [candidate for candidate, (is_beyond, _) in order.items() if not is_beyond]
-        if not near:
+        missing = min(least - len(tried), len(order))
+        if not near and missing <= 0:
             return tried
-        candidates = sorted(near, key=lambda candidate: order[candidate])[:TOGETHER]
+        count = TOGETHER if near else min(TOGETHER, missing)
+        candidates = sorted(near or order, key=lambda candidate: order[candidate])[:count]
         tried |= zip(candidates, map(float, evaluate(candidates)), strict=True)
         best = places[best_of(tried)]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from examples.common import arguments, files
 from examples.compare.intervals import Interval, average_ranks, places_of
-from examples.digits import BASELINES
+from examples.compare.rows import BASELINES
 from samx.catalog.cards import FAMILIES
 
 MAINS = {"accuracy": "test_accuracy", "loss": "test_loss"}

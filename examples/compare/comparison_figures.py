@@ -9,8 +9,8 @@ import numpy as np
 from examples.common import figures
 from examples.compare.cells import Cells, better_baseline, scores_of
 from examples.compare.intervals import places_of
+from examples.compare.rows import BASELINES
 from examples.compare.tasks import TASKS
-from examples.digits import BASELINES
 
 COLUMNS = 2  # panels side by side
 BEST = 4  # of the best methods have a name

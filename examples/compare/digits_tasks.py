@@ -17,9 +17,7 @@ from examples.compare.task import Splits, Task, balanced_weights, equal_weights
 WIDTH = 64
 CLASSES, LARGEST, SMALLEST = 10, 80, 2  # classes of the long tail, and their training images
 VALIDATION = 24  # images of each class; the test split has all others, at least 70 of each class
-COUNTS = tuple(
-    round(LARGEST * (SMALLEST / LARGEST) ** (k / (CLASSES - 1))) for k in range(CLASSES)
-)
+COUNTS = tuple(round(LARGEST * (SMALLEST / LARGEST) ** (k / (CLASSES - 1))) for k in range(CLASSES))
 
 
 def network(rngs: nnx.Rngs) -> nnx.Module:

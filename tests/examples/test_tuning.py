@@ -171,3 +171,11 @@ def test_the_test_split_is_looked_at_with_the_chosen_values_only(monkeypatch):
         else:
             assert run.seed in range(12)
             assert (run.learning_rate, run.rho) == (np.float32(0.1), np.float32(0.5))
+
+
+def test_a_search_tries_at_least_so_many():
+    """After the neighbours of the best candidate come those that are nearest to it."""
+    tried = search([around(0.1)], lambda found: [-abs(x - 0.1) for (x,) in found], least=6)
+    assert sorted(tried) == [(0.01,), (0.02,), (0.05,), (0.1,), (0.2,), (0.5,)]
+    few = search([fixed([1.0, 2.0])], lambda found: [0.0] * len(found), least=6)
+    assert sorted(few) == [(1.0,), (2.0,)]
