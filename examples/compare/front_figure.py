@@ -47,8 +47,8 @@ import samx
 from examples.common import figures, files
 from examples.compare.cells import Cells, better_baseline, read_or_refuse
 from examples.compare.comparison_figures import title_of
+from examples.compare.rows import BASELINES
 from examples.compare.tables import Summary, summarize
-from examples.digits import BASELINES
 
 START, LEARNING_RATE, RHO, STEPS = (-1.7, 1.5), 0.15, 0.5, 80
 PIT, FLAT = (-0.5, 0.8), (1.0, 0.0)  # near the sharp minimum, and the flat minimum

@@ -16,7 +16,6 @@ DRAWS = 10_000
 LEVEL = 0.95
 SEED = 0
 LARGEST = 1 - 1e-6  # correlation of which atanh is taken
-CHUNK = 500  # draws whose rows are compared in pairs at a time
 
 
 class Interval(NamedTuple):
@@ -173,9 +172,19 @@ def places_of(scores: np.ndarray) -> np.ndarray:
 
     What is not a number is the lowest.
     """
-    scores = np.where(np.isnan(scores), -np.inf, scores)
-    one, other = scores[..., :, None], scores[..., None, :]
-    return (1 + scores.shape[-1] + (other > one).sum(-1) - (other < one).sum(-1)) / 2
+    lows = -np.where(np.isnan(scores), -np.inf, scores)
+    order = lows.argsort(axis=-1)
+    ascending = np.take_along_axis(lows, order, -1)
+    number = np.broadcast_to(np.arange(scores.shape[-1]), scores.shape)
+    is_new = np.ones(scores.shape, bool)  # the first of equal scores
+    is_new[..., 1:] = ascending[..., 1:] != ascending[..., :-1]
+    is_last = np.roll(is_new, -1, axis=-1)
+    first = np.maximum.accumulate(np.where(is_new, number, 0), axis=-1)
+    backwards = np.where(is_last, number, scores.shape[-1])[..., ::-1]
+    last = np.minimum.accumulate(backwards, axis=-1)[..., ::-1]
+    places = np.empty(scores.shape)
+    np.put_along_axis(places, order, 1 + (first + last) / 2, -1)
+    return places
 
 
 def average_ranks(scores: Sequence[np.ndarray], draws: int = DRAWS) -> list[Interval]:
@@ -193,7 +202,5 @@ def average_ranks(scores: Sequence[np.ndarray], draws: int = DRAWS) -> list[Inte
     for number, each in enumerate(scores):
         weights = weights_of(each.shape[1], draws, SEED + 1 + number)  # every task has its own
         means = weights @ each.T / each.shape[1]
-        for begin in range(0, draws, CHUNK):
-            part = slice(begin, begin + CHUNK)
-            drawn[part] += places_of(means[part]) / len(scores)
+        drawn += places_of(means) / len(scores)
     return [interval_of(*pair) for pair in zip(value, drawn.T, strict=True)]

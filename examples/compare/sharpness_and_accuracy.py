@@ -206,6 +206,16 @@ def summarize(found: Mapping[str, Mapping[Key, Found]]) -> dict[Key, OverTasks]:
     return {key: over_tasks([mine[key] for mine in found.values() if key in mine]) for key in keys}
 
 
+def summary_of(report: Mapping[str, Any]) -> dict[Key, OverTasks]:
+    """Return what results.json says of each correlation over all tasks."""
+    found = {}
+    for row in report["over_tasks"]:
+        value, low, high = (np.nan if x is None else x for x in row["mean"])
+        key = row["measure"], row["level"], row["kind"]
+        found[key] = OverTasks(Interval(value, low, high), row["expected"], row["tasks"])
+    return found
+
+
 def shown(found: Interval) -> str:
     """Format a correlation with its interval; nothing where there is none."""
     if not np.isfinite(found.value):

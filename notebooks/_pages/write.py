@@ -1,7 +1,7 @@
 """Write what pages take from the package and from committed results.
 
 These are the method cards, fidelity, the list of names, and the tables of results: of the digits
-example, and of the memory of large models.
+example, of the comparison, and of the memory of large models.
 
     python notebooks/_pages/write.py
 
@@ -10,6 +10,7 @@ A page holds hand-written text, and parts between the comments `<!-- begin NAME 
 holds something else.
 """
 
+import functools
 import importlib
 import inspect
 import json
@@ -21,6 +22,7 @@ from typing import Any
 import samx
 from examples import digits
 from examples.claims import averages, late_sam
+from examples.compare import cells, comparison_figures, sharpness_and_accuracy, tables
 from examples.train import fine_tune, preference
 from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
@@ -31,6 +33,9 @@ DIGITS = RESULTS / "digits.json"
 CLAIMS = FOLDER.parent / "examples" / "claims" / "results"
 FINE_TUNED = ("images", "mnist", "language")
 AVERAGES, LATE_SAM = CLAIMS / "averages.json", CLAIMS / "late_sam.json"
+SHARPNESS = RESULTS / "sharpness_and_accuracy.json"
+ON_PAGE = ("method", "test", "gain", "at equal time", "step", "lr", "rho")  # columns of a task
+HEADLINE, CLEAN = "digits-noisy", "digits-clean"  # the tasks of the README
 SHOWN = ("base", "base2x", "sam", "asam", "looksam", "momentum-sam")  # in the README
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 
@@ -77,12 +82,13 @@ def pages() -> dict[str, dict[str, str]]:
             "averages": averages_table(),
             "late_sam": late_sam_table(),
         },
+        "comparison.md": comparison_parts(),
         "memory.md": memory_tables(),
         "fine_tuning.md": {
             **{name: fine_tune_table(name) for name in FINE_TUNED},
             "preference": preference_table(),
         },
-        "../README.md": {"digits": digits_table(*SHOWN)},
+        "../README.md": readme_parts(),
     }
 
 
@@ -134,6 +140,116 @@ def digits_table(*names: str) -> str:
             spent.append(f"{row['gradients']:.0f}")
         lines.append([*cells, ", ".join(dict.fromkeys(spent))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# Results of examples/compare
+
+NOT_YET = "There are no committed results yet."
+
+
+@functools.cache
+def compared() -> dict[str, dict[str, cells.Cell]]:
+    """Return the committed cells by task and row; none before the first run."""
+    return cells.read_cells(RESULTS) if any(RESULTS.glob("*/*.json")) else {}
+
+
+def comparison_parts() -> dict[str, str]:
+    """Return the parts of the page of the comparison."""
+    tasks = "\n\n".join(comparison_table(task) for task in compared())
+    return {
+        "gains": picture("comparison.png", "One panel for each task: gain over training time."),
+        "ranking": ranking_table(),
+        "sharpness": sharpness_table(),
+        "tasks": tasks or NOT_YET,
+        "notes": "\n".join(f"- {line}" for line in tables.notes_of(compared()))
+        if compared()
+        else NOT_YET,
+    }
+
+
+def readme_parts() -> dict[str, str]:
+    """Return the parts of the README: headline and table, from the comparison when it is there."""
+    if not {HEADLINE, CLEAN} <= compared().keys():
+        return {"digits": digits_table(*SHOWN)}
+    found = {
+        task: {each.row: each for each in tables.summarize(compared()[task])}
+        for task in (HEADLINE, CLEAN)
+    }
+    return {"headline": headline(found), "digits": headline_table(found)}
+
+
+def headline(found: dict[str, dict[str, tables.Summary]]) -> str:
+    """State what SAM and the best method gain, with wrong labels and with clean ones."""
+    noisy, clean = found.values()
+    methods = [each for row, each in noisy.items() if row not in digits.BASELINES]
+    best = max(methods, key=lambda each: each.gain.value)
+    gain = tables.shown(noisy["sam"].gain, 2)
+    others = "" if best.row == "sam" else f", {best.row} {tables.shown(best.gain, 2)}"
+    ahead = sum(each.gain.is_above for each in methods)
+    return (
+        "Digits, of which 30% carry a wrong label: at equal gradients, SAM is "
+        f"{gain} points ahead of the better of two tuned baselines{others}. {ahead} of "
+        f"{len(methods)} methods are ahead by their whole 95% interval. With clean labels SAM's "
+        f"gain is {tables.shown(clean['sam'].gain, 2, '+')}. `base2x` has twice the steps, so "
+        f"SAM's gradients. Every method was tuned with the same number of trials; "
+        f"{noisy['sam'].cell.seeds} seeds, paired."
+    )
+
+
+def headline_table(found: dict[str, dict[str, tables.Summary]]) -> str:
+    """Return the table of the README: results and gains of some methods in both tasks."""
+    head, lines = ["method"], {name: [name] for name in SHOWN}
+    for task, labels in ((HEADLINE, "30% wrong labels"), (CLEAN, "clean labels")):
+        _, gain, digits_shown = tables.head_of(compared()[task])
+        head += [f"test accuracy, %, {labels}", gain]
+        for name, line in lines.items():
+            each = found[task][name]
+            line += [tables.shown(each.result, digits_shown), tables.shown(each.gain, 2, "+")]
+    for name, line in lines.items():
+        line.append(f"{found[HEADLINE][name].cell.gradients_per_step:.3g}")
+    return table_of([*head, "gradients per step"], [*lines.values()])
+
+
+def picture(name: str, text: str) -> str:
+    """Return the Markdown of a committed figure; nothing before there is one."""
+    return f"![{text}]({name})" if (FOLDER / name).exists() else NOT_YET
+
+
+def comparison_table(task: str) -> str:
+    """Return the table of a task, with a heading, and what it comes to."""
+    mine = compared()[task]
+    summaries = tables.summarize(mine)
+    head, *rows = tables.result_grid(mine, summaries)
+    places = [place for place, name in enumerate(head) if name.startswith(ON_PAGE)]
+    head, *rows = [[line[place] for place in places] for line in (head, *rows)]
+    rows = [[method_name(name), *others] for name, *others in rows]
+    title = f"### {comparison_figures.title_of(task)}"
+    verdict = f"`{task}`, {mine['base'].seeds} seeds: {tables.verdict(mine, summaries)}."
+    return "\n\n".join([title, verdict, table_of(head, rows)])
+
+
+def ranking_table() -> str:
+    """Return the average ranks of all methods, one table for each group of tiers."""
+    parts = [picture("ranking.png", "Average rank of each method, with its interval.")]
+    for found in tables.rankings_of(compared()):
+        head, *rows = tables.ranking_grid(found)
+        rows = [[method_name(name), *others] for name, *others in rows]
+        parts += [f"**{found.title}**", table_of(head, rows)]
+    return "\n\n".join(parts) if compared() else NOT_YET
+
+
+def sharpness_table() -> str:
+    """Return how measures of sharpness and the test score are correlated, and what that says."""
+    if not SHARPNESS.exists():
+        return NOT_YET
+    summary = sharpness_and_accuracy.summary_of(json.loads(SHARPNESS.read_text()))
+    parts = [picture("sharpness_and_accuracy.png", "Correlation of each measure in each task.")]
+    for level in sharpness_and_accuracy.LEVELS:
+        columns = sharpness_and_accuracy.columns_of(level)
+        head, *rows = sharpness_and_accuracy.grid_of(summary, columns)
+        parts.append(table_of(head, rows))
+    told = (f"- {line}" for line in sharpness_and_accuracy.sentences_of(summary))
+    return "\n\n".join([*parts, "\n".join(told)])
 
 
 # Results of examples/claims/averages.py and late_sam.py

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fake_cells import fake_tasks, write_cells
 
 import samx
 
@@ -81,6 +82,48 @@ def test_measured_radii_come_from_results(tmp_path, monkeypatch):
     lines = set(new.read_text().splitlines()) - set(old.splitlines())
     [line] = lines
     assert line.startswith('    "look_layer_sam": {"adamw": (0.01, 0.003), "momentum": (')
+
+
+@pytest.fixture
+def of_made_up_results(tmp_path, monkeypatch):
+    """Let the pages read other cells, and an empty folder of figures."""
+    rows = [*write.SHOWN, "lpf-sgd"]
+    write_cells(tmp_path / "cells", fake_tasks(["digits-noisy", "digits-clean"], rows))
+    monkeypatch.setattr(write, "RESULTS", tmp_path / "cells")
+    monkeypatch.setattr(write, "FOLDER", tmp_path)
+    monkeypatch.setattr(write, "SHARPNESS", tmp_path / "missing.json")
+    write.compared.cache_clear()
+    yield tmp_path
+    write.compared.cache_clear()
+
+
+def test_the_page_of_the_comparison_comes_from_cells(of_made_up_results):
+    parts = write.comparison_parts()
+    assert parts["gains"] == parts["sharpness"] == write.NOT_YET
+    (of_made_up_results / "comparison.png").write_bytes(b"")
+    assert write.comparison_parts()["gains"].endswith("](comparison.png)")
+    assert "### digits, 30% of the labels wrong\n\n`digits-noisy`, 4 seeds: " in parts["tasks"]
+    lines = parts["tasks"].splitlines()
+    assert (
+        "| method | test accuracy, % | gain over base2x | at equal time | step | lr | rho |"
+        in lines
+    )
+    [first, _] = [line for line in lines if line.startswith("| [sam](methods.md#sam) | ")]
+    assert re.search(r"\d\d\.\d\d \[[\d., ]+\] \| [+-]\d\.\d\d \[", first)
+    assert "**tier 1, 2 tasks, 7 rows**" in parts["ranking"]
+    assert "- 14 cells" in parts["notes"]
+
+
+def test_the_readme_takes_its_numbers_from_the_comparison(of_made_up_results):
+    parts = write.readme_parts()
+    cells = write.compared()["digits-noisy"]
+    better = write.cells.better_baseline(cells)
+    gain = 100 * (cells["sam"].scores - cells[better].scores).mean()
+    assert f"at equal gradients, SAM is {gain:.2f} [" in parts["headline"]
+    table = parts["digits"].splitlines()
+    assert len(table) == 2 + len(write.SHOWN)
+    assert f" | {gain:+.2f} [" in next(line for line in table if line.startswith("| sam |"))
+    assert table[-1].endswith(" | 2 |")
 
 
 # What version 1.2.0 of the Citation File Format requires.
