@@ -50,7 +50,7 @@ def make_functions(task: Task) -> Functions:
     model = nnx.eval_shape(lambda: task.network(nnx.Rngs(0)))
     graph, _, statistics_like = nnx.split(model, nnx.Param, ...)
 
-    def merged(params, statistics=None):
+    def merged(params, statistics=None) -> Any:
         is_training = statistics is None
         if is_training:
             statistics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), statistics_like)
@@ -161,8 +161,10 @@ def make_trainer(task: Task, row: str) -> Trainer:
     """Compile the training of a method on a task."""
     functions = make_functions(task)
     variant = variants_of(task)[row]
-    train = rows_of(task.data(0).train, np.zeros(task.batch, int))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), train)
+    like = {
+        name: jax.ShapeDtypeStruct((task.batch, *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in task.data(0).train.items()
+    }
     params_like = jax.eval_shape(functions.init, 0)
     logits_like = jax.eval_shape(functions.logits, params_like, like["x"])
     setting = Setting(
@@ -183,10 +185,12 @@ def make_trainer(task: Task, row: str) -> Trainer:
         return optimizer(total, run).init(params)
 
     def train(total, params, state, run, data, batches, count):
+        tx, (logits, losses_fn, parts, *_) = optimizer(total, run), functions
+
         def step(i, carry):
+            params, state = carry
             batch = rows_of(data, batches[i])
-            closures = functions.logits, functions.losses_fn, functions.parts
-            return take_step(optimizer(total, run), *closures, *carry, batch)
+            return take_step(tx, logits, losses_fn, parts, params, state, batch)
 
         return jax.lax.fori_loop(0, count, step, (params, state))
 
