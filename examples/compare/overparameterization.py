@@ -67,7 +67,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
 
-import functools
 import json
 import time
 
@@ -77,7 +76,8 @@ from tqdm import tqdm
 
 from examples.common import files
 from examples.common.digits_task import STEPS_PER_EPOCH
-from examples.common.report import without_nans
+from examples.common.output import choose_folder
+from examples.common.report import MARK, Report, aligned, without_nans
 from examples.common.training import data_of, map_runs
 from examples.common.tuning import (
     SIXTHS,
@@ -94,6 +94,14 @@ from examples.common.tuning import (
 )
 from examples.common.versions import versions
 from examples.compare.overparameterization_measures import measure, non_uniformity, sample_of
+from examples.compare.overparameterization_report import (
+    RATE,
+    Claim,
+    claims_of,
+    claims_table,
+    draw,
+    table_of,
+)
 from examples.compare.overparameterization_training import (
     Setting,
     make_programs,
@@ -107,7 +115,6 @@ WIDTHS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
 DEPTHS, DEEP_WIDTH = (1, 2, 4, 6), 64
 WIDE = 128  # the width of the networks that are pruned
 AS_LARGE = {0.5: 82, 0.8: 45, 0.9: 27, 0.95: 16}  # dense widths, by the sparsity of the wide ones
-RATE = 0.1  # where it is not tuned
 ROWS = ("base", "base2x", "sam")
 TRIALS, TRIALS_OF_RHO = 12, 6  # candidates of a search at least, with two numbers and with one
 CURVED_SEEDS = 4  # reported seeds for which s_2 is measured
@@ -275,10 +282,44 @@ def train_missing(settings: list[Setting], args: argparse.Namespace) -> None:
             measure_setting(setting, args, bar)
 
 
+def read_all(args: argparse.Namespace) -> dict[Setting, dict[str, Any]]:
+    """Return the results of the settings that have a file."""
+    paths = {s: args.results / f"{s.name}.json" for s in all_settings()}
+    return {s: read_setting(s, args) for s, path in paths.items() if path.exists()}
+
+
+def claim_row(claim: Claim) -> dict[str, Any]:
+    """Return a claim as a row of results.json."""
+    return {**claim._asdict(), "number": [*claim.number], "verdict": claim.verdict}
+
+
+def summarize(results: dict[Setting, dict[str, Any]], args: argparse.Namespace) -> str:
+    """Return the table and the claims as text."""
+    lines = aligned(table_of(results))
+    lines += ["", f"{args.seeds} seeds; gains in points, with intervals of 95%", MARK, ""]
+    return "\n".join([*lines, *aligned(claims_table(claims_of(results)))])
+
+
 @files.ends_in_one_line
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> dict[Setting, dict[str, Any]]:
     args = parse(argv)
-    train_missing(all_settings(), args)
+    try:
+        results = read_all(args)  # another protocol is refused before anything is trained
+    except (OSError, ValueError) as error:
+        arguments.refuse(f"--results: {files.reason(error)}")
+    if args.only_tables and not results:
+        arguments.refuse(f"--results: {args.results} holds no results")
+    choose_folder(args, "overparameterization")
+    report = Report(args, left_out=("results", "only_tables"))
+    if not args.only_tables:
+        train_missing(all_settings(), args)
+        results = read_all(args)
+    print(summarize(results, args))
+    report.save(claims=[claim_row(claim) for claim in claims_of(results)])
+    title = f"Digits: what SAM gains over SGD, by the number of parameters; {args.seeds} seeds"
+    draw(results, args.folder / "overparameterization.png", title)
+    report.end("overparameterization.png")
+    return results
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ pruned stay 0: their gradients are 0, and the perturbation of SAM moves only wei
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ class Setting(NamedTuple):
     @property
     def parameters(self) -> int:
         """Return how many weights and biases are kept."""
-        weights = sum(a * b for a, b in zip(self.sizes, self.sizes[1:], strict=False))
+        weights = sum(a * b for a, b in itertools.pairwise(self.sizes))
         return weights - pruned_of(self.sparsity, weights) + sum(self.sizes[1:])
 
 
@@ -89,8 +90,8 @@ def logits_of(layers: Layers, x: jax.Array) -> jax.Array:
     """Return the logits [images, classes]."""
     *hidden, head = layers
     for layer in hidden:
-        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
-    return x @ head["kernel"] + head["bias"]
+        x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+    return x @ head["kernel"] + head["bias"][None]
 
 
 def losses_of(layers: Layers, batch: Any) -> jax.Array:
@@ -144,10 +145,10 @@ def make_programs(width: int, depth: int) -> Programs:
 
     def start(seed):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(2), seed), depth + 1)
-        shapes = zip(keys, sizes, sizes[1:], strict=False)
+        shapes = zip(keys, itertools.pairwise(sizes), strict=True)
         return [
             {"kernel": (2 / a) ** 0.5 * jax.random.normal(key, (a, b)), "bias": jnp.zeros(b)}
-            for key, a, b in shapes
+            for key, (a, b) in shapes
         ]
 
     programs = [functools.partial(train, is_sam) for is_sam in (False, True)]
