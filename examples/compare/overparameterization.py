@@ -101,6 +101,7 @@ from examples.compare.overparameterization_report import (
     claims_table,
     draw,
     table_of,
+    verdicts,
 )
 from examples.compare.overparameterization_training import (
     Setting,
@@ -297,7 +298,10 @@ def summarize(results: dict[Setting, dict[str, Any]], args: argparse.Namespace) 
     """Return the table and the claims as text."""
     lines = aligned(table_of(results))
     lines += ["", f"{args.seeds} seeds; gains in points, with intervals of 95%", MARK, ""]
-    return "\n".join([*lines, *aligned(claims_table(claims_of(results)))])
+    claims = claims_of(results)
+    if claims:
+        lines += [*aligned(claims_table(claims)), "", *verdicts(claims)]
+    return "\n".join(lines)
 
 
 @files.ends_in_one_line

@@ -14,7 +14,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from examples.common import figures
 from examples.common.digits_task import describe
-from examples.common.report import marked, mean_and_error
+from examples.common.report import marked
+from examples.compare.intervals import Interval, mean_interval
 from examples.compare.overparameterization_training import PRUNINGS, Setting
 
 BASELINES = ("base", "base2x")
@@ -27,20 +28,6 @@ RATE = 0.1  # where it is not tuned
 TICKS = (-30, -10, -3, -1, 0, 1, 3, 10, 30)  # of gains, in points
 RHOS = (0, 0.01, 0.1, 1)
 LEAST = 1e-6  # what is drawn for a number that is not above 0 on a logarithmic axis
-
-
-class Interval(NamedTuple):
-    """A mean over seeds, and its interval of 95%."""
-
-    value: float
-    low: float
-    high: float
-
-
-def interval_of(values: Any) -> Interval:
-    """Return the mean over seeds, and two standard errors on both sides."""
-    mean, error = mean_and_error(np.asarray(values, float).tolist())
-    return Interval(mean, mean - 2 * error, mean + 2 * error)
 
 
 def shown(interval: Interval, digits: int = 2, sign: str = "+") -> str:
@@ -76,14 +63,6 @@ def ratio_of(result: Result, name: str) -> np.ndarray:
 
 
 # Series of settings
-
-
-class Series(NamedTuple):
-    """Settings of one kind in the order of their parameters."""
-
-    title: str
-    noise: float
-    settings: list[Setting]
 
 
 def chosen(results: Iterable[Setting], noise: float, **wanted: Any) -> list[Setting]:
@@ -159,165 +138,174 @@ class Claim(NamedTuple):
 
     Attributes:
         text: The claim; it holds if the number is above 0.
-        where: Where it is tested.
+        where: Along which networks it is tested.
+        noise: Share of wrong labels; a comparison with clean labels has that of the noisy ones.
         number: The number that decides.
-        unit: Its unit.
     """
 
     text: str
     where: str
+    noise: float
     number: Interval
-    unit: str
 
     @property
     def verdict(self) -> str:
         """Say whether the interval is on the side of the claim."""
         if self.number.low > 0:
-            return "holds here"
-        opposite = self.number.high < 0
-        return "does not hold here: the opposite" if opposite else "does not hold here: open"
+            return HOLDS
+        return OPPOSITE if self.number.high < 0 else OPEN
 
 
-PER_TENFOLD = "points for ten times the parameters"
-POINTS = "points"
-FACTORS = "powers of ten"
+class Series(NamedTuple):
+    """Networks with the same labels, by size."""
+
+    title: str
+    noise: float
+    settings: list[Setting]
+
+
+HOLDS, OPPOSITE, OPEN = "holds here", "the opposite holds here", "open"
+GROWS = "SAM's gain grows with the parameters (points for ten times as many)"
+NOISE = "SAM's gain is larger with wrong labels (points)"
+NOISE_GROWS = "SAM's gain grows faster with wrong labels (points for ten times the parameters)"
+SPARSE = "SAM's gain is larger in sparse networks than in the dense one (points)"
+SIZE = "SAM's gain is larger in wide sparse networks than in dense ones of their size (points)"
+RADIUS = "The best rho grows with the parameters (rank correlation)"
+MINIMA = {
+    "top_eigenvalue": "SAM's minima are flatter (top eigenvalue, powers of ten)",
+    "s2": "SAM's minima have more uniform Hessian moments (s2, powers of ten)",
+}
+MORE = "{}, more so with ten times the parameters"
 
 
 def claims_of(results: Results) -> list[Claim]:
-    """Return what the results say about the claims of the paper; incomplete series are left out."""
+    """Return what the results say about the claims of the paper; what is missing is left out."""
     noises = sorted({setting.noise for setting in results})
-    return [
-        claim
-        for part in (growth, of_noise, of_sparsity, of_size, of_radius, of_curvature)
-        for claim in part(results, noises)
+    series = [part for noise in noises for part in series_of(results, noise)]
+    found = [
+        *growth(results, series),
+        *of_noise(results, series),
+        *of_sparsity(results, noises),
+        *of_radius(results, series),
+        *of_curvature(results, series),
     ]
+    order = list(dict.fromkeys(claim.text for claim in found))
+    return sorted(found, key=lambda claim: order.index(claim.text))
 
 
-def series_of(results: Results, noises: Sequence[float]) -> list[Series]:
-    """Return the series along which the number of parameters grows, if they have two settings."""
-    found = []
-    for noise in noises:
-        widths = widths_of(results, noise)
-        learn = [setting for setting in widths if setting.width >= LEARNS]
-        rates = rates_of(results, noise)
-        found += [
-            Series("widths", noise, widths),
-            Series(f"widths from {LEARNS}", noise, learn),
-            Series("depths", noise, depths_of(results, noise)),
-            Series("widths, one learning rate", noise, rates),
-            Series(
-                f"widths from {LEARNS}, one learning rate",
-                noise,
-                [setting for setting in rates if setting.width >= LEARNS],
-            ),
-        ]
+def series_of(results: Results, noise: float) -> list[Series]:
+    """Return the series along which the number of parameters grows, if they have two networks.
+
+    The smallest networks do not learn the task. Those with at least `LEARNS` units do.
+    """
+    widths, rates = widths_of(results, noise), rates_of(results, noise)
+    large, large_rates = (
+        [setting for setting in settings if setting.width >= LEARNS] for settings in (widths, rates)
+    )
+    found = [
+        Series("all widths", noise, widths),
+        Series(f"widths from {LEARNS}", noise, large),
+        Series(f"widths from {LEARNS}, learning rate {RATE:g}", noise, large_rates),
+        Series("depths", noise, depths_of(results, noise)),
+    ]
     return [series for series in found if len(series.settings) > 1]
 
 
-def growth(results: Results, noises: Sequence[float]) -> list[Claim]:
+def growth(results: Results, series: Sequence[Series]) -> list[Claim]:
     """SAM's gain grows with the number of parameters."""
     return [
         Claim(
-            "SAM's gain grows with the number of parameters",
-            f"{series.title}, {describe(series.noise)}",
-            interval_of(slope_of(results, series.settings, gain_of)),
-            PER_TENFOLD,
+            GROWS, part.title, part.noise, mean_interval(slope_of(results, part.settings, gain_of))
         )
-        for series in series_of(results, noises)
+        for part in series
     ]
 
 
-def of_noise(results: Results, noises: Sequence[float]) -> list[Claim]:
+def of_noise(results: Results, series: Sequence[Series]) -> list[Claim]:
     """Wrong labels make the gain larger, and make it grow faster."""
-    if len(noises) != 2:
-        return []
     found = []
-    clean, noisy = ({s.title: s for s in series_of(results, [noise])} for noise in noises)
-    for title in clean.keys() & noisy.keys():
-        pair = clean[title].settings, noisy[title].settings
-        gains = [np.mean([gain_of(results[s]) for s in settings], axis=0) for settings in pair]
-        slopes = [slope_of(results, settings, gain_of) for settings in pair]
-        for text, (less, more), unit in (
-            ("SAM's gain is larger with wrong labels", gains, POINTS),
-            ("SAM's gain grows faster with wrong labels", slopes, PER_TENFOLD),
-        ):
-            found.append(Claim(text, title, interval_of(more - less), unit))
-    return sorted(found, key=lambda claim: (claim.text, [*clean].index(claim.where)))
+    for noisy in series:
+        for clean in series:
+            if noisy.title != clean.title or clean.noise >= noisy.noise:
+                continue
+            pair = [part.settings for part in (clean, noisy)]
+            gains = [np.mean([gain_of(results[s]) for s in part], axis=0) for part in pair]
+            slopes = [slope_of(results, part, gain_of) for part in pair]
+            for text, (less, more) in ((NOISE, gains), (NOISE_GROWS, slopes)):
+                found.append(Claim(text, noisy.title, noisy.noise, mean_interval(more - less)))
+    return found
 
 
 def of_sparsity(results: Results, noises: Sequence[float]) -> list[Claim]:
-    """SAM gains more in sparse networks than in the dense network that was pruned."""
+    """SAM gains more in sparse networks: than in the dense one, and than in small dense ones."""
     found = []
     for pruning in PRUNINGS:
         for noise in noises:
             settings = pruned_of(results, noise, pruning)
-            if not settings or settings[0].dense not in results:
-                continue
-            sparse = np.mean([gain_of(results[setting]) for setting in settings], axis=0)
-            dense = gain_of(results[settings[0].dense])
-            where = f"pruned, {pruning}, {describe(noise)}"
-            text = "SAM's gain is larger in sparse networks than in the dense one"
-            found.append(Claim(text, where, interval_of(sparse - dense), POINTS))
+            rivals = {
+                SPARSE: [(s, s.dense) for s in settings if s.dense in results],
+                SIZE: [(s, other) for s in settings if (other := as_large_as(s, results))],
+            }
+            for text, pairs in rivals.items():
+                leads = [gain_of(results[one]) - gain_of(results[other]) for one, other in pairs]
+                if leads:
+                    number = mean_interval(np.mean(leads, axis=0))
+                    found.append(Claim(text, f"pruned, {pruning}", noise, number))
     return found
 
 
-def of_size(results: Results, noises: Sequence[float]) -> list[Claim]:
-    """SAM gains more in wide and sparse networks than in small dense ones."""
-    found = []
-    for pruning in PRUNINGS:
-        for noise in noises:
-            pairs = [
-                (setting, other)
-                for setting in pruned_of(results, noise, pruning)
-                if (other := as_large_as(setting, results))
-            ]
-            if not pairs:
-                continue
-            leads = [gain_of(results[one]) - gain_of(results[other]) for one, other in pairs]
-            where = f"pruned, {pruning}, {describe(noise)}"
-            text = "SAM's gain is larger in wide sparse networks than in dense ones of their size"
-            found.append(Claim(text, where, interval_of(np.mean(leads, axis=0)), POINTS))
-    return found
+def of_radius(results: Results, series: Sequence[Series]) -> list[Claim]:
+    """The best rho grows with the number of parameters.
 
-
-def of_radius(results: Results, noises: Sequence[float]) -> list[Claim]:
-    """The best rho grows with the number of parameters."""
+    Without a relation, a rank correlation is outside ±1.96 / sqrt(n − 1) in about 5 of 100 cases.
+    """
     found = []
-    for series in series_of(results, noises):
-        rhos = [results[setting]["rows"]["sam"]["rho"] for setting in series.settings]
-        sizes = [setting.parameters for setting in series.settings]
-        value = rank_correlation(sizes, rhos)
-        # Without a relation the correlation is above 1.65 / sqrt(n - 1) in about 5 of 100 cases.
-        error = 1.65 / math.sqrt(len(sizes) - 1)
+    for part in series:
+        rhos = [results[setting]["rows"]["sam"]["rho"] for setting in part.settings]
+        sizes = [setting.parameters for setting in part.settings]
+        value, error = rank_correlation(sizes, rhos), 1.96 / math.sqrt(len(sizes) - 1)
         number = Interval(value, value - error, value + error)
-        where = f"{series.title}, {describe(series.noise)}"
-        text = "The best rho grows with the number of parameters"
-        found.append(Claim(text, where, number, "rank correlation"))
+        found.append(Claim(RADIUS, part.title, part.noise, number))
     return found
 
 
-def of_curvature(results: Results, noises: Sequence[float]) -> list[Claim]:
+def of_curvature(results: Results, series: Sequence[Series]) -> list[Claim]:
     """SAM's minima are flatter, and their Hessian moments more uniform; more so in large nets."""
     found = []
-    names = {
-        "top_eigenvalue": "SAM's minima are flatter (top eigenvalue)",
-        "s2": "SAM's minima have more uniform Hessian moments (s2)",
-    }
-    for name, text in names.items():
-        for series in series_of(results, noises):
-            if series.title not in (f"widths from {LEARNS}", "widths, one learning rate"):
+    for name, text in MINIMA.items():
+        for part in series:
+            if not part.title.startswith(f"widths from {LEARNS}"):
                 continue
 
             def flatter(result, name=name):
                 return -ratio_of(result, name)
 
-            where = f"{series.title}, {describe(series.noise)}"
-            means = np.mean([flatter(results[setting]) for setting in series.settings], axis=0)
-            found.append(Claim(text, where, interval_of(means), FACTORS))
-            slopes = slope_of(results, series.settings, flatter)
-            more = f"{text}, the more so the more parameters"
-            found.append(Claim(more, where, interval_of(slopes), f"{FACTORS} for ten times"))
-    return sorted(found, key=lambda claim: claim.text)
+            means = np.mean([flatter(results[setting]) for setting in part.settings], axis=0)
+            slopes = slope_of(results, part.settings, flatter)
+            for claim, values in ((text, means), (MORE.format(text), slopes)):
+                found.append(Claim(claim, part.title, part.noise, mean_interval(values)))
+    return found
+
+
+def claims_table(claims: Sequence[Claim]) -> list[list[str]]:
+    """Return the claims with a column for each kind of labels, the head first."""
+    noises = sorted({claim.noise for claim in claims})
+    cells = {(c.text, c.where, c.noise): f"{shown(c.number)}: {c.verdict}" for c in claims}
+    lines = [
+        [text, where, *(cells.get((text, where, noise), "") for noise in noises)]
+        for text, where in dict.fromkeys(key[:2] for key in cells)
+    ]
+    return [["claim", "where", *map(name_of, noises)], *lines]
+
+
+def verdicts(claims: Sequence[Claim]) -> list[str]:
+    """Return a sentence for each claim: how often it holds."""
+    found = []
+    for text in dict.fromkeys(claim.text for claim in claims):
+        mine = [claim.verdict for claim in claims if claim.text == text]
+        holds, opposite = mine.count(HOLDS), mine.count(OPPOSITE)
+        found.append(f"{text}: holds in {holds} of {len(mine)} tests, the opposite in {opposite}")
+    return found
 
 
 # The table
@@ -327,6 +315,11 @@ HEAD = (
     *("rho", "train accuracy, %", "SAM's", "top eigenvalue", "SAM's", "s2", "SAM's"),
     *("from linear", "SAM's"),
 )
+
+
+def name_of(noise: float) -> str:
+    """Name the labels of a line."""
+    return f"{noise:.0%} wrong" if noise else "clean"
 
 
 def network_of(setting: Setting) -> str:
@@ -346,10 +339,9 @@ def typical(result: Result, row: str, name: str) -> float:
 
 def cells_of(setting: Setting, result: Result) -> list[str]:
     """Return the cells of one line of the table."""
-    base, sam = better_baseline(result), result["rows"]["sam"]
-    accuracy = 100 * measured(result, base, "test_accuracy").mean()
+    base = better_baseline(result)
     cells = [network_of(setting), f"{setting.parameters:,}", f"{setting.noise:.0%} wrong"]
-    cells += [base, f"{accuracy:.2f}", shown(interval_of(gain_of(result))), marked(sam, "rho")]
+    cells += [base, *gain_cells(result)]
     cells += [f"{100 * measured(result, r, 'train_accuracy').mean():.1f}" for r in (base, "sam")]
     for name in ("top_eigenvalue", "s2", "linearization"):
         numbers = [typical(result, row, name) for row in (base, "sam")]
@@ -362,10 +354,27 @@ def table_of(results: Results) -> list[list[str]]:
     return [[*HEAD], *(cells_of(setting, result) for setting, result in results.items())]
 
 
-def claims_table(claims: Sequence[Claim]) -> list[list[str]]:
-    """Return the claims as a table, its head first."""
-    head = ["claim", "where", "measured", "unit", "verdict"]
-    return [head, *([c.text, c.where, shown(c.number), c.unit, c.verdict] for c in claims)]
+def gains_table(results: Results) -> list[list[str]]:
+    """Return accuracies, gains and radii with one line for each network, the head first."""
+    noises = sorted({setting.noise for setting in results})
+    head = ["network", "parameters"]
+    for noise in noises:
+        head += [f"SGD, %, {name_of(noise)}", "SAM's gain", "rho"]
+    lines = []
+    for setting in dict.fromkeys(setting._replace(noise=0.0) for setting in results):
+        line = [network_of(setting), f"{setting.parameters:,}"]
+        for noise in noises:
+            result = results.get(setting._replace(noise=noise))
+            line += ["", "", ""] if result is None else gain_cells(result)
+        lines.append(line)
+    return [head, *lines]
+
+
+def gain_cells(result: Result) -> list[str]:
+    """Return the accuracy of the better baseline, SAM's gain, and its rho."""
+    accuracy = 100 * measured(result, better_baseline(result), "test_accuracy").mean()
+    gain = shown(mean_interval(gain_of(result)))
+    return [f"{accuracy:.2f}", gain, marked(result["rows"]["sam"], "rho")]
 
 
 # The figure
@@ -421,16 +430,11 @@ def draw_line(
     if not settings:
         return
     x = [setting.parameters for setting in settings]
-    gains = [interval_of(gain_of(results[setting])) for setting in settings]
+    gains = [mean_interval(gain_of(results[setting])) for setting in settings]
     y = [gain.value for gain in gains]
     ends = [[g.value - g.low for g in gains], [g.high - g.value for g in gains]]
     axes.errorbar(x, y, ends, fmt="none", color=color, linewidth=1, capsize=2)
     axes.plot(x, y, "o-", color=color, markersize=4, linewidth=1.5, label=label)
-
-
-def name_of(noise: float) -> str:
-    """Name the labels of a line."""
-    return f"{noise:.0%} wrong" if noise else "clean"
 
 
 def draw_gains(
@@ -441,14 +445,15 @@ def draw_gains(
     for noise in noises:
         settings = choose(results, noise)
         draw_line(axes, results, settings, COLORS[noise], name_of(noise))
-        if len(settings) > 1:
-            slope = interval_of(slope_of(results, settings, gain_of))
+        learn = [setting for setting in settings if setting.width >= LEARNS]
+        if len(learn) > 1:
+            slope = mean_interval(slope_of(results, learn, gain_of))
             slopes.append(f"{name_of(noise)} {slope.value:+.1f}")
     if not axes.lines:
         axes.set_axis_off()  # nothing of this kind was trained
         return
     over_gains(axes)
-    text = f": per tenfold {', '.join(slopes)}" if slopes else ""
+    text = f": {', '.join(slopes)} per tenfold from {LEARNS} units on" if slopes else ""
     axes.set_title(f"Gain, {name}{text}")
     figures.label_ends(axes)
 
@@ -463,7 +468,11 @@ def draw_sparse(axes: Axes, results: Results, noise: float) -> None:
     draw_line(axes, results, dense, PRUNED[""], "dense")
     for pruning, settings in lines.items():
         draw_line(axes, results, settings, PRUNED[pruning], pruning)
-    leads = {claim.where.split(", ")[1]: claim.number.value for claim in of_size(results, [noise])}
+    leads = {
+        claim.where.split(", ")[1]: claim.number.value
+        for claim in of_sparsity(results, [noise])
+        if claim.text == SIZE
+    }
     text = ", ".join(f"{pruning} {lead:+.1f}" for pruning, lead in leads.items())
     over_gains(axes)
     axes.set_title(f"Sparse, {describe(noise)}{': over dense ' * bool(text)}{text}")
@@ -480,7 +489,8 @@ def draw_radii(axes: Axes, results: Results, noises: Sequence[float]) -> None:
         rhos = [results[setting]["rows"]["sam"]["rho"] for setting in settings]
         sizes = [setting.parameters for setting in settings]
         axes.plot(sizes, rhos, "o-", color=COLORS[noise], markersize=4, label=name_of(noise))
-        found.append(f"{name_of(noise)} {rank_correlation(sizes, rhos):+.2f}")
+        if len(settings) > 1:
+            found.append(f"{name_of(noise)} {rank_correlation(sizes, rhos):+.2f}")
     if not axes.lines:
         axes.set_axis_off()
         return
@@ -488,7 +498,7 @@ def draw_radii(axes: Axes, results: Results, noises: Sequence[float]) -> None:
     axes.set_yticks(RHOS, [f"{rho:g}" for rho in RHOS])
     over_parameters(axes, "chosen ρ")
     axes.set_ylim(bottom=-0.002)
-    axes.set_title(f"Chosen ρ: rank correlation {', '.join(found)}")
+    axes.set_title(f"Chosen ρ{': rank correlation ' * bool(found)}{', '.join(found)}")
     figures.label_ends(axes)
 
 
