@@ -93,16 +93,15 @@ from examples.common.tuning import (
     search,
 )
 from examples.common.versions import versions
-from examples.compare.overparameterization_measures import measure, non_uniformity, sample_of
-from examples.compare.overparameterization_report import (
+from examples.compare.overparameterization_claims import (
     RATE,
     Claim,
     claims_of,
     claims_table,
-    draw,
-    table_of,
     verdicts,
 )
+from examples.compare.overparameterization_measures import measure, non_uniformity, sample_of
+from examples.compare.overparameterization_report import draw, table_of
 from examples.compare.overparameterization_training import (
     Setting,
     make_programs,
@@ -294,10 +293,16 @@ def claim_row(claim: Claim) -> dict[str, Any]:
     return {**claim._asdict(), "number": [*claim.number], "verdict": claim.verdict}
 
 
+def progress_of(results: dict[Setting, dict[str, Any]]) -> str:
+    """Say how many settings are trained."""
+    return f"{len(results)} of {len(all_settings())} settings are trained."
+
+
 def summarize(results: dict[Setting, dict[str, Any]], args: argparse.Namespace) -> str:
     """Return the table and the claims as text."""
     lines = aligned(table_of(results))
-    lines += ["", f"{args.seeds} seeds; gains in points, with intervals of 95%", MARK, ""]
+    lines += ["", f"{args.seeds} seeds; gains in points, with intervals of 95%", MARK]
+    lines += [progress_of(results), ""]
     claims = claims_of(results)
     if claims:
         lines += [*aligned(claims_table(claims)), "", *verdicts(claims)]

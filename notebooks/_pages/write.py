@@ -21,7 +21,11 @@ from typing import Any
 import samx
 from examples import digits
 from examples.claims import averages, late_sam
-from examples.compare import overparameterization, overparameterization_report
+from examples.compare import (
+    overparameterization,
+    overparameterization_claims,
+    overparameterization_report,
+)
 from examples.train import fine_tune, preference
 from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
@@ -165,15 +169,16 @@ def late_sam_table() -> str:
 
 
 def overparameterization_tables() -> dict[str, str]:
-    """Return SAM's gain for each network, and the claims with their verdicts."""
+    """Return how much is trained, SAM's gain for each network, and the claims."""
     results = overparameterization.read_all(overparameterization.parse([]))
     grids = {
         "gains": overparameterization_report.gains_table(results),
-        "claims": overparameterization_report.claims_table(
-            overparameterization_report.claims_of(results)
+        "claims": overparameterization_claims.claims_table(
+            overparameterization_claims.claims_of(results)
         ),
     }
-    return {name: table_of(head, rows) for name, (head, *rows) in grids.items()}
+    tables = {name: table_of(head, rows) for name, (head, *rows) in grids.items()}
+    return {"progress": overparameterization.progress_of(results), **tables}
 
 
 # Results of examples/train/fine_tune.py

@@ -12,8 +12,8 @@ from jax.flatten_util import ravel_pytree
 from examples.common import tuning
 from examples.common.training import data_of
 from examples.compare import overparameterization as study
+from examples.compare import overparameterization_claims as summary
 from examples.compare import overparameterization_measures as measures
-from examples.compare import overparameterization_report as report
 from examples.compare import overparameterization_training as training
 from examples.compare.overparameterization_training import Setting
 
@@ -97,7 +97,7 @@ def test_settings():
     assert len({setting.name for setting in settings}) == len(settings) == 64
     for setting in settings:
         if setting.pruning:
-            other = report.as_large_as(setting, settings)
+            other = summary.as_large_as(setting, settings)
             assert other is not None
             assert other.width == study.AS_LARGE[setting.sparsity]
             assert settings.index(setting.dense) < settings.index(setting)
@@ -184,25 +184,25 @@ def test_claims_are_made_from_numbers():
             setting = Setting(width, 2, noise)
             sam = 0.9 + (1 + place) * factor + np.array([-0.04, 0.04]) * (place == 2)
             results[setting] = result_of(setting, sam, [0.9, 0.9], rho=0.3 / (1 + place))
-    claims = {c[:3]: c for c in report.claims_of(results)}
-    growth = claims[report.GROWS, "all widths", 0.0]
+    claims = {c[:3]: c for c in summary.claims_of(results)}
+    growth = claims[summary.GROWS, "all widths", 0.0]
     x = np.log10([setting.parameters for setting in [*results][:3]])
     expected = [np.polyfit(x, [1, 2, last], 1)[0] for last in (-1, 7)]
     assert growth.number.value == pytest.approx(np.mean(expected))
     assert growth.verdict == "open"  # two seeds that differ
-    noisy = claims[report.NOISE, "all widths", 0.3]
+    noisy = claims[summary.NOISE, "all widths", 0.3]
     assert noisy.number == pytest.approx((2, 2, 2))
     assert noisy.verdict == "holds here"
-    assert claims[report.RADIUS, "all widths", 0.0].number.value == pytest.approx(-1)
-    flat = claims[report.MINIMA["top_eigenvalue"], "widths from 16", 0.0]
+    assert claims[summary.RADIUS, "all widths", 0.0].number.value == pytest.approx(-1)
+    flat = claims[summary.MINIMA["top_eigenvalue"], "widths from 16", 0.0]
     assert flat.number == pytest.approx((np.log10(2),) * 3)
-    assert report.verdicts([growth, noisy, growth])[0].endswith(
+    assert summary.verdicts([growth, noisy, growth])[0].endswith(
         "holds in 0 of 2 tests, the opposite in 0"
     )
 
 
 def test_a_claim_can_fail():
-    claim = report.Claim("", "", 0.0, report.Interval(-2.0, -3.0, -1.0))
+    claim = summary.Claim("", "", 0.0, summary.Interval(-2.0, -3.0, -1.0))
     assert claim.verdict == "the opposite holds here"
 
 
@@ -214,16 +214,19 @@ def test_sparse_networks_are_compared_with_their_dense_ones():
         small: result_of(small, [0.89, 0.9], [0.9, 0.9]),
         sparse: result_of(sparse, [0.85, 0.86], [0.7, 0.7], base2x=0.8),
     }
-    claims = {claim.text: claim.number.value for claim in report.claims_of(results)}
-    assert claims[report.SPARSE] == pytest.approx(5.5 - 1.5)
-    assert claims[report.SIZE] == pytest.approx(5.5 + 0.5)
+    claims = {claim.text: claim.number.value for claim in summary.claims_of(results)}
+    assert claims[summary.SPARSE] == pytest.approx(5.5 - 1.5)
+    assert claims[summary.SIZE] == pytest.approx(5.5 + 0.5)
 
 
 def test_committed_results():
-    """They are complete, small, and those of the settings."""
+    """They are small, and those of the settings; every width has clean and wrong labels."""
     args = study.parse([])
     results = study.read_all(args)
-    assert [*results] == study.all_settings()
+    names = {path.stem for path in args.results.glob("*.json")}
+    assert names == {setting.name for setting in results}
+    for noise in study.NOISES:
+        assert len(summary.widths_of(results, noise)) >= 7
     for setting, result in results.items():
         assert result["parameters"] == setting.parameters
         assert [*result["rows"]] == [*study.ROWS]
