@@ -21,6 +21,11 @@ from typing import Any
 import samx
 from examples import digits
 from examples.claims import averages, late_sam
+from examples.compare import (
+    overparameterization,
+    overparameterization_claims,
+    overparameterization_report,
+)
 from examples.train import fine_tune, preference
 from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
@@ -78,6 +83,7 @@ def pages() -> dict[str, dict[str, str]]:
             "late_sam": late_sam_table(),
         },
         "memory.md": memory_tables(),
+        "overparameterization.md": overparameterization_tables(),
         "fine_tuning.md": {
             **{name: fine_tune_table(name) for name in FINE_TUNED},
             "preference": preference_table(),
@@ -157,6 +163,22 @@ def late_sam_table() -> str:
         lambda row: f"{row['row']}, {row['steps']} steps",
         late_sam.leads_of,
     )
+
+
+# Results of examples/compare/overparameterization.py
+
+
+def overparameterization_tables() -> dict[str, str]:
+    """Return how much is trained, SAM's gain for each network, and the claims."""
+    results = overparameterization.read_all(overparameterization.parse([]))
+    grids = {
+        "gains": overparameterization_report.gains_table(results),
+        "claims": overparameterization_claims.claims_table(
+            overparameterization_claims.claims_of(results)
+        ),
+    }
+    tables = {name: table_of(head, rows) for name, (head, *rows) in grids.items()}
+    return {"progress": overparameterization.progress_of(results), **tables}
 
 
 # Results of examples/train/fine_tune.py
