@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.common import files
+from examples.common import arguments, files
 from examples.compare.intervals import Interval, average_ranks, places_of
 from examples.compare.rows import BASELINES
 from samx.catalog.cards import FAMILIES
 
-RESULTS = Path(__file__).parent / "results"
 MAINS = {"accuracy": "test_accuracy", "loss": "test_loss"}
 MOST_SEEDS = 1000
 SECOND, THIRD = 12, 6  # rows of a tier, SAM among them; the baselines come on top
@@ -115,6 +114,14 @@ def read_cells(folder: Path) -> dict[str, dict[str, Cell]]:
         if len({(cell.main, cell.tier) for cell in cells.values()}) > 1:
             raise ValueError(f"{folder / task}: rows differ in their main result or tier")
     return dict(sorted(found.items(), key=lambda item: next(iter(item[1].values())).tier))
+
+
+def read_or_refuse(folder: Path) -> dict[str, dict[str, Cell]]:
+    """Return the cells in the folder `--results`, or end the script with one line."""
+    try:
+        return read_cells(folder)
+    except (OSError, ValueError) as error:
+        arguments.refuse(f"--results {folder}: {files.reason(error)}")
 
 
 def read_cell(path: Path) -> Cell:

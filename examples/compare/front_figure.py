@@ -1,16 +1,16 @@
 """Draw the figure of the front page from committed results: what SAM does, and what it gains.
 
     python examples/compare/front_figure.py
-    python examples/compare/front_figure.py --results runs/digits-001/summary.json
+    python examples/compare/front_figure.py --task digits-clean
 
 Left: a loss of two parameters with a sharp and a flat minimum. Gradient descent ends in the sharp
 one. SAM starts at the same point and walks past it; the arrows are its perturbations. Start,
 learning rate and rho were chosen to show this; the notebook sam_in_five_minutes says what happens
 from other starts.
 
-Right: test accuracy against gradients spent, one dot for each method of examples/digits.py, where
-30% of the training labels are wrong. The numbers are read from --results, by default the committed
-ones. `python examples/digits.py --variants all` makes them again, as summary.json.
+Right: test accuracy in one task of the comparison, one dot for each method, over the gradients of
+a step. All methods spend the same number of gradients in all; `base` spends half of it. The numbers
+are read from --results, by default the committed ones. compare.py makes them.
 
 The figure is written to --out.
 """
@@ -20,13 +20,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.common import arguments
+from examples.compare.options import RESULTS
 
-RESULTS = Path(__file__).parent / "results" / "digits.json"
+TASK = "digits-noisy"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = arguments.new_parser(__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE")
+    text = "folder with TASK/ROW.json; default: the committed results"
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help=text)
+    parser.add_argument("--task", default=TASK, metavar="NAME", help=f"default: {TASK}")
     parser.add_argument("--out", type=Path, default=Path("front.png"), metavar="FILE")
     return parser.parse_args(argv)
 
@@ -41,9 +44,11 @@ import optax
 from matplotlib.patheffects import withStroke
 
 import samx
-from examples import digits
 from examples.common import figures, files
-from examples.common.digits_task import describe
+from examples.compare.cells import Cells, better_baseline, read_or_refuse
+from examples.compare.comparison_figures import title_of
+from examples.compare.tables import Summary, summarize
+from examples.digits import BASELINES
 
 START, LEARNING_RATE, RHO, STEPS = (-1.7, 1.5), 0.15, 0.5, 80
 PIT, FLAT = (-0.5, 0.8), (1.0, 0.0)  # near the sharp minimum, and the flat minimum
@@ -51,6 +56,7 @@ ARROWS = 20  # as many steps show their perturbation
 NAMED = 10  # methods with a name, the baselines included
 ALWAYS = ("base", "base2x", "sam", "asam", "looksam", "ausam", "momentum-sam")
 ALIKE, STEP = 0.03, 0.06  # costs that differ by less share a place, where dots stand side by side
+TICKS = (1, 1.5, 2, 3, 4, 6)
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # around text on lines
 
 
@@ -132,118 +138,107 @@ def ends(plain: np.ndarray, sam: np.ndarray, sharp: np.ndarray) -> str:
     return "Gradient descent ends in the {} minimum, SAM in the {} one".format(*names)
 
 
-def rows_of(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows of the first table, which has wrong labels, with the lead of each.
-
-    Raises:
-        ValueError: If the summary is not one of digits.py with both baselines.
-    """
-    try:
-        noise = summary["settings"]["noise"]
-        rows = [dict(row) for row in summary["rows"] if row["noise"] == noise]
-        if not {*digits.BASELINES} <= {row["row"] for row in rows}:
-            raise KeyError("a baseline is missing")
-        better = digits.better_baseline(rows)
-        for row in rows:
-            row["lead"], row["lead_error"] = digits.lead_of(rows, row["row"], better)
-            row["better"] = better
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"no summary of digits.py with {' and '.join(digits.BASELINES)}"
-        ) from error
-    return rows
+def check(tasks: dict[str, dict[str, Any]], task: str) -> None:
+    """Refuse a task without both baselines, or one that is not about accuracy."""
+    cells = tasks.get(task, {})
+    if missing := [row for row in BASELINES if row not in cells]:
+        arguments.refuse(f"--task {task}: no results of {' and '.join(missing)}")
+    if cells["base"].main != "accuracy":
+        arguments.refuse(f"--task {task}: its main result is no accuracy")
 
 
-def named(rows: list[dict[str, Any]]) -> list[str]:
+def named(rows: list[Summary]) -> list[str]:
     """Choose the rows that get a name: some always, the least accurate one, the most accurate."""
-    by_accuracy = [row["row"] for row in sorted(rows, key=lambda row: -row["mean"])]
-    chosen = [row["row"] for row in rows if row["row"] in ALWAYS]
+    by_accuracy = [each.row for each in sorted(rows, key=lambda each: -each.result.value)]
+    chosen = [each.row for each in rows if each.row in ALWAYS]
     return list(dict.fromkeys([*chosen, by_accuracy[-1], *by_accuracy]))[:NAMED]
 
 
-def side_by_side(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return where each dot stands on the axis of gradients, which is logarithmic.
+def side_by_side(costs: dict[str, float]) -> dict[str, float]:
+    """Return where each dot stands on the axis of gradients for each step, which is logarithmic.
 
     Many dots of (almost) equal cost stand in three columns, so that neighbours are apart.
+
+    Args:
+        costs: The gradients of a step by row, the most accurate row first.
     """
     places: dict[str, float] = {}
-    left = sorted(rows, key=lambda row: row["gradients"])
+    left = sorted(costs, key=lambda row: costs[row])  # equal ones stay in their order
     while left:
-        first = left[0]["gradients"]
-        group = [row for row in left if row["gradients"] <= first * (1 + ALIKE)]
+        limit = costs[left[0]] * (1 + ALIKE)
+        group = [row for row in costs if row in left and costs[row] <= limit]
         left = left[len(group) :]
-        group.sort(key=lambda row: -row["mean"])
-        middle = np.mean([row["gradients"] for row in group])
+        middle = np.mean([costs[row] for row in group])
         for rank, row in enumerate(group):
             column = rank % 3 - 1 if len(group) > 3 else 0
-            places[row["row"]] = float(middle * (1 + column * STEP))
+            places[row] = float(middle * (1 + column * STEP))
     return places
 
 
-def draw_results(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Draw accuracy against gradients, with the names of some methods."""
-    names, places, points = named(rows), side_by_side(rows), []
-    better = next(row for row in rows if row["row"] == row["better"])
-    low = better["mean"] - 2 * max(max(row["mean"] for row in rows) - better["mean"], 1)
-    for row in sorted(rows, key=lambda row: row["row"] in names):
-        is_named, x = row["row"] in names, places[row["row"]]
-        color = figures.RED if row["row"] in digits.BASELINES else figures.BLUE
-        pale = {"alpha": 1.0 if is_named else 0.35, "zorder": 2 + is_named}
-        label, y = row["row"], row["mean"]
+def draw_results(axes: Any, rows: list[Summary], better: Summary) -> None:
+    """Draw accuracy over the gradients of a step, with the names of some methods."""
+    rows = sorted(rows, key=lambda each: -each.result.value)
+    names, points = named(rows), []
+    places = side_by_side({each.row: each.cell.gradients_per_step for each in rows})
+    best, level = rows[0].result.value, better.result.value
+    low = level - 2 * max(best - level, 1)
+    for each in sorted(rows, key=lambda each: each.row in names):
+        is_named, x, y = each.row in names, places[each.row], each.result.value
+        color = figures.RED if each.row in BASELINES else figures.BLUE
+        style = {"color": color, "alpha": 1.0 if is_named else 0.35, "zorder": 2 + is_named}
+        label = each.row
         if y < low:  # what is far below stays at the edge
             label, y = f"{label}: {y:.1f}", low
-            axes.plot(x, y, "v", ms=5, color=color, **pale)
+            axes.plot(x, y, "v", ms=5, **style)
         else:
-            axes.errorbar(x, y, row["error"], fmt="o", ms=4.5, lw=1, color=color, **pale)
+            bars = np.nan_to_num([[y - each.result.low], [each.result.high - y]])
+            axes.errorbar(x, y, np.maximum(bars, 0), fmt="o", ms=4.5, lw=1, **style)
         if is_named:
             points.append((x, y, label, color))
-    axes.axhline(better["mean"], color=figures.RED, linewidth=0.8, linestyle=":")
+    axes.axhline(level, color=figures.RED, linewidth=0.8, linestyle=":")
     axes.margins(x=0.2, y=0.1)
     axes.set_xscale("log")
-    ticks = [400 * 2**i for i in range(4) if 400 * 2**i <= 2 * max(places.values())]
-    axes.set_xticks(ticks, map(str, ticks))
+    ticks = [tick for tick in TICKS if tick <= 1.2 * max(places.values())]
+    axes.set_xticks(ticks, map("{:g}".format, ticks))
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="gradients spent", ylabel="test accuracy, %")
+    task = f"{better.cell.budget} in all; {title_of(better.cell.task)}"
+    axes.set(xlabel=f"gradients for each step\n{task}", ylabel="test accuracy, %")
     axes.grid(alpha=0.25)
     axes.set_title(claim(rows))
     figures.label_points(axes, points)
 
 
-def claim(rows: list[dict[str, Any]]) -> str:
-    """State how many methods lead the better baseline by two standard errors, and by how much."""
-    methods = {row["row"]: row for row in rows if row["row"] not in digits.BASELINES}
-    ahead = sum(row["lead"] > 2 * row["lead_error"] for row in methods.values())
-    text = f"{ahead} of {len(methods)} methods beat the base"
-    best = max(methods, key=lambda name: methods[name]["lead"], default=None)
+def claim(rows: list[Summary]) -> str:
+    """State how many methods beat the better baseline, by their whole interval, and by how much."""
+    methods = {each.row: each.gain for each in rows if each.row not in BASELINES}
+    ahead = sum(gain.is_above for gain in methods.values())
+    text = f"At equal gradients {ahead} of {len(methods)} methods beat the base"
+    best = max(methods, key=lambda name: methods[name].value, default=None)
     told = [
-        f"{name if name != 'sam' else 'SAM'} by {row['lead']:.1f} ± {row['lead_error']:.1f}"
-        for name, row in methods.items()
-        if name in ("sam", best)
+        f"{name if name != 'sam' else 'SAM'} by {methods[name].value:.1f} points"
+        for name in dict.fromkeys(["sam", best])
+        if name in methods
     ]
-    return f"{text}: {', '.join(told)} points" if told else text
+    return f"{text}: {', '.join(told)}" if told else text
 
 
-def draw(summary: dict[str, Any], path: Path) -> None:
+def draw(cells: Cells, path: Path) -> None:
     """Draw both panels."""
-    rows = rows_of(summary)
+    rows = [each for each in summarize(cells) if np.isfinite(each.result.value)]
+    [better] = [each for each in rows if each.row == better_baseline(cells)]
     figure = figures.make_figure(1.75, [figures.height_of(10)])
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     draw_paths(left)
-    settings = summary["settings"]
-    draw_results(right, rows)
-    right.set_xlabel(f"gradients spent ({describe(settings['noise'])})")
+    draw_results(right, rows, better)
     figures.save(figure, path)
 
 
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    try:
-        summary = files.read_json(args.results)
-        rows_of(summary)
-    except (OSError, ValueError) as error:
-        arguments.refuse(f"--results {args.results}: {files.reason(error)}")
-    draw(summary, args.out)
+    tasks = read_or_refuse(args.results)
+    check(tasks, args.task)
+    draw(tasks[args.task], args.out)
     print(f"Plot: {args.out}")
 
 

@@ -1,9 +1,9 @@
 """Intervals by the bootstrap, and correlations of ranks, with NumPy alone.
 
 A bootstrap draws seeds (or rows) with replacement. A draw is stored as weights: how often each of
-them was drawn. All intervals are percentile intervals of 95%. The draws are the same in every call,
-so an interval is the same each time. With few seeds these intervals are a little too narrow: with
-20 seeds they hold the truth in about 92 of 100 cases, with 5 seeds in about 83.
+them was drawn. Intervals are percentiles of the draws, for 95%. The draws are the same in every
+call, so an interval is the same each time. With few seeds the intervals of a mean are a little too
+narrow: with 20 seeds they hold the truth in about 92 of 100 cases, with 5 seeds in about 83.
 """
 
 import functools
@@ -15,6 +15,7 @@ import numpy as np
 DRAWS = 10_000
 LEVEL = 0.95
 SEED = 0
+LARGEST = 1 - 1e-6  # correlation of which atanh is taken
 CHUNK = 500  # draws whose rows are compared in pairs at a time
 
 
@@ -151,6 +152,19 @@ def kendall(one: np.ndarray, other: np.ndarray, weights: np.ndarray) -> np.ndarr
         return np.where(below > 0, total(signs[0] * signs[1]) / np.sqrt(below), np.nan)
 
 
+def correlation_interval(value: float, drawn: np.ndarray) -> Interval:
+    """Return a correlation with its interval: the draws' spread, around the correlation itself.
+
+    Means over drawn seeds have the noise of the seeds twice, so the draws are nearer to 0 than the
+    correlation is. The spread is taken after Fisher's transformation, atanh. In simulations with 30
+    methods and 20 seeds these intervals hold the truth in about 97 of 100 cases.
+    """
+    z = np.arctanh(np.clip(drawn[np.isfinite(drawn)], -LARGEST, LARGEST))
+    center = np.arctanh(np.clip(value, -LARGEST, LARGEST))
+    _, low, high = interval_of(value, z - z.mean() if len(z) else z)
+    return Interval(float(value), float(np.tanh(center + low)), float(np.tanh(center + high)))
+
+
 # Average ranks
 
 
@@ -168,7 +182,7 @@ def average_ranks(scores: Sequence[np.ndarray], draws: int = DRAWS) -> list[Inte
     """Return the average rank of each row over tasks, with its interval; 1 is the best.
 
     A rank is that of the row's mean score in a task. A draw resamples the seeds of each task, the
-    same seeds for all rows.
+    same seeds for all rows. Rows that are alike have ranks near the middle in the draws.
 
     Args:
         scores: For each task the scores [rows, seeds], in the same order of rows; higher is better.

@@ -17,20 +17,12 @@ and ranking.png to --out. It takes about half a minute.
 """
 
 import argparse
-from pathlib import Path
 
-from examples.common import arguments
-
-RESULTS = Path(__file__).parent / "results"
+from examples.compare.options import parse_results
 
 
-def parse(argv: list[str] | None = None, name: str = "tables") -> argparse.Namespace:
-    """Parse the arguments of a script that reads the results; `name` is that of its folder."""
-    parser = arguments.new_parser(__doc__)
-    text = "folder with TASK/ROW.json; default: the committed results"
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help=text)
-    arguments.add_out(parser, name)
-    return parser.parse_args(argv)
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    return parse_results(__doc__, "tables", argv)
 
 
 if __name__ == "__main__":
@@ -54,7 +46,7 @@ from examples.compare.cells import (
     difference,
     of_tiers,
     ranking,
-    read_cells,
+    read_or_refuse,
     relative_time,
     second_tier,
     third_tier,
@@ -313,18 +305,10 @@ def as_json(summary: Summary) -> dict[str, Any]:
     return found | {name: getattr(summary.cell, name) for name in ("learning_rate", "rho")}
 
 
-def read(args: argparse.Namespace) -> dict[str, dict[str, Cell]]:
-    """Return the cells in `--results`, or end the script with one line."""
-    try:
-        return read_cells(args.results)
-    except (OSError, ValueError) as error:
-        arguments.refuse(f"--results {args.results}: {files.reason(error)}")
-
-
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> dict[str, list[Summary]]:
     args = parse(argv)
-    tasks = read(args)
+    tasks = read_or_refuse(args.results)
     choose_folder(args, "tables")
     report = Report(args, left_out=["results"])
     summaries = {task: summarize(cells) for task, cells in tasks.items()}

@@ -1,5 +1,6 @@
 """The comparison: its protocol on a toy task, what a cell holds, and how a run is continued."""
 
+import itertools
 import json
 from functools import cache
 
@@ -194,7 +195,8 @@ def test_a_step_never_mixes_epochs():
 
 
 def test_finalists_are_in_the_interior():
-    tried = {(x, y): -abs(x - 3) - 2 * abs(y - 2) for x in (1, 2, 3, 4) for y in (1, 2, 3)}
+    grid = itertools.product((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 3.0))
+    tried = {(x, y): -abs(x - 3) - 2 * abs(y - 2) for x, y in grid}
     assert protocol.finalists_of(tried) == [(3, 2), (2, 2)]
 
 

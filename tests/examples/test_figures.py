@@ -30,6 +30,7 @@ from examples.compare import (
     front_figure,
     overparameterization,
     overparameterization_report,
+    sharpness_and_accuracy,
     tables,
 )
 from examples.cost import lean, step_cost
@@ -86,18 +87,6 @@ def draw_digits(path, rows, noises=(0.3, 0.0), seeds=3, monitored=0):
     digits.draw([*of_digits(rows, noises, seeds, monitored)], [*noises], path, title)
 
 
-def draw_front(path, rows):
-    results = [
-        {
-            **{"row": r["row"], "noise": 0.3, "gradients": r["gradients"]},
-            **{"mean": 100 * np.mean(r["test_accuracy"]), "error": 0.3},
-            "test_accuracy": r["test_accuracy"],
-        }
-        for r in of_digits(rows, (0.3,))
-    ]
-    front_figure.draw({"settings": {"noise": 0.3, "seeds": 20}, "rows": results}, path)
-
-
 def of_cells(*groups):
     """Return the cells of some tasks, by task and row."""
     tasks = {}
@@ -113,8 +102,20 @@ def draw_comparison(path, *groups):
     comparison_figures.draw_comparison(tasks, summaries, path)
 
 
+def draw_front(path, rows, seeds):
+    front_figure.draw(of_cells(fake_tasks(["digits-noisy"], rows, seeds))["digits-noisy"], path)
+
+
 def draw_ranking(path, *groups):
     comparison_figures.draw_ranking(tables.rankings_of(of_cells(*groups)), path)
+
+
+def draw_sharpness_and_accuracy(path, *groups):
+    found = {
+        task: sharpness_and_accuracy.correlations_of(cells, levels=["methods"], draws=20)
+        for task, cells in of_cells(*groups).items()
+    }
+    sharpness_and_accuracy.draw(found, path)
 
 
 def draw_long_tail(path, rows, imbalance, seeds):
@@ -514,8 +515,8 @@ CASES = {
         lambda path: draw_digits(path, ["base", "sam"], noises=(0.0,), seeds=1, monitored=1),
     ],
     "front_figure.draw": [
-        lambda path: draw_front(path, [*digits.ROWS]),
-        lambda path: draw_front(path, ["base", "base2x", "sam"]),
+        lambda path: draw_front(path, [*digits.ROWS], 3),
+        lambda path: draw_front(path, ["base", "base2x", "sam"], 1),
     ],
     "comparison_figures.draw_comparison": [
         lambda path: draw_comparison(path, fake_tasks(["digits-noisy"], [*digits.ROWS], 3)),
@@ -531,6 +532,13 @@ CASES = {
         lambda path: draw_ranking(path, fake_tasks(), fake_tasks(["three"], ROWS[:4], tier=2)),
         lambda path: draw_ranking(path, fake_tasks(rows=[*digits.ROWS])),
         lambda path: draw_ranking(path, fake_tasks(["one"], ["base"], 1)),
+    ],
+    "sharpness_and_accuracy.draw": [
+        lambda path: draw_sharpness_and_accuracy(path, fake_tasks(["digits-noisy", "mnist1d"])),
+        lambda path: draw_sharpness_and_accuracy(path, fake_tasks(["one"], ROWS, 1)),
+        lambda path: draw_sharpness_and_accuracy(
+            path, fake_tasks([f"a task with number {number}" for number in range(14)])
+        ),
     ],
     "long_tail.draw": [
         lambda path: draw_long_tail(path, [*long_tail.METHODS], 100.0, 3),

@@ -92,6 +92,18 @@ def test_what_is_not_finite_is_left_out():
     assert intervals.kendall(one, other, ONES) == pytest.approx(expected)
 
 
+def test_the_interval_of_a_correlation_is_around_it():
+    """The draws are nearer to 0 than the correlation; only their spread is taken."""
+    drawn = np.tanh(np.linspace(-0.5, -0.1, 401))
+    found = intervals.correlation_interval(np.tanh(-0.8), drawn)
+    assert found == pytest.approx(np.tanh([-0.8, -0.99, -0.61]))
+    assert intervals.correlation_interval(-1.0, -np.ones(9)) == pytest.approx(
+        (-1, -1, -1), abs=1e-5
+    )
+    assert np.isnan(intervals.correlation_interval(np.nan, drawn).low)
+    assert np.isnan(intervals.correlation_interval(0.5, np.full(3, np.nan)).low)
+
+
 def test_average_ranks():
     """The second row is the best in one task, and shares the last place in the other."""
     first = np.array([[1.0, 2.0], [5.0, 6.0], [3.0, np.nan]])
