@@ -49,8 +49,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.common import arguments
+from examples.compare.options import RESULTS
 
-RESULTS = Path(__file__).parent / "results"
 TRIALS = 16
 
 
