@@ -16,9 +16,9 @@ The protocol, which was written before the runs:
 - Two baselines. `base2x` is the base optimizer with the whole budget, and `base` with half of it,
   which are as many steps as SAM takes. A method is compared with the better one on the test split
   of the task. If that favours anybody, it favours the baselines.
-- Equal time, beside it. The time of a step is measured in turn with a step of the base. A method
-  trains again for as many steps as fit into the time of `base2x`, with the same learning rate and
-  radius.
+- Equal time, beside it. The time of a step is measured in turn with a step of the base; --times
+  does that again on a quiet machine. A method trains again for as many steps as fit into the time
+  of `base2x`, with the same learning rate and radius.
 - Equal tuning. Learning rate and main radius are chosen on the validation split, with seeds that
   are not reported. Every method gets 16 trials; a method without a radius gets a finer grid of
   learning rates. The grid moves until the best candidate is in its interior, which may take more
@@ -49,8 +49,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.common import arguments
+from examples.compare.options import RESULTS
 
-RESULTS = Path(__file__).parent / "results"
 TRIALS = 16
 
 
@@ -66,6 +66,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--results", type=Path, default=RESULTS, metavar="FOLDER", help=text)
     text = f"candidates of each search, at least; default: {TRIALS}"
     add("--trials", type=int, default=TRIALS, help=text)
+    text = "measure the times of all cells again, when nothing else runs, and train at equal time"
+    add("--times", action="store_true", help=text)
     add("--minutes", type=float, help="begin no cell after so many minutes")
     args = parser.parse_args(argv)
     arguments.check_range(parser, args, "trials")
@@ -87,8 +89,9 @@ import numpy as np
 from tqdm import tqdm
 
 from examples.common import files
+from examples.common.report import without_nans
 from examples.common.versions import versions
-from examples.compare import runs
+from examples.compare import protocol, runs
 from examples.compare.cells import read_cells, second_tier, third_tier
 from examples.compare.rows import variants_of
 from examples.compare.task import Task
@@ -135,7 +138,7 @@ def rows_of(name: str, args: argparse.Namespace) -> list[str]:
     if task.tier == 1 or args.rows:
         return fitting
     before = [other for other in TASKS if TASKS[other].tier < task.tier]
-    if left := sum(1 for _ in missing(before, args)):
+    if left := sum(1 for _ in wanted_cells(before, args)):
         raise ValueError(
             f"{name}: its rows are chosen from the tiers before, of which {left} cells are missing"
         )
@@ -143,28 +146,40 @@ def rows_of(name: str, args: argparse.Namespace) -> list[str]:
     return [row for row in fitting if row in chosen]
 
 
-def runs_of_cell(task: Task, trials: int) -> int:
+def runs_of_cell(task: Task, args: argparse.Namespace) -> int:
     """Return about how many runs a cell needs, for the progress bar."""
-    finals = (runs.FINAL_SEEDS - 1) * min(trials, runs.FINALISTS)
-    return (trials + finals) * task.tuning_seeds + 2 * task.seeds
+    if args.times:
+        return task.seeds
+    finals = (protocol.FINAL_SEEDS - 1) * min(args.trials, protocol.FINALISTS)
+    return (args.trials + finals) * task.tuning_seeds + 2 * task.seeds
 
 
-def make_cell(name: str, row: str, base: Any, trials: int, bar: tqdm) -> dict[str, Any]:
-    """Make one cell."""
+def make_cell(
+    name: str, row: str, base: Any, args: argparse.Namespace, bar: tqdm
+) -> dict[str, Any]:
+    """Make and write one cell; with --times, make the times of a cell again."""
     task, begin = TASKS[name], time.perf_counter()
 
     def advance(what, count):
         bar.set_description(f"{name}, {row}, {what}")
         bar.update(count)
 
-    found = runs.measure_cell(task, row, base, trials, advance)
-    return {
-        **settings_of(name, row, trials),
+    method = protocol.make_method(task, row, base, advance)
+    path = args.results / name / f"{row}.json"
+    old = files.read_json(path) if args.times else {}
+    found = old or protocol.measure_cell(method, args.trials)
+    cell = {
+        **settings_of(name, row, args.trials),
         **found,
-        "seconds": round(time.perf_counter() - begin, 1),
+        **protocol.time_cell(method, base, found),
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, {machine()}",
         "versions": {"python": python_version(), **versions()},
     }
+    seconds = old.get("seconds") or round(time.perf_counter() - begin, 1)
+    cell = without_nans(cell | {"seconds": seconds})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, json.dumps(cell) + "\n")
+    return cell
 
 
 def line_of(cell: dict[str, Any]) -> str:
@@ -177,13 +192,15 @@ def line_of(cell: dict[str, Any]) -> str:
     )
 
 
-def missing(names: list[str], args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Yield the task and row of every cell that is not there."""
+def wanted_cells(
+    names: list[str], args: argparse.Namespace, is_there: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Yield the task and row of every cell that is missing, or of every one that is there."""
     for name in names:
         for row in rows_of(name, args):
             is_wanted = not args.rows or row in args.rows
             path = args.results / name / f"{row}.json"
-            if is_wanted and not is_made(path, settings_of(name, row, args.trials)):
+            if is_wanted and is_made(path, settings_of(name, row, args.trials)) == is_there:
                 yield name, row
 
 
@@ -207,12 +224,12 @@ def main(argv: list[str] | None = None) -> list[str]:
     args = parse(argv)
     names = check_names(args)
     try:
-        wanted = list(missing(names, args))
+        wanted = list(wanted_cells(names, args, args.times))
     except (OSError, ValueError) as error:
         arguments.refuse(str(error))
     print(f"{len(wanted)} cells to make in {args.results}")
     begin, failed, base, made = time.perf_counter(), [], {}, 0
-    total = sum(runs_of_cell(TASKS[name], args.trials) for name, _ in wanted)
+    total = sum(runs_of_cell(TASKS[name], args) for name, _ in wanted)
     with tqdm(total=total, unit=" runs", smoothing=0.05, disable=None) as bar:
         for name, row in wanted:
             if args.minutes and time.perf_counter() - begin > 60 * args.minutes:
@@ -222,14 +239,11 @@ def main(argv: list[str] | None = None) -> list[str]:
                 runs.make_functions.cache_clear()
                 base = {name: runs.make_trainer(TASKS[name], "base")}
             try:
-                cell = make_cell(name, row, base[name], args.trials, bar)
+                cell = make_cell(name, row, base[name], args, bar)
             except (ArithmeticError, TypeError, ValueError, RuntimeError) as error:
                 failed.append(f"{name}, {row}: {files.reason(error)}")
                 bar.write(f"failed: {failed[-1]}")
                 continue
-            folder = args.results / name
-            folder.mkdir(parents=True, exist_ok=True)
-            files.write(folder / f"{row}.json", json.dumps(cell) + "\n")
             bar.write(line_of(cell))
             made += 1
     left = len(wanted) - made

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from examples.common import arguments
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "cells"
 
 
 def parse_results(doc: str | None, name: str, argv: list[str] | None) -> argparse.Namespace:

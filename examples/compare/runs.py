@@ -1,18 +1,7 @@
-"""Train and measure the runs of one cell of the comparison: one method on one task.
-
-A cell is made in four parts:
-
-1. What a step of the method costs: gradients, counted in a pilot run, and time, relative to a step
-   of the base optimizer in the same rounds.
-2. The search of learning rate and main radius on the validation split. The best `FINALISTS`
-   candidates are tried again with more seeds, and the best of them is chosen.
-3. The reported seeds, with the chosen values: trained at equal gradients, and measured.
-4. The same seeds again at equal time: as many steps as fit into the time of `base2x`.
-"""
+"""Train and measure single runs of the comparison: one method on one task, with one seed."""
 
 import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,30 +13,13 @@ from flax import nnx
 
 import samx
 from examples.common.registry import BASES, Setting
-from examples.common.report import without_nans
 from examples.common.rounding import rounded
-from examples.common.training import cosine_decay, map_runs, row_of, rows_of, take_step
-from examples.common.tuning import (
-    SIXTHS,
-    THIRDS,
-    TUNING_SEEDS,
-    Runs,
-    around,
-    best_of,
-    edges,
-    fixed,
-    from_zero,
-    runs_of,
-    search,
-)
-from examples.compare.rows import BASELINES, variants_of
+from examples.common.training import cosine_decay, rows_of, take_step
+from examples.common.tuning import Runs
+from examples.compare.rows import variants_of
 from examples.compare.task import Task
 
-TRIALS = 16  # candidates of every method; more only while the best one is at an edge
-FINALISTS = 4  # candidates that are tried with `FINAL_SEEDS` times as many seeds
-FINAL_SEEDS = 3
 BLOCK = 100  # steps that one call trains at most
-ROUNDS = 7  # in which a step is timed, and as many steps of the base optimizer
 BINS = 15  # of the calibration error
 BITS = (4, 3)  # to which weights are rounded
 RADIUS, ADAPTIVE_RADIUS = 0.2, 0.5  # of the balls in which sharpness is measured
@@ -78,7 +50,7 @@ def make_functions(task: Task) -> Functions:
     model = nnx.eval_shape(lambda: task.network(nnx.Rngs(0)))
     graph, _, statistics_like = nnx.split(model, nnx.Param, ...)
 
-    def merged(params, statistics=None):
+    def merged(params, statistics=None) -> Any:
         is_training = statistics is None
         if is_training:
             statistics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), statistics_like)
@@ -189,8 +161,10 @@ def make_trainer(task: Task, row: str) -> Trainer:
     """Compile the training of a method on a task."""
     functions = make_functions(task)
     variant = variants_of(task)[row]
-    train = rows_of(task.data(0).train, np.zeros(task.batch, int))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), train)
+    like = {
+        name: jax.ShapeDtypeStruct((task.batch, *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in task.data(0).train.items()
+    }
     params_like = jax.eval_shape(functions.init, 0)
     logits_like = jax.eval_shape(functions.logits, params_like, like["x"])
     setting = Setting(
@@ -211,10 +185,12 @@ def make_trainer(task: Task, row: str) -> Trainer:
         return optimizer(total, run).init(params)
 
     def train(total, params, state, run, data, batches, count):
+        tx, (logits, losses_fn, parts, *_) = optimizer(total, run), functions
+
         def step(i, carry):
+            params, state = carry
             batch = rows_of(data, batches[i])
-            closures = functions.logits, functions.losses_fn, functions.parts
-            return take_step(optimizer(total, run), *closures, *carry, batch)
+            return take_step(tx, logits, losses_fn, parts, params, state, batch)
 
         return jax.lax.fori_loop(0, count, step, (params, state))
 
@@ -247,150 +223,3 @@ def spent_by(state: Any, steps: int) -> float:
     """Return the gradients that a run spent; an optimizer without readings spends one per step."""
     spent = optax.tree.get(state, "gradients_spent")
     return float(steps if spent is None else spent)
-
-
-def one_run(seed: int, learning_rate: float, rho: float) -> Runs:
-    return row_of(Runs(*runs_of([seed], [(learning_rate, rho)])), 0)
-
-
-class Cost(NamedTuple):
-    """What a step of a method costs."""
-
-    gradients: float  # per step, in a pilot run
-    milliseconds: float  # per step
-    ratio: float  # of its time to that of a step of the base optimizer
-    bytes: int  # of the optimizer's state
-
-
-def cost_of(task: Task, trainer: Trainer, base: Trainer, start: Runs) -> Cost:
-    """Count the gradients of a pilot run, and time steps in turn with those of the base."""
-    pilot = max(1, task.budget // 2)
-    params, state = train_run(task, trainer, start, pilot)
-    states = {trainer: state, base: train_run(task, base, start, BLOCK)[1]}
-    data, batches = task.data(int(start.seed)).train, batches_of(task, int(start.seed), BLOCK)
-
-    def seconds_of(method):
-        begin = time.perf_counter()
-        jax.block_until_ready(
-            method.train(pilot, params, states[method], start, data, batches, BLOCK)
-        )
-        return time.perf_counter() - begin
-
-    rounds = [(seconds_of(trainer), seconds_of(base)) for _ in range(ROUNDS)]
-    mine, others = np.transpose(rounds)
-    return Cost(
-        spent_by(state, pilot) / pilot,
-        1e3 * float(np.median(mine)) / BLOCK,
-        float(np.median(mine / others)),
-        sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
-    )
-
-
-def axes_of(task: Task, row: str) -> list[Any]:
-    """Return the axes of learning rate and radius; a row without a radius has one axis."""
-    variant = variants_of(task)[row]
-    rate = variant.learning_rate or task.learning_rate
-    if not variant.start:
-        return [around(rate, SIXTHS), fixed([0.0])]
-    return [around(rate, THIRDS), from_zero(around(variant.start, decades=2))]
-
-
-def measure_cell(
-    task: Task, row: str, base: Trainer, trials: int, advance: Callable[[str, int], None]
-) -> dict[str, Any]:
-    """Choose the numbers of a row, train the reported seeds with them, and measure.
-
-    Args:
-        task: The task.
-        row: The name of the row.
-        base: The trainer of the base optimizer, for times.
-        trials: Candidates that are tried at least.
-        advance: `(what, runs)`, called after every run.
-    """
-    trainer = base if row in BASELINES else make_trainer(task, row)
-    functions, axes = make_functions(task), axes_of(task, row)
-    start = one_run(TUNING_SEEDS.start, *(axis.values[axis.start] for axis in axes))
-    cost = cost_of(task, trainer, base, start)
-    steps = steps_of(task, row, cost)
-
-    def trained(what, seeds, candidates, steps, look):
-        """Return what `look` finds in the parameters and the splits of each run."""
-
-        def of_run(run):
-            params, state = train_run(task, trainer, run, steps)
-            return look(params, task.data(int(run.seed))), spent_by(state, steps)
-
-        runs = Runs(*runs_of(seeds, candidates))
-        return map_runs(of_run, runs, advance=functools.partial(advance, what))
-
-    def scores(candidates, first=0, last=1):
-        """Return the validation scores [candidates, seeds]; what is not finite is the worst."""
-        seeds = range(TUNING_SEEDS.start, TUNING_SEEDS.start + FINAL_SEEDS * task.tuning_seeds)
-        seeds = seeds[first * task.tuning_seeds : last * task.tuning_seeds]
-
-        def look(params, splits):
-            return functions.result(params, splits.train, splits.validation)[task.main]
-
-        found, _ = trained("tuning", seeds, candidates, steps, look)
-        found = np.reshape(found if task.main == "accuracy" else -found, (len(candidates), -1))
-        return np.where(np.isfinite(found), found, -np.inf)
-
-    known: dict[tuple[float, ...], list[float]] = {}
-
-    def evaluate(candidates):
-        known.update(zip(candidates, scores(candidates).tolist(), strict=True))
-        return [np.mean(known[candidate]) for candidate in candidates]
-
-    tried = search(axes, evaluate, trials)
-    finalists = finalists_of(tried)
-    for candidate, more in zip(finalists, scores(finalists, 1, FINAL_SEEDS).tolist(), strict=True):
-        known[candidate] += more
-    best = max(finalists, key=lambda candidate: np.mean(known[candidate]))
-
-    seeds = range(task.seeds)
-    measures, spent = trained(
-        "seeds", seeds, [best], steps, lambda p, s: functions.measure(p, s.train, s.test)
-    )
-    found = {
-        **dict(zip(("learning_rate", "rho"), best, strict=True)),
-        "edges": edges(best, tried),
-        "candidates": [[*candidate, round_to(np.mean(known[candidate]))] for candidate in tried],
-        "steps": steps,
-        "gradients": round_to(np.mean(spent)),
-        "milliseconds_per_step": round_to(cost.milliseconds),
-        "time_of_base_step": round_to(cost.ratio),
-        "bytes": cost.bytes,
-        "measures": columns(measures),
-    }
-    if row not in BASELINES:
-        timed = max(1, round(task.budget / cost.ratio))
-        again, _ = trained(
-            "seeds", seeds, [best], timed, lambda p, s: functions.result(p, s.train, s.test)
-        )
-        again = {f"test_{name}": again[name] for name in ("accuracy", "loss")}
-        found["equal_time"] = {"steps": timed, **columns(again)}
-    return without_nans(found)
-
-
-def finalists_of(tried: dict[tuple[float, ...], float]) -> list[tuple[float, ...]]:
-    """Return the best candidate, and the next ones that are not at an edge of what was tried."""
-    best = best_of(tried)
-    others = [one for one in tried if one != best and not edges(one, tried)]
-    others.sort(key=lambda candidate: -tried[candidate])
-    return [best, *others[: FINALISTS - 1]]
-
-
-def steps_of(task: Task, row: str, cost: Cost) -> int:
-    """Return the steps in which a row spends the budget; `base` gets as many as SAM."""
-    gradients = 2.0 if row == "base" else cost.gradients
-    return max(1, round(task.budget / gradients))
-
-
-def columns(measures: dict[str, Any]) -> dict[str, list[float]]:
-    """Return the measures of all seeds as lists of numbers with six digits."""
-    return {name: [round_to(float(x)) for x in values] for name, values in measures.items()}
-
-
-def round_to(number: float, digits: int = 6) -> float:
-    """Round a number to so many significant digits."""
-    return float(f"{number:.{digits}g}")

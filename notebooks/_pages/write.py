@@ -22,7 +22,16 @@ from typing import Any
 import samx
 from examples import digits
 from examples.claims import averages, late_sam
-from examples.compare import cells, comparison_figures, sharpness_and_accuracy, tables
+from examples.compare import (
+    cells,
+    comparison_figures,
+    options,
+    overparameterization,
+    overparameterization_claims,
+    overparameterization_report,
+    sharpness_and_accuracy,
+    tables,
+)
 from examples.train import fine_tune, preference
 from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
@@ -33,7 +42,7 @@ DIGITS = RESULTS / "digits.json"
 CLAIMS = FOLDER.parent / "examples" / "claims" / "results"
 FINE_TUNED = ("images", "mnist", "language")
 AVERAGES, LATE_SAM = CLAIMS / "averages.json", CLAIMS / "late_sam.json"
-SHARPNESS = RESULTS / "sharpness_and_accuracy.json"
+CELLS, SHARPNESS = options.RESULTS, RESULTS / "sharpness_and_accuracy.json"
 ON_PAGE = ("method", "test", "gain", "at equal time", "step", "lr", "rho")  # columns of a task
 HEADLINE, CLEAN = "digits-noisy", "digits-clean"  # the tasks of the README
 SHOWN = ("base", "base2x", "sam", "asam", "looksam", "momentum-sam")  # in the README
@@ -84,6 +93,7 @@ def pages() -> dict[str, dict[str, str]]:
         },
         "comparison.md": comparison_parts(),
         "memory.md": memory_tables(),
+        "overparameterization.md": overparameterization_tables(),
         "fine_tuning.md": {
             **{name: fine_tune_table(name) for name in FINE_TUNED},
             "preference": preference_table(),
@@ -150,7 +160,7 @@ NOT_YET = "There are no committed results yet."
 @functools.cache
 def compared() -> dict[str, dict[str, cells.Cell]]:
     """Return the committed cells by task and row; none before the first run."""
-    return cells.read_cells(RESULTS) if any(RESULTS.glob("*/*.json")) else {}
+    return cells.read_cells(CELLS) if any(CELLS.glob("*/*.json")) else {}
 
 
 def comparison_parts() -> dict[str, str]:
@@ -175,7 +185,7 @@ def readme_parts() -> dict[str, str]:
         task: {each.row: each for each in tables.summarize(compared()[task])}
         for task in (HEADLINE, CLEAN)
     }
-    return {"headline": headline(found), "digits": headline_table(found)}
+    return {"digits": f"{headline(found)}\n\n{headline_table(found)}"}
 
 
 def headline(found: dict[str, dict[str, tables.Summary]]) -> str:
@@ -187,11 +197,10 @@ def headline(found: dict[str, dict[str, tables.Summary]]) -> str:
     others = "" if best.row == "sam" else f", {best.row} {tables.shown(best.gain, 2)}"
     ahead = sum(each.gain.is_above for each in methods)
     return (
-        "Digits, of which 30% carry a wrong label: at equal gradients, SAM is "
-        f"{gain} points ahead of the better of two tuned baselines{others}. {ahead} of "
-        f"{len(methods)} methods are ahead by their whole 95% interval. With clean labels SAM's "
-        f"gain is {tables.shown(clean['sam'].gain, 2, '+')}. `base2x` has twice the steps, so "
-        f"SAM's gradients. Every method was tuned with the same number of trials; "
+        f"Digits, 30% of the labels wrong, at equal gradients: SAM is {gain} points ahead of the "
+        f"better of two baselines{others}; {ahead} of {len(methods)} methods are ahead by their "
+        f"whole 95% interval. With clean labels SAM gains {tables.shown(clean['sam'].gain, 2)}. "
+        "`base2x` has twice the steps, so SAM's gradients. Equal tuning for all; "
         f"{noisy['sam'].cell.seeds} seeds, paired."
     )
 
@@ -273,6 +282,22 @@ def late_sam_table() -> str:
         lambda row: f"{row['row']}, {row['steps']} steps",
         late_sam.leads_of,
     )
+
+
+# Results of examples/compare/overparameterization.py
+
+
+def overparameterization_tables() -> dict[str, str]:
+    """Return how much is trained, SAM's gain for each network, and the claims."""
+    results = overparameterization.read_all(overparameterization.parse([]))
+    grids = {
+        "gains": overparameterization_report.gains_table(results),
+        "claims": overparameterization_claims.claims_table(
+            overparameterization_claims.claims_of(results)
+        ),
+    }
+    tables = {name: table_of(head, rows) for name, (head, *rows) in grids.items()}
+    return {"progress": overparameterization.progress_of(results), **tables}
 
 
 # Results of examples/train/fine_tune.py

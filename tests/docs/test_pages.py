@@ -89,7 +89,7 @@ def of_made_up_results(tmp_path, monkeypatch):
     """Let the pages read other cells, and an empty folder of figures."""
     rows = [*write.SHOWN, "lpf-sgd"]
     write_cells(tmp_path / "cells", fake_tasks(["digits-noisy", "digits-clean"], rows))
-    monkeypatch.setattr(write, "RESULTS", tmp_path / "cells")
+    monkeypatch.setattr(write, "CELLS", tmp_path / "cells")
     monkeypatch.setattr(write, "FOLDER", tmp_path)
     monkeypatch.setattr(write, "SHARPNESS", tmp_path / "missing.json")
     write.compared.cache_clear()
@@ -115,12 +115,12 @@ def test_the_page_of_the_comparison_comes_from_cells(of_made_up_results):
 
 
 def test_the_readme_takes_its_numbers_from_the_comparison(of_made_up_results):
-    parts = write.readme_parts()
+    text = write.readme_parts()["digits"]
     cells = write.compared()["digits-noisy"]
     better = write.cells.better_baseline(cells)
     gain = 100 * (cells["sam"].scores - cells[better].scores).mean()
-    assert f"at equal gradients, SAM is {gain:.2f} [" in parts["headline"]
-    table = parts["digits"].splitlines()
+    assert f"at equal gradients: SAM is {gain:.2f} [" in text
+    table = text[text.index("|") :].splitlines()
     assert len(table) == 2 + len(write.SHOWN)
     assert f" | {gain:+.2f} [" in next(line for line in table if line.startswith("| sam |"))
     assert table[-1].endswith(" | 2 |")

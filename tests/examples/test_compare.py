@@ -1,5 +1,6 @@
 """The comparison: its protocol on a toy task, what a cell holds, and how a run is continued."""
 
+import itertools
 import json
 from functools import cache
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.compare import compare, runs
+from examples.compare import compare, protocol, runs
 from examples.compare.rows import variants_of
 from examples.compare.task import Splits, Task, balanced_weights, equal_weights
 from examples.compare.tasks import TASKS
@@ -52,11 +53,15 @@ TOY = Task(
 TIMES = ("milliseconds_per_step", "time_of_base_step", "seconds", "equal_time")
 
 
+make_trainer = cache(runs.make_trainer)
+
+
 @pytest.fixture
 def toy(monkeypatch):
     """Make the toy the only task; its programs are compiled once."""
     monkeypatch.setattr(compare, "TASKS", {"toy": TOY, "later": TOY._replace(tier=2)})
-    monkeypatch.setattr(compare.runs, "make_trainer", cache(runs.make_trainer))
+    for module in (runs, protocol):
+        monkeypatch.setattr(module, "make_trainer", make_trainer)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
 
 
@@ -98,6 +103,20 @@ def test_a_tiny_run(toy, tmp_path, capsys):
         assert without_times(paths[0]) == without_times(paths[1])
 
 
+def test_times_can_be_measured_again(toy, tmp_path):
+    """Only what depends on times changes."""
+    run(tmp_path, "base", "sam")
+    path = tmp_path / "toy" / "sam.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before | {"time_of_base_step": 1e-9}))
+    run(tmp_path, "sam", "--times")
+    after = json.loads(path.read_text())
+    assert after["time_of_base_step"] > 0.1
+    assert after["equal_time"]["steps"] == pytest.approx(12 / after["time_of_base_step"], abs=0.51)
+    assert without_times(path) == {n: x for n, x in before.items() if n not in TIMES}
+    assert after["seconds"] == before["seconds"]
+
+
 def refusal(capsys, *arguments):
     with pytest.raises(SystemExit):
         compare.main(list(arguments))
@@ -120,12 +139,13 @@ def test_what_is_refused(toy, tmp_path, capsys):
 
 
 def test_a_row_that_fails_stops_no_other(toy, tmp_path, monkeypatch, capsys):
-    def measure_cell(task, row, *_):
-        if row == "base":
+    def measure_cell(method, trials):
+        if method.row == "base":
             raise ValueError("too large")
         return {"learning_rate": 0.1, "rho": 0.0, "measures": {"test_accuracy": [0.5, None]}}
 
-    monkeypatch.setattr(runs, "measure_cell", measure_cell)
+    monkeypatch.setattr(protocol, "measure_cell", measure_cell)
+    monkeypatch.setattr(protocol, "time_cell", lambda *_: {})
     assert run(tmp_path, "base", "sam") == ["toy, base: too large"]
     assert (tmp_path / "toy" / "sam.json").exists()
     assert not (tmp_path / "toy" / "base.json").exists()
@@ -175,8 +195,9 @@ def test_a_step_never_mixes_epochs():
 
 
 def test_finalists_are_in_the_interior():
-    tried = {(x, y): -abs(x - 3) - 2 * abs(y - 2) for x in (1, 2, 3, 4) for y in (1, 2, 3)}
-    assert runs.finalists_of(tried) == [(3, 2), (2, 2)]
+    grid = itertools.product((1.0, 2.0, 3.0, 4.0), (1.0, 2.0, 3.0))
+    tried = {(x, y): -abs(x - 3) - 2 * abs(y - 2) for x, y in grid}
+    assert protocol.finalists_of(tried) == [(3, 2), (2, 2)]
 
 
 def test_rows_of_the_tasks():

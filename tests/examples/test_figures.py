@@ -28,6 +28,8 @@ from examples.compare import (
     cells,
     comparison_figures,
     front_figure,
+    overparameterization,
+    overparameterization_report,
     sharpness_and_accuracy,
     tables,
 )
@@ -211,6 +213,25 @@ def draw_late_sam(path, noises):
         for row in late_sam.USES
     ]
     late_sam.draw(results, noises, path, "Digits: SAM on some steps at equal gradients, 20 seeds")
+
+
+def draw_overparameterization(path, settings):
+    names = ("train_accuracy", "top_eigenvalue", "s2", "linearization")
+    results = {
+        setting: {
+            "rows": {
+                row: {
+                    "rho": some(low=0.0, high=1.0),
+                    "measures": {name: some(16, low=0.1, high=20) for name in names}
+                    | {"test_accuracy": some(16, low=0.9 - 1 / setting.width**2)},
+                }
+                for row in overparameterization.ROWS
+            }
+        }
+        for setting in settings
+    }
+    title = "Digits: what SAM gains over SGD, by the number of parameters; 16 seeds"
+    overparameterization_report.draw(results, path, title)
 
 
 def draw_second_order(path, rows, epochs=5):
@@ -548,6 +569,10 @@ CASES = {
     "late_sam.draw": [
         lambda path: draw_late_sam(path, [0.3, 0.0]),
         lambda path: draw_late_sam(path, [0.0]),
+    ],
+    "overparameterization_report.draw": [
+        lambda path: draw_overparameterization(path, overparameterization.all_settings()),
+        lambda path: draw_overparameterization(path, overparameterization.all_settings()[:2]),
     ],
     "second_order.draw": [
         lambda path: draw_second_order(path, ["base", "sam", *second_order.DEFAULT]),

@@ -13,7 +13,7 @@ from examples.compare.cells import as_cell
 from examples.compare.options import RESULTS
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
-DIGITS = RESULTS / "digits.json"  # of the page of digits.py
+DIGITS = RESULTS.parent / "digits.json"  # of the page of digits.py
 
 
 def task_of(**accuracies):
