@@ -1,12 +1,16 @@
 """Which sharpness predicts accuracy: correlations of made-up cells that are known by hand."""
 
+import json
+
 import numpy as np
 import pytest
 from fake_cells import fake_cell, fake_tasks, write_cells
 
 from examples.compare import cells
 from examples.compare import sharpness_and_accuracy as script
+from examples.compare.options import RESULTS
 
+COMMITTED = RESULTS.parent / f"{script.NAME}.json"
 ROWS, SEEDS = 12, 6
 
 
@@ -125,6 +129,19 @@ def test_what_is_said():
     [head, *rows] = script.grid_of(summary, script.columns_of("methods"))
     assert head == ["measure", "methods, raw", "methods, kendall", "methods, controlled"]
     assert rows[1] == ["trace", "-0.30 [-0.30, -0.30], 1/1", "", "+0.10 [+0.10, +0.10], 0/1"]
+
+
+@pytest.mark.skipif(not COMMITTED.exists(), reason="nothing is committed yet")
+def test_the_committed_correlations_are_those_of_the_committed_cells():
+    """The correlations themselves, over methods; their intervals take a minute."""
+    found = {
+        task: script.correlations_of(mine, number, levels=["methods"], draws=2)
+        for number, (task, mine) in enumerate(cells.read_cells(RESULTS).items())
+    }
+    committed = script.summary_of(json.loads(COMMITTED.read_text()))
+    for key, summary in script.summarize(found).items():
+        assert summary.mean.value == pytest.approx(committed[key].mean.value, abs=1e-6, nan_ok=True)
+        assert (summary.expected, summary.tasks) == committed[key][1:]
 
 
 def test_bad_results_are_refused(refusal, tmp_path_factory):

@@ -5,6 +5,10 @@ import pytest
 from fake_cells import fake_cell, fake_tasks, write_cells
 
 from examples.compare import cells, comparison_figures, tables
+from examples.compare.compare import TRIALS
+from examples.compare.options import RESULTS
+from examples.compare.rows import variants_of
+from examples.compare.tasks import TASKS
 
 FIGURES = ("draw_comparison", "draw_ranking")
 
@@ -125,6 +129,28 @@ def test_a_row_that_is_not_finite_comes_last(tmp_path):
     summaries = tables.summarize(task)
     assert [each.row for each in summaries] == ["base", "sam", "asam"]
     assert tables.result_grid(task, summaries)[-1][1:3] == ["", ""]
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="no cells are committed yet")
+def test_the_committed_cells_are_whole():
+    """They are those of the tasks, and every row that a task reports has all its seeds."""
+    tasks = cells.read_cells(RESULTS)
+    for name, found in tasks.items():
+        task = TASKS[name]
+        assert {*found} <= {*variants_of(task)}
+        for cell in found.values():
+            assert (cell.tier, cell.seeds, cell.main) == (task.tier, task.seeds, task.main)
+            assert cell.budget == task.budget
+            assert cell.trials >= TRIALS
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not RESULTS.exists(), reason="no cells are committed yet")
+def test_the_committed_cells_give_tables_and_figures(in_empty_folder):
+    """Without training; `test_figures.py` looks at figures of made-up cells."""
+    tables.main(["--out", "results"])
+    for name in ("results.json", "comparison.png", "ranking.png"):
+        assert (in_empty_folder / "results" / name).stat().st_size > 10_000
 
 
 def test_what_the_figures_say(tmp_path):
