@@ -105,6 +105,8 @@ def test_a_stated_share_of_the_training_labels_is_wrong(noisy, clean, wrong):
 def test_windows_predict_the_next_bytes():
     train, *_ = TASKS["language"].data(0)
     np.testing.assert_array_equal(train["x"][:, 1:], train["y"][:, :-1])
+    x, _ = language.load()
+    assert len({row.tobytes() for row in x}) == len(x) > 5000
     kept = language.unique(["a b", "a\n  b", "c", "a b"])
     assert [" ".join(text.split()) for text in kept] == ["a b", "c"]
 
