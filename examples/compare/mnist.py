@@ -95,6 +95,7 @@ def mnist(title: str, noise: float) -> Task:
         data=partial(data, noise),
         network=network,
         num_train=TRAIN,
+        has_normalization=True,
         batch=100,
         budget=800,
         learning_rate=0.1,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.compare import mnist, mnist1d
+from examples.compare import fine_tuning, language, mnist, mnist1d
 from examples.compare.tasks import TASKS
 
 
@@ -100,6 +100,24 @@ def test_a_stated_share_of_the_training_labels_is_wrong(noisy, clean, wrong):
     assert np.mean(noisy.train["y"] != clean.train["y"]) == pytest.approx(wrong)
     for a, b in zip(noisy[1:], clean[1:], strict=True):
         np.testing.assert_array_equal(a["y"], b["y"])
+
+
+def test_windows_predict_the_next_bytes():
+    train, *_ = TASKS["language"].data(0)
+    np.testing.assert_array_equal(train["x"][:, 1:], train["y"][:, :-1])
+    x, _ = language.load()
+    assert len({row.tobytes() for row in x}) == len(x) > 5000
+    kept = language.unique(["a b", "a\n  b", "c", "a b"])
+    assert [" ".join(text.split()) for text in kept] == ["a b", "c"]
+
+
+def test_fine_tuning_starts_with_the_parameters_of_its_network(monkeypatch):
+    task, images = TASKS["fine-tuning"], fine_tuning.images
+    splits_of("fine-tuning", 0)
+    monkeypatch.setattr(images, "start_of", images.start_of.__wrapped__)  # keep no traced arrays
+    model = nnx.eval_shape(lambda: task.network(nnx.Rngs(0)))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    assert layout(jax.eval_shape(lambda: fine_tuning.start(0))) == layout(params)
 
 
 def test_patches_are_those_of_a_convolution_with_strides():
