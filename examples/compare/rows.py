@@ -8,7 +8,7 @@ from examples.compare.task import Task
 
 BASELINES = ("base", "base2x")
 SAME = ("sampa-separate",)  # a row of the registry that is another row, computed in another way
-TAIL = 20  # ImbSAM's tail: classes with fewer training examples than this, as in its paper
+TAIL = 20  # ImbSAM's tail: classes with at most so many training examples
 
 # Rows of the comparison alone.
 MORE = {
@@ -19,7 +19,7 @@ WITH_NORMALIZATION = {"sam-on": Variant(of("sam_on"), 0.5, 2, 0.5)}
 
 def with_rare_classes(counts: tuple[int, ...]) -> dict[str, Variant]:
     """Return the rows for training classes of these sizes."""
-    tail = np.flatnonzero(np.asarray(counts) < TAIL)
+    tail = np.flatnonzero(np.asarray(counts) <= TAIL)
     return {
         "focal-sam": Variant(
             in_front(lambda rho: samx.focal_sam(counts, rho)), RADIUS, 2 + 2 / 3, 0.1
