@@ -4,9 +4,8 @@ The manual is part of every Python, and differs a little from one version of Pyt
 Each of its paragraphs counts once, because it repeats many. The text is cut into windows of 64
 bytes. Every seed has its own training windows. They are few, so that the model overfits.
 
-AdamW at a learning rate of 0.002 has a training loss of 1.93 and a test loss of 2.32 after 320
-steps. After 640 steps the training loss is 0.85, and the test loss has risen to 2.55. A
-gradient takes 20 ms on one core of a busy machine.
+AdamW at a learning rate of 0.002 has a training loss of 1.56 and a test loss of 2.21 after 640
+steps, 40 epochs. A gradient takes 10 ms on one core.
 """
 
 import ast
@@ -67,13 +66,13 @@ TASKS = {
         network=network,
         num_train=TRAIN,
         has_normalization=True,
-        batch=16,
+        batch=8,
         budget=640,
         learning_rate=2e-3,
         input_noise=0.0,
         seeds=5,
         tuning_seeds=2,
-        measured=TRAIN,
+        measured=32,
         base="adamw",
         main="loss",
     ),
