@@ -38,7 +38,7 @@ The baselines compete on the test split itself. If that favours anybody, it favo
 The script trains the settings that have no file in --results, one JSON file each, by default the
 committed ones. An interrupted run goes on where it stopped. Table, claims and figure are made from
 these files alone. They are written to --out. With --only-tables nothing is trained. A whole run
-takes about 25 minutes on two CPU cores.
+takes about 25 minutes on two quiet CPU cores.
 """
 
 import argparse

@@ -3,6 +3,8 @@
 A result is what the file of one setting holds. All differences are paired by seed.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -46,7 +48,12 @@ def better_baseline(result: Result) -> str:
 
 def gain_of(result: Result) -> np.ndarray:
     """Return SAM's lead over the better baseline for each seed, in points."""
-    sam, base = (measured(result, row, "test_accuracy") for row in ("sam", better_baseline(result)))
+    return lead_over(better_baseline(result), result)
+
+
+def lead_over(baseline: str, result: Result) -> np.ndarray:
+    """Return SAM's lead over a baseline for each seed, in points."""
+    sam, base = (measured(result, row, "test_accuracy") for row in ("sam", baseline))
     return 100 * (sam - base)
 
 
@@ -177,6 +184,10 @@ MINIMA = {
     "top_eigenvalue": "SAM's minima are flatter (top eigenvalue, powers of ten)",
     "s2": "SAM's minima have more uniform Hessian moments (s2, powers of ten)",
 }
+GAINS: dict[str, Callable[[Result], np.ndarray]] = {
+    "{}": gain_of,
+    "{}; over SGD with as many steps": functools.partial(lead_over, "base"),
+}
 MORE = "{}, more so with ten times the parameters"
 
 
@@ -215,12 +226,12 @@ def series_of(results: Results, noise: float) -> list[Series]:
 
 def growth(results: Results, series: Sequence[Series]) -> list[Claim]:
     """SAM's gain grows with the number of parameters."""
-    return [
-        Claim(
-            GROWS, part.title, part.noise, mean_interval(slope_of(results, part.settings, gain_of))
-        )
-        for part in series
-    ]
+    found = []
+    for text, gain in GAINS.items():
+        for part in series:
+            slope = mean_interval(slope_of(results, part.settings, gain))
+            found.append(Claim(text.format(GROWS), part.title, part.noise, slope))
+    return found
 
 
 def of_noise(results: Results, series: Sequence[Series]) -> list[Claim]:
@@ -248,11 +259,12 @@ def of_sparsity(results: Results, noises: Sequence[float]) -> list[Claim]:
                 SPARSE: [(s, s.dense) for s in settings if s.dense in results],
                 SIZE: [(s, other) for s in settings if (other := as_large_as(s, results))],
             }
-            for text, pairs in rivals.items():
-                leads = [gain_of(results[one]) - gain_of(results[other]) for one, other in pairs]
+            for (claim, pairs), (text, gain) in itertools.product(rivals.items(), GAINS.items()):
+                leads = [gain(results[one]) - gain(results[other]) for one, other in pairs]
                 if leads:
                     number = mean_interval(np.mean(leads, axis=0))
-                    found.append(Claim(text, f"pruned, {pruning}", noise, number))
+                    where = f"pruned, {pruning}"
+                    found.append(Claim(text.format(claim), where, noise, number))
     return found
 
 

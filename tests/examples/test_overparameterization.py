@@ -217,6 +217,7 @@ def test_sparse_networks_are_compared_with_their_dense_ones():
     claims = {claim.text: claim.number.value for claim in summary.claims_of(results)}
     assert claims[summary.SPARSE] == pytest.approx(5.5 - 1.5)
     assert claims[summary.SIZE] == pytest.approx(5.5 + 0.5)
+    assert claims[f"{summary.SPARSE}; over SGD with as many steps"] == pytest.approx(15.5 - 1.5)
 
 
 def test_committed_results():
