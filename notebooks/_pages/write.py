@@ -231,7 +231,6 @@ def comparison_table(task: str) -> str:
     head, *rows = tables.result_grid(mine, summaries)
     places = [place for place, name in enumerate(head) if name.startswith(ON_PAGE)]
     head, *rows = [[line[place] for place in places] for line in (head, *rows)]
-    rows = [[method_name(name), *others] for name, *others in rows]
     title = f"### {comparison_figures.title_of(task)}"
     verdict = f"`{task}`, {mine['base'].seeds} seeds: {tables.verdict(mine, summaries)}."
     return "\n\n".join([title, verdict, table_of(head, rows)])
