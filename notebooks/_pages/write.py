@@ -198,10 +198,10 @@ def headline(found: dict[str, dict[str, tables.Summary]]) -> str:
     ahead = sum(each.gain.is_above for each in methods)
     return (
         f"Digits, 30% of the labels wrong, at equal gradients: SAM is {gain} points ahead of the "
-        f"better of two baselines{others}; {ahead} of {len(methods)} methods are ahead by their "
+        f"better baseline{others}; {ahead} of {len(methods)} methods are ahead by their "
         f"whole 95% interval. With clean labels SAM gains {tables.shown(clean['sam'].gain, 2)}. "
-        "`base2x` has twice the steps, so SAM's gradients. Equal tuning for all; "
-        f"{noisy['sam'].cell.seeds} seeds, paired."
+        "`base2x` has twice the steps, so SAM's gradients. Equal tuning; "
+        f"{noisy['sam'].cell.seeds} paired seeds."
     )
 
 
