@@ -114,13 +114,17 @@ def label_ends(axis: Axes) -> None:
 def label_points(axis: Axes, points: Sequence[tuple[float, float, str, str]]) -> None:
     """Write a name beside each point where it covers neither a name nor another point.
 
-    Call it when the limits of the axes are final. Error bars and lines count as points.
+    Call it when the limits of the axes and all titles are final. Error bars and lines count as
+    points.
 
     Args:
         axis: The axes.
         points: For each point x, y, its name and the colour of the name.
     """
-    _lay_out(_figure_of(axis))
+    figure = _figure_of(axis)
+    _lay_out(figure)
+    _wrap_titles(figure, next(iter(figure.texts), None))  # titles of more lines take more room
+    _lay_out(figure)
     labels = [
         axis.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", color=color)
         for x, y, name, color in points

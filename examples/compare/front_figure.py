@@ -191,7 +191,7 @@ def draw_results(axes: Any, rows: list[Summary], better: Summary) -> None:
             label, y = f"{label}: {y:.1f}", low
             axes.plot(x, y, "v", ms=5, **style)
         else:
-            bars = np.nan_to_num([[y - each.result.low], [each.result.high - y]])
+            bars = np.nan_to_num([[y - max(each.result.low, low)], [each.result.high - y]])
             axes.errorbar(x, y, np.maximum(bars, 0), fmt="o", ms=4.5, lw=1, **style)
         if is_named:
             points.append((x, y, label, color))

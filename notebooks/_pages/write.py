@@ -198,10 +198,10 @@ def headline(found: dict[str, dict[str, tables.Summary]]) -> str:
     ahead = sum(each.gain.is_above for each in methods)
     return (
         f"Digits, 30% of the labels wrong, at equal gradients: SAM is {gain} points ahead of the "
-        f"better of two baselines{others}; {ahead} of {len(methods)} methods are ahead by their "
+        f"better baseline{others}; {ahead} of {len(methods)} methods are ahead by their "
         f"whole 95% interval. With clean labels SAM gains {tables.shown(clean['sam'].gain, 2)}. "
-        "`base2x` has twice the steps, so SAM's gradients. Equal tuning for all; "
-        f"{noisy['sam'].cell.seeds} seeds, paired."
+        "`base2x` has twice the steps, so SAM's gradients. Equal tuning; "
+        f"{noisy['sam'].cell.seeds} paired seeds."
     )
 
 
@@ -231,7 +231,6 @@ def comparison_table(task: str) -> str:
     head, *rows = tables.result_grid(mine, summaries)
     places = [place for place, name in enumerate(head) if name.startswith(ON_PAGE)]
     head, *rows = [[line[place] for place in places] for line in (head, *rows)]
-    rows = [[method_name(name), *others] for name, *others in rows]
     title = f"### {comparison_figures.title_of(task)}"
     verdict = f"`{task}`, {mine['base'].seeds} seeds: {tables.verdict(mine, summaries)}."
     return "\n\n".join([title, verdict, table_of(head, rows)])
