@@ -17,9 +17,14 @@ MORE = {
 WITH_NORMALIZATION = {"sam-on": Variant(of("sam_on"), 0.5, 2, 0.5)}
 
 
+def tail_of(counts: tuple[int, ...]) -> np.ndarray:
+    """Return ImbSAM's tail."""
+    return np.flatnonzero(np.asarray(counts) <= TAIL)
+
+
 def with_rare_classes(counts: tuple[int, ...]) -> dict[str, Variant]:
     """Return the rows for training classes of these sizes."""
-    tail = np.flatnonzero(np.asarray(counts) <= TAIL)
+    tail = tail_of(counts)
     return {
         "focal-sam": Variant(
             in_front(lambda rho: samx.focal_sam(counts, rho)), RADIUS, 2 + 2 / 3, 0.1

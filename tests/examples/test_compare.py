@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from examples.compare import compare, protocol, runs
-from examples.compare.rows import variants_of
+from examples.compare.rows import tail_of, variants_of
 from examples.compare.task import Splits, Task, balanced_weights, equal_weights
 from examples.compare.tasks import TASKS
 
@@ -208,3 +208,5 @@ def test_rows_of_the_tasks():
     assert len(plain) > 60
     assert "sampa-separate" not in plain
     assert "sam-on" in variants_of(TASKS["mnist1d"])
+    tails = {name: tail_of(task.counts).tolist() for name, task in TASKS.items() if task.counts}
+    assert tails == {"digits-long-tail": [4, 5, 6, 7, 8, 9], "tabular": [1]}
