@@ -71,8 +71,10 @@ def spectral_ball(
         √(rows / columns) is included. Where a singular value is 0, as for a batch of one example,
         U Vᵀ is not unique; ⟨g, ε⟩ is. For kernels that `nnx.scan` stacks, `[layers, in, out]`, use
         `per_layer`. Cost: one thin singular value decomposition per matrix, which is slow on
-        accelerators, or 15 matrix products. Each device needs whole matrices. `static_args`: all
-        but `rho`.
+        accelerators, or 15 matrix products. On a CPU that several trainings share, set the
+        environment variable `OPENBLAS_NUM_THREADS=1`: LAPACK's own threads wait for each other, and
+        a training took nine times as long with them. Each device needs whole matrices.
+        `static_args`: all but `rho`.
     """
     check_hyperparam("rho", rho, 0)
     check_choice("norm", norm, ("leaf", "global"))
