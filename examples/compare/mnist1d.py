@@ -2,12 +2,17 @@
 
 A signal is one of ten templates: padded, stretched, scaled, moved, sheared and noisy. It has 40
 numbers. `make_pool` makes the published data set of 5,000 signals (Greydanus and Kobak, 2024), from
-the published seed. Every seed of the comparison has its own split of them. 1,000 training signals
-are few: the network learns them all, and still makes mistakes on new ones. So the task shows what a
+the published seed. Every seed of the comparison has its own split of them. 640 training signals are
+few: the network learns them all, and still makes mistakes on new ones. So the task shows what a
 flat minimum is worth when all labels are right.
 
-SGD with momentum at a learning rate of 0.2 has a training accuracy of 1 and a test accuracy of 0.77
-after 1,000 steps. A gradient takes about half a millisecond on one core.
+SGD with momentum at a learning rate of 0.2 has a training accuracy of 1 and a test accuracy of 0.70
+after 750 steps, 0.75 after 1,500. A gradient takes 0.4 ms on one core.
+
+A first run had 1,000 training signals, batches of 50 and 1,000 gradients. After 15 methods it was
+stopped and the numbers were changed: in 500 steps neither SGD nor SAM had learned the training
+signals (95% and 90%), their best learning rates were at the limit of stability, and single seeds
+failed. SAM was 9 points below `base2x` there.
 """
 
 from functools import cache, lru_cache
@@ -20,7 +25,7 @@ from flax import nnx
 from examples.compare.task import Splits, Task, equal_weights
 
 POOL, CLASSES, PUBLISHED_SEED = 5000, 10, 42
-TRAIN, VALIDATION, TEST = 1000, 500, 1500
+TRAIN, VALIDATION, TEST = 640, 500, 1500
 WIDTH = 16  # channels
 
 # The templates, one row for each class. They are standardized, and moved to begin at 0.
@@ -163,12 +168,12 @@ TASKS = {
         network=network,
         num_train=TRAIN,
         has_normalization=True,
-        batch=50,
-        budget=1000,
+        batch=32,
+        budget=1500,
         learning_rate=0.2,
         input_noise=0.2,
         seeds=20,
-        tuning_seeds=3,
-        measured=500,
+        tuning_seeds=4,
+        measured=TRAIN,
     ),
 }
