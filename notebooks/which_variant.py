@@ -30,9 +30,9 @@
 # 3. **Only one gradient?** `samx.momentum_sam`. It is the best of all below. In its authors' tables
 #    ([CIFAR-100](https://arxiv.org/abs/2401.12033)) it lies between the base optimizer and SAM.
 # 4. **About 20% more gradients** (23 to 30% more time with large batches, more with small ones:
-#    [measured](costs.md#sharp-gradients-on-some-steps))**?** SAM on every fifth step, or
-#    `samx.looksam` with `alpha=0.1`:
-#    `samx.perturb_if(samx.policies.every(5), samx.sam(rho))`.
+#    [measured](costs.md#sharp-gradients-on-some-steps))**?** SAM on every fifth step:
+#    `samx.perturb_if(samx.policies.every(5), samx.sam(rho))`. `samx.looksam` reuses a part of the
+#    sharp gradient in between. It is behind in our [comparison](comparison.md).
 # 5. **Idle devices?** `samx.sampa` computes both gradients at the same time. `samx.async_sam` uses
 #    a second, even a slower, device.
 # 6. **Little memory?** SAM needs one temporary copy of the parameters and keeps nothing between
@@ -50,8 +50,7 @@
 # | idle parallel devices | `sampa` | 0.1, with `lam=0.2` | 2 at once |
 # | a second device, even a slow one | `async_sam` | as SAM | 2, in the time of 1 |
 # | no time for a second gradient | `momentum_sam` | 0.3 to 1; ResNets 3 | 1 |
-# | a little more time, not twice | `looksam`, `alpha=0.1` | as SAM | 1.2 |
-# | the same, the simplest form | `perturb_if(policies.every(5), ...)` | as SAM | 1.2 |
+# | a little more time, not twice | `perturb_if(policies.every(5), ...)` | as SAM | 1.2 |
 # | SAM only late in training | `perturb_if(policies.between(start), ...)` | as SAM | 1, then 2 |
 # | rarely early, always late | `perturb_if(policies.join_policies(...), ...)` | as SAM | 1.2, then 2 |
 # | losses per example, half of each batch | `ausam` | 0.1 | 1 |

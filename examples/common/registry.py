@@ -243,7 +243,6 @@ FACTOR = 0.5  # for ε = rho g, or an ε that shrinks as g grows
 STEP = 2e-3  # the size of the perturbation of one element
 ADAM_RATE = 2e-3
 GSAM_ALPHA = 0.1  # between the paper's value for ResNets and its default for vision transformers
-ALPHA = 0.1  # for LookSAM and its relatives; the default 0.7 is for vision transformers
 DECAY = 5e-4  # of bSAM, the precision of its prior for one example
 NOISE = 0.02  # the deviation of one weight, relative to its filter
 PERIOD = 50  # steps between two computations of the mask
@@ -288,16 +287,16 @@ VARIANTS = {
         cycle=20,
     ),
     "g-rst": Variant(in_front(g_rst), RADIUS, 1.5, 0.05, cycle=20),
-    "looksam": Variant(of("looksam", alpha=ALPHA), RADIUS, 1.2, 0.05, cycle=5),
+    "looksam": Variant(of("looksam"), RADIUS, 1.2, 0.05, cycle=5),
     "look-layer-sam": Variant(
-        of("look_layer_sam", alpha=ALPHA),
+        of("look_layer_sam"),
         0.005,
         1.2,
         0.05,
         cycle=5,
     ),
     "ae-sam": Variant(of("ae_sam"), RADIUS, 1.5, 0.05, cycle=10, settling=50),
-    "ae-looksam": Variant(of("ae_looksam", alpha=ALPHA), RADIUS, 1.5, 0.05, cycle=10, settling=50),
+    "ae-looksam": Variant(of("ae_looksam"), RADIUS, 1.5, 0.05, cycle=10, settling=50),
     "vsam": Variant(of("vsam"), RADIUS, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1),
     "arsam": Variant(of("arsam"), RADIUS, 1.3, 0.05, cycle=WINDOW, settling=WARMUP + WINDOW - 1),
     "ksam": Variant(by_setting(ksam), RADIUS, 1 + 1 / 3, 0.05, uses_gradient=False),

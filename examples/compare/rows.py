@@ -12,7 +12,8 @@ TAIL = 20  # ImbSAM's tail: classes with at most so many training examples
 
 # Rows of the comparison alone.
 MORE = {
-    "looksam-0.7": Variant(of("looksam"), RADIUS, 1.2, 0.05, cycle=5),  # its default alpha
+    # its paper's value for vision transformers
+    "looksam-0.7": Variant(of("looksam", alpha=0.7), RADIUS, 1.2, 0.05, cycle=5),
 }
 WITH_NORMALIZATION = {"sam-on": Variant(of("sam_on"), 0.5, 2, 0.5)}
 

@@ -57,7 +57,7 @@ TRAJECTORIES: dict[str, Callable[[Any], optax.GradientTransformation]] = {
         MOMENTUM, rho=0.1, lam=0.2, batch_like=batch
     ),
     "looksam_becker__sgdm_k5_a0.7_rho0.05": lambda batch: optax.chain(
-        samx.looksam(period=5), MOMENTUM
+        samx.looksam(period=5, alpha=0.7), MOMENTUM
     ),
     "ref_ksam__sgdm_k8_rho0.05": lambda batch: optax.chain(
         samx.ksam(rho=0.05, num_selected=8, num_groups=1), MOMENTUM

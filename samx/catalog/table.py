@@ -519,14 +519,14 @@ ENTRIES = (
            "matches LIONS-EPFL/SAMPa (SGD, momentum, decay, cosine) to 1e-12; with Adam there is"
            " no published code, and the trial step through the base is our reading",
            "authors"),
-    _entry("looksam", looksam, "looksam(rho=0.05, period=5, alpha=0.7)",
+    _entry("looksam", looksam, "looksam(rho=0.05, period=5, alpha=0.1)",
            "LookSAM", "liu2022looksam", "chain", LOSS,
            "1 + 1/period", "1 P",
            "no code by the authors; matches the global implementation of MarlonBecker/MSAM to "
            "1e-10 (other epsilons). The tensor-by-tensor form of common ports is another "
            "algorithm",
            "others"),
-    _entry("look_layer_sam", look_layer_sam, "look_layer_sam(rho=0.05, period=5, alpha=0.7, scaling=...)",
+    _entry("look_layer_sam", look_layer_sam, "look_layer_sam(rho=0.05, period=5, alpha=0.1, scaling=...)",
            "Look-LayerSAM", "liu2022looksam", "chain", LOSS,
            "1 + 1/period", "1 P",
            "**reconstructed**: the scaling rule is recalled, not read, so it is an argument",
@@ -552,7 +552,7 @@ ENTRIES = (
            "no code; two secondary transcriptions agree, and it matches an independent "
            "implementation of them to 1e-12; constants recalled",
            "others"),
-    _entry("ae_looksam", ae_looksam, "ae_looksam(rho=0.05, threshold=0.0, alpha=0.7)",
+    _entry("ae_looksam", ae_looksam, "ae_looksam(rho=0.05, threshold=0.0, alpha=0.1)",
            "AE-LookSAM", "jiang2023adaptive", "chain", LOSS,
            "as `ae_sam`", "1 P",
            "**reconstructed** from memory; matches an independent implementation to 1e-10",

@@ -69,7 +69,7 @@ def ae_sam(
 def ae_looksam(
     rho: Radius = Default(0.05),
     threshold: ScalarOrSchedule = 0.0,
-    alpha: ScalarOrSchedule = 0.7,
+    alpha: ScalarOrSchedule = 0.1,
     decay: ScalarOrSchedule = 0.9,
     *,
     perturbation: Perturbation = None,
@@ -87,7 +87,8 @@ def ae_looksam(
     Args:
         rho: Radius ρ ≥ 0 of the L2 ball over all parameters; default 0.05.
         threshold: As in `ae_sam`; default 0. The paper's makes about a fifth of the steps sharp.
-        alpha: Length α ≥ 0 of the reused part, relative to the gradient; default 0.7.
+        alpha: Length α ≥ 0 of the reused part, relative to the gradient; default 0.1, see
+            `looksam`.
         decay: As in `ae_sam`; default 0.9.
         perturbation: Replaces the ball and `rho`.
         perturb_dtype: See `sharpness_aware`.

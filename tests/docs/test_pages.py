@@ -60,7 +60,7 @@ def test_the_table_of_methods_fits_a_phone():
 def test_a_card_builds_its_optimizer():
     """The line on the card: the names are those of `samx`, and the base stands where it says."""
     lines = {entry.name: write.build(entry) for entry in samx.catalog()}
-    assert lines["looksam"] == "optax.chain(samx.looksam(rho=0.05, period=5, alpha=0.7), base)"
+    assert lines["looksam"] == "optax.chain(samx.looksam(rho=0.05, period=5, alpha=0.1), base)"
     assert lines["momentum_sam"] == "samx.momentum_sam(base, rho=3.0)"
     assert lines["g_rst"] == (
         "optax.chain(samx.perturb_if(samx.policies.random(0.5), "

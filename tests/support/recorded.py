@@ -181,7 +181,8 @@ RECORDED = {
     "looksam_becker__sgdm_k5_a0.7_rho0.05": run(
         "looksam",
         MOMENTUM,
-        period=5,  # their projection divides by ‖g‖² + 1e-12
+        period=5,
+        alpha=0.7,  # their projection divides by ‖g‖² + 1e-12
     ),
     "ref_ksam__sgdm_k8_rho0.05": run("ksam", MOMENTUM, rho=0.05, num_selected=8, num_groups=1),
     "esam__sgdm_rho0.1_beta0.5_gamma0.5": run(
@@ -242,7 +243,7 @@ RECORDED = {
         "ae_sam", MOMENTUM, rho=0.05, threshold=falling(48)
     ),
     "ref_aelooksam__sgdm_l-1_l1_rho0.05": run(
-        "ae_looksam", MOMENTUM, rho=0.05, threshold=falling(12)
+        "ae_looksam", MOMENTUM, rho=0.05, threshold=falling(12), alpha=0.7
     ),
     "vsam__sgdm_rho0.05_win4x2_hp0.13": run(
         "vsam", MOMENTUM, rho=0.05, policy=policies.quota(4, **QUOTA)
