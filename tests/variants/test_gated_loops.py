@@ -80,7 +80,7 @@ RADIUS, RADII = linear(0.05, 0.5, 15)
 
 WITH_MEMORY = {
     "looksam": (
-        lambda ball: samx.looksam(period=5, perturbation=ball),
+        lambda ball: samx.looksam(period=5, alpha=0.7, perturbation=ball),
         lambda: reference.LookSAM(every(5), 0.7),
     ),
     "periodic": (
