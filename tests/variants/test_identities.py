@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def scales(s):
-    return dict.fromkeys(("W1", "b1", "W2", "b2"), s)
+    return dict.fromkeys(("W", "b"), s)
 
 
 BALL = geometry.metric_ball(0.2)
