@@ -54,7 +54,7 @@ from examples.common.async_steps import describe_ascent_batch
 from examples.common.digits_task import (
     BATCH,
     STEPS_PER_EPOCH,
-    Network,
+    graph_of,
     initialize,
     rows_of,
     shuffled,
@@ -128,7 +128,7 @@ def describe(comparison: dict) -> str:
 
 def loss_of(width: int):
     """Return `(params, batch) -> mean loss` for the network of digits.py."""
-    graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
+    graph = graph_of(width)
 
     def loss(params, batch):
         logits = nnx.merge(graph, params)(batch["x"])

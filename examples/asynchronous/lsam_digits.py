@@ -133,7 +133,7 @@ from tqdm import tqdm
 import samx
 from examples.common import figures
 from examples.common.checkpoints import CheckpointError, Checkpoints, kept, newest
-from examples.common.digits_task import Network, describe, initialize, rows_of, split
+from examples.common.digits_task import describe, graph_of, initialize, rows_of, split
 from examples.common.files import SaveError
 from examples.common.output import choose_folder
 from examples.common.report import MARK, Report, marked, mean_and_error
@@ -203,7 +203,7 @@ def make_functions(front: Callable[[Any, int], Any], num_workers: int, width: in
 
     Learning rate and rho differ by run, so the batch has them.
     """
-    graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
+    graph = graph_of(width)
 
     def logits(params, x):
         return nnx.merge(graph, params)(x)

@@ -99,8 +99,8 @@ from examples.common import digits_task, figures, files
 from examples.common.digits_task import (
     BATCH,
     TRAIN,
-    Network,
     describe,
+    graph_of,
     initialize,
     rows_of,
 )
@@ -192,7 +192,7 @@ def batches(seed: jax.Array, epoch: jax.Array | int) -> Rows:
 
 def make_losses(width: int) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return functions for the mean loss and the accuracy of the network on some images."""
-    graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
+    graph = graph_of(width)
 
     def logits(params, data):
         return nnx.merge(graph, params)(data["x"])

@@ -33,6 +33,12 @@ class Network(nnx.Module):
 
 
 @cache
+def graph_of(width: int) -> nnx.GraphDef:
+    """Return what `nnx.merge` needs beside the parameters; nothing is computed."""
+    return nnx.graphdef(nnx.eval_shape(lambda: Network(width, rngs=nnx.Rngs(0))))
+
+
+@cache
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Return the images [1797, 64], of 0 to 16, and the digits, from scikit-learn's own file.
 

@@ -21,8 +21,8 @@ from examples.common.digits_task import (
     LEARNING_RATE,
     STEPS_PER_EPOCH,
     TRAIN,
-    Network,
     describe,
+    graph_of,
     initialize,
     rows_of,
     shuffled,
@@ -72,7 +72,7 @@ def loss_on_logits(logits: jax.Array, batch: Any) -> jax.Array:
 @functools.cache
 def make_functions(width: int) -> Functions:
     """Build the functions of a network; they compile once for all methods."""
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Network(width, rngs=nnx.Rngs(0))))
+    graph = graph_of(width)
 
     def logits(params, x):
         return nnx.merge(graph, params)(x)

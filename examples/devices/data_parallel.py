@@ -113,13 +113,13 @@ from tqdm import tqdm
 
 import samx
 from examples.common import figures, files
-from examples.common.digits_task import TRAIN, Network, initialize, split
+from examples.common.digits_task import TRAIN, graph_of, initialize, split
 from examples.common.output import free_folder
 from examples.common.registry import BASES, VARIANTS, Setting, check_base
 from examples.common.report import Report
 
 WIDTH = 64
-GRAPH = nnx.graphdef(nnx.eval_shape(lambda: Network(WIDTH, rngs=nnx.Rngs(0))))
+GRAPH = graph_of(WIDTH)
 LEARNING_RATES = {"sgd": 0.3, "momentum": 0.03, "adamw": 1e-3}
 # Seconds after which a process ends by itself. DEAD_TIMEOUT: a peer has died. WAIT_TIMEOUT: a peer
 # does not reach the start or the end. At the end the others wait until process 0 has written the

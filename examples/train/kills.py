@@ -69,7 +69,7 @@ from tqdm import tqdm
 import samx
 from examples.common import files, output
 from examples.common.checkpoints import CheckpointError, Checkpoints, fingerprint, newest
-from examples.common.digits_task import Network, initialize, split
+from examples.common.digits_task import graph_of, initialize, split
 from examples.common.files import SaveError
 from examples.common.processes import folders_of_ray
 from examples.common.report import Report
@@ -400,7 +400,7 @@ def loss_of_network() -> Callable[[Any, Any], jax.Array]:
     """Return the mean loss of the digits task's network."""
     from flax import nnx
 
-    graph = nnx.graphdef(Network(16, rngs=nnx.Rngs(0)))
+    graph = graph_of(16)
 
     def loss(params, batch):
         logits = nnx.merge(graph, params)(batch["x"])

@@ -78,7 +78,7 @@ from tqdm import tqdm
 
 import samx
 from examples.common import figures, files
-from examples.common.digits_task import Network, initialize
+from examples.common.digits_task import graph_of, initialize
 from examples.common.output import choose_folder
 from examples.common.registry import BASES
 from examples.common.report import MARK, Report, marked, mean_and_error
@@ -194,7 +194,7 @@ def make_trainer(
     method: Method, base: str, loss: str, width: int, epochs: int, counts: list[int]
 ) -> Trainer:
     """Return functions that train a vector of runs for one epoch; each is compiled once."""
-    graph = nnx.graphdef(Network(width, rngs=nnx.Rngs(0)))
+    graph = graph_of(width)
     size = sum(counts)
     adjustment = jnp.log(jnp.asarray(counts) / size) if loss == "la" else jnp.zeros(CLASSES)
 
