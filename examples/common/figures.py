@@ -123,8 +123,8 @@ def label_points(axis: Axes, points: Sequence[tuple[float, float, str, str]]) ->
     """
     figure = _figure_of(axis)
     _lay_out(figure)
-    _wrap_titles(figure, next(iter(figure.texts), None))  # titles of more lines take more room
-    _lay_out(figure)
+    if _wrap_titles(figure, next(iter(figure.texts), None)):
+        _lay_out(figure)  # titles of more lines take more room
     labels = [
         axis.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", color=color)
         for x, y, name, color in points
@@ -232,23 +232,36 @@ def _pixels_of(axis: Axes) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _wrap_titles(figure: Figure, over_all: Text | None) -> None:
-    """Break titles that are wider than their panel, or the figure, into several lines."""
+def _wrap_titles(figure: Figure, over_all: Text | None) -> bool:
+    """Break titles that are wider than their panel, or the figure, into several lines.
+
+    Returns:
+        Whether a title has changed.
+    """
+    changed = []
     if over_all is not None:
-        _wrap(over_all, figure.bbox.width * 0.98)
+        changed.append(_wrap(over_all, figure.bbox.width * 0.98))
     for axis in figure.axes:
         for side in ("left", "center", "right"):
             if title := axis.get_title(side):
-                _wrap(axis.set_title(title, loc=side), axis.get_window_extent().width)
+                text = axis.set_title(title, loc=side)
+                changed.append(_wrap(text, axis.get_window_extent().width))
+    return any(changed)
 
 
-def _wrap(text: Text, width: float) -> None:
-    """Break a text into lines of at most so many pixels; what stands around ± stays together."""
-    content = " ".join(text.get_text().split()).replace(" ± ", "\u00a0±\u00a0")
+def _wrap(text: Text, width: float) -> bool:
+    """Break a text into lines of at most so many pixels; what stands around ± stays together.
+
+    Returns:
+        Whether the text has changed.
+    """
+    before = text.get_text()
+    content = " ".join(before.split()).replace(" ± ", "\u00a0±\u00a0")
     longest = len(content)
     while longest > 10 and text.get_window_extent().width > width:
         longest = int(0.9 * longest)
         text.set_text(textwrap.fill(content, longest))
+    return text.get_text() != before
 
 
 def save(figure: Figure, path: Path, title: str = "") -> None:
@@ -259,9 +272,9 @@ def save(figure: Figure, path: Path, title: str = "") -> None:
     """
     over_all = figure.suptitle(title, x=0.01, ha="left") if title else None
     _lay_out(figure)
-    _wrap_titles(figure, over_all)
+    has_changed = _wrap_titles(figure, over_all)
     axes = [axis for axis in figure.axes if any(text.get_gid() == END for text in axis.texts)]
-    if axes:
+    if axes and has_changed:
         _lay_out(figure)  # otherwise `savefig` is the next to do it
     for axis in axes:
         _place_ends(axis)
