@@ -49,7 +49,7 @@ def looksam(
         alpha: Length α ≥ 0 of the reused component, relative to the gradient; default 0.1. Others
             report 0.7 as the paper's value for vision transformers. For convolutional nets on
             CIFAR-100, the authors of Momentum-SAM found 0.1 best and values above 0.3 of no use. In
-            our comparison of small networks 0.7 is below 0.1 on most tasks, and on three of them
+            our comparison of small networks 0.7 is below 0.1 on most tasks, and on some of them
             below its own base optimizer.
         first: The first sharp step, counted from 0; default 0. Earlier steps are plain. In some
             ports it is k − 1.
