@@ -3,6 +3,7 @@
 import itertools
 import json
 from functools import cache
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -153,16 +154,39 @@ def test_a_row_that_fails_stops_no_other(toy, tmp_path, monkeypatch, capsys):
 
 
 def test_accuracy_loss_and_calibration_by_hand():
-    """Four examples of two weights; the confidences 0.8 and 0.6 lie in two bins."""
+    """Four examples of two weights; the bins of 0.8 and 0.6 are too unsure and too sure."""
     confident, unsure = np.log([0.8, 0.2]), np.log([0.6, 0.4])
     logits = jnp.array([confident, confident, unsure, unsure])
-    split = {"y": jnp.array([0, 1, 0, 1]), "weight": jnp.array([1.5, 0.5, 0.5, 1.5])}
+    split = {"y": jnp.array([0, 1, 0, 1]), "weight": jnp.array([1.6, 0.2, 0.5, 1.7])}
     found = {name: float(x) for name, x in runs.of_logits(logits, split).items()}
-    assert found["accuracy"] == pytest.approx((1.5 + 0.5) / 4)
+    assert found["accuracy"] == pytest.approx((1.6 + 0.5) / 4)
     losses = -np.log([0.8, 0.2, 0.6, 0.4])
-    assert found["loss"] == pytest.approx(np.mean(losses * [1.5, 0.5, 0.5, 1.5]))
-    gaps = abs(1.5 * 0.2 - 0.5 * 0.8), abs(0.5 * 0.4 - 1.5 * 0.6)
+    assert found["loss"] == pytest.approx(np.mean(losses * [1.6, 0.2, 0.5, 1.7]))
+    gaps = abs(1.6 * 0.2 - 0.2 * 0.8), abs(0.5 * 0.4 - 1.7 * 0.6)
     assert found["calibration_error"] == pytest.approx(sum(gaps) / 4)
+
+
+@pytest.mark.parametrize("main", ["accuracy", "loss"])
+def test_numbers_are_chosen_on_validation_examples(main):
+    """The best candidate is that of the highest accuracy, or of the lowest loss, on that split."""
+
+    def result(candidate, train, split):
+        is_validation = len(split["y"]) == 8
+        score = -abs(np.log(candidate[0] / 0.2)) - abs(candidate[1] - 0.1)
+        return {"accuracy": score, "loss": -score} if is_validation else dict.fromkeys((main,), 0)
+
+    def run_all(seeds, candidates, steps, look, what):
+        assert min(seeds) >= 1000
+        found = [look(candidate, data(seed)) for candidate in candidates for seed in seeds]
+        return np.array(found), np.zeros(len(found))
+
+    method = SimpleNamespace(
+        task=TOY._replace(main=main), row="sam", functions=SimpleNamespace(result=result)
+    )
+    method.run = run_all
+    tried, best = protocol.choose(method, 6, 16)
+    assert best == (0.2, 0.1)
+    assert len(tried) >= 16
 
 
 def test_text_counts_every_token():

@@ -131,7 +131,6 @@ def test_what_is_said():
     assert rows[1] == ["trace", "-0.30 [-0.30, -0.30], 1/1", "", "+0.10 [+0.10, +0.10], 0/1"]
 
 
-@pytest.mark.skipif(not COMMITTED.exists(), reason="nothing is committed yet")
 def test_the_committed_correlations_are_those_of_the_committed_cells():
     """The correlations themselves, over methods; their intervals take a minute."""
     found = {

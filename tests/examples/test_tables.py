@@ -131,7 +131,6 @@ def test_a_row_that_is_not_finite_comes_last(tmp_path):
     assert tables.result_grid(task, summaries)[-1][1:3] == ["", ""]
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="no cells are committed yet")
 def test_the_committed_cells_are_whole():
     """They are those of the tasks, and every row that a task reports has all its seeds."""
     tasks = cells.read_cells(RESULTS)
@@ -145,7 +144,6 @@ def test_the_committed_cells_are_whole():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not RESULTS.exists(), reason="no cells are committed yet")
 def test_the_committed_cells_give_tables_and_figures(in_empty_folder):
     """Without training; `test_figures.py` looks at figures of made-up cells."""
     tables.main(["--out", "results"])
