@@ -81,8 +81,6 @@ if __name__ == "__main__":
 import json
 import os
 import time
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # there is one run for each core already
 from collections.abc import Iterator
 from platform import machine, python_version
 
