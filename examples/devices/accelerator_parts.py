@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -333,17 +333,19 @@ def memory(scale: Scale) -> list[dict]:
     """
     size, examples = scale.language
     device, cpu = jax.devices()[0], jax.devices("cpu")[0]
-    makes, tasks = shapes.methods(VARIANTS), {}
+    makes = shapes.methods(VARIANTS)
 
-    def lower(name, where):
-        place = device if where == "device" else cpu
+    @cache  # the device may be the CPU
+    def lowered_on(place, name):
         task, batch = shapes.task_of(
             size, makes[name], devices=[place], examples=examples, remat=False
         )
-        step = task.step.lower(task.state, batch)
+        return task, task.step.lower(task.state, batch)
+
+    def lower(name, where):
+        task, step = lowered_on(device if where == "device" else cpu, name)
         if where == "prediction":
             return [SimpleNamespace(compile=partial(step.compile, shapes.OPTIONS))]
-        tasks[name] = task
         return [step, task.init.lower(jax.random.key(0))]
 
     keys = list(itertools.product(scale.held, ("device", "prediction")))
@@ -361,7 +363,7 @@ def memory(scale: Scale) -> list[dict]:
             row["compiled_bytes"] = peak_bytes(step)
             try:
                 before = allocated_bytes(device)
-                place = tasks[name].batch_sharding
+                place = lowered_on(device, name)[0].batch_sharding
                 state = init(jax.random.key(0))
                 for _ in range(WARM_UP):
                     state, _ = step(state, jax.device_put(batch, place))

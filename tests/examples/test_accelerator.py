@@ -31,14 +31,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 NOT_NEEDED = "filelock grain tensorboardX tqdm psutil pytest ray equinox numpyro"
 TRAJECTORIES = ("sampa__sgdm_lam0.2_rho0.1", "msam__sgdm_k4")
 KINDS = (accelerator.REFERENCES[0], "sam")
-# What compiles fast: some rows, one layer of the language model, and a residual network without its
-# blocks. One part has the plain step. The count of memory and figures have tests of their own.
+# What compiles fast: some rows, one layer of the language model, and networks for images without
+# their blocks. One part has the plain step. Memory and figures have tests of their own.
 SMALLER = f"""
 from examples.common import figures, vision
 from examples.devices import accelerator_parts as parts
 figures.STYLE["figure.constrained_layout.use"] = False
 parts.FED.pop("plain")
 vision.ResidualBlock = lambda *args: lambda x: x
+vit = vision.ViT
+vision.ViT = lambda *args, **sizes: vit(*args, **sizes | {{"depth": 0}})
 parts.TRAJECTORIES = {{name: parts.TRAJECTORIES[name] for name in {TRAJECTORIES}}}
 group_of, memory, by_size = parts.group_of, parts.memory, parts.sampa_by_size
 language_problem = parts.language_problem
