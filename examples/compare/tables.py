@@ -52,7 +52,8 @@ from examples.compare.cells import (
     third_tier,
 )
 from examples.compare.intervals import Interval, mean_interval
-from examples.compare.rows import BASELINES
+from examples.compare.rows import BASELINES, variants_of
+from examples.compare.tasks import TASKS
 
 MORE = {  # what the second table has: its head, and the factor on the number
     "test_loss": ("test loss", 1),
@@ -240,15 +241,20 @@ def ranking_grid(found: Ranking) -> list[list[str]]:
 
 
 def missing_of(tasks: Mapping[str, Cells]) -> list[str]:
-    """Return one line for each task that lacks rows which another task of its tier has."""
+    """Return a line for each task without rows that fit it and that others of its tier have."""
     lines = []
     for tier in sorted({next(iter(cells.values())).tier for cells in tasks.values()}):
         mine = of_tiers(tasks, tier)
         every = dict.fromkeys(row for cells in mine.values() for row in cells)
         for task, cells in mine.items():
-            if lacking := [row for row in every if row not in cells]:
+            if lacking := [row for row in every if row not in cells and fits(row, task)]:
                 lines.append(f"{task} lacks {', '.join(lacking)}")
     return lines
+
+
+def fits(row: str, task: str) -> bool:
+    """Return whether a method can be used on a task: SAM-ON needs normalization, for example."""
+    return task not in TASKS or row in variants_of(TASKS[task])
 
 
 def notes_of(tasks: Mapping[str, Cells]) -> list[str]:

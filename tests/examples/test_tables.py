@@ -121,6 +121,13 @@ def test_what_is_missing_and_wrong_is_said(tmp_path):
         assert wanted in text
 
 
+def test_what_does_not_fit_a_task_is_not_missing(tmp_path):
+    found = fake_tasks(["digits-clean", "tabular"], rows=("base", "sam"))
+    found = [*found, fake_cell("tabular", "focal-sam", [0.9]), fake_cell("tabular", "asam", [0.9])]
+    lines = tables.missing_of(read(tmp_path, found))
+    assert lines == ["digits-clean lacks asam"]
+
+
 def test_a_row_that_is_not_finite_comes_last(tmp_path):
     bad = fake_cell("one", "asam", [0.9, 0.9])
     bad["measures"]["test_accuracy"][0] = None
