@@ -5,6 +5,7 @@ is chosen. The test split is used once, with the chosen values and with the repo
 
 A grid that ends beside the chosen value is too small: a better value may lie beyond. `search`
 therefore moves its grid until the best candidate is in its interior. `edges` says where it is not.
+It also goes on where the scores rise towards the end of the grid: a second, better peak may follow.
 """
 
 import itertools
@@ -91,9 +92,10 @@ def search(
     """Try candidates, always those nearest to the best one so far, until its neighbours are worse.
 
     At most `TOGETHER` candidates are tried at a time, all within the reach of the best one on all
-    axes. The search ends when none of them is left, and `least` candidates have been tried: until
-    then it goes on with those that are nearest. Of equal candidates the one that was tried first
-    stays the best.
+    axes. When none of them is left, the search looks at the lines through the best one: where the
+    last three scores of a line rise outwards, it goes on there. It ends when they rise nowhere, and
+    `least` candidates have been tried: until then it goes on with those that are nearest. Of equal
+    candidates the one that was tried first stays the best.
 
     Args:
         axes: One axis for each number of a candidate.
@@ -115,6 +117,9 @@ def search(
             if candidate not in tried
         }
         near = [candidate for candidate, (is_beyond, _) in order.items() if not is_beyond]
+        if not near:
+            beyond = beyond_rising_ends({places[one]: tried[one] for one in tried}, best)
+            near = [candidate for candidate in order if places[candidate] in beyond]
         missing = min(least - len(tried), len(order))
         if not near and missing <= 0:
             return tried
@@ -122,6 +127,24 @@ def search(
         candidates = sorted(near or order, key=lambda candidate: order[candidate])[:count]
         tried |= zip(candidates, map(float, evaluate(candidates)), strict=True)
         best = places[best_of(tried)]
+
+
+def beyond_rising_ends(
+    scores: Mapping[tuple[int, ...], float], best: tuple[int, ...]
+) -> set[tuple[int, ...]]:
+    """Return the places that continue a line through the best one whose last three scores rise."""
+    found = set()
+    for axis, outwards in itertools.product(range(len(best)), (-1, 1)):
+        line = {
+            place[axis]: score
+            for place, score in scores.items()
+            if outwards * (place[axis] - best[axis]) > 0
+            and place[:axis] + place[axis + 1 :] == best[:axis] + best[axis + 1 :]
+        }
+        last = sorted(line, key=lambda index: outwards * index)[-3:]
+        if len(last) == 3 and line[last[0]] < line[last[1]] < line[last[2]]:
+            found.add((*best[:axis], last[2] + outwards, *best[axis + 1 :]))
+    return found
 
 
 def distance(axes: Sequence[Axis], place: Sequence[int], best: Sequence[int]) -> tuple[bool, int]:

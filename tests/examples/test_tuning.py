@@ -68,6 +68,27 @@ def test_the_search_moves_until_all_neighbours_are_worse(top):
         assert len(tried) == 3 * 3
 
 
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_second_peak_is_found_if_the_scores_rise_towards_it(side):
+    """As on the way down to a small learning rate, past rates at which some seeds fail."""
+    axis = around(0.05, SIXTHS)
+    scores = dict.fromkeys(axis.values, 0.0)
+    near = axis.values[axis.start :: side]
+    scores |= zip(near, (0.5, 0.4, 0.3, 0.1, 0.2, 0.3, 0.7, 0.6), strict=False)
+
+    def evaluate(candidates):
+        return [scores[rate] for rate, _ in candidates]
+
+    def search_from(least):
+        return search([axis, fixed([0.0])], evaluate, least)
+
+    assert best_of(search_from(9)) == (near[0], 0.0)  # two on the way up are not enough
+    tried = search_from(11)
+    assert best_of(tried) == (near[6], 0.0)
+    assert edges((near[6], 0.0), tried) == []
+    assert (near[9], 0.0) not in tried
+
+
 def test_one_number_is_searched_on_the_finer_axis():
     tried = search([around(0.05, SIXTHS), fixed([0.0])], hill(0.015, 1.0)[0])
     assert best_of(tried) == (0.015, 0.0)
