@@ -59,6 +59,15 @@ def free_folder(out: str | None, name: str) -> Path:
     raise AssertionError("there is always a next number")
 
 
+def hold_results(args: argparse.Namespace) -> None:
+    """Create and lock the folder `args.results`, to which a script adds what is missing."""
+    try:
+        args.results.mkdir(parents=True, exist_ok=True)
+        lock(args.results)
+    except (OSError, ValueError) as error:
+        refuse(f"--results: {error}")
+
+
 def lock(folder: Path) -> None:
     """Keep other processes out of a folder until this process ends, also if it is killed.
 

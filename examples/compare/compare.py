@@ -16,9 +16,9 @@ The protocol, which was written before the runs:
 - Two baselines. `base2x` is the base optimizer with the whole budget, and `base` with half of it,
   which are as many steps as SAM takes. A method is compared with the better one on the test split
   of the task. If that favours anybody, it favours the baselines.
-- Equal time, beside it. The time of a step is measured in turn with a step of the base; --times
-  does that again on a quiet machine. A method trains again for as many steps as fit into the time
-  of `base2x`, with the same learning rate and radius.
+- Equal time, beside it. The time of a step is measured in turn with a step of the base. A method
+  trains again for as many steps as fit into the time of `base2x`, with the same learning rate and
+  radius. Where other programs ran, --again measures the times again, and all else but the tuning.
 - Equal tuning. Learning rate and main radius are chosen on the validation split, with seeds that
   are not reported. Every method gets 16 trials; a method without a radius gets a finer grid of
   learning rates. The grid moves until the best candidate is in its interior, which may take more
@@ -27,7 +27,8 @@ The protocol, which was written before the runs:
   with 0, its natural end. Everything else has the default of the catalog, or of the examples'
   registry where the catalog has none.
 - The test split is used once, with the chosen numbers and the reported seeds. Every seed has its
-  own split, wrong labels, initialization and batches, the same for all methods.
+  own split, wrong labels, initialization and batches, the same for all methods; a method's own
+  random numbers are other ones for each seed, too.
 - The main result is the difference to the better baseline, paired by seed, with a bootstrap
   interval. The average rank over the tasks, with its interval, is the second. Nothing is called
   significant.
@@ -60,18 +61,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     text = "make the tasks of these tiers; default: 1"
     add("--tier", type=int, choices=(1, 2, 3), nargs="+", help=text)
     add("--tasks", nargs="+", metavar="NAME", help="make these tasks; default: those of the tier")
-    text = "make these rows only; default: those of the tier"
+    text = "make these rows, chosen by the tier's rule or not; default: those of the tier"
     add("--rows", nargs="+", metavar="NAME", help=text)
     text = "where cells are; default: the committed ones"
     add("--results", type=Path, default=RESULTS, metavar="FOLDER", help=text)
     text = f"candidates of each search, at least; default: {TRIALS}"
     add("--trials", type=int, default=TRIALS, help=text)
-    text = "measure the times of all cells again, when nothing else runs, and train at equal time"
-    add("--times", action="store_true", help=text)
+    text = "train and measure the reported seeds of cells that are there again, as they are tuned"
+    add("--again", action="store_true", help=text)
     add("--minutes", type=float, help="begin no cell after so many minutes")
     args = parser.parse_args(argv)
     arguments.check_range(parser, args, "trials")
     arguments.check_finite(parser, args, "minutes", above_zero=True)
+    if args.tier and args.tasks:
+        parser.error("--tier: give either tiers or --tasks")
     return args
 
 
@@ -80,6 +83,7 @@ if __name__ == "__main__":
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from platform import machine, python_version
@@ -89,10 +93,11 @@ import numpy as np
 from tqdm import tqdm
 
 from examples.common import files
+from examples.common.output import hold_results
 from examples.common.report import without_nans
 from examples.common.versions import versions
 from examples.compare import protocol, runs
-from examples.compare.cells import read_cells, second_tier, third_tier
+from examples.compare.cells import read_cell, read_cells, second_tier, third_tier
 from examples.compare.rows import variants_of
 from examples.compare.task import Task
 from examples.compare.tasks import TASKS
@@ -122,8 +127,9 @@ def is_made(path: Path, settings: dict[str, Any]) -> bool:
         if found.get(name) != value:
             raise ValueError(
                 f"{path} has {name} {found.get(name)!r}, wanted {value!r}: "
-                "remove it, or take another --results"
+                "take another --results, or remove it"
             )
+    read_cell(path)
     return True
 
 
@@ -148,8 +154,8 @@ def rows_of(name: str, args: argparse.Namespace) -> list[str]:
 
 def runs_of_cell(task: Task, args: argparse.Namespace) -> int:
     """Return about how many runs a cell needs, for the progress bar."""
-    if args.times:
-        return task.seeds
+    if args.again:
+        return 2 * task.seeds
     finals = (protocol.FINAL_SEEDS - 1) * min(args.trials, protocol.FINALISTS)
     return (args.trials + finals) * task.tuning_seeds + 2 * task.seeds
 
@@ -157,7 +163,7 @@ def runs_of_cell(task: Task, args: argparse.Namespace) -> int:
 def make_cell(
     name: str, row: str, base: Any, args: argparse.Namespace, bar: tqdm
 ) -> dict[str, Any]:
-    """Make and write one cell; with --times, make the times of a cell again."""
+    """Make and write one cell; with --again, train its reported seeds again."""
     task, begin = TASKS[name], time.perf_counter()
 
     def advance(what, count):
@@ -166,18 +172,18 @@ def make_cell(
 
     method = protocol.make_method(task, row, base, advance)
     path = args.results / name / f"{row}.json"
-    old = files.read_json(path) if args.times else {}
-    found = old or protocol.measure_cell(method, args.trials)
+    old = files.read_json(path) if args.again else {}
+    found = old or protocol.tune_cell(method, args.trials)
     cell = {
         **settings_of(name, row, args.trials),
         **found,
+        **protocol.measure_cell(method, found),
         **protocol.time_cell(method, base, found),
         "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores, {machine()}",
         "versions": {"python": python_version(), **versions()},
     }
     seconds = old.get("seconds") or round(time.perf_counter() - begin, 1)
     cell = without_nans(cell | {"seconds": seconds})
-    path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, json.dumps(cell) + "\n")
     return cell
 
@@ -215,18 +221,21 @@ def check_names(args: argparse.Namespace) -> list[str]:
                 arguments.refuse(
                     f"{option}: unknown {name!r}; there are {', '.join(dict.fromkeys(wanted))}"
                 )
-    return names
+    return [*dict.fromkeys(names)]
 
 
 @files.ends_in_one_line
-def main(argv: list[str] | None = None) -> list[str]:
-    """Make the cells that are missing; return the names of the rows that failed."""
+def main(argv: list[str] | None = None) -> None:
+    """Make the cells that are missing."""
     args = parse(argv)
     names = check_names(args)
+    hold_results(args)
     try:
-        wanted = list(wanted_cells(names, args, args.times))
+        wanted = list(wanted_cells(names, args, args.again))
+        for name in dict(wanted):
+            (args.results / name).mkdir(exist_ok=True)
     except (OSError, ValueError) as error:
-        arguments.refuse(str(error))
+        arguments.refuse(f"--results: {error}")
     print(f"{len(wanted)} cells to make in {args.results}")
     begin, failed, base, made = time.perf_counter(), [], {}, 0
     total = sum(runs_of_cell(TASKS[name], args) for name, _ in wanted)
@@ -249,7 +258,8 @@ def main(argv: list[str] | None = None) -> list[str]:
     left = len(wanted) - made
     print(f"\n{made} cells made in {time.perf_counter() - begin:.0f} s, {left} left")
     print(f"Results: {args.results}")
-    return failed
+    if failed:
+        sys.exit("compare.py: failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ from tqdm import tqdm
 
 from examples.common import files
 from examples.common.digits_task import STEPS_PER_EPOCH
-from examples.common.output import choose_folder
+from examples.common.output import choose_folder, hold_results
 from examples.common.report import MARK, Report, aligned, without_nans
 from examples.common.training import data_of, map_runs
 from examples.common.tuning import (
@@ -274,7 +274,6 @@ def read_setting(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
 def train_missing(settings: list[Setting], args: argparse.Namespace) -> None:
     """Train the settings that have no file, and tell how much is left."""
     missing = [s for s in settings if not (args.results / f"{s.name}.json").exists()]
-    args.results.mkdir(parents=True, exist_ok=True)
     runs = len(ROWS) * (TRIALS * len(TUNING_SEEDS) + args.seeds)
     with tqdm(total=runs * len(missing), unit=" runs", smoothing=0.1, disable=None) as bar:
         for number, setting in enumerate(missing, 1):
@@ -312,6 +311,8 @@ def summarize(results: dict[Setting, dict[str, Any]], args: argparse.Namespace) 
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> dict[Setting, dict[str, Any]]:
     args = parse(argv)
+    if not args.only_tables:
+        hold_results(args)
     try:
         results = read_all(args)  # another protocol is refused before anything is trained
     except (OSError, ValueError) as error:

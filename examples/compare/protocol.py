@@ -125,8 +125,8 @@ def one_run(seed: int, candidate: Candidate) -> Runs:
     return row_of(Runs(*runs_of([seed], [candidate])), 0)
 
 
-def measure_cell(method: Method, trials: int) -> dict[str, Any]:
-    """Choose the numbers of a method, train the reported seeds with them, and measure.
+def tune_cell(method: Method, trials: int) -> dict[str, Any]:
+    """Choose the numbers of a method.
 
     Args:
         method: The method.
@@ -134,16 +134,25 @@ def measure_cell(method: Method, trials: int) -> dict[str, Any]:
     """
     steps, held = steps_and_bytes(method)
     tried, best = choose(method, steps, trials)
-    measures, spent = method.run(range(method.task.seeds), [best], steps, method.measure, "seeds")
     return {
         **dict(zip(("learning_rate", "rho"), best, strict=True)),
         "edges": edges(best, tried),
         "candidates": [[*candidate, round_to(score)] for candidate, score in tried.items()],
         "steps": steps,
-        "gradients": round_to(np.mean(spent)),
         "bytes": held,
-        "measures": columns(measures),
     }
+
+
+def measure_cell(method: Method, cell: dict[str, Any]) -> dict[str, Any]:
+    """Train the reported seeds with the chosen numbers of a method, and measure.
+
+    Args:
+        method: The method.
+        cell: What `tune_cell` returned for it.
+    """
+    best, steps = (cell["learning_rate"], cell["rho"]), cell["steps"]
+    measures, spent = method.run(range(method.task.seeds), [best], steps, method.measure, "seeds")
+    return {"gradients": round_to(np.mean(spent)), "measures": columns(measures)}
 
 
 def steps_and_bytes(method: Method) -> tuple[int, int]:
@@ -205,7 +214,7 @@ def time_cell(method: Method, base: Trainer, cell: dict[str, Any]) -> dict[str, 
     Args:
         method: The method.
         base: The trainer of the base optimizer.
-        cell: What `measure_cell` returned for the method.
+        cell: What `tune_cell` returned for the method.
     """
     task, best = method.task, (cell["learning_rate"], cell["rho"])
     run = one_run(0, best)

@@ -130,8 +130,12 @@ def of_logits(logits: jax.Array, split: Any) -> dict[str, jax.Array]:
 
 
 def sharpness(task: Task, logits_fn: Any, params: Any, train: Any) -> dict[str, jax.Array]:
-    """Measure the sharpness of the training loss."""
-    batch = {name: leaf[: task.measured] for name, leaf in train.items()}
+    """Measure the sharpness of the training loss, on examples in a random order.
+
+    m-sharpness takes shards of neighbours, and some tasks keep examples of a kind together.
+    """
+    rows = np.random.default_rng(0).permutation(task.num_train)[: task.measured]
+    batch = {name: leaf[rows] for name, leaf in train.items()}
     f = samx.sharpness.objective(
         apply_fn=lambda params, batch: logits_fn(params, batch["x"]),
         loss_on_logits=loss_on_logits,
@@ -182,7 +186,7 @@ def make_trainer(task: Task, row: str) -> Trainer:
         )
 
     def init(total, run, params):
-        return optimizer(total, run).init(params)
+        return with_own_draws(optimizer(total, run).init(params), run.seed)
 
     def train(total, params, state, run, data, batches, count):
         tx, (logits, losses_fn, parts, *_) = optimizer(total, run), functions
@@ -195,6 +199,20 @@ def make_trainer(task: Task, row: str) -> Trainer:
         return jax.lax.fori_loop(0, count, step, (params, state))
 
     return Trainer(jax.jit(init), jax.jit(train))
+
+
+def with_own_draws(state: Any, seed: Any) -> Any:
+    """Fold a seed into the random keys of a state: all runs of a variant begin with the same ones.
+
+    A variant keeps the data of its keys in fields of the name `key`.
+    """
+
+    def fold(path, leaf):
+        if not path or getattr(path[-1], "name", None) != "key":
+            return leaf
+        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(leaf), seed))
+
+    return jax.tree_util.tree_map_with_path(fold, state)
 
 
 @functools.lru_cache(maxsize=64)

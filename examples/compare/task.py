@@ -51,7 +51,8 @@ class Task(NamedTuple):
             measured; 0 where inputs are integers.
         seeds: Reported seeds are 0, 1, ..., seeds − 1.
         tuning_seeds: How many seeds, from 1000 on, choose the hyperparameters.
-        measured: Number of training examples on which sharpness is measured: the first ones.
+        measured: Number of training examples on which sharpness is measured: drawn
+            at random.
         base: The base optimizer, one of `registry.BASES`.
         main: The main result, "accuracy" or "loss", on the test split; tuning maximizes the
             validation accuracy, or minimizes the validation loss.

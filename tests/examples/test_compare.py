@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import samx
 from examples.compare import compare, protocol, runs
 from examples.compare.rows import tail_of, variants_of
 from examples.compare.task import Splits, Task, balanced_weights, equal_weights
@@ -67,8 +68,7 @@ def toy(monkeypatch):
 
 
 def run(folder, *rows):
-    arguments = ["--results", str(folder), "--trials", "2"]
-    return compare.main([*arguments, "--rows", *rows])
+    compare.main(["--results", str(folder), "--trials", "2", "--rows", *rows])
 
 
 def without_times(path):
@@ -77,7 +77,7 @@ def without_times(path):
 
 def test_a_tiny_run(toy, tmp_path, capsys):
     """Equal gradients; what is there stays; a resumed comparison equals an undisturbed one."""
-    assert run(tmp_path / "a", "base", "base2x", "sam") == []
+    run(tmp_path / "a", "base", "base2x", "sam")
     cells = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "a").rglob("*.json")}
     assert [cells[row]["steps"] for row in ("base", "base2x", "sam")] == [6, 12, 6]
     assert [cells[row]["gradients"] for row in ("base", "base2x", "sam")] == [6, 12, 12]
@@ -104,13 +104,14 @@ def test_a_tiny_run(toy, tmp_path, capsys):
         assert without_times(paths[0]) == without_times(paths[1])
 
 
-def test_times_can_be_measured_again(toy, tmp_path):
-    """Only what depends on times changes."""
+def test_a_cell_can_be_measured_again(toy, tmp_path):
+    """The chosen numbers stay, and the same networks are trained."""
     run(tmp_path, "base", "sam")
     path = tmp_path / "toy" / "sam.json"
     before = json.loads(path.read_text())
-    path.write_text(json.dumps(before | {"time_of_base_step": 1e-9}))
-    run(tmp_path, "sam", "--times")
+    measures = {name: [0.0, 0.0] for name in before["measures"]}
+    path.write_text(json.dumps(before | {"time_of_base_step": 1e-9, "measures": measures}))
+    run(tmp_path, "sam", "--again")
     after = json.loads(path.read_text())
     assert after["time_of_base_step"] > 0.1
     assert after["equal_time"]["steps"] == pytest.approx(12 / after["time_of_base_step"], abs=0.51)
@@ -135,19 +136,34 @@ def test_what_is_refused(toy, tmp_path, capsys):
     path.write_text(json.dumps(compare.settings_of("toy", "sam", 3)))
     message = refusal(capsys, *results, "--trials", "2", "--rows", "sam")
     assert "sam.json has trials 3, wanted 2" in message
+    path.write_text(json.dumps(compare.settings_of("toy", "sam", 16)))
+    assert "sam.json: no " in refusal(capsys, *results, "--rows", "sam")
     path.write_text("{")
     assert "sam.json is not JSON" in refusal(capsys, *results, "--rows", "sam")
+    assert "either tiers or --tasks" in refusal(capsys, "--tier", "1", "--tasks", "toy")
+
+
+def test_where_nothing_can_be_written_nothing_is_trained(toy, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "cells").mkdir()
+    (tmp_path / "cells" / "toy").touch()
+    for name in ("file", "cells"):
+        message = refusal(capsys, "--results", str(tmp_path / name), "--rows", "base")
+        assert "error: --results: " in message
 
 
 def test_a_row_that_fails_stops_no_other(toy, tmp_path, monkeypatch, capsys):
-    def measure_cell(method, trials):
+    def tune_cell(method, trials):
         if method.row == "base":
             raise ValueError("too large")
-        return {"learning_rate": 0.1, "rho": 0.0, "measures": {"test_accuracy": [0.5, None]}}
+        return {"learning_rate": 0.1, "rho": 0.0}
 
-    monkeypatch.setattr(protocol, "measure_cell", measure_cell)
+    measures = {"measures": {"test_accuracy": [0.5, None]}}
+    monkeypatch.setattr(protocol, "tune_cell", tune_cell)
+    monkeypatch.setattr(protocol, "measure_cell", lambda *_: measures)
     monkeypatch.setattr(protocol, "time_cell", lambda *_: {})
-    assert run(tmp_path, "base", "sam") == ["toy, base: too large"]
+    with pytest.raises(SystemExit, match="failed: toy, base: too large"):
+        run(tmp_path, "base", "sam")
     assert (tmp_path / "toy" / "sam.json").exists()
     assert not (tmp_path / "toy" / "base.json").exists()
     assert "1 cells made" in capsys.readouterr().out
@@ -187,6 +203,30 @@ def test_numbers_are_chosen_on_validation_examples(main):
     tried, best = protocol.choose(method, 6, 16)
     assert best == (0.2, 0.1)
     assert len(tried) >= 16
+
+
+def test_every_seed_has_random_numbers_of_its_own():
+    """So that a method's luck is not the same in all of them, nor in the tuning."""
+    example = samx.rwp(0.1).init(jnp.zeros(3)), samx.sam(0.1).init(jnp.zeros(3))
+    one, other = (runs.with_own_draws(example, seed) for seed in (1, 2))
+    changed = jax.tree.map(lambda *leaves: not np.array_equal(*leaves), one, other)
+    keys = jax.tree_util.tree_leaves_with_path(changed)
+    assert {path[-1].name for path, is_other in keys if is_other} == {"key"}
+
+
+def test_m_sharpness_takes_examples_of_all_kinds_together(monkeypatch):
+    """A task may begin with the wrong labels, and have its classes one after the other."""
+    seen = {}
+    monkeypatch.setattr(runs.samx.sharpness, "objective", lambda **given: seen.update(given))
+    for name in ("eigenvalues", "trace", "worst_case", "m_sharpness"):
+        one = SimpleNamespace(values=[0], mean=0, value=0)
+        monkeypatch.setattr(runs.samx.sharpness, name, lambda *_, one=one, **__: one)
+    labels = np.repeat([0, 1], 50)
+    task = TOY._replace(num_train=100, measured=40)
+    runs.sharpness(task, None, None, {"y": labels})
+    assert len(seen["batch"]["y"]) == 40
+    for shard in (slice(0, 20), slice(20, 40)):
+        assert 5 <= seen["batch"]["y"][shard].sum() <= 15
 
 
 def test_text_counts_every_token():
