@@ -10,7 +10,11 @@ are of ranks (Spearman; Kendall's tau-b beside it), at three levels:
 
     methods   over the means of the methods: does a method that finds flatter minima score better?
     networks  over all networks of a task, methods and seeds together
-    seeds     over the seeds of one method, then the mean over methods; every seed has other data
+    seeds     over the seeds of one method, then the mean over methods
+
+Every seed has other training and test data, and what these change, they change for all methods.
+Therefore the third level takes the ranks of a method's seeds, minus the mean of these ranks over
+all methods: is a network that is flatter than others on its data better than others on its data?
 
 A network that fits its training data better is often flatter too. So every correlation is also
 taken without what the training loss explains (the partial correlation of ranks). Training loss and
@@ -18,7 +22,8 @@ test loss under noise on the inputs are no measures of sharpness. They stand bes
 references: what predicts no better than the training loss adds nothing.
 
 Over tasks, the mean of the correlations is given, and in how many tasks the sign is the expected
-one. Intervals are bootstrap intervals of 95% over methods and seeds, not over tasks.
+one. Intervals are bootstrap intervals of 95% over methods and seeds, not over tasks. They treat
+methods as independent, though many are close relatives.
 
 The script prints two tables and what they say, and writes results.json and
 sharpness_and_accuracy.png to --out. It takes about a minute.
@@ -53,6 +58,7 @@ from examples.compare.intervals import (
     Interval,
     correlation_interval,
     kendall,
+    ranks_of,
     spearman,
     weights_of,
 )
@@ -121,11 +127,19 @@ def over_networks(correlate: Correlate, drawn: Resample, *numbers: np.ndarray) -
 
 def over_seeds(correlate: Correlate, drawn: Resample, *numbers: np.ndarray) -> np.ndarray:
     """Correlate over the seeds of each method, and return the mean over the methods."""
-    one, other, *third = numbers
+    one, other, *third = map(beside_other_methods, numbers)
     found = correlate(one, other, drawn.seeds, *third).T  # [draws, methods]
     weights = drawn.methods * np.isfinite(found)
     with np.errstate(invalid="ignore"):
         return (weights * np.nan_to_num(found)).sum(1) / weights.sum(1)
+
+
+def beside_other_methods(numbers: np.ndarray) -> np.ndarray:
+    """Return ranks over the seeds of each method, minus their mean over all methods."""
+    is_known = np.isfinite(numbers)
+    ranks = ranks_of(np.where(is_known, numbers, 1e300), is_known[:, None, :] * 1.0)[:, 0]
+    means = (ranks * is_known).sum(0) / np.maximum(is_known.sum(0), 1)
+    return np.where(is_known, ranks - means, np.nan)
 
 
 OVER: dict[str, Correlate] = dict(
@@ -142,21 +156,34 @@ def numbers_of(cells: Cells) -> dict[str, np.ndarray]:
     return found | {"score": np.stack([cell.scores[:seeds] for cell in cells.values()])}
 
 
+def over_all(
+    tasks: Mapping[str, Cells], levels: Sequence[str] = LEVELS, draws: int = DRAWS
+) -> dict[str, dict[Key, Found]]:
+    """Return the correlations in every task; a draw has the same methods in all tasks."""
+    rows = list(dict.fromkeys(row for cells in tasks.values() for row in cells))
+    drawn = weights_of(len(rows), draws, SEED)
+    return {
+        task: correlations_of(
+            cells, drawn[:, [rows.index(row) for row in cells]], SEED + 1 + number, levels
+        )
+        for number, (task, cells) in enumerate(tasks.items())
+    }
+
+
 def correlations_of(
-    cells: Cells, number: int = 0, levels: Sequence[str] = LEVELS, draws: int = DRAWS
+    cells: Cells, weights: np.ndarray, seed: int, levels: Sequence[str] = LEVELS
 ) -> dict[Key, Found]:
     """Return the correlations of each measure with the score in one task.
 
     Args:
         cells: The cells of the task.
-        number: The number of the task. Tasks with the same methods draw the same methods, but each
-            task draws seeds of its own.
+        weights: How often each method counts [draws, methods].
+        seed: Of the draws of the task's seeds.
         levels: The levels.
-        draws: Number of draws.
     """
     numbers = numbers_of(cells)
     methods, seeds = numbers["score"].shape
-    drawn = Resample(weights_of(methods, draws, SEED), weights_of(seeds, draws, SEED + 1 + number))
+    drawn = Resample(weights, weights_of(seeds, len(weights), seed))
     plain = Resample(np.ones((1, methods)), np.ones((1, seeds)))
     found = {}
     for measure in MEASURES:
@@ -353,10 +380,7 @@ def main(argv: list[str] | None = None) -> dict[Key, OverTasks]:
     tasks = read_or_refuse(args.results)
     choose_folder(args, NAME)
     report = Report(args, left_out=["results"])
-    found = {
-        task: correlations_of(cells, number, draws=DRAWS)
-        for number, (task, cells) in enumerate(tasks.items())
-    }
+    found = over_all(tasks, draws=DRAWS)
     summary = summarize(found)
     print("\nMean of the correlations over tasks, and in how many tasks the sign is minus")
     for level in LEVELS:

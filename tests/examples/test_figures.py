@@ -111,10 +111,7 @@ def draw_ranking(path, *groups):
 
 
 def draw_sharpness_and_accuracy(path, *groups):
-    found = {
-        task: sharpness_and_accuracy.correlations_of(cells, levels=["methods"], draws=20)
-        for task, cells in of_cells(*groups).items()
-    }
+    found = sharpness_and_accuracy.over_all(of_cells(*groups), levels=["methods"], draws=20)
     sharpness_and_accuracy.draw(found, path)
 
 
