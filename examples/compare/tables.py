@@ -65,7 +65,7 @@ MORE = {  # what the second table has: its head, and the factor on the number
 }
 MORE_MARKS = "< and >: lower and higher than the better baseline, by a paired interval without 0"
 COSTS = "step: time, relative to a step of base; state: of the optimizer"
-PER_HUNDRED = 4  # of 100 methods without any effect, with 20 seeds; twice as many with 5 seeds
+BY_CHANCE = {20: 4, 10: 5, 0: 8}  # of 100 methods without any effect, with at least so many seeds
 
 
 class Summary(NamedTuple):
@@ -193,7 +193,8 @@ def verdict(cells: Cells, summaries: Iterable[Summary]) -> str:
     methods = [each for each in summaries if each.row not in BASELINES]
     better = sum(each.gain.is_above for each in methods)
     worse = sum(each.gain.is_below for each in methods)
-    chance = PER_HUNDRED * len(methods) / 100
+    seeds = max(each.cell.seeds for each in summaries)
+    chance = next(c for least, c in BY_CHANCE.items() if seeds >= least) * len(methods) / 100
     return (
         f"{better} of {len(methods)} methods are better than {better_baseline(cells)}, "
         f"{worse} worse (intervals without 0; by chance about {chance:.1f} of each)"
@@ -249,6 +250,8 @@ def missing_of(tasks: Mapping[str, Cells]) -> list[str]:
         for task, cells in mine.items():
             if lacking := [row for row in every if row not in cells and fits(row, task)]:
                 lines.append(f"{task} lacks {', '.join(lacking)}")
+    if {*tasks} <= {*TASKS}:
+        lines += [f"{task} has no cells" for task in TASKS if task not in tasks]
     return lines
 
 
@@ -264,7 +267,9 @@ def notes_of(tasks: Mapping[str, Cells]) -> list[str]:
     lines = [f"{len(every)} cells (tasks times rows) took {hours:.1f} hours"]
     names = {
         "a number at an edge of what was tried": [cell for cell in every if cell.edges],
-        "a result that is not finite": [c for c in every if not np.isfinite(c.scores).all()],
+        "a number that is not finite": [
+            cell for cell in every if not np.isfinite([*cell.measures.values()]).all()
+        ],
         "a number of seeds that is not the largest of its task": [
             cell
             for cells in tasks.values()
@@ -301,8 +306,9 @@ def print_rankings(tasks: Mapping[str, Cells], found: Iterable[Ranking]) -> None
         print(f"\nAverage rank, {each.title} (interval: over seeds, not over tasks)")
         print("\n".join(aligned(ranking_grid(each))))
     if {*BASELINES, "sam"} <= {*common_rows(tasks)}:
-        print(f"\nsecond tier: {', '.join(second_tier(tasks))}")
-        print(f"third tier: {', '.join(third_tier(tasks))}")
+        for name, choose, tiers in (("second", second_tier, (1,)), ("third", third_tier, (1, 2))):
+            count = len(of_tiers(tasks, *tiers))
+            print(f"\n{name} tier, chosen from {count} tasks: {', '.join(choose(tasks))}")
 
 
 def as_json(summary: Summary) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def test_a_tiny_run(in_empty_folder, capsys, read_report, drawn):
         "test loss",
         "Average rank, tier 1, 2 tasks, 6 rows",
         "Average rank, tiers 1 to 2, 3 tasks, 3 rows",
-        "second tier: base, base2x, sam",
+        "second tier, chosen from 2 tasks: base, base2x, sam",
         "15 cells",
     ):
         assert text in printed
@@ -72,6 +72,7 @@ def test_the_first_table_by_hand(tmp_path):
         " | 2.34 MB | 0.1 | 0.2*",
     ]
     assert tables.verdict(task, summaries).startswith("1 of 1 methods are better than base2x, 0 ")
+    assert "by chance about 0.1 of each" in tables.verdict(task, summaries)  # few seeds
     assert [each.time for each in summaries] == [1, 0.5, pytest.approx(0.965)]
 
 
@@ -113,7 +114,7 @@ def test_what_is_missing_and_wrong_is_said(tmp_path):
     for wanted in (
         "9 cells (tasks times rows) took 0.0 hours",
         "1 with a number at an edge of what was tried: base on one",
-        "1 with a result that is not finite: base2x on one",
+        "1 with a number that is not finite: base2x on one",
         "1 with a number of seeds that is not the largest of its task: gsam on two",
         "one lacks gsam",
         "two lacks asam, base2x, looksam, lpf-sgd",
@@ -125,7 +126,9 @@ def test_what_does_not_fit_a_task_is_not_missing(tmp_path):
     found = fake_tasks(["digits-clean", "tabular"], rows=("base", "sam"))
     found = [*found, fake_cell("tabular", "focal-sam", [0.9]), fake_cell("tabular", "asam", [0.9])]
     lines = tables.missing_of(read(tmp_path, found))
-    assert lines == ["digits-clean lacks asam"]
+    assert lines[0] == "digits-clean lacks asam"
+    assert "mnist1d has no cells" in lines[1:]
+    assert len(lines) == 1 + len(tables.TASKS) - 2
 
 
 def test_a_row_that_is_not_finite_comes_last(tmp_path):
