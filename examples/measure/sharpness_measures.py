@@ -65,13 +65,17 @@ class Row(NamedTuple):
 
 
 def problem_of(args: argparse.Namespace) -> Problem:
-    """Return the loss over all training images, in batches."""
+    """Return the loss over all training images, in batches.
+
+    The images are shuffled: the wrong labels stand first, and m-sharpness takes neighbours together.
+    """
     images, _, test = data_of(args.seed, args.noise)
+    order = np.random.default_rng(0).permutation(len(images["y"]))
     logits = make_functions(args.width).logits
     train = sharpness.objective(
         apply_fn=lambda params, batch: logits(params, batch["x"]),
         loss_on_logits=cross_entropy,
-        batch={"x": jnp.asarray(images["x"]), "y": jnp.asarray(images["y"])},
+        batch={name: jnp.asarray(images[name])[order] for name in ("x", "y")},
         num_batches=args.batches,
     )
     return Problem(train, jax.device_put(test), jnp.zeros(GRID))

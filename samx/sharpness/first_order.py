@@ -74,7 +74,8 @@ def m_sharpness(
 
     Shard j holds the examples jm, ..., jm + m − 1 for m = `shard_size`. With one shard it is
     `first_order`. The smaller the shards, the larger the rise: each shard moves the parameters in
-    the direction that hurts its own examples.
+    the direction that hurts its own examples. Shuffle examples that are sorted, by class for
+    example: batches of training hold all kinds.
 
     Args:
         f: `samx.sharpness.objective(...)` with losses of examples.

@@ -1,6 +1,7 @@
 """The example that measures checkpoints: what it reads and writes, and what it says of them."""
 
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,16 @@ def test_a_tiny_run(in_empty_folder, capsys, read_report, monkeypatch):
     again = sharpness_checkpoints.read([str(in_empty_folder / "results" / "params.npz")])
     assert [checkpoint.name for checkpoint in again] == ["start", "second", "sam"]
     np.testing.assert_array_equal(again[0].params["first"]["bias"], start["first/bias"].astype("f"))
+
+
+def test_no_shard_has_the_wrong_labels_alone():
+    problems = [
+        sharpness_measures.problem_of(SimpleNamespace(seed=0, noise=noise, width=16, batches=5))
+        for noise in (0.0, 0.3)
+    ]
+    right, given = (np.asarray(problem.train.batch["y"]) for problem in problems)
+    shares = np.mean((right != given).reshape(10, 100), axis=1)
+    assert 0.15 < shares.min() < shares.max() < 0.45
 
 
 def test_every_row_is_measured(monkeypatch):
