@@ -8,11 +8,13 @@ One cell is one method on one task, with all its seeds. Each cell is written to 
 FOLDER/TASK/ROW.json, when it is complete. A cell that is there is not made again: stop the command
 whenever you like, and start it again. `tables.py` makes the tables and figures from the files.
 
-The protocol, which was written before the runs:
+The protocol. It was written before the runs; what was changed after a look at results, and why,
+stands in notebooks/comparison.md.
 
 - Equal gradients. Every method spends the same number of gradients, the budget of the task, each
   over one batch. A method with more gradients for each step takes fewer steps. How many a step
-  takes is counted in a pilot run, because some methods decide that while they train.
+  takes is counted in a pilot run, because some methods decide that while they train; these come
+  within 5% of the budget.
 - Two baselines. `base2x` is the base optimizer with the whole budget, and `base` with half of it,
   which are as many steps as SAM takes. A method is compared with the better one on the test split
   of the task. If that favours anybody, it favours the baselines.
@@ -21,12 +23,12 @@ The protocol, which was written before the runs:
   radius. Where other programs ran, --again measures the times again, and all else but the tuning.
 - Equal tuning. Learning rate and main radius are chosen on the validation split, with seeds that
   are not reported. Every method gets 16 trials; a method without a radius gets a finer grid of
-  learning rates. The grid moves until the best candidate is in its interior, which may take more
-  trials. Then the four best candidates are tried with three times as many seeds, and the best of
-  them is taken. A star marks a number at an edge of what was tried. The axis of the radius begins
-  with 0, its natural end. Everything else has the default of the catalog, or of the examples'
-  registry where the catalog has none.
-- The test split is used once, with the chosen numbers and the reported seeds. Every seed has its
+  learning rates. The grid moves until the best candidate is in its interior, and goes on where
+  the scores rise towards its end, which may take more trials. Then the four best candidates are
+  tried with three times as many seeds, and the best of them is taken. A star marks a number at an
+  edge of what was tried. The axis of the radius begins with 0, its natural end. Everything else has
+  the default of the catalog, or of the examples' registry where the catalog has none.
+- The test split is used with the chosen numbers and the reported seeds alone. Every seed has its
   own split, wrong labels, initialization and batches, the same for all methods; a method's own
   random numbers are other ones for each seed, too.
 - The main result is the difference to the better baseline, paired by seed, with a bootstrap

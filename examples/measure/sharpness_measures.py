@@ -67,7 +67,8 @@ class Row(NamedTuple):
 def problem_of(args: argparse.Namespace) -> Problem:
     """Return the loss over all training images, in batches.
 
-    The images are shuffled: the wrong labels stand first, and m-sharpness takes neighbours together.
+    The images are shuffled: the wrong labels stand first, and m-sharpness takes neighbours
+    together.
     """
     images, _, test = data_of(args.seed, args.noise)
     order = np.random.default_rng(0).permutation(len(images["y"]))
