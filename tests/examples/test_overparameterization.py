@@ -193,12 +193,23 @@ def test_claims_are_made_from_numbers():
     noisy = claims[summary.NOISE, "all widths", 0.3]
     assert noisy.number == pytest.approx((2, 2, 2))
     assert noisy.verdict == "holds here"
-    assert claims[summary.RADIUS, "all widths", 0.0].number.value == pytest.approx(-1)
     flat = claims[summary.MINIMA["top_eigenvalue"], "widths from 16", 0.0]
     assert flat.number == pytest.approx((np.log10(2),) * 3)
     assert summary.verdicts([growth, noisy, growth])[0].endswith(
         "holds in 0 of 2 tests, the opposite in 0"
     )
+
+
+def test_the_radius_is_claimed_from_five_networks_on():
+    """With fewer no rank correlation is beyond chance."""
+    results = {
+        Setting(width, 2, 0.0): result_of(Setting(width, 2, 0.0), [0.9], [0.9], rho=1 / width)
+        for width in (4, 16, 64, 128, 256)
+    }
+    series = summary.Series("all widths", 0.0, [*results])
+    [claim] = summary.of_radius(results, [series])
+    assert claim.number == pytest.approx((-1, -1, -1 + 1.96 / 2))
+    assert summary.of_radius(results, [series._replace(settings=[*results][1:])]) == []
 
 
 def test_a_claim_can_fail():
