@@ -78,7 +78,7 @@ KINDS = ("saving", "training", "start")
 PATIENCE = 600  # seconds for a run
 RAY_PATIENCE = 60  # seconds until nothing of Ray is left
 NOISE = 0.1  # accuracies of two runs of lsam_digits.py that differ less are equal
-SAVED_EVERY = 5  # steps of AsyncSAM
+SAVED_EVERY, STEPS_PER_KILL = 5, 50  # of AsyncSAM
 STEP_SECONDS = 0.02  # of AsyncSAM, so that there is time to kill
 EXAMPLES = Path(__file__).parents[1]
 
@@ -201,7 +201,7 @@ class Process:
             if self.seconds > PATIENCE:
                 self.end()
                 sys.exit(f"kills.py: error: {self.log}: no end after {PATIENCE} s")
-            time.sleep(0.001)
+            time.sleep(0.004)  # a checkpoint takes longer
         return True
 
     def is_saving(self) -> bool:
@@ -431,7 +431,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
     if args.train_async is not None:
         try:
-            train_async(Path(args.train_async), 100 * args.kills)
+            train_async(Path(args.train_async), STEPS_PER_KILL * args.kills)
         except (OSError, CheckpointError) as error:
             raise SaveError(str(error)) from error
         return []

@@ -21,7 +21,7 @@ def test_a_tiny_run(in_empty_folder, read_report, capsys):
     # A change in the folder of the killed run is a loss.
     folders = [in_empty_folder / "run" / f"async-{name}" for name in ("undisturbed", "killed")]
     results = json.loads((folders[1] / "results.json").read_text())
-    assert len(results["losses"]) == 100
+    assert len(results["losses"]) == kills.STEPS_PER_KILL
     results["losses"][7] += 1e-7
     (folders[1] / "results.json").write_text(json.dumps(results))
     assert kills.compare_async(*folders)[1] == ["losses differ"]
