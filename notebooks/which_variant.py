@@ -50,6 +50,7 @@
 # | idle parallel devices | `sampa` | 0.1, with `lam=0.2` | 2 at once |
 # | a second device, even a slow one | `async_sam` | as SAM | 2, in the time of 1 |
 # | no time for a second gradient | `momentum_sam` | 0.3 to 1; ResNets 3 | 1 |
+# | no second gradient, no momentum in the base | `lpf_sgd`: noise on the weights | its σ: 0.002; small networks 0.02 to 0.2 | 1 |
 # | a little more time, not twice | `perturb_if(policies.every(5), ...)` | as SAM | 1.2 |
 # | SAM only late in training | `perturb_if(policies.between(start), ...)` | as SAM | 1, then 2 |
 # | rarely early, always late | `perturb_if(policies.join_policies(...), ...)` | as SAM | 1.2, then 2 |

@@ -303,8 +303,8 @@ CARDS = {
     ),
     "momentum_sam": Card(
         use_when="There is no time for a second gradient, and your optimizer has a momentum.",
-        not_when="You can pay for SAM: in the paper it is ahead by up to two points. Or the base has no "
-        "momentum.",
+        not_when="The base has no momentum. Or twice the gradients are affordable: with them SAM is "
+        "ahead by up to two points in the paper, but not at equal gradients in our comparison.",
         start=(
             Start("2.2 to 3", "convolutional networks on CIFAR-100, SGD with momentum", "cited",
                   "the paper"),
@@ -1041,10 +1041,10 @@ CARDS = {
         shown_in=(DIGITS,),
     ),
     "lpf_sgd": Card(
-        use_when="A step may cost one gradient only; or you need a baseline for SAM: a random "
-        "direction of the same length.",
-        not_when="You can pay two gradients: an ascent raises the loss far more than noise of the "
-        "same length.",
+        use_when="A step may cost one gradient only: at equal gradients noise gains on nearly every "
+        "task of our comparison. Or you need a baseline for SAM: a random direction of the same "
+        "length.",
+        not_when="Networks are so small that drawing the noise takes longer than the gradient.",
         start=(
             Start("0.002 as sigma", "ResNets on CIFAR without augmentation, SGD with momentum", "cited",
                   "devansh20la/LPF-SGD, README"),
