@@ -103,15 +103,11 @@ def test_a_tiny_run(toy, tmp_path, capsys):
         paths = [tmp_path / folder / "toy" / f"{row}.json" for folder in "ab"]
         assert without_times(paths[0]) == without_times(paths[1])
 
-
-def test_a_cell_can_be_measured_again(toy, tmp_path):
-    """The chosen numbers stay, and the same networks are trained."""
-    run(tmp_path, "base", "sam")
-    path = tmp_path / "toy" / "sam.json"
-    before = json.loads(path.read_text())
+    # A cell can be measured again: the chosen numbers stay, and the same networks are trained.
+    path, before = tmp_path / "b" / "toy" / "sam.json", cells["sam"]
     measures = {name: [0.0, 0.0] for name in before["measures"]}
     path.write_text(json.dumps(before | {"time_of_base_step": 1e-9, "measures": measures}))
-    run(tmp_path, "sam", "--again")
+    run(tmp_path / "b", "sam", "--again")
     after = json.loads(path.read_text())
     assert after["time_of_base_step"] > 0.1
     assert after["equal_time"]["steps"] == pytest.approx(12 / after["time_of_base_step"], abs=0.51)
