@@ -267,13 +267,15 @@ def test_a_search_that_meets_losses_that_are_not_finite():
     tx = samx.xsam(0.1, rho_max=1.0, alpha_max=8.0, alpha_step=1.0)
 
     @jax.jit
-    def alpha(limit):
-        _, state = tx.update(g, tx.init(w), w, value_fn=partial(loss, limit))
-        return optax.tree.get(state, "alpha")
+    def search(limit):
+        updates, state = tx.update(g, tx.init(w), w, value_fn=partial(loss, limit))
+        point = w + updates / jnp.linalg.norm(updates)  # the one that was found, at rho_max
+        return optax.tree.get(state, "alpha"), loss(limit, point)
 
-    found = [float(alpha(limit)) for limit in (9.0, 1.95, 0.0)]
-    assert found[0] > found[2] == 1.0
-    assert found[1] != found[0]
+    (best, _), (other, highest), (last, _) = map(search, (9.0, 1.985, 0.0))
+    assert best > last == 1.0
+    assert 1.0 < other < best
+    assert jnp.isfinite(highest)
 
 
 SEARCHING = {
