@@ -19,9 +19,10 @@ method without rho has one number to tune, and its learning rates are closer tog
 5, 7). The search tries a candidate and its neighbours, then the neighbours of the best one so far,
 at most five at a time. It ends when everything up to a factor of 2 (or 2.5) away from the best
 candidate has been tried (all eight neighbours of a pair, two learning rates on each side of a
-single one), and the scores do not rise towards an end of what was tried. So the chosen values are not at an edge of what was tried. Where they are, the table
-marks them with a star: with `--rho`, which gives all candidates, or at the end of the axis. The rho
-axis begins with 0, its natural end, which is not marked: there a method is its base optimizer.
+single one), and the scores do not rise towards an end of what was tried. So the chosen values are
+not at an edge of what was tried. Where they are, the table marks them with a star: with `--rho`,
+which gives all candidates, or at the end of the axis. The rho axis begins with 0, its natural end,
+which is not marked: there a method is its base optimizer.
 Standard errors are over the reported seeds; they do not contain the luck of a search.
 """
 

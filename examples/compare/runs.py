@@ -169,8 +169,7 @@ def make_trainer(task: Task, row: str) -> Trainer:
         name: jax.ShapeDtypeStruct((task.batch, *leaf.shape[1:]), leaf.dtype)
         for name, leaf in task.data(0).train.items()
     }
-    params_like = jax.eval_shape(functions.init, 0)
-    logits_like = jax.eval_shape(functions.logits, params_like, like["x"])
+    logits_like = jax.eval_shape(functions.logits, functions.init(0), like["x"])
     setting = Setting(
         like,
         batch_size=task.batch,

@@ -201,6 +201,14 @@ def test_numbers_are_chosen_on_validation_examples(main):
     assert len(tried) >= 16
 
 
+def test_a_network_may_start_from_weights_of_its_own():
+    """Such as those of a training with its seed, which is made once."""
+    start = cache(lambda seed: runs.make_functions(TOY).init(seed))
+    trainer = runs.make_trainer(TOY._replace(start=start), "base")
+    run = protocol.one_run(0, (0.1, 0.0))
+    assert jax.tree.leaves(trainer.init(6, run, start(0)))
+
+
 def test_every_seed_has_random_numbers_of_its_own():
     """So that a method's luck is not the same in all of them, nor in the tuning."""
     example = samx.rwp(0.1).init(jnp.zeros(3)), samx.sam(0.1).init(jnp.zeros(3))
