@@ -328,7 +328,7 @@ CARDS = {
     "looksam": Card(
         use_when="SAM is worth something to you, but not twice the time.",
         not_when="`alpha` cannot be tuned: a large one can lose to the base optimizer. "
-        "`perturb_if(policies.every(k), ...)` has no such number, and was better in our comparison.",
+        "`perturb_if(policies.every(k), ...)` has no such number, and is behind on no task of our comparison.",
         start=(
             Start("SAM's, alpha 0.7, period 5", "vision transformers", "recalled",
                   "secondary sources on the paper"),

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from filelock import FileLock
 from flax import nnx
 
 import samx
@@ -146,6 +148,10 @@ def test_where_nothing_can_be_written_nothing_is_trained(toy, tmp_path, capsys):
     for name in ("file", "cells"):
         message = refusal(capsys, "--results", str(tmp_path / name), "--rows", "base")
         assert "error: --results: " in message
+    (tmp_path / "used").mkdir()
+    with FileLock(tmp_path / "used" / ".lock"):
+        message = refusal(capsys, "--results", str(tmp_path / "used"), "--rows", "base")
+    assert "is used by another run" in message
 
 
 def test_a_row_that_fails_stops_no_other(toy, tmp_path, monkeypatch, capsys):
@@ -216,6 +222,10 @@ def test_every_seed_has_random_numbers_of_its_own():
     changed = jax.tree.map(lambda *leaves: not np.array_equal(*leaves), one, other)
     keys = jax.tree_util.tree_leaves_with_path(changed)
     assert {path[-1].name for path, is_other in keys if is_other} == {"key"}
+    trainer, params = runs.make_trainer(TOY, "rwp"), runs.make_functions(TOY).init(0)
+    states = [trainer.init(6, protocol.one_run(seed, (0.1, 0.1)), params) for seed in (1, 2)]
+    one, other = (optax.tree.get(state, "key") for state in states)
+    assert not np.array_equal(one, other)
 
 
 def test_m_sharpness_takes_examples_of_all_kinds_together(monkeypatch):
