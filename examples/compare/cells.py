@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from examples.common import arguments, files
-from examples.compare.intervals import Interval, average_ranks, places_of
+from examples.common.intervals import Interval, average_ranks, places_of
 from examples.compare.rows import BASELINES
 from samx.catalog.cards import FAMILIES
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.compare.intervals import Interval, mean_interval
+from examples.common.intervals import Interval, mean_interval
 from examples.compare.overparameterization_training import PRUNINGS, Setting
 
 BASELINES = ("base", "base2x")

@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from examples.common import figures
 from examples.common.digits_task import describe
 from examples.common.report import marked
-from examples.compare.intervals import mean_interval
+from examples.common.intervals import mean_interval
 from examples.compare.overparameterization_claims import (
     LEARNS,
     RATE,

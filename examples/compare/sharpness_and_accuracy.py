@@ -53,7 +53,7 @@ from examples.common import figures, files
 from examples.common.output import choose_folder
 from examples.common.report import Report, aligned
 from examples.compare.cells import Cells, read_or_refuse
-from examples.compare.intervals import (
+from examples.common.intervals import (
     SEED,
     Interval,
     correlation_interval,

@@ -51,7 +51,7 @@ from examples.compare.cells import (
     second_tier,
     third_tier,
 )
-from examples.compare.intervals import Interval, mean_interval
+from examples.common.intervals import Interval, mean_interval
 from examples.compare.rows import BASELINES, variants_of
 from examples.compare.tasks import TASKS
 
