@@ -89,7 +89,9 @@ SAID = (
     Said("sagm", "better", "better than SAM", "abstract", "on domains that were not trained"),
     Said("sampa", "better", "better than SAM", "abstract"),
     Said("saf", "better", "better than SAM on ImageNet, at the base's cost", "abstract"),
-    Said("g-rst", "better", "better than SAM in most cases, for half of the extra cost", "abstract"),
+    Said(
+        "g-rst", "better", "better than SAM in most cases, for half of the extra cost", "abstract"
+    ),
     Said("wsam", "level", "level with SAM or better", "secondary source"),
     Said("stable-sam", "level", "level with SAM or better", "abstract"),
     Said("rwp", "level", "competitive with SAM in half of its time", "abstract"),
@@ -99,7 +101,9 @@ SAID = (
     Said("rst", "level", "SAM's performance for fewer gradients", "abstract"),
     Said("ae-sam", "level", "SAM's accuracy for about half of its extra cost", "abstract"),
     Said("vsam", "level", "SAM's accuracy, 40% faster", "abstract", "hundreds of its windows"),
-    Said("arsam", "level", "SAM's accuracy, about 40% faster", "abstract", "hundreds of its windows"),
+    Said(
+        "arsam", "level", "SAM's accuracy, about 40% faster", "abstract", "hundreds of its windows"
+    ),
     Said("ausam", "level", "SAM's accuracy, 70% faster", "abstract"),
     Said("esam", "level", "SAM's accuracy for less of its extra cost", "abstract"),
     Said("async-sam", "level", "SAM's accuracy in SGD's time", "abstract", "long trainings"),

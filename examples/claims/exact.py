@@ -14,11 +14,13 @@ import argparse
 
 from examples.common import arguments
 
+NAME = "exact"
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = arguments.new_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=10)
-    arguments.add_out(parser, "exact")
+    arguments.add_out(parser, NAME)
     args = parser.parse_args(argv)
     arguments.check_range(parser, args, "seeds", high=1000)
     return args
@@ -37,7 +39,7 @@ import numpy as np
 import optax
 
 import samx
-from examples.claims.claim import Claim, Found, as_rows, found_of, print_claims
+from examples.claims.claim import Claim, Found, found_of, print_claims, save
 from examples.common import figures, files
 from examples.common.output import choose_folder
 from examples.common.report import Report
@@ -331,12 +333,12 @@ def measure(seeds: int) -> dict[str, list[float]]:
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[Found]:
     args = parse(argv)
-    choose_folder(args, "exact")
+    choose_folder(args, NAME)
     report = Report(args)
     values = measure(args.seeds)
     found = found_of(CLAIMS, values)
     print_claims(found)
-    report.save(claims=as_rows(found), values=values)
+    save(report, NAME, found, values)
     report.end()
     return found
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from examples.compare import intervals
+from examples.common import intervals
 
 ONES = np.ones((1, 5))
 LINE = np.arange(5.0)
