@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.common import files
+from examples.common import figures, files
 from examples.common.intervals import Interval, mean_interval
 from examples.common.report import Report, as_summary
 
@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 HOLDS, FAILS = "holds here", "does not hold here"
 OPEN, UNTESTED = "open here", "not testable here"
 WORDS = (HOLDS, FAILS, OPEN, UNTESTED)
+COLORS = {HOLDS: figures.BLUE, FAILS: figures.RED, OPEN: figures.GREY}
 ANY = math.inf
 
 
@@ -133,3 +134,8 @@ def read(name: str) -> dict[str, list[float]]:
         row["claim"]: [math.nan if value is None else value for value in row["values"]]
         for row in files.read_json(RESULTS / f"{name}.json")["rows"]
     }
+
+
+def committed(name: str, claims: Mapping[str, Claim]) -> list[Found]:
+    """Return the claims of a script with the committed numbers."""
+    return found_of(claims, read(name))

@@ -29,7 +29,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +39,13 @@ import numpy as np
 import optax
 
 import samx
-from examples.claims.claim import Claim, Found, found_of, print_claims, save
+from examples.claims.claim import COLORS, Claim, Found, found_of, print_claims, save
 from examples.common import figures, files
 from examples.common.output import choose_folder
 from examples.common.report import Report
 from samx import perturbations
 
+LEAST = 1e-17  # what is smaller is drawn here
 ROUNDING = 1e-8  # what is smaller is 0 in float64; some norms have an epsilon of 1e-12
 SCALES = (0.1, 1.0, 10.0)
 RHO = 0.3
@@ -58,13 +59,13 @@ CLAIMS = {
         "largest change of the logits at the perturbed weights, when one layer of a ReLU network "
         "is multiplied by 0.1 or 10 and the next one divided by it, relative to SAM's",
         high=ROUNDING,
-        why="with eta=0 and every tensor scaled; the default eta of 0.01 is in the next line",
+        why="with eta=0 and every tensor scaled",
     ),
     "asam-invariance-by-default": Claim(
         ("asam",),
-        "The same, with the default settings.",
+        "The step does not depend on such scales, with the settings of the authors' code.",
         "authors' code",
-        "the same number",
+        "change of the logits, as above, relative to SAM's",
         high=ROUNDING,
         why="eta=0.01 is added to every weight, for stability",
     ),
@@ -75,13 +76,13 @@ CLAIMS = {
         "change of the step in w when w = 10 u and u is trained, relative to the step",
         high=ROUNDING,
         why="the published closed form has the metric I + g gᵀ in the coordinates that are "
-        "trained; only the transported metric would be invariant, see the next line",
+        "trained; only the transported metric would be invariant",
     ),
     "monge-metric": Claim(
         ("monge_sam",),
         "The length of a step on the graph of the loss does not depend on the coordinates.",
         "abstract",
-        "the same, with the metric of the graph over w, expressed in u",
+        "change of the step when u is trained, with the metric of the graph over w expressed in u",
         high=ROUNDING,
     ),
     "le-sam-rise": Claim(
@@ -117,7 +118,7 @@ CLAIMS = {
     ),
     "gsam-moving": Claim(
         ("gsam",),
-        "The same, for an ε that follows w, as it does in training.",
+        "The step does not change the perturbed loss, where ε follows w, as in training.",
         "section 4",
         "power of the step's length with which L(w + ε(w)) changes",
         low=1.9,
@@ -258,7 +259,7 @@ def le_sam(problem: Problem) -> dict[str, float]:
     return {"le-sam-rise": max(found)}
 
 
-def bisam(problem: Problem, seed: int) -> dict[str, float]:
+def bisam(seed: int) -> dict[str, float]:
     """Compare both bounds with the error of examples, right and wrong ones."""
     logits = 3 * jax.random.normal(jax.random.key(seed), (10_000, 3))
     labels = jnp.zeros(len(logits), int)
@@ -322,12 +323,29 @@ def measure(seeds: int) -> dict[str, list[float]]:
         for seed in range(seeds):
             problem = problem_of(seed)
             parts = asam, monge, le_sam, gsam, limits
-            found = bisam(problem, seed) | {
+            found = bisam(seed) | {
                 name: value for part in parts for name, value in part(problem).items()
             }
             for name, value in found.items():
                 values[name].append(value)
     return values
+
+
+def draw(found: Sequence[Found], path: Path) -> None:
+    """Draw the numbers that a claim wants to be 0, beside what counts as 0."""
+    mine = [one for one in reversed(found) if one.claim.high == ROUNDING]
+    figure = figures.make_figure(1.6, [figures.height_of(len(mine))])
+    axes = figure.subplots()
+    for position, one in enumerate(mine):
+        number = max(one.number.value, LEAST)
+        axes.plot(number, position, "o", color=COLORS[one.verdict])
+    axes.axvline(ROUNDING, color="0.7", linewidth=1, zorder=0)
+    axes.set_xscale("log")
+    axes.set_ylim(-0.7, len(mine) - 0.3)
+    axes.set_yticks(range(len(mine)), [one.name for one in mine])
+    axes.set_xlabel("number that the claim wants to be 0, in float64")
+    axes.grid(axis="x", alpha=0.3)
+    figures.save(figure, path, "Claims that are mathematics; left of the line: holds")
 
 
 @files.ends_in_one_line
@@ -339,7 +357,8 @@ def main(argv: list[str] | None = None) -> list[Found]:
     found = found_of(CLAIMS, values)
     print_claims(found)
     save(report, NAME, found, values)
-    report.end()
+    draw(found, args.folder / "exact.png")
+    report.end("exact.png")
     return found
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from examples.common import figures
-from examples.compare.cells import Cells, better_baseline, scores_of
 from examples.common.intervals import places_of
+from examples.compare.cells import Cells, better_baseline, scores_of
 from examples.compare.rows import BASELINES
 from examples.compare.tasks import TASKS
 

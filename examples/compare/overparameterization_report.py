@@ -10,8 +10,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from examples.common import figures
 from examples.common.digits_task import describe
-from examples.common.report import marked
 from examples.common.intervals import mean_interval
+from examples.common.report import marked
 from examples.compare.overparameterization_claims import (
     LEARNS,
     RATE,

@@ -50,9 +50,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from examples.common import figures, files
-from examples.common.output import choose_folder
-from examples.common.report import Report, aligned
-from examples.compare.cells import Cells, read_or_refuse
 from examples.common.intervals import (
     SEED,
     Interval,
@@ -62,6 +59,9 @@ from examples.common.intervals import (
     spearman,
     weights_of,
 )
+from examples.common.output import choose_folder
+from examples.common.report import Report, aligned
+from examples.compare.cells import Cells, read_or_refuse
 
 SHARPNESS = {
     "top_eigenvalue": "top eigenvalue",

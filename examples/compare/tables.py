@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from examples.common import files
+from examples.common.intervals import Interval, mean_interval
 from examples.common.output import choose_folder
 from examples.common.report import MARK, Report, aligned, marked
 from examples.compare import comparison_figures
@@ -51,7 +52,6 @@ from examples.compare.cells import (
     second_tier,
     third_tier,
 )
-from examples.common.intervals import Interval, mean_interval
 from examples.compare.rows import BASELINES, variants_of
 from examples.compare.tasks import TASKS
 

@@ -16,6 +16,9 @@ from examples.asynchronous import async_cost, exchange_cost, faults, lsam_digits
 from examples.claims import (
     averages,
     bsam,
+    claim,
+    committed,
+    exact,
     late_sam,
     lets,
     lightsam,
@@ -562,6 +565,14 @@ CASES = {
         lambda path: draw_fine_tune(path, ["lora adamw", "lora sam", "lora bi-lora"], "loss", 3),
         lambda path: draw_fine_tune(path, ["head adamw"], seeds=1),
         lambda path: draw_fine_tune(path, ["whole adamw", "whole sam", "head adamw"], "loss", 1),
+    ],
+    "committed.draw": [
+        lambda path: committed.draw(committed.committed(), path),
+        lambda path: committed.draw(committed.committed()[:3], path),
+    ],
+    "exact.draw": [
+        lambda path: exact.draw(claim.committed("exact", exact.CLAIMS), path),
+        lambda path: exact.draw(claim.committed("exact", exact.CLAIMS)[:1], path),
     ],
     "late_sam.draw": [
         lambda path: draw_late_sam(path, [0.3, 0.0]),
