@@ -21,8 +21,8 @@ Reported on the test split: accuracy, the negative log-likelihood, and the expec
 error: the mean distance between confidence and accuracy over 15 bins of equal width, weighted by
 the images in them. Lower is better for the last two.
 
-The script prints a table, and writes results.json and bsam.png to --out. It takes about two minutes
-on two CPU cores.
+The script prints a table and the claims, and writes results.json, bsam.json and bsam.png to --out.
+It takes about four minutes on two CPU cores.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from examples.common import arguments
+
+NAME = "bsam"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--noise", type=float, default=0.3, help="share of wrong labels")
     parser.add_argument("--draws", type=int, default=32, help="of the posterior, to predict")
     parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
-    arguments.add_out(parser, "bsam")
+    arguments.add_out(parser, NAME)
     args = parser.parse_args(argv)
     arguments.check_range(parser, args, "seeds", "epochs", "draws", "width")
     arguments.check_share(parser, args, "noise")
@@ -58,6 +60,7 @@ import optax
 from tqdm import tqdm
 
 import samx
+from examples.claims.claim import Claim, found_of, print_claims, save
 from examples.common import figures, files
 from examples.common.digits_task import (
     STEPS_PER_EPOCH,
@@ -95,6 +98,24 @@ METRICS = {
     "accuracy": "test accuracy, %",
     "nll": "negative log-likelihood",
     "ece": "calibration error, %",
+}
+LABELS = ("wrong labels", "clean labels")
+BETTER = "Its estimates of uncertainty are better than SAM's."
+PAIRS = (  # what is compared: the metric, lower is better, of two rows
+    ("nll", "bsam", "sam", BETTER),
+    ("ece", "bsam", "sam", BETTER),
+    ("nll", "bsam draws", "bsam", "Averages over its posterior predict better than its mean."),
+)
+CLAIMS = {
+    f"{metric}, {one}, {labels}": Claim(
+        ("bsam",),
+        text,
+        "abstract",
+        f"{METRICS[metric]}: {one} minus {other}; digits, {labels}, equal epochs",
+        high=0.0,
+    )
+    for labels in LABELS
+    for metric, one, other, text in PAIRS
 }
 
 
@@ -257,6 +278,19 @@ def print_table(results: list[dict[str, Any]], noise: float, seeds: int) -> None
         print(MARK)
 
 
+def values_of(results: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return the differences that the claims are about, by seed, for the rows that are there."""
+    rows = {(LABELS[not each["noise"]], each["row"]): each for each in results}
+    return {
+        f"{metric}, {one}, {labels}": np.subtract(
+            rows[labels, one][metric], rows[labels, other][metric]
+        ).tolist()
+        for labels in LABELS
+        for metric, one, other, _ in PAIRS
+        if {(labels, one), (labels, other)} <= rows.keys()
+    }
+
+
 def draw(results: list[dict[str, Any]], noises: list[float], path: Path, title: str) -> None:
     """Draw the three metrics of each row, and how often confident predictions are right."""
     columns = len(METRICS) + 1
@@ -298,7 +332,7 @@ def draw_bins(axes: Any, results: list[dict[str, Any]]) -> None:
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parse(argv)
-    choose_folder(args, "bsam")
+    choose_folder(args, NAME)
     report = Report(args)
     noises, results = list(dict.fromkeys([args.noise, 0.0])), []
     planned = len(noises) * len(TRAININGS) * (15 * len(TUNING_SEEDS) + args.seeds)
@@ -309,7 +343,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 results += measure(name, args, noise, bar)
     for noise in noises:
         print_table([r for r in results if r["noise"] == noise], noise, args.seeds)
-    report.save(results=results)
+    values = values_of(results)
+    found = found_of(CLAIMS, values)
+    print_claims(found)
+    save(report, NAME, found, values, results=results)
     title = f"Digits: bSAM and its posterior beside SGD and SAM, {args.seeds} seeds"
     draw(results, noises, args.folder / "bsam.png", title)
     report.end("bsam.png")

@@ -715,7 +715,7 @@ CARDS = {
             Start("0.3, gamma 3.2, sharpness 0.8", "the same on CIFAR-100", "cited", "the same"),
             Start("0.05", "fine-tuning CLIP ViT-B/16", "cited", "the same"),
             Start("0.5, gamma 3, sharpness 0.8", "digits, 100 to 1 images per class, SGD with "
-                  "momentum", "measured", "examples/train/long_tail.py"),
+                  "momentum", "measured", "examples/claims/long_tail.py"),
         ),
         watch="Long-tailed data want a larger rho than balanced data. Look at accuracy by class "
         "size, not only at its mean.",
@@ -726,7 +726,7 @@ CARDS = {
                 "sharpness": "sharpness",
             },
         },
-        shown_in=("examples/train/long_tail.py",),
+        shown_in=("examples/claims/long_tail.py",),
     ),
     "imbalanced_sam": Card(
         use_when="The tail is a list of classes, and it may cost the frequent ones something.",
@@ -735,7 +735,7 @@ CARDS = {
             Start("0.05", "ResNet-34 on long-tailed CIFAR-100, SGD with momentum", "cited",
                   "cool-xuan/Imbalanced_SAM"),
             Start("0.5, tail below 20 images", "digits, 100 to 1 images per class, SGD with "
-                  "momentum", "measured", "examples/train/long_tail.py"),
+                  "momentum", "measured", "examples/claims/long_tail.py"),
         ),
         watch="A batch without a tail example takes a step of the base. `tail_weight=2` is the "
         "authors' code, 1 their text.",
@@ -746,7 +746,7 @@ CARDS = {
                 "classes below eta images": "tail_classes",
             },
         },
-        shown_in=("examples/train/long_tail.py",),
+        shown_in=("examples/claims/long_tail.py",),
     ),
     "sam_on": Card(
         use_when="Only the normalization layers should be perturbed: in the paper that beats "

@@ -19,6 +19,9 @@ def test_a_tiny_run(in_empty_folder, capsys, read_report, monkeypatch):
     assert all(len(r[metric]) == 2 for r in results for metric in bsam.METRICS)
     mean, drawn = results[1:3]
     assert mean["nll"] != drawn["nll"]
+    [first, *_] = [row for row in report["claims"] if row["name"].startswith("nll, bsam draws")]
+    assert first["number"][0] == pytest.approx(np.mean(drawn["nll"]) - np.mean(mean["nll"]))
+    assert report["claims"][0]["verdict"] == "not testable here"  # SAM was not trained
     assert (in_empty_folder / "results" / "bsam.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     for text in ("30% of the training labels wrong, 2 seeds", "bsam draws", "clean labels"):

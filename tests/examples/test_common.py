@@ -11,13 +11,14 @@ from flax import nnx
 from sklearn import datasets
 
 import samx
+from examples.claims import long_tail
 from examples.common import arguments, choices, digits_task, models, training, vision
 from examples.common.output import free_folder
 from examples.common.registry import BASES, VARIANTS, Setting, check_base
 from examples.common.report import Report, mean_and_error, without_nans
 from examples.common.tuning import Runs, runs_of, scores_of
 from examples.devices import data_parallel
-from examples.train import cifar, kills, long_tail
+from examples.train import cifar, kills
 
 
 def test_free_folder_never_overwrites(in_empty_folder):

@@ -22,6 +22,7 @@ from examples.claims import (
     late_sam,
     lets,
     lightsam,
+    long_tail,
     mup_transfer,
     second_order,
 )
@@ -50,7 +51,7 @@ from examples.measure import (
     sharpness_figure,
     sharpness_measures,
 )
-from examples.train import abstract, cifar, fine_tune, language_model, long_tail, preference
+from examples.train import abstract, cifar, fine_tune, language_model, preference
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RNG = np.random.default_rng(0)

@@ -13,9 +13,9 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import samx
+from examples.claims import long_tail
 from examples.common.digits_task import initialize
 from examples.common.tuning import Runs
-from examples.train import long_tail
 
 COUNTS = [100, 59, 35, 21, 12, 7, 4, 2, 1, 1]
 
@@ -310,3 +310,15 @@ def test_groups_without_classes_and_a_single_seed_are_drawn(imbalance, tmp_path)
 )
 def test_bad_arguments(arguments, message, refusal):
     assert re.search(message, refusal(long_tail.main, arguments))
+
+
+def test_claims_are_paired_differences_of_a_group_in_points():
+    sam, other = {"few": [0.1, 0.2], "all": [0.5, 0.6]}, {"few": [0.3, 0.1], "all": [0.4, 0.8]}
+    results = [
+        {"row": "sam", "test_accuracy_by_group": sam},
+        {"row": "imb-sam", "test_accuracy_by_group": other},
+    ]
+    found = long_tail.values_of(results)
+    assert found.keys() == {"imbalanced-few", "imbalanced-all"}
+    assert found["imbalanced-few"] == pytest.approx([20.0, -10.0])
+    assert found["imbalanced-all"] == pytest.approx([-10.0, 20.0])

@@ -1,8 +1,8 @@
 """Sharpness-aware training when some digits have few images: SAM, Focal-SAM and ImbSAM.
 
-    python examples/train/long_tail.py
-    python examples/train/long_tail.py --loss la --imbalance 50
-    python examples/train/long_tail.py --variants sam focal-sam --rho 0.1 0.2 0.5 --seeds 20
+    python examples/claims/long_tail.py
+    python examples/claims/long_tail.py --loss la --imbalance 50
+    python examples/claims/long_tail.py --variants sam focal-sam --rho 0.1 0.2 0.5 --seeds 20
 
 A small Flax network learns scikit-learn's digits (8x8 pixels) from a long-tailed training set: 100
 images of the most frequent digit, fewer of each following digit, and 1 of the rarest. Which digits
@@ -23,8 +23,8 @@ the digits, split, initialization and batches. All seeds and candidates train at
 `--loss la` adds the logarithms of the class frequencies to the logits
 (https://arxiv.org/abs/2007.07314).
 
-The script prints a table and the differences to SAM, paired by seed. It writes results.json and
-long_tail.png to --out. It takes about two minutes on two CPU cores.
+The script prints a table, the differences to SAM, paired by seed, and the claims. It writes
+results.json, long_tail.json and long_tail.png to --out. It takes about two minutes on two cores.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 from examples.common import arguments, choices
 
+NAME = "long_tail"
 NAMES = ("base", "base2x", "sam", "focal-sam", "imb-sam")  # of `METHODS`
 LOSSES = {"ce": "cross-entropy", "la": "logit adjustment"}
 
@@ -54,7 +55,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--rho", type=float, nargs="+", help="candidate radii for all methods")
     parser.add_argument("--width", type=int, default=128, help="units of each hidden layer")
-    arguments.add_out(parser, "long_tail")
+    arguments.add_out(parser, NAME)
     args = parser.parse_args(argv)
     args.variants = list(dict.fromkeys(args.variants))
     arguments.check_range(parser, args, "seeds", "epochs", "width")
@@ -77,6 +78,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import samx
+from examples.claims.claim import Claim, found_of, print_claims, save
 from examples.common import figures, files
 from examples.common.digits_task import graph_of, initialize
 from examples.common.output import choose_folder
@@ -96,6 +98,39 @@ LEARNING_RATES = {
     "adamw": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 RADII = (0.05, 0.1, 0.2, 0.5, 1.0)
+# The claims, and what is compared for each of them: the row, its opponent, the group of classes.
+PAIRS = {
+    "imbalanced-few": ("imb-sam", "sam", "few"),
+    "imbalanced-all": ("imb-sam", "sam", "all"),
+    "focal-few": ("focal-sam", "sam", "few"),
+    "focal-all": ("focal-sam", "sam", "all"),
+    "focal-imbalanced": ("focal-sam", "imb-sam", "all"),
+}
+WORSE = "Focal-SAM's gamma and the weight of its sharpness are not tuned here"
+
+
+def claim_of(name: str, system: str, text: str, source: str, why: str = "") -> Claim:
+    """Return a claim about accuracy: a row is better than another one."""
+    row, other, group = PAIRS[name]
+    measured = f"accuracy of {row} minus {other}, points, classes: {group}; equal epochs, digits"
+    return Claim((system,), text, source, measured, low=0.0, why=why)
+
+
+TABLE = "CIFAR-100-LT, many/medium/few/all: SAM 79.7/49.3/12.4/48.9, ImbSAM 75.9/53.5/19.4/51.1"
+IMBALANCED = "imbalanced_sam"
+CLAIMS = {
+    name: claim_of(name, *told)
+    for name, told in {
+        "imbalanced-few": (IMBALANCED, "Rare classes gain over SAM.", "authors' code"),
+        "imbalanced-all": (IMBALANCED, "All classes together gain over SAM.", "authors' code"),
+        "focal-few": ("focal_sam", "Rare classes gain over SAM.", "abstract"),
+        "focal-all": ("focal_sam", "Better than SAM.", "abstract"),
+        "focal-imbalanced": ("focal_sam", "Better than ImbSAM.", "abstract", WORSE),
+    }.items()
+}
+CLAIMS |= {
+    name: CLAIMS[name]._replace(published=TABLE) for name in ("imbalanced-few", "imbalanced-all")
+}
 
 
 class Method(NamedTuple):
@@ -373,6 +408,16 @@ def comparison(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def values_of(results: list[dict]) -> dict[str, list[float]]:
+    """Return the differences that the claims are about, by seed, for the rows that are there."""
+    rows = {each["row"]: each["test_accuracy_by_group"] for each in results}
+    return {
+        name: (100 * np.subtract(rows[row][group], rows[other][group])).tolist()
+        for name, (row, other, group) in PAIRS.items()
+        if row in rows and group in rows.get(other, {})
+    }
+
+
 def draw(results: list[dict], counts: list[int], path: Path, title: str) -> None:
     """Plot accuracy by group (left) and by the number of training images of a class (right)."""
     groups = groups_of(counts)
@@ -455,7 +500,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if args.seeds > TUNING_SEEDS.start:
         arguments.refuse(f"--seeds must be at most {TUNING_SEEDS.start}, got {args.seeds}")
     args.counts = class_counts(args.imbalance)
-    choose_folder(args, "long_tail")
+    choose_folder(args, NAME)
     report = Report(args, left_out=["counts"])
     total = sum(sum(work_of(row, args)) * METHODS[row].times * args.epochs for row in args.variants)
     with tqdm(total=total, unit=" gradients", unit_scale=True, smoothing=0.1, disable=None) as bar:
@@ -467,7 +512,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if text := comparison(results):
         print(f"\nThe same, difference to SAM, seed by seed\n{text}")
 
-    report.save(class_counts=args.counts, groups=groups, results=results)
+    values = values_of(results)
+    found = found_of(CLAIMS, values)
+    print_claims(found)
+    save(report, NAME, found, values, class_counts=args.counts, groups=groups, results=results)
     title = f"Long-tailed digits, imbalance {args.imbalance:g}, {LOSSES[args.loss]}"
     title += f", {args.seeds} seeds"
     draw(results, args.counts, args.folder / "long_tail.png", title)

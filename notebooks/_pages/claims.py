@@ -1,0 +1,91 @@
+"""The tables of the papers' claims, from the committed numbers in examples/claims/results/."""
+
+from collections import Counter
+from collections.abc import Iterable
+from types import ModuleType
+
+from examples.claims import bsam, claim, committed, exact
+from examples.claims.claim import WORDS, Found
+
+# The scripts in the order of the page. Each has CLAIMS, and its numbers in claims/results/.
+SCRIPTS: tuple[ModuleType, ...] = (exact, bsam)
+
+
+def found_by_script() -> dict[ModuleType, list[Found]]:
+    """Return the claims of each script with their committed numbers."""
+    return {
+        committed: committed.committed(),
+        **{script: claim.committed(script.NAME, script.CLAIMS) for script in SCRIPTS},
+    }
+
+
+def claims_of_systems() -> dict[str, list[tuple[ModuleType, Found]]]:
+    """Return the claims about each system, each with its script."""
+    found: dict[str, list[tuple[ModuleType, Found]]] = {}
+    for script, claims in found_by_script().items():
+        for one in claims:
+            for system in one.claim.systems:
+                found.setdefault(system, []).append((script, one))
+    return found
+
+
+def parts() -> dict[str, str]:
+    """Return the written parts of the page."""
+    found = found_by_script()
+    return {
+        "summary": summary([one for claims in found.values() for one in claims]),
+        "side": as_table(committed.side_by_side()),
+        "claims": "\n\n".join(section(script, claims) for script, claims in found.items()),
+    }
+
+
+def summary(found: Iterable[Found]) -> str:
+    """Return how many claims there are, of how many systems, and how they end."""
+    found = list(found)
+    systems = {system for one in found for system in one.claim.systems}
+    counts = Counter(one.verdict for one in found)
+    head, ends = [*WORDS], [str(counts[word]) for word in WORDS]
+    return f"{len(found)} claims, {len(systems)} systems:\n\n" + as_table([head, ends])
+
+
+def section(script: ModuleType, claims: Iterable[Found]) -> str:
+    """Return the claims of a script as a table under a heading, with the command."""
+    title = str(script.__doc__).partition("\n")[0].removesuffix(".")
+    path = script.__name__.replace(".", "/") + ".py"
+    head = ["method", "claim", "measured here", "number", "verdict"]
+    table = [head, *(cells_of(one) for one in claims)]
+    return f"### {title}\n\n`python {path}`\n\n{as_table(table)}"
+
+
+def cells_of(one: Found) -> list[str]:
+    """Return the line of a claim."""
+    told = f"{one.claim.text} ({one.claim.source}"
+    told += f"; published: {one.claim.published})" if one.claim.published else ")"
+    return [
+        ", ".join(f"[{name}](methods.md#{name})" for name in one.claim.systems),
+        told,
+        one.claim.measured,
+        claim.shown(one.number),
+        with_reason(one),
+    ]
+
+
+def with_reason(one: Found) -> str:
+    """Return the verdict, with what is known about it."""
+    return f"**{one.verdict}**" + (f": {one.claim.why}" if one.claim.why else "")
+
+
+def as_table(grid: list[list[str]]) -> str:
+    """Return a table in Markdown, the head first."""
+    head, *rows = [[cell.replace("|", "\\|") for cell in line] for line in grid]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def on_card(found: Iterable[tuple[ModuleType, Found]]) -> list[str]:
+    """Return the items of a card about the claims of a method; none if there is none."""
+    items = [
+        f"  {one.claim.text} *{one.verdict}*: {claim.shown(one.number)}".removesuffix(": ")
+        for _, one in found
+    ]
+    head = "**Claims of the paper, and what we see** ([all](claims.md)):"
+    return [head, *dict.fromkeys(items)] if items else []
