@@ -33,6 +33,7 @@ from examples.compare import (
     tables,
 )
 from examples.train import fine_tune, preference
+from notebooks._pages import claims
 from samx.catalog.cards import CARDS, FAMILIES, Start
 from samx.catalog.table import ENTRIES, SHAPES, Entry
 
@@ -92,6 +93,7 @@ def pages() -> dict[str, dict[str, str]]:
             "late_sam": late_sam_table(),
         },
         "comparison.md": comparison_parts(),
+        "claims.md": claims.parts(),
         "memory.md": memory_tables(),
         "overparameterization.md": overparameterization_tables(),
         "fine_tuning.md": {
@@ -502,14 +504,19 @@ def method_table() -> str:
 
 def method_cards() -> str:
     """Return a card for each variant, under the headings of their families."""
+    found = claims.claims_of_systems()
+
+    def card(name: str) -> str:
+        return method_card(BY_NAME[name], claims.on_card(found.get(name, [])))
+
     return "\n\n".join(
-        "\n\n".join([f"## {family}", *(method_card(BY_NAME[name]) for name in names)])
+        "\n\n".join([f"## {family}", *map(card, names)])
         for family, names in FAMILIES.items()
     )
 
 
-def method_card(entry: Entry) -> str:
-    """Return the card of a variant."""
+def method_card(entry: Entry, claimed: list[str]) -> str:
+    """Return the card of a variant, with the items about the paper's claims."""
     card = CARDS[entry.name]
     closures = ", ".join(f"`{name}`" for name in entry.closures)
     people = ", ".join(name.split(",")[0] for name in entry.authors.split(" and "))
@@ -522,6 +529,7 @@ def method_card(entry: Entry) -> str:
         *(f"  {start_value(start)}" for start in card.start),
         f"**Watch:** {card.watch}",
         f"**Fidelity:** {sentence(entry.fidelity)} {entry.doubts()}".rstrip(),
+        *claimed,
     ]
     for code, arguments in card.coming_from.items():
         pairs = "; ".join(f"`{theirs}` → {argument(ours)}" for theirs, ours in arguments.items())
