@@ -25,6 +25,7 @@ from examples.claims import (
     long_tail,
     mup_transfer,
     second_order,
+    snippets,
 )
 from examples.common import figures, fine_tuning, monitoring
 from examples.common.registry import VARIANTS
@@ -570,6 +571,13 @@ CASES = {
     "committed.draw": [
         lambda path: committed.draw(committed.committed(), path),
         lambda path: committed.draw(committed.committed()[:3], path),
+    ],
+    "snippets.draw": [
+        lambda path, count=count: snippets.draw(
+            {row: {"measures": {"test_accuracy": some(20)}} for row in list(snippets.ROWS)[:count]},
+            path,
+        )
+        for count in (1, 5)
     ],
     "exact.draw": [
         lambda path: exact.draw(claim.committed("exact", exact.CLAIMS), path),
