@@ -26,6 +26,7 @@ from examples.claims import (
     mup_transfer,
     second_order,
     snippets,
+    wrong_labels,
 )
 from examples.common import figures, fine_tuning, monitoring
 from examples.common.registry import VARIANTS
@@ -578,6 +579,17 @@ CASES = {
             path,
         )
         for count in (1, 5)
+    ],
+    "wrong_labels.draw": [
+        lambda path, noises=noises: wrong_labels.draw(
+            [
+                {"row": row, "noise": noise, "test_accuracy": some(20)}
+                for noise in noises
+                for row in ("sgd", "sam", *(f"{n} steps" for n in wrong_labels.ASCENT_STEPS))
+            ],
+            path,
+        )
+        for noises in ([wrong_labels.SWEEP], wrong_labels.NOISES)
     ],
     "exact.draw": [
         lambda path: exact.draw(claim.committed("exact", exact.CLAIMS), path),

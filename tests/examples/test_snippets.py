@@ -24,7 +24,7 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
 
 
 def test_parts_of_a_file_do_not_overlap_and_a_label_is_that_of_the_file(monkeypatch):
-    """Files of one byte have one trigram; in a file of the bytes 0, 1, 2, ... a byte is its place."""
+    """A file of one byte has one trigram; in a file of the bytes 0, 1, 2, ... each is its place."""
     whole = [np.full(1000, label, np.uint8) for label in range(len(snippets.MODULES))]
     monkeypatch.setattr(snippets, "sources", lambda: whole)
     found = snippets.snippets_of(np.random.default_rng(0), 1, 16)
