@@ -26,6 +26,7 @@ from examples.claims import (
     mup_transfer,
     second_order,
     snippets,
+    two_views,
     wrong_labels,
 )
 from examples.common import figures, fine_tuning, monitoring
@@ -579,6 +580,19 @@ CASES = {
             path,
         )
         for count in (1, 5)
+    ],
+    "two_views.draw": [
+        lambda path, methods=methods: two_views.draw(
+            [
+                {
+                    "method": method,
+                    "over_rho": some(1 + 10 * (method != "sgd"), 3, low=5, high=12),
+                }
+                for method in methods
+            ],
+            path,
+        )
+        for methods in (["sgd", "sam"], list(two_views.METHODS))
     ],
     "wrong_labels.draw": [
         lambda path, noises=noises: wrong_labels.draw(
