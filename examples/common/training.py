@@ -164,7 +164,7 @@ def make_steps(variant: Variant, base: str, width: int) -> list[Callable[..., An
         return optax.with_extra_args_support(tx)
 
     def init(total, run, params):
-        return optimizer(total, run).init(params)
+        return with_own_draws(optimizer(total, run).init(params), run.seed)
 
     def step(total, params, state, run, batch):
         return take_step(optimizer(total, run), logits, losses_fn, parts, params, state, batch)
@@ -188,6 +188,21 @@ def make_steps(variant: Variant, base: str, width: int) -> list[Callable[..., An
         return Seen(params, optax.tree.get(state, "gradients_spent"))
 
     return [jax.jit(init), jax.jit(train, donate_argnums=2), jax.jit(step)]
+
+
+def with_own_draws(state: Any, seed: Any) -> Any:
+    """Fold a seed into the random keys of a state: all runs of a variant begin with the same ones.
+
+    A variant keeps the data of its keys in fields of the name `key`. What `init` has drawn already
+    stays: the first mask of `dynamic-sparse-sam` is the same in all runs.
+    """
+
+    def fold(path, leaf):
+        if not path or getattr(path[-1], "name", None) != "key":
+            return leaf
+        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(leaf), seed))
+
+    return jax.tree_util.tree_map_with_path(fold, state)
 
 
 def take_step(

@@ -14,7 +14,7 @@ from flax import nnx
 import samx
 from examples.common.registry import BASES, Setting
 from examples.common.rounding import rounded
-from examples.common.training import cosine_decay, rows_of, take_step
+from examples.common.training import cosine_decay, rows_of, take_step, with_own_draws
 from examples.common.tuning import Runs
 from examples.compare.rows import variants_of
 from examples.compare.task import Task
@@ -198,20 +198,6 @@ def make_trainer(task: Task, row: str) -> Trainer:
         return jax.lax.fori_loop(0, count, step, (params, state))
 
     return Trainer(jax.jit(init), jax.jit(train))
-
-
-def with_own_draws(state: Any, seed: Any) -> Any:
-    """Fold a seed into the random keys of a state: all runs of a variant begin with the same ones.
-
-    A variant keeps the data of its keys in fields of the name `key`.
-    """
-
-    def fold(path, leaf):
-        if not path or getattr(path[-1], "name", None) != "key":
-            return leaf
-        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(leaf), seed))
-
-    return jax.tree_util.tree_map_with_path(fold, state)
 
 
 @functools.lru_cache(maxsize=64)

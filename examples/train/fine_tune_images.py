@@ -195,12 +195,16 @@ def adapted(adapt: str, weights: Any, key: jax.Array) -> Adaptation:
 MERGED = ("merged-sam", "flat-lora", "bi-lora")  # their closures take merged weights
 
 
-def optimizer(row: Row, rho: Any, rate: Any, steps: int, weights_like: Any) -> Any:
-    """Return the optimizer of a row, and AdamW alone for the baselines."""
+def optimizer(row: Row, rho: Any, rate: Any, steps: int, weights_like: Any, seed: Any) -> Any:
+    """Return the optimizer of a row, and AdamW alone for the baselines.
+
+    A method with random numbers has those of the seed.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), 2)
     start = round((1 - DECAY) * steps)
     base = optax.adamw(rate_of(rate, start, steps))
     if row.method == "sl-sam":
-        return samx.sl_sam(base, rho, groups=3)
+        return samx.sl_sam(base, rho, groups=3, key=key)
     late = optax.linear_schedule(0.0, rho, max(1, steps - start), start)
     in_front: dict[str, Callable[[], Any]] = {
         "sam": lambda: samx.sam(rho),
@@ -208,8 +212,10 @@ def optimizer(row: Row, rho: Any, rate: Any, steps: int, weights_like: Any) -> A
         "functional-sam": lambda: samx.functional_sam(rho),
         "logits-sam": lambda: samx.logits_sam(rho),
         "merged-sam": lambda: samx.on_merged(samx.sam(rho), weights_like),
-        "flat-lora": lambda: samx.flat_lora(rho, num_steps=steps, weights_like=weights_like),
-        "bi-lora": lambda: samx.bi_lora(rho, RANK, weights_like=weights_like),
+        "flat-lora": lambda: samx.flat_lora(
+            rho, num_steps=steps, weights_like=weights_like, key=key
+        ),
+        "bi-lora": lambda: samx.bi_lora(rho, RANK, weights_like=weights_like, key=key),
     }
     if row.method not in in_front:
         return optax.with_extra_args_support(base)
@@ -224,7 +230,7 @@ def trainer(row: Row, steps: int) -> Callable[..., Any]:
     def train(rate, rho, seed, weights, data):
         first, batches = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
         start, merge, fill = adapted(row.adapt, weights, first)
-        tx = optimizer(row, rho, rate, steps, jax.eval_shape(merge, start))
+        tx = optimizer(row, rho, rate, steps, jax.eval_shape(merge, start), seed)
         is_merged = row.method in MERGED
 
         def step(carry, key):

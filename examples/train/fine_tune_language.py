@@ -141,7 +141,7 @@ def trainer(model: Model, row: Row, steps: int) -> Callable[..., Any]:
     def train(rate, rho, seed, weights, data):
         first, batches = jax.random.split(jax.random.fold_in(jax.random.key(seed), 1))
         start, merge, fill = adapted(row.adapt, weights, first)
-        tx = optimizer(row, rho, rate, steps, jax.eval_shape(merge, start))
+        tx = optimizer(row, rho, rate, steps, jax.eval_shape(merge, start), seed)
         is_merged = row.method in MERGED
 
         def step(carry, number):

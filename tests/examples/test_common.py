@@ -52,6 +52,18 @@ def test_registry_shows_what_a_base_lacks():
                 check_base(variant, base)
 
 
+def test_random_keys_of_all_variants_are_in_fields_of_one_name():
+    """`training.with_own_draws` gives those of this name to each seed."""
+    x = jax.ShapeDtypeStruct((2,), np.float32)
+    setting, base = Setting(x, batch_size=1, num_examples=1), BASES["momentum"](0.1)
+    names = []
+    for variant in VARIANTS.values():
+        state = jax.eval_shape(variant.make(0.1, base, setting).init, x)
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        names += [path[-1].name for path, leaf in leaves if leaf.dtype == np.uint32]
+    assert {*names} == {"key"}
+
+
 @pytest.mark.parametrize(("devices", "count"), [(1, 4), (8, 3), (24, 1)])
 def test_registry_takes_microbatches_that_divide_the_examples_of_a_device(
     devices, count, monkeypatch

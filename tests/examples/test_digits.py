@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tqdm import tqdm
@@ -92,6 +93,23 @@ def test_a_tiny_run_of_every_kind_of_variant(in_empty_folder, capsys, read_repor
     assert not {"out", "folder"} & summary["settings"].keys()
     assert {"python", "samx", "jax"} <= summary["versions"].keys()
     assert text.count("\n") < 60
+
+
+def test_every_seed_has_random_numbers_of_its_own():
+    """So that a method's luck is not the same in all of them, nor in the tuning."""
+    example = samx.rwp(0.1).init(jnp.zeros(3)), samx.sam(0.1).init(jnp.zeros(3))
+    assert changed_names(*(training.with_own_draws(example, seed) for seed in (1, 2))) == {"key"}
+    trainer = training.make_trainer(VARIANTS["rwp"], "momentum", 4, 1)
+    vectors = tuning.Runs(*tuning.runs_of((1, 2), [(0.1, 0.1)]))
+    runs, start = (training.row_of(vectors, i) for i in (0, 1)), training.start_of(0, 4)
+    assert changed_names(*(trainer.init(run, start) for run in runs)) == {"key"}
+
+
+def changed_names(one, other):
+    """Return the names of the fields in which two states differ."""
+    changed = jax.tree.map(lambda *leaves: not np.array_equal(*leaves), one, other)
+    paths = jax.tree_util.tree_leaves_with_path(changed)
+    return {path[-1].name for path, is_other in paths if is_other}
 
 
 def result_of(row, accuracies, **changes):

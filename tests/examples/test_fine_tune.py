@@ -102,6 +102,19 @@ def test_methods_are_adamw_without_a_radius_and_differ_with_one(adapt, adamw_of)
         assert largest_difference(found[one], found[other]) > 5e-4, (one, other)
 
 
+@pytest.mark.parametrize("name", ["whole sl-sam", "lora flat-lora", "lora bi-lora"])
+def test_every_seed_has_random_numbers_of_its_own(name):
+    row, key = fine_tuning.ROWS[name], jax.random.key(0)
+    weights = {part: {"first": {"kernel": jnp.ones((3, 2))}} for part in ("body", "old", "new")}
+    start, merge, _ = fine_tune_images.adapted(row.adapt, weights, key)
+    like = jax.eval_shape(merge, start)
+    states = [
+        fine_tune_images.optimizer(row, 0.1, 0.01, 4, like, seed).init(start) for seed in (0, 1)
+    ]
+    one, other = map(jax.tree.leaves, states)
+    assert not all(map(np.array_equal, one, other))
+
+
 @pytest.mark.slow
 def test_what_each_adaptation_trains(adamw_of):
     start = fine_tune_images.start_of(SETTING, 0)
