@@ -12,7 +12,7 @@ many gradients as SAM. The lead of SAM is its lead over the better of these two.
 
 The learning rate and rho of each method are chosen on a validation split, with eight separate
 seeds. The test split is used once, with the chosen values. Every seed has its own split, flipped
-labels, initialization and batches.
+labels, initialization, batches, and random numbers of the method.
 
 Every method is tuned by the same rule. Learning rates and rho are 1, 2 or 5 times a power of ten. A
 method without rho has one number to tune, and its learning rates are closer together (1, 1.5, 2, 3,
