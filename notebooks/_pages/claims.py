@@ -83,9 +83,12 @@ def as_table(grid: list[list[str]]) -> str:
 
 def on_card(found: Iterable[tuple[ModuleType, Found]]) -> list[str]:
     """Return the items of a card about the claims of a method; none if there is none."""
-    items = [
-        f"  {one.claim.text} *{one.verdict}*: {claim.shown(one.number)}".removesuffix(": ")
-        for _, one in found
-    ]
+    items = [f"  {one.claim.text} {with_number(one)}" for _, one in found]
     head = "**Claims of the paper, and what we see** ([all](claims.md)):"
     return [head, *dict.fromkeys(items)] if items else []
+
+
+def with_number(one: Found) -> str:
+    """Return the verdict with the number and what it is."""
+    number = claim.shown(one.number)
+    return f"*{one.verdict}*" + (f": {number} ({one.claim.measured})" if number else "")
