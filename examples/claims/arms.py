@@ -1,7 +1,7 @@
 """Train methods on the digits, each tuned in the same way: what scripts of claims share."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from tqdm import tqdm
 from examples.common.digits_task import STEPS_PER_EPOCH
 from examples.common.registry import Variant
 from examples.common.training import PLANNED, axes_of, measure, runs_to_try
+from examples.common.tuning import Axis
 
 
 def train_arms(
@@ -17,6 +18,7 @@ def train_arms(
     args: argparse.Namespace,
     noises: Sequence[float],
     is_measured: bool = False,
+    axes: Callable[[str, Variant], Sequence[Axis]] | None = None,
 ) -> list[dict[str, Any]]:
     """Tune and train each arm, for the same number of epochs; see `training.measure`.
 
@@ -25,6 +27,8 @@ def train_arms(
         args: `base`, `width`, `epochs`, `seeds` and `rho`, as `arguments.add_settings` adds them.
         noises: Shares of wrong labels; each arm is tuned and trained for each of them.
         is_measured: Whether sharpness is measured on all training images at the end.
+        axes: Returns the axes of learning rate and rho that are searched for an arm; default those
+            of digits.py.
 
     Returns:
         The results of `training.measure`, in the order of the arms, then of the shares.
@@ -46,7 +50,7 @@ def train_arms(
             results += measure(
                 name,
                 arm,
-                axes_of(arm, args.base, args.rho),
+                axes(name, arm) if axes else axes_of(arm, args.base, args.rho),
                 args,
                 args.epochs,
                 list(noises),
