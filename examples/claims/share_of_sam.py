@@ -94,8 +94,8 @@ def periodic(period: int) -> Make:
     return on_steps(policies.every(period))
 
 
-def rst(probability: float) -> Make:
-    """Build RST with a constant probability."""
+def rst(probability: Any) -> Make:
+    """Build RST with a probability, a number or a schedule."""
     return on_steps(policies.random(probability))
 
 
@@ -168,7 +168,7 @@ def curves_of(steps: int) -> dict[str, Curve]:
         "arsam, random": Curve(partial(sampled, "arsam"), (0.2, SPEED_UP)),
         "ausam": Curve(ausam, (0.25, 0.5, 0.75)),
         "ksam": Curve(ksam, (0.25, 0.5)),
-        "esam": Curve(esam, (0.1, 0.25, 0.5)),
+        "esam": Curve(esam, (0.1, 0.5)),
         "sl-sam": Curve(sl_sam, (2, 3)),
         "momentum-sam": single("momentum-sam"),
         "saf": single("saf"),
@@ -489,17 +489,21 @@ def sharp_shares(spent: Sequence[float]) -> np.ndarray:
     return np.diff(spent, prepend=0.0) / STEPS_PER_EPOCH - 1
 
 
-def controls_of(results: Sequence[dict[str, Any]], noise: float) -> dict[str, Variant]:
-    """Return random sharp steps, as many as AE-SAM took: overall, and in each epoch."""
-    shares = sharp_shares(result_of(results, PAPERS_THRESHOLD, noise)["gradients_by_epoch"])
+def as_often(shares: np.ndarray) -> dict[str, Any]:
+    """Return probabilities that give so many sharp steps: overall, and in each epoch."""
     by_epoch = jnp.asarray(np.clip(shares, 0, 1))
-    probabilities = {
+    return {
         "overall": float(by_epoch.mean()),
         "by epoch": lambda step: by_epoch[step // STEPS_PER_EPOCH],
     }
+
+
+def controls_of(results: Sequence[dict[str, Any]], noise: float) -> dict[str, Variant]:
+    """Return arms with random sharp steps, as many as AE-SAM took."""
+    shares = sharp_shares(result_of(results, PAPERS_THRESHOLD, noise)["gradients_by_epoch"])
     return {
-        f"{CONTROL} {name}": Variant(on_steps(policies.random(p)), RADIUS, 1.5, RADIUS)
-        for name, p in probabilities.items()
+        f"{CONTROL} {name}": Variant(rst(probability), RADIUS, 1.5, RADIUS)
+        for name, probability in as_often(shares).items()
     }
 
 

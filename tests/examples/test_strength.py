@@ -28,8 +28,7 @@ def result_of(arm, accuracy=0.9, top=10.0, rise=0.1, validation=0.9):
 
 def results_of(**changed):
     """Return results of all arms; those whose names are given differ."""
-    names = {name.replace("_", " "): change for name, change in changed.items()}
-    return [result_of(arm, **names.get(arm, {})) for arm in strength.arms_of()]
+    return [result_of(arm, **changed.get(arm, {})) for arm in strength.arms_of()]
 
 
 def test_a_tiny_run(in_empty_folder, capsys, read_report, monkeypatch):
@@ -75,10 +74,8 @@ def test_slopes_are_fitted_for_each_seed():
 
 
 def test_the_best_value_is_chosen_by_validation_not_by_test():
-    results = results_of(
-        gsam_0_1={}, **{"gsam 0.2": {"validation": 0.95}, "gsam 0.4": {"accuracy": 0.99}}
-    )
-    arms = strength.Arms(results, 0.3)
+    changed = {"gsam 0.2": {"validation": 0.95}, "gsam 0.4": {"accuracy": 0.99}}
+    arms = strength.Arms(results_of(**changed), 0.3)
     assert arms.best("gsam") == "gsam 0.2"
     assert strength.values_of(arms)["gsam-better"] == pytest.approx([0.0] * SEEDS)
 
