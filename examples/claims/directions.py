@@ -1,4 +1,4 @@
-"""Directions and sizes of gradients: what papers say of them, along a training and at frozen weights.
+"""Directions and sizes of gradients: what papers say of them, along trainings, at frozen weights.
 
     python examples/claims/directions.py
 

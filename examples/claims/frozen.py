@@ -334,7 +334,7 @@ def variances(gradients: Any) -> dict[str, jax.Array]:
     found = []
     for trees in (gradients, jax.vmap(central)(gradients)):
         rows = jax.vmap(flat)(trees)
-        mean = rows.mean(axis=0)
+        mean = rows.mean(axis=0, keepdims=True)
         found.append((jnp.sum((rows - mean) ** 2), jnp.sum(mean**2)))
     (variance, square), (new_variance, new_square) = found
     return {

@@ -6,6 +6,8 @@ import itertools
 from pathlib import Path
 
 import drawn
+import fake_directions
+import jax
 import numpy as np
 import pytest
 from fake_cells import ROWS, fake_tasks
@@ -19,6 +21,7 @@ from examples.claims import (
     claim,
     committed,
     exact,
+    directions,
     late_sam,
     lets,
     lightsam,
@@ -82,6 +85,15 @@ def of_digits(rows, noises=(0.3, 0.0), seeds=3, monitored=0):
             "gradients_by_epoch": np.linspace(spent / 5, spent, 5).tolist(),
             **of_monitor(monitored, seeds),
         }
+
+
+def draw_directions(path, seeds, language_seeds):
+    epochs = directions.CHECKPOINTS
+    runs = [fake_directions.measured(seed, epochs) for seed in range(seeds)]
+    language = [fake_directions.of_language(seed, epochs) for seed in range(language_seeds)]
+    measured = jax.tree.map(lambda *x: np.stack(x), *runs)
+    measured["language"] = {"logit_share": np.stack(language)}
+    directions.draw(measured, [], path)
 
 
 def of_monitor(count, seeds):
@@ -750,6 +762,10 @@ CASES = {
     "sharpness_cost.draw": [
         lambda path: draw_sharpness_cost(path, sharpness_cost.ROWS),
         lambda path: draw_sharpness_cost(path, sharpness_cost.ALWAYS),
+    ],
+    "directions.draw": [
+        lambda path: draw_directions(path, 3, 2),
+        lambda path: draw_directions(path, 1, 1),
     ],
     "lsam_digits.draw": [
         lambda path: draw_lsam(path, [*lsam_digits.ROWS], 3),

@@ -1,0 +1,177 @@
+"""The claims on directions: what the script writes, and its computations for known cases."""
+
+from functools import partial
+
+import fake_directions
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import samx
+from examples.claims import claim, directions, frozen, language_paths, recorded
+from examples.common.digits_task import rows_of
+from examples.common.training import Functions, make_functions, start_of
+
+FEW = (1, 2)  # checkpoints
+
+
+@pytest.fixture
+def few_checkpoints(monkeypatch):
+    monkeypatch.setattr(directions, "CHECKPOINTS", FEW)
+
+
+@pytest.fixture
+def without_trainings(few_checkpoints, monkeypatch):
+    monkeypatch.setattr(
+        directions, "of_seed", lambda seed, width: fake_directions.measured(seed, FEW)
+    )
+    monkeypatch.setattr(
+        language_paths, "of_seed", lambda seed, *of: fake_directions.of_language(seed, FEW)
+    )
+
+
+def test_a_tiny_run(without_trainings, in_empty_folder, capsys, read_report):
+    arguments = "--seeds 3 --language-seeds 2 --out results"
+    found = directions.main(arguments.split())
+    folder = in_empty_folder / "results"
+    report = read_report(folder)
+    assert [one.name for one in found] == [*directions.CLAIMS]
+    assert report["claims"][0]["number"] == [*found[0].number]
+    assert {name: len(values) for name, values in report["values"].items()} == {
+        name: 2 if "language" in name or "difference" in name else 3 for name in directions.CLAIMS
+    }
+    assert all(len({*values}) > 1 for values in report["values"].values())
+    assert (folder / "directions.json").exists()
+    assert (folder / "directions.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    for text in ("xsam: ", "cosine with the way to the maximum", "sampa: ", "here, "):
+        assert text in printed
+
+
+@pytest.mark.slow
+def test_a_real_run_gives_every_number(few_checkpoints, in_empty_folder, monkeypatch):
+    monkeypatch.setattr(directions, "SEARCHED", 1)
+    arguments = "--seeds 2 --language-seeds 2 --width 8 --out results"
+    found = directions.main(arguments.split())
+    assert all(np.isfinite(one.number).all() for one in found)
+
+
+def test_the_committed_numbers_are_those_of_the_claims():
+    values = claim.read(directions.NAME)
+    assert {*values} == {*directions.CLAIMS}
+    assert all(len(each) >= 5 and np.isfinite(each).all() for each in values.values())
+
+
+def measured_at(name, mine, theirs=None):
+    """Return the value of a claim when some of the fake measures are replaced."""
+    found = fake_directions.measured(0, FEW)
+    for kind in directions.KINDS:
+        found[kind] |= mine if theirs is None or kind == "sgd" else theirs
+    return directions.values_of(found)[name]
+
+
+def test_numbers_of_both_trainings_are_means(few_checkpoints):
+    one, other = ({"along_top": np.full((2, 4), x)} for x in (0.1, 0.3))
+    assert measured_at("eigen-alignment", one, other) == pytest.approx(0.2)
+
+
+def test_slopes_belong_to_their_training(few_checkpoints):
+    """The ratio of one training grows by 2 for each power of ten of the steps."""
+    grows = {"ratio": 1 + 2 * np.log10(np.arange(1, 21))}
+    flat = {"ratio": np.ones(20)}
+    assert measured_at("arsam-growth-sgd", grows, flat) == pytest.approx(2, rel=1e-5)
+    assert measured_at("arsam-growth", grows, flat) == pytest.approx(0, abs=1e-5)
+
+
+def test_what_is_lost_of_the_maximum(few_checkpoints):
+    shares = np.array([[0.9] * 3, [0.9 - 0.5 * np.log10(2)] * 3])
+    assert measured_at("cr-one-step", {"one_step_share": shares}) == pytest.approx(-0.5)
+
+
+def test_correlations():
+    x = np.arange(12.0).reshape(3, 4)
+    assert directions.correlated(x, np.exp(x)) == pytest.approx(1)
+    assert directions.within(x, -x) == pytest.approx(-1)
+    assert directions.within(x, np.tile(x[:1], (3, 1))) == pytest.approx(1)
+
+
+def test_the_variation_counts_what_is_within_an_epoch():
+    """The mean of each epoch does not matter, only the deviation: 1, 2, 3, 4."""
+    wave = np.tile([1.0, -1.0], 5)
+    change = np.concatenate([100 * k + k * wave for k in range(1, 5)])
+    expected = directions.slope(np.arange(1, 5) / 2.5, np.arange(1, 5))
+    assert directions.variation(change) == pytest.approx(expected)
+
+
+def linear():
+    """Return the functions of a linear model of 3 inputs and 2 classes."""
+
+    def logits(params, x):
+        return x @ params
+
+    def losses_fn(params, batch):
+        return loss_on_logits(logits(params, batch["x"]), batch)
+
+    def loss_on_logits(logits, batch):
+        return ((logits - batch["y"]) ** 2).sum(axis=-1) / 2
+
+    return Functions(logits, losses_fn, {"loss_on_logits": loss_on_logits}, *[None] * 4)
+
+
+@pytest.fixture(scope="module")
+def place():
+    batch = {"x": jnp.diag(jnp.array([1.0, 2.0, 3.0])), "y": jnp.ones((3, 2))}
+    return jax.jit(partial(make_place, batch))(jnp.arange(6.0).reshape(3, 2))
+
+
+def make_place(batch, params):
+    return frozen.place_of(linear(), params, batch, 0.1)._replace(net=None)
+
+
+def test_the_step_of_a_method_is_that_of_its_ball(place):
+    @jax.jit
+    def steps(place):
+        tx = samx.sam(0.1)
+        return place.eps, frozen.climb_of(tx, place.g, place.params)
+
+    one, other = steps(place)
+    np.testing.assert_allclose(one, other, atol=1e-6)
+    assert float(jnp.linalg.norm(one)) == pytest.approx(0.1)
+
+
+def test_in_a_linear_model_all_of_the_change_comes_from_the_logits(place):
+    share = jax.jit(lambda place: frozen.paths(place._replace(net=linear())))(place)
+    assert float(share["logit_share"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_carriers_are_the_fewest_that_carry_the_share():
+    share = jax.jit(frozen.carriers)
+    assert float(share(np.sqrt([0.05, 0.6, 0.04, 0.31], dtype=np.float32))) == 0.5
+    assert float(share(np.ones(4, np.float32))) == 1
+
+
+def test_variances_are_over_batches():
+    """The batches differ by a constant over the inputs only, which centralizing removes."""
+    mean = np.array([[1.0, 0.0], [-1.0, 2.0]])
+    found = jax.jit(frozen.variances)(jnp.asarray([mean - 1, mean + 1]))
+    assert float(found["central_variance"]) == 0
+
+
+def test_the_past_of_rows():
+    x = jnp.asarray(np.tile(np.eye(2), (12, 1)), jnp.float32)  # each row is that before the last
+    assert jax.jit(recorded.with_past)(x).tolist() == [0, 1] * 5
+
+
+def test_a_recorded_training_takes_the_steps_of_its_batches():
+    run = recorded.record("base", 0, 0.1, 0.0, 0.3, 8, 1)
+    losses_fn, tree = make_functions(8).losses_fn, recorded.tree_of(8)
+
+    @jax.jit
+    def first(w):
+        batch = rows_of(run.images, run.batches[0])
+        return w - 0.1 * jax.grad(lambda w: losses_fn(tree(w), batch).mean())(w)
+
+    assert run.weights.shape[0] == 11
+    np.testing.assert_array_equal(run.weights[0], recorded.flat(start_of(0, 8)))
+    np.testing.assert_allclose(run.weights[1], first(run.weights[0]), rtol=1e-4, atol=1e-6)
