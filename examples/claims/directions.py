@@ -52,7 +52,7 @@ from examples.common.digits_task import STEPS_PER_EPOCH, rows_of
 from examples.common.intervals import spearman
 from examples.common.output import choose_folder
 from examples.common.report import Report
-from examples.common.training import make_functions, map_runs
+from examples.common.training import map_runs
 from examples.compare.options import RESULTS
 
 NOISE = 0.3
@@ -474,11 +474,10 @@ def checkpoints_of(run: recorded.Recorded, seed: int) -> tuple[jax.Array, jax.Ar
 @functools.partial(jax.jit, static_argnums=5)
 def at_checkpoints(weights, batches, images, rho, sigma, width):
     """Return all measures of `frozen` at each checkpoint of a training: [checkpoints, batches]."""
-    net, tree = make_functions(width), recorded.tree_of(width)
+    net = recorded.functions_of(width)
 
     def of_checkpoint(inputs):
-        w, rows = inputs
-        params = tree(w)
+        params, rows = inputs
         whole = frozen.whole_set(lambda p: net.losses_fn(p, images).mean(), params, rho)
         vectors = whole.pop("vectors")
 
@@ -493,7 +492,8 @@ def at_checkpoints(weights, batches, images, rho, sigma, width):
             return frozen.maximum(frozen.place_of(net, params, rows_of(images, rows), rho))
 
         found, gradients = jax.lax.map(of_batch, rows)
-        found |= jax.lax.map(of_searched, rows[:SEARCHED]) | frozen.variances(gradients) | whole
+        found |= jax.lax.map(of_searched, rows[:SEARCHED]) | whole
+        found |= frozen.variances(gradients, recorded.tree_of(width))
         return found | frozen.smoothness(
             frozen.place_of(net, params, rows_of(images, rows[0]), rho)
         )
@@ -504,12 +504,11 @@ def at_checkpoints(weights, batches, images, rho, sigma, width):
 @functools.partial(jax.jit, static_argnums=4)
 def spreads(weights, batches, images, rho, width):
     """Return for each ball the spread of the KL divergence over its mean, at SAM's mean."""
-    net, tree = make_functions(width), recorded.tree_of(width)
+    net = recorded.functions_of(width)
 
     def steps(inputs):
         w, rows = inputs
-        place = frozen.place_of(net, tree(w), rows_of(images, rows), rho)
-        return {name: recorded.flat(step) for name, step in frozen.fisher_steps(place).items()}
+        return frozen.fisher_steps(frozen.place_of(net, w, rows_of(images, rows), rho))
 
     many = batches.reshape(-1, batches.shape[-1])
     where = jnp.repeat(weights, batches.shape[1], axis=0)
@@ -519,7 +518,7 @@ def spreads(weights, batches, images, rho, width):
         def of(inputs):
             w, rows, step = inputs
             batch = rows_of(images, rows)
-            return frozen.divergence(net, tree(w), tree(radius * step), batch)
+            return frozen.divergence(net, w, radius * step, batch)
 
         return jax.lax.map(of, (where, many, steps))
 
@@ -539,15 +538,17 @@ def spreads(weights, batches, images, rho, width):
 @functools.partial(jax.jit, static_argnums=5)
 def at_friendly(weights, averages, batches, images, rho, width):
     """Return what parts of the gradient do at the checkpoints of a training of Friendly SAM."""
-    net, tree = make_functions(width), recorded.tree_of(width)
+    net = recorded.functions_of(width)
+
+    def whole(w):
+        return net.losses_fn(w, images).mean()
 
     def of_checkpoint(inputs):
         w, average, rows = inputs
-        params = tree(w)
 
         def of_batch(rows):
-            place = frozen.place_of(net, params, rows_of(images, rows), rho)
-            return frozen.friendly(place, lambda p: net.losses_fn(p, images).mean(), tree(average))
+            place = frozen.place_of(net, w, rows_of(images, rows), rho)
+            return frozen.friendly(place, whole, average)
 
         return jax.lax.map(of_batch, rows)
 

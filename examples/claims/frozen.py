@@ -1,7 +1,7 @@
 """Exact computations at frozen weights: ascents, gradients and curvature of batches of a data set.
 
-Every function returns the measure of one point of a training, as a dict of arrays. Weights are a
-tree; perturbations are samx's.
+Every function returns the measures of one point of a training, as a dict of arrays. Weights are a
+tree or, which compiles faster, a vector. Perturbations are samx's.
 """
 
 from collections.abc import Callable
@@ -320,20 +320,20 @@ def friendly(place: Place, whole: Callable[[Any], jax.Array], average: Any) -> d
     return found | {"ema_cosine": cosine(average, full), "batch_cosine": cosine(place.g, full)}
 
 
-def variances(gradients: Any) -> dict[str, jax.Array]:
+def variances(gradients: jax.Array, tree: Callable[[jax.Array], Any]) -> dict[str, jax.Array]:
     """Compare the variance over batches of gradients and of centralized gradients.
 
     Args:
-        gradients: A tree like the weights, with one more axis in front: that of the batches.
+        gradients: Those of the batches, [batches, P].
+        tree: Makes a tree with kernels of a vector.
     """
     centralize = perturbations.centralize()
 
     def central(g):
-        return centralize.update(g, centralize.init(g))[0]
+        return flat(centralize.update(tree(g), centralize.init(g))[0])
 
     found = []
-    for trees in (gradients, jax.vmap(central)(gradients)):
-        rows = jax.vmap(flat)(trees)
+    for rows in (gradients, jax.vmap(central)(gradients)):
         mean = rows.mean(axis=0, keepdims=True)
         found.append((jnp.sum((rows - mean) ** 2), jnp.sum(mean**2)))
     (variance, square), (new_variance, new_square) = found

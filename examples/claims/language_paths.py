@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 
 from examples.claims import frozen
+from examples.claims.recorded import flat
 from examples.common.digits_task import rows_of
 from examples.common.gpt import losses_of
 from examples.common.training import Functions, cosine_decay
@@ -23,19 +25,26 @@ def loss_on_logits(logits: jax.Array, batch: Any) -> jax.Array:
     return losses_of(logits, batch["y"])
 
 
+def start_of(key: Any) -> Any:
+    """Return the initial parameters, a tree."""
+    return nnx.state(TASK.network(nnx.Rngs(key)), nnx.Param)
+
+
 @functools.cache
-def network() -> tuple[nnx.GraphDef, Functions]:
-    """Return the model's graph, and its functions."""
+def network() -> Functions:
+    """Return the functions of the model, of parameters that are one vector."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: TASK.network(nnx.Rngs(0))))
+    shapes = jax.eval_shape(start_of, jax.random.key(0))
+    _, tree = ravel_pytree(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
 
     def logits(params, x):
-        return nnx.merge(graph, params)(x)
+        return nnx.merge(graph, tree(params))(x)
 
     def losses_fn(params, batch):
         return loss_on_logits(logits(params, batch["x"]), batch)
 
     parts: dict[str, Any] = {"loss_on_logits": loss_on_logits}
-    return graph, Functions(logits, losses_fn, parts, *[_unused] * 4)
+    return Functions(logits, losses_fn, parts, *[_unused] * 4)
 
 
 def _unused(*args: Any) -> Any:
@@ -51,9 +60,8 @@ def batches_of(seed: int, epochs: int) -> np.ndarray:
 
 @jax.jit
 def train(key: Any, images: Any, batches: Any) -> Any:
-    """Train with AdamW; return the parameters after each epoch."""
-    _, net = network()
-    params = nnx.state(TASK.network(nnx.Rngs(key)), nnx.Param)
+    """Train with AdamW; return the parameters after each epoch, [epochs, P]."""
+    net, params = network(), flat(start_of(key))
     tx = optax.adamw(cosine_decay(TASK.learning_rate, batches.shape[0] * batches.shape[1]))
 
     def step(carry, rows):
@@ -73,7 +81,7 @@ def train(key: Any, images: Any, batches: Any) -> Any:
 @jax.jit
 def shares(params: Any, images: Any, batches: Any) -> jax.Array:
     """Return the share of the path through the logits, [checkpoints, radii]: means over batches."""
-    _, net = network()
+    net = network()
 
     def of_checkpoint(inputs):
         params, rows = inputs
@@ -93,5 +101,5 @@ def of_seed(seed: int, checkpoints: tuple[int, ...], searched: int) -> np.ndarra
     images = jax.device_put(TASK.data(seed).train)
     batches = batches_of(seed, checkpoints[-1] + 1)
     params = train(jax.random.key(seed), images, batches[:-1])
-    there = jax.tree.map(lambda x: x[np.array(checkpoints) - 1], params)
+    there = params[np.array(checkpoints) - 1]
     return np.asarray(shares(there, images, batches[list(checkpoints), :searched]))

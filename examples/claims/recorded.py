@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 import samx
 from examples.common.digits_task import rows_of, shuffled
 from examples.common.registry import VARIANTS
-from examples.common.training import data_of, make_functions, make_trainer, start_of
+from examples.common.training import Functions, data_of, make_functions, make_trainer, start_of
 from examples.common.tuning import Runs
 
 LAGS = 10  # steps back, for the cosine with the past
@@ -45,6 +45,17 @@ def flat(tree: Any) -> jax.Array:
 def tree_of(width: int) -> Callable[[Any], Any]:
     """Return the function that makes parameters of a vector."""
     return ravel_pytree(start_of(0, width))[1]
+
+
+@functools.cache
+def functions_of(width: int) -> Functions:
+    """Return `make_functions` of parameters that are one vector: programs compile much faster."""
+    net, tree = make_functions(width), tree_of(width)
+    return net._replace(
+        logits=lambda w, x: net.logits(tree(w), x),
+        losses_fn=lambda w, batch: net.losses_fn(tree(w), batch),
+        accuracy=lambda w, data: net.accuracy(tree(w), data),
+    )
 
 
 @functools.cache
@@ -95,11 +106,10 @@ def along(recorded: Recorded, rho: Any, width: int) -> dict[str, jax.Array]:
         "lag_part": the mean cosine of g, and of the part of g_s orthogonal to g, with its own past,
         1 to `LAGS` steps ago.
     """
-    _, losses_fn, *_ = make_functions(width)
-    tree, sam = tree_of(width), samx.sam(rho)
+    losses_fn, sam = functions_of(width).losses_fn, samx.sam(rho)
 
     def loss(w, rows):
-        return losses_fn(tree(w), rows_of(recorded.images, rows)).mean()
+        return losses_fn(w, rows_of(recorded.images, rows)).mean()
 
     gradient = jax.grad(loss)
 
@@ -145,13 +155,12 @@ def trial_points(recorded: Recorded, width: int) -> jax.Array:
 
     The first step is left out: there y is w.
     """
-    _, losses_fn, *_ = make_functions(width)
-    tree = tree_of(width)
+    losses_fn = functions_of(width).losses_fn
 
     def of_step(inputs):
         w, rows, g_y = inputs
         batch = rows_of(recorded.images, rows)
-        g = jax.grad(lambda w: losses_fn(tree(w), batch).mean())(w)
+        g = jax.grad(lambda w: losses_fn(w, batch).mean())(w)
         return cosines(g, g_y)
 
     inputs = recorded.weights[:-1], recorded.batches, recorded.kept
@@ -167,17 +176,16 @@ def along_momentum(recorded: Recorded, rho: Any, width: int) -> dict[str, jax.Ar
     Returns:
         "cosine" of ε and g, and "rise" of the batch's loss from w to w + ε.
     """
-    _, losses_fn, *_ = make_functions(width)
-    tree, ball = tree_of(width), samx.perturbations.metric_ball(rho)
+    losses_fn, ball = functions_of(width).losses_fn, samx.perturbations.metric_ball(rho)
 
     def of_step(inputs):
         before, w, rows = inputs
         batch = rows_of(recorded.images, rows)
-        value, g = jax.value_and_grad(lambda w: losses_fn(tree(w), batch).mean())(w)
+        value, g = jax.value_and_grad(lambda w: losses_fn(w, batch).mean())(w)
         eps, _ = ball.update(w - before, ball.init(w), w)
         return {
             "cosine": cosines(eps, g),
-            "rise": losses_fn(tree(w + eps), batch).mean() - value,
+            "rise": losses_fn(w + eps, batch).mean() - value,
         }
 
     inputs = recorded.weights[:-2], recorded.weights[1:-1], recorded.batches[1:]

@@ -154,7 +154,9 @@ def test_carriers_are_the_fewest_that_carry_the_share():
 def test_variances_are_over_batches():
     """The batches differ by a constant over the inputs only, which centralizing removes."""
     mean = np.array([[1.0, 0.0], [-1.0, 2.0]])
-    found = jax.jit(frozen.variances)(jnp.asarray([mean - 1, mean + 1]))
+    found = jax.jit(lambda rows: frozen.variances(rows, lambda w: w.reshape(2, 2)))(
+        jnp.asarray([mean.ravel() - 1, mean.ravel() + 1])
+    )
     assert float(found["central_variance"]) == 0
 
 
