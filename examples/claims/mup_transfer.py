@@ -22,9 +22,10 @@ exponent of the outputs describes that training more than the perturbation.
 Transfer: the best learning rate and rho of a grid are found at the narrowest and at the widest of
 the `--transfer-widths`. The best pair has the lowest loss on 797 other images, whose labels are
 right. Under µP² the best pair should move by at most one step of the grid. At the base width, 64,
-both methods are the same.
+both methods are the same. The claims take the best pair of each seed.
 
-The script takes 3 to 4 minutes on two CPU cores, about a quarter of it for the exponents.
+The script prints tables and claims, and writes results.json and mup_transfer.png to --out. It takes
+about 7 minutes on two CPU cores, a tenth of it for the exponents.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple
 
 from examples.common import arguments
 
+NAME = "mup_transfer"
 PARTS = ("exponents", "transfer")
 
 
@@ -49,10 +51,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rho", type=float, default=0.05, help="for the exponents")
     add("--transfer-widths", type=int, nargs="+", default=[64, 1024])
     add("--transfer-steps", type=int, default=100)
-    add("--transfer-seeds", type=int, default=5)
+    add("--transfer-seeds", type=int, default=10)
     add("--learning-rates", type=float, nargs="+", default=[0.02, 0.04, 0.08, 0.16, 0.32])
     add("--rhos", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4, 0.8])
-    arguments.add_out(parser, "mup_transfer")
+    arguments.add_out(parser, NAME)
     args = parser.parse_args(argv)
     args.steps = tuple(sorted(set(args.steps)))
     for name in ("widths", "transfer_widths", "learning_rates", "rhos"):
@@ -78,11 +80,12 @@ import optax
 from tqdm import tqdm
 
 import samx
+from examples.claims.claim import Claim, found_of, print_claims, save
 from examples.common import figures, files
 from examples.common.choices import TRAIN
 from examples.common.digits_task import rows_of, split
 from examples.common.output import choose_folder
-from examples.common.report import Report, mean_and_error
+from examples.common.report import Report, mean_and_error, without_nans
 
 BASE_WIDTH = 64  # where all scales and learning rates are 1
 FEW, BATCH, NOISE, MOMENTUM = 200, 50, 0.3, 0.9
@@ -90,6 +93,64 @@ LAYERS = ("first", "second", "head")
 PERTURBED = ("all", "own")  # layers perturbed when a layer's features are measured
 TOLERANCE = 0.1  # for an exponent that should be 0
 CRITERIA = {"loss": -1, "accuracy": 1}  # 1: larger is better; -1: smaller
+
+CLAIMS = {
+    "mup-exponents": Claim(
+        ("mup_sam",),
+        "The perturbation changes the features of every layer by an amount that does not depend on "
+        "the width.",
+        "title and captions",
+        "largest |power of the width| with which the features change, over layers and steps; "
+        "widths 256 to 2048",
+        high=TOLERANCE,
+    ),
+    "sam-exponents": Claim(
+        ("sam",),
+        "In every layer SAM's perturbation loses or gains strength with the width.",
+        "captions",
+        "smallest |power of the width| of the same table, for SAM",
+        low=TOLERANCE,
+    ),
+    "sam-last-layer": Claim(
+        ("sam",),
+        "In wide networks SAM perturbs the last layer only.",
+        "captions",
+        "power of the width of a hidden layer's own change, minus that of the head; the larger one "
+        "of two layers, after one step",
+        high=-TOLERANCE,
+    ),
+    "mup-best-pair": Claim(
+        ("mup_sam",),
+        "The best learning rate and rho of a narrow network are the best of a wide one.",
+        "title and captions",
+        "steps of the grid by which the best pair moves from the narrowest to the widest network, "
+        "by the loss; factors of 2 in both, digits, 100 steps",
+        high=1.0,
+    ),
+    "mup-keeps-more": Claim(
+        ("mup_sam",),
+        "Only layerwise scaling carries both over to a wider network: SAM's best pair moves.",
+        "captions",
+        "steps of the grid by which SAM's best pair moves, minus those of the pair of µP²",
+        low=0.0,
+    ),
+    "mup-keeps-loss": Claim(
+        ("mup_sam",),
+        "Keeping the narrow network's pair costs SAM more than µP².",
+        "captions",
+        "loss of the wide network with the narrow one's best pair, minus that with its own best: "
+        "SAM's minus that of µP²",
+        low=0.0,
+    ),
+    "mup-accuracy": Claim(
+        ("mup_sam",),
+        "In a wide network µP² is more accurate than SAM.",
+        "captions",
+        "accuracy of the widest network with its best pair, minus that with SAM's, points; digits",
+        low=0.0,
+        published="width 4096",
+    ),
+}
 
 
 class Method(NamedTuple):
@@ -359,19 +420,67 @@ def measure_grids(args: argparse.Namespace) -> list[dict]:
     for name, width in pairs:
         # At the base width all scales are 1, and both methods are the same.
         by_seed = found["mup_sam" if width == BASE_WIDTH else name, width]
-        grids = dict(zip(CRITERIA, by_seed.mean(axis=1), strict=True))
-        grids = {
-            criterion: [[value if math.isfinite(value) else None for value in row] for row in grid]
-            for criterion, grid in ((key, grid.tolist()) for key, grid in grids.items())
-        }
-        results.append({"method": name, "width": width, **grids})
+        results.append({"method": name, "width": width, **grids_of(by_seed)})
     return results
+
+
+def grids_of(by_seed: np.ndarray) -> dict[str, Any]:
+    """Return the mean of each criterion, and the numbers of each seed: [criteria, seeds, ...]."""
+    means = dict(zip(CRITERIA, by_seed.mean(axis=1).tolist(), strict=True))
+    each = {f"{name}_by_seed": of.tolist() for name, of in zip(CRITERIA, by_seed, strict=True)}
+    return without_nans(means | each)
+
+
+def values_of(found: dict[str, Any]) -> dict[str, list[float]]:
+    """Return the numbers of each claim of the parts that ran, one for each seed."""
+    values = of_exponents(found["exponents"]) if "exponents" in found else {}
+    return values | (of_transfer(found["grids"]) if "transfer" in found else {})
+
+
+def of_exponents(results: list[dict]) -> dict[str, list[float]]:
+    """Return the largest and smallest exponents of each seed."""
+
+    def pick(**wanted):
+        rows = [r for r in results if all(r[key] == value for key, value in wanted.items())]
+        return np.array([row["exponent_by_seed"] for row in rows])
+
+    first = min(result["steps"] for result in results)
+    *hidden, head = pick(method="sam", steps=first, perturbed="own")
+    return {
+        "mup-exponents": np.abs(pick(method="mup_sam")).max(axis=0).tolist(),
+        "sam-exponents": np.abs(pick(method="sam")).min(axis=0).tolist(),
+        "sam-last-layer": (np.max(hidden, axis=0) - head).tolist(),
+    }
+
+
+def of_transfer(grids: list[dict]) -> dict[str, list[float]]:
+    """Return how far the best pair of each seed moves, and what it costs to keep it."""
+    moved, lost, accuracy = {}, {}, {}
+    for name in METHODS:
+        narrow, *_, wide = [grid for grid in grids if grid["method"] == name]
+        one, other = (np.array(grid["loss_by_seed"], float) for grid in (narrow, wide))
+        pairs = [(best_place(-a), best_place(-b)) for a, b in zip(one, other, strict=True)]
+        moved[name] = np.array([np.abs(np.subtract(*pair)).max() for pair in pairs])
+        place, own = best(narrow, "loss"), best(wide, "loss")
+        lost[name] = other[:, *place] - other[:, *own]
+        by_seed = np.array(wide["accuracy_by_seed"], float)
+        accuracy[name] = 100 * by_seed[:, *best(wide, "accuracy")]
+    return {
+        "mup-best-pair": moved["mup_sam"].tolist(),
+        "mup-keeps-more": (moved["sam"] - moved["mup_sam"]).tolist(),
+        "mup-keeps-loss": (lost["sam"] - lost["mup_sam"]).tolist(),
+        "mup-accuracy": (accuracy["mup_sam"] - accuracy["sam"]).tolist(),
+    }
 
 
 def best(result: dict, criterion: str) -> tuple[int, int]:
     """Return row and column of the best learning rate and rho."""
-    grid = CRITERIA[criterion] * np.array(result[criterion], np.float64)
-    grid = np.where(np.isnan(grid), -np.inf, grid)  # runs that diverged: None became NaN
+    return best_place(CRITERIA[criterion] * np.array(result[criterion], np.float64))
+
+
+def best_place(grid: np.ndarray) -> tuple[int, int]:
+    """Return row and column of the largest number; what is not a number is the smallest."""
+    grid = np.where(np.isnan(grid), -np.inf, grid)  # runs that diverged
     row, column = np.unravel_index(int(grid.argmax()), grid.shape)
     return int(row), int(column)
 
@@ -526,7 +635,7 @@ def draw(report: dict, args: argparse.Namespace, path: Path) -> None:
 @files.ends_in_one_line
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    choose_folder(args, "mup_transfer")
+    choose_folder(args, NAME)
     report, found = Report(args), {}
 
     if "exponents" in args.parts:
@@ -554,9 +663,12 @@ def main(argv: list[str] | None = None) -> dict:
             "at edge: whether one of the two is at the edge of the grid; beyond, better ones may be"
         )
 
-    report.save(**found)
-    draw(found, args, args.folder / "mup_transfer.png")
-    report.end("mup_transfer.png")
+    values = values_of(found)
+    claims = found_of({name: CLAIMS[name] for name in CLAIMS if name in values}, values)
+    print_claims(claims)
+    save(report, NAME, claims, values, **found)
+    draw(found, args, args.folder / f"{NAME}.png")
+    report.end(f"{NAME}.png")
     return found
 
 
