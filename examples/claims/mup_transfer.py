@@ -133,6 +133,15 @@ CLAIMS = {
         "captions",
         "steps of the grid by which SAM's best pair moves, minus those of the pair of µP²",
         low=0.0,
+        why="on this grid both pairs stay; what changes is how SAM does beyond, see the next line",
+    ),
+    "mup-range": Claim(
+        ("mup_sam",),
+        "A rho twice as large as the best does more harm to SAM in a wide network.",
+        "found here",
+        "loss of the widest network with the narrow one's best learning rate and twice its best "
+        "rho: SAM's minus that of µP²",
+        low=0.0,
     ),
     "mup-keeps-loss": Claim(
         ("mup_sam",),
@@ -455,7 +464,7 @@ def of_exponents(results: list[dict]) -> dict[str, list[float]]:
 
 def of_transfer(grids: list[dict]) -> dict[str, list[float]]:
     """Return how far the best pair of each seed moves, and what it costs to keep it."""
-    moved, lost, accuracy = {}, {}, {}
+    moved, lost, beyond, accuracy = {}, {}, {}, {}
     for name in METHODS:
         narrow, *_, wide = [grid for grid in grids if grid["method"] == name]
         one, other = (np.array(grid["loss_by_seed"], float) for grid in (narrow, wide))
@@ -463,11 +472,13 @@ def of_transfer(grids: list[dict]) -> dict[str, list[float]]:
         moved[name] = np.array([np.abs(np.subtract(*pair)).max() for pair in pairs])
         place, own = best(narrow, "loss"), best(wide, "loss")
         lost[name] = other[:, *place] - other[:, *own]
+        beyond[name] = other[:, place[0], min(place[1] + 1, other.shape[2] - 1)]
         by_seed = np.array(wide["accuracy_by_seed"], float)
         accuracy[name] = 100 * by_seed[:, *best(wide, "accuracy")]
     return {
         "mup-best-pair": moved["mup_sam"].tolist(),
         "mup-keeps-more": (moved["sam"] - moved["mup_sam"]).tolist(),
+        "mup-range": (beyond["sam"] - beyond["mup_sam"]).tolist(),
         "mup-keeps-loss": (lost["sam"] - lost["mup_sam"]).tolist(),
         "mup-accuracy": (accuracy["mup_sam"] - accuracy["sam"]).tolist(),
     }
