@@ -39,7 +39,7 @@ import numpy as np
 import optax
 
 import samx
-from examples.asynchronous import async_cost, async_digits, lsam_digits
+from examples.claims import async_cost, async_digits, lsam_digits
 from examples.common import digits_task, figures, training
 from examples.common.tuning import Runs, runs_of
 from samx import elastic
@@ -159,7 +159,7 @@ for name, seconds in rounds.items():
 # two cores that are otherwise idle SAM takes 2.2 to 2.4 times as long as SGD, and AsyncSAM 1.0 to
 # 1.2 times as long. While other programs use both cores, AsyncSAM takes about twice as long as SGD,
 # and saves little. The calibration measures one device at a time, and does not see what they do to each
-# other. `examples/asynchronous/async_cost.py` measures it with more rounds.
+# other. `examples/claims/async_cost.py` measures it with more rounds.
 #
 # - **The same numbers** as `tx.update(..., ascent_fn=...)` on one device, to the last bit on the
 #   CPU. Checkpoints go from one to the other: `opt_state` holds the ascent gradient.
@@ -177,7 +177,7 @@ for name, seconds in rounds.items():
 # ### What the old gradient costs
 #
 # Digits with 30 % wrong training labels. Learning rates and radii were chosen on validation images
-# by `examples/asynchronous/async_digits.py`. Every run trains on one device, since two devices give
+# by `examples/claims/async_digits.py`. Every run trains on one device, since two devices give
 # the same numbers.
 
 # %%
@@ -344,7 +344,7 @@ print(f"{'all at one pace':<16} {4 / 4.0:.2f}")
 # Digits with 30 % wrong labels and eight workers, of which one is four times slower. LSAM gives
 # each worker batches of 100 images and lets it go on. Data-parallel SAM takes the 800 images of all
 # workers together, and waits for the slowest. All rows but one spend the same number of gradients,
-# each of one worker's batch. The functions are those of `examples/asynchronous/lsam_digits.py`,
+# each of one worker's batch. The functions are those of `examples/claims/lsam_digits.py`,
 # which chose learning rate and radius of each row on validation images.
 
 # %%

@@ -141,7 +141,7 @@ def compare_lsam(undisturbed: Path, killed: Path) -> tuple[str, list[str]]:
 def lsam(engine: str) -> Target:
     """Return the training of lsam_digits.py in an engine."""
     arguments = (
-        f"asynchronous/lsam_digits.py --engine {engine} --workers 2 --slow 2 --period 2 --batch 50 "
+        f"claims/lsam_digits.py --engine {engine} --workers 2 --slow 2 --period 2 --batch 50 "
         "--width 16 --learning-rate 0.1 --rho 0.1 --step-seconds 0.01 --save-every 0.2 --gradients "
     )
     return Target(lambda kills: arguments + str(800 + 400 * kills), compare_lsam)

@@ -856,8 +856,8 @@ CARDS = {
         watch="Where labels are wrong it kept a part of SAM's gain on the digits. Anything that "
         "waits for the ascent device between the two calls destroys the overlap.",
         coming_from={},
-        shown_in=(WORKERS, "examples/asynchronous/async_digits.py",
-                  "examples/asynchronous/async_cost.py"),
+        shown_in=(WORKERS, "examples/claims/async_digits.py",
+                  "examples/claims/async_cost.py"),
     ),
     "lsam": Card(
         use_when="Several workers whose batches together would be too large for SAM.",
@@ -872,7 +872,7 @@ CARDS = {
         coming_from={
             "sixin-zh/mpiT": {"mva": "beta / number of workers", "su": "period"},
         },
-        shown_in=(WORKERS, "examples/asynchronous/lsam_digits.py"),
+        shown_in=(WORKERS, "examples/claims/lsam_digits.py"),
     ),
     "gcsam": Card(
         use_when="You already train with gradient centralization, or inputs with a large mean "

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import samx
-from examples.asynchronous import async_cost
+from examples.claims import async_cost
 from examples.common import async_steps
 
 
@@ -27,8 +27,15 @@ def test_a_tiny_run(in_empty_folder, capsys, read_report):
         assert result["ratio"][1] <= result["ratio"][0] <= result["ratio"][2]
     assert rows["sgd"]["ratio"] == [1, 1, 1]
     assert report["ascent_batch"]["size"] in (8, 16)
+    assert (in_empty_folder / "results" / "async_cost.json").exists()
     printed = capsys.readouterr().out
-    for text in ("device: cpu and cpu", "handed out", "ascent batch for these devices", "Plot:"):
+    for text in (
+        "device: cpu and cpu",
+        "handed out",
+        "Almost SGD's time",
+        "ascent batch for these devices",
+        "Plot:",
+    ):
         assert text in printed
 
 
@@ -61,6 +68,19 @@ def test_times_are_divided_by_those_of_the_same_round(monkeypatch):
     assert sam["ms"] == 2000 * 3
     assert sam["handed_out_ms"] == pytest.approx(1)
     assert " 2.00 [2.00, 2.00]" in async_cost.table([plain, sam])
+
+
+def test_the_share_that_is_hidden():
+    """SGD takes 1, both programs on one device 3: the ascent takes 2, and a half of it 1."""
+    times = {"sgd": 1.0, "async-sam, b": 2.0, "async-sam, b/2": 1.0, "async-sam, b/4": 1.5}
+    times[async_cost.ONE_DEVICE] = 3.0
+    values = async_cost.values_of([{"row": row, "seconds": [t, 2 * t]} for row, t in times.items()])
+    assert set(values) == set(async_cost.CLAIMS)
+    assert values["hidden, b"] == [0.5, 0.5]
+    assert values["hidden, b/2"] == [1, 1]
+    assert values["hidden, b/4"] == [0, 0]
+    assert values["time, b/4"] == [1.5, 1.5]
+    assert values["smaller"] == [0.5, 0.5]
 
 
 def test_the_decision_in_words():

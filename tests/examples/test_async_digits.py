@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from examples.asynchronous import async_digits
+from examples.claims import async_digits
 from examples.common import training, tuning
 from examples.common.registry import VARIANTS, Setting
 
@@ -35,17 +35,20 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
         assert result["learning_rate"] == 0.3
         assert np.shape(result["test_accuracy"]) == (2,)
     of = {(r["row"], r["noise"]): 100 * np.array(r["test_accuracy"]) for r in results}
-    for found in measured["comparisons"]:
-        difference = of[found["row"], found["noise"]] - of[found["other"], found["noise"]]
-        assert found["difference"] == pytest.approx(difference.mean())
-        assert found["error"] == pytest.approx(abs(difference[0] - difference[1]) / 2)
+    assert len(measured["values"]) == 4
+    for labels, noise in (("wrong labels", 0.2), ("clean labels", 0.0)):
+        for other in ("sam", "base"):
+            wanted = of["async-sam, b/2", noise] - of[other, noise]
+            found = measured["values"][f"async-sam, b/2 - {other}, {labels}"]
+            np.testing.assert_allclose(found, wanted)
+    assert (in_empty_folder / "results" / "async_digits.json").exists()
     repeated = measured["two_devices"]
     assert repeated["steps"] == 10
     assert len(set(repeated["devices"])) == 2
     assert repeated["difference"] < 1e-10
     assert repeated["moved"] > 0.01
     printed = capsys.readouterr().out
-    for text in ("async-sam, b/2 - sam:", "one standard error", "ascent batch for", "Plot:"):
+    for text in ("SAM's accuracy", "ms/step", "ascent batch for", "Plot:"):
         assert text in printed
 
 
@@ -84,19 +87,17 @@ def test_the_ascent_batch_is_a_part_of_the_batch(share):
     assert float(optax.tree.get(state, "gradients_spent")) == 2 * (1 + share)
 
 
-def test_the_verdict_is_that_of_the_paired_difference():
-    sam, others = [0.5, 0.7, 0.9], {"async-sam, b": 0.01, "async-sam, b/2": -0.2}
-    results = [{"row": "sam", "noise": 0.0, "test_accuracy": sam}]
-    results += [{"row": "base", "noise": 0.0, "test_accuracy": [0.5, 0.5, 0.5]}]
-    for row, lead in others.items():
-        paired = [sam[0] + lead, sam[1] + lead + 0.03, sam[2] + lead - 0.03]
-        results.append({"row": row, "noise": 0.0, "test_accuracy": paired})
-    results.append({"row": "async-sam, b/4", "noise": 0.0, "test_accuracy": sam})
-    lines = [async_digits.describe(found) for found in async_digits.compare(results, 0.0)]
-    assert lines[0] == "async-sam, b - sam: +1.00 ± 1.73 points, within one standard error"
-    assert lines[2] == "async-sam, b/2 - sam: -20.00 ± 1.73 points, not within one standard error"
-    assert lines[5].startswith("async-sam, b/4 - base: +20.00 ± ")
-    assert lines[5].endswith(" points")
+def test_clean_labels_alone_have_claims_of_their_own():
+    results = [
+        {"row": row, "noise": 0.0, "test_accuracy": [0.5, 0.5 + lead]}
+        for row, lead in zip(
+            ("sam", "base", *async_digits.SHARES), (0.1, 0, 0.2, 0, 0), strict=True
+        )
+    ]
+    values = async_digits.values_of(results, 0.0)
+    assert all(name.endswith("clean labels") for name in values)
+    assert values["async-sam, b - sam, clean labels"] == pytest.approx([0, 10])
+    assert set(values) < set(async_digits.CLAIMS)
 
 
 @pytest.mark.parametrize(

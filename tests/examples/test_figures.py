@@ -14,8 +14,9 @@ from fake_cells import ROWS, fake_tasks
 from matplotlib.figure import Figure
 
 from examples import digits
-from examples.asynchronous import async_cost, exchange_cost, faults, lsam_digits
+from examples.asynchronous import exchange_cost, faults
 from examples.claims import (
+    async_cost,
     averages,
     bsam,
     claim,
@@ -33,6 +34,10 @@ from examples.claims import (
     wrong_labels,
     share_of_sam,
     strength,
+    lsam_digits,
+    mup_transfer,
+    second_order,
+    which_batch,
 )
 from examples.common import figures, fine_tuning, monitoring
 from examples.common.intervals import Interval

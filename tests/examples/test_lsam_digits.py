@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.asynchronous import lsam_digits as example
+from examples.claims import lsam_digits as example
 from examples.common.checkpoints import CheckpointError, Checkpoints
 from examples.common.digits_task import TRAIN
 from examples.common.tuning import Runs, runs_of

@@ -1,10 +1,10 @@
 """LSAM against data-parallel SAM: elastic averaging of SAM workers that never wait.
 
-    python examples/asynchronous/lsam_digits.py
-    python examples/asynchronous/lsam_digits.py --workers 4 --slow 1 --gradients 1600
-    python examples/asynchronous/lsam_digits.py --engine threads
-    python examples/asynchronous/lsam_digits.py --engine ray --workers 4
-    python examples/asynchronous/lsam_digits.py --resume runs/lsam-digits-001
+    python examples/claims/lsam_digits.py
+    python examples/claims/lsam_digits.py --workers 4 --slow 1 --gradients 1600
+    python examples/claims/lsam_digits.py --engine threads
+    python examples/claims/lsam_digits.py --engine ray --workers 4
+    python examples/claims/lsam_digits.py --resume runs/lsam-digits-001
 
 A small network learns scikit-learn's digits (8x8 pixels) with 30% wrong training labels. There are
 several workers; the last one is four times slower. Every row except "same time" computes the same
