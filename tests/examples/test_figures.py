@@ -34,6 +34,7 @@ from examples.claims import (
     wrong_labels,
     share_of_sam,
     strength,
+    lsam,
     lsam_digits,
     mup_transfer,
     second_order,
@@ -387,6 +388,23 @@ def draw_async_cost(path, rows):
     async_cost.draw(results, path, "AsyncSAM on cpu and cpu, 64 examples")
 
 
+def draw_which_batch(path, seeds, epochs):
+    arms, long = which_batch.ARMS, which_batch.LONG
+    found = which_batch.Measured(
+        [],
+        {(arm, each): some(seeds, low=92, high=97) for arm in arms for each in which_batch.EVERY},
+        {(arm, k): some(seeds, low=92, high=97) for arm in long for k in which_batch.LONGER},
+        {name: some(seeds, epochs, low=0.1, high=0.9) for name in which_batch.COSINES},
+    )
+    which_batch.draw(found, 40, path, "Digits: whose gradient SAM climbs, 20 seeds")
+
+
+def draw_lsam_map(path, seeds):
+    values = {name: some(seeds, low=-1, high=3) for name in lsam.CLAIMS}
+    spread = {"rate": np.outer(np.square(lsam.RATES), some(seeds)).tolist()}
+    lsam.draw(values, spread, path, "LSAM on digits, 10 seeds, 95% intervals")
+
+
 def draw_data_parallel(path, strategies, epochs):
     loss = np.array(some(10 * epochs, low=0.01))
     results = [
@@ -711,6 +729,11 @@ CASES = {
         lambda path: draw_async_cost(path, ["sgd", "sam", "async-sam, b", "async-sam, b/4"]),
         lambda path: draw_async_cost(path, ["sgd"]),
     ],
+    "which_batch.draw": [
+        lambda path: draw_which_batch(path, 5, 40),
+        lambda path: draw_which_batch(path, 1, 1),
+    ],
+    "lsam.draw": [lambda path: draw_lsam_map(path, 5), lambda path: draw_lsam_map(path, 1)],
     "data_parallel.draw": [
         lambda path: draw_data_parallel(path, [*data_parallel.STRATEGIES], 5),
         lambda path: draw_data_parallel(path, ["jit"], 1),

@@ -1,0 +1,87 @@
+"""The map of LSAM: its settings, the variance of the workers, and what is reported."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from examples.claims import lsam, lsam_digits
+
+
+def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
+    """One place, and one candidate for each row: nothing is tuned."""
+    place = (2, 50, "short")
+    for name, value in {
+        **{"WORKERS": (2,), "BATCHES": (50,), "MANY": 2, "LARGE": 50, "PLACES": [place]},
+        **{"RADII": (0.1,), "PERIODS": (2, 4), "RATES": (0.1, 0.2)},
+    }.items():
+        monkeypatch.setattr(lsam, name, value)
+    monkeypatch.setattr(lsam_digits, "LEARNING_RATES", (0.3,))
+    arguments = "--seeds 2 --gradients 64 --width 8 --out results"
+    found = lsam.main(arguments.split())
+    assert {one.name for one in found} == set(lsam.CLAIMS)
+    report = read_report(in_empty_folder / "results")
+    values, rows = report["values"], {row["row"]: row for row in report["results"]}
+    assert set(rows) == {"lsam", "dp-sam", "dp-sam, same time"}
+    assert rows["lsam"]["gradients"] == rows["dp-sam"]["gradients"] == 64
+    difference = np.subtract(rows["lsam"]["test_accuracy"], rows["dp-sam"]["test_accuracy"])
+    np.testing.assert_allclose(values[f"gradients, {lsam.told(place)}"], 100 * difference)
+    spread = report["spread"]
+    assert {name: np.shape(each) for name, each in spread.items()} == {
+        "rate": (2, 2),
+        "period": (2, 2),
+        "weight": (2, 2),
+    }
+    np.testing.assert_allclose(spread["rate"][0], spread["period"][1], rtol=1e-4)  # η .1, τ 4
+    np.testing.assert_allclose(spread["rate"][0], spread["weight"][1], rtol=1e-4)  # β .9
+    assert np.isfinite(values["mean rise"]).all()
+    assert (in_empty_folder / "results" / "lsam.json").exists()
+    assert (in_empty_folder / "results" / "lsam.png").stat().st_size > 20_000
+    printed = capsys.readouterr().out
+    assert "of our reconstruction" in printed
+
+
+def test_a_place_sets_the_clock():
+    args = lsam.parse(["--gradients", "800", "--seeds", "3"])
+    found = lsam.settings_of((4, 25, "long"), args, period=8, beta=0.3)
+    assert (found.workers, found.batch, found.period, found.beta) == (4, 25, 8, 0.3)
+    assert (found.slow, found.latency) == lsam.DELAYS["long"]
+    assert (found.gradients, found.seeds, found.rho) == (768, 3, lsam.RADII)
+
+
+def test_the_variance_is_that_of_a_coordinate():
+    """Two runs; two workers; three coordinates in two leaves."""
+    center = {"a": jnp.zeros((2, 2)), "b": jnp.ones((2, 1))}
+    workers = [
+        {"a": jnp.array([[1.0, 2.0], [0.0, 0.0]]), "b": jnp.array([[1.0], [4.0]])},
+        {"a": jnp.array([[0.0, 0.0], [0.0, 3.0]]), "b": jnp.array([[2.0], [1.0]])},
+    ]
+    np.testing.assert_allclose(lsam.variance(center, workers), [(5 + 1) / 6, (9 + 9) / 6])
+
+
+def test_powers_are_fitted_for_each_seed():
+    def power(knob, exponents):
+        return [[value**exponent for exponent in exponents] for value in knob]
+
+    spread = {
+        "rate": power(lsam.RATES, (2, 1)),
+        "period": power(lsam.PERIODS, (1, 0)),
+        "weight": power(lsam.BETAS, (-1, -2)),
+    }
+    values = lsam.powers_of(spread)
+    np.testing.assert_allclose(values["variance over rate"], [2, 1])
+    np.testing.assert_allclose(values["variance over period"], [1, 0], atol=1e-9)
+    np.testing.assert_allclose(values["variance over weight"], [-1, -2])
+    formula = 0.1 * 4 / (0.9 / 8)
+    np.testing.assert_allclose(values["variance"], np.log10([0.01 / formula, 0.1 / formula]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--seeds 0", "--seeds must be at least 1"),
+        ("--gradients 100", "--gradients must be at least 128"),
+        ("--out taken", "--out: taken is not empty"),
+    ],
+)
+def test_bad_arguments(arguments, message, refusal):
+    assert message in refusal(lsam.main, arguments)
