@@ -51,7 +51,7 @@ if __name__ == "__main__":
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -333,31 +333,39 @@ def rises_of(params: Any, runs: Runs, settings: argparse.Namespace, deviation: A
     return np.array(jax.device_get(each)).T
 
 
-def measure_spread(args: argparse.Namespace) -> dict[str, list[list[float]]]:
-    """Return the variance of the workers for each value of η, τ and β; [values, seeds]."""
+def measure_around(args: argparse.Namespace) -> dict[tuple[float, int, float], Around]:
+    """Train workers with constant learning rates, for each η, τ and β; see `knobs`."""
     place = MANY, LARGE, next(iter(DELAYS))
-    rates = Runs(*runs_of(range(args.seeds), [(rate, RHO) for rate in RATES]))
-    one = Runs(*runs_of(range(args.seeds), [(RATE, RHO)]))
-    found = {
-        "rate": train_workers(settings_of(place, args), rates, True).variance.reshape(
-            len(RATES), -1
-        ),
-        "period": [
-            train_workers(settings_of(place, args, period=period), one, True).variance
-            for period in PERIODS
-        ],
-        "weight": [
-            train_workers(settings_of(place, args, beta=beta), one, True).variance for beta in BETAS
-        ],
+    found = {}
+    for rate, period, beta in dict.fromkeys(itertools.chain(*knobs().values())):
+        runs = Runs(*runs_of(range(args.seeds), [(rate, RHO)]))
+        settings = settings_of(place, args, period, beta)
+        found[rate, period, beta] = train_workers(settings, runs, True)
+    return found
+
+
+def knobs() -> dict[str, list[tuple[float, int, float]]]:
+    """Return η, τ and β of the trainings in which one of them changes."""
+    return {
+        "rate": [(rate, PERIOD, BETA) for rate in RATES],
+        "period": [(RATE, period, BETA) for period in PERIODS],
+        "weight": [(RATE, PERIOD, beta) for beta in BETAS],
     }
-    return {name: np.asarray(each).tolist() for name, each in found.items()}
+
+
+def spread_of(around: Mapping[tuple[float, int, float], Around]) -> dict[str, list[list[float]]]:
+    """Return the variance of the workers over each knob; [values, seeds]."""
+    return {
+        name: [around[each].variance.tolist() for each in several]
+        for name, several in knobs().items()
+    }
 
 
 def powers_of(spread: dict[str, list[list[float]]]) -> dict[str, list[float]]:
     """Return the numbers of the claims on the variance, one for each seed."""
-    knobs = {"rate": RATES, "period": PERIODS, "weight": BETAS}
+    several = {"rate": RATES, "period": PERIODS, "weight": BETAS}
     values = {
-        f"variance over {name}": np.polyfit(np.log(knobs[name]), np.log(each), 1)[0].tolist()
+        f"variance over {name}": np.polyfit(np.log(several[name]), np.log(each), 1)[0].tolist()
         for name, each in spread.items()
     }
     formula = RATE * PERIOD / (BETA / MANY)
@@ -366,13 +374,12 @@ def powers_of(spread: dict[str, list[list[float]]]) -> dict[str, list[float]]:
 
 
 def measure_rises(
-    args: argparse.Namespace, results: Sequence[dict[str, Any]]
+    args: argparse.Namespace, results: Sequence[dict[str, Any]], around: Around
 ) -> dict[str, list[float]]:
     """Return the numbers of the claims on flatness, one for each seed."""
     place = MANY, LARGE, next(iter(DELAYS))
     settings, seeds = settings_of(place, args), range(args.seeds)
     runs = Runs(*runs_of(seeds, [(RATE, RHO)]))
-    around = train_workers(settings, runs, True)
     deviation = np.sqrt(around.variance)
     center = rises_of(around.center, runs, settings, deviation)
     workers = [rises_of(params, runs, settings, deviation) for params in around.workers]
@@ -435,8 +442,9 @@ def main(argv: list[str] | None = None) -> list[Found]:
     choose_folder(args, NAME)
     report = Report(args)
     results = measure_map(args)
-    spread = measure_spread(args)
-    values = values_of_map(results) | powers_of(spread) | measure_rises(args, results)
+    around = measure_around(args)
+    spread, middle = spread_of(around), around[RATE, PERIOD, BETA]
+    values = values_of_map(results) | powers_of(spread) | measure_rises(args, results, middle)
     found = found_of(CLAIMS, values)
     print_claims(found)
     save(report, NAME, found, values, results=results, spread=spread)

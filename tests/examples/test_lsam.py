@@ -5,6 +5,13 @@ import numpy as np
 import pytest
 
 from examples.claims import lsam, lsam_digits
+from examples.common.tuning import Runs, runs_of
+
+
+def of_biases(params, images, deviation):
+    """Stand in for the rises of the loss."""
+    del images
+    return np.square(params["head"]["bias"].get_value()).sum(), deviation
 
 
 def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
@@ -16,6 +23,7 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     }.items():
         monkeypatch.setattr(lsam, name, value)
     monkeypatch.setattr(lsam_digits, "LEARNING_RATES", (0.3,))
+    monkeypatch.setattr(lsam, "rises", lambda width: of_biases)  # the real ones compile for long
     arguments = "--seeds 2 --gradients 64 --width 8 --out results"
     found = lsam.main(arguments.split())
     assert {one.name for one in found} == set(lsam.CLAIMS)
@@ -31,9 +39,11 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
         "period": (2, 2),
         "weight": (2, 2),
     }
-    np.testing.assert_allclose(spread["rate"][0], spread["period"][1], rtol=1e-4)  # η .1, τ 4
-    np.testing.assert_allclose(spread["rate"][0], spread["weight"][1], rtol=1e-4)  # β .9
-    assert np.isfinite(values["mean rise"]).all()
+    assert spread["rate"][0] == spread["period"][1] == spread["weight"][1]  # η .1, τ 4, β .9
+    assert len(np.unique(np.concatenate([*spread.values()]))) == 2 * 4
+    deviation = np.sqrt(spread["rate"][0])
+    np.testing.assert_allclose(values["mean rise"], np.log10(deviation / deviation), atol=1e-6)
+    assert np.isfinite(values["largest rise"]).all()
     assert (in_empty_folder / "results" / "lsam.json").exists()
     assert (in_empty_folder / "results" / "lsam.png").stat().st_size > 20_000
     printed = capsys.readouterr().out
@@ -85,3 +95,16 @@ def test_powers_are_fitted_for_each_seed():
 )
 def test_bad_arguments(arguments, message, refusal):
     assert message in refusal(lsam.main, arguments)
+
+
+@pytest.mark.slow
+def test_rises_of_a_point():
+    """At noise of deviation 0 nothing rises; a ball holds more than a mean over noise."""
+    args = lsam.parse(["--seeds", "2", "--width", "8", "--gradients", "128"])
+    settings = lsam.settings_of((2, 50, "short"), args)
+    runs = Runs(*runs_of(range(2), [(0.1, 0.1)]))
+    params = lsam_digits.load(runs, settings)[1]
+    largest, mean = lsam.rises_of(params, runs, settings, np.array([0.0, 0.01]))
+    assert mean[0] == pytest.approx(0, abs=1e-6)
+    assert mean[1] != 0
+    assert (largest > abs(mean)).all()
