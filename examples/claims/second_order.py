@@ -1,360 +1,462 @@
-"""The second-order part of SAM's gradient: how large it is, and what it saves to sample it.
+"""The second-order part of SAM's gradient: does it grow, and is a sample of it enough?
 
     python examples/claims/second_order.py
-    python examples/claims/second_order.py --variants looksam ae-sam rst --seeds 10 --noise 0
 
-SAM's gradient is g + h, where g is the gradient at the parameters and h = g_s - g is a second-order
-part. The abstract of ARSAM (https://arxiv.org/abs/2510.03763) says that h matters more and more
-during training, and that sampling, reusing and mixing it speeds SAM up by about 40%. This script
-measures both on the task of digits.py. It trains `base`, `sam` and the chosen variants. Runs train
-one at a time, not vmapped, so that a step without a sharp gradient saves its time. For each epoch
-the script records ||h|| / ||g|| on the sharp steps, the fraction of sharp steps, and the test
-accuracy.
+SAM's gradient is g + h: the gradient at the parameters, and a second-order part h = g_s - g. vSAM
+and ARSAM compute h on some steps only, and reuse it on the others. Their abstracts say that h
+matters more and more during training, and that this keeps SAM's accuracy at a speed-up of about
+40%. We read this as SAM's time / its time = 1.4. A step that samples h costs two gradients, another
+one costs one. So at most 43% of the steps may sample: 2 / (1 + 0.43) = 1.4.
 
-The times come from the same training runs. All variants of a seed take turns, one epoch each, in
-random order, so that a temporary slowdown of the machine affects all of them. The total times of a
-seed's training runs are compared, and the median over the seeds is printed. All variants share one
-learning rate and one rho: this script compares cost, digits.py compares accuracies fairly. In
-narrow networks most of a step's time is not spent on the gradient: see --width.
+The task is that of digits.py: 1000 images, 30% wrong labels, batches of 100. All methods train for
+equal epochs, with SGD and momentum. Learning rate and rho come from one grid for all, by the
+validation split, with seeds that are not reported. Four questions:
+
+growth       h after each tenth of trainings with SAM and with SGD: the slope of a fitted line
+share        every step draws whether it samples; h then decays as in ARSAM, is dropped, or is kept
+controller   the published rule, which samples more where h varies more, in 400 to 20,000 steps; and
+             the best of other settings of it, with at most 43% of the steps
+rounding     weights of 4 bits in every step, as both abstracts name quantization
+
+The learning rate and rho of 20,000 steps are those of 4000. Times are those of trainings that take
+turns, with layers of 256 units. stick_figures.py has the third task of the abstracts, poses.
+
+The script prints each claim with its number and the verdict, and writes results.json,
+second_order.json and second_order.png to --out. It takes six minutes on two CPU cores.
 """
 
 import argparse
-import random
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
 
-from examples.common import arguments, choices
+from examples.common import arguments
 
-REFERENCES = ("base", "sam")
-DEFAULT = ("looksam", "vsam", "arsam")
+NAME = "second_order"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = arguments.new_parser(__doc__)
-    text = f"; base and sam are always there; default: {', '.join(DEFAULT)}"
-    names, default = choices.VARIANTS, [*DEFAULT]
-    arguments.add_names(parser, "--variants", names, text, nargs="+", default=default)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--noise", type=float, default=0.3, help="fraction of flipped labels")
-    parser.add_argument("--learning-rate", type=float, default=0.1)
-    parser.add_argument("--rho", type=float, default=0.2)
-    parser.add_argument("--width", type=int, default=256, help="units of each hidden layer")
-    arguments.add_out(parser, "second_order")
+    parser.add_argument("--seeds", type=int, default=20, help="half of them from 4000 steps")
+    parser.add_argument("--noise", type=float, default=0.3, help="share of wrong labels")
+    parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
+    arguments.add_out(parser, NAME)
     args = parser.parse_args(argv)
-    args.rows = list(dict.fromkeys((*REFERENCES, *args.variants)))
-    arguments.check_range(parser, args, "seeds", "epochs", "width")
+    arguments.check_range(parser, args, "seeds", "width")
     arguments.check_share(parser, args, "noise")
-    arguments.check_finite(parser, args, "rho")
-    arguments.check_finite(parser, args, "learning_rate", above_zero=True)
     return args
 
 
 if __name__ == "__main__":
     parse()  # before the imports that take seconds: --help and wrong arguments are answered at once
 
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from tqdm import tqdm
 
-import samx
+from examples.claims.claim import Claim, Found, found_of, print_claims, save
+from examples.claims.grid import (
+    SEARCH_SEEDS,
+    Grid,
+    Run,
+    as_row,
+    choose,
+    grid_of,
+    only_if_gained,
+    print_rows,
+    train_seeds,
+)
+from examples.claims.reuse import PARTS, Arm, digits, trainer
 from examples.common import figures, files
-from examples.common.digits_task import (
-    STEPS_PER_EPOCH,
-    describe,
-    initialize,
-    rows_of,
-    shuffled,
-    split,
-)
+from examples.common.digits_task import describe
+from examples.common.intervals import mean_interval
 from examples.common.output import choose_folder
-from examples.common.registry import VARIANTS, Variant
-from examples.common.report import Report, mean_and_error
-from examples.common.training import Trainer, make_trainer
-from examples.common.tuning import Runs, runs_of
+from examples.common.report import Report
+from examples.common.tuning import runs_of
 
-# For these variants the ratio cannot be computed from the readings. Their perturbation is not along
-# the gradient at the parameters, or their two gradients use different examples or some layers only.
-WITHOUT_RATIO = (
-    *("base", "asam", "sampa", "sampa-separate", "look-layer-sam", "momentum-sam"),
-    *("ksam", "esam", "ausam", "sl-sam"),
-)
-CLAIM = 0.4  # ARSAM's speed-up: SAM's time / its time - 1
-PARTS = ("start", "middle", "end")
-LINES = ("-", "--", ":", "-.")  # curves of variants with the same policy overlap
+SHORT, LONG, LONGEST = 400, 4000, 20_000  # steps
+RATES, RHOS = (0.05, 0.1, 0.2), (0.1, 0.2, 0.5)
+LONG_RATES, LONG_RHOS = (0.005, 0.02, 0.05), (0.2, 0.5, 1.0)
+LOWER = {SHORT: 0.02, LONG: 0.002}  # one more for the base, which has no rho
+SEARCHED = {SHORT: 4, LONG: 2}  # seeds of a search
+CLEAN = [(0.1, 0.2)]  # not tuned: only the growth is measured
+MARGIN = 0.5  # points; less than that below SAM keeps its accuracy
+SPEED = 1.35  # what rounds to 1.4
+SHARES = (0.05, 0.1, 0.2, 0.43, 0.7)
+ENOUGH = 0.43  # the share of steps with a speed-up of 1.4
+MIXINGS = {"decaying": 0.7, "none": 0.0, "constant": 1.0}
+CONTROLLERS = ("vsam", "arsam")
+SETTINGS = [
+    Arm("arsam", window=window, blocks=blocks, gain=gain, max_fraction=0.4, warmup=window)
+    for window, blocks in ((4, 2), (10, 5), (20, 5))
+    for gain in (0.13, 1.0, 4.0)
+]
+BITS = 4  # with 2, SAM gains nothing
+TIMED_WIDTH, TIMED_SEEDS = 256, 10
+SAM, BASE = Arm(share=1.0), Arm(share=0.0)
+SAMPLED = "vsam", "arsam"
 
-
-class Seen(NamedTuple):
-    """Measurements of one step."""
-
-    ratio: jax.Array
-    is_sharp: jax.Array
-
-
-class Row(NamedTuple):
-    """One variant over all seeds; all arrays are [seeds, epochs]."""
-
-    ratio: np.ndarray  # ||h|| / ||g||, mean over the sharp steps; NaN without sharp steps
-    sharp_fraction: np.ndarray
-    test_accuracy: np.ndarray
-    gradients: np.ndarray  # computed so far
-    seconds: np.ndarray  # per epoch
+GROWS = "The second-order part of SAM's gradient matters more and more during training."
+KEEPS = "A sampled, reused and mixed second-order part keeps SAM's accuracy."
+ROUNDED = "The same in training with quantized weights."
 
 
-def second_order_ratio(readings: samx.Readings) -> jax.Array:
-    """Compute ||g_s - g|| / ||g|| by the law of cosines; the perturbation must be along g."""
-    g_norm = jnp.where(readings.grad_norm == 0, 1, readings.grad_norm)
-    relative = readings.sharp_grad_norm / g_norm
-    return jnp.sqrt(jnp.maximum(1 + relative**2 - 2 * relative * readings.cosine, 0))
+def growth_claims() -> dict[str, Claim]:
+    """Return the claims on the second-order part, over lengths and labels."""
+    found = {}
+    for steps, labels in GROWTHS:
+        for row in ("sam", "base"):
+            for what, name in (("‖h‖ / ‖g‖", "ratio"), ("‖h‖", "length")):
+                training = "SAM" if row == "sam" else "SGD with momentum"
+                found[f"{name}-{row}-{steps}-{labels}"] = Claim(
+                    SAMPLED,
+                    GROWS,
+                    "abstract",
+                    f"growth of {what} over a training of {steps:,} steps with {training}, "
+                    f"{labels} labels: a line fitted to its logarithm, percent",
+                    low=0,
+                    why=GROWTH_WHY.get((name, row, labels), ""),
+                )
+    return found
 
 
-def with_all_readings(name: str) -> Variant:
-    """Return the variant of this name, whose states hold what `seen` reads."""
-    variant = VARIANTS[name]
-    if name == "base":
-        return variant
-    return variant._replace(make=lambda *args: samx.all_readings(variant.make(*args)))
+GROWTHS = (SHORT, "noisy"), (LONG, "noisy"), (LONGEST, "noisy"), (SHORT, "clean"), (LONG, "clean")
+GROWTH_WHY: dict[Any, str] = {}
 
 
-def seen(state: Any) -> Seen:
-    """Return the measurements of the last step; zeros for the base, which has no readings."""
-    readings = optax.tree.get(state, "readings")
-    if readings is None:
-        return Seen(jnp.zeros(()), jnp.zeros((), bool))
-    return Seen(second_order_ratio(readings), readings.is_sharp)
-
-
-def make_epoch(trainer: Trainer) -> Callable[..., Any]:
-    """Return a function, compiled once, that trains one run for one epoch.
-
-    It returns params, state and the `Seen` of all steps.
-    """
-
-    @jax.jit
-    def epoch(params, state, run, images, index):
-        def body(carry, rows):
-            params, state = trainer.step(*carry, run, rows_of(images, rows))
-            return (params, state), seen(state)
-
-        (params, state), steps = jax.lax.scan(body, (params, state), shuffled(run.seed, index))
-        return params, state, steps
-
-    return epoch
-
-
-def measure(args: argparse.Namespace) -> dict[str, Row]:
-    """Train every variant with every seed; the variants take turns, one epoch each."""
-    runs = Runs(*runs_of(range(args.seeds), [(args.learning_rate, args.rho)]))
-    data, params = split(runs.seed, args.noise), initialize(runs.seed, args.width)
-    trainers = {
-        name: make_trainer(with_all_readings(name), "momentum", args.width, args.epochs)
-        for name in args.rows
+def share_claims() -> dict[str, Claim]:
+    """Return the claims on a random share of sharp steps."""
+    arms = [(share, "decaying") for share in SHARES]
+    arms += [(ENOUGH, mixing) for mixing in MIXINGS if mixing != "decaying"]
+    told = {
+        "decaying": "reused with a factor of 0.7 for each step, as ARSAM does",
+        "none": "not reused",
+        "constant": "reused at full weight",
     }
-    starts = {name: jax.vmap(trainer.init)(runs, params) for name, trainer in trainers.items()}
-    epochs = {name: make_epoch(trainer) for name, trainer in trainers.items()}
-    shape = (args.seeds, args.epochs)
-    rows = {name: Row(*np.full((len(Row._fields), *shape), np.nan)) for name in args.rows}
-    shuffle = random.Random(0)
-
-    def of_seed(seed, tree):
-        return jax.tree.map(lambda leaf: leaf[seed], tree)
-
-    def train_epoch(name, now, run, images, index):
-        start = time.perf_counter()
-        out = jax.block_until_ready(epochs[name](*now, run, images, index))
-        return out, time.perf_counter() - start
-
-    first = of_seed(0, (runs, data[0]))
-    for name in tqdm(args.rows, desc="compile", unit="variant", disable=None):
-        train_epoch(name, of_seed(0, (params, starts[name])), *first, index=0)
-    with tqdm(
-        total=args.seeds * args.epochs * len(rows), desc="train", unit="epoch", disable=None
-    ) as bar:
-        for seed in range(args.seeds):
-            run, (train, _, test) = of_seed(seed, (runs, data))
-            now = {name: of_seed(seed, (params, starts[name])) for name in rows}
-            for index in range(args.epochs):
-                for name in shuffle.sample(args.rows, len(rows)):
-                    (*now[name], steps), seconds = train_epoch(name, now[name], run, train, index)
-                    accuracy = trainers[name].accuracy(now[name][0], test)
-                    row, at = rows[name], (seed, index)
-                    row.ratio[at], row.sharp_fraction[at] = over_epoch(name, steps)
-                    row.test_accuracy[at], row.seconds[at] = accuracy, seconds
-                    spent = optax.tree.get(now[name][1], "gradients_spent")
-                    row.gradients[at] = (index + 1) * STEPS_PER_EPOCH if spent is None else spent
-                    bar.update()
-    return rows
-
-
-def over_epoch(name: str, steps: Seen) -> tuple[float, float]:
-    """Return the mean ratio over the sharp steps (NaN without any), and their fraction."""
-    is_sharp = np.asarray(steps.is_sharp)
-    has_ratio = name not in WITHOUT_RATIO and is_sharp.any()
-    ratio = np.asarray(steps.ratio)[is_sharp].mean() if has_ratio else np.nan
-    return ratio, is_sharp.mean()
-
-
-def mean_over_seeds(values: np.ndarray) -> list[float | None]:
-    """Return the mean of each epoch over the seeds that have a finite value."""
-    columns = [column[np.isfinite(column)] for column in values.T]
-    return [float(column.mean()) if column.size else None for column in columns]
-
-
-def fifths(ratio: np.ndarray) -> np.ndarray:
-    """Return the means over the first, middle and last fifth of the epochs, [seeds, 3]."""
-    epochs = ratio.shape[1]
-    length = max(1, epochs // 5)
-    starts = (0, (epochs - length) // 2, epochs - length)
-    parts = [ratio[:, start : start + length] for start in starts]
-    return np.stack([masked_mean(part) for part in parts], axis=1)
-
-
-def masked_mean(part: np.ndarray) -> np.ndarray:
-    """Return the mean of the finite values in each row; NaN for a row without any."""
-    count = np.isfinite(part).sum(axis=1)
-    return np.where(count, np.nansum(part, axis=1) / np.maximum(count, 1), np.nan)
-
-
-def summarize(rows: dict[str, Row]) -> list[dict[str, Any]]:
-    """Compute what is printed, drawn and saved of every variant."""
-    totals = {name: row.seconds.sum(axis=1) for name, row in rows.items()}
-    steps = rows["base"].seconds.shape[1] * STEPS_PER_EPOCH
-    results = []
-    for name, row in rows.items():
-        to_plain, to_sam = (totals[name] / totals[reference] for reference in REFERENCES)
-        results.append(
-            {
-                "row": name,
-                "test_accuracy": row.test_accuracy[:, -1].tolist(),
-                "gradients_per_step": float(row.gradients[:, -1].mean()) / steps,
-                "time_to_plain": np.percentile(to_plain, [25, 50, 75]).tolist(),
-                "time_to_sam": np.percentile(to_sam, [25, 50, 75]).tolist(),
-                "speed_up": float(np.median(1 / to_sam) - 1),
-                "ratio": dict(zip(PARTS, mean_over_seeds(fifths(row.ratio)), strict=True)),
-                "ratio_by_epoch": mean_over_seeds(row.ratio),
-                "sharp_fraction": float(row.sharp_fraction.mean()),
-                "sharp_fraction_by_epoch": mean_over_seeds(row.sharp_fraction),
-                "test_accuracy_by_epoch": mean_over_seeds(row.test_accuracy),
-                "seconds": totals[name].tolist(),
-            }
+    return {
+        f"share-{share}-{mixing}": Claim(
+            SAMPLED,
+            KEEPS,
+            "abstract",
+            f"test accuracy over SAM's, points; {share:.0%} of the steps sample, at random; "
+            f"{told[mixing]}; {SHORT} steps",
+            low=-MARGIN,
         )
-    return results
+        for share, mixing in arms
+    }
 
 
-def table(results: list[dict]) -> str:
-    width = max(len(result["row"]) for result in results)
-    head = f"{'':<{width}} {'test acc. %':>14} {'gradients':>10} {'time':>6} {'time':>6}"
-    head += f" {'speed-up':>9} {'||h|| / ||g|| at the':>22}"
-    second = f"{'method':<{width}} {'':>14} {'per step':>10} {'/plain':>6} {'/SAM':>6}"
-    second += f" {'of SAM':>9} " + "".join(f"{part:>8}" for part in PARTS)
-    lines = [head, second, "-" * len(second)]
-    for result in results:
-        accuracy, error = mean_and_error([100 * a for a in result["test_accuracy"]])
-        ratios = [result["ratio"][part] for part in PARTS]
-        lines.append(
-            f"{result['row']:<{width}} {accuracy:>7.2f} ± {error:4.2f}"
-            f" {result['gradients_per_step']:>10.3f} {result['time_to_plain'][1]:>6.2f}"
-            f" {result['time_to_sam'][1]:>6.2f} {speed_up(result):>9} "
-            + "".join(f"{'-' if ratio is None else f'{ratio:.3f}':>8}" for ratio in ratios)
+def controller_claims() -> dict[str, Claim]:
+    """Return the claims on the rule that chooses the steps."""
+    found = {}
+    for name in CONTROLLERS:
+        for steps in (SHORT, LONG, LONGEST):
+            setting = f"published rule, {steps:,} steps"
+            found[f"{name}-accuracy-{steps}"] = accuracy_claim(name, setting)
+            found[f"{name}-speed-{steps}"] = speed_claim(name, setting)
+        setting = f"best of {len(SETTINGS)} other settings of the rule, {SHORT} steps"
+        found[f"{name}-accuracy-other"] = accuracy_claim(name, setting)
+        found[f"{name}-speed-other"] = speed_claim(name, setting)
+    return found
+
+
+def accuracy_claim(name: str, setting: str) -> Claim:
+    measured = f"test accuracy over SAM's, points; {setting}"
+    return Claim((name,), "SAM's accuracy.", "abstract", measured, low=-MARGIN)
+
+
+def speed_claim(name: str, setting: str) -> Claim:
+    measured = f"SAM's gradients over its own; {setting}"
+    return Claim((name,), "About 40% faster than SAM.", "abstract", measured, low=SPEED)
+
+
+def gain_claim(setting: str) -> Claim:
+    measured = f"test accuracy over the base's, points; {setting}"
+    text = "SAM gains: without that, keeping its accuracy means nothing."
+    return Claim(("sam",), text, "our condition", measured, low=0)
+
+
+CLAIMS = {
+    **growth_claims(),
+    **{f"sam-gain-{steps}": gain_claim(f"{steps:,} steps") for steps in (SHORT, LONG, LONGEST)},
+    **share_claims(),
+    **controller_claims(),
+    "time": Claim(
+        SAMPLED,
+        "About 40% faster than SAM.",
+        "abstract",
+        f"SAM's time over its own, {ENOUGH:.0%} of the steps sample; layers of {TIMED_WIDTH} units",
+        low=SPEED,
+    ),
+    "sam-gain-rounded": gain_claim(f"weights of {BITS} bits"),
+    **{
+        f"{name}-rounded": Claim(
+            (name,),
+            ROUNDED,
+            "abstract",
+            f"test accuracy over SAM's, points; weights of {BITS} bits, {SHORT} steps",
+            low=-MARGIN,
         )
-    lines.append(
-        "speed-up: SAM's time / its time - 1; of ARSAM its paper claims about "
-        f"{CLAIM:.0%}, elsewhere.\nstart, middle, end: the first, middle and last fifth of the "
-        "epochs, sharp steps only."
-    )
-    return "\n".join(lines)
+        for name in (*CONTROLLERS, "ausam")
+    },
+}
 
 
-def speed_up(result: dict) -> str:
-    """Format the speed-up over SAM; empty for the base and SAM."""
-    return "" if result["row"] in REFERENCES else f"{result['speed_up']:+.0%}"
+class Plan(NamedTuple):
+    """A row: an arm on a task."""
+
+    name: str
+    arm: Arm
+    steps: int
+    noise: float
+    bits: int = 0
+
+    def label(self) -> str:
+        """Return the name of the row in the results."""
+        return f"{self.name}, {self.steps} steps, noise {self.noise:g}, bits {self.bits}"
 
 
-def verdict(ratio: np.ndarray) -> str:
-    """Say whether the second-order part of SAM's gradient grew, paired by seed."""
-    start, middle, end = fifths(ratio).T
-    growth, error = mean_and_error((end - start).tolist())
-    is_clear = abs(growth) > 2 * error  # false for a single seed: its error is NaN
-    word = ("grew" if growth > 0 else "fell") if is_clear else "did not clearly change"
-    return (
-        f"In this run the second-order part of SAM's gradient {word}: from {start.mean():.3f} of "
-        f"||g|| (middle {middle.mean():.3f}) to {end.mean():.3f}, by {growth:+.3f} ± {error:.3f} "
-        "over the seeds; the paper of ARSAM says that it grows."
-    )
+def grid_for(plan: Plan) -> Grid:
+    """Return the pairs that are tried; the base has no rho, but h is measured with one."""
+    if not plan.noise:
+        return CLEAN
+    rates, rhos = (RATES, RHOS) if plan.steps == SHORT else (LONG_RATES, LONG_RHOS)
+    if plan.arm == BASE:
+        return grid_of((LOWER[plan.steps], *rates), rhos[1:2])
+    return grid_of(rates, rhos)
 
 
-def draw(results: list[dict], path: Path, title: str) -> None:
-    """Plot the ratio and the fraction of sharp steps over the epochs, and the times as bars."""
-    figure = figures.make_figure(3, [figures.height_of(max(len(results), figures.ROWS))])
-    ratio, sharp, bars = figure.subplots(1, 3)
-    longest = max(result["time_to_plain"][2] for result in results)
-    colors = [*figures.COLORS, *["0.8"] * len(results)]  # only the first rows have names in curves
-    for position, (result, color) in enumerate(zip(results, colors, strict=False)):
-        name = result["row"]
-        for axes, values in (
-            (ratio, result["ratio_by_epoch"]),
-            (sharp, result["sharp_fraction_by_epoch"]),
-        ):
-            points = [(epoch, y) for epoch, y in enumerate(values, 1) if y is not None]
-            if points and name != "base":
-                style = {"linestyle": LINES[position % len(LINES)], "linewidth": 1.6}
-                style |= {"color": color, "zorder": 2 - position / len(results)}
-                style |= {"label": name} if position < len(figures.COLORS) else {}
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **style)
-        low, median, high = result["time_to_plain"]
-        spread = [[median - low], [high - median]]
-        bars.barh(position, median, xerr=spread, color=color, capsize=3)
-        text = " ".join(filter(None, (f"{median:.2f}", speed_up(result))))
-        bars.annotate(text, (1.45 * longest, position), ha="right", va="center")
-    bars.set_yticks(range(len(results)), [result["row"] for result in results])
-    bars.set_ylim(len(results) - 0.4, -1.4)
-    sam = next(result for result in results if result["row"] == "sam")["time_to_plain"][1]
-    bars.axvline(sam, color=figures.INK, linewidth=1, linestyle="--")
-    bars.axvline(sam / (1 + CLAIM), color=figures.GREY, linewidth=1, linestyle=":")
-    shift = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
-    bars.annotate("SAM", (sam, -0.95), **shift)
-    shift |= {"xytext": (-3, 0), "ha": "right"}
-    bars.annotate(f"{CLAIM:.0%} faster", (sam / (1 + CLAIM), -0.95), color=figures.GREY, **shift)
-    bars.set_xlim(0, 1.47 * longest)
-    bars.set(title="time of a step / plain step", xlabel="median over the seeds, quartiles")
-    ratio.set(title=claim(results), xlabel="epoch")
-    ratio.set_ylim(bottom=0)
-    sharp.set(title="share of sharp steps", xlabel="epoch", ylim=(-0.03, 1.05))
-    for axes in (ratio, sharp):
+def plans(noise: float, best: Arm) -> list[Plan]:
+    """Return all rows, for the best other setting of the controller."""
+    ends = {"sam": SAM, "base": BASE}
+    published = {name: Arm(name) for name in CONTROLLERS}
+    shares = {
+        f"share {share:g} {mixing}": Arm(share=share, decay=decay)
+        for mixing, decay in MIXINGS.items()
+        for share in SHARES
+    }
+    other = {name: best._replace(kind=name) for name in CONTROLLERS}
+    others = {f"{name} other": arm for name, arm in other.items()}
+    rows = [
+        (ends | shares | published | others, SHORT, noise, 0),
+        (ends, SHORT, 0.0, 0),
+        (ends | published, LONG, noise, 0),
+        (ends, LONG, 0.0, 0),
+        (ends | published, LONGEST, noise, 0),
+        (ends | other | {"ausam": Arm("ausam")}, SHORT, noise, BITS),
+    ]
+    return [Plan(name, arm, *rest) for arms, *rest in rows for name, arm in arms.items()]
+
+
+def best_setting(args: argparse.Namespace, advance: Any) -> Arm:
+    """Return the setting of ARSAM's controller with the best validation accuracy.
+
+    Learning rate and rho are those that are chosen for SAM.
+    """
+    task = digits(args.noise, args.width)
+    seeds = SEARCH_SEEDS[: SEARCHED[SHORT]]
+    found = choose(trainer(SAM, task, SHORT), grid_of(RATES, RHOS), advance, seeds)
+    pair = found["learning_rate"], found["rho"]
+    scores = [
+        train_seeds(trainer(arm, task, SHORT), pair, seeds, advance).validation.mean()
+        for arm in SETTINGS
+    ]
+    return SETTINGS[int(np.argmax(scores))]
+
+
+def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Arm]:
+    """Train all rows."""
+    rows, chosen = [], {}
+    with tqdm(unit=" trainings", disable=None) as bar:
+        best = best_setting(args, bar.update)
+        for plan in plans(args.noise, best):
+            bar.set_description(plan.label())
+            train = trainer(plan.arm, digits(plan.noise, args.width, plan.bits), plan.steps)
+            key = plan.name, plan.noise, plan.bits
+            if plan.steps == LONGEST:
+                found = chosen[key]
+            else:
+                seeds = SEARCH_SEEDS[: SEARCHED[plan.steps]]
+                found = chosen[key] = choose(train, grid_for(plan), bar.update, seeds)
+            seeds = range(args.seeds if plan.steps == SHORT else -(-args.seeds // 2))
+            pair = found["learning_rate"], found["rho"]
+            rows.append(as_row(plan.label(), found, train_seeds(train, pair, seeds, bar.update)))
+    return rows, best
+
+
+def times(seeds: int, noise: float) -> list[float]:
+    """Return SAM's time over that of a share of sharp steps, for each seed; they take turns."""
+    task = digits(noise, TIMED_WIDTH)
+    arms = SAM, SAM._replace(share=ENOUGH)
+    trains = [trainer(arm, task, SHORT, is_measured=False) for arm in arms]
+    runs = Run(*runs_of(range(seeds), [(0.1, 0.2)]))
+    ratios = []
+    for index in range(-1, seeds):  # once more to compile
+        run, seconds = Run(*(each[max(index, 0)] for each in runs)), []
+        for train in trains:
+            start = time.perf_counter()
+            jax.block_until_ready(train(run))
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[0] / seconds[1])
+    return ratios[1:]
+
+
+def growth(curve: Sequence[float]) -> float:
+    """Return the growth in percent of a line that is fitted to the logarithm of a curve."""
+    place = np.linspace(0, 1, len(curve))
+    slope, _ = np.polyfit(place, np.log(np.maximum(curve, 1e-30)), 1)
+    return float(100 * np.expm1(slope))
+
+
+def values_of(rows: Sequence[dict[str, Any]], noise: float) -> dict[str, list[float]]:
+    """Return the numbers of each claim that follow from the rows."""
+    by_row = {row["row"]: row for row in rows}
+
+    def of(name: str, steps: int, share: float = noise, bits: int = 0) -> dict[str, Any]:
+        return by_row[Plan(name, SAM, steps, share, bits).label()]
+
+    def lead(name: str, steps: int, other: str = "sam", bits: int = 0) -> list[float]:
+        mine, theirs = (of(each, steps, bits=bits)["test"] for each in (name, other))
+        return np.subtract(mine, theirs).tolist()
+
+    def speed(name: str, steps: int) -> list[float]:
+        return (2 / (1 + np.asarray(of(name, steps)["share"]))).tolist()
+
+    found: dict[str, list[float]] = {}
+    for steps, labels in GROWTHS:
+        for row in ("sam", "base"):
+            for what in ("ratio", "length"):
+                curves = of(row, steps, noise if labels == "noisy" else 0.0)[what]
+                found[f"{what}-{row}-{steps}-{labels}"] = [growth(curve) for curve in curves]
+    gains = {steps: lead("sam", steps, "base") for steps in (SHORT, LONG, LONGEST)}
+    found |= {f"sam-gain-{steps}": gain for steps, gain in gains.items()}
+    for share in SHARES:
+        for mixing in MIXINGS:
+            name = f"share-{share}-{mixing}"
+            if name in CLAIMS:
+                found[name] = only_if_gained(gains[SHORT], lead(f"share {share:g} {mixing}", SHORT))
+    for name in CONTROLLERS:
+        for steps, gain in gains.items():
+            found[f"{name}-accuracy-{steps}"] = only_if_gained(gain, lead(name, steps))
+            found[f"{name}-speed-{steps}"] = speed(name, steps)
+        other = f"{name} other"
+        found[f"{name}-accuracy-other"] = only_if_gained(gains[SHORT], lead(other, SHORT))
+        found[f"{name}-speed-other"] = speed(other, SHORT)
+    gain = found["sam-gain-rounded"] = lead("sam", SHORT, "base", BITS)
+    for name in (*CONTROLLERS, "ausam"):
+        found[f"{name}-rounded"] = only_if_gained(gain, lead(name, SHORT, bits=BITS))
+    return found
+
+
+def smallest(leads: Sequence[Sequence[float]]) -> float:
+    """Return the smallest share from which on SAM's accuracy is kept; 1 if only SAM keeps it.
+
+    It is kept if the whole interval of the lead over SAM is above the margin.
+    """
+    kept = 1.0
+    for share, lead in zip(SHARES[::-1], leads[::-1], strict=True):
+        if mean_interval(lead).low <= -MARGIN:
+            break
+        kept = share
+    return kept
+
+
+def leads_of(rows: Sequence[dict[str, Any]], noise: float) -> dict[str, list[list[float]]]:
+    """Return the lead over SAM of each way to reuse, over the shares and the seeds."""
+    by_row = {row["row"]: np.asarray(row["test"]) for row in rows}
+
+    def of(name: str) -> np.ndarray:
+        return by_row[Plan(name, SAM, SHORT, noise).label()]
+
+    return {
+        mixing: [(of(f"share {share:g} {mixing}") - of("sam")).tolist() for share in SHARES]
+        for mixing in MIXINGS
+    }
+
+
+def draw(rows: Sequence[dict[str, Any]], noise: float, path: Path, title: str) -> None:
+    """Draw the accuracy over the share, the growth, and where the controller ends."""
+    figure = figures.make_figure(3)
+    panels = figure.subplots(1, 3)
+    draw_shares(panels[0], rows, noise)
+    draw_growth(panels[1], rows, noise)
+    draw_controllers(panels[2], rows, noise)
+    for axes in panels:
         axes.grid(alpha=0.3, axis="y")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        figures.label_ends(axes)
-    bars.grid(alpha=0.3, axis="x")
+    figures.label_ends(panels[0])
+    figures.label_ends(panels[1])
     figures.save(figure, path, title)
 
 
-def claim(results: list[dict]) -> str:
-    """State how the second-order part of SAM's gradient went, from the first epoch to the last."""
-    sam = next(result for result in results if result["row"] == "sam")["ratio_by_epoch"]
-    known = [value for value in sam if value is not None]
-    text = "second-order part of SAM's gradient, ||g_s - g|| / ||g||"
-    return f"{text}: {known[0]:.2f} to {known[-1]:.2f}" if known else text
+def draw_margin(axes: Any) -> None:
+    """Draw lines at the margin, and at the share that is fast enough."""
+    axes.axhline(-MARGIN, color=figures.GREY, linewidth=1, linestyle="--")
+    axes.axvline(ENOUGH, color=figures.GREY, linewidth=1, linestyle=":")
+
+
+def draw_shares(axes: Any, rows: Sequence[dict[str, Any]], noise: float) -> None:
+    """Draw the lead over SAM over the share of the steps that sample."""
+    draw_margin(axes)
+    for mixing, leads in leads_of(rows, noise).items():
+        means = [mean_interval(lead) for lead in leads]
+        ends = [[one.value - one.low for one in means], [one.high - one.value for one in means]]
+        values = [one.value for one in means]
+        line = axes.errorbar(SHARES, values, yerr=ends, fmt="o-", markersize=4, capsize=2)
+        line[0].set_label(f"{mixing}: from {smallest(leads):.0%}")
+    axes.set(xlabel="share of the steps that sample h", ylabel="accuracy over SAM's, points")
+    axes.set(title="Smallest share that keeps SAM's accuracy, by weight of what is reused")
+
+
+def draw_growth(axes: Any, rows: Sequence[dict[str, Any]], noise: float) -> None:
+    """Draw the second-order part over the trainings."""
+    by_row = {row["row"]: row for row in rows}
+    place = (1 + np.arange(PARTS)) / PARTS
+    for color, (name, arm) in zip(figures.COLORS, {"sam": SAM, "base": BASE}.items(), strict=False):
+        for style, steps in zip(("-", "--", ":"), (SHORT, LONG, LONGEST), strict=True):
+            curves = np.asarray(by_row[Plan(name, arm, steps, noise).label()]["ratio"])
+            label = f"{'SGD' if name == 'base' else 'SAM'}, {steps:,}"
+            axes.plot(place, np.median(curves, axis=0), style, color=color, label=label)
+    axes.set_yscale("log")
+    axes.set(title="‖h‖ / ‖g‖ along the training, median", xlabel="share of the training")
+
+
+def draw_controllers(axes: Any, rows: Sequence[dict[str, Any]], noise: float) -> None:
+    """Draw the lead over SAM of the controllers over the share that they reach."""
+    by_row = {row["row"]: row for row in rows}
+    draw_margin(axes)
+    points = []
+    places = [(str(steps), "", steps) for steps in (SHORT, LONG, LONGEST)]
+    for color, name in zip(figures.COLORS, CONTROLLERS, strict=False):
+        for label, suffix, steps in [*places, ("other", " other", SHORT)]:
+            row = by_row[Plan(name + suffix, SAM, steps, noise).label()]
+            sam = by_row[Plan("sam", SAM, steps, noise).label()]
+            x, y = np.mean(row["share"]), np.mean(np.subtract(row["test"], sam["test"]))
+            axes.plot([x], [y], "o", color=color)
+            points.append((x, y, f"{name} {label}", color))
+    axes.set(title="Where the controllers end, by steps", xlabel="share of the steps that sample h")
+    axes.margins(0.2)
+    figures.label_points(axes, points)
 
 
 @files.ends_in_one_line
-def main(argv: list[str] | None = None) -> list[dict]:
+def main(argv: list[str] | None = None) -> list[Found]:
     args = parse(argv)
-    choose_folder(args, "second_order")
+    choose_folder(args, NAME)
     report = Report(args)
-    rows = measure(args)
-    results = summarize(rows)
-    print(f"\n{describe(args.noise)}, {args.seeds} seeds (mean ± standard error)")
-    print(f"{table(results)}\n\n{verdict(rows['sam'].ratio)}")
-
-    report.save(results=results)
-    title = f"Digits, {describe(args.noise)}: {args.seeds} seeds, width {args.width}"
-    draw(results, args.folder / "second_order.png", title)
-    report.end("second_order.png")
-    return results
+    rows, best = measure(args)
+    seconds = times(min(args.seeds, TIMED_SEEDS), args.noise)
+    values = values_of(rows, args.noise) | {"time": seconds}
+    found = found_of(CLAIMS, values)
+    print_rows(rows)
+    print(f"best other setting: {best}")
+    print_claims(found)
+    save(report, NAME, found, values, rows=rows, best=best._asdict())
+    title = f"Digits, {describe(args.noise)}: the second-order part of SAM's gradient"
+    draw(rows, args.noise, args.folder / f"{NAME}.png", title)
+    report.end(f"{NAME}.png")
+    return found
 
 
 if __name__ == "__main__":

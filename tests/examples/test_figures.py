@@ -39,6 +39,7 @@ from examples.claims import (
     mup_transfer,
     second_order,
     which_batch,
+    stick_figures,
 )
 from examples.common import figures, fine_tuning, monitoring
 from examples.common.intervals import Interval
@@ -280,18 +281,31 @@ def draw_overparameterization(path, settings):
     overparameterization_report.draw(results, path, title)
 
 
-def draw_second_order(path, rows, epochs=5):
-    results = [
+def draw_second_order(path, seeds):
+    best = second_order.Arm("arsam", window=20)
+    rows = [
         {
-            **{"row": row, "speed_up": 0.3, "time_to_plain": sorted(some(3, low=1, high=2))},
-            "ratio_by_epoch": [None] * epochs if row == "base" else some(epochs, low=0.2),
-            "sharp_fraction_by_epoch": some(epochs, low=0.0),
+            **{"row": plan.label(), "test": some(seeds, low=93, high=95)},
+            **{"share": some(seeds, low=0.1, high=0.5), "length": some(seeds, 10)},
+            "ratio": some(seeds, 10, low=0.1, high=30),
         }
-        for row in rows
+        for plan in second_order.plans(0.3, best)
     ]
-    second_order.draw(
-        results, path, "Digits, 30% of the training labels wrong: 10 seeds, width 256"
-    )
+    title = "Digits, 30% of the training labels wrong: the second-order part of SAM's gradient"
+    second_order.draw(rows, 0.3, path, title)
+
+
+def draw_stick_figures(path, names):
+    joints = np.asarray(some(4, 9, 2, low=0.1))
+    rows = [
+        {
+            **{"row": name, "test": some(20, low=60, high=70)},
+            **{"distance": some(20), "shown": np.tile(joints + 0.05 * RNG.random(), (20, 1, 1, 1))},
+        }
+        for name in names
+    ]
+    title = "Joints of stick figures; found ones green, missed ones red; 95% intervals"
+    stick_figures.draw(rows, {"x": np.asarray(some(4, 256)), "y": joints}, path, title)
 
 
 def draw_mup(path, parts):
@@ -677,9 +691,12 @@ CASES = {
         lambda path: draw_overparameterization(path, overparameterization.all_settings()[:2]),
     ],
     "second_order.draw": [
-        lambda path: draw_second_order(path, ["base", "sam", *second_order.DEFAULT]),
-        lambda path: draw_second_order(path, ["base", "sam"], epochs=1),
-        lambda path: draw_second_order(path, [*VARIANTS]),
+        lambda path: draw_second_order(path, 20),
+        lambda path: draw_second_order(path, 1),
+    ],
+    "stick_figures.draw": [
+        lambda path: draw_stick_figures(path, [*stick_figures.ARMS]),
+        lambda path: draw_stick_figures(path, ["base", "sam"]),
     ],
     "share_of_sam.draw": [
         lambda path: draw_share_of_sam(path, [*share_of_sam.arms_of(400)]),

@@ -79,7 +79,7 @@ def test_help(path, shown):
 def test_help_lists_the_variants_once(shown):
     lists = {Path(path).name: text.count("coupled-wsam") for path, (text, _) in shown.items()}
     takers = ("cifar.py", "data_parallel.py", "digits.py", "language_model.py")
-    takers += ("second_order.py", "sharpness.py", "step_cost.py")
+    takers += ("sharpness.py", "step_cost.py")
     assert {name: count for name, count in lists.items() if count} == dict.fromkeys(takers, 1)
 
 
