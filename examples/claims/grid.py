@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from examples.common.intervals import mean_interval
-from examples.common.report import MARK, aligned, marked, mean_and_error
+from examples.common.report import aligned, mean_and_error
 from examples.common.training import map_runs
-from examples.common.tuning import TUNING_SEEDS, best_of, edges, runs_of, scores_of
+from examples.common.tuning import TUNING_SEEDS, best_of, runs_of, scores_of
 
 SEARCH_SEEDS = range(TUNING_SEEDS.start, TUNING_SEEDS.start + 2 * len(TUNING_SEEDS))
 
@@ -62,11 +62,11 @@ def choose(
     A single pair is not tried.
     """
     if len(grid) == 1:
-        return {"learning_rate": grid[0][0], "rho": grid[0][1], "edges": []}
+        return {"learning_rate": grid[0][0], "rho": grid[0][1]}
     found = map_runs(train, Run(*runs_of(seeds, grid)), advance=advance)
     tried = dict(zip(grid, scores_of(found.validation, grid).tolist(), strict=True))
-    learning_rate, rho = best = best_of(tried)
-    return {"learning_rate": learning_rate, "rho": rho, "edges": edges(best, [*tried])}
+    learning_rate, rho = best_of(tried)
+    return {"learning_rate": learning_rate, "rho": rho}
 
 
 def as_row(name: str, chosen: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
@@ -91,5 +91,5 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         accuracy, error = mean_and_error(row["test"])
         numbers = f"{accuracy:.2f} ± {error:.2f}", f"{np.mean(row['share']):.1%}"
-        table.append([row["row"], *numbers, marked(row, "learning_rate"), marked(row, "rho")])
-    print("\n".join(["", *aligned(table), MARK]))
+        table.append([row["row"], *numbers, f"{row['learning_rate']:g}", f"{row['rho']:g}"])
+    print("\n".join(["", *aligned(table)]))

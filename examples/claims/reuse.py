@@ -174,7 +174,7 @@ def second_order(rho: Any, params: Any, value_fn: Callable[[Any], Any]) -> tuple
     tx = samx.arsam(rho, policy=policies.every(1))
     value, g = jax.value_and_grad(value_fn)(params)
     _, state = tx.update(g, tx.init(params), params, value=value, value_fn=value_fn)
-    return state.part_norm, state.part_ratio
+    return optax.tree.get(state, "part_norm"), optax.tree.get(state, "part_ratio")
 
 
 def trainer(arm: Arm, task: Task, steps: int, is_measured: bool = True) -> Callable[[Run], Outcome]:

@@ -276,7 +276,8 @@ def draw(rows: Sequence[dict[str, Any]], test: dict[str, Any], path: Path, title
     figure = figures.make_figure(2.4, [figures.height_of(), figures.height_of(len(TOLD) + 1)])
     names = [f"figure {number}" for number in range(SHOWN)]
     half = SHOWN // 2
-    panels = figure.subplot_mosaic([names, ["joints"] * half + ["distance"] * half])
+    layout: Any = [names, ["joints"] * half + ["distance"] * half]
+    panels = figure.subplot_mosaic(layout)
     [sam] = [row for row in rows if row["row"] == "sam"]
     for number, name in enumerate(names):
         found = np.asarray(sam["shown"][0][number])

@@ -12,7 +12,7 @@ Each step gets the optimizer state that the previous call returned. The labels c
 call, so that policies that depend on the gradient see different gradients. Variants that take a
 sharp gradient only on some steps are timed over whole cycles, after their warm-up. How often an
 adaptive policy (`ae-sam`, `ae-looksam`, `vsam`, `arsam`) takes a sharp gradient here says nothing
-about training; second_order.py measures that.
+about training; for `vsam` and `arsam` see second_order.py.
 
 Passes are counted while a narrow copy of the model takes the same steps, over whole cycles.
 Callbacks in the losses that `update` sees count how many examples go forward and backward. Half of
