@@ -24,7 +24,8 @@ def train_arms(
 
     Args:
         arms: A variant for each name, such as one for each value of a method's own number.
-        args: `base`, `width`, `epochs`, `seeds` and `rho`, as `arguments.add_settings` adds them.
+        args: `base`, `width`, `epochs`, `seeds` and `rho`, as `arguments.add_settings` adds them;
+            a function in place of `width` builds another network: `digits_task.network_of`.
         noises: Shares of wrong labels; each arm is tuned and trained for each of them.
         is_measured: Whether sharpness is measured on all training images at the end.
         axes: Returns the axes of learning rate and rho that are searched for an arm; default those

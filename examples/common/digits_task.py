@@ -1,5 +1,6 @@
 """The task of the digits scripts: images with wrong labels, a small network, and its batches."""
 
+from collections.abc import Callable
 from functools import cache, partial
 
 import jax
@@ -32,10 +33,18 @@ class Network(nnx.Module):
         return self.head(self.features(x))
 
 
+Width = int | Callable[[nnx.Rngs], nnx.Module]  # of `Network`, or what builds another network
+
+
+def network_of(width: Width, rngs: nnx.Rngs) -> nnx.Module:
+    """Return a new network; one of another kind has `features` and `head` too."""
+    return width(rngs) if callable(width) else Network(width, rngs=rngs)
+
+
 @cache
-def graph_of(width: int) -> nnx.GraphDef:
+def graph_of(width: Width) -> nnx.GraphDef:
     """Return what `nnx.merge` needs beside the parameters; nothing is computed."""
-    return nnx.graphdef(nnx.eval_shape(lambda: Network(width, rngs=nnx.Rngs(0))))
+    return nnx.graphdef(nnx.eval_shape(lambda: network_of(width, nnx.Rngs(0))))
 
 
 @cache
@@ -79,11 +88,11 @@ def split_of(noise: jax.Array | float, seed: jax.Array):
 
 
 @partial(jax.jit, static_argnums=1)
-def initialize(seeds: jax.Array | np.ndarray, width: int):
+def initialize(seeds: jax.Array | np.ndarray, width: Width):
     """Return the initial parameters of each seed."""
 
     def of_seed(seed):
-        return nnx.state(Network(width, rngs=nnx.Rngs(jax.random.key(seed))), nnx.Param)
+        return nnx.state(network_of(width, nnx.Rngs(jax.random.key(seed))), nnx.Param)
 
     return jax.lax.map(of_seed, seeds)
 
