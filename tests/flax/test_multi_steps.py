@@ -67,6 +67,12 @@ def create(tx):
     return samx.flax.TrainState.create(apply_fn=None, params=problem.make()[1], tx=tx)
 
 
+@jax.jit
+def apply_gradients(state, grads, batch):
+    """Compiled: outside of a program, `MultiSteps` would compile its branch in every call."""
+    return state.apply_gradients(grads=grads, losses_fn=losses_fn, batch=batch)
+
+
 def multi_steps(tx, num_pieces):
     return optax.MultiSteps(tx, num_pieces, accumulator_dtype=float)
 
@@ -90,7 +96,7 @@ def test_one_microbatch_per_call(around, num_pieces):
         for piece in pieces_at(t, num_pieces):
             np.testing.assert_array_equal(state.params["W1"], before["W1"])  # not yet
             grads = grad(state.params, piece)
-            state = state.apply_gradients(grads=grads, losses_fn=losses_fn, batch=piece)
+            state = apply_gradients(state, grads, piece)
         found.append(state.params)
     hand.assert_same(found, by_hand(gradient, num_pieces))
     assert state.step == STEPS * num_pieces
@@ -101,7 +107,7 @@ def test_accumulate_takes_all_microbatches_in_a_call(num_pieces):
     state, found = create(samx.accumulate(optax.chain(SAM, SGD), num_pieces)), []
     for t in range(STEPS):
         batch = problem.batch_at(problem.make()[0], t)
-        state = state.apply_gradients(grads=state.params, losses_fn=losses_fn, batch=batch)
+        state = apply_gradients(state, state.params, batch)
         found.append(state.params)
     hand.assert_same(found, by_hand(whole, num_pieces))
     assert state.step == STEPS
