@@ -510,8 +510,7 @@ def method_cards() -> str:
         return method_card(BY_NAME[name], claims.on_card(found.get(name, [])))
 
     return "\n\n".join(
-        "\n\n".join([f"## {family}", *map(card, names)])
-        for family, names in FAMILIES.items()
+        "\n\n".join([f"## {family}", *map(card, names)]) for family, names in FAMILIES.items()
     )
 
 
