@@ -212,7 +212,7 @@ plt.show()
 #
 # How to read it honestly:
 #
-# - **Almost fifty variants were compared.** The best of fifty is partly the luckiest.
+# - **Sixty variants were compared.** The best of sixty is partly the luckiest.
 # - **The errors do not contain the luck of the search.** Where two pairs of learning rate and ρ are
 #   equally good on validation images, chance decides. The last section shows how much that is.
 # - **Time depends on the machine and the model.** With these small batches the work on the weights
