@@ -38,7 +38,7 @@ if __name__ == "__main__":
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ import numpy as np
 from tqdm import tqdm
 
 from examples.claims import frozen, language_paths, recorded
-from examples.claims.claim import HOLDS, Claim, Found, found_of, print_claims, save
+from examples.claims.claim import FAILS, HOLDS, Claim, Found, found_of, print_claims, save
 from examples.common import figures, files
 from examples.common.digits_task import STEPS_PER_EPOCH, rows_of
 from examples.common.intervals import spearman
@@ -745,92 +745,85 @@ def mean_of(measured: Measured, name: str) -> np.ndarray:
     return x.mean(axis=(0, *range(2, x.ndim)))
 
 
+class Panel(NamedTuple):
+    """A panel of the figure: lines over the epochs, or over something else."""
+
+    title: str
+    lines: Mapping[str, np.ndarray]
+    x: Sequence[int]
+    label: str = "epoch"
+
+
+def panels_of(measured: Mapping[str, Measured]) -> list[Panel]:
+    """Return what the figure shows, means over seeds."""
+    of = {kind: functools.partial(mean_of, measured[kind]) for kind in measured}
+    sam, sgd, friendly = of["sam"], of["sgd"], of["friendly"]
+    epochs = range(1, CHECKPOINTS[-1] + 1)
+
+    def by_epoch(steps: np.ndarray) -> np.ndarray:
+        return steps.reshape(len(epochs), -1).mean(axis=1)
+
+    ways = {
+        "gradient": "to_top_g",
+        "1 step": "to_top_1",
+        f"{frozen.STEPS} short steps": "to_top_many",
+        f"{frozen.STEPS} long steps": "to_top_far",
+    }
+    parts = {"of all data": "full", "of the batch": "batch", "g − average": "ema"}
+    language = np.mean(measured["language"]["logit_share"], axis=0).T
+    return [
+        Panel(
+            "Cosine of gradients with the way to the maximum in the ball, SAM's training",
+            {name: sam(key) for name, key in ways.items()},
+            CHECKPOINTS,
+        ),
+        Panel(
+            "Rise of one step divided by the maximum in the ball",
+            {"SAM's training": sam("one_step_share"), "SGD's training": sgd("one_step_share")},
+            CHECKPOINTS,
+        ),
+        Panel(
+            "Rise of the training loss along parts of the gradient, divided by that of SAM",
+            {name: friendly(part) / friendly("sam") for name, part in parts.items()},
+            CHECKPOINTS,
+        ),
+        Panel(
+            "‖g_s − g‖ / ‖g‖",
+            {"SAM's training": by_epoch(sam("ratio")), "SGD's training": by_epoch(sgd("ratio"))},
+            epochs,
+        ),
+        Panel(
+            "Cosine with its own past: g, and the part of g_s orthogonal to g",
+            {"gradient": sam("lag_g"), "part": sam("lag_part")},
+            range(1, recorded.LAGS + 1),
+            "steps ago",
+        ),
+        Panel(
+            "Share of the path through the logits in g_s − g",
+            {"digits, 0.2": sam("logit_share")}
+            | {
+                f"GPT, {rho}": line
+                for rho, line in zip(language_paths.RADII, language, strict=True)
+            },
+            CHECKPOINTS,
+        ),
+    ]
+
+
 def draw(measured: Mapping[str, Measured], found: Sequence[Found], path: Path) -> None:
-    """Draw six of the measures over the epochs, steps or lags, means over seeds."""
+    """Draw some of the measures over the epochs or steps, and count the claims."""
     figure = figures.make_figure(3, [figures.height_of()] * 2)
-    panels = figure.subplots(2, 3).ravel()
-    draw_lines(
-        panels[0],
-        CHECKPOINTS,
-        {
-            "gradient": mean_of(measured["sam"], "to_top_g"),
-            "1 step": mean_of(measured["sam"], "to_top_1"),
-            f"{frozen.STEPS} short steps": mean_of(measured["sam"], "to_top_many"),
-            f"{frozen.STEPS} long steps": mean_of(measured["sam"], "to_top_far"),
-        },
-        "Cosine with the way to the maximum",
-        "epoch",
-    )
-    draw_lines(
-        panels[1],
-        CHECKPOINTS,
-        {
-            f"{what}, {kind}": mean_of(measured[kind], name)
-            for kind in KINDS
-            for what, name in (("1 step", "one_step_share"),)
-        }
-        | {
-            f"bend, {kind}": mean_of(measured[kind], "rise") / mean_of(measured[kind], "slope") - 1
-            for kind in KINDS
-        },
-        "Rise of one step / maximum; bend: rise / ⟨g, ε⟩ − 1",
-        "epoch",
-    )
-    draw_lines(
-        panels[2],
-        CHECKPOINTS,
-        {
-            name: mean_of(measured["friendly"], part) / mean_of(measured["friendly"], "sam")
-            for part, name in (("full", "all data"), ("batch", "batch part"), ("ema", "g − EMA"))
-        },
-        "Rise of the training loss / along SAM's step",
-        "epoch",
-    )
-    epochs = np.arange(1, CHECKPOINTS[-1] + 1)
-    draw_lines(
-        panels[3],
-        epochs,
-        {
-            kind: mean_of(measured[kind], "ratio").reshape(len(epochs), -1).mean(axis=1)
-            for kind in KINDS
-        },
-        "‖g_s − g‖ / ‖g‖",
-        "epoch",
-    )
-    draw_lines(
-        panels[4],
-        np.arange(1, recorded.LAGS + 1),
-        {"g": mean_of(measured["sam"], "lag_g"), "g_v": mean_of(measured["sam"], "lag_part")},
-        "Cosine with its own past; g_v: g_s without g",
-        "steps ago",
-        "linear",
-    )
-    draw_lines(
-        panels[5],
-        CHECKPOINTS,
-        {"digits": mean_of(measured["sam"], "logit_share")}
-        | {
-            f"GPT, {rho}": mean_of({"at": measured["language"]["logit_share"][..., i]}, "at")
-            for i, rho in enumerate(language_paths.RADII)
-        },
-        "Share of the logits in g_s − g",
-        "epoch",
-    )
-    holds = sum(one.verdict == HOLDS for one in found)
-    title = f"Directions of gradients on the digits: {holds} of {len(found)} claims hold"
-    figures.save(figure, path, title)
-
-
-def draw_lines(
-    axes: Any, x: Any, lines: Mapping[str, np.ndarray], title: str, label: str, scale: str = "log"
-) -> None:
-    """Draw one line for each name."""
-    for name, y in lines.items():
-        axes.plot(x, y, marker="o" if len(x) < 20 else "", label=name)
-    axes.set_xscale(scale)
-    axes.set_xlabel(label)
-    axes.set_title(title)
-    figures.label_ends(axes)
+    places = figure.subplots(2, 3).ravel()
+    for axes, panel in zip(places, panels_of(measured), strict=True):
+        for name, y in panel.lines.items():
+            axes.plot(panel.x, y, label=name)
+        axes.set_xscale(figures.scale_of(panel.x))
+        axes.set_xlabel(panel.label)
+        axes.set_title(panel.title)
+        figures.label_ends(axes)
+    holds, fails = (sum(one.verdict == word for one in found) for word in (HOLDS, FAILS))
+    counted = f"{holds} hold, {fails} do not, {len(found) - holds - fails} are open"
+    figures.save(figure, path, f"Claims on directions of gradients on the digits: {counted}")
 
 
 @files.ends_in_one_line

@@ -98,7 +98,8 @@ def draw_directions(path, seeds, language_seeds):
     language = [fake_directions.of_language(seed, epochs) for seed in range(language_seeds)]
     measured = jax.tree.map(lambda *x: np.stack(x), *runs)
     measured["language"] = {"logit_share": np.stack(language)}
-    directions.draw(measured, [], path)
+    values = {name: [0.1, 0.2] for name in directions.CLAIMS}
+    directions.draw(measured, claim.found_of(directions.CLAIMS, values), path)
 
 
 def of_monitor(count, seeds):
