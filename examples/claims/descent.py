@@ -4,6 +4,7 @@ Scripts of claims on convergence share it. Learning rates, radii and seeds may b
 `jax.vmap`, so that one program runs all of them.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -137,7 +138,8 @@ def opt_sam(rho: Any, on_this_batch: bool = False) -> optax.GradientTransformati
     def init_fn(params):
         return OptSAMState(params, optax.tree.zeros_like(params))
 
-    def update_fn(g, state, params, *, value_fn, **_):
+    def update_fn(_, state, params, *, value_fn, **keywords):
+        del keywords
         climbed = jax.grad(value_fn)(state.point) if on_this_batch else state.gradient
         norm = optax.tree.norm(climbed)
         eps = optax.tree.scale(rho / jnp.where(norm > 0, norm, 1.0), climbed)
@@ -151,10 +153,11 @@ def opt_sam(rho: Any, on_this_batch: bool = False) -> optax.GradientTransformati
 def rand_sam(rho: Any, seed: Any = 0) -> optax.GradientTransformationExtraArgs:
     """RandSAM: SAM with a random direction."""
 
-    def init_fn(params):
+    def init_fn(_):
         return jnp.zeros((), jnp.int32)
 
-    def update_fn(g, step, params, *, value_fn, **_):
+    def update_fn(_, step, params, *, value_fn, **keywords):
+        del keywords
         key = jax.random.fold_in(jax.random.key(seed), step)
         noise = optax.tree.random_like(key, params, jax.random.normal)
         eps = optax.tree.scale(rho / optax.tree.norm(noise), noise)
@@ -177,5 +180,5 @@ def late_power(seen: np.ndarray, share: float = 0.1) -> np.ndarray:
     """
     count = seen.shape[-1]
     ends = np.unique(np.geomspace(max(1, share * count), count, 21).astype(int))
-    means = [seen[..., a:b].mean(-1) for a, b in zip(ends, ends[1:], strict=False)]
+    means = [seen[..., a:b].mean(-1) for a, b in itertools.pairwise(ends)]
     return power(np.sqrt(ends[:-1] * ends[1:]), np.stack(means, axis=-1))

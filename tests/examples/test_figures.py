@@ -23,6 +23,7 @@ from examples.claims import (
     committed,
     directions,
     exact,
+    convergence,
     late_sam,
     lets,
     lightsam,
@@ -176,6 +177,26 @@ def draw_lets(path, methods, seeds):
     measured = {"start": {"rho": 0.2}, "rates": rates, "results": results}
     title = "LETS on digits, 30% of the training labels wrong: 10 seeds, momentum"
     lets.draw(measured, path, title)
+
+
+def draw_convergence(path, parts):
+    """Draw curves that end at several places, two of them at the same."""
+    methods, rates = list(convergence.PARALLEL), np.array(convergence.RATES)
+    steps = np.arange(1, 4001)
+    powers = dict(zip(methods, (1.1, 1.0, 0.95, 1.0, 0.5, 0.5), strict=True))
+    names = [*convergence.LIGHT, "lightsam_adam, both"]
+    rows = {
+        "parallel": {
+            "rates": rates.tolist(),
+            "distances": {name: (rates**p).tolist() for name, p in powers.items()},
+            "curves": {name: (6 * steps ** (-p / 2)).tolist() for name, p in powers.items()},
+        },
+        "lightsam": {"worst": {name: some(3, low=1e-4, high=0.1) for name in names}},
+        "saddle": {
+            "left": {f"{name}, {s}": 0.4 for name in convergence.FORMS for s in ("1", "30")}
+        },
+    }
+    convergence.draw({part: rows[part] for part in parts}, path)
 
 
 def draw_lightsam(path, points):
@@ -624,6 +645,10 @@ CASES = {
     "lets.draw": [
         lambda path: draw_lets(path, [*lets.RATES], 3),
         lambda path: draw_lets(path, ["exact"], 1),
+    ],
+    "convergence.draw": [
+        lambda path, parts=parts: draw_convergence(path, parts)
+        for parts in (["parallel", "lightsam", "saddle"], ["lightsam"])
     ],
     "lightsam.draw": [
         lambda path, points=points: draw_lightsam(path, points) for points in (2, 5, 9)

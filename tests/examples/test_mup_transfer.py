@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from examples.claims import mup_transfer
+from examples.claims.claim import read
 
 
 @pytest.mark.slow
@@ -125,9 +126,48 @@ def test_the_best_pair_is_found_and_compared():
         assert (result["method"], result["grid_steps"]) == ("sam", [0, 0])
 
 
+def of_grids(losses):
+    """Return made-up numbers of one seed, one learning rate and some rhos: loss and accuracy."""
+    return np.array([[[losses]], [[[0.1] * len(losses)]]])
+
+
+def test_the_numbers_of_the_claims():
+    """Of two seeds, one moves by two steps of the grid; SAM loses where the pair is kept."""
+    narrow = np.array([[[3, 1, 2.0]], [[3, 1, 2]]])
+    still, moved = np.array([[[3, 1, 2.0]], [[3, 2, 1]]]), np.array([[[1, 3, 5.0]], [[1, 5, 9]]])
+    grids = [
+        {"method": name, "width": width}
+        | mup_transfer.grids_of(np.array([losses, np.stack([losses[0], losses[0]]) / 10]))
+        for width, by_method in ((64, (narrow, narrow)), (128, (still, moved)))
+        for name, losses in zip(("mup_sam", "sam"), by_method, strict=True)
+    ]
+    assert mup_transfer.of_transfer(grids) == {
+        "mup-best-pair": [0, 1],
+        "mup-keeps-more": [1, 0],
+        "mup-range": [3, 8],
+        "mup-keeps-loss": [2, 4],
+        "mup-accuracy": pytest.approx([-20, -20]),
+    }
+    rows = [
+        {"method": name, "steps": steps, "perturbed": perturbed, "exponent_by_seed": of}
+        for name, scale in (("mup_sam", 0.01), ("sam", 1.0))
+        for steps in (1, 10)
+        for perturbed in ("all", "own")
+        for of in ([-2 * scale, -1 * scale], [-scale, -3 * scale], [scale, 2 * scale])
+    ]
+    found = mup_transfer.of_exponents(rows)
+    assert found["mup-exponents"] == pytest.approx([0.02, 0.03])
+    assert found["sam-exponents"] == pytest.approx([1, 1])
+    assert found["sam-last-layer"] == pytest.approx([-2, -3])
+
+
+def test_the_committed_numbers_are_those_of_the_claims():
+    assert read("mup_transfer").keys() == mup_transfer.CLAIMS.keys()
+
+
 def test_a_grid_whose_runs_all_diverged_is_shown_as_that(tmp_path, monkeypatch, capsys):
     grids = [
-        {"method": name, "width": width, "loss": [[None, None]], "accuracy": [[0.1, 0.1]]}
+        {"method": name, "width": width} | mup_transfer.grids_of(of_grids([np.nan, np.nan]))
         for width in (64, 72)
         for name in mup_transfer.METHODS
     ]
@@ -191,7 +231,7 @@ def test_one_part_alone(part, tmp_path, monkeypatch, capsys, read_report):
             name: np.full((2, 1, 1, 2, 3), 0.5) for name in ("mup_sam", "sam")
         },
         "transfer": lambda args: [
-            {"method": name, "width": width, "loss": [[0.5, None]], "accuracy": [[0.5, 0.1]]}
+            {"method": name, "width": width} | mup_transfer.grids_of(of_grids([0.5, np.nan]))
             for width in (64, 72)
             for name in ("mup_sam", "sam")
         ],
