@@ -272,7 +272,8 @@ def accuracies(
         return trainer.accuracy(train_run(trainer, params, run, images, epochs).params, test)
 
     runs = Runs(*runs_of(range(args.seeds), [numbers]))
-    return (100 * map_runs(of_run, runs, advance=lambda count: None)).tolist()
+    found = map_runs(of_run, runs, advance=lambda count: None)
+    return (100 * np.asarray(found, float)).tolist()
 
 
 def cosines(args: argparse.Namespace, numbers: Numbers) -> dict[str, list[list[float]]]:
