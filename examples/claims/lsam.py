@@ -285,7 +285,7 @@ def train_workers(settings: argparse.Namespace, runs: Runs, is_constant: bool) -
 
 
 @jax.jit
-def variance(center: Any, workers: list[Any]) -> jax.Array:
+def variance(center: Any, workers: list[Any]) -> Any:
     """Return the mean square of a coordinate's distance from the center, for each run."""
 
     def square(z, *w):

@@ -17,6 +17,7 @@ from examples import digits
 from examples.asynchronous import exchange_cost, faults
 from examples.claims import (
     async_cost,
+    async_long,
     averages,
     bsam,
     claim,
@@ -423,14 +424,20 @@ def draw_async_cost(path, rows):
 
 
 def draw_which_batch(path, seeds, epochs):
-    arms, long = which_batch.ARMS, which_batch.LONG
-    found = which_batch.Measured(
-        [],
-        {(arm, each): some(seeds, low=92, high=97) for arm in arms for each in which_batch.EVERY},
-        {(arm, k): some(seeds, low=92, high=97) for arm in long for k in which_batch.LONGER},
-        {name: some(seeds, epochs, low=0.1, high=0.9) for name in which_batch.COSINES},
-    )
-    which_batch.draw(found, 40, path, "Digits: whose gradient SAM climbs, 20 seeds")
+    points = {
+        (arm, each): some(seeds, low=92, high=97)
+        for arm, each in itertools.product(which_batch.ARMS, which_batch.EVERY)
+    }
+    points["against momentum", which_batch.SAME] = some(seeds, low=9, high=11)
+    found = {name: some(seeds, epochs, low=0.1, high=0.9) for name in which_batch.COSINES}
+    measured = which_batch.Measured([], points, found)
+    which_batch.draw(measured, path, "Digits: whose gradient SAM climbs, 20 seeds")
+
+
+def draw_async_long(path, seeds):
+    keys = itertools.product(async_long.ROWS, async_long.LONGER, async_long.HOW)
+    points = {key: some(seeds, low=92, high=97) for key in keys}
+    async_long.draw(points, 40, path, "Digits, 30% wrong labels: smaller steps, 20 seeds")
 
 
 def draw_lsam_map(path, seeds):
@@ -774,6 +781,7 @@ CASES = {
         lambda path: draw_which_batch(path, 5, 40),
         lambda path: draw_which_batch(path, 1, 1),
     ],
+    "async_long.draw": [lambda path: draw_async_long(path, 5)],
     "lsam.draw": [lambda path: draw_lsam_map(path, 5), lambda path: draw_lsam_map(path, 1)],
     "data_parallel.draw": [
         lambda path: draw_data_parallel(path, [*data_parallel.STRATEGIES], 5),

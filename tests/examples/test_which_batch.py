@@ -131,7 +131,6 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     arms = {name: VARIANTS["sam"] for name in climbing.ARMS}
     arms["async-sam"] = climbing.arm(climbing.both, 2)
     monkeypatch.setattr(which_batch, "ARMS", arms)
-    monkeypatch.setattr(which_batch, "LONGER", (1, 2))
     monkeypatch.setattr(training, "SEARCH_SEEDS", range(1000, 1001))
     monkeypatch.setattr(training, "around", lambda *of, **more: tuning.fixed([0.1]))
     monkeypatch.setattr(training, "from_zero", lambda axis: axis)
@@ -145,16 +144,12 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     assert values["sam-db, wrong labels"] == [0, 0]  # here both are SAM
     one, other = (report["points"][f"{row}, wrong labels"] for row in ("async-sam", "sam"))
     assert one != other
-    np.testing.assert_allclose(values["async, wrong labels"], np.subtract(one, other))
-    longer = report["longer"]
-    behind = [np.subtract(longer[f"async-sam, {k}"], longer[f"sam, {k}"]) for k in (1, 2)]
-    np.testing.assert_allclose(values["async-trend"], behind[1] - behind[0], atol=1e-9)
-    np.testing.assert_allclose(values["async-long"], behind[1])
-    np.testing.assert_allclose(longer["sam, 1"], other, rtol=1e-6)
+    np.testing.assert_allclose(values["async, wrong labels"], np.subtract(one, other), atol=1e-4)
+    np.testing.assert_allclose(report["points"][f"sam, {which_batch.SAME}"], other, rtol=1e-6)
     assert (in_empty_folder / "results" / "which_batch.json").exists()
     assert (in_empty_folder / "results" / "which_batch.png").stat().st_size > 20_000
     printed = capsys.readouterr().out
-    for text in ("points over sam", "2 epochs", "cosine of the batch's gradient", "friendly_sam:"):
+    for text in ("points over sam", "cosine of the batch's gradient", "friendly_sam:"):
         assert text in printed
 
 
