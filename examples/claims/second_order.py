@@ -110,6 +110,11 @@ KEEPS = "A sampled, reused and mixed second-order part keeps SAM's accuracy."
 ROUNDED = "The same in training with quantized weights."
 
 
+# The trainings along which the growth is measured.
+GROWTHS = (SHORT, "noisy"), (LONG, "noisy"), (LONGEST, "noisy"), (LONG, "clean")
+GROWTH_WHY: dict[Any, str] = {}
+
+
 def growth_claims() -> dict[str, Claim]:
     """Return the claims on the second-order part, over lengths and labels."""
     found = {}
@@ -127,10 +132,6 @@ def growth_claims() -> dict[str, Claim]:
                     why=GROWTH_WHY.get((name, row, labels), ""),
                 )
     return found
-
-
-GROWTHS = (SHORT, "noisy"), (LONG, "noisy"), (LONGEST, "noisy"), (SHORT, "clean"), (LONG, "clean")
-GROWTH_WHY: dict[Any, str] = {}
 
 
 def share_claims() -> dict[str, Claim]:
@@ -246,7 +247,6 @@ def plans(noise: float, best: Arm) -> list[Plan]:
     others = {f"{name} other": arm for name, arm in other.items()}
     rows: list[tuple[dict[str, Arm], int, float, int]] = [
         (ends | shares | published | others, SHORT, noise, 0),
-        (ends, SHORT, 0.0, 0),
         (ends | published, LONG, noise, 0),
         (ends, LONG, 0.0, 0),
         (ends | other | {"ausam": Arm("ausam")}, SHORT, noise, BITS),

@@ -36,11 +36,11 @@ def test_a_tiny_run(in_empty_folder, capsys, read_report, monkeypatch):
     numbers = {one.name: one.number.value for one in found}
     assert report["values"].keys() == numbers.keys() == second_order.CLAIMS.keys()
     wanted = {"sam-gain-400": 4, "share-0.43-none": 4 * (0.43 - 1), "arsam-accuracy-20000": -3}
-    wanted |= {"vsam-speed-4000": 1.6, "ratio-sam-400-clean": 100, "length-sam-400-noisy": -50}
+    wanted |= {"vsam-speed-4000": 1.6, "ratio-sam-4000-clean": 100, "length-sam-400-noisy": -50}
     wanted |= {"ausam-rounded": -3}
     assert {name: numbers[name] for name in wanted} == pytest.approx(wanted)
     verdicts = {one.name: one.verdict for one in found}
-    assert verdicts["ratio-sam-400-clean"] == verdicts["vsam-speed-400"] == "holds here"
+    assert verdicts["ratio-sam-4000-clean"] == verdicts["vsam-speed-400"] == "holds here"
     assert (
         verdicts["length-sam-400-noisy"] == verdicts["arsam-accuracy-400"] == "does not hold here"
     )
