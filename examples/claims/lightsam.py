@@ -75,12 +75,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.colors import TwoSlopeNorm
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import samx
 from examples.claims.claim import Claim, found_of, print_claims, save
 from examples.common import figures, files
+from examples.common.digits_task import load_digits
 from examples.common.output import choose_folder
 from examples.common.report import Report
 from examples.compare.options import RESULTS
@@ -175,7 +175,7 @@ class Curves(NamedTuple):
 
 def load() -> Data:
     """Load all 1797 of scikit-learn's digits."""
-    x, y = load_digits(return_X_y=True)
+    x, y = load_digits()
     return Data(jnp.asarray(x / 16, jnp.float32), jnp.asarray(y, jnp.int32))
 
 

@@ -74,13 +74,12 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.ticker import NullLocator
-from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import samx
 from examples.claims.claim import Claim, found_of, print_claims, save
 from examples.common import figures, files
-from examples.common.digits_task import graph_of, initialize
+from examples.common.digits_task import graph_of, initialize, load_digits
 from examples.common.output import choose_folder
 from examples.common.registry import BASES
 from examples.common.report import MARK, Report, marked, mean_and_error
@@ -192,7 +191,7 @@ def groups_of(counts: list[int]) -> dict[str, list[int]]:
 
 def split(seed: int, counts: list[int]) -> tuple[Part, Part, Part]:
     """Return the seed's training, validation and test split; the seed also orders the digits."""
-    x, digit = load_digits(return_X_y=True)
+    x, digit = load_digits()
     rng = np.random.default_rng(seed)
     parts: tuple[list, list, list] = ([], [], [])
     for label, (of_rank, count) in enumerate(zip(rng.permutation(CLASSES), counts, strict=True)):

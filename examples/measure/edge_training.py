@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
 
 import samx
+from examples.common.digits_task import load_digits
 
 EXAMPLES, SIZES = 300, (64, 24, 24, 10)
 EVERY = 100  # steps from one measurement to the next
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 def data() -> dict[str, jax.Array]:
     """Return the images, with mean 0, and the labels."""
-    x, y = load_digits(return_X_y=True)
+    x, y = load_digits()
     x = x[:EXAMPLES] / 16
     return {"x": jnp.asarray(x - x.mean(), jnp.float32), "y": jax.nn.one_hot(y[:EXAMPLES], 10)}
 

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
-from sklearn.datasets import load_digits
 
 from examples.common import files
+from examples.common.digits_task import load_digits
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # CIFAR-10's channels
 PADDING = 4  # pixels on each side, before the random crop
@@ -283,7 +283,7 @@ def write_digits(folder: str | Path) -> Path:
 
 def digits_archive() -> bytes:
     """Return the bytes of the archive of digits."""
-    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
+    pixels, labels = load_digits()
     order = np.random.default_rng(0).permutation(len(labels))
     pixels, labels = pixels[order].reshape(-1, 8, 8), labels[order]
     large = ndimage.zoom(pixels, (1, 4, 4), order=1, mode="nearest", grid_mode=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
+from examples.common.digits_task import load_digits
 from examples.train import cifar_data
 from examples.train.cifar_data import CIFAR10, CIFAR100
 
@@ -479,7 +479,7 @@ def test_digits_are_the_enlarged_digits(digits_path):
     data = cifar_data.load(digits_path)
     assert data.classes == tuple("0123456789")
     assert (len(data.train.label), len(data.test.label)) == (1500, 297)
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = load_digits()
     large = jax.image.resize(pixels.reshape(-1, 8, 8), (len(pixels), 32, 32), "bilinear")
     gray = np.rint(np.asarray(large) * 255 / 16).astype(np.uint8)
     expected = Counter(

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from sklearn import datasets
 
 import samx
 from examples.claims import long_tail
@@ -233,6 +232,8 @@ def test_every_model_trains(model):
 
 
 def test_the_digits_are_those_of_scikit_learn():
+    from sklearn import datasets  # it takes a second, and every process collects this file
+
     for found, wanted in zip(
         digits_task.load_digits(), datasets.load_digits(return_X_y=True), strict=True
     ):

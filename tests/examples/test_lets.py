@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 from examples.claims import lets
 from examples.common import digits_task
@@ -20,7 +19,7 @@ def test_every_image_has_one_part():
     data = lets.split(jnp.arange(6), 0.3)
     counts = [part["x"].shape[1] for part in data]
     assert counts == [900, 100, 297, 500]
-    images, labels = load_digits(return_X_y=True)
+    images, labels = digits_task.load_digits()
     images = [image.tobytes() for image in np.float32(images / 16)]
     label_of = dict(zip(images, labels, strict=True))
     for seed in range(2):

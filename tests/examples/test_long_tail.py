@@ -10,11 +10,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from sklearn.datasets import load_digits
 
 import samx
-from examples.claims import long_tail
-from examples.common.digits_task import initialize
+from examples.common.digits_task import initialize, load_digits
 from examples.common.tuning import Runs
 
 COUNTS = [100, 59, 35, 21, 12, 7, 4, 2, 1, 1]
@@ -48,7 +46,7 @@ def test_groups():
 
 
 def test_splits_are_balanced_and_disjoint_and_a_label_is_one_digit():
-    x, digit = load_digits(return_X_y=True)
+    x, digit = load_digits()
     parts = long_tail.split(3, COUNTS)
     train, validation, test = parts
     np.testing.assert_array_equal(np.bincount(train.y), COUNTS)
@@ -68,7 +66,7 @@ def test_splits_are_balanced_and_disjoint_and_a_label_is_one_digit():
 
 
 def test_every_seed_has_its_own_splits():
-    _, digit = load_digits(return_X_y=True)
+    _, digit = load_digits()
     seeds = [0, 1, 2, 1000]
     parts = long_tail.splits(seeds, COUNTS)
     orders = {tuple(digit[np.asarray(image[::50])]) for image in parts[2].image}
