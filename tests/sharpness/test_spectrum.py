@@ -270,9 +270,9 @@ def test_standard_errors_cover_the_truth():
     @jax.vmap
     def measure(key):
         return (
-            sharpness.trace(f, params, draws=60, key=key),
-            sharpness.frobenius(f, params, draws=60, key=key),
-            sharpness.density(f, params, grid, sigma=0.5, iterations=16, draws=60, key=key),
+            sharpness.trace(f, params, draws=30, key=key),
+            sharpness.frobenius(f, params, draws=30, key=key),
+            sharpness.density(f, params, grid, sigma=0.5, iterations=16, draws=30, key=key),
         )
 
     bells = np.exp(-0.5 * ((0.5 - exact) / 0.5) ** 2) / (0.5 * np.sqrt(2 * np.pi))
