@@ -45,8 +45,7 @@ class Program:
             factor: Of all losses; a number, or a list with one per step.
             start: `(params, state)` to go on from.
         """
-        data, params = problem.make()
-        carry, history = start or (params, self.state), []
+        carry, history = start or (problem.make()[1], self.state), []
         slopes = dict.fromkeys(self.case.hyper, 0.0) | (slopes or {})
         for t in range(steps):
             changed = numbers(t) if callable(numbers) else numbers or {}
@@ -54,10 +53,17 @@ class Program:
             if rate == 0:
                 hyper |= {key: 0.0 for key in RATES if key in hyper}
             scale = factor[t] if isinstance(factor, list) else factor
-            batch = problem.batch_at(data, t)
+            batch = batches()[t % len(batches())]
             carry = self.step(*carry, batch, hyper, slopes, rate, scale)
             history.append(carry)
         return history
+
+
+@functools.cache
+def batches():
+    """The batches of an epoch; a row takes hundreds of steps."""
+    data, _ = problem.make()
+    return [problem.batch_at(data, t) for t in range(4)]
 
 
 def arguments(case, numbers, slopes):

@@ -1,5 +1,6 @@
 """The tiny float64 problem on which every trajectory was recorded, and how to train on it."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -12,8 +13,9 @@ STEPS, BATCH_SIZE = 12, 16
 TRAJECTORIES = Path(__file__).parent / "trajectories"
 
 
-def make(dtype=np.float64):
-    """64 examples of 3 classes, and the parameters of a 10-16-3 tanh network."""
+@functools.cache
+def drawn():
+    """The numbers of `make`, drawn once."""
     rng = np.random.RandomState(0)
     x = rng.randn(64, 10)
     y = np.argmax(x @ rng.randn(10, 3) + 0.5 * rng.randn(64, 3), axis=1)
@@ -23,8 +25,14 @@ def make(dtype=np.float64):
         "W2": 0.5 * rng.randn(16, 3),
         "b2": 0.1 * rng.randn(3),
     }
-    params = {name: jnp.asarray(value, dtype) for name, value in params.items()}
-    return {"x": jnp.asarray(x, dtype), "y": jnp.asarray(y)}, params
+    return x, y, params
+
+
+def make(dtype=np.float64):
+    """64 examples of 3 classes, and the parameters of a 10-16-3 tanh network, in new buffers."""
+    x, y, params = drawn()
+    params = {name: jnp.array(value, dtype) for name, value in params.items()}
+    return {"x": jnp.array(x, dtype), "y": jnp.array(y)}, params
 
 
 def make_layer_norm():
