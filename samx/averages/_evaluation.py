@@ -106,7 +106,7 @@ def batch_stats(
         >>> import flax.linen as nn, jax, jax.numpy as jnp, samx
         >>> model = nn.BatchNorm(use_running_average=False, momentum=0.99)
         >>> batches = [jnp.arange(4.0)[:, None], 10 + jnp.arange(4.0)[:, None]]
-        >>> variables = model.init(jax.random.key(0), batches[0])
+        >>> variables = jax.jit(model.init)(jax.random.key(0), batches[0])
         >>> def fn(params, stats, x):
         ...     variables = {"params": params, "batch_stats": stats}
         ...     return model.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]

@@ -89,14 +89,14 @@ def dynamic_mask(
             `key` is neither a seed nor a random key.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> from samx.perturbations import dynamic_mask, metric_ball
         >>> ball = dynamic_mask(metric_ball(1.0), 0.5, 0.5, period=1, grow="gradient", key=3)
         >>> w, g = jnp.ones(4), jnp.array([1.0, 3.0, 1.0, 5.0])
-        >>> state = ball.init(w)
+        >>> state, update = ball.init(w), jax.jit(ball.update)
         >>> for _ in range(3):
         ...     print(state.mask.astype(int).tolist())
-        ...     eps, state = ball.update(g, state, w)
+        ...     eps, state = update(g, state, w)
         [1, 0, 0, 1]
         [0, 1, 0, 1]
         [1, 0, 0, 1]

@@ -62,9 +62,10 @@ def perturb_if(policy: Policy, inner: optax.GradientTransformation) -> Transform
         >>> import jax, jax.numpy as jnp, optax, samx
         >>> sam = samx.perturb_if(samx.policies.every(2), samx.sam(0.1))
         >>> w, loss = jnp.array([3.0, 4.0]), lambda w: 0.5 * w @ w
+        >>> update = jax.jit(lambda *args: sam.update(*args, value_fn=loss))
         >>> state = sam.init(w)
         >>> for _ in range(3):
-        ...     g_s, state = sam.update(w, state, w, value_fn=loss)
+        ...     g_s, state = update(w, state, w)
         ...     print([round(float(x), 2) for x in g_s])
         [3.06, 4.08]
         [3.0, 4.0]

@@ -74,9 +74,10 @@ def monitor(
         ...     samx.sam(0.1), optax.sgd(0.1), samx.sharpness.monitor(measures, every=2)
         ... )
         >>> w, loss = jnp.array([1.0, 1.0]), lambda w: jnp.sum(w ** 4)
+        >>> update = jax.jit(lambda *args: tx.update(*args, value_fn=loss))
         >>> state = tx.init(w)
         >>> for _ in range(3):
-        ...     updates, state = tx.update(jax.grad(loss)(w), state, w, value_fn=loss)
+        ...     updates, state = update(jax.grad(loss)(w), state, w)
         ...     print(round(float(optax.tree.get(state, "top")), 2))
         ...     w = optax.apply_updates(w, updates)
         12.0

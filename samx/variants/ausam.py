@@ -125,14 +125,15 @@ def ausam(
             Python number, a count is not a Python int, or `index` is not of integers.
 
     Example:
-        >>> import jax.numpy as jnp, optax, samx
+        >>> import jax, jax.numpy as jnp, optax, samx
         >>> tx = optax.chain(samx.ausam(0.1, 0.5, num_examples=2), optax.sgd(0.5))
         >>> w, x = jnp.array([1.0, 2.0]), jnp.array([[1.0, 0.0], [1.0, 2.0]])
         >>> losses_fn = lambda w, x: 0.5 * (x @ w) ** 2
         >>> closures = {"losses_fn": losses_fn, "batch": x, "index": jnp.arange(2)}
+        >>> update = jax.jit(lambda *args: tx.update(*args, **closures))
         >>> state = tx.init(w)
         >>> for _ in range(2):  # the warm-up takes the whole batch, then one example is drawn
-        ...     updates, state = tx.update(w, state, w, **closures)
+        ...     updates, state = update(w, state, w)
         ...     print([round(float(u), 2) for u in updates])
         [-1.57, -2.61]
         [-2.61, -5.22]

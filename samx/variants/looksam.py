@@ -69,9 +69,10 @@ def looksam(
         >>> import jax, jax.numpy as jnp, optax, samx
         >>> tx = optax.chain(samx.looksam(rho=0.1, period=2), optax.sgd(0.5))
         >>> w, loss = jnp.array([1.0, 1.0]), lambda w: 0.5 * w[0] ** 2 + 2 * w[1] ** 2
+        >>> update = jax.jit(lambda *args: tx.update(*args, value_fn=loss))
         >>> state = tx.init(w)
         >>> for _ in range(4):
-        ...     updates, state = tx.update(jax.grad(loss)(w), state, w, value_fn=loss)
+        ...     updates, state = update(jax.grad(loss)(w), state, w)
         ...     print(bool(optax.tree.get(state, "is_sharp")), end=" ")
         True False True False
         >>> float(optax.tree.get(state, "gradients_spent"))

@@ -89,16 +89,17 @@ def mesa(
         >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, samx
         >>> model = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
         >>> batch = {"x": jnp.eye(4), "y": jnp.arange(4) % 2}
-        >>> params = model.init(jax.random.key(0), batch["x"])
+        >>> params = jax.jit(model.init)(jax.random.key(0), batch["x"])
         >>> tx = optax.chain(samx.mesa(decay=0.9, steps_per_epoch=1, start=-1), optax.sgd(0.5))
         >>> cross_entropy = optax.softmax_cross_entropy_with_integer_labels
         >>> closures = {
         ...     "apply_fn": lambda p, batch: model.apply(p, batch["x"]),  # train=True
         ...     "teacher_fn": lambda p, batch: model.apply(p, batch["x"]),  # train=False
         ...     "loss_on_logits": lambda logits, batch: cross_entropy(logits, batch["y"])}
+        >>> update = jax.jit(lambda *args: tx.update(*args, batch=batch, **closures))
         >>> state = tx.init(params)
         >>> for step in range(2):
-        ...     updates, state = tx.update(params, state, params, batch=batch, **closures)
+        ...     updates, state = update(params, state, params)
         ...     params = optax.apply_updates(params, updates)
         ...     print(bool(optax.tree.get(state, "sharpness") > 0))  # λ R; at first v = w
         False

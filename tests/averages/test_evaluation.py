@@ -139,7 +139,7 @@ def linen(momentum=0.99, axis_name=None):
         variables = {"params": params, "batch_stats": stats}
         return net.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]
 
-    variables = net.init(jax.random.key(0), jnp.asarray(BATCHES[0]))
+    variables = jax.jit(net.init)(jax.random.key(0), jnp.asarray(BATCHES[0]))
     return fn, variables["params"], variables["batch_stats"]
 
 
@@ -284,7 +284,7 @@ def statistics_of(model):
 def test_a_frozen_layer_evaluates_with_its_own_statistics():
     x = 1000 + 10 * jax.random.normal(jax.random.key(0), (16, 3))
     model = FrozenFirst()
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     frozen = {"mean": jnp.full(3, 1000.0), "var": jnp.full(3, 100.0)}
     stats = {"frozen": frozen, "trained": variables["batch_stats"]["trained"]}
     found = averages.batch_stats(statistics_of(model), variables["params"], stats, [x])
