@@ -399,6 +399,7 @@ def states(tx):
         yield what, state, None if may_pass else False
 
 
+@cache
 def is_read(tx, keyword):
     """Whether `update` calls this function of the caller."""
     try:
@@ -408,6 +409,7 @@ def is_read(tx, keyword):
     return False
 
 
+@cache
 def is_needed(tx, keyword):
     try:
         trace_update(tx, **{keyword: NOT_GIVEN})

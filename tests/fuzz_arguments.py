@@ -11,6 +11,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from functools import cache
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import jax
@@ -468,9 +469,12 @@ def is_transformation(value):
 
 def is_sharpness_aware(value):
     """Whether this takes the gradient at a perturbed point, so that it needs the loss."""
-    if not is_transformation(value) or isinstance(value, type):
-        return False
-    state = jax.eval_shape(value.init, PARAMS)
+    return is_transformation(value) and not isinstance(value, type) and has_readings(value)
+
+
+@cache
+def has_readings(tx):
+    state = jax.eval_shape(tx.init, PARAMS)
     leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, samx.Readings))
     return any(isinstance(leaf, samx.Readings) for leaf in leaves)
 
