@@ -33,8 +33,8 @@ FAST_COMPILATION = {
     "xla_cpu_use_fusion_emitters": "false",
     "xla_cpu_parallel_codegen_split_count": "1",
 }
-# Bytes by which a process may grow before it drops its compiled programs.
-MOST_MEMORY = max(2e9, psutil.virtual_memory().total / 8)
+# Bytes by which a process may grow before it drops its compiled programs, which takes seconds.
+MOST_MEMORY = max(2e9, psutil.virtual_memory().total / 6)
 LARGEST_CACHE = 1e9  # bytes of all compiled programs on the disk
 
 
@@ -50,6 +50,13 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "pmap" in item.name.partition("[")[2]:  # among the values of its parameters
                 item.add_marker(pytest.mark.skip("this JAX has no pmap"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file():
+    """Do not search the modules of this folder for examples in docstrings: there are none."""
+    collectors = yield
+    return [collector for collector in collectors if type(collector) is pytest.Module]
 
 
 def pytest_configure(config):
@@ -185,10 +192,15 @@ def shared_programs(compiled_programs):
 
 
 def link_new(source, target):
-    """Link every file of `source` into `target`, but for those that are there."""
-    for name in set(os.listdir(source)) - set(os.listdir(target)):
+    """Link every file of `source` into `target`, but for those that are in both already."""
+    new = set(os.listdir(source)) - linked
+    for name in new:
         with contextlib.suppress(OSError):  # no links here, or another worker was faster
             os.link(source / name, target / name)
+    linked.update(new)
+
+
+linked = set()  # names of the files that are in both folders: to list thousands takes 10 ms
 
 
 @pytest.fixture
@@ -202,10 +214,11 @@ def free_memory():
     """Drop compiled programs if many came; they would hold gigabytes until the end."""
     yield
     global held, contexts
-    if psutil.Process().memory_info().rss > held + MOST_MEMORY:
+    if this_process.memory_info().rss > held + MOST_MEMORY:
         jax.clear_caches()
         contexts = Contexts()
-        held = psutil.Process().memory_info().rss
+        held = this_process.memory_info().rss
 
 
+this_process = psutil.Process()
 held = 0  # bytes of this process after it last dropped its programs
