@@ -5,6 +5,7 @@ hyperparameters, their slopes as schedules, the learning rate and a factor of th
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from cases import VARIANTS, Case
 import samx
 
 SLOPE = 0.1  # of a schedule, per step, relative to its first value
+MOMENTUM = 0.9  # of the base
 RATES = ("learning_rate", "max_learning_rate")
 MOST_STEPS_BETWEEN = 7  # from one sharp step to the next, in any row
 
@@ -54,7 +56,7 @@ class Program:
                 hyper |= {key: 0.0 for key in RATES if key in hyper}
             scale = factor[t] if isinstance(factor, list) else factor
             batch = batches()[t % len(batches())]
-            carry = self.step(*carry, batch, hyper, slopes, rate, scale)
+            carry = self.step(*carry, batch, hyper, slopes, rate, scale, MOMENTUM)
             history.append(carry)
         return history
 
@@ -85,8 +87,8 @@ def program(name) -> Program:
     batch_like = problem.batch_at(data, 0)
 
     @jax.jit
-    def step(params, state, batch, numbers, slopes, rate, factor):
-        base = optax.chain(optax.zero_nans(), optax.sgd(rate, momentum=0.9))
+    def step(params, state, batch, numbers, slopes, rate, factor, momentum):
+        base = optax.chain(optax.zero_nans(), optax.sgd(rate, momentum=momentum))
         tx = case.build(base, batch_like=batch_like, **arguments(case, numbers, slopes))
         tx = samx.all_readings(tx)
 
@@ -105,7 +107,7 @@ def program(name) -> Program:
         return problem.make_step(tx, losses_fn, **others)(params, state, batch)
 
     flat = dict.fromkeys(case.hyper, 0.0)
-    base = optax.chain(optax.zero_nans(), optax.sgd(0.1, momentum=0.9))
+    base = optax.chain(optax.zero_nans(), optax.sgd(0.1, momentum=MOMENTUM))
     tx = case.build(base, batch_like=batch_like, **arguments(case, case.hyper, flat))
     return Program(case, samx.all_readings(tx).init(params), step)
 
@@ -142,6 +144,26 @@ def without_sharp_loss(state):
     return optax.tree.set(state, readings=cleared)
 
 
+def own_program(name, run):
+    """Return state and step of the row's program with a run's numbers, if it differs in no more."""
+    case = VARIANTS[name]
+    known = inspect.signature(case.factory).parameters
+    numbers = {key: p.default for key, p in known.items() if key in case.hyper} | run.arguments
+    is_usual = run.make is problem.make and run.further is recorded.nothing_further
+    momentum = {None: MOMENTUM, recorded.MOMENTUM: MOMENTUM, recorded.SGD: 0.0}.get(run.base)
+    is_usual &= momentum is not None
+    is_usual &= numbers.keys() == case.hyper.keys()
+    if not is_usual or not all(isinstance(number, float) for number in numbers.values()):
+        return None
+    flat, row = dict.fromkeys(numbers, 0.0), program(name)
+
+    def step(params, state, batch, index):
+        del index  # no such run has a table of its examples
+        return row.step(params, state, batch, numbers, flat, 0.1, 1.0, momentum)
+
+    return row.state, step
+
+
 # ---- The checks: functions of the name of a row.
 
 
@@ -152,7 +174,8 @@ def follows_its_oracle(name):
     for oracle in case.oracle:
         if isinstance(oracle, str):
             run = recorded.RECORDED[oracle]
-            recorded.check(oracle, case.make(run.base, run.arguments))
+            own = functools.partial(own_program, name, run)
+            recorded.check(oracle, case.make(run.base, run.arguments), own)
         else:
             expected = oracle(reference.SGD(0.1, 0.9), 12)
             recorded.assert_same(trajectory(program(name).run(12)), expected)
