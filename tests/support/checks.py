@@ -1,7 +1,8 @@
 """What every row of the table must pass: its oracle, and what the contract says about any variant.
 
 A row is compiled once, in float64. All that the checks vary is an argument of that program: the
-hyperparameters, their slopes as schedules, the learning rate and a factor of the loss.
+hyperparameters, their slopes as schedules, learning rate and momentum of the base, and a factor of
+the loss.
 """
 
 import functools
