@@ -31,7 +31,7 @@ about 7 minutes on two CPU cores, a tenth of it for the exponents.
 import argparse
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,7 +209,8 @@ class Data(NamedTuple):
     held_out: dict[str, jax.Array]
 
 
-def make_data(seed: int, steps: int) -> Data:
+@partial(jax.jit, static_argnums=1)
+def make_data(seed: jax.Array | int, steps: int) -> Data:
     """Return the seed's images; few training images, so that wrong labels are soon memorized."""
     train, *rest = jax.tree.map(lambda leaf: leaf[0], split(jnp.array([seed]), NOISE))
     key, epochs = jax.random.key(seed), math.ceil(steps * BATCH / FEW)

@@ -199,7 +199,7 @@ def test_a_best_pair_at_the_edge_is_told(wide, at_edge):
 
 def test_a_tiny_run(in_empty_folder, capsys, read_report):
     sizes = "--widths 32 16 --seeds 2 --steps 1 --transfer-widths 72 64"
-    grids = "--transfer-steps 3 --transfer-seeds 1 --learning-rates 0.1 0.4 --rhos 0.1 1e6"
+    grids = "--transfer-steps 2 --transfer-seeds 1 --learning-rates 0.1 0.4 --rhos 0.1 1e6"
     report = mup_transfer.main(f"{sizes} {grids} --out results".split())
     read = read_report(in_empty_folder / "results")
     assert {name: read[name] for name in report} == report
