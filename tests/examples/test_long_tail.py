@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import samx
+from examples.claims import long_tail
 from examples.common.digits_task import initialize, load_digits
 from examples.common.tuning import Runs
 
