@@ -57,7 +57,7 @@ class Program:
                 hyper |= {key: 0.0 for key in RATES if key in hyper}
             scale = factor[t] if isinstance(factor, list) else factor
             batch = batches()[t % len(batches())]
-            carry = self.step(*carry, batch, hyper, slopes, rate, scale)
+            carry = self.step(*carry, batch, hyper, slopes, rate, scale, MOMENTUM)
             history.append(carry)
         return history
 
