@@ -31,7 +31,7 @@ about 7 minutes on two CPU cores, a tenth of it for the exponents.
 import argparse
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
