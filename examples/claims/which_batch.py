@@ -129,7 +129,7 @@ SAID = {
         *("friendly_sam", "all examples", "sam", -ANY, 0.0, EVERY),
         "Climbing the gradient of all examples alone generalizes worse than SAM.",
         "abstract",
-        "about half a point to a point; a larger rho wins back a part of it",
+        "with wrong labels it loses a point, and half of that with a larger rho",
     ),
     "without-full": Said(
         *("friendly_sam", "batch - all", "sam", 0.0, ANY, EVERY),
@@ -164,7 +164,7 @@ SAID = {
         *("async_sam", "async-sam", "sam", -MARGIN, ANY, EVERY),
         "SAM's accuracy, with an ascent gradient of the step before.",
         "abstract",
-        "it is below SAM; the other batch costs that, not the older gradient: see the arms between",
+        "with wrong labels the other batch costs it, not the older gradient: see the arms between",
     ),
     "async-older": Said(
         *("async_sam", "older point", "sam", -MARGIN, ANY, EVERY),
