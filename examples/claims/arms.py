@@ -10,7 +10,9 @@ from tqdm import tqdm
 from examples.common.digits_task import STEPS_PER_EPOCH
 from examples.common.registry import Variant
 from examples.common.training import PLANNED, axes_of, measure, runs_to_try
-from examples.common.tuning import Axis
+from examples.common.tuning import Axis, fixed
+
+AS_SAM = " as sam"  # ends the name of an arm that trains with SAM's learning rate and rho
 
 
 def train_arms(
@@ -60,6 +62,11 @@ def train_arms(
                 is_measured * STEPS_PER_EPOCH * args.epochs,
             )
     return results
+
+
+def as_chosen(result: dict[str, Any], arm: Variant) -> list[Axis]:
+    """Return axes of an arm that hold the numbers chosen for another one, and nothing else."""
+    return [fixed([result["learning_rate"]]), fixed([result["rho"] if arm.start else 0.0])]
 
 
 def points(results: Sequence[dict[str, Any]], row: str, noise: float) -> np.ndarray:

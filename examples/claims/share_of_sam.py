@@ -14,6 +14,9 @@ has its own learning rate and rho, chosen on a validation split, with seeds that
 Differences are paired by seed. Gradients are counted, in passes over one batch: a gradient of half
 of a batch is half a gradient, and a forward pass without a gradient is a third of one.
 
+A tuned rho makes up for rare sharp steps. So some arms train a second time, with the learning rate
+and rho that were chosen for SAM: the claims say "with SAM's learning rate and rho".
+
 "AE-SAM, random" is a control: it takes as many sharp steps as AE-SAM, drawn at random, with one
 probability or with AE-SAM's own share in each epoch.
 
@@ -50,8 +53,8 @@ import numpy as np
 import optax
 
 import samx
+from examples.claims.arms import AS_SAM, as_chosen, points, train_arms
 from examples.claims.arms import of as result_of
-from examples.claims.arms import points, train_arms
 from examples.claims.claim import Claim, Found, found_of, print_claims, save
 from examples.common import figures, files
 from examples.common.digits_task import STEPS_PER_EPOCH, describe
@@ -180,6 +183,8 @@ def curves_of(steps: int) -> dict[str, Curve]:
 
 CONTROL = "ae-sam, random"
 PAPERS_THRESHOLD = "ae-sam 1 to -1"
+# Arms that train a second time, with SAM's learning rate and rho
+ALIKE = ("periodic 5", "looksam 5", "rst 0.2", "vsam, random 0.2")
 CLEAN = ("base", "ksam 0.5")  # arms that are trained with clean labels too
 PANELS = {
     "A clock chooses the steps": ("periodic", "looksam", "looksam-0.7", "look-layer-sam"),
@@ -215,6 +220,13 @@ CLAIMS = {
         "Reusing a part of the sharp gradient is clearly better than SAM on every k-th step alone.",
         "secondary source",
         "mean difference of LookSAM and periodic SAM for k = 2, 5 and 10, points; equal epochs",
+        low=0.0,
+    ),
+    "looksam-periodic-as-sam": Claim(
+        ("looksam", "periodic"),
+        "The same, without a radius of its own for each.",
+        "secondary source",
+        "difference for k = 5, points; both with SAM's learning rate and rho",
         low=0.0,
     ),
     "looksam-alpha": Claim(
@@ -328,6 +340,15 @@ CLAIMS = {
         "The reused second-order part makes up for the sharp steps that are left out.",
         "abstract",
         "test accuracy over RST's, which reuses nothing, points; probability 0.2 in both",
+        low=0.0,
+        why="RST's rho is tuned too, and becomes larger than SAM's; for the same rho see the next "
+        "line",
+    ),
+    "vsam-reuse-as-sam": Claim(
+        ("vsam",),
+        "The same, without a radius of its own for each.",
+        "abstract",
+        "the same difference, both with SAM's learning rate and rho",
         low=0.0,
     ),
     "arsam-share": Claim(
@@ -444,6 +465,7 @@ PAIRS = {  # of arms whose difference is the number of a claim
     "sam-base": ("sam", "base"),
     "looksam-share": ("looksam 5", "sam"),
     "looksam-alpha": ("looksam-0.7 5", "looksam 5"),
+    "looksam-periodic-as-sam": (f"looksam 5{AS_SAM}", f"periodic 5{AS_SAM}"),
     "look-layer-share": ("look-layer-sam 5", "sam"),
     "rst-share": ("rst 0.5", "sam"),
     "g-rst-share": ("g-rst 0.5", "sam"),
@@ -456,6 +478,7 @@ PAIRS = {  # of arms whose difference is the number of a claim
     "vsam-window": (f"vsam {SHORT_WINDOW}", "sam"),
     "vsam-reuse": (f"vsam, random {SPEED_UP}", "sam"),
     "vsam-reuse-gain": ("vsam, random 0.2", "rst 0.2"),
+    "vsam-reuse-as-sam": (f"vsam, random 0.2{AS_SAM}", f"rst 0.2{AS_SAM}"),
     "arsam-share": ("arsam 50", "sam"),
     "arsam-window": (f"arsam {SHORT_WINDOW}", "sam"),
     "arsam-reuse": (f"arsam, random {SPEED_UP}", "sam"),
@@ -528,16 +551,16 @@ class Point(NamedTuple):
         return self.lead.low > -MARGIN
 
 
-def at_noise(results: Sequence[dict[str, Any]], noise: float) -> list[dict[str, Any]]:
-    """Return the results with this share of wrong labels."""
-    return [result for result in results if result["noise"] == noise]
+def tuned(results: Sequence[dict[str, Any]], noise: float) -> list[dict[str, Any]]:
+    """Return the results of the arms that were tuned, with this share of wrong labels."""
+    return [r for r in results if r["noise"] == noise and not r["row"].endswith(AS_SAM)]
 
 
 def points_of(results: Sequence[dict[str, Any]], noise: float) -> list[Point]:
     """Return every arm as a point."""
     whole = result_of(results, "sam", noise)["gradients"]
     found = []
-    for result in at_noise(results, noise):
+    for result in tuned(results, noise):
         arm = result["row"]
         lead = mean_interval(difference(results, noise, arm, "sam"))
         found.append(Point(arm, method_of(arm), result["gradients"] / whole, lead))
@@ -564,6 +587,9 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], list[dict
     arms = arms_of(args.epochs * STEPS_PER_EPOCH)
     results = train_arms(arms, args, [noise])
     results += train_arms(controls_of(results, noise), args, [noise])
+    sam = result_of(results, "sam", noise)
+    alike = {name + AS_SAM: arms[name] for name in ALIKE}
+    results += train_arms(alike, args, [noise], axes=lambda name, arm: as_chosen(sam, arm))
     if noise:
         results += train_arms({name: arms[name] for name in CLEAN}, args, [0.0])
     return values_of(results, noise), results
@@ -593,7 +619,7 @@ def values_of(results: Sequence[dict[str, Any]], noise: float) -> dict[str, list
 
 def print_curves(results: Sequence[dict[str, Any]], noise: float) -> None:
     """Print one line per arm, and for each method the smallest share that keeps the accuracy."""
-    curves, results = points_of(results, noise), at_noise(results, noise)
+    curves, results = points_of(results, noise), tuned(results, noise)
     print(f"\n{describe(noise)}, {len(results[0]['test_accuracy'])} seeds, mean [95% interval]")
     grid = [["arm", "share of SAM's gradients", "points over SAM", "train acc. %", "lr", "rho"]]
     for point, result in zip(curves, results, strict=True):

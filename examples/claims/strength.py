@@ -53,8 +53,8 @@ import optax
 from matplotlib.ticker import LogLocator
 
 import samx
+from examples.claims.arms import AS_SAM, as_chosen, points, train_arms
 from examples.claims.arms import of as result_of
-from examples.claims.arms import points, train_arms
 from examples.claims.claim import Claim, Found, found_of, print_claims, save
 from examples.common import figures, files
 from examples.common.digits_task import describe
@@ -71,9 +71,8 @@ from examples.common.registry import (
 )
 from examples.common.report import MARK, Report, aligned, marked
 from examples.common.training import axes_of
-from examples.common.tuning import Axis, fixed
+from examples.common.tuning import Axis
 
-AS_SAM = " as sam"  # ends the name of an arm with SAM's learning rate and rho
 SMOOTHING = 0.1  # of the labels, in the loss that BiSAM's authors descend
 X_SAM_ALPHA = 0.2
 
@@ -485,9 +484,7 @@ def method_of(arm: str) -> str:
 
 def like_sam(sam: dict[str, Any], base: str, rho: Any, name: str, arm: Variant) -> list[Axis]:
     """Return the axes of an arm; those of an arm "as sam" are SAM's own two numbers."""
-    if not name.endswith(AS_SAM):
-        return axes_of(arm, base, rho)
-    return [fixed([sam["learning_rate"]]), fixed([sam["rho"] if arm.start else 0.0])]
+    return as_chosen(sam, arm) if name.endswith(AS_SAM) else axes_of(arm, base, rho)
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
@@ -512,7 +509,7 @@ class Arms(NamedTuple):
     def flatness(self, arm: str) -> np.ndarray:
         """Return log10 of the top eigenvalue of each seed."""
         monitored = result_of(self.results, arm, self.noise)["monitored"]
-        return np.log10(np.asarray(monitored["top_eigenvalue"])[:, -1])
+        return np.log10(monitored["top_eigenvalue"][-1])
 
     def rise(self, arm: str) -> np.ndarray:
         """Return log10 of the rise of the loss of each seed."""

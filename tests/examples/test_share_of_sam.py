@@ -10,6 +10,7 @@ from examples.common.intervals import Interval
 from samx import policies
 
 SEEDS = 4
+ALIKE = [f"{arm} as sam" for arm in share_of_sam.ALIKE]
 CONTROLS = [f"{share_of_sam.CONTROL} {name}" for name in ("overall", "by epoch")]
 
 
@@ -25,7 +26,7 @@ def result_of(arm, accuracy=0.9, gradients=600.0):
 
 def results_of(**changed):
     """Return results of all arms; those whose names are given differ."""
-    arms = [*share_of_sam.arms_of(400), *CONTROLS]
+    arms = [*share_of_sam.arms_of(400), *CONTROLS, *ALIKE]
     ends = {"base": {"gradients": 400.0}, "sam": {"gradients": 800.0}}
     clean = [result_of(arm, accuracy) for arm, accuracy in (("base", 0.95), ("ksam 0.5", 0.96))]
     noisy = [result_of(arm, **{**ends.get(arm, {}), **changed.get(arm, {})}) for arm in arms]
@@ -35,9 +36,9 @@ def results_of(**changed):
 def test_a_tiny_run(in_empty_folder, capsys, read_report, monkeypatch):
     """The ends of the curves and AE-SAM's are trained; other arms get the results of SAM."""
 
-    def train_some(arms, args, noises):
+    def train_some(arms, args, noises, **others):
         chosen = {name: arm for name, arm in arms.items() if name in real}
-        trained = train(chosen, args, noises) or kept
+        trained = train(chosen, args, noises, **others) or kept
         kept.extend(trained)
         return trained[: len(chosen)] + [
             trained[0] | {"row": name, "noise": noises[0]} for name in arms if name not in chosen
@@ -52,7 +53,7 @@ def test_a_tiny_run(in_empty_folder, capsys, read_report, monkeypatch):
     report = read_report(folder)
     assert [one.name for one in found] == [*share_of_sam.CLAIMS] == [*report["values"]]
     rows = {row["row"]: row for row in report["rows"]}
-    assert set(rows) == {*share_of_sam.arms_of(10), *CONTROLS}
+    assert set(rows) == {*share_of_sam.arms_of(10), *CONTROLS, *ALIKE}
     assert rows["base"]["gradients"] == 10
     assert rows["sam"]["gradients"] == 20
     sharp = 10 * report["values"]["ae-sam-half"][0]
@@ -110,6 +111,7 @@ def test_claims_compare_the_right_arms():
         "ae-sam, random by epoch": {"accuracy": 0.89},
         "ae-sam 1 to -1": {"gradients": 560.0},
         "esam 0.5": {"gradients": 700.0},
+        "vsam, random 0.2 as sam": {"accuracy": 0.94},
     }
     results = results_of(**changed)
     values = share_of_sam.values_of(results, 0.3)
@@ -124,12 +126,14 @@ def test_claims_compare_the_right_arms():
         "ae-sam-steps": 1.0,
         "ksam-base": 2.0,
         "ksam-clean-base": 1.0,
+        "vsam-reuse-as-sam": 4.0,
     }
     for name, number in expected.items():
         assert values[name] == pytest.approx([number] * SEEDS, abs=1e-9), name
     assert values["ae-sam-half"] == pytest.approx([0.4])
     assert values["esam-cost"] == pytest.approx([75.0])
     shares = {point.arm: point.share for point in share_of_sam.points_of(results, 0.3)}
+    assert set(shares) == {*share_of_sam.arms_of(400), *CONTROLS}  # no arm "as sam"
     assert shares["sam"] == 1
     assert shares["base"] == 0.5
     assert shares["ae-sam 1 to -1"] == pytest.approx(0.7)

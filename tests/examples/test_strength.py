@@ -22,7 +22,7 @@ def result_of(arm, accuracy=0.9, top=10.0, rise=0.1, validation=0.9):
         "train_accuracy": [0.7] * SEEDS,
         "loss_increase": [rise] * SEEDS,
         "candidates": [{"validation_accuracy": validation}, {"validation_accuracy": 0.1}],
-        "monitored": {"top_eigenvalue": [[3.0, top]] * SEEDS},
+        "monitored": {"top_eigenvalue": [[3.0] * SEEDS, [top] * SEEDS]},  # at two steps
     }
 
 
@@ -58,6 +58,7 @@ def test_a_tiny_run(in_empty_folder, capsys, read_report, monkeypatch):
     assert [*rows] == [*strength.arms_of()]
     assert rows["base"]["gradients"] == 10
     assert rows["sam"]["gradients"] == 20
+    assert len(set(report["values"]["gnp-flatter"])) == 2  # one number for each seed
     assert (folder / "strength.png").stat().st_size > 10_000
     monkeypatch.setattr(claim, "RESULTS", folder)
     read = claim.found_of(strength.CLAIMS, claim.read("strength"))
