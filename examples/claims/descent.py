@@ -113,6 +113,11 @@ def gradient_norm(problem: Problem, x: jax.Array) -> jax.Array:
     return jnp.linalg.norm(jax.grad(problem.whole)(x))
 
 
+def transformation(init: Any, update: Any) -> optax.GradientTransformationExtraArgs:
+    """Return a transformation whose `update` needs `value_fn`."""
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 class OptSAMState(NamedTuple):
     """State of `opt_sam`: the last perturbed point, and the gradient there."""
 
@@ -147,7 +152,7 @@ def opt_sam(rho: Any, on_this_batch: bool = False) -> optax.GradientTransformati
         g_s = jax.grad(value_fn)(point)
         return g_s, OptSAMState(point, g_s)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def rand_sam(rho: Any, seed: Any = 0) -> optax.GradientTransformationExtraArgs:
@@ -163,7 +168,7 @@ def rand_sam(rho: Any, seed: Any = 0) -> optax.GradientTransformationExtraArgs:
         eps = optax.tree.scale(rho / optax.tree.norm(noise), noise)
         return jax.grad(value_fn)(optax.tree.add(params, eps)), step + 1
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(init_fn, update_fn)
 
 
 def power(x: Sequence[float] | np.ndarray, y: np.ndarray) -> np.ndarray:
