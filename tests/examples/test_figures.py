@@ -32,6 +32,7 @@ from examples.claims import (
     lsam,
     lsam_digits,
     mup_transfer,
+    normalization,
     second_order,
     share_of_sam,
     snippets,
@@ -160,24 +161,37 @@ def draw_long_tail(path, rows, imbalance, seeds):
     )
 
 
-def draw_lets(path, methods, seeds):
-    results = [
+def draw_lets(path, noises, seeds):
+    def end_of(count):
+        numbers = {name: np.array(some(count, seeds)) for name in lets.End._fields}
+        radii = 0.2 * np.array(some(count, seeds, 6, low=0.5))
+        return lets.End(**numbers | {"rho": radii})
+
+    def signs_of():
+        numbers = np.array(some(seeds, 4, low=-1.0, high=1.0))
+        horizons = {str(steps): numbers for steps in lets.HORIZONS}
+        return lets.Signs(dict.fromkeys(lets.FORMS, numbers), numbers, horizons)
+
+    def trained():
+        return {"starts": [0.02, 0.2, 2.0], "ends": end_of(len(lets.FACTORS))}
+
+    measured = [
         {
-            **{"row": row, "factor": factor, "start": 0.2 * factor},
-            "rho": (0.2 * factor * np.array(some(seeds, 6, low=0.5))).tolist(),
-            "F": some(seeds, 6, low=0.1),
+            **{"noise": noise, "sam": {"rho": 0.2}, "grid": end_of(len(lets.RADII))},
+            **{"signs": signs_of(), "lets": {form: trained() for form in lets.TRAINED}},
         }
-        for row in ("sam", *methods)
-        for factor in lets.FACTORS
+        for noise in noises
     ]
-    rates = [
-        {"row": row, "rate": rate, "rho": some(seeds, low=0.1, high=0.3), "chosen": rate == 3}
-        for row in methods
-        for rate in (3.0, 10.0, 30.0)
+    lets.draw(measured, path)
+
+
+def draw_normalization(path, rows, seeds):
+    results = [
+        {"row": row, "noise": normalization.NOISE, "test_accuracy": some(seeds)} for row in rows
     ]
-    measured = {"start": {"rho": 0.2}, "rates": rates, "results": results}
-    title = "LETS on digits, 30% of the training labels wrong: 10 seeds, momentum"
-    lets.draw(measured, path, title)
+    radii = len(normalization.RADII)
+    grids = {arm: 100 * np.array(some(radii, seeds)) for arm in normalization.ON_GRID}
+    normalization.draw(results, grids, path)
 
 
 def draw_convergence(path, parts):
@@ -651,8 +665,12 @@ CASES = {
         lambda path: draw_long_tail(path, ["base", "sam"], 10.0, 1),
     ],
     "lets.draw": [
-        lambda path: draw_lets(path, [*lets.RATES], 3),
-        lambda path: draw_lets(path, ["exact"], 1),
+        lambda path: draw_lets(path, [0.3, 0.0], 3),
+        lambda path: draw_lets(path, [0.3], 1),
+    ],
+    "normalization.draw": [
+        lambda path: draw_normalization(path, [*normalization.ARMS], 20),
+        lambda path: draw_normalization(path, ["sgd", "sam"], 1),
     ],
     "convergence.draw": [
         lambda path, parts=parts: draw_convergence(path, parts)

@@ -1,38 +1,36 @@
-"""The LETS example: which images are seen, and whether the report matches the run."""
-
-import argparse
-import math
+"""The claims of LETS: which images are seen, what moves the radius, and the numbers of a claim."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from examples.claims import lets
 from examples.common import digits_task
-from examples.common.tuning import runs_of
+from examples.common.training import start_of
 
-SMALL = argparse.Namespace(width=8, epochs=1, noise=0.3, base="momentum", asam=False)
+WRONG = ", 30% wrong labels"
 
 
 def test_every_image_has_one_part():
-    data = lets.split(jnp.arange(6), 0.3)
-    counts = [part["x"].shape[1] for part in data]
-    assert counts == [900, 100, 297, 500]
-    images, labels = digits_task.load_digits()
+    images, labels = load_digits(return_X_y=True)
     images = [image.tobytes() for image in np.float32(images / 16)]
     label_of = dict(zip(images, labels, strict=True))
     for seed in range(2):
-        own = [{name: np.asarray(leaf[seed]) for name, leaf in part.items()} for part in data]
+        train, held_out, clean, *others = lets.data_of(seed, 0.3)
+        np.testing.assert_array_equal(held_out["x"], clean["x"])
+        own = [train, held_out, *others]
+        assert [len(part["x"]) for part in own] == [900, 100, 297, 500]
         parts = [[image.tobytes() for image in part["x"]] for part in own]
         assert sorted(image for part in parts for image in part) == sorted(images)
         true = [np.array([label_of[image] for image in part]) for part in parts]
         wrong = [np.sum(labels != part["y"]) for labels, part in zip(true, own, strict=True)]
         assert wrong == [270, 30, 0, 0]
+        np.testing.assert_array_equal(clean["y"], true[1])
 
 
 def test_batches_are_whole_epochs_and_fresh_draws():
-    first, second = (jax.tree.map(np.asarray, lets.batches(0, epoch)) for epoch in (0, 1))
+    batches = jax.jit(lets.batches)
+    first, second = (jax.tree.map(np.asarray, batches(0, epoch)) for epoch in (0, 1))
     assert first.batch.shape == (9, 100)
     assert first.held_out.shape == (9, 50)
     np.testing.assert_array_equal(np.sort(first.batch, axis=None), np.arange(900))
@@ -44,140 +42,118 @@ def test_batches_are_whole_epochs_and_fresh_draws():
     assert all(len(set(rows)) == 50 and max(rows) < 100 for rows in draws)
 
 
-def run_epoch(method, *rates):
-    """Train the first epoch of three seeds with each rate."""
-    runs = lets.Runs(*runs_of(range(3, 6), [(0.3, 0.2, rate) for rate in rates]))
-    trainer = lets.make_trainer(method, SMALL)
-    data, params = lets.split(runs.seed, 0.3), digits_task.initialize(runs.seed, SMALL.width)
-    state = trainer.init(runs, params)
-    return data, *trainer.epoch(params, state, runs, data, 0)
-
-
-@jax.jit
-@jax.vmap
-def at_the_end(params, data, rows, held_out_rows):
-    """Return the gap on some rows, the gap on the whole parts, and the accuracies."""
-    loss, accuracy = lets.make_losses(SMALL.width)
-    held_out = digits_task.rows_of(data.held_out, held_out_rows)
-    return (
-        loss(params, held_out) - loss(params, digits_task.rows_of(data.train, rows)),
-        loss(params, data.held_out) - loss(params, data.train),
-        accuracy(params, data.validation),
-        accuracy(params, data.test),
-    )
-
-
-@pytest.mark.slow
-def test_an_epoch_of_lets():
-    """Rate 0 is SAM. With other rates rho moves, and the gap is measured on the right batches."""
-    _, sam_params, _, sam_seen = run_epoch("sam", 0.0, 0.0)
-    epochs = [lets.batches(seed, 0) for seed in (3, 4, 5, 3, 4, 5)]
-    last = jax.tree.map(lambda *rows: np.stack(rows)[:, -1], *epochs)
-    for method, rate, training_rows in (
-        ("diag_sq", 2e6, "batch"),
-        ("exact-next", 3e3, "following"),
-    ):
-        data, params, state, seen = run_epoch(method, 0.0, rate)
-        leaves, sam_leaves = map(jax.tree.leaves, ((params, seen), (sam_params, sam_seen)))
-        for leaf, sam_leaf in zip(leaves, sam_leaves, strict=True):
-            np.testing.assert_allclose(leaf[:3], sam_leaf[:3], rtol=1e-4, atol=1e-5)
-        rho = np.asarray(seen.rho)
-        np.testing.assert_array_equal(rho[:3], np.float32(0.2))
-        assert (abs(rho[3:] / 0.2 - 1) > 0.02).all()
-        told = at_the_end(params, data, getattr(last, training_rows), last.held_out)
-        noted = (state.gap, seen.gap, seen.validation, seen.test)
-        np.testing.assert_allclose(noted, told, rtol=1e-4, atol=1e-6)
+def test_the_hypergradient_is_the_difference_of_one_step(monkeypatch):
+    """With L on the whole training set it is the slope of F. With one batch it is another one."""
+    monkeypatch.setattr(lets, "HORIZONS", (1, 2))
+    monkeypatch.setattr(lets, "POINTS", 3)
+    monkeypatch.setattr(lets, "WIDTH", 1e-6)
+    run = lets.Run(0, 0.1, 0.2, 0.0)
+    along = lets.signs_along.__wrapped__(1, 4)  # not that of another test
+    signs = along(run, start_of(0, 4), lets.data_of(0, 0.3))
+    np.testing.assert_allclose(signs.one_step["whole"], signs.differences["1"], rtol=1e-4)
+    for form in ("own", "next"):
+        ratio = signs.one_step[form] / signs.differences["1"]
+        assert (abs(ratio - 1) > 1e-3).all()
+    assert (abs(signs.differences["2"] / signs.differences["1"] - 1) > 1e-3).all()
+    assert (abs(signs.diagonal) < abs(signs.one_step["next"])).all()
 
 
 def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
-    """Every stage has the same number of runs, which saves compilation."""
-    monkeypatch.setattr(lets, "TUNING_SEEDS", range(1000, 1002))
-    candidates = [(1e-3, 0.1), (0.3, 0.1), (0.3, 5.0)]  # only the second one learns
-    monkeypatch.setattr(lets, "start_candidates", lambda args: candidates)
-    arguments = (
-        "--asam --methods exact --rate 0 300 1e7 --seeds 2 --epochs 2 --width 8 --out results"
-    )
-    measured = lets.main(arguments.split())
+    monkeypatch.setattr(lets, "TUNING_SEEDS", range(1000, 1001))
+    monkeypatch.setattr(lets, "LEARNING_RATES", (0.1,))
+    monkeypatch.setattr(lets, "RADII", (0.1,))
+    monkeypatch.setattr(lets, "RATES", (300.0,))
+    monkeypatch.setattr(lets, "top_eigenvalue", lambda width: lambda params, images: 2.0)
+    fake = signs_of([[1.0, -1.0]] * 2)
+    monkeypatch.setattr(lets.Trainings, "signs", lambda trained, candidate: fake)
+    found = lets.main(["--seeds", "2", "--epochs", "2", "--width", "8", "--out", "results"])
+    assert [one.name for one in found] == list(lets.CLAIMS)
     report = read_report(in_empty_folder / "results")
-    assert {name: report[name] for name in measured} == measured
-    wanted = {"seeds": 2, "epochs": 2, "width": 8, "rate": [0, 300, 1e7], "methods": ["exact"]}
-    assert wanted.items() <= report["settings"].items()
     assert (in_empty_folder / "results" / "lets.png").stat().st_size > 20_000
+    assert "of our reconstruction" in capsys.readouterr().out
+    [wrong, _] = report["trainings"]
+    assert (wrong["noise"], wrong["sam"]["rho"]) == (0.3, 0.1)
+    ends = np.array([wrong["lets"][form]["ends"]["rho"] for form in lets.TRAINED])
+    starts = 0.1 * np.array(lets.FACTORS)[:, None]
+    moved = np.abs(np.log(ends[..., -1] / starts))  # [forms, starts, seeds]
+    assert (moved[:, 1:] > 1e-3).all()
+    assert (ends[0, 1] != ends[1, 1]).all()
+    accuracy = np.array(wrong["lets"]["next"]["ends"]["test"][1])
+    lead = 100 * (accuracy - wrong["grid"]["test"][0])
+    np.testing.assert_allclose(report["values"][f"better-next{WRONG}"], lead)
+    assert report["values"][f"flatter-next{WRONG}"] == [0, 0]
 
-    assert (measured["start"]["learning_rate"], measured["start"]["rho"]) == (0.3, 0.1)
-    assert measured["start"]["edges"] == ["learning_rate", "rho"]
-    found = measured["hypergradient"]
-    assert found["relative_error"] < 1e-5
-    np.testing.assert_allclose(found["exact"], found["differences"], rtol=1e-5)
-    assert 0 < abs(found["diag_sq"]) < abs(found["exact"])
-    rates = measured["rates"]
-    assert [rate["rate"] for rate in rates] == [0, 300, 1e7]
-    np.testing.assert_allclose(rates[0]["rho"], 0.1)
-    np.testing.assert_allclose(
-        rates[0]["validation_accuracy"], measured["start"]["validation_accuracy"], atol=2e-3
+
+@pytest.mark.slow
+def test_without_a_rate_lets_is_sam():
+    run = lets.Run(3, 0.3, 0.2, 0.0)
+    params, data = digits_task.initialize(np.array([3]), 8), lets.data_of(3, 0.3)
+    params = jax.tree.map(lambda x: x[0], params)
+    sam, *others = (lets.trainer(form, 2, 8)(run, params, data) for form in ("sam", *lets.FORMS))
+    for other in others:
+        for one, its in zip(jax.tree.leaves(sam), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(one, its, rtol=1e-4, atol=1e-5)
+
+
+def end_of(**fields):
+    """Make measurements of [candidates, seeds]; what is not given is 1."""
+    ones = np.ones_like(next(iter(fields.values())), float)
+    numbers = {name: np.asarray(each, float) for name, each in fields.items()}
+    wanted = {name: numbers.get(name, ones) for name in lets.End._fields}
+    return lets.End(**wanted | {"params": None})
+
+
+def signs_of(one_step, differences=((1.0, 1.0),) * 2):
+    """Make derivatives of [seeds, points], the same for all forms."""
+    one_step, differences = np.array(one_step), np.array(differences)
+    return lets.Signs(
+        dict.fromkeys(lets.FORMS, one_step),
+        one_step,
+        {str(horizon): differences for horizon in lets.HORIZONS},
     )
-    validation = [rate["validation_accuracy"] for rate in rates]
-    assert min(validation) < max(validation)
-    [chosen] = [rate for rate in rates if rate["chosen"]]
-    assert chosen["validation_accuracy"] == max(validation)
-    assert chosen["edges"] == ["rate"] * (chosen["rate"] in (0, 1e7) and chosen["rate"] > 0)
-
-    results = measured["results"]
-    rows = [(result["row"], result["factor"]) for result in results]
-    assert rows == [(name, factor) for name in ("sam", "exact") for factor in (0.1, 1, 10)]
-    for result in results:
-        np.testing.assert_allclose(result["start"], 0.1 * result["factor"])
-        assert result["rate"] == (chosen["rate"] if result["row"] == "exact" else 0)
-        for name in ("rho", "gap", "F", "validation_accuracy", "test_accuracy"):
-            assert np.shape(result[name]) == (2, 3)  # [seeds, 1 + epochs]
-        np.testing.assert_allclose(np.asarray(result["rho"])[:, 0], result["start"], rtol=1e-6)
-        np.testing.assert_allclose(result["F"], np.square(result["gap"]) / 2, rtol=1e-5)
-        if result["row"] == "sam":
-            np.testing.assert_allclose(result["rho"], result["start"], rtol=1e-6)
-
-    printed = capsys.readouterr().out
-    for text in (
-        "device:",
-        "relative error",
-        "\nASAM tuned: learning rate 0.3*, rho 0.1*",
-        "*: at an edge",
-        "lets.png",
-    ):
-        assert text in printed
-    accuracy = 100 * np.asarray(lets.of_row(results, "exact", 1.0)["test_accuracy"])[:, -1].mean()
-    [line] = [line for line in printed.splitlines() if line.split()[:2] == ["exact", "0.1"]]
-    assert f"{accuracy:.2f} ±" in line
 
 
-def row(name, factor, rho, gap, accuracy):
-    """Make a result of two seeds, from their values at the start and at the end."""
+def found_by(grid, signs, ends, tuned=0.2):
+    trained = {"rate": 1.0, "edges": [], "starts": [0.1 * tuned, tuned, 10 * tuned], "ends": ends}
     return {
-        **{"row": name, "factor": factor, "start": 0.2 * factor, "rate": 1.0},
-        **{"rho": [[0.2 * factor, end] for end in rho], "F": [[0, end] for end in gap]},
-        "test_accuracy": [[0.1, end] for end in accuracy],
+        **{"noise": 0.3, "sam": {"rho": tuned}, "grid": grid, "signs": signs},
+        "lets": dict.fromkeys(lets.TRAINED, trained),
     }
 
 
-def test_what_is_told_and_drawn(tmp_path):
-    results = [row("sam", f, [0.2 * f] * 2, [0.2, 0.4], [0.9, 0.8]) for f in (0.1, 1.0, 10.0)]
-    results += [row("exact", f, [0.1, 0.4], [0.1, 0.2], [0.95, 0.8]) for f in (0.1, 1.0)]
-    results += [row("exact", 10.0, [0.4, 1.6], [math.nan, math.nan], [0.1, 0.1])]
-    lines = lets.table(results).splitlines()
-    tuned, first, last = (lines[2 + index].split() for index in (1, 3, 5))
-    # Columns: geometric mean sqrt(0.1 0.4), error 0.2 log(4) / 2; mean F; accuracy; difference.
-    wanted = "exact 0.02 1 0.2000 ± 0.1386 0.15000 ± 0.05000 87.50 ± 7.50 +2.50 ± 2.50"
-    assert " ".join(first) == wanted
-    assert " ".join(tuned) == "sam 0.2 fixed 0.2000 0.30000 ± 0.10000 85.00 ± 5.00"
-    assert " ".join(last).startswith("exact 2 1 0.8000 ± 0.5545 nan ± nan 10.00 ± 0.00 -75.00")
-    assert lets.verdict(results, "exact") == (
-        "exact: the starts, a factor of 100 apart, ended a factor of 4 apart:\n"
-        "    0.02 -> 0.2, 0.2 -> 0.2, 2 -> 0.8; final F / SAM's from the same start: "
-        "0.50, 0.50, nan"
+def test_the_numbers_of_the_claims(monkeypatch):
+    """Two seeds; at the largest radius nothing is learned, and there is no gap."""
+    monkeypatch.setattr(lets, "RADII", (0.1, 0.2, 0.5, 2.0))
+    grid = end_of(
+        test=[[0.90, 0.91], [0.95, 0.95], [0.93, 0.96], [0.1, 0.1]],
+        train=[[1.0, 1.0], [0.8, 0.8], [0.7, 0.7], [0.1, 0.1]],
+        gap=[[3.0, 3.0], [2.0, -2.0], [1.0, np.nan], [0.0, 0.0]],
+        clean_gap=[[0.5, 0.2], [-1.0, 0.1], [-2.0, -0.2], [0.0, 0.0]],
+        eigenvalue=[[1.0, 1.0], [4.0, 5.0], [1.0, 1.0], [1.0, 1.0]],
     )
-    rates = [{"row": "exact", "rate": 0.0, "rho": [0.2, 0.2], "chosen": True}]
-    measured = {"start": {"rho": 0.2}, "rates": rates, "results": results}
-    lets.draw(measured, tmp_path / "plot.png", "title")
-    assert (tmp_path / "plot.png").stat().st_size > 20_000
+    ends = end_of(
+        test=[[0.92, 0.93], [0.95, 0.94], [0.1, 0.95]],
+        eigenvalue=[[1.0, 1.0], [0.4, 50.0], [1.0, 1.0]],
+    )._replace(rho=np.array([[[0.02, 0.02]] * 2, [[0.2, 0.1]] * 2, [[2.0, 2.0], [2.0, 0.2]]]))
+    signs = signs_of([[1.0, -1.0, 2.0, 3.0], [1.0, 1.0, 1.0, 1.0]], [[1.0, 1, 1, -1], [-1] * 4])
+    values = lets.values_of(found_by(grid, signs, ends))
+    for name, wanted in {
+        "objective": [-85, -85],
+        "objective-learned": [-2, 0],
+        "objective-clean": [-5, 0],
+        "better-own": [0, -1],
+        "starts-low-next": [-3, -1],
+        "starts-high-own": [-85, 1],
+        "meet-own": [2, 1],
+        "flatter-next": [-1, 1],
+        "sign-own-20": [0.5, 0],
+        "sign-whole-all": [0.25, np.nan],  # F falls from 0.1 to 0.5; the second one is no number
+        "sign-diagonal": [1, 1],
+    }.items():
+        found = values[name + WRONG]
+        if name == "sign-whole-all":
+            found, wanted = found[:1], wanted[:1]
+        np.testing.assert_allclose(found, wanted, atol=1e-9, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -186,11 +162,6 @@ def test_what_is_told_and_drawn(tmp_path):
         ("--seeds 0", "--seeds must be at least 1"),
         ("--epochs 0", "--epochs must be at least 1"),
         ("--width -1", "--width must be at least 1"),
-        ("--noise 1", "--noise must be in [0, 1)"),
-        ("--rate 1 -1", "--rate must be finite"),
-        ("--rate nan", "--rate must be finite"),
-        ("--methods sam", "argument --methods: invalid choice"),
-        ("--base lamb", "argument --base: invalid choice"),
         ("--out taken", "--out: taken is not empty"),
     ],
 )
