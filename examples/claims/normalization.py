@@ -68,6 +68,7 @@ from samx.perturbations import is_normalization, magnitude, metric_ball
 
 NOISE = 0.3
 RADII = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+LOWEST = -8.0  # points; what is below is drawn here
 ON_GRID = ("sam", "sam-on", "sam-off")
 DIGITS = RESULTS.parent / "digits.json"
 
@@ -390,17 +391,19 @@ def draw(results: Sequence[dict[str, Any]], grids: dict[str, np.ndarray], path: 
         lead = points(results, result["row"], NOISE) - points(results, "sam", NOISE)
         value, *ends = mean_interval(lead)
         color = figures.GREY if result["row"] in ("sgd", "sam") else figures.BLUE
-        left.plot(value, position, "o", color=color)
-        left.plot(ends, [position] * 2, color=color)
+        left.plot(max(value, LOWEST), position, "o" if value > LOWEST else "<", color=color)
+        left.plot(np.maximum(ends, LOWEST), [position] * 2, color=color)
     left.set_yticks(range(len(results)), [result["row"] for result in results[::-1]])
     left.axvline(0, color=figures.GREY, linewidth=1)
-    left.set_xlabel("points over SAM, 95% intervals")
+    left.set_xlabel(f"points over SAM, 95% intervals; <: below {LOWEST:g}")
     left.set_title("methods with LayerNorm")
     left.grid(axis="x", alpha=0.3)
     for (name, accuracies), color in zip(grids.items(), figures.COLORS, strict=False):
         right.plot(RADII, accuracies.mean(axis=1), "o-", color=color, label=name, markersize=4)
-    right.axhline(points(results, "sgd", NOISE).mean(), color=figures.GREY, linewidth=1)
+    sgd = points(results, "sgd", NOISE).mean()
+    right.axhline(sgd, color=figures.GREY, linewidth=1)
     right.set(xscale="log", xlabel="rho (line: SGD)", ylabel="test accuracy, %")
+    right.set_ylim(sgd + LOWEST / 2)
     best = {name: RADII[int(a.mean(axis=1).argmax())] for name, a in grids.items()}
     right.set_title("best: " + ", ".join(f"{name} {rho:g}" for name, rho in best.items()))
     right.grid(alpha=0.3)
