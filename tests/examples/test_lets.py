@@ -6,6 +6,7 @@ import pytest
 
 from examples.claims import lets
 from examples.common import digits_task
+from examples.common.digits_task import load_digits
 from examples.common.training import start_of
 
 WRONG = ", 30% wrong labels"
