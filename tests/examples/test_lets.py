@@ -13,7 +13,7 @@ WRONG = ", 30% wrong labels"
 
 
 def test_every_image_has_one_part():
-    images, labels = load_digits(return_X_y=True)
+    images, labels = load_digits()
     images = [image.tobytes() for image in np.float32(images / 16)]
     label_of = dict(zip(images, labels, strict=True))
     for seed in range(2):
