@@ -300,8 +300,8 @@ CLAIMS = {
         "log10 of the top eigenvalue at t = 100, relative to t = 0; noise as long as rho, 0.2; "
         "SAM's learning rate and rho",
         high=0.0,
-        why="so near to each other the three points may have nearly the same loss; with longer noise "
-        "see the next line",
+        why="so near to each other, the three points may have nearly the same loss; with longer "
+        "noise see the next line",
     ),
     "tsam-tilt-wide": Claim(
         ("tsam",),
@@ -421,14 +421,14 @@ CLAIMS = {
     "x-sam-better": Claim(
         ("x_sam",), "Better than SAM.", "abstract", f"{OVER_SAM}; as published", low=0.0
     ),
-    "x-sam-away-flatter": Claim(
+    "x-sam-away": Claim(
         ("x_sam",),
         "The top eigenvalue gets lower than SAM's.",
         "abstract",
         f"{FLATTER}; the part of the step along v is always made smaller",
         high=0.0,
     ),
-    "x-sam-along-flatter": Claim(
+    "x-sam-along": Claim(
         ("x_sam",),
         "The top eigenvalue gets lower than SAM's.",
         "abstract",
@@ -497,8 +497,8 @@ RATIOS = {  # of arms to others: the logarithm of the ratio of their eigenvalues
     "eigen-sam-flatter": (f"eigen-sam{AS_SAM}", "sam"),
     "x-sam-flatter": ("x-sam", "sam"),
     "x-sam-correction": ("x-sam", "x-sam uncorrected"),
-    "x-sam-away-flatter": ("x-sam away from v", "sam"),
-    "x-sam-along-flatter": ("x-sam along v", "sam"),
+    "x-sam-away": ("x-sam away from v", "sam"),
+    "x-sam-along": ("x-sam along v", "sam"),
     "x-sam-sign": ("x-sam away from v", "x-sam along v"),
     "lookbehind-flatter": ("lookbehind 5", "sam"),
 }
@@ -699,7 +699,7 @@ def title_of(found: Sequence[Found]) -> str:
         mine = [one for one in found if one.name.endswith(end) and one.claim.low in (0, -ANY)]
         holds = sum(one.verdict == HOLDS for one in mine)
         counts[word] = f"{holds} of {len(mine)} claims of being {word} hold"
-    return f"Digits, equal epochs, tuned: {counts['better']}, {counts['flatter']}"
+    return f"Digits, equal epochs: {counts['better']}, {counts['flatter']}"
 
 
 @files.ends_in_one_line

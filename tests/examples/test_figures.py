@@ -294,7 +294,7 @@ def draw_strength(path, arms):
     for arm in arms:
         [ratio], [lead] = some(1, low=0.4, high=3), some(1, low=-1.5, high=0.7)
         points.append(strength.Point(arm, strength.method_of(arm), ratio, lead, 0.3))
-    title = "Digits, equal epochs, tuned: 1 of 14 claims of being better hold, 3 of 9 claims of "
+    title = "Digits, equal epochs: 1 of 14 claims of being better hold, 3 of 9 claims of "
     strength.draw(points, path, title + "being flatter hold")
 
 
