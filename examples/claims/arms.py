@@ -71,7 +71,7 @@ def as_chosen(result: dict[str, Any], arm: Variant) -> list[Axis]:
 
 def points(results: Sequence[dict[str, Any]], row: str, noise: float) -> np.ndarray:
     """Return the test accuracies of an arm, one for each seed, in percent."""
-    return 100 * np.asarray(of(results, row, noise)["test_accuracy"])
+    return np.round(100 * np.asarray(of(results, row, noise)["test_accuracy"]), 4)
 
 
 def of(results: Sequence[dict[str, Any]], row: str, noise: float) -> dict[str, Any]:

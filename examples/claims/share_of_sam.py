@@ -55,7 +55,7 @@ import optax
 import samx
 from examples.claims.arms import AS_SAM, as_chosen, points, train_arms
 from examples.claims.arms import of as result_of
-from examples.claims.claim import Claim, Found, found_of, print_claims, save
+from examples.claims.claim import Claim, Found, found_of, print_claims, rounded, save
 from examples.common import figures, files
 from examples.common.digits_task import STEPS_PER_EPOCH, describe
 from examples.common.intervals import Interval, mean_interval
@@ -379,6 +379,7 @@ CLAIMS = {
         "abstract",
         f"{OVER_SAM}; half of each batch",
         low=-MARGIN,
+        why="the interval ends at the bar of half a point",
     ),
     "ausam-base": Claim(
         ("ausam",),
@@ -578,7 +579,7 @@ def smallest_shares(curves: Sequence[Point]) -> dict[str, Point | None]:
 
 def difference(results: Sequence[dict[str, Any]], noise: float, arm: str, other: str) -> np.ndarray:
     """Return the difference of two arms' test accuracies for each seed, in points."""
-    return points(results, arm, noise) - points(results, other, noise)
+    return np.round(points(results, arm, noise) - points(results, other, noise), 4)
 
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
@@ -614,7 +615,7 @@ def values_of(results: Sequence[dict[str, Any]], noise: float) -> dict[str, list
     }
     values["ae-sam-half"] = np.array([extra[PAPERS_THRESHOLD]])
     values["esam-cost"] = np.array([100 * extra["esam 0.5"]])
-    return {name: values[name].tolist() for name in CLAIMS}
+    return {name: [rounded(value) for value in values[name]] for name in CLAIMS}
 
 
 def print_curves(results: Sequence[dict[str, Any]], noise: float) -> None:

@@ -54,7 +54,7 @@ import optax
 import samx
 from examples.claims.arms import AS_SAM, as_chosen, points, train_arms
 from examples.claims.arms import of as result_of
-from examples.claims.claim import ANY, HOLDS, Claim, Found, found_of, print_claims, save
+from examples.claims.claim import ANY, HOLDS, Claim, Found, found_of, print_claims, rounded, save
 from examples.common import figures, files
 from examples.common.digits_task import describe
 from examples.common.intervals import mean_interval
@@ -560,7 +560,7 @@ class Arms(NamedTuple):
 
     def lead(self, arm: str, other: str = "sam") -> np.ndarray:
         """Return the difference of two arms' accuracies, in points."""
-        return self.accuracy(arm) - self.accuracy(other)
+        return np.round(self.accuracy(arm) - self.accuracy(other), 4)
 
     def ratio(self, arm: str, other: str = "sam") -> np.ndarray:
         """Return log10 of the ratio of two arms' top eigenvalues."""
@@ -600,7 +600,7 @@ def values_of(arms: Arms) -> dict[str, list[float]]:
     values["msam-slope"] = slopes(sizes, [arms.accuracy(arm) for arm in alike])
     alike = ["sam", *(f"msam {shards}{AS_SAM}" for shards in SHARDS)]
     values["msam-flatter"] = slopes(sizes, [arms.flatness(arm) for arm in alike])
-    return {name: values[name].tolist() for name in CLAIMS}
+    return {name: [rounded(value) for value in values[name]] for name in CLAIMS}
 
 
 def print_arms(arms: Arms) -> None:
