@@ -11,7 +11,7 @@ eigenvectors, gradients of single examples. What is said of both trainings is th
 The claim on language models is measured on a small GPT, which AdamW trains.
 
 The script prints each claim with its number and the verdict, and writes results.json and
-directions.png to --out. It takes about three minutes on two CPU cores.
+directions.png to --out. It takes about four minutes on two CPU cores.
 """
 
 import argparse
@@ -129,6 +129,7 @@ CLAIMS = {
         "abstract",
         "the same along the gradient of the batch minus that of all data",
         high=0.1,
+        why="the curvature raises the loss, whatever the direction; see the next line",
     ),
     "friendly-batch-small": Claim(
         ("friendly_sam",),
@@ -158,6 +159,7 @@ CLAIMS = {
         "spread over batches and checkpoints of the KL divergence of the predictions, relative to "
         "its mean; that of Fisher SAM divided by SAM's, at equal means; η = 1",
         high=1,
+        why="by less than a thousandth: where gradients are small, 1 + g² is 1",
     ),
     "fisher-spread-strong": Claim(
         ("fisher_sam",),
@@ -199,6 +201,20 @@ CLAIMS = {
     "cr-linear-sgd": Claim(
         ("cr_sam",),
         "The same without SAM.",
+        "abstract",
+        "the same, SGD's training",
+        low=0,
+    ),
+    "cr-linear-late": Claim(
+        ("cr_sam",),
+        "The same after the first epoch.",
+        "abstract",
+        "the same from epoch 5 on, SAM's training",
+        low=0,
+    ),
+    "cr-linear-late-sgd": Claim(
+        ("cr_sam",),
+        "The same after the first epoch, without SAM.",
         "abstract",
         "the same, SGD's training",
         low=0,
@@ -292,6 +308,7 @@ CLAIMS = {
         "the idea of the method; the text was not read",
         "cosine of the part with its own past, 5 steps ago; SAM's training",
         low=0.5,
+        why="the batch decides what is orthogonal to its gradient",
     ),
     "gcsam-variance": Claim(
         ("gcsam",),
@@ -315,6 +332,15 @@ CLAIMS = {
         "cosine of both, same batch, mean over SAMPa's training",
         low=0.99,
         published="above 0.99",
+        why="y is a whole step of the base away; see the end, where steps are small",
+    ),
+    "sampa-cosine-late": Claim(
+        ("sampa",),
+        "The same, when the learning rate is small.",
+        "appendix, by a secondary source",
+        "the same, last quarter of the training",
+        low=0.99,
+        published="above 0.99",
     ),
     "functional-language": Claim(
         ("functional_sam",),
@@ -335,6 +361,13 @@ CLAIMS = {
         "It is larger there than in vision.",
         "abstract",
         "the share of the GPT minus that of the digits; radius 0.2",
+        low=0,
+    ),
+    "functional-difference-sgd": Claim(
+        ("functional_sam",),
+        "The same, neither of both trained with SAM.",
+        "abstract",
+        "the same, minus the share in SGD's training of the digits",
         low=0,
     ),
     "functional-digits": Claim(
@@ -372,6 +405,15 @@ CLAIMS = {
         "the gap at the end of SGD's training, divided by that",
         low=0.5,
         high=2,
+        why="SAM's step does not go along the top eigenvector",
+    ),
+    "gsam-size-highest": Claim(
+        ("gsam",),
+        "The same, for the true maximum in the ball.",
+        "secondary source",
+        "the maximum of the training loss in the ball minus the loss, divided by that",
+        low=0.5,
+        high=2,
     ),
     "async-successive": Claim(
         ("async_sam",),
@@ -379,6 +421,7 @@ CLAIMS = {
         "abstract",
         "cosine of the gradients of two successive steps; both trainings",
         low=0.5,
+        why="the batch changes it, not the step: see the next two lines",
     ),
     "async-same": Claim(
         ("async_sam",),
@@ -404,6 +447,20 @@ CLAIMS = {
     "arsam-growth-sgd": Claim(
         ("arsam",),
         "The same without SAM.",
+        "abstract",
+        "the same, SGD's training",
+        low=0,
+    ),
+    "arsam-growth-late": Claim(
+        ("arsam",),
+        "The same after the first quarter of the training.",
+        "abstract",
+        "the same from epoch 10 on, SAM's training",
+        low=0,
+    ),
+    "arsam-growth-late-sgd": Claim(
+        ("arsam",),
+        "The same after the first quarter of the training, without SAM.",
         "abstract",
         "the same, SGD's training",
         low=0,
@@ -444,7 +501,7 @@ CLAIMS = {
         "abstract",
         "cosine of its step and the gradient of the batch; its own training",
         low=0,
-        why="the step goes along the last update, so it descends",
+        why="hardly: it descends in the first 50 steps, and is almost orthogonal later",
     ),
     "momentum-rise": Claim(
         ("momentum_sam",),
@@ -452,6 +509,13 @@ CLAIMS = {
         "the paper's text",
         "rise of the batch's loss from w to w + ε; its own training, radius 1",
         low=0,
+    ),
+    "momentum-linear": Claim(
+        ("momentum_sam",),
+        "So it climbs along the gradient.",
+        "abstract",
+        "share of the rise that ⟨g, ε⟩ explains, sums over the training",
+        low=0.5,
     ),
 }
 
@@ -605,6 +669,11 @@ def variation(change: np.ndarray) -> float:
     return slope(deviation / deviation.mean(), np.arange(1, len(deviation) + 1))
 
 
+def last_quarter(x: np.ndarray) -> np.ndarray:
+    """Return the last quarter of a measure of steps."""
+    return x[-(len(x) // 4) :]
+
+
 def over_both(found: Mapping[str, Measured], measure: Callable[[Measured], Any]) -> float:
     """Return the mean of a measure over SGD's and SAM's training."""
     return float(np.mean([np.mean(measure(found[kind])) for kind in KINDS]))
@@ -639,7 +708,9 @@ def values_of(found: Mapping[str, Measured]) -> dict[str, float]:
         "gcsam-variance": both(lambda at: at["central_variance"]),
         "gcsam-relative": both(lambda at: at["central_relative"]),
         "sampa-cosine": float(found["sampa"]["cosine"].mean()),
+        "sampa-cosine-late": float(last_quarter(found["sampa"]["cosine"]).mean()),
         "functional-digits": both(lambda at: at["logit_share"]),
+        "functional-digits-sgd": float(found["sgd"]["logit_share"].mean()),
         "bisam-error": both(lambda at: at["log_error"] - at["sam_error"]),
         "bisam-error-tanh": both(lambda at: at["tanh_error"] - at["sam_error"]),
         **gap_values(found),
@@ -648,6 +719,9 @@ def values_of(found: Mapping[str, Measured]) -> dict[str, float]:
         "tsam-limit": both(lambda at: at["tilted_bend"] / at["largest_bend"]),
         "momentum-ascent": float(found["momentum"]["cosine"].mean()),
         "momentum-rise": float(found["momentum"]["rise"].mean()),
+        "momentum-linear": float(
+            found["momentum"]["slope"].sum() / found["momentum"]["rise"].sum()
+        ),
         **along_values(found["sam"], ""),
         **along_values(found["sgd"], "-sgd"),
     }
@@ -660,12 +734,15 @@ def along_values(at: Measured, end: str) -> dict[str, float]:
     """Return the numbers of claims on what changes along one training."""
     past = at["lag_part"][NEAR - 1]
     nonlinear = at["rise"] / at["slope"] - 1
+    steps, quarter = np.arange(1, len(at["ratio"]) + 1), len(at["ratio"]) // 4
     found = {
         "cr-linear": slope(nonlinear.mean(axis=1), CHECKPOINTS),
+        "cr-linear-late": slope(nonlinear[1:].mean(axis=1), CHECKPOINTS[1:]),
         "cr-one-step": slope(at["one_step_share"].mean(axis=1), CHECKPOINTS),
         "looksam-slow": float(past - at["lag_g"][NEAR - 1]),
         "looksam-kept": float(past),
-        "arsam-growth": slope(at["ratio"], np.arange(1, len(at["ratio"]) + 1)),
+        "arsam-growth": slope(at["ratio"], steps),
+        "arsam-growth-late": slope(at["ratio"][quarter:], steps[quarter:]),
         "vsam-variation": variation(at["change"]),
     }
     return {name + end: value for name, value in found.items() if name + end in CLAIMS}
@@ -705,10 +782,12 @@ def loss_rise_values(found: Mapping[str, Measured]) -> dict[str, float]:
 def gap_values(found: Mapping[str, Measured]) -> dict[str, float]:
     """Return the numbers of claims on GSAM's gap and the top eigenvalue."""
     gap, top = (np.stack([found[kind][name] for kind in KINDS]) for name in ("gap", "top"))
-    last = found["sgd"]
+    last = {name: float(found["sgd"][name][-1]) for name in ("gap", "highest", "top")}
+    expected = last["top"] * tuned("sam")[1] ** 2 / 2
     return {
         "gsam-order": correlated(gap, top),
-        "gsam-size": float(last["gap"][-1] / (last["top"][-1] * tuned("sam")[1] ** 2 / 2)),
+        "gsam-size": last["gap"] / expected,
+        "gsam-size-highest": last["highest"] / expected,
     }
 
 
@@ -730,11 +809,13 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str,
     each = [values_of(run) for run in runs]
     values = {name: [one[name] for one in each] for name in each[0]}
     small, large = np.mean(language, axis=1).T
-    paired = min(args.seeds, args.language_seeds)
     values["functional-language"] = large.tolist()
     values["functional-language-small"] = small.tolist()
-    digits = np.array(values["functional-digits"][:paired])
-    values["functional-difference"] = (large[:paired] - digits).tolist()
+    for name, digits in (
+        ("functional-difference", values["functional-digits"]),
+        ("functional-difference-sgd", values.pop("functional-digits-sgd")),
+    ):
+        values[name] = [a - b for a, b in zip(large.tolist(), digits, strict=False)]
     together = jax.tree.map(lambda *x: np.stack(x), *runs)
     return values, together | {"language": {"logit_share": np.stack(language)}}
 

@@ -178,12 +178,10 @@ def alignment(place: Place, vectors: Any) -> jax.Array:
     return jnp.sqrt(samx.sharpness.alignment(vectors, place.eps)[0])
 
 
-def top_of(place: Place, radius: Any) -> samx.sharpness.WorstCase:
+def top_of(loss: Callable[[Any], jax.Array], params: Any, radius: Any) -> samx.sharpness.WorstCase:
     """Search for the highest point in a ball."""
     ball = perturbations.metric_ball(radius)
-    return samx.sharpness.worst_case(
-        place.loss, place.params, ball, steps=ASCENTS, restarts=RESTARTS
-    )
+    return samx.sharpness.worst_case(loss, params, ball, steps=ASCENTS, restarts=RESTARTS)
 
 
 def after_steps(place: Place, radius: Any, steps: int) -> Any:
@@ -198,7 +196,7 @@ def maximum(place: Place) -> dict[str, jax.Array]:
     The wide ball has the radius of all ascent steps together.
     """
     params, rho = place.params, place.rho
-    top, wide = (top_of(place, radius) for radius in (rho, STEPS * rho))
+    top, wide = (top_of(place.loss, params, radius) for radius in (rho, STEPS * rho))
     curved = samx.sharpness.eigenvalues(place.loss, params, k=1, iterations=ITERATIONS)
 
     def to_top(g, top=top):
@@ -344,8 +342,14 @@ def variances(gradients: jax.Array, tree: Callable[[jax.Array], Any]) -> dict[st
 
 
 def whole_set(loss: Callable[[Any], jax.Array], params: Any, rho: Any) -> dict[str, Any]:
-    """Measure the top of the spectrum over all examples, and the rise along SAM's step."""
+    """Measure over all examples: the top eigenvalue, the rise along SAM's step, the maximum."""
     found = samx.sharpness.eigenvalues(loss, params, k=1, iterations=ITERATIONS)
     ball = perturbations.metric_ball(rho)
     gap = samx.sharpness.first_order(loss, params, ball)
-    return {"top": found.values[0], "gap": gap, "loss": loss(params), "vectors": found.vectors}
+    return {
+        "top": found.values[0],
+        "gap": gap,
+        "highest": top_of(loss, params, rho).value,
+        "loss": loss(params),
+        "vectors": found.vectors,
+    }

@@ -174,7 +174,7 @@ def along_momentum(recorded: Recorded, rho: Any, width: int) -> dict[str, jax.Ar
     The base is SGD with momentum, so −v is the direction of the last step.
 
     Returns:
-        "cosine" of ε and g, and "rise" of the batch's loss from w to w + ε.
+        "cosine" of ε and g, "rise" of the batch's loss from w to w + ε, and "slope" ⟨g, ε⟩.
     """
     losses_fn, ball = functions_of(width).losses_fn, samx.perturbations.metric_ball(rho)
 
@@ -186,6 +186,7 @@ def along_momentum(recorded: Recorded, rho: Any, width: int) -> dict[str, jax.Ar
         return {
             "cosine": cosines(eps, g),
             "rise": losses_fn(w + eps, batch).mean() - value,
+            "slope": jnp.vdot(eps, g),
         }
 
     inputs = recorded.weights[:-2], recorded.weights[1:-1], recorded.batches[1:]

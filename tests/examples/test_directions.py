@@ -13,7 +13,7 @@ from examples.claims import claim, directions, frozen, language_paths, recorded
 from examples.common.digits_task import rows_of
 from examples.common.training import Functions, make_functions, start_of
 
-FEW = (1, 2)  # checkpoints
+FEW = (1, 2, 4)  # checkpoints
 
 
 @pytest.fixture
@@ -72,20 +72,20 @@ def measured_at(name, mine, theirs=None):
 
 
 def test_numbers_of_both_trainings_are_means(few_checkpoints):
-    one, other = ({"along_top": np.full((2, 4), x)} for x in (0.1, 0.3))
+    one, other = ({"along_top": np.full((3, 4), x)} for x in (0.1, 0.3))
     assert measured_at("eigen-alignment", one, other) == pytest.approx(0.2)
 
 
 def test_slopes_belong_to_their_training(few_checkpoints):
     """The ratio of one training grows by 2 for each power of ten of the steps."""
-    grows = {"ratio": 1 + 2 * np.log10(np.arange(1, 21))}
-    flat = {"ratio": np.ones(20)}
+    grows = {"ratio": 1 + 2 * np.log10(np.arange(1, 41))}
+    flat = {"ratio": np.ones(40)}
     assert measured_at("arsam-growth-sgd", grows, flat) == pytest.approx(2, rel=1e-5)
     assert measured_at("arsam-growth", grows, flat) == pytest.approx(0, abs=1e-5)
 
 
 def test_what_is_lost_of_the_maximum(few_checkpoints):
-    shares = np.array([[0.9] * 3, [0.9 - 0.5 * np.log10(2)] * 3])
+    shares = np.array([[0.9 - 0.5 * np.log10(epoch)] * 3 for epoch in FEW])
     assert measured_at("cr-one-step", {"one_step_share": shares}) == pytest.approx(-0.5)
 
 

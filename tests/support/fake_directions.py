@@ -16,7 +16,7 @@ OF_SEARCHED = (
     *("to_top_xsam", "at_limit", "at_limit_by_default", "one_step_share", "along_own_top"),
 )
 OF_CHECKPOINTS = (
-    *("top", "gap", "loss", "central_variance", "central_relative"),
+    *("top", "gap", "highest", "loss", "central_variance", "central_relative"),
     *("tilted_bend", "largest_bend", "sam_bend"),
 )
 BALLS = ("kl_ball", "kl_default", "kl_strong", "kl_examples")
@@ -48,7 +48,7 @@ def measured(seed, checkpoints):
         "sam": training(),
         "friendly": some(parts, points, BATCHES),
         "sampa": some(["cosine"], steps - 1),
-        "momentum": some(["cosine", "rise"], steps - 1),
+        "momentum": some(["cosine", "rise", "slope"], steps - 1),
     }
 
 
