@@ -26,6 +26,9 @@ DRAWS, LINES, POINTS, LENGTH = 8, 2, 41, 0.5  # of TSAM's points; random lines t
 TILT = 1.0
 
 
+Measures = dict[str, Any]  # an array for each name
+
+
 class Place(NamedTuple):
     """A batch at frozen weights.
 
@@ -99,7 +102,7 @@ def carriers(x: Any) -> jax.Array:
     return jnp.mean(total - squares < CARRIED * total[-1])
 
 
-def ascent(place: Place) -> dict[str, jax.Array]:
+def ascent(place: Place) -> Measures:
     """Measure SAM's ascent: how linear it is, and what it does to single examples and weights."""
     g, h = place.g, optax.tree.sub(place.g_s, place.g)
     rise, slope = place.rise(place.eps), optax.tree.vdot(g, place.eps)
@@ -122,7 +125,7 @@ def ascent(place: Place) -> dict[str, jax.Array]:
     }
 
 
-def loss_rise(place: Place, sigma: jax.Array) -> dict[str, jax.Array]:
+def loss_rise(place: Place, sigma: jax.Array) -> Measures:
     """Compare LE-SAM's change of the gradient with SAM's, and with the slope of ‖g‖."""
     params, g = place.params, place.g
     eps = step_of(perturbations.loss_rise_ball(sigma, None), g, params)
@@ -136,7 +139,7 @@ def loss_rise(place: Place, sigma: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def errors(place: Place) -> dict[str, jax.Array]:
+def errors(place: Place) -> Measures:
     """Measure by how many points the error of the batch rises: SAM's step and BiSAM's steps."""
     net, params, batch = place.net, place.params, place.batch
     tx = samx.bisam(place.rho)
@@ -158,7 +161,7 @@ def errors(place: Place) -> dict[str, jax.Array]:
     }
 
 
-def paths(place: Place) -> dict[str, jax.Array]:
+def paths(place: Place) -> Measures:
     """Return the shares of both paths in SAM's change of the gradient; they add up to 1."""
     batch = place.batch
     closures = {
@@ -190,7 +193,7 @@ def after_steps(place: Place, radius: Any, steps: int) -> Any:
     return tx.update(place.g, tx.init(place.params), place.params, value_fn=place.loss)[0]
 
 
-def maximum(place: Place) -> dict[str, jax.Array]:
+def maximum(place: Place) -> Measures:
     """Compare gradients with the way to the highest point in the ball, and with the curvature.
 
     The wide ball has the radius of all ascent steps together.
@@ -227,7 +230,7 @@ def maximum(place: Place) -> dict[str, jax.Array]:
     }
 
 
-def smoothness(place: Place) -> dict[str, jax.Array]:
+def smoothness(place: Place) -> Measures:
     """Return the largest second differences of objectives along random lines.
 
     TSAM's with `TILT` and without a limit of the tilt, and SAM's.
@@ -295,7 +298,7 @@ def fisher_steps(place: Place) -> dict[str, Any]:
     }
 
 
-def friendly(place: Place, whole: Callable[[Any], jax.Array], average: Any) -> dict[str, jax.Array]:
+def friendly(place: Place, whole: Callable[[Any], jax.Array], average: Any) -> Measures:
     """Measure what parts of the gradient do to the loss of the whole data set.
 
     Args:
@@ -318,7 +321,7 @@ def friendly(place: Place, whole: Callable[[Any], jax.Array], average: Any) -> d
     return found | {"ema_cosine": cosine(average, full), "batch_cosine": cosine(place.g, full)}
 
 
-def variances(gradients: jax.Array, tree: Callable[[jax.Array], Any]) -> dict[str, jax.Array]:
+def variances(gradients: jax.Array, tree: Callable[[jax.Array], Any]) -> Measures:
     """Compare the variance over batches of gradients and of centralized gradients.
 
     Args:

@@ -6,15 +6,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
 import samx
 from examples.common.digits_task import rows_of, shuffled
 from examples.common.registry import VARIANTS
-from examples.common.training import Functions, data_of, make_functions, make_trainer, start_of
-from examples.common.tuning import Runs
+from examples.common.training import (
+    Functions,
+    data_of,
+    make_functions,
+    make_trainer,
+    row_of,
+    start_of,
+)
+from examples.common.tuning import Runs, runs_of
 
 LAGS = 10  # steps back, for the cosine with the past
 KEPT = {"sampa": "g_y", "friendly-sam": "average"}  # what is kept of the state, beside the weights
@@ -88,7 +94,7 @@ def record(
 ) -> Recorded:
     """Train one run and keep its weights."""
     images, batches = data_of(seed, noise)[0], all_batches(seed, epochs)
-    run = Runs(np.int32(seed), np.float32(learning_rate), np.float32(rho))
+    run = row_of(Runs(*runs_of([seed], [(learning_rate, rho)])), 0)
     weights, kept = recorder(row, width, epochs)(run, start_of(seed, width), images, batches)
     return Recorded(jax.device_put(images), batches, weights, kept)
 
@@ -182,7 +188,7 @@ def along_momentum(recorded: Recorded, rho: Any, width: int) -> dict[str, jax.Ar
         before, w, rows = inputs
         batch = rows_of(recorded.images, rows)
         value, g = jax.value_and_grad(lambda w: losses_fn(w, batch).mean())(w)
-        eps, _ = ball.update(w - before, ball.init(w), w)
+        eps: Any = ball.update(w - before, ball.init(w), w)[0]
         return {
             "cosine": cosines(eps, g),
             "rise": losses_fn(w + eps, batch).mean() - value,
