@@ -1,7 +1,5 @@
 """The claims on directions: what the script writes, and its computations for known cases."""
 
-from functools import partial
-
 import fake_directions
 import jax
 import jax.numpy as jnp
@@ -104,45 +102,45 @@ def test_the_variation_counts_what_is_within_an_epoch():
     assert directions.variation(change) == pytest.approx(expected)
 
 
-def linear():
-    """Return the functions of a linear model of 3 inputs and 2 classes."""
-
-    def logits(params, x):
-        return x @ params
+def functions_of(logits, loss_on_logits):
+    """Return the functions of a model of 3 inputs and 2 outputs."""
 
     def losses_fn(params, batch):
         return loss_on_logits(logits(params, batch["x"]), batch)
 
-    def loss_on_logits(logits, batch):
-        return ((logits - batch["y"]) ** 2).sum(axis=-1) / 2
-
     return Functions(logits, losses_fn, {"loss_on_logits": loss_on_logits}, *[None] * 4)
 
 
-@pytest.fixture(scope="module")
-def place():
+def squared(logits, batch):
+    return ((logits - batch["y"]) ** 2).sum(axis=-1) / 2
+
+
+MODELS = {  # in the first the logits are linear in the weights, in the second the loss in them
+    1: functions_of(lambda w, x: x @ w, squared),
+    0: functions_of(lambda w, x: x @ w**3, lambda z, batch: (z * batch["y"]).sum(axis=-1)),
+}
+
+
+def place_of(net):
     batch = {"x": jnp.diag(jnp.array([1.0, 2.0, 3.0])), "y": jnp.ones((3, 2))}
-    return jax.jit(partial(make_place, batch))(jnp.arange(6.0).reshape(3, 2))
+    return frozen.place_of(net, jnp.arange(6.0).reshape(3, 2) / 5, batch, 0.1)
 
 
-def make_place(batch, params):
-    return frozen.place_of(linear(), params, batch, 0.1)._replace(net=None)
+@pytest.mark.parametrize("share", MODELS)
+def test_shares_of_the_logits_in_what_sam_changes(share):
+    found = jax.jit(lambda: frozen.paths(place_of(MODELS[share])))()
+    assert float(found["logit_share"]) == pytest.approx(share, abs=1e-5)
 
 
-def test_the_step_of_a_method_is_that_of_its_ball(place):
+def test_the_step_of_a_method_is_that_of_its_ball():
     @jax.jit
-    def steps(place):
-        tx = samx.sam(0.1)
-        return place.eps, frozen.climb_of(tx, place.g, place.params)
+    def steps():
+        place = place_of(MODELS[1])
+        return place.eps, frozen.climb_of(samx.sam(0.1), place.g, place.params)
 
-    one, other = steps(place)
+    one, other = steps()
     np.testing.assert_allclose(one, other, atol=1e-6)
     assert float(jnp.linalg.norm(one)) == pytest.approx(0.1)
-
-
-def test_in_a_linear_model_all_of_the_change_comes_from_the_logits(place):
-    share = jax.jit(lambda place: frozen.paths(place._replace(net=linear())))(place)
-    assert float(share["logit_share"]) == pytest.approx(1, abs=1e-5)
 
 
 def test_carriers_are_the_fewest_that_carry_the_share():
