@@ -37,7 +37,7 @@ def function(f: Callable[[jax.Array], jax.Array], start: jax.Array) -> Problem:
     return Problem(lambda x, examples: f(x) + 0 * examples, jnp.zeros(1, start.dtype), start)
 
 
-def logistic(seed: jax.Array, size: int = 10, examples: int = 200) -> Problem:
+def logistic(seed: jax.Array | int, size: int = 10, examples: int = 200) -> Problem:
     """Return logistic regression from x = 0; a tenth of the labels are wrong, so it has a minimum.
 
     The labels are those of a random direction.
