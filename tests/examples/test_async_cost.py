@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import samx
-from examples.claims import async_cost
+from examples.claims import async_cost, claim
 from examples.common import async_steps
 
 
@@ -117,3 +117,7 @@ def test_a_gpu_that_is_not_there(in_empty_folder, monkeypatch, capsys):
     args = async_cost.parse([])
     async_cost.choose_devices(args)
     assert args.batch == 4096
+
+
+def test_committed_numbers_are_those_of_the_claims():
+    assert set(claim.read(async_cost.NAME)) == set(async_cost.CLAIMS)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from examples.claims import async_digits
+from examples.claims import async_digits, claim
 from examples.common import training, tuning
 from examples.common.registry import VARIANTS, Setting
 
@@ -114,3 +114,7 @@ def test_clean_labels_alone_have_claims_of_their_own():
 )
 def test_bad_arguments(arguments, message, refusal):
     assert message in refusal(async_digits.main, arguments)
+
+
+def test_committed_numbers_are_those_of_the_claims():
+    assert set(claim.read(async_digits.NAME)) == set(async_digits.CLAIMS)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from examples.claims import async_long, climbing
+from examples.claims import async_long, claim, climbing
 from examples.common.registry import VARIANTS
 
 
@@ -66,3 +66,7 @@ def test_rho_is_chosen_on_the_validation_split(monkeypatch):
 
 def test_bad_arguments(refusal):
     assert "--epochs must be at least 1" in refusal(async_long.main, "--epochs 0")
+
+
+def test_committed_numbers_are_those_of_the_claims():
+    assert set(claim.read(async_long.NAME)) == set(async_long.CLAIMS)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.claims import lsam, lsam_digits
+from examples.claims import claim, lsam, lsam_digits
 from examples.common.tuning import Runs, runs_of
 
 
@@ -108,3 +108,7 @@ def test_rises_of_a_point():
     assert mean[0] == pytest.approx(0, abs=1e-6)
     assert mean[1] != 0
     assert (largest > abs(mean)).all()
+
+
+def test_committed_numbers_are_those_of_the_claims():
+    assert set(claim.read(lsam.NAME)) == set(lsam.CLAIMS)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from examples.claims import climbing, which_batch
+from examples.claims import claim, climbing, which_batch
 from examples.common import training, tuning
 from examples.common.registry import VARIANTS, Setting
 
@@ -163,3 +163,7 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
 )
 def test_bad_arguments(arguments, message, refusal):
     assert message in refusal(which_batch.main, arguments)
+
+
+def test_committed_numbers_are_those_of_the_claims():
+    assert set(claim.read(which_batch.NAME)) == set(which_batch.CLAIMS)
