@@ -10,7 +10,8 @@ with the center takes a tenth of a gradient; with a long one the last worker is 
 and an exchange takes eight gradients.
 
 Then eight workers train with constant learning rates. Their variance around the center is measured
-over learning rate, period and weight of an exchange, and compared with the formula of `samx.lsam`.
+over learning rate, period and weight of an exchange, and compared with η τ / α, the variance of the
+Gaussian in the objective that `samx.lsam` is derived from.
 At the end the loss around the center is compared with that around the workers: the largest rise
 within a ball, and the mean rise under noise as strong as the workers' own. The largest rise at the
 center of the tuned LSAM is compared with that of data-parallel SAM.
@@ -117,6 +118,7 @@ MORE_WORKERS = {
     for batch in BATCHES
 }
 FORMULA = "Workers are samples around the center with the variance η τ / α."
+LANGEVIN = "it holds for the noise of Langevin dynamics; that of batches is far weaker"
 LANDSCAPE = "The loss that the center sees is smoothed, so the center is in a flatter place."
 OTHER_CLAIMS = {
     "variance": Claim(
@@ -127,6 +129,7 @@ OTHER_CLAIMS = {
         "momentum 0.9; within a factor of 2",
         low=-0.3,
         high=0.3,
+        why=LANGEVIN,
     ),
     "variance over rate": Claim(
         ("lsam",),

@@ -29,9 +29,9 @@ class Rule:
         period: Local steps τ ≥ 1 between two exchanges of a worker; default 4.
         smoothing: Two readings of one paper, LSAM; both are reconstructions. "elastic", the
             default, is our derivation, and is EASGD's rule: the workers are samples around the
-            center, with variance η τ / α for a learning rate η. "gaussian" is a less likely
-            reading: workers start at samples of a Gaussian around the center, and what their steps
-            have added goes to the center.
+            center; for their variance see `samx.lsam`. "gaussian" is a less likely reading: workers
+            start at samples of a Gaussian around the center, and what their steps have added goes
+            to the center.
         deviation: Standard deviation ≥ 0 of that Gaussian; "gaussian" only, default 0.
         leader: Share in [0, 1): on an exchange each worker moves by this share of its distance to
             the leader, the worker with the smallest losses since its last exchange; "elastic"

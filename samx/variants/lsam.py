@@ -87,7 +87,10 @@ def lsam(
         of the parameters, and one all-reduce of them on every `period`-th step only.
         One worker whose parameters are not finite makes the center so. To skip such steps, use
         `elastic.averaging(samx.skip_nonfinite(...))`.
-        Smoothing: for a learning rate η the workers' variance around the center is η τ / α.
+        Smoothing: the objective's Gaussian has the variance η τ / α, for a learning rate η and noise
+        as strong as that of Langevin dynamics. The noise of batches is far weaker: on the digits
+        the workers' variance was 10⁵ times smaller. It grew about as τ / α and η to the power 1.5
+        (`examples/claims/lsam.py`).
         Fidelity: **reconstructed**; there is no public code. The objective, a Gaussian-smoothed
         density of the SAM loss, is known second-hand. That its samples are moved by elastic
         averaging is our derivation, from the objective and the authors' earlier systems. `beta`,
