@@ -87,8 +87,8 @@ def lsam(
         of the parameters, and one all-reduce of them on every `period`-th step only.
         One worker whose parameters are not finite makes the center so. To skip such steps, use
         `elastic.averaging(samx.skip_nonfinite(...))`.
-        Smoothing: the objective's Gaussian has the variance η τ / α, for a learning rate η and noise
-        as strong as that of Langevin dynamics. The noise of batches is far weaker: on the digits
+        Smoothing: the Gaussian of the objective has the variance η τ / α for a learning rate η, if
+        the noise is as strong as in Langevin dynamics. That of batches is far weaker: on the digits
         the workers' variance was 10⁵ times smaller. It grew about as τ / α and η to the power 1.5
         (`examples/claims/lsam.py`).
         Fidelity: **reconstructed**; there is no public code. The objective, a Gaussian-smoothed
