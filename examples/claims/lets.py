@@ -437,7 +437,7 @@ def signs_along(epochs: int, width: int) -> Callable[..., Signs]:
 
     def in_float64(*arguments):
         with jax.enable_x64(True):
-            return compiled(*jax.tree.map(widened, arguments))
+            return jax.device_get(compiled(*jax.tree.map(widened, arguments)))
 
     return in_float64
 
