@@ -207,8 +207,8 @@ def closure(
 
     Args:
         model: The model.
-        fn: `(model, ...) -> loss` or `(loss, aux)`: a scalar for `value_fn`, `ascent_fn` and
-            `validation_fn`, `[B]` for `losses_fn`, where `...` is the batch.
+        fn: `(model, ...) -> loss` or `(loss, aux)`: a scalar for `value_fn`, `ascent_fn`,
+            `training_fn` and `validation_fn`, `[B]` for `losses_fn`, where `...` is the batch.
         wrt: Which variables are the parameters, as in `nnx.Optimizer`; default `nnx.Param`.
         masks: "same", the default, or "fresh": other dropout masks for the passes at perturbed
             points.

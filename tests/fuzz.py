@@ -229,6 +229,7 @@ def keywords():
         "labels": jnp.arange(SIZE) % 3,
         "index": jnp.arange(SIZE),
         "ascent_fn": lambda params: losses(params, BATCH).max(),
+        "training_fn": lambda params: losses(params, BATCH).sum(),
         "validation_fn": lambda params: losses(params, BATCH).min(),
         "apply_fn": arguments.logits_of,
         "loss_on_logits": arguments.loss_on_logits,
@@ -441,7 +442,7 @@ def calls_of_transformation(owner: str, make: Callable[[], Any]) -> Iterator[Cal
         yield call("update: gradients", what, "grads", may_pass, ("grads", "updates"), g=g)
     for what, state, may_pass in states(tx):
         yield call("update: state", what, "state", may_pass, state=state)
-    functions = ("value_fn", "losses_fn", "ascent_fn", "validation_fn")
+    functions = ("value_fn", "losses_fn", "ascent_fn", "training_fn", "validation_fn")
     for keyword in (*functions, *PARTS, "loss_on_logits", "merge_fn"):
         yield from closure_calls(call, tx, keyword)
     for keyword in keywords():
@@ -480,7 +481,7 @@ def closure_calls(call, tx, keyword):
         yield call(fault, what, keyword, False if is_checked else None, **{keyword: value})
     if not is_used:
         return
-    is_scalar = keyword in ("value_fn", "ascent_fn", "validation_fn")
+    is_scalar = keyword in ("value_fn", "ascent_fn", "training_fn", "validation_fn")
     results = scalar_results() if is_scalar else losses_results()
     if keyword in PARTS:
         del results["a matrix"]  # as logits are

@@ -299,26 +299,19 @@ def sam_step(loss: Any, tx: Any, carry: Any, batch: Any) -> Any:
 
 
 def lets_step(loss: Any, tx: Any, form: str, carry: Any, data: Data, rows: Rows) -> Any:
-    """Return parameters and state after a step of LETS.
-
-    `samx.lets` takes L on the batch of the step. Another L comes in through `validation_fn`.
-    """
+    """Return parameters and state after a step of LETS."""
     (params, state), batch = carry, rows_of(data.train, rows.batch)
+    other = {"own": batch, "next": rows_of(data.train, rows.following), "whole": data.train}[form]
     held_out = rows_of(data.held_out, rows.held_out)
-    other = {
-        "own": batch,
-        "next": rows_of(data.train, rows.following),
-        "whole": data.train,
-    }[form]
-
-    def validation_fn(params):
-        found = loss(params, held_out)
-        return found if form == "own" else found - loss(params, other) + loss(params, batch)
-
     value, g = jax.value_and_grad(loss)(params, batch)
-    fn = functools.partial(loss, data=batch)
     updates, state = tx.update(
-        g, state, params, value=value, value_fn=fn, validation_fn=validation_fn
+        g,
+        state,
+        params,
+        value=value,
+        value_fn=functools.partial(loss, data=batch),
+        training_fn=functools.partial(loss, data=other),
+        validation_fn=functools.partial(loss, data=held_out),
     )
     return optax.apply_updates(params, updates), state
 

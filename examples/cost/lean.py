@@ -198,7 +198,8 @@ def with_samx(losses_fn: Callable, tx: Any) -> Callable:
             return losses_fn(params, batch).mean()
 
         value, g = jax.value_and_grad(loss)(params)
-        closures = dict(value_fn=loss, losses_fn=losses_fn, batch=batch, validation_fn=loss)
+        closures = dict(value_fn=loss, losses_fn=losses_fn, batch=batch)
+        closures |= dict(training_fn=loss, validation_fn=loss)
         updates, state = tx.update(g, state, params, value=value, **closures)
         # Not `value`: it would keep a forward pass alive where the variant does not use it.
         return optax.apply_updates(params, updates), state, optax.tree.get(state, "loss", value)

@@ -712,7 +712,7 @@ ENTRIES = (
            "matches mueller-mp/SAM-ON to 2e-12; any metric as `perturbation=`",
            "authors"),
     _entry("lets", lets, "lets(base, rho=0.05, rho_learning_rate=1.0)",
-           "LETS", "wang2024lets", "wraps", ("value_fn", "validation_fn"),
+           "LETS", "wang2024lets", "wraps", ("value_fn", "training_fn", "validation_fn"),
            "6, or 4 without Hessian products", "0",
            "**partly reconstructed**: the objective is the paper's, its derivative the chain "
            "rule's; the update of log ρ and the form of the diagonal are inferred: no code, and "

@@ -42,13 +42,14 @@ OWN_KEYWORDS = frozenset(
         "losses_fn",
         "merge_fn",
         "teacher_fn",
+        "training_fn",
         "validation_fn",
         "weights",
     }
 )
 # Nodes in the parameters by which optax's wrappers are known.
 _WRAPPED = ("MaskedNode", "SplitRealAndImaginaryArrays")
-SCALAR_CLOSURES = ("value_fn", "ascent_fn", "validation_fn")
+SCALAR_CLOSURES = ("value_fn", "ascent_fn", "training_fn", "validation_fn")
 # Functions of the parameters and a batch, or of the parameters and features.
 MODEL_CLOSURES = ("apply_fn", "features_fn", "head_fn", "teacher_fn")
 CLOSURES_OF_PARAMS = (*SCALAR_CLOSURES, "losses_fn", *MODEL_CLOSURES)
@@ -70,6 +71,8 @@ _FIXES = {
     "features_fn": _IN_THREE_PARTS,
     "head_fn": _IN_THREE_PARTS,
     "ascent_fn": "value_fn=..., ascent_fn=lambda p: other_loss(p, batch)), the loss to climb",
+    "training_fn": "value_fn=..., validation_fn=..., training_fn=lambda p: loss(p, other_batch)), "
+    "the loss on training examples that this step does not use, such as the next batch",
     "validation_fn": "value_fn=..., validation_fn=lambda p: loss(p, held_out)), the loss on "
     "examples that are not trained on",
 }

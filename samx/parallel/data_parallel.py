@@ -100,10 +100,9 @@ def data_parallel(
             )
         check_mapped("data_parallel", "axis_name", axes)
         for keyword in SCALAR_CLOSURES:
-            if keyword in extra:  # `weights` belong to the batch, not to held-out examples
-                extra[keyword] = extra[keyword].on(
-                    devices, None if keyword == "validation_fn" else weights
-                )
+            if keyword in extra:  # `weights` belong to the batch, not to other examples
+                is_other = keyword in ("training_fn", "validation_fn")
+                extra[keyword] = extra[keyword].on(devices, None if is_other else weights)
         if "losses_fn" in extra:
             extra["losses_fn"] = extra["losses_fn"].evaluated(devices=devices)
         extra |= evaluate(value_fn.on(devices, weights), params)[0]

@@ -75,8 +75,8 @@ def accumulate(
     Notes:
         If an aux is kept, its floating leaves are means over the microbatches; other leaves come
         from the last microbatch. Normalization over the batch sees one microbatch at a time.
-        Half-precision gradients are added in float32. `ascent_fn` and `validation_fn` are not
-        split.
+        Half-precision gradients are added in float32. `ascent_fn`, `training_fn` and
+        `validation_fn` are not split.
         Micro-batch SAM climbs each microbatch separately: use `samx.msam`, or, with one microbatch
         per call,
         `optax.chain(samx.sam(rho), optax.MultiSteps(base, K).gradient_transformation())`.

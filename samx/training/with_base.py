@@ -47,9 +47,9 @@ def with_base(
 
     Notes:
         samx's own keywords are `losses_fn`, `batch`, `weights`, `ascent_fn`, `labels`, `index`,
-        `fisher_batch`, `validation_fn`, `apply_fn`, `loss_on_logits`, `teacher_fn`, `features_fn`,
-        `head_fn` and `merge_fn`. If only `losses_fn` and `batch` are given, the base gets
-        a `value_fn` that is the mean of the losses. Cost: none.
+        `fisher_batch`, `training_fn`, `validation_fn`, `apply_fn`, `loss_on_logits`, `teacher_fn`,
+        `features_fn`, `head_fn` and `merge_fn`. If only `losses_fn` and `batch` are given, the base
+        gets a `value_fn` that is the mean of the losses. Cost: none.
     """
     tx = as_transformation("with_base", "tx", tx)
     base = as_transformation("with_base", "base", base)

@@ -94,6 +94,7 @@ KEYWORDS = {
     "labels": lambda data: problem.batch_at(data, 0)["y"],
     "index": lambda data: jnp.arange(problem.BATCH_SIZE),
     "ascent_fn": lambda data: lambda params: problem.losses_fn(params, data).mean(),
+    "training_fn": lambda data: lambda params: problem.losses_fn(params, data).mean(),
     "validation_fn": lambda data: lambda params: problem.losses_fn(params, data).mean(),
     "apply_fn": lambda data: problem.logits_of,
     "loss_on_logits": lambda data: problem.loss_on_logits,

@@ -105,7 +105,7 @@ def test_what_is_no_loss_is_refused_by_name(name, what):
     state = jax.eval_shape(tx.init, params)
     closures = {"value_fn": lambda p: problem.losses_fn(p, BATCH).mean(), "batch": BATCH}
     closures |= {"losses_fn": problem.losses_fn} | problem.further(BATCH)
-    functions = {"value_fn", "losses_fn", "ascent_fn", "validation_fn"}
+    functions = {"value_fn", "losses_fn", "ascent_fn", "training_fn", "validation_fn"}
     for keyword in functions & {*VARIANTS[name].needs}:
         right = closures[keyword]
         wrong = closures | {keyword: lambda *args, right=right: broken(right(*args))}

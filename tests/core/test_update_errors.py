@@ -127,9 +127,15 @@ FURTHER = {
         ValueError,
         r"`ascent_fn` must return a scalar.*got shape \(3,\)",
     ),
+    "no other training loss": (
+        lambda: samx.lets(SGD),
+        {"validation_fn": lambda p: jnp.ones(())},
+        ValueError,
+        "lets: `training_fn` is missing.*such as the next batch",
+    ),
     "nothing held out": (
         lambda: samx.lets(SGD),
-        {},
+        {"training_fn": lambda p: jnp.ones(())},
         ValueError,
         "lets: `validation_fn` is missing.*not trained on",
     ),

@@ -31,6 +31,7 @@ def test_contract_keywords_reach_the_optimizer_and_unknown_ones_raise():
         lambda params: (), lambda g, state, params, **keywords: (g, seen.update(keywords) or ())
     )
     names = "value grad value_fn losses_fn batch weights ascent_fn validation_fn labels index"
+    names += " training_fn"
     names += " apply_fn loss_on_logits teacher_fn"
     given = {name: i for i, name in enumerate(names.split())}
     state = small_state(tx).apply_gradients(grads=GRADS, **given, extra_args={"obj": 1})

@@ -87,6 +87,7 @@ def further(batch, losses_fn=losses_fn, weights=None):
         "labels": batch["y"],
         **in_two_parts(losses_fn),
         "ascent_fn": lambda params: weighted(losses_of(losses_fn, params, batch) ** 2, weights),
+        "training_fn": lambda params: weighted(losses_of(losses_fn, params, batch), weights),
         "validation_fn": lambda params: weighted(losses_of(losses_fn, params, held_out), weights),
     }
 

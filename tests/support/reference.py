@@ -772,11 +772,20 @@ def shrunk(data, t):
     return batch | {"x": 0.8 * batch["x"]}
 
 
-def train_lets(base, perturb, rho, rate, steps, approximate=False, held_out=next_batch):
+def train_lets(
+    base,
+    perturb,
+    rho,
+    rate,
+    steps,
+    approximate=False,
+    held_out=next_batch,
+    training=problem.batch_at,
+):
     """Train with LETS and SGD, whose step is −lr times the sharp gradient; also return the radii.
 
     `perturb` has radius 1. The whole Hessian is computed. `held_out(data, t)` gives the validation
-    examples.
+    examples, `training(data, t)` those of the training loss; default: those of the step.
     """
     data, params = _start()
     losses = _losses(problem.losses_fn)
@@ -798,8 +807,9 @@ def train_lets(base, perturb, rho, rate, steps, approximate=False, held_out=next
             h = hessian(point, batch)
             along = {k: sum(np.tensordot(h[k][j], v[j], v[j].ndim) for j in v) for k in v}
         params = base.step(params, g_s)
-        gap = losses(params, other).mean() - losses(params, batch).mean()
-        slopes = gradient(params, other), gradient(params, batch)
+        compared = training(data, t)
+        gap = losses(params, other).mean() - losses(params, compared).mean()
+        slopes = gradient(params, other), gradient(params, compared)
         change = sum(np.sum((slopes[0][k] - slopes[1][k]) * -base.lr * along[k]) for k in v)
         rho = np.exp(np.log(rho) - rate * rho * gap * change)
         trajectory.append(params)

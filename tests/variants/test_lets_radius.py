@@ -28,10 +28,19 @@ LETS = {  # arguments, the reference's perturbation, momentum, radius, rate
 }
 
 
-def held_out(data, batch, t):
-    start = ((t + 1) % 4) * problem.BATCH_SIZE
-    other = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, problem.BATCH_SIZE), data)
-    return {"validation_fn": lambda params: problem.losses_fn(params, other).mean()}
+def other_losses(data, batch, t):
+    """The losses on the next batch, which is held out, and on the one after it."""
+
+    def loss_on(number):
+        start, size = (number % 4) * problem.BATCH_SIZE, problem.BATCH_SIZE
+        other = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), data)
+        return lambda params: problem.losses_fn(params, other).mean()
+
+    return {"validation_fn": loss_on(t + 1), "training_fn": loss_on(t + 2)}
+
+
+def after_the_next(data, t):
+    return problem.batch_at(data, t + 2)
 
 
 @pytest.mark.parametrize("name", LETS)
@@ -39,9 +48,15 @@ def test_lets_against_reference(name):
     keywords, perturb, momentum, rho, rate = LETS[name]
     tx = samx.lets(optax.sgd(0.1, momentum=momentum), rho, rate, **keywords)
     expected, radii = reference.train_lets(
-        reference.SGD(0.1, momentum), perturb, rho, rate, STEPS, name == "approximate"
+        reference.SGD(0.1, momentum),
+        perturb,
+        rho,
+        rate,
+        STEPS,
+        name == "approximate",
+        training=after_the_next,
     )
-    found, after = train(tx, held_out, "rho")
+    found, after = train(tx, other_losses, "rho")
     assert_same(found, expected)
     np.testing.assert_allclose(after[:-1], radii[1:], rtol=1e-9)
     assert np.ptp(np.log(radii)) > 0.05
@@ -56,12 +71,13 @@ def first_batches():
     )
 
 
-def update_of(tx, value_fn, validation_fn):
-    """Compile `(params, state) -> (updates, state)` for these losses."""
+def update_of(tx, value_fn, validation_fn, training_fn=None):
+    """Compile `(params, state) -> (updates, state)`; the training loss is that of the step."""
 
     @jax.jit
     def update(params, state):
         closures = {"value_fn": value_fn, "validation_fn": validation_fn}
+        closures["training_fn"] = value_fn if training_fn is None else training_fn
         return tx.update(jax.grad(value_fn)(params), state, params, **closures)
 
     return update
@@ -92,7 +108,11 @@ def test_the_hypergradient_is_the_slope_of_the_objective(base):
     """Compared with central differences, through any base, after its first steps."""
     params, value_fn, validation_fn = first_batches()
     tx = samx.lets(base, 0.2, rho_learning_rate=0.0)
-    update, state = update_of(tx, value_fn, validation_fn), tx.init(params)
+
+    def training_fn(params):
+        return value_fn(params) + validation_fn(params) ** 2
+
+    update, state = update_of(tx, value_fn, validation_fn, training_fn), tx.init(params)
     for _ in range(2):
         updates, state = update(params, state)
         params = optax.apply_updates(params, updates)
@@ -104,7 +124,7 @@ def test_the_hypergradient_is_the_slope_of_the_objective(base):
         g_s, _ = sam.update(g, sam.init(params), params, value_fn=value_fn)
         updates, _ = base.update(g_s, state.base, params)
         moved = optax.apply_updates(params, updates)
-        return (validation_fn(moved) - value_fn(moved)) ** 2 / 2
+        return (validation_fn(moved) - training_fn(moved)) ** 2 / 2
 
     h = 1e-4
     around = [objective(0.2 + i * h) for i in (-2, -1, 1, 2)]
@@ -122,6 +142,7 @@ def test_adam_has_no_derivative_where_both_moments_are_zero(hessian):
     def update(params, state, factor, whole):
         """Of `whole`, the entry "dead" has no gradient."""
         closures = {"value_fn": lambda p: factor * value_fn(p), "validation_fn": validation_fn}
+        closures["training_fn"] = closures["value_fn"]
         g = jax.grad(closures["value_fn"])
         _, without = tx.update(g(params), tx.init(params), params, **closures)
         updates, state = tx.update(g(whole), state, whole, **closures)
@@ -187,6 +208,7 @@ def test_a_loss_with_a_custom_vjp_has_the_same_hypergradient(hessian):
         def update(params, state, value_fn=value_fn, validation_fn=validation_fn):
             g = jax.grad(value_fn, allow_int=True)(params)
             closures = {"value_fn": value_fn, "validation_fn": validation_fn}
+            closures["training_fn"] = value_fn
             return tx.update(g, state, params, **closures)[1]
 
         state = update(params, tx.init(params))
