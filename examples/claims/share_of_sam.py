@@ -451,7 +451,7 @@ CLAIMS = {
         "abstract",
         OVER_SAM,
         low=0.0,
-        why="with wrong labels; with clean labels see accuracy.py",
+        why="with wrong labels; with clean labels see committed.py",
     ),
     "mesa-base": Claim(
         ("mesa",),
