@@ -8,7 +8,7 @@ ROUNDING = 1e-6
 SLOW = -0.1  # the power of a fall so slow that nobody would wait for it
 LIGHT_RATE = -0.5 + math.log10(5 / 3) / 2  # of ln T / √T, between 10³ and 10⁵ steps
 
-FALLING = "power of the steps with which the gradient falls, rate 0.3 / √t"
+FALLING = "power of the steps with which the gradient falls, rate ~ 1/√t"
 STAYS = "distance from the minimum relative to SAM's, mean over constant rates 0.01 to 0.3; |x|²"
 SQUARES = (
     "power of T with which the mean squared gradient of T steps falls, from 10³ to 10⁵ steps; the "
@@ -206,6 +206,14 @@ CLAIMS = {
         "abstract",
         "power of the steps with which f − min f falls, the largest of the same λ; least squares "
         "with noise, one example in each step",
+        high=-0.5,
+        why="a fixed radius around the minimum of one example moves the minimum of the mean",
+    ),
+    "unified-random-shrinking": Claim(
+        ("unified_sam",),
+        "The same, with a radius ~ 1/√t.",
+        "found here",
+        "the same number",
         high=-0.5,
     ),
     "polyak-strong": Claim(

@@ -204,7 +204,10 @@ def draw_convergence(path, parts):
         "parallel": {
             "rates": rates.tolist(),
             "distances": {name: (rates**p).tolist() for name, p in powers.items()},
-            "curves": {name: (6 * steps ** (-p / 2)).tolist() for name, p in powers.items()},
+            "curves": {
+                name: convergence.binned(6 * steps ** (-p / 2)).tolist()
+                for name, p in powers.items()
+            },
             "powers": {f"{name}, |x|²": [-p / 2] for name, p in powers.items()},
         },
         "lightsam": {"worst": {name: some(3, low=1e-4, high=0.1) for name in names}},
