@@ -35,7 +35,7 @@ def test_a_tiny_run(in_empty_folder, capsys, read_report, monkeypatch):
     assert (in_empty_folder / "results" / "second_order.json").exists()
     numbers = {one.name: one.number.value for one in found}
     assert report["values"].keys() == numbers.keys() == second_order.CLAIMS.keys()
-    wanted = {"sam-gain-400": 4, "share-0.43-none": 4 * (0.43 - 1), "arsam-accuracy-20000": -3}
+    wanted = {"sam-gain-400": 4, "share-0.43-none-400": 4 * (0.43 - 1), "arsam-accuracy-20000": -3}
     wanted |= {"vsam-speed-4000": 1.6, "ratio-sam-4000-clean": 100, "length-sam-400-noisy": -50}
     wanted |= {"ausam-rounded": -3}
     assert {name: numbers[name] for name in wanted} == pytest.approx(wanted)
@@ -62,12 +62,12 @@ def test_growth_is_that_of_a_fitted_line():
     assert second_order.growth(curve[::-1]) == pytest.approx(100 * (1 / 1.5 - 1))
 
 
-def test_the_smallest_share_is_followed_by_shares_that_keep_the_accuracy(monkeypatch):
+def test_the_smallest_share_is_one_whose_whole_interval_is_good(monkeypatch):
     monkeypatch.setattr(second_order, "SHARES", (0.1, 0.2, 0.4, 0.7))
     good, bad, open_ = [0.0, 0.1, -0.1], [-2.0, -2.1, -1.9], [-3.0, 3.0, 0.0]
     for leads, wanted in (
-        ([good, bad, good, good], 0.4),
-        ([bad, good, good, open_], 1.0),
+        ([open_, bad, good, good], 0.4),
+        ([bad, bad, bad, open_], 1.0),
         ([good] * 4, 0.1),
     ):
         assert second_order.smallest(leads) == wanted
