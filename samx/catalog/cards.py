@@ -820,8 +820,8 @@ CARDS = {
         not_when="You expect it to find the best radius: on the digits it did not, from any start.",
         start=(
             Start("0.05", "a first radius", "default"),
-            Start("the tuned radius (0.2)", "digits, a dense network with 64 units, SGD with "
-                  "momentum", "measured", "examples/claims/lets.py"),
+            Start("the tuned radius (0.3)", "digits with wrong labels, a dense network with 64 units, "
+                  "SGD with momentum", "measured", "examples/claims/lets.py"),
         ),
         watch="`rho`, `gap` and `hypergradient` in the state. Very large radii also close the gap, "
         "because nothing is learned.",
