@@ -295,6 +295,6 @@ print(f"largest difference of one seed from the committed results: {max(apart):.
 #
 # - [How to choose rho](choosing_rho.ipynb): the number that matters more than the variant.
 # - [Methods](methods.md): one card per variant, with formula, cost and what to watch.
-# - [Results](results.md): all tables, rare classes and asynchronous training among them.
+# - [The papers' claims](claims.md): what each method promised, and what we see.
 # - [Eight devices](eight_devices.ipynb): `sampa` on two groups, perturbations of single devices.
 # - [Write your own variant](write_your_variant.ipynb), and see its dot among these.

@@ -213,9 +213,10 @@ for row, values in accuracies.items():
 # Is AsyncSAM as accurate as SAM? With wrong labels, no. With b′ = b it keeps about six tenths of
 # SAM's gain over SGD, and with b/4 about three tenths; it is two and more standard errors below
 # SAM. With clean labels there is nothing to gain, and it is 0.3 to 0.4 points below SAM
-# ([results](results.md)). Whether longer trainings with smaller steps, which are the paper's, lose
-# less was not measured. So: if SAM's time is a problem and a second device stands idle, AsyncSAM is
-# a middle way. Its rival is `momentum_sam`, which needs no second device.
+# ([the papers' claims](claims.md)). The age of the gradient is not the reason: an old gradient of
+# the step's own batch costs nothing that shows. The other batch is, and smaller steps do not change
+# it. So: if SAM's time is a problem and a second device stands idle, AsyncSAM is a middle way. Its
+# rival is `momentum_sam`, which needs no second device.
 #
 # ## 2. LSAM: workers around a center
 #
@@ -421,4 +422,4 @@ plt.show()
 #   `shard_map`, `pmap` or `vmap`: one all-reduce of the parameters every `period` steps, and none
 #   between.
 # - [Devices](devices.md): what an exchange costs with threads and with Ray, and AsyncSAM's times.
-# - [Results](results.md): the tables behind this page, with commands and seeds.
+# - [The papers' claims](claims.md): the numbers behind this page, with commands and seeds.

@@ -4,11 +4,57 @@ from collections import Counter
 from collections.abc import Iterable
 from types import ModuleType
 
-from examples.claims import bsam, claim, committed, exact
+from examples.claims import (
+    async_cost,
+    async_digits,
+    async_long,
+    bsam,
+    claim,
+    committed,
+    convergence,
+    directions,
+    exact,
+    lets,
+    lightsam,
+    long_tail,
+    lsam,
+    mup_transfer,
+    normalization,
+    second_order,
+    share_of_sam,
+    snippets,
+    stick_figures,
+    strength,
+    two_views,
+    which_batch,
+    wrong_labels,
+)
 from examples.claims.claim import WORDS, Found
 
 # The scripts in the order of the page. Each has CLAIMS, and its numbers in claims/results/.
-SCRIPTS: tuple[ModuleType, ...] = (exact, bsam)
+SCRIPTS: tuple[ModuleType, ...] = (
+    exact,
+    wrong_labels,
+    strength,
+    share_of_sam,
+    directions,
+    which_batch,
+    async_long,
+    async_digits,
+    async_cost,
+    lsam,
+    convergence,
+    lightsam,
+    mup_transfer,
+    lets,
+    second_order,
+    stick_figures,
+    normalization,
+    snippets,
+    two_views,
+    bsam,
+    long_tail,
+)
 
 
 def found_by_script() -> dict[ModuleType, list[Found]]:
@@ -81,11 +127,21 @@ def as_table(grid: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
+MOST = 8  # claims on a card
+
+
 def on_card(found: Iterable[tuple[ModuleType, Found]]) -> list[str]:
-    """Return the items of a card about the claims of a method; none if there is none."""
-    items = [f"  {one.claim.text} {with_number(one)}" for _, one in found]
-    head = "**Claims of the paper, and what we see** ([all](claims.md)):"
-    return [head, *dict.fromkeys(items)] if items else []
+    """Return the items of a card about the claims of a method; none if there is none.
+
+    A claim that is measured several times is one item.
+    """
+    texts: dict[str, list[str]] = {}
+    for _, one in found:
+        texts.setdefault(one.claim.text, []).append(with_number(one))
+    items = [f"  {text} {'; '.join(ends)}" for text, ends in texts.items()]
+    if len(items) > MOST:
+        items[MOST:] = [f"  {len(items) - MOST} more: [the page](claims.md#all-claims)"]
+    return ["**Claims of the paper, and what we see** ([all](claims.md)):", *items] if items else []
 
 
 def with_number(one: Found) -> str:
