@@ -20,11 +20,10 @@ def scripts_with_claims():
     found = set()
     for path in FOLDER.glob("*.py"):
         names = {
-            target.id
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name)
+            getattr(node, "id", None) or getattr(node, "name", None)
+            for part in ast.parse(path.read_text()).body
+            if isinstance(part, ast.Assign | ast.ImportFrom)
+            for node in getattr(part, "targets", None) or part.names
         }
         if {"CLAIMS", "NAME"} <= names:
             found.add(path.stem)
