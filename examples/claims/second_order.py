@@ -98,7 +98,7 @@ SPEED = 1.35  # what rounds to 1.4
 SHARES = (0.05, 0.1, 0.2, 0.43, 0.7)
 ENOUGH = 0.43  # the share of steps with a speed-up of 1.4
 MIXINGS = {"decaying": 0.7, "none": 0.0, "constant": 1.0}
-LONG_MIXINGS = ("decaying", "none")
+LONGER = {LONG: ("decaying", "none"), LONGEST: ("decaying",)}  # what is reused in long trainings
 CONTROLLERS = ("vsam", "arsam")
 SETTINGS = [
     Arm("arsam", window=window, blocks=blocks, gain=gain, max_fraction=0.4, warmup=window)
@@ -158,7 +158,7 @@ def share_claims() -> dict[str, Claim]:
         "constant": "reused at full weight",
     }
     places = [(share, mixing, SHORT) for share, mixing in arms]
-    places += [(ENOUGH, mixing, steps) for steps in (LONG, LONGEST) for mixing in LONG_MIXINGS]
+    places += [(ENOUGH, mixing, steps) for steps, names in LONGER.items() for mixing in names]
     return {
         share_name(share, mixing, steps): Claim(
             SAMPLED,
@@ -257,24 +257,32 @@ def grid_for(plan: Plan) -> Grid:
     return (BASE_PAIRS if plan.arm == BASE else PAIRS)[plan.steps]
 
 
+def name_of_share(mixing: str, share: float = ENOUGH) -> str:
+    """Return the name of an arm whose steps draw whether they sample."""
+    return f"share {share:g} {mixing}"
+
+
 def plans(noise: float, best: Arm) -> list[Plan]:
     """Return all rows, for the best other setting of the controller."""
     ends = {"sam": SAM, "base": BASE}
     published = {name: Arm(name) for name in CONTROLLERS}
     shares = {
-        f"share {share:g} {mixing}": Arm(share=share, decay=decay)
+        name_of_share(mixing, share): Arm(share=share, decay=decay)
         for mixing, decay in MIXINGS.items()
         for share in SHARES
     }
-    longer = {name: shares[name] for name in (f"share {ENOUGH:g} {each}" for each in LONG_MIXINGS)}
+    longer = {
+        steps: {name: arm for name, arm in shares.items() if name in map(name_of_share, names)}
+        for steps, names in LONGER.items()
+    }
     other = {name: best._replace(kind=name) for name in CONTROLLERS}
     others = {f"{name} other": arm for name, arm in other.items()}
     rows: list[tuple[dict[str, Arm], int, float, int]] = [
         (ends | shares | published | others, SHORT, noise, 0),
-        (ends | published | longer, LONG, noise, 0),
+        (ends | published | longer[LONG], LONG, noise, 0),
         (ends, LONG, 0.0, 0),
         (ends | other | {"ausam": Arm("ausam")}, SHORT, noise, BITS),
-        (ends | published | longer, LONGEST, noise, 0),
+        (ends | published | longer[LONGEST], LONGEST, noise, 0),
     ]
     return [
         Plan(name, arm, steps, share, bits)
@@ -362,8 +370,9 @@ def values_of(rows: Sequence[dict[str, Any]], noise: float) -> dict[str, list[fl
     gains = {steps: lead("sam", steps, "base") for steps in (SHORT, LONG, LONGEST)}
     found |= {f"sam-gain-{steps}": gain for steps, gain in gains.items()}
     for share, mixing, steps in itertools.product(SHARES, MIXINGS, gains):
-        if (name := share_name(share, mixing, steps)) in CLAIMS:
-            arm = f"share {share:g} {mixing}"
+        name = share_name(share, mixing, steps)
+        if name in CLAIMS:
+            arm = name_of_share(mixing, share)
             found[name] = only_if_gained(gains[steps], lead(arm, steps))
     for name in CONTROLLERS:
         for steps, gain in gains.items():
@@ -395,7 +404,7 @@ def leads_of(rows: Sequence[dict[str, Any]], noise: float) -> dict[str, list[lis
         return by_row[Plan(name, SAM, SHORT, noise).label()]
 
     return {
-        mixing: [(of(f"share {share:g} {mixing}") - of("sam")).tolist() for share in SHARES]
+        mixing: [(of(name_of_share(mixing, share)) - of("sam")).tolist() for share in SHARES]
         for mixing in MIXINGS
     }
 
