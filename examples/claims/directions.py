@@ -77,6 +77,7 @@ CLAIMS = {
         "abstract",
         "the same cosine after 5 steps of a fifth of the radius minus that after one step",
         high=0,
+        why="only steps that leave the ball together make it worse; see the next line",
     ),
     "xsam-far": Claim(
         ("sharpness_aware",),
@@ -324,6 +325,7 @@ CLAIMS = {
         "abstract",
         "variance divided by the squared mean, divided by that of the gradients",
         high=1,
+        why="what is removed is common to the batches in part",
     ),
     "sampa-cosine": Claim(
         ("sampa",),
@@ -376,6 +378,7 @@ CLAIMS = {
         "abstract",
         "its share; digits, radius 0.2",
         high=0.5,
+        why="the logits dominate here too, but in the first epochs",
     ),
     "bisam-error": Claim(
         ("bisam",),
@@ -383,6 +386,7 @@ CLAIMS = {
         "abstract",
         "rise of the error of a batch minus that of SAM, points; equal radius; logarithmic bound",
         low=0,
+        why="this bound is steepest for the examples that are surest to be right",
     ),
     "bisam-error-tanh": Claim(
         ("bisam",),
@@ -443,6 +447,7 @@ CLAIMS = {
         "abstract",
         "slope of ‖g_s − g‖ / ‖g‖ over the logarithm of the steps; SAM's training",
         low=0,
+        why="SAM's own training keeps it small; see the next line",
     ),
     "arsam-growth-sgd": Claim(
         ("arsam",),
@@ -472,6 +477,7 @@ CLAIMS = {
         "slope of the deviation of ‖g_s − g‖ within an epoch over the logarithm of the epochs, "
         "relative to its mean; SAM's training",
         low=0,
+        why="SAM's own training keeps it small; see the next line",
     ),
     "vsam-variation-sgd": Claim(
         ("vsam",),
@@ -509,6 +515,7 @@ CLAIMS = {
         "the paper's text",
         "rise of the batch's loss from w to w + ε; its own training, radius 1",
         low=0,
+        why="the curvature raises it, not the slope; see the next line",
     ),
     "momentum-linear": Claim(
         ("momentum_sam",),
@@ -881,7 +888,7 @@ def panels_of(measured: Mapping[str, Measured]) -> list[Panel]:
         ),
         Panel(
             "Share of the path through the logits in g_s − g",
-            {"digits, 0.2": sam("logit_share")}
+            {"digits, SAM": sam("logit_share"), "digits, SGD": sgd("logit_share")}
             | {
                 f"GPT, {rho}": line
                 for rho, line in zip(language_paths.RADII, language, strict=True)
