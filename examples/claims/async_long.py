@@ -52,7 +52,7 @@ from examples.claims.climbing import ARMS
 from examples.common import figures, files
 from examples.common.intervals import Interval, mean_interval
 from examples.common.output import choose_folder
-from examples.common.report import Report, aligned
+from examples.common.report import MARK, Report, aligned
 from examples.common.training import (
     SEARCH_SEEDS,
     data_of,
@@ -86,6 +86,7 @@ class Said(NamedTuple):
         high: And below this one.
         text: The claim.
         source: Where it stands.
+        why: What was found.
     """
 
     system: str
@@ -95,6 +96,7 @@ class Said(NamedTuple):
     high: float
     text: str
     source: str
+    why: str = ""
 
 
 SIMILAR = "secondary source: successive gradients are similar"
@@ -103,6 +105,8 @@ SAID = {
         *("async_sam", "async-sam", "sam", -MARGIN, ANY),
         "SAM's accuracy, in a longer training with smaller steps.",
         SIMILAR,
+        "smaller steps make the older gradient as good as a new one, and leave the other batch; a "
+        "larger rho makes up for most of that",
     ),
     "older point": Said(
         *("async_sam", "older point", "sam", -MARGIN, ANY),
@@ -129,6 +133,7 @@ CLAIMS = {
         f"test accuracy of '{said.row}' over '{said.other}', points; {SETTING}, {what}",
         said.low,
         said.high,
+        why=said.why,
     )
     for how, what in HOW.items()
     for name, said in SAID.items()
@@ -140,6 +145,7 @@ CLAIMS = {
         "slope of the test accuracy of 'async-sam' over 'sam', points for each doubling of 40 "
         f"epochs to 320; digits, 30% wrong labels, {what}",
         low=0.0,
+        why="it comes nearer to SAM with two batches",
     )
     for how, what in HOW.items()
 }
@@ -222,8 +228,11 @@ def table(points: Points, radii: dict[tuple[str, int], float], epochs: int) -> l
             leads = [lead(points, row, longer, how) for longer in LONGER]
             grid.append([f"{row}, {how}", *map(shown, leads)])
     for row in ROWS:
-        grid.append([f"{row}, its rho", *(f"{radii[row, longer]:g}" for longer in LONGER)])
-    return aligned(grid)
+        chosen = [radii[row, longer] for longer in LONGER]
+        marks = ["*" if rho == max(RADII) else "" for rho in chosen]
+        each = [f"{rho:g}{mark}" for rho, mark in zip(chosen, marks, strict=True)]
+        grid.append([f"{row}, its rho", *each])
+    return [*aligned(grid), MARK]
 
 
 def draw(points: Points, epochs: int, path: Path, title: str) -> None:

@@ -119,8 +119,9 @@ def async_sam(
         Accuracy: `a` is a gradient of another batch. On the digits with 30% wrong labels that cost
         0.7 points of SAM's gain of 1.5; the age of `a` cost nothing that showed. Gradients of the
         same batch in successive steps have a cosine of 0.97, those of successive batches 0.1. So
-        smaller steps do not make it SAM: in a training 8 times as long, at an eighth of the
-        learning rate and the same ρ, it was 2 points below (`examples/claims/async_long.py`).
+        smaller steps make it SAM with two batches, not SAM: in a training 8 times as long, at an
+        eighth of the learning rate, both were 2 points below SAM with its ρ, and 0.4 with a larger
+        one (`examples/claims/async_long.py`).
         With `first="sam"` and an `ascent_fn` (or a `role_axis`) the first step takes that gradient
         twice: once to climb it, and once for the next step.
         Readings: `grad_norm` is the norm of the climbed gradient. `loss` is the ascent loss at w:

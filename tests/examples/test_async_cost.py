@@ -20,7 +20,7 @@ def test_a_tiny_run(in_empty_folder, capsys, read_report):
     assert (in_empty_folder / "results" / "async_cost.png").stat().st_size > 10_000
     rows = {result["row"]: result for result in measured["results"]}
     assert {"sgd", "sam", *(f"async-sam, {name}" for name in async_steps.SHARES)} <= set(rows)
-    assert "async-sam, b, on one device" in rows
+    assert {async_cost.ONE_DEVICE, async_cost.BOTH} <= set(rows)
     for result in rows.values():
         assert len(result["seconds"]) == 2
         assert result["handed_out_ms"] > 0
@@ -73,7 +73,7 @@ def test_times_are_divided_by_those_of_the_same_round(monkeypatch):
 def test_the_share_that_is_hidden():
     """SGD takes 1, both programs on one device 3: the ascent takes 2, and a half of it 1."""
     times = {"sgd": 1.0, "async-sam, b": 2.0, "async-sam, b/2": 1.0, "async-sam, b/4": 1.5}
-    times[async_cost.ONE_DEVICE] = 3.0
+    times |= {async_cost.ONE_DEVICE: 3.0, async_cost.BOTH: 1.25}
     values = async_cost.values_of([{"row": row, "seconds": [t, 2 * t]} for row, t in times.items()])
     assert set(values) == set(async_cost.CLAIMS)
     assert values["hidden, b"] == [0.5, 0.5]
@@ -81,6 +81,8 @@ def test_the_share_that_is_hidden():
     assert values["hidden, b/4"] == [0, 0]
     assert values["time, b/4"] == [1.5, 1.5]
     assert values["smaller"] == [0.5, 0.5]
+    assert values["condition"] == [1.25, 1.25]
+    assert values["beside SGD, b/2"] == [0.8, 0.8]
 
 
 def test_the_decision_in_words():
