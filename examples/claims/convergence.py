@@ -353,8 +353,8 @@ def polyak(args: argparse.Namespace, advance: Callable[[], Any]) -> tuple[Values
     values = {}
     with jax.enable_x64(True):
         for name, form in forms.items():
-            form = {"rho": 0.1, "max_learning_rate": 100.0, "weight_decay": 0.0} | form
-            tx = samx.sam_polyak(**form)
+            numbers: dict[str, Any] = {"max_learning_rate": 100.0, "weight_decay": 0.0} | form
+            tx = samx.sam_polyak(0.1, **numbers)
 
             def of(eigenvalues, steps, tx=tx):
                 def one(seed):

@@ -254,7 +254,7 @@ def le_sam(problem: Problem) -> dict[str, float]:
     for scale in SCALES:
         params = optax.tree.scale(scale, problem.params)
         g = jax.grad(problem.loss)(params)
-        rise = optax.tree.vdot(g, epsilon_of(ball, problem.loss, params))
+        rise = jnp.asarray(optax.tree.vdot(g, epsilon_of(ball, problem.loss, params)))
         found.append(abs(float(rise) / RHO - 1))
     return {"le-sam-rise": max(found)}
 

@@ -197,11 +197,12 @@ def draw(results: Mapping[str, dict[str, Any]], path: Path) -> None:
     """Draw the accuracy of each row with its interval."""
     figure = figures.make_figure(1.4, [figures.height_of(len(results))])
     axes = figure.subplots()
-    for position, result in enumerate(reversed(results.values())):
-        number = mean_interval(result["measures"]["test_accuracy"]).scaled(100)
+    rows = list(results)[::-1]
+    for position, row in enumerate(rows):
+        number = mean_interval(results[row]["measures"]["test_accuracy"]).scaled(100)
         axes.plot(number[1:], [position, position], color=figures.BLUE)
         axes.plot(number.value, position, "o", color=figures.BLUE)
-    axes.set_yticks(range(len(results)), list(reversed(results)))
+    axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(-0.7, len(results) - 0.3)
     axes.set_xlabel("test accuracy, %, with 95% intervals")
     axes.grid(axis="x", alpha=0.3)

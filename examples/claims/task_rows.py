@@ -38,12 +38,16 @@ def train_rows(
         for name, row in wanted:
             task = tasks[name]
             bar.set_description(f"{name}, {row}")
+
+            def advance(_: str, runs: int) -> None:
+                bar.update(runs)
+
             method = Method(
                 task,
                 row,
                 make_trainer(task, row),
                 make_functions(task),
-                lambda _, runs: bar.update(runs),
+                advance,
             )
             tried, best = choose(method, steps, trials)
             measures, spent = method.run(range(task.seeds), [best], steps, look(method), "seeds")

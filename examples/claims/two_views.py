@@ -145,8 +145,8 @@ def contrastive(cosines: jax.Array) -> jax.Array:
     """Return the symmetric contrastive loss: each half must find its own other half."""
     labels = jnp.arange(len(cosines))
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-    both = (cross_entropy(logits / TEMPERATURE, labels) for logits in (cosines, cosines.T))
-    return sum(losses.mean() for losses in both) / 2
+    one, other = (cross_entropy(logits / TEMPERATURE, labels) for logits in (cosines, cosines.T))
+    return (one.mean() + other.mean()) / 2
 
 
 def found_share(cosines: jax.Array) -> jax.Array:
