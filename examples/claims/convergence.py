@@ -353,8 +353,9 @@ def polyak(args: argparse.Namespace, advance: Callable[[], Any]) -> tuple[Values
     values = {}
     with jax.enable_x64(True):
         for name, form in forms.items():
-            numbers: dict[str, Any] = {"max_learning_rate": 100.0, "weight_decay": 0.0} | form
-            tx = samx.sam_polyak(0.1, **numbers)
+            fixed = {"rho": 0.1, "max_learning_rate": 100.0, "weight_decay": 0.0}
+            numbers: dict[str, Any] = fixed | form
+            tx = samx.sam_polyak(**numbers)
 
             def of(eigenvalues, steps, tx=tx):
                 def one(seed):
