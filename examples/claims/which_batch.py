@@ -399,6 +399,7 @@ def draw_arms(axes: Any, found: Measured, setting: str) -> None:
         axes.plot(value, position, "o", color=color)
         axes.plot([low, high], [position, position], color=color)
     axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.5, len(names) - 0.5)
     axes.axvline(0, color=figures.INK, linewidth=1)
     axes.set_xlabel("test accuracy over sam, points")
     ahead = [lead(found.points, (name, setting), ("sam", setting)).is_above for name in names]
