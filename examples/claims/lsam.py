@@ -138,6 +138,7 @@ OTHER_CLAIMS = {
         f"power of η with which the variance grows, η from {RATES[0]} to {RATES[-1]}",
         low=0.8,
         high=1.2,
+        why="the noise of batches has a fixed strength, for which the power is 2",
     ),
     "variance over period": Claim(
         ("lsam",),
@@ -170,6 +171,7 @@ OTHER_CLAIMS = {
         "log10 of the mean rise of the training loss under Gaussian noise with the workers' own "
         "variance, at the center over that at the workers; constant learning rate",
         high=0.0,
+        why="the workers are so near to the center that the curvature around them is the same",
     ),
     "largest rise, data-parallel": Claim(
         ("lsam",),

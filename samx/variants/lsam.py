@@ -89,8 +89,8 @@ def lsam(
         `elastic.averaging(samx.skip_nonfinite(...))`.
         Smoothing: the Gaussian of the objective has the variance η τ / α for a learning rate η, if
         the noise is as strong as in Langevin dynamics. That of batches is far weaker: on the digits
-        the workers' variance was 10⁵ times smaller. It grew about as τ / α and η to the power 1.5
-        (`examples/claims/lsam.py`).
+        the workers' variance was about 10⁵ times smaller, and grew about as η² τ / α, as it does
+        for noise of a fixed strength (`examples/claims/lsam.py`).
         Fidelity: **reconstructed**; there is no public code. The objective, a Gaussian-smoothed
         density of the SAM loss, is known second-hand. That its samples are moved by elastic
         averaging is our derivation, from the objective and the authors' earlier systems. `beta`,
