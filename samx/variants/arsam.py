@@ -62,10 +62,10 @@ def arsam(
         The abstract claims SAM's accuracy at a speed-up of about 40%. We read that as SAM's time /
         its time = 1.4, so samples on 43% of the steps. On the digits with wrong labels, samples on
         a random 43% of 400 steps are 0.35 points below SAM [0.05, 0.62], and in 4000 steps level
-        with it. If nothing is reused, they are level in both, in 400 steps with a larger radius. The
-        default policy samples less and loses more, see `vsam`. ‖h‖ / ‖g‖ grows with clean labels,
-        where g becomes small. With wrong labels it grows in long trainings with SGD, not with SAM
-        (examples/claims/second_order.py).
+        with it. If nothing is reused, they are level in both, in 400 steps with a larger radius.
+        The default policy samples less and loses more, see `vsam`. ‖h‖ / ‖g‖ grows with clean
+        labels, where g becomes small. With wrong labels it grows in long trainings with SGD, not
+        with SAM (examples/claims/second_order.py).
         Fidelity: a reconstruction from the abstract and a figure's caption. The announced code
         could not be obtained. The abstract names human pose estimation and quantization among its
         tasks. Beyond the decomposition and the three ideas of the title, nothing is known to be the
