@@ -353,9 +353,8 @@ def polyak(args: argparse.Namespace, advance: Callable[[], Any]) -> tuple[Values
     values = {}
     with jax.enable_x64(True):
         for name, form in forms.items():
-            fixed = {"rho": 0.1, "max_learning_rate": 100.0, "weight_decay": 0.0}
-            numbers: dict[str, Any] = fixed | form
-            tx = samx.sam_polyak(**numbers)
+            numbers: dict[str, Any] = {"rho": 0.1, "max_learning_rate": 100.0, "weight_decay": 0.0}
+            tx = samx.sam_polyak(**numbers | form)
 
             def of(eigenvalues, steps, tx=tx):
                 def one(seed):
