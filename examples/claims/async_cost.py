@@ -19,10 +19,12 @@ In each round every row takes some steps, in random order. Times are divided by 
 same round. "handed out" is the time until a call returns while its result is still being computed;
 it shows that nothing waits between the two gradients. The share of the ascent that is hidden is 1
 where a step takes the time of SGD's, and 0 where it takes as long as both programs on one device.
+Where two programs of SGD disturb each other, claims on time are not testable; that a step takes no
+longer than those two programs is.
 
 The script prints a table, and each claim with its number and the verdict; a number has one value
 for each round. It writes results.json and async_cost.png to --out. It takes about a minute on two
-CPU cores; no other program may use them.
+CPU cores, which no other program should use.
 """
 
 import argparse
@@ -85,6 +87,7 @@ WIDTH, DEPTH = 128, 4  # numbers per example, operations per checkpoint
 ONE_DEVICE = "async-sam, b, on one device"
 BOTH = "sgd, on both devices at once"
 NEARLY, HIDDEN = 1.1, 0.9  # of SGD's time; of the ascent
+CONDITION = "needs two devices that do not disturb each other; the line 'condition' says if they do"
 SETTING = "two simulated CPU devices of one core each, or those of --devices"
 CLAIMS = {
     f"time, {name}": Claim(
@@ -94,6 +97,7 @@ CLAIMS = {
         f"time of a step / SGD's; {SETTING}; almost: below {NEARLY}",
         high=NEARLY,
         published="1.02 for ResNet-20 on CIFAR-10 (abstract of the journal's version)",
+        why=CONDITION,
     )
     for name in SHARES
 } | {
@@ -103,6 +107,7 @@ CLAIMS = {
         "abstract",
         f"share of the ascent's time that is hidden; {SETTING}; hidden: above {HIDDEN}",
         low=HIDDEN,
+        why=CONDITION,
     )
     for name in SHARES
 }
@@ -119,8 +124,8 @@ CLAIMS |= {
 }
 CLAIMS["condition"] = Claim(
     ("async_sam",),
-    "The two devices do not disturb each other, which the other claims need.",
-    "condition",
+    "The two devices do not disturb each other.",
+    "a condition, not a claim",
     f"time of SGD on both devices at once / alone; {SETTING}; undisturbed: below {NEARLY}",
     high=NEARLY,
     why="two cores share their memory, and other programs may use them",
@@ -131,7 +136,7 @@ CLAIMS["smaller"] = Claim(
     "abstract",
     f"time of a step with b′ = b over that with b′ = b/4, of SGD's time; {SETTING}",
     low=0.0,
-    why="the two devices are equally fast here, so that the whole batch may be hidden already",
+    why=CONDITION,
 )
 
 
@@ -181,7 +186,7 @@ def on_both(loss: Any, params: Any, batch: Any, devices: tuple[Any, Any]) -> Ite
 
 
 def values_of(results: list[dict]) -> dict[str, list[float]]:
-    """Return the numbers of each claim, one for each round."""
+    """Return the numbers of each claim, one for each round; none where a claim is not testable."""
     seconds = {result["row"]: np.array(result["seconds"]) for result in results}
     plain, both = seconds["sgd"], seconds[ONE_DEVICE]
     values = {}
@@ -190,8 +195,14 @@ def values_of(results: list[dict]) -> dict[str, list[float]]:
         values[f"time, {name}"] = time / plain
         values[f"beside SGD, {name}"] = time / seconds[BOTH]
         values[f"hidden, {name}"] = 1 - (time - plain) / (share * (both - plain))
-    values["condition"] = seconds[BOTH] / plain
     values["smaller"] = values["time, b"] - values["time, b/4"]
+    condition = seconds[BOTH] / plain
+    if condition.mean() >= NEARLY:  # what needs devices of their own cannot be tested
+        values = {
+            name: each if name.startswith("beside") else np.zeros(0)
+            for name, each in values.items()
+        }
+    values["condition"] = condition
     return {name: each.tolist() for name, each in values.items()}
 
 

@@ -73,7 +73,7 @@ def test_times_are_divided_by_those_of_the_same_round(monkeypatch):
 def test_the_share_that_is_hidden():
     """SGD takes 1, both programs on one device 3: the ascent takes 2, and a half of it 1."""
     times = {"sgd": 1.0, "async-sam, b": 2.0, "async-sam, b/2": 1.0, "async-sam, b/4": 1.5}
-    times |= {async_cost.ONE_DEVICE: 3.0, async_cost.BOTH: 1.25}
+    times |= {async_cost.ONE_DEVICE: 3.0, async_cost.BOTH: 1.0625}
     values = async_cost.values_of([{"row": row, "seconds": [t, 2 * t]} for row, t in times.items()])
     assert set(values) == set(async_cost.CLAIMS)
     assert values["hidden, b"] == [0.5, 0.5]
@@ -81,8 +81,21 @@ def test_the_share_that_is_hidden():
     assert values["hidden, b/4"] == [0, 0]
     assert values["time, b/4"] == [1.5, 1.5]
     assert values["smaller"] == [0.5, 0.5]
-    assert values["condition"] == [1.25, 1.25]
-    assert values["beside SGD, b/2"] == [0.8, 0.8]
+    assert values["condition"] == [1.0625, 1.0625]
+    assert values["beside SGD, b"] == pytest.approx([2 / 1.0625] * 2)
+
+
+def test_without_devices_of_their_own_nothing_is_said_of_time():
+    rows = "sgd", *(f"async-sam, {name}" for name in async_cost.SHARES), async_cost.ONE_DEVICE
+    results = [{"row": row, "seconds": [1.0, 1.0]} for row in rows[:-1]]
+    results += [{"row": row, "seconds": [2.0, 2.0]} for row in (rows[-1], async_cost.BOTH)]
+    values = async_cost.values_of(results)
+    assert set(values) == set(async_cost.CLAIMS)
+    assert {name for name, each in values.items() if each} == {
+        "condition",
+        *(f"beside SGD, {name}" for name in async_cost.SHARES),
+    }
+    assert values["beside SGD, b"] == [0.5, 0.5]
 
 
 def test_the_decision_in_words():
