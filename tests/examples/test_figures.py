@@ -325,10 +325,10 @@ def draw_second_order(path, seeds):
     rows = [
         {
             **{"row": plan.label(), "test": some(seeds, low=93, high=95)},
-            **{"share": some(seeds, low=0.1, high=0.5), "length": some(seeds, 10)},
+            **{"share": [0.06 * (index % 7)] * seeds, "length": some(seeds, 10)},
             "ratio": some(seeds, 10, low=0.1, high=30),
         }
-        for plan in second_order.plans(0.3, best)
+        for index, plan in enumerate(second_order.plans(0.3, best))
     ]
     title = "Digits, 30% of the training labels wrong: the second-order part of SAM's gradient"
     second_order.draw(rows, 0.3, path, title)
