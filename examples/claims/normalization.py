@@ -184,9 +184,7 @@ def over(other: str) -> str:
     return POINTS.format(other)
 
 
-LAZY = (
-    f"with every=1, or with eps={EPS}, all trainings learn; with the default eps=1e-4 it may "
-)
+LAZY = f"with every=1, or with eps={EPS}, all trainings learn; with the default eps=1e-4 it may "
 LAZY += "be divided by almost 0, where the last batch with a curvature showed none"
 WITHOUT = f"with eps={EPS} it is"
 
