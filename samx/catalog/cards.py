@@ -1246,8 +1246,9 @@ CARDS = {
             *digits("sassha"),
         ),
         watch="The root of the curvature is small where the loss is flat: weights with D = 0 move by "
-        "the learning rate divided by eps. The published Hessian product mixes two points; this one "
-        "does not.",
+        "the learning rate divided by eps. On the digits 9 of 20 trainings failed with the authors' "
+        "eps=1e-4, and none with eps=0.01, which was ahead of SGD. The published Hessian product "
+        "mixes two points; this one does not.",
         coming_from={
             "LOG-postech/Sassha": {
                 "lr, betas, weight_decay, eps": "learning_rate, b1, b2, weight_decay, eps",
