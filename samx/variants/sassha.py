@@ -94,8 +94,8 @@ def sassha(
         samples: Number ≥ 1 of random signs of a refresh; default 1.
         power: q ≥ 0; default 0.5. The authors also let it rise to 1. With 0 it is SAM with
             momentum.
-        eps: Added to the root, > 0; default 1e-4, the authors'. Where D is about 0, a step is as long
-            as the learning rate divided by eps: if trainings fail, try 0.01.
+        eps: Added to the root, > 0; default 1e-4, the authors'. Where D is about 0, a step is as
+            long as the learning rate divided by eps: if trainings fail, try 0.01.
         weight_decay: Decoupled weight decay ≥ 0; default 0.
         key: Seed or random key of the signs, the same on all devices; default 0.
         perturbation: Replaces the ball and `rho`.
