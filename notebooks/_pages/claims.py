@@ -80,6 +80,7 @@ def parts() -> dict[str, str]:
     found = found_by_script()
     return {
         "summary": summary([one for claims in found.values() for one in claims]),
+        "level": level(found[committed]),
         "side": as_table(committed.side_by_side()),
         "claims": "\n\n".join(section(script, claims) for script, claims in found.items()),
     }
@@ -92,6 +93,13 @@ def summary(found: Iterable[Found]) -> str:
     counts = Counter(one.verdict for one in found)
     head, ends = [*WORDS], [str(counts[word]) for word in WORDS]
     return f"{len(found)} claims, {len(systems)} systems:\n\n" + as_table([head, ends])
+
+
+def level(found: Iterable[Found]) -> str:
+    """Return how many of the methods that claim more accuracy than SAM are level with it."""
+    rows = committed.level_of(list(found))
+    claiming = sum(said.kind == "better" for said in committed.SAID)
+    return f"Of {claiming} methods that claim more, {len(rows)} are level: {', '.join(rows)}."
 
 
 def section(script: ModuleType, claims: Iterable[Found]) -> str:
