@@ -171,7 +171,7 @@ OTHER_CLAIMS = {
         "log10 of the mean rise of the training loss under Gaussian noise with the workers' own "
         "variance, at the center over that at the workers; constant learning rate",
         high=0.0,
-        why="the curvature is that around the workers; the smaller largest rise may come from the gradient",
+        why="the curvature is that around the workers; the gradient may be what is smaller",
     ),
     "largest rise, data-parallel": Claim(
         ("lsam",),
