@@ -79,7 +79,7 @@ RATES, RATE = (0.025, 0.05, 0.1, 0.2), 0.1  # constant learning rates; the one f
 BETAS = (0.3, 0.9)
 RHO, RADIUS = 0.1, 0.2  # of the workers that are measured, and of the ball of the largest rise
 LOOKS, FIRST_LOOK = 5, 0.6  # at the variance, in the last part of the training
-OURS = " (of our reconstruction)"
+OURS = " That is measured of our reconstruction."
 
 Place = tuple[int, int, str]  # workers, batch, delay
 PLACES: list[Place] = [*itertools.product(WORKERS, BATCHES, DELAYS)]

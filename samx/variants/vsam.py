@@ -71,11 +71,7 @@ def vsam(
     Notes:
         Cost: 1 gradient per step, 1 more on ⌊quota⌋ steps of every window (29% and 60% of the steps
         in the authors' own traces), one copy of the parameters in the state, two transient copies.
-        The quota starts at one step of a window, and grows over hundreds of windows. So in short
-        trainings almost nothing is sampled after the warm-up. On the digits with wrong labels it
-        was 14% of 400 steps, 7% of 4000 and 24% of 20,000; the accuracy was 1.1, 0.5 and 1.4 points
-        below SAM's. `policies.quota(10, ratio_gain=4, variance_gain=4, max_fraction=0.4,
-        warmup_steps=10)` sampled 34% of 400 steps, and lost 0.5 points.
+        On the digits with wrong labels it sampled 14% of 400 steps and 24% of 20,000: too few.
         Fidelity: matches ajiaaa/vSAM, controller included. Defaults are those of its script, except
         the warm-up (three epochs there). There, fewer than `window` samples before the first window
         give NaN; here a missing sample counts as no change. For some `decay` (0.9 is one), rounding

@@ -23,8 +23,8 @@ from examples.claims import (
     claim,
     committed,
     convergence,
-    directions,
     exact,
+    gradient_directions,
     late_sam,
     lets,
     lightsam,
@@ -96,13 +96,13 @@ def of_digits(rows, noises=(0.3, 0.0), seeds=3, monitored=0):
 
 
 def draw_directions(path, seeds, language_seeds):
-    epochs = directions.CHECKPOINTS
+    epochs = gradient_directions.CHECKPOINTS
     runs = [fake_directions.measured(seed, epochs) for seed in range(seeds)]
     language = [fake_directions.of_language(seed, epochs) for seed in range(language_seeds)]
     measured = jax.tree.map(lambda *x: np.stack(x), *runs)
     measured["language"] = {"logit_share": np.stack(language)}
-    values = {name: [0.1, 0.2] for name in directions.CLAIMS}
-    directions.draw(measured, claim.found_of(directions.CLAIMS, values), path)
+    values = {name: [0.1, 0.2] for name in gradient_directions.CLAIMS}
+    gradient_directions.draw(measured, claim.found_of(gradient_directions.CLAIMS, values), path)
 
 
 def of_monitor(count, seeds):
@@ -862,7 +862,7 @@ CASES = {
         lambda path: draw_sharpness_cost(path, sharpness_cost.ROWS),
         lambda path: draw_sharpness_cost(path, sharpness_cost.ALWAYS),
     ],
-    "directions.draw": [
+    "gradient_directions.draw": [
         lambda path: draw_directions(path, 3, 2),
         lambda path: draw_directions(path, 1, 1),
     ],

@@ -19,7 +19,7 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     assert [result["gradients"] for result in results[::2]] == [10, 20, 30]
     report = read_report(in_empty_folder / "results")
     gain = np.subtract(results[3]["test_accuracy"], results[1]["test_accuracy"])
-    np.testing.assert_allclose(report["values"]["gain-40%"], 100 * gain, atol=1e-9)
+    np.testing.assert_allclose(report["values"]["gain-40%"], 100 * gain, atol=1e-3)
     assert (in_empty_folder / "results" / "wrong_labels.png").stat().st_size > 10_000
     assert "40% 2 steps" in capsys.readouterr().out
 

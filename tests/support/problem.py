@@ -29,10 +29,13 @@ def drawn():
 
 
 def make(dtype=np.float64):
-    """64 examples of 3 classes, and the parameters of a 10-16-3 tanh network, in new buffers."""
+    """64 examples of 3 classes, and the parameters of a 10-16-3 tanh network, in new buffers.
+
+    All dtypes are given: without one, a NumPy array that JAX saw in float64 gives int64 again.
+    """
     x, y, params = drawn()
     params = {name: jnp.array(value, dtype) for name, value in params.items()}
-    return {"x": jnp.array(x, dtype), "y": jnp.array(y)}, params
+    return {"x": jnp.array(x, dtype), "y": jnp.array(y, jnp.result_type(int))}, params
 
 
 def make_layer_norm():

@@ -1,6 +1,6 @@
 """Directions and sizes of gradients: what papers say of them, along trainings, at frozen weights.
 
-    python examples/claims/directions.py
+    python examples/claims/gradient_directions.py
 
 The task is that of digits.py with 30% wrong labels. Its network trains with SGD with momentum and
 with SAM, at the learning rates and the radius that digits.py found; and with Friendly SAM, SAMPa
@@ -18,7 +18,7 @@ import argparse
 
 from examples.common import arguments
 
-NAME = "directions"
+NAME = "gradient_directions"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

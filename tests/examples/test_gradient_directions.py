@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import samx
-from examples.claims import claim, directions, frozen, language_paths, recorded
+from examples.claims import claim, frozen, gradient_directions, language_paths, recorded
 from examples.common.digits_task import rows_of
 from examples.common.training import Functions, make_functions, start_of
 
@@ -16,13 +16,13 @@ FEW = (1, 2, 4)  # checkpoints
 
 @pytest.fixture
 def few_checkpoints(monkeypatch):
-    monkeypatch.setattr(directions, "CHECKPOINTS", FEW)
+    monkeypatch.setattr(gradient_directions, "CHECKPOINTS", FEW)
 
 
 @pytest.fixture
 def without_trainings(few_checkpoints, monkeypatch):
     monkeypatch.setattr(
-        directions, "of_seed", lambda seed, width: fake_directions.measured(seed, FEW)
+        gradient_directions, "of_seed", lambda seed, width: fake_directions.measured(seed, FEW)
     )
     monkeypatch.setattr(
         language_paths, "of_seed", lambda seed, *of: fake_directions.of_language(seed, FEW)
@@ -31,17 +31,18 @@ def without_trainings(few_checkpoints, monkeypatch):
 
 def test_a_tiny_run(without_trainings, in_empty_folder, capsys, read_report):
     arguments = "--seeds 3 --language-seeds 2 --out results"
-    found = directions.main(arguments.split())
+    found = gradient_directions.main(arguments.split())
     folder = in_empty_folder / "results"
     report = read_report(folder)
-    assert [one.name for one in found] == [*directions.CLAIMS]
+    assert [one.name for one in found] == [*gradient_directions.CLAIMS]
     assert report["claims"][0]["number"] == [*found[0].number]
     assert {name: len(values) for name, values in report["values"].items()} == {
-        name: 2 if "language" in name or "difference" in name else 3 for name in directions.CLAIMS
+        name: 2 if "language" in name or "difference" in name else 3
+        for name in gradient_directions.CLAIMS
     }
     assert all(len({*values}) > 1 for values in report["values"].values())
-    assert (folder / "directions.json").exists()
-    assert (folder / "directions.png").stat().st_size > 10_000
+    assert (folder / "gradient_directions.json").exists()
+    assert (folder / "gradient_directions.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     for text in ("xsam: ", "cosine with the way to the maximum", "sampa: ", "here, "):
         assert text in printed
@@ -49,24 +50,24 @@ def test_a_tiny_run(without_trainings, in_empty_folder, capsys, read_report):
 
 @pytest.mark.slow
 def test_a_real_run_gives_every_number(few_checkpoints, in_empty_folder, monkeypatch):
-    monkeypatch.setattr(directions, "SEARCHED", 1)
+    monkeypatch.setattr(gradient_directions, "SEARCHED", 1)
     arguments = "--seeds 2 --language-seeds 2 --width 8 --out results"
-    found = directions.main(arguments.split())
+    found = gradient_directions.main(arguments.split())
     assert all(np.isfinite(one.number).all() for one in found)
 
 
 def test_the_committed_numbers_are_those_of_the_claims():
-    values = claim.read(directions.NAME)
-    assert {*values} == {*directions.CLAIMS}
+    values = claim.read(gradient_directions.NAME)
+    assert {*values} == {*gradient_directions.CLAIMS}
     assert all(len(each) >= 5 and np.isfinite(each).all() for each in values.values())
 
 
 def measured_at(name, mine, theirs=None):
     """Return the value of a claim when some of the fake measures are replaced."""
     found = fake_directions.measured(0, FEW)
-    for kind in directions.KINDS:
+    for kind in gradient_directions.KINDS:
         found[kind] |= mine if theirs is None or kind == "sgd" else theirs
-    return directions.values_of(found)[name]
+    return gradient_directions.values_of(found)[name]
 
 
 def test_numbers_of_both_trainings_are_means(few_checkpoints):
@@ -89,17 +90,17 @@ def test_what_is_lost_of_the_maximum(few_checkpoints):
 
 def test_correlations():
     x = np.arange(12.0).reshape(3, 4)
-    assert directions.correlated(x, np.exp(x)) == pytest.approx(1)
-    assert directions.within(x, -x) == pytest.approx(-1)
-    assert directions.within(x, np.tile(x[:1], (3, 1))) == pytest.approx(1)
+    assert gradient_directions.correlated(x, np.exp(x)) == pytest.approx(1)
+    assert gradient_directions.within(x, -x) == pytest.approx(-1)
+    assert gradient_directions.within(x, np.tile(x[:1], (3, 1))) == pytest.approx(1)
 
 
 def test_the_variation_counts_what_is_within_an_epoch():
     """The mean of each epoch does not matter, only the deviation: 1, 2, 3, 4."""
     wave = np.tile([1.0, -1.0], 5)
     change = np.concatenate([100 + k * wave for k in range(1, 5)])
-    expected = directions.slope(np.arange(1, 5) / 2.5, np.arange(1, 5))
-    assert directions.variation(change) == pytest.approx(expected)
+    expected = gradient_directions.slope(np.arange(1, 5) / 2.5, np.arange(1, 5))
+    assert gradient_directions.variation(change) == pytest.approx(expected)
 
 
 def functions_of(logits, loss_on_logits):
