@@ -1,4 +1,4 @@
-"""Measures of claims/gradient_directions.py without a training: random numbers of the right shapes."""
+"""Measures of claims/gradient_directions.py without a training: random numbers, right shapes."""
 
 import numpy as np
 
