@@ -46,6 +46,7 @@ def slug(heading):
     return re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
 
 
+@functools.cache
 def anchors_of(text):
     """Return the anchors of a Markdown text; a second heading of the same name ends in `-1`."""
     found = {}
@@ -92,7 +93,7 @@ def problem_of(target, path, text):
 
 def problems(text, path):
     """Return one line for each wrong link, and for each bare address of a repository."""
-    found = [(target, problem_of(target, path, text)) for target in links(text)]
+    found = [(target, problem_of(target, path, text)) for target in dict.fromkeys(links(text))]
     wrong = [f"{target}: {problem}" for target, problem in found if problem]
     bare = REPOSITORY.findall(re.sub(r"\]\([^)]*\)|\]: \S+", "]", text))
     return wrong + [f"{address}: a bare address of a repository" for address in bare]
