@@ -92,7 +92,7 @@ def summary(found: Iterable[Found]) -> str:
     systems = {system for one in found for system in one.claim.systems}
     counts = Counter(one.verdict for one in found)
     head, ends = [*WORDS], [str(counts[word]) for word in WORDS]
-    return f"{len(found)} claims, {len(systems)} systems:\n\n" + as_table([head, ends])
+    return f"{len(found)} claims and controls, {len(systems)} systems:\n\n" + as_table([head, ends])
 
 
 def level(found: Iterable[Found]) -> str:
