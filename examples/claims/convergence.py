@@ -184,6 +184,11 @@ def norms(method: str, seeds: int) -> dict[str, np.ndarray]:
     return by_name | {"logistic": vmapped(of_logistic, seeds, RHOS)}
 
 
+def exact_distances(rates: np.ndarray, rhos: np.ndarray) -> dict[str, np.ndarray]:
+    """Return how far from the minimum of |x|² two methods stay at a constant rate."""
+    return {"SAM": rates / (1 - rates) * rhos, "OptSAM": np.sqrt(2 * rates) * rhos}
+
+
 def parallel(args: argparse.Namespace, advance: Callable[[], Any]) -> tuple[Values, Rows]:
     """Take both gradients at once, with a fixed radius."""
     stays, powers, curves = {}, {}, {}
@@ -195,8 +200,7 @@ def parallel(args: argparse.Namespace, advance: Callable[[], Any]) -> tuple[Valu
             powers |= {(method, name): late_power(found[name]) for name in PROBLEMS}
             curves[method] = found["|x|²"][0, -1]  # of the largest radius
             advance()
-    rates, rhos = np.array(RATES), np.array(RHOS)[:, None]
-    exact = {"SAM": rates / (1 - rates) * rhos, "OptSAM": np.sqrt(2 * rates) * rhos}
+    exact = exact_distances(np.array(RATES), np.array(RHOS)[:, None])
     off = {name: np.abs(stays[name] / wanted - 1).max((1, 2)) for name, wanted in exact.items()}
     above = {name: np.exp(np.log(stays[name] / stays["SAM"]).mean((1, 2))) for name in PARALLEL}
     sampa = [name for name in PARALLEL if name.startswith("SAMPa")]

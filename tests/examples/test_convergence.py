@@ -95,6 +95,29 @@ def test_randsam_climbs_a_random_direction_of_the_length_rho():
     assert abs(found[0] @ found[1]) < 0.08
 
 
+def test_distances_are_those_of_plain_loops():
+    """In two dimensions, at rate 0.1 and radius 0.3."""
+    x = np.array([1.0, 0.5])
+    for _ in range(1000):
+        x = x - 0.2 * (x + 0.3 * x / np.linalg.norm(x))
+    y, climbed = np.array([1.0, 0.5]), np.array([0.3, 1.0])
+    for _ in range(1000):
+        climbed = 2 * (y + 0.3 * climbed / np.linalg.norm(climbed))
+        y = y - 0.1 * climbed
+    found = convergence.exact_distances(np.array([0.1]), np.array([0.3]))
+    assert np.linalg.norm(x) == pytest.approx(found["SAM"][0], rel=1e-9)
+    assert np.linalg.norm(y) == pytest.approx(found["OptSAM"][0], rel=1e-9)
+
+
+def test_limits_of_the_rate_are_those_of_the_top_eigenvalue(monkeypatch):
+    """At radius 1 and eigenvalue 1, USAM's limit is half of SGD's, and Stable SAM's is SGD's."""
+    monkeypatch.setattr(convergence, "STEPS", 400)
+    args = convergence.parse(["--seeds", "2"])
+    values, _ = convergence.stable(args, lambda: None)
+    assert values["usam-limit"] == pytest.approx([0.5] * 2, rel=0.06)
+    assert values["stable-limit"] == pytest.approx([2.0] * 2, rel=0.06)
+
+
 @pytest.mark.slow
 def test_a_descent_is_the_plain_loop():
     """Its measurements are those before the steps, also with batches."""

@@ -159,6 +159,50 @@ def test_variances_are_over_batches():
     assert float(found["central_variance"]) == 0
 
 
+def test_relative_variances_are_those_of_centralized_rows():
+    rows = np.random.default_rng(0).normal(1, 2, (5, 4))
+    central = (rows.reshape(5, 2, 2) - rows.reshape(5, 2, 2).mean(1, keepdims=True)).reshape(5, 4)
+
+    def relative(rows):
+        return ((rows - rows.mean(0)) ** 2).sum() / (rows.mean(0) ** 2).sum()
+
+    found = jax.jit(lambda rows: frozen.variances(rows, lambda w: w.reshape(2, 2)))(rows)
+    expected = relative(central) / relative(rows)
+    assert float(found["central_relative"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_ball_of_examples_divides_by_their_squared_gradients():
+    """The step is along g / (1 + F / mean F)."""
+    place = place_of(MODELS[1])
+    x, y = np.diag([1.0, 2.0, 3.0]), np.ones((3, 2))
+    each = x[:, :, None] * (x @ np.asarray(place.params) - y)[:, None, :]
+    fisher, g = (each**2).mean(0), each.mean(0)
+    expected = g / (1 + fisher / fisher.mean())
+    found = np.asarray(jax.jit(lambda: frozen.fisher_steps(place)["examples"])())
+    ratio = found / expected
+    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-4)
+
+
+def test_one_step_is_compared_with_the_maximum_in_the_ball():
+    """On ½ (4 a² + b²) at (1, 1), radius 0.5; the maximum is searched on the circle."""
+
+    def losses_fn(w, batch):
+        return (batch["x"] @ w**2) / 2
+
+    net = Functions(lambda w, x: x @ w**2, losses_fn, {}, *[None] * 4)
+    place = frozen.place_of(net, jnp.ones(2), {"x": jnp.array([[4.0, 1.0]])}, 0.5)
+    found = jax.jit(lambda: frozen.maximum(place)["one_step_share"])()
+
+    def rise(a, b):
+        return (4 * ((1 + a) ** 2 - 1) + (1 + b) ** 2 - 1) / 2
+
+    angles = np.linspace(0, 2 * np.pi, 100_001)
+    step = 0.5 * np.array([4.0, 1.0]) / np.sqrt(17)
+    expected = rise(*step) / rise(0.5 * np.cos(angles), 0.5 * np.sin(angles)).max()
+    assert expected < 0.9999
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_past_of_rows():
     x = jnp.asarray(np.tile(np.eye(2), (12, 1)), jnp.float32)  # each row is that before the last
     assert jax.jit(recorded.with_past)(x).tolist() == [0, 1] * 5
