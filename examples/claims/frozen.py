@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import optax
 
 import samx
-from examples.claims.recorded import cosines, flat
-from examples.common.training import Functions
+from examples.claims.recorded import Net, cosines, flat
 from samx import perturbations
 
 RESTARTS, ASCENTS = 8, 100  # of the search for the maximum in a ball
@@ -42,7 +41,7 @@ class Place(NamedTuple):
         g_s: SAM's gradient.
     """
 
-    net: Functions
+    net: Net
     params: Any
     batch: Any
     rho: Any
@@ -59,7 +58,7 @@ class Place(NamedTuple):
         return rise_of(self.loss, self.params, eps)
 
 
-def place_of(net: Functions, params: Any, batch: Any, rho: Any) -> Place:
+def place_of(net: Net, params: Any, batch: Any, rho: Any) -> Place:
     """Compute what all measures of a batch need."""
 
     def loss(params):
@@ -145,7 +144,8 @@ def errors(place: Place) -> Measures:
     tx = samx.bisam(place.rho)
 
     def after(eps):
-        return 100 * (1 - net.accuracy(optax.tree.add(params, eps), batch))
+        logits = net.logits(optax.tree.add(params, eps), batch["x"])
+        return 100 * jnp.mean(logits.argmax(-1) != batch["y"])
 
     def bisam(bound, **numbers):
         def ascent_fn(params):
@@ -166,7 +166,7 @@ def paths(place: Place) -> Measures:
     batch = place.batch
     closures = {
         "apply_fn": lambda params, batch: place.net.logits(params, batch["x"]),
-        "loss_on_logits": place.net.parts["loss_on_logits"],
+        "loss_on_logits": place.net.loss_on_logits,
         "batch": batch,
     }
     tx = samx.functional_sam(place.rho)
@@ -267,7 +267,7 @@ def smoothness(place: Place) -> Measures:
     return dict(zip(("tilted_bend", "largest_bend", "sam_bend"), found, strict=True))
 
 
-def divergence(net: Functions, params: Any, eps: Any, batch: Any) -> jax.Array:
+def divergence(net: Net, params: Any, eps: Any, batch: Any) -> jax.Array:
     """Return the mean KL divergence of the predictions at w from those at w + ε."""
     p, q = (
         jax.nn.log_softmax(net.logits(w, batch["x"])) for w in (params, optax.tree.add(params, eps))

@@ -11,10 +11,10 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 from examples.claims import frozen
-from examples.claims.recorded import flat
+from examples.claims.recorded import Net, flat
 from examples.common.digits_task import rows_of
 from examples.common.gpt import losses_of
-from examples.common.training import Functions, cosine_decay
+from examples.common.training import cosine_decay
 from examples.compare import language
 
 RADII = (0.05, 0.2)
@@ -31,7 +31,7 @@ def start_of(key: Any) -> Any:
 
 
 @functools.cache
-def network() -> Functions:
+def network() -> Net:
     """Return the functions of the model, of parameters that are one vector."""
     graph = nnx.graphdef(nnx.eval_shape(lambda: TASK.network(nnx.Rngs(0))))
     shapes = jax.eval_shape(start_of, jax.random.key(0))
@@ -43,12 +43,7 @@ def network() -> Functions:
     def losses_fn(params, batch):
         return loss_on_logits(logits(params, batch["x"]), batch)
 
-    parts: dict[str, Any] = {"loss_on_logits": loss_on_logits}
-    return Functions(logits, losses_fn, parts, *[_unused] * 4)
-
-
-def _unused(*args: Any) -> Any:
-    raise NotImplementedError
+    return Net(logits, losses_fn, loss_on_logits)
 
 
 def batches_of(seed: int, epochs: int) -> np.ndarray:

@@ -13,8 +13,8 @@ import samx
 from examples.common.digits_task import rows_of, shuffled
 from examples.common.registry import VARIANTS
 from examples.common.training import (
-    Functions,
     data_of,
+    loss_on_logits,
     make_functions,
     make_trainer,
     row_of,
@@ -24,6 +24,14 @@ from examples.common.tuning import Runs, runs_of
 
 LAGS = 10  # steps back, for the cosine with the past
 KEPT = {"sampa": "g_y", "friendly-sam": "average"}  # what is kept of the state, beside the weights
+
+
+class Net(NamedTuple):
+    """The functions of a network whose parameters are one vector: programs compile much faster."""
+
+    logits: Callable[..., Any]  # params, x -> logits
+    losses_fn: Callable[..., Any]  # params, batch -> the loss of each example
+    loss_on_logits: Callable[..., Any]  # logits, batch -> the same
 
 
 class Recorded(NamedTuple):
@@ -54,13 +62,13 @@ def tree_of(width: int) -> Callable[[Any], Any]:
 
 
 @functools.cache
-def functions_of(width: int) -> Functions:
-    """Return `make_functions` of parameters that are one vector: programs compile much faster."""
+def functions_of(width: int) -> Net:
+    """Return the functions of the digits' network."""
     net, tree = make_functions(width), tree_of(width)
-    return net._replace(
-        logits=lambda w, x: net.logits(tree(w), x),
-        losses_fn=lambda w, batch: net.losses_fn(tree(w), batch),
-        accuracy=lambda w, data: net.accuracy(tree(w), data),
+    return Net(
+        lambda w, x: net.logits(tree(w), x),
+        lambda w, batch: net.losses_fn(tree(w), batch),
+        loss_on_logits,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import samx
 from examples.claims import claim, frozen, gradient_directions, language_paths, recorded
 from examples.common.digits_task import rows_of
-from examples.common.training import Functions, make_functions, start_of
+from examples.common.training import make_functions, start_of
 
 FEW = (1, 2, 4)  # checkpoints
 
@@ -109,7 +109,7 @@ def functions_of(logits, loss_on_logits):
     def losses_fn(params, batch):
         return loss_on_logits(logits(params, batch["x"]), batch)
 
-    return Functions(logits, losses_fn, {"loss_on_logits": loss_on_logits}, *[None] * 4)
+    return recorded.Net(logits, losses_fn, loss_on_logits)
 
 
 def squared(logits, batch):
@@ -183,13 +183,43 @@ def test_the_ball_of_examples_divides_by_their_squared_gradients():
     np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-4)
 
 
+def test_parts_of_the_gradient_raise_the_loss_of_all_data():
+    """A slope c over all data rises by radius · c · d for each direction d of length 1."""
+    place, c = place_of(MODELS[1]), jnp.arange(1.0, 7.0).reshape(3, 2)
+    average = 0.5 * place.g + c
+    found = jax.jit(lambda: frozen.friendly(place, lambda w: jnp.vdot(c, w), average))()
+    g = np.asarray(place.g)
+    directions = {"sam": g, "full": c, "batch": g - c, "ema": g - average}
+    for name, d in directions.items():
+        expected = float(np.vdot(c, d / np.linalg.norm(d)))
+        assert float(found[name]) == pytest.approx(0.1 * expected, rel=1e-3)
+        assert float(found[f"{name}_small"]) == pytest.approx(frozen.SMALL * expected, rel=1e-2)
+    expected = np.vdot(g, c) / np.linalg.norm(g) / np.linalg.norm(c)
+    assert float(found["batch_cosine"]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_divergence_is_that_of_the_predictions_before():
+    w, eps = np.array([[0.3, -1.0]]), np.array([[0.5, 0.2]])
+    found = frozen.divergence(MODELS[1], jnp.asarray(w), jnp.asarray(eps), {"x": jnp.ones((1, 1))})
+    p, q = (np.exp(z[0]) / np.exp(z[0]).sum() for z in (w, w + eps))
+    assert float(found) == pytest.approx((p * np.log(p / q)).sum(), rel=1e-4)
+
+
+def test_the_curvature_along_the_gradient():
+    """On ½ (4 a² + b²) at (1, 1): g = (4, 1), and gᵀHg / gᵀg = 65 / 17."""
+    net = recorded.Net(lambda w, x: x @ w, lambda w, batch: batch["x"] @ w**2 / 2, squared)
+    place = frozen.place_of(net, jnp.ones(2), {"x": jnp.array([[4.0, 1.0]])}, 0.5)
+    found = jax.jit(lambda: frozen.loss_rise(place, jnp.float32(0.1)))()
+    assert float(found["curvature"]) == pytest.approx(65 / 17, rel=1e-5)
+
+
 def test_one_step_is_compared_with_the_maximum_in_the_ball():
     """On ½ (4 a² + b²) at (1, 1), radius 0.5; the maximum is searched on the circle."""
 
     def losses_fn(w, batch):
         return (batch["x"] @ w**2) / 2
 
-    net = Functions(lambda w, x: x @ w**2, losses_fn, {}, *[None] * 4)
+    net = recorded.Net(lambda w, x: x @ w**2, losses_fn, squared)
     place = frozen.place_of(net, jnp.ones(2), {"x": jnp.array([[4.0, 1.0]])}, 0.5)
     found = jax.jit(lambda: frozen.maximum(place)["one_step_share"])()
 

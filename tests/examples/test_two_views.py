@@ -24,6 +24,20 @@ def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     assert "pairs found, %" in capsys.readouterr().out
 
 
+def test_values_are_differences_of_methods_and_bands(monkeypatch):
+    """Scores are [validation and test, rates, radii, seeds]; SGD has the radius 0 only."""
+    monkeypatch.setattr(two_views, "RADII", (0.1, 1.0))
+    sgd, sam, monge = (
+        np.tile(np.array(curve)[None, None, :, None], (2, 1, 1, 3))
+        for curve in ([7.0], [7.0, 9.0, 1.0], [7.0, 9.5, 9.0])
+    )
+    found = two_views.values_of({"sgd": sgd, "sam": sam, "monge-sam": monge})
+    assert found["monge-sam"] == pytest.approx([0.5] * 3)
+    assert found["monge-sgd"] == pytest.approx([2.5] * 3)
+    assert found["sam-sgd"] == pytest.approx([2.0] * 3)
+    assert found["monge-band"] == pytest.approx([1.0] * 3)
+
+
 def test_views_are_the_left_and_the_right_half():
     image = np.zeros((1, 8, 8))
     image[0, 3, 2], image[0, 5, 7] = 1.0, 2.0
