@@ -9,6 +9,7 @@ import pytest
 import samx
 from examples.claims import claim, frozen, gradient_directions, language_paths, recorded
 from examples.common.digits_task import rows_of
+from examples.common.training import loss_on_logits as cross_entropies
 from examples.common.training import make_functions, start_of
 
 FEW = (1, 2, 4)  # checkpoints
@@ -203,6 +204,21 @@ def test_the_divergence_is_that_of_the_predictions_before():
     found = frozen.divergence(MODELS[1], jnp.asarray(w), jnp.asarray(eps), {"x": jnp.ones((1, 1))})
     p, q = (np.exp(z[0]) / np.exp(z[0]).sum() for z in (w, w + eps))
     assert float(found) == pytest.approx((p * np.log(p / q)).sum(), rel=1e-4)
+
+
+def test_errors_rise_where_the_step_turns_predictions():
+    """The labels are the predictions; SAM's step turns some of them."""
+    x = np.eye(3)
+    w = np.array([[0.02, 0.0], [0.5, 0.0], [0.0, 0.5]])
+    batch = {"x": jnp.asarray(x), "y": jnp.asarray((x @ w).argmax(1))}
+    net = recorded.Net(
+        lambda w, x: x @ w, lambda w, b: cross_entropies(b["x"] @ w, b), cross_entropies
+    )
+    place = frozen.place_of(net, jnp.asarray(w), batch, 0.3)
+    found = jax.jit(lambda: frozen.errors(place))()
+    turned = (x @ (w + np.asarray(place.eps))).argmax(1) != batch["y"]
+    assert 0 < turned.sum() < 3
+    assert float(found["sam_error"]) == pytest.approx(100 * float(turned.mean()), rel=1e-5)
 
 
 def test_the_curvature_along_the_gradient():

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from examples.claims import snippets
+from examples.claims import snippets, task_rows
 
 
 def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
@@ -41,3 +41,26 @@ def test_parts_of_a_file_do_not_overlap_and_a_label_is_that_of_the_file(monkeypa
         monkeypatch.setattr(snippets, "trigrams", lambda rows: starts.append(rows) or rows)
         snippets.snippets_of(np.random.default_rng(1), part, 400)
         assert low * 250 <= starts[0].min() <= starts[0].max() < high * 250
+
+
+def test_the_chosen_pair_trains_the_reported_seeds(monkeypatch):
+    """Of two candidates the second one was chosen."""
+    task, calls = snippets.task_of("adamw", 3, 10), []
+
+    class Method:
+        def __init__(self, *given):
+            self.result = "look"
+
+        def run(self, seeds, candidates, steps, look, what):
+            calls.append((list(seeds), candidates, steps, look))
+            return {"test_accuracy": np.array([0.5, 0.6, 0.7])}, np.array([10.0, 10.0, 13.0])
+
+    tried = {(0.1, 0.0): 0.4, (0.3, 0.2): 0.5}
+    monkeypatch.setattr(task_rows, "Method", Method)
+    monkeypatch.setattr(task_rows, "make_trainer", lambda *of: None)
+    monkeypatch.setattr(task_rows, "make_functions", lambda *of: None)
+    monkeypatch.setattr(task_rows, "choose", lambda *of: (tried, (0.3, 0.2)))
+    found = task_rows.train_rows({"adamw": task}, [("adamw", "sam")], 10)["adamw", "sam"]
+    assert calls == [([0, 1, 2], [(0.3, 0.2)], 10, "look")]
+    assert (found["learning_rate"], found["rho"], found["gradients"]) == (0.3, 0.2, 11.0)
+    assert found["measures"]["test_accuracy"] == [0.5, 0.6, 0.7]
