@@ -9,7 +9,7 @@ import pytest
 import samx
 from examples.claims import claim, frozen, gradient_directions, language_paths, recorded
 from examples.common.digits_task import rows_of
-from examples.common.training import loss_on_logits as cross_entropies
+from examples.common.training import loss_on_logits as losses_of
 from examples.common.training import make_functions, start_of
 
 FEW = (1, 2, 4)  # checkpoints
@@ -211,9 +211,7 @@ def test_errors_rise_where_the_step_turns_predictions():
     x = np.eye(3)
     w = np.array([[0.02, 0.0], [0.5, 0.0], [0.0, 0.5]])
     batch = {"x": jnp.asarray(x), "y": jnp.asarray((x @ w).argmax(1))}
-    net = recorded.Net(
-        lambda w, x: x @ w, lambda w, b: cross_entropies(b["x"] @ w, b), cross_entropies
-    )
+    net = recorded.Net(lambda w, x: x @ w, lambda w, b: losses_of(b["x"] @ w, b), losses_of)
     place = frozen.place_of(net, jnp.asarray(w), batch, 0.3)
     found = jax.jit(lambda: frozen.errors(place))()
     turned = (x @ (w + np.asarray(place.eps))).argmax(1) != batch["y"]
