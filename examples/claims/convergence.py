@@ -529,7 +529,7 @@ MAP = {
 
 def mapped(args: argparse.Namespace, advance: Callable[[], Any]) -> tuple[Values, Rows]:
     """Train at all learning rates and radii, with wrong labels."""
-    seeds, noise, accuracy = max(1, args.seeds // 2), 0.3, {}
+    seeds, noise, accuracy = args.seeds, 0.3, {}
     pairs = [(rate, rho) for rate in MAP_RATES for rho in MAP_RHOS]
     for name, variant in MAP.items():
         trainer = make_trainer(variant, "momentum", WIDTH, EPOCHS)
