@@ -10,8 +10,9 @@ would follow and on the whole training set: gradients, the way to the maximum in
 eigenvectors, gradients of single examples. What is said of both trainings is the mean over them.
 The claim on language models is measured on a small GPT, which AdamW trains.
 
-The script prints each claim with its number and the verdict, and writes results.json and
-directions.png to --out. It takes about four minutes on two CPU cores.
+The script prints each claim with its number and the verdict, and writes results.json,
+gradient_directions.json and gradient_directions.png to --out. It takes about five minutes on two
+CPU cores.
 """
 
 import argparse
@@ -24,7 +25,7 @@ NAME = "gradient_directions"
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = arguments.new_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--language-seeds", type=int, default=5, help="of the GPT; default: 5")
+    parser.add_argument("--language-seeds", type=int, default=10, help="of the GPT; default: 10")
     parser.add_argument("--width", type=int, default=64, help="units of each hidden layer")
     arguments.add_out(parser, NAME)
     args = parser.parse_args(argv)
