@@ -126,6 +126,20 @@ def test_cosines_of_a_training_that_stands_still():
     assert (np.array(found["all examples"]) < 1).all()
 
 
+def test_values_are_paired_differences_and_means_over_a_training(monkeypatch):
+    """Two seeds; the cosines of the first one's training are 0, 0 and 0.9."""
+    monkeypatch.setattr(which_batch, "SAID", {"async": which_batch.SAID["async"]})
+    said, along = which_batch.SAID["async"], [[0.0, 0.0, 0.9], [0.3, 0.3, 0.3]]
+    points = {(said.row, setting): [90.0, 80.0] for setting in said.settings}
+    points |= {(said.other, setting): [91.0, 79.5] for setting in said.settings}
+    found = which_batch.values_of(
+        which_batch.Measured([], points, dict.fromkeys(which_batch.ARMS, along))
+    )
+    assert all(found[f"async, {setting}"] == [-1.0, 0.5] for setting in said.settings)
+    for name in which_batch.COSINE_CLAIMS:
+        assert found[name] == pytest.approx([0.3, 0.3])
+
+
 def test_a_tiny_run(in_empty_folder, monkeypatch, capsys, read_report):
     """Most arms are SAM, which is compiled once."""
     arms = {name: VARIANTS["sam"] for name in climbing.ARMS}
